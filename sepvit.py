@@ -1,0 +1,795 @@
+"""SepViT: Separable Vision Transformer (Li et al., 2022, https://arxiv.org/abs/2203.15380).
+
+The file follows section 3 of the paper: window partition, window token embedding, depthwise separable self-attention,
+grouped self-attention, the block, and the network with its variants. Two forms share all of it:
+
+* ``SepViT``, the classification form: built for one image size, with learned window tokens. A timm model, registered as
+  ``SepViT_Lite``, ``SepViT_Tiny``, ``SepViT_Small`` and ``SepViT_Base``.
+* ``SepViTDense``, the dense prediction form: any image size, window tokens of zeros, one feature map a stage.
+
+In the shapes: ``B`` batch, ``H × W`` feature map, ``C`` channels, ``h`` heads of size ``d``, ``w`` window side,
+``n = nh · nw`` windows, ``L = w²`` pixels a window.
+"""
+
+import argparse
+import logging
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    DropPath,
+    Mlp,
+    _assert,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    register_notrace_function,
+    to_2tuple,
+    trunc_normal_,
+)
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from torch import Tensor, nn
+
+__all__ = ["Adaptation", "SepViT", "SepViTDense", "adapt_state_dict", "create_dense", "variant_of"]
+
+_logger = logging.getLogger(__name__)
+
+# Checkpoints of the published code hold their settings as a Namespace; with weights_only=True (the only way weights are
+# read here, and timm's default) torch refuses every class that is not allowed by name. This one holds data only.
+torch.serialization.add_safe_globals([argparse.Namespace])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Windows and window tokens (paper, 3.2: depthwise separable self-attention, window token embedding)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@register_notrace_function
+def window_partition(x: Tensor, window_size: int) -> Tensor:
+    """Cut a map into windows, padded with zeros at the bottom and right where they do not divide it.
+
+    Args:
+        x: map, B × H × W × C.
+        window_size: window side w.
+
+    Returns:
+        windows, B × n × L × C.
+    """
+    B, H, W, C = x.shape
+    w = window_size
+    pad_h, pad_w = (w - H % w) % w, (w - W % w) % w
+    if pad_h > 0 or pad_w > 0:
+        x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+    nh, nw = (H + pad_h) // w, (W + pad_w) // w
+    x = x.view(B, nh, w, nw, w, C).permute(0, 1, 3, 2, 4, 5)  # B × nh × nw × w × w × C
+    return x.reshape(B, nh * nw, w * w, C)
+
+
+def window_grid(img_size: tuple[int, int], stage: int, window_size: int) -> tuple[int, int]:
+    """Rows and columns of windows in a block of stage `stage` (0 to 3) for images of `img_size` (H, W) pixels."""
+    stride = 4 * 2**stage * window_size  # of a window, in pixels; the roundings up at every stage compose to one
+    return math.ceil(img_size[0] / stride), math.ceil(img_size[1] / stride)
+
+
+class SeparableSelfAttention(nn.Module):
+    """Depthwise separable self-attention (paper, 3.2): depthwise inside each window, then pointwise among windows.
+
+    With a window side of 14, a 2 × 2 group of 7-windows attends as one: grouped self-attention (paper, 3.3).
+
+    Args:
+        dim: channels C.
+        num_heads: heads h.
+        window_size: window side w.
+        pointwise: whether there are window tokens, and so pointwise self-attention.
+        attn_drop: dropout rate of both attention maps.
+        proj_drop: dropout rate after the output projection.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        pointwise: bool,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.window_size = window_size
+        self.scale = self.head_dim**-0.5
+        self.attn_drop = attn_drop
+
+        self.DSA_qkv = nn.Linear(dim, 3 * dim)
+        self.win_tokens_norm = nn.LayerNorm(dim, eps=1e-5) if pointwise else None
+        self.PSA_qk = nn.Linear(dim, 2 * dim) if pointwise else None
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, z: Tensor, H: int, W: int) -> Tensor:
+        """Attend.
+
+        Args:
+            z: normalised windows of an H × W map, each with its window token in front: B × n × (1+L) × C; without
+                pointwise self-attention there is one window and no token, B × 1 × L × C.
+            H: rows of the map, without padding.
+            W: columns of the map, without padding.
+
+        Returns:
+            map, B × H × W × C.
+        """
+        w = self.window_size
+        nh, nw = (H + w - 1) // w, (W + w - 1) // w
+        a = self.depthwise(z)  # B × n × T × C, T = 1+L or L
+        B, _, _, C = a.shape
+        if self.PSA_qk is not None:
+            f = self.pointwise(a)  # B × h × n × L·d
+            f = f.view(B, self.num_heads, nh, nw, w, w, self.head_dim)
+            f = f.permute(0, 2, 4, 3, 5, 1, 6)  # B × nh × w × nw × w × h × d
+        else:
+            f = a  # one window: its pixels lie in the map's order
+        f = f.reshape(B, nh * w, nw * w, C)[:, :H, :W]  # B × H × W × C, the padding cut off
+        return self.proj_drop(self.proj(f))
+
+    def depthwise(self, z: Tensor) -> Tensor:
+        """Self-attention inside each window, window token included, with its shortcut; B × n × T × C to the same."""
+        B, n, T, C = z.shape
+        qkv = self.DSA_qkv(z).view(B * n, T, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B·n × h × T × d
+        a = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        return a.transpose(1, 2).reshape(B, n, T, C) + z
+
+    def pointwise(self, a: Tensor) -> Tensor:
+        """Mix the windows' pixels by the attention among window tokens, with its shortcut.
+
+        Args:
+            a: output of the depthwise attention, B × n × (1+L) × C.
+
+        Returns:
+            pixels, by head, B × h × n × L·d.
+        """
+        B, n, T, _ = a.shape
+        h, d = self.num_heads, self.head_dim
+        t = F.gelu(self.win_tokens_norm(a[:, :, 0]))  # B × n × C
+        q, k = self.PSA_qk(t).view(B, n, 2, h, d).permute(2, 0, 3, 1, 4).unbind(0)  # each B × h × n × d
+        # The values (L·d wide) are far wider than the keys (d): no fused kernel takes that, so this is written out.
+        P = torch.softmax((q * self.scale) @ k.transpose(-2, -1), dim=-1)  # B × h × n × n
+        P = F.dropout(P, self.attn_drop, self.training)
+        f = a[:, :, 1:].unflatten(3, (h, d)).permute(0, 3, 1, 2, 4)  # B × h × n × L × d
+        f = f.reshape(B, h, n, (T - 1) * d)
+        return P @ f + f
+
+
+class SepViTBlock(nn.Module):
+    """Window token embedding, depthwise separable self-attention and MLP, pre-norm (paper, 3.1).
+
+    Args:
+        dim: channels C.
+        num_heads: heads h.
+        window_size: window side w.
+        grid: rows and columns of windows in the classification form, which learns a window token for each of them (none
+            for a single window); None for the dense form, whose window tokens are zeros.
+        mlp_ratio: hidden channels of the MLP over `dim`.
+        drop: dropout rate of the projection and the MLP.
+        attn_drop: dropout rate of the attention maps.
+        drop_path: rate of stochastic depth.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        grid: tuple[int, int] | None,
+        mlp_ratio: float = 4.0,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.grid = grid
+        self.zero_tokens = grid is None
+        learned_tokens = grid is not None and math.prod(grid) > 1
+
+        tokens = nn.Parameter(torch.zeros(1, math.prod(grid), 1, dim)) if learned_tokens else None
+        self.register_parameter("win_tokens", tokens)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=drop)
+        self.attn = SeparableSelfAttention(
+            dim, num_heads, window_size, self.zero_tokens or learned_tokens, attn_drop=attn_drop, proj_drop=drop
+        )
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B × H × W × C to the same."""
+        _, H, W, _ = x.shape
+        z = self.norm1(self.embed_window_tokens(window_partition(x, self.window_size)))
+        x = x + self.drop_path(self.attn(z, H, W))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def embed_window_tokens(self, windows: Tensor) -> Tensor:
+        """Put a window token in front of each window's pixels: B × n × L × C to B × n × (1+L) × C."""
+        if self.zero_tokens:
+            return F.pad(windows, (0, 0, 1, 0))
+        if self.win_tokens is None:
+            return windows
+        tokens = self.win_tokens.expand(windows.shape[0], -1, -1, -1)  # B × n × 1 × C
+        return torch.cat([tokens.to(windows.dtype), windows], dim=2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stages (paper, 3.1 and figure 2)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class OverlapPatchEmbed(nn.Module):
+    """Overlapping patch embedding: a strided convolution, then LayerNorm; B × C_in × H × W to B × H' × W' × C."""
+
+    def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride=stride, padding=kernel_size // 2)
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class ConditionalPositionalEncoding(nn.Module):
+    """Conditional positional encoding (PEG): x + dwconv3×3(x); B × H × W × C to the same."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class SepViTStages(nn.Module):
+    """The four stages, which both forms share; the dense form has a LayerNorm behind each.
+
+    Args:
+        img_size: image size (H, W) in pixels of the classification form, None for the dense form (any size).
+        in_chans: channels of the images.
+        embed_dims: channels of each stage.
+        num_heads: heads of each stage.
+        depths: blocks of each stage.
+        window_sizes: window sides of each stage's blocks, repeated to its depth.
+        mlp_ratio: hidden channels of the MLPs over a stage's channels.
+        drop_rate: dropout rate after the patch embeddings, the projections and in the MLPs.
+        attn_drop_rate: dropout rate of the attention maps.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first one.
+
+    Raises:
+        ValueError: an image size that is not positive.
+    """
+
+    def __init__(
+        self,
+        img_size: tuple[int, int] | None,
+        in_chans: int = 3,
+        embed_dims: Sequence[int] = (96, 192, 384, 768),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        depths: Sequence[int] = (1, 2, 6, 2),
+        window_sizes: Sequence[Sequence[int]] = ((7,), (7, 14), (7, 14), (7,)),
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if img_size is not None and min(img_size) < 1:
+            raise ValueError(f"img_size={img_size}: both sides must be at least 1 pixel")
+        self.img_size = img_size
+        self.in_chans = in_chans
+        self.embed_dims = tuple(embed_dims)
+        self.grad_checkpointing = False
+        self.feature_info = []
+
+        self.patch_embeds = nn.ModuleList()
+        self.pos_block = nn.ModuleList()
+        self.blocks = nn.ModuleList()
+        self.norm_list = nn.ModuleList()
+        self.pos_drop = nn.Dropout(drop_rate)
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        for i, (dim, depth) in enumerate(zip(embed_dims, depths)):
+            previous = in_chans if i == 0 else embed_dims[i - 1]
+            self.patch_embeds.append(OverlapPatchEmbed(previous, dim, *((7, 4) if i == 0 else (3, 2))))
+            self.pos_block.append(ConditionalPositionalEncoding(dim))
+            sides = [window_sizes[i][j % len(window_sizes[i])] for j in range(depth)]
+            self.blocks.append(
+                nn.ModuleList(
+                    SepViTBlock(
+                        dim,
+                        num_heads[i],
+                        side,
+                        None if img_size is None else window_grid(img_size, i, side),
+                        mlp_ratio=mlp_ratio,
+                        drop=drop_rate,
+                        attn_drop=attn_drop_rate,
+                        drop_path=drop_path_rates[i][j],
+                    )
+                    for j, side in enumerate(sides)
+                )
+            )
+            self.norm_list.append(nn.LayerNorm(dim, eps=1e-6) if img_size is None else nn.Identity())
+            last = f"blocks.{i}.{depth - 1}" if depth > 1 else f"pos_block.{i}"
+            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=last))
+        self.register_load_state_dict_pre_hook(_adapt_before_loading)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+            nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+            nn.init.zeros_(module.bias)
+
+    def forward_stages(self, x: Tensor, count: int = 4) -> list[Tensor]:
+        """Images, B × C_in × H × W, to the maps of the first `count` stages, B × H' × W' × C each."""
+        maps: list[Tensor] = []
+        stages = zip(self.patch_embeds, self.pos_block, self.blocks, self.norm_list)
+        for i, (patch_embed, pos_block, blocks, norm) in enumerate(stages):
+            if i < count:
+                x = self.pos_drop(patch_embed(x))  # B × H' × W' × C
+                for j, block in enumerate(blocks):
+                    if self.grad_checkpointing and not torch.jit.is_scripting():
+                        x = checkpoint(block, x)
+                    else:
+                        x = block(x)
+                    if j == 0:
+                        x = pos_block(x)
+                x = norm(x)  # the dense form's next stage starts from the normalised map, too
+                maps.append(x)
+                x = x.permute(0, 3, 1, 2)  # B × C × H' × W'
+        return maps
+
+    def keep_stages(self, count: int) -> None:
+        """Drop all stages but the first `count`."""
+        self.patch_embeds = self.patch_embeds[:count]
+        self.pos_block = self.pos_block[:count]
+        self.blocks = self.blocks[:count]
+        self.norm_list = self.norm_list[:count]
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the blocks' activations again in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters with two or more dimensions that are not to be decayed: the window tokens."""
+        return {name for name, _ in self.named_parameters() if name.endswith("win_tokens")}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort the parameters into layers, for layer decay: a group a block (`coarse`: a stage)."""
+        if coarse:
+            return dict(stem=r"^patch_embeds\.0", blocks=r"^(?:patch_embeds|pos_block|blocks)\.(\d+)")
+        return dict(
+            stem=r"^patch_embeds\.0",
+            blocks=[
+                (r"^(?:patch_embeds|pos_block)\.(\d+)", (0,)),
+                (r"^blocks\.(\d+)\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Classification form
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class SepViT(SepViTStages):
+    """SepViT for classification: stages, LayerNorm, pooling over all pixels, linear classifier.
+
+    Args:
+        img_size: image size in pixels, one number or (H, W).
+        num_classes: classes; 0 leaves the classifier out.
+        global_pool: 'avg', 'max', or '' for none: the classifier then runs on every pixel of the map.
+        **kwargs: see `SepViTStages`.
+
+    Raises:
+        ValueError: an unknown `global_pool`.
+    """
+
+    output_fmt = "NHWC"
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(to_2tuple(img_size), **kwargs)
+        self.num_classes = num_classes
+        self.global_pool = _checked_pool(global_pool)
+        self.num_features = self.head_hidden_size = self.embed_dims[-1]
+        self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.apply(self._init_weights)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images, B × C_in × H × W, to the last stage's normalised map, B × H/32 × W/32 × C.
+
+        Raises:
+            AssertionError: images of another size than `img_size`.
+        """
+        check_input_size(x, self.img_size)
+        return self.norm(self.forward_stages(x)[-1])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The map of `forward_features` to logits, B × classes, or (`pre_logits`) to the pooled features, B × C."""
+        if self.global_pool == "avg":
+            x = x.mean(dim=(1, 2))
+        elif self.global_pool == "max":
+            x = x.amax(dim=(1, 2))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images, B × C_in × H × W, to logits, B × classes."""
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier, `nn.Identity` where there is none."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one for `num_classes` classes (0: none), and the pooling if it is given."""
+        if global_pool is not None:
+            self.global_pool = _checked_pool(global_pool)
+        self.num_classes = num_classes
+        self.head = nn.Identity()
+        if num_classes > 0:
+            self.head = nn.Linear(self.num_features, num_classes, **get_device_dtype(self))
+            self._init_weights(self.head)
+        self.head.train(self.training)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make the model one for images of `img_size` pixels (one number or (H, W)), its weights kept.
+
+        Window tokens are resampled; pointwise attention appears (fresh) and goes as blocks come to more or fewer
+        windows, by the rule of the constructor.
+        """
+        img_size = to_2tuple(img_size)
+        if img_size == self.img_size:
+            return
+        state_dict = self.state_dict()
+        for i, blocks in enumerate(self.blocks):
+            for j, block in enumerate(blocks):
+                blocks[j] = self._resized_block(block, window_grid(img_size, i, block.window_size))
+        self.img_size = img_size
+        self.load_state_dict(state_dict)  # adapts the window tokens
+        update_model_input_size(self, img_size)
+
+    def _resized_block(self, block: SepViTBlock, grid: tuple[int, int]) -> SepViTBlock:
+        """A fresh block like `block` for a grid of windows."""
+        drop_path = block.drop_path.drop_prob if isinstance(block.drop_path, DropPath) else 0.0
+        resized = SepViTBlock(
+            block.norm1.normalized_shape[0],
+            block.attn.num_heads,
+            block.window_size,
+            grid,
+            mlp_ratio=block.mlp.fc1.out_features / block.mlp.fc1.in_features,
+            drop=block.attn.proj_drop.p,
+            attn_drop=block.attn.attn_drop,
+            drop_path=drop_path,
+        )
+        resized.apply(self._init_weights)
+        for (_, old), (_, new) in zip(block.named_parameters(), resized.named_parameters()):
+            new.requires_grad_(old.requires_grad)
+        return resized.to(**get_device_dtype(block)).train(block.training)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The stages' maps, as timm's models give them.
+
+        Args:
+            x: images, B × C_in × H × W.
+            indices: stages to give: the last n if a number, all if None, these if a sequence.
+            norm: give the last stage's map normalised; the others have no norm in this form.
+            stop_early: compute no stage behind the last one given.
+            output_fmt: 'NCHW' for B × C × H × W, 'NHWC' for B × H × W × C.
+            intermediates_only: give the maps alone, not the final features too.
+
+        Returns:
+            the maps, or the final features (as `forward_features`, where all stages were computed) and the maps.
+        """
+        _assert(output_fmt in ("NCHW", "NHWC"), "output_fmt must be NCHW or NHWC")
+        check_input_size(x, self.img_size)
+        take, last = feature_take_indices(len(self.blocks), indices)
+        maps = self.forward_stages(x, last + 1) if stop_early else self.forward_stages(x)
+        final = self.norm(maps[-1]) if len(maps) == len(self.embed_dims) else maps[-1]
+        intermediates = [final if norm and i == len(self.embed_dims) - 1 else maps[i] for i in take]
+        if output_fmt == "NCHW":
+            intermediates = [y.permute(0, 3, 1, 2).contiguous() for y in intermediates]
+        return intermediates if intermediates_only else (final, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the given stages' maps do not need; returns their indices."""
+        take, last = feature_take_indices(len(self.blocks), indices)
+        prune_end = last < len(self.blocks) - 1
+        self.keep_stages(last + 1)
+        self.num_features = self.head_hidden_size = self.embed_dims[last]
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()
+        if prune_head or prune_end:
+            self.reset_classifier(0, "")
+        return take
+
+
+def _checked_pool(global_pool: str) -> str:
+    if global_pool not in ("avg", "max", ""):
+        raise ValueError(f"global_pool={global_pool!r}: choose 'avg', 'max' or '' (none)")
+    return global_pool
+
+
+@register_notrace_function
+def check_input_size(x: Tensor, img_size: tuple[int, int]) -> None:
+    H, W = x.shape[-2:]
+    _assert(
+        img_size[0] == H and img_size[1] == W,
+        f"input of {H} × {W} pixels, but this model was built for {img_size[0]} × {img_size[1]}: "
+        "build it with img_size=(H, W) or call set_input_size",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dense prediction form
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class SepViTDense(SepViTStages):
+    """SepViT for dense prediction (segmentation, detection): images of any size to one normalised map a stage.
+
+    Args:
+        out_indices: stages whose maps are given; those behind the last of them are left out.
+        **kwargs: see `SepViTStages`.
+
+    Raises:
+        ValueError: an index that is not a stage.
+    """
+
+    def __init__(self, out_indices: Sequence[int] = (0, 1, 2, 3), **kwargs: Any) -> None:
+        super().__init__(None, **kwargs)
+        if not out_indices or not set(out_indices) <= set(range(len(self.blocks))):
+            raise ValueError(f"out_indices={tuple(out_indices)}: choose from the stages 0 to {len(self.blocks) - 1}")
+        self.out_indices = tuple(out_indices)
+        self.keep_stages(max(out_indices) + 1)
+        self.apply(self._init_weights)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images, B × C_in × H × W, to maps, B × C × H' × W', of strides 4, 8, 16 and 32 (those of `out_indices`)."""
+        maps = self.forward_stages(x)
+        return tuple(maps[i].permute(0, 3, 1, 2).contiguous() for i in self.out_indices)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints of another size or form
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Adaptation:
+    """What `adapt_state_dict` did: names of the entries it resampled, left at the model's fresh values, and dropped."""
+
+    resampled: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.resampled or self.fresh or self.dropped)
+
+    def __str__(self) -> str:
+        parts = (("resampled", self.resampled), ("fresh", self.fresh), ("left out", self.dropped))
+        return "; ".join(f"{what} {len(names)}: {', '.join(names)}" for what, names in parts if names)
+
+
+_TOKENS = re.compile(r"blocks\.(\d+)\.(\d+)\.win_tokens$")
+_POINTWISE = re.compile(r"blocks\.\d+\.\d+\.attn\.(win_tokens_norm|PSA_qk)\.(weight|bias)$")
+_HEAD = re.compile(r"(norm|head)\.(weight|bias)$")
+_OUTPUT_NORM = re.compile(r"norm_list\.\d+\.(weight|bias)$")
+
+
+def adapt_state_dict(state_dict: dict[str, Tensor], model: SepViTStages) -> Adaptation:
+    """Make a state dict of another image size, or of the classification form, one of `model`; changed in place.
+
+    Classification form: window tokens are resampled on their grid. The grid of the checkpoint follows from the number
+    of its window tokens: square where that is possible, else of the aspect nearest the model's. Pointwise attention
+    that one size has and the other lacks is left fresh or dropped.
+
+    Dense form: window tokens, final norm, classifier and stages that the model was built without are dropped; where
+    the checkpoint has no output norms, these and the pointwise attention it lacks are left fresh.
+
+    Whatever else differs stays as it is, for `load_state_dict` to refuse.
+
+    Args:
+        state_dict: the checkpoint's entries.
+        model: the model to load them into.
+    """
+    own = model.state_dict()
+    if isinstance(model, SepViTDense):
+        from_dense = any(map(_OUTPUT_NORM.match, state_dict))
+        may_drop = (_TOKENS, _HEAD, *(re.compile(rf"\w+\.{i}\.") for i in range(len(model.blocks), 4)))
+        may_be_fresh = () if from_dense else (_POINTWISE, _OUTPUT_NORM)
+        resampled = []
+    else:
+        resampled = _resample_window_tokens(state_dict, model)
+        may_drop = may_be_fresh = (_TOKENS, _POINTWISE) if resampled is not None else ()
+
+    def names(among: Iterator[str], patterns: Sequence[re.Pattern]) -> list[str]:
+        return [name for name in among if any(pattern.match(name) for pattern in patterns)]
+
+    dropped = names((name for name in list(state_dict) if name not in own), may_drop)
+    fresh = names((name for name in own if name not in state_dict), may_be_fresh)
+    for name in dropped:
+        del state_dict[name]
+    for name in fresh:
+        state_dict[name] = own[name]
+    return Adaptation(resampled or [], fresh, dropped)
+
+
+def _resample_window_tokens(state_dict: dict[str, Tensor], model: SepViTStages) -> list[str] | None:
+    """Resample window tokens in place; returns the names, or None where the checkpoint is of the model's own size."""
+    target = window_grid(model.img_size, 0, 7)
+    first = state_dict.get("blocks.0.0.win_tokens")
+    count = 1 if first is None else first.shape[1]
+    if count == math.prod(target):  # the first block's windows determine all others
+        return None
+    source = _source_grid(count, target)
+    resampled = []
+    for i, blocks in enumerate(model.blocks):
+        for j, block in enumerate(blocks):
+            name = f"blocks.{i}.{j}.win_tokens"
+            if name in state_dict and block.win_tokens is not None:
+                sevens = 2**i * block.window_size // 7  # windows of the first block along the side of one of this block
+                old_grid = tuple(math.ceil(side / sevens) for side in source)
+                if state_dict[name].shape[1] == math.prod(old_grid) and old_grid != block.grid:
+                    state_dict[name] = _resample_grid(state_dict[name], old_grid, block.grid)
+                    resampled.append(name)
+    return resampled
+
+
+def _source_grid(count: int, target: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a grid of `count` windows: square if it can be, else of the aspect nearest `target`'s."""
+    if math.isqrt(count) ** 2 == count:
+        return math.isqrt(count), math.isqrt(count)
+    grids = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+    return min(grids, key=lambda grid: abs(math.log(grid[0] / grid[1]) - math.log(target[0] / target[1])))
+
+
+def _resample_grid(tokens: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Window tokens of an old grid of windows, 1 × n × 1 × C, for a new one."""
+    C = tokens.shape[-1]
+    grid = tokens.float().view(1, *old, C).permute(0, 3, 1, 2)  # 1 × C × nh × nw
+    grid = F.interpolate(grid, size=new, mode="bicubic", antialias=True)
+    return grid.permute(0, 2, 3, 1).reshape(1, math.prod(new), 1, C).to(tokens.dtype)
+
+
+def _adapt_before_loading(model: SepViTStages, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Hook of `load_state_dict`: checkpoints of another size or form load by every way there is, and say so."""
+    entries = {name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+    adaptation = adapt_state_dict(entries, model)
+    state_dict.update({prefix + name: value for name, value in entries.items()})
+    if adaptation:
+        _logger.warning("checkpoint of another size or form: %s", adaptation)
+
+
+def variant_of(state_dict: dict[str, Tensor]) -> str | None:
+    """The variant a state dict belongs to, by its widths and depths; None where it is not SepViT's."""
+    stages: dict[int, set[int]] = {}
+    for name in state_dict:
+        if match := re.match(r"blocks\.(\d+)\.(\d+)\.attn\.DSA_qkv\.weight$", name):
+            stages.setdefault(int(match[1]), set()).add(int(match[2]))
+    depths = tuple(len(stages[i]) for i in sorted(stages))
+    weights = [state_dict.get(f"patch_embeds.{i}.proj.weight") for i in range(len(depths))]
+    embed_dims = tuple(weight.shape[0] for weight in weights if weight is not None)
+    for variant, sizes in VARIANTS.items():
+        if (embed_dims, depths) == (sizes["embed_dims"], sizes["depths"]):
+            return variant
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Variants (paper, table 1)
+# ----------------------------------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "SepViT_Lite": dict(embed_dims=(32, 64, 128, 256), num_heads=(1, 2, 4, 8), depths=(1, 2, 6, 2)),
+    "SepViT_Tiny": dict(embed_dims=(96, 192, 384, 768), num_heads=(3, 6, 12, 24), depths=(1, 2, 6, 2)),
+    "SepViT_Small": dict(embed_dims=(96, 192, 384, 768), num_heads=(3, 6, 12, 24), depths=(1, 2, 14, 2)),
+    "SepViT_Base": dict(embed_dims=(128, 256, 512, 1024), num_heads=(4, 8, 16, 32), depths=(1, 2, 14, 2)),
+}
+
+
+def create_dense(variant: str, **kwargs: Any) -> SepViTDense:
+    """The dense form of a variant ('SepViT_Tiny', …); `kwargs` as for `SepViTDense`.
+
+    Raises:
+        ValueError: an unknown variant.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r}: choose from {', '.join(VARIANTS)}")
+    return SepViTDense(**{**VARIANTS[variant], **kwargs})
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        variant: dict(
+            num_classes=1000,
+            input_size=(3, 224, 224),
+            fixed_input_size=True,
+            pool_size=(7, 7),
+            crop_pct=0.875,
+            interpolation="bicubic",
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+            first_conv="patch_embeds.0.proj",
+            classifier="head",
+            license="apache-2.0",
+        )
+        for variant in VARIANTS
+    }
+)
+
+
+def _create_sepvit(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    return build_model_with_cfg(
+        SepViT,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        **{**VARIANTS[variant], **kwargs},
+    )
+
+
+@register_model
+def SepViT_Lite(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SepViT-Lite: 3.7 M parameters, 0.57 G multiply-adds; `kwargs` as for `SepViT` and timm's `create_model`."""
+    return _create_sepvit("SepViT_Lite", pretrained, **kwargs)
+
+
+@register_model
+def SepViT_Tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SepViT-T: 31.2 M parameters, 4.5 G multiply-adds; `kwargs` as for `SepViT` and timm's `create_model`."""
+    return _create_sepvit("SepViT_Tiny", pretrained, **kwargs)
+
+
+@register_model
+def SepViT_Small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SepViT-S: 46.6 M parameters, 7.5 G multiply-adds; `kwargs` as for `SepViT` and timm's `create_model`."""
+    return _create_sepvit("SepViT_Small", pretrained, **kwargs)
+
+
+@register_model
+def SepViT_Base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SepViT-B: 82.4 M parameters, 13.1 G multiply-adds; `kwargs` as for `SepViT` and timm's `create_model`."""
+    return _create_sepvit("SepViT_Base", pretrained, **kwargs)
