@@ -1,0 +1,517 @@
+"""Train and evaluate SepViT on ImageNet and its kind. `python main.py --help` lists the settings."""
+
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import timm
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import get_pretrained_cfg_value
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.scheduler import create_scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+
+import utils
+from datasets import (
+    INAT_CATEGORIES,
+    ImageData,
+    build_dataset,
+    build_train_loader,
+    build_val_loader,
+    check_same_classes,
+    seed_everything,
+    set_epoch,
+)
+from engine import DistillationLoss, Precision, Training, evaluate, measure_throughput, train_one_epoch
+from sepvit import VARIANTS, adapt_state_dict
+from utils import UserError, print_main
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run what the settings ask for: training, evaluation, or throughput."""
+    check_settings(args)
+    device = utils.init_distributed(args.device, args.world_size, args.dist_url)
+    seed_everything(args.seed)
+    torch.backends.cudnn.benchmark = True
+    precision = build_precision(args, device)
+    needs_training_images = not (args.eval or args.throughput)
+    val = build_dataset(False, args)
+    train = build_dataset(True, args) if needs_training_images else None
+    model = build_model(args, val.num_classes, precision)
+    if args.throughput:
+        measure_throughput(model, build_val_loader(val, args), precision)
+    elif args.eval:
+        run_evaluation(args, model, val, precision)
+    else:
+        check_same_classes(train, val)
+        run_training(args, model, train, val, precision)
+
+
+def run_evaluation(args: argparse.Namespace, model: nn.Module, val: ImageData, precision: Precision) -> None:
+    """`--eval`: accuracy of the weights of `--resume`, and of the averaged ones where there are any."""
+    loader = build_val_loader(val, args)
+    checkpoint = utils.read_checkpoint(args.resume, "--resume") if args.resume else {}
+    if args.resume:
+        load_model(model, checkpoint, args)
+    else:
+        print_main("--eval without --resume: evaluating fresh weights")
+    evaluate(model, loader, precision, "validation", args)
+    if "model_ema" in checkpoint:
+        load_model(model, {"model": checkpoint["model_ema"]}, args)
+        evaluate(model, loader, precision, "validation, averaged weights", args)
+
+
+def run_training(
+    args: argparse.Namespace, model: nn.Module, train: ImageData, val: ImageData, precision: Precision
+) -> None:
+    """Train epoch by epoch; write checkpoints, log.txt, TensorBoard's files and curves.png."""
+    train_loader, val_loader = build_train_loader(train, args), build_val_loader(val, args)
+    if args.finetune:
+        finetune_from(args, model)
+    training = build_training(args, model, precision)
+    mixup = build_mixup(args, train.num_classes)
+    criterion = build_criterion(args, train.num_classes, precision, mixup is not None)
+    if args.resume:
+        resume(args, training)
+    folder = open_output_folder(args)
+    seed_everything(args.seed + utils.get_rank())  # the processes augment differently
+    with SummaryWriter(folder) if utils.is_main_process() else _NoWriter() as writer:
+        for epoch in range(args.start_epoch, args.epochs):
+            set_epoch(train_loader, epoch)
+            stats = train_one_epoch(training, train_loader, criterion, precision, epoch, args, mixup)
+            stats = {f"train_{name}": value for name, value in stats.items()}
+            stats |= evaluate_training(args, training, val_loader, precision, epoch)
+            training.lr_scheduler.step(epoch, stats["test_acc1"])
+            end_epoch(args, training, folder, writer, epoch, stats)
+    if utils.is_main_process():
+        utils.plot_curves(folder / "log.txt", folder / "curves.png")
+        print(f"best top-1 {training.best_accuracy:.3f} %; checkpoints, log.txt and curves.png are in {folder}")
+
+
+def evaluate_training(
+    args: argparse.Namespace, training: Training, loader: Any, precision: Precision, epoch: int
+) -> dict[str, float]:
+    """Validation of the network and of its averaged weights; names as in log.txt."""
+    stats = evaluate(training.model, loader, precision, f"epoch {epoch} validation", args)
+    stats = {f"test_{name}": value for name, value in stats.items()}
+    if training.ema is not None:
+        averaged = evaluate(training.ema.module, loader, precision, f"epoch {epoch} validation, averaged weights", args)
+        stats |= {f"test_ema_{name}": value for name, value in averaged.items()}
+    return stats
+
+
+def end_epoch(
+    args: argparse.Namespace,
+    training: Training,
+    folder: Path,
+    writer: SummaryWriter,
+    epoch: int,
+    stats: dict[str, float],
+) -> None:
+    """Write the epoch's checkpoints and logs."""
+    is_best = stats["test_acc1"] > training.best_accuracy
+    training.best_accuracy = max(training.best_accuracy, stats["test_acc1"])
+    if not utils.is_main_process():
+        return
+    checkpoint = training.checkpoint(epoch, args)
+    utils.save_checkpoint(checkpoint, folder / "checkpoint.pth")
+    if is_best:
+        utils.save_checkpoint(checkpoint, folder / "checkpoint_best.pth")
+    n_parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
+    utils.append_log(folder / "log.txt", {**stats, "epoch": epoch, "n_parameters": n_parameters})
+    for name, value in stats.items():
+        writer.add_scalar(name.replace("_", "/", 1), value, epoch)
+    writer.flush()
+
+
+class _NoWriter:
+    """Stands in for TensorBoard's writer on the processes that write nothing."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: Any) -> None:
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run is built from
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def build_precision(args: argparse.Namespace, device: torch.device) -> Precision:
+    """Device, number format and memory format. CUDA defaults to bfloat16 where it has it; CPU and MPS to float32."""
+    amp = args.amp
+    if amp == "auto":
+        amp = "off"
+        if device.type == "cuda":
+            amp = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    dtype = None if amp == "off" else getattr(torch, amp)
+    return Precision(device, dtype, torch.channels_last if args.channels_last else torch.contiguous_format)
+
+
+def build_model(args: argparse.Namespace, num_classes: int, precision: Precision) -> nn.Module:
+    """The network on its device."""
+    kwargs = dict(num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
+    if get_pretrained_cfg_value(args.model, "fixed_input_size"):
+        kwargs["img_size"] = args.input_size
+    model = timm.create_model(args.model, **kwargs)
+    model.to(precision.device, memory_format=precision.memory_format)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if args.compile:
+        model.compile()
+    return model
+
+
+def build_training(args: argparse.Namespace, model: nn.Module, precision: Precision) -> Training:
+    """Optimiser, schedule, gradient scaling, averaged weights and the data-parallel wrapper around a network."""
+    # The published recipe's learning rate is for 512 images a step.
+    images_per_step = args.batch_size * args.accum_steps * utils.get_world_size()
+    kwargs = optimizer_kwargs(cfg=args) | {"lr": args.lr * images_per_step / 512}
+    if precision.device.type == "cuda" and args.opt in ("adam", "adamw"):
+        kwargs["fused"] = True  # one kernel a step; and with float16 it needs no word from the GPU to skip a step
+    optimizer = create_optimizer_v2(model, **kwargs)
+    lr_scheduler, _ = create_scheduler(args, optimizer)
+    ema = None
+    if args.model_ema:
+        ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+    wrapped = model
+    if dist.is_initialized():
+        device_ids = [precision.device.index] if precision.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    return Training(model, wrapped, optimizer, lr_scheduler, precision.scaler(), ema)
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    """Mixup and CutMix, or None where both are off."""
+    if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def build_criterion(
+    args: argparse.Namespace, num_classes: int, precision: Precision, soft_targets: bool
+) -> DistillationLoss:
+    """The training loss: cross entropy with soft, smoothed or plain targets, and the teacher's part."""
+    if soft_targets:
+        base = SoftTargetCrossEntropy()
+    elif args.smoothing > 0:
+        base = LabelSmoothingCrossEntropy(smoothing=args.smoothing)
+    else:
+        base = nn.CrossEntropyLoss()
+    if args.distillation_type == "none":
+        return DistillationLoss(base)
+    what = f"--teacher-path {args.teacher_path}"
+    weights = utils.weights_of(utils.read_checkpoint(args.teacher_path, "--teacher-path"), what)
+    kwargs = {"img_size": args.input_size} if get_pretrained_cfg_value(args.teacher_model, "fixed_input_size") else {}
+    teacher = timm.create_model(args.teacher_model, num_classes=num_classes, **kwargs)
+    utils.load_weights(teacher, weights, what)
+    teacher.to(precision.device, memory_format=precision.memory_format).eval().requires_grad_(False)
+    return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(model: nn.Module, checkpoint: dict[str, Any], args: argparse.Namespace) -> None:
+    """Load the weights of `--resume`; says what another image size made necessary."""
+    what = f"--resume {args.resume}"
+    adaptation = utils.load_weights(model, utils.weights_of(checkpoint, what), what)
+    if adaptation:
+        print_main(f"{what}: of another image size; {adaptation}")
+
+
+def finetune_from(args: argparse.Namespace, model: nn.Module) -> None:
+    """`--finetune`: start from weights of another number of classes or another image size; says what was done."""
+    what = f"--finetune {args.finetune}"
+    weights = utils.weights_of(utils.read_checkpoint(args.finetune, "--finetune"), what, prefer_ema=True)
+    own = model.state_dict()
+    classifier = model.default_cfg["classifier"]
+    head = [name for name in weights if name.startswith(f"{classifier}.")]
+    left_out = [name for name in head if name in own and weights[name].shape != own[name].shape]
+    for name in head if left_out else ():
+        weights[name] = own[name]
+    fresh = list(left_out and head)
+    given = set(weights) - set(fresh)
+    adaptation = adapt_state_dict(weights, model) if args.model in VARIANTS else None
+    utils.load_weights(model, weights, what)
+    loaded = len(given & set(own)) - (len(adaptation.resampled) if adaptation else 0)
+    print_main(f"{what}: loaded {loaded} of {len(own)} entries as they are")
+    if adaptation:
+        print_main(f"{what}: another image size; {adaptation}")
+    if fresh:
+        print_main(f"{what}: another number of classes; fresh {len(fresh)}: {', '.join(fresh)}")
+
+
+def resume(args: argparse.Namespace, training: Training) -> None:
+    """`--resume`: go on behind the checkpoint's epoch; a bare state dict gives the weights alone."""
+    checkpoint = utils.read_checkpoint(args.resume, "--resume")
+    what = f"--resume {args.resume}"
+    adaptation = utils.load_weights(training.model, utils.weights_of(checkpoint, what), what)
+    if adaptation:
+        raise UserError(f"{what}: of another image size than --input-size {args.input_size}; --finetune takes it")
+    if training.ema is not None:
+        utils.load_weights(training.ema.module, utils.weights_of(checkpoint, what, prefer_ema=True), what)
+    if "optimizer" not in checkpoint:
+        print_main(f"{what}: weights only; the optimiser and the schedule start afresh")
+        return
+    try:
+        training.optimizer.load_state_dict(checkpoint["optimizer"])
+        training.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        training.scaler.load_state_dict(checkpoint["scaler"] or training.scaler.state_dict())
+        args.start_epoch = checkpoint["epoch"] + 1
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{what}: its training state does not fit ({error}); --finetune takes its weights") from None
+    training.best_accuracy = checkpoint.get("best_accuracy", 0.0)
+    training.steps = checkpoint.get("steps", 0)
+    print_main(f"{what}: going on with epoch {args.start_epoch}")
+
+
+def open_output_folder(args: argparse.Namespace) -> Path:
+    """The output folder, ready for the run's files.
+
+    Raises:
+        UserError: it cannot be written, or holds another run.
+    """
+    folder = Path(args.output_dir or args.model)
+
+    def prepare() -> None:
+        checkpoint = folder / "checkpoint.pth"
+        if checkpoint.exists() and not args.resume:
+            way_out = f"go on with --resume {checkpoint}, or name another folder"
+            raise UserError(f"--output_dir {folder}: holds a run already; {way_out}")
+        utils.make_folder(folder, "--output_dir")
+        if not args.resume:
+            (folder / "log.txt").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+
+    utils.on_main_process(prepare)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Any:
+    """Type of a setting that lies in [low, high], or (`open_low`) in (low, high]."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high or (open_low and value == low):
+            bound = f"above {low}" if open_low else f"at least {low}"
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range: {bound}" + ("" if high == math.inf else f" and at most {high}")
+            )
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+positive_int, natural = _number(int, 1), _number(int, 0)
+positive, non_negative, fraction = _number(float, 0, open_low=True), _number(float, 0), _number(float, 0, 1)
+
+
+def build_parser() -> Parser:
+    """All settings with the defaults of the published recipe."""
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    add_run_settings(parser.add_argument_group("run"))
+    add_device_settings(parser.add_argument_group("devices and processes"))
+    add_model_settings(parser.add_argument_group("model"))
+    add_optimizer_settings(parser.add_argument_group("optimiser"))
+    add_schedule_settings(parser.add_argument_group("schedule"))
+    add_augmentation_settings(parser.add_argument_group("augmentation"))
+    add_mixing_settings(parser.add_argument_group("mixing"))
+    add_distillation_settings(parser.add_argument_group("distillation"))
+    add_data_settings(parser.add_argument_group("data"))
+    return parser
+
+
+def add_run_settings(group: Any) -> None:
+    add = group.add_argument
+    add("--batch-size", type=positive_int, default=64, help="images a process and forward pass")
+    add("--accum-steps", type=positive_int, default=1, help="forward passes whose gradients add up to one step")
+    add("--epochs", type=natural, default=300)
+    add("--start_epoch", type=natural, default=0)
+    add("--seed", type=natural, default=0)
+    add("--output_dir", default="", help="folder for checkpoints and logs; the model's name where none is given")
+    add("--resume", default="", help="checkpoint to go on from or to evaluate, a path or an https address")
+    add("--finetune", default="", help="checkpoint to start from, of any number of classes and image size")
+    add("--eval", action="store_true", help="evaluate only")
+    add("--dist-eval", action="store_true", help="share the validation images out to the processes")
+    add("--throughput", action="store_true", help="measure images a second only")
+    add("--print-freq", type=positive_int, default=20, help="batches between two reports")
+
+
+def add_device_settings(group: Any) -> None:
+    add = group.add_argument
+    add("--device", default=utils.best_device(), help="cuda, mps or cpu; the best there is by default")
+    add("--amp", choices=("auto", "bfloat16", "float16", "off"), default="auto",
+        help="mixed precision; auto: bfloat16 or float16 on CUDA, off elsewhere")  # fmt: skip
+    add("--compile", action="store_true", help="compile the network with torch.compile")
+    add("--channels-last", action="store_true", help="keep images channels last in memory")
+    add("--grad-checkpointing", action="store_true", help="compute activations twice to save memory")
+    add("--num_workers", type=natural, default=10, help="processes that load images, a process")
+    add("--pin-mem", action=argparse.BooleanOptionalAction, default=True, help="load images into pinned memory")
+    add("--world_size", type=positive_int, default=1, help="number of processes, where the environment tells none")
+    add("--dist_url", default="env://", help="where the processes meet")
+
+
+def add_model_settings(group: Any) -> None:
+    add = group.add_argument
+    add("--model", default="SepViT_Tiny", help=f"{', '.join(VARIANTS)}, or any model of timm's")
+    add("--input-size", type=positive_int, default=224, help="side of the images in pixels")
+    add("--drop", type=fraction, default=0.0, help="dropout rate")
+    add("--drop-path", type=fraction, default=0.2, help="stochastic depth rate of the last block")
+    add("--model-ema", action="store_true", help="average the weights, evaluate and save the average too")
+    add("--model-ema-decay", type=fraction, default=0.9999)
+    add("--model-ema-warmup", action="store_true", help="let the decay rise with the steps, for short runs")
+
+
+def add_optimizer_settings(group: Any) -> None:
+    add = group.add_argument
+    add("--opt", default="adamw", help="an optimiser of timm's")
+    add("--opt-eps", type=positive, default=1e-8)
+    add("--opt-betas", type=fraction, nargs="+", default=None, help="the optimiser's own by default")
+    add("--clip-grad", type=non_negative, default=5.0, help="largest norm of the gradients; 0: any")
+    add("--momentum", type=fraction, default=0.9)
+    add("--weight-decay", type=non_negative, default=0.05)
+
+
+def add_schedule_settings(group: Any) -> None:
+    add = group.add_argument
+    add("--sched", choices=("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant"), default="cosine")
+    add("--lr", type=non_negative, default=5e-4, help="learning rate for 512 images a step; scaled to the run's")
+    add("--lr-noise", type=fraction, nargs="+", default=None, help="parts of the schedule with noise")
+    add("--lr-noise-pct", type=positive, default=0.67)
+    add("--lr-noise-std", type=positive, default=1.0)
+    add("--warmup-lr", type=non_negative, default=1e-6)
+    add("--min-lr", type=non_negative, default=1e-5)
+    add("--decay-epochs", type=positive, default=30)
+    add("--warmup-epochs", type=natural, default=5)
+    add("--cooldown-epochs", type=natural, default=10)
+    add("--patience-epochs", type=natural, default=10)
+    add("--decay-rate", type=positive, default=0.1)
+
+
+def add_augmentation_settings(group: Any) -> None:
+    add = group.add_argument
+    add("--scale", type=fraction, nargs=2, default=(0.08, 1.0), help="area of the random crop, least and most")
+    add("--hflip", type=fraction, default=0.5, help="probability of a horizontal flip")
+    add("--color-jitter", type=non_negative, default=0.4)
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's name of an automatic augmentation; '' for none")
+    add("--smoothing", type=fraction, default=0.1, help="label smoothing")
+    add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic")
+    add("--repeated-aug", action=argparse.BooleanOptionalAction, default=False)
+    add("--reprob", type=fraction, default=0.25, help="probability of random erasing")
+    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what is put in place of the erased")
+    add("--recount", type=positive_int, default=1, help="erased places an image")
+    add("--resplit", action="store_true", help="accepted for DeiT's commands; it acts on augmentation splits only")
+
+
+def add_mixing_settings(group: Any) -> None:
+    add = group.add_argument
+    add("--mixup", type=non_negative, default=0.8, help="alpha; 0 turns it off")
+    add("--cutmix", type=non_negative, default=1.0, help="alpha; 0 turns it off")
+    add("--cutmix-minmax", type=fraction, nargs=2, default=None, help="share of the image cut, in place of alpha")
+    add("--mixup-prob", type=fraction, default=1.0, help="probability that a batch is mixed")
+    add("--mixup-switch-prob", type=fraction, default=0.5, help="probability of CutMix where both are on")
+    add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch")
+
+
+def add_distillation_settings(group: Any) -> None:
+    add = group.add_argument
+    add("--distillation-type", choices=("none", "soft", "hard"), default="none")
+    add("--teacher-model", default="regnety_160", help="any model of timm's")
+    add("--teacher-path", default="", help="the teacher's checkpoint, a path or an https address")
+    add("--distillation-alpha", type=fraction, default=0.5, help="share of the teacher's part of the loss")
+    add("--distillation-tau", type=positive, default=1.0, help="temperature of soft distillation")
+
+
+def add_data_settings(group: Any) -> None:
+    add = group.add_argument
+    add("--data-path", default="imagenet")
+    add("--data-set", default="IMNET", help="IMNET (a folder of class folders), CIFAR, INAT, INAT19, or a name of "
+        "timm's readers: wds/…, hfds/…, tfds/…, torch/…")  # fmt: skip
+    add("--inat-category", choices=INAT_CATEGORIES, default="name")
+    add("--num-classes", type=positive_int, default=None, help="for timm's readers that do not tell")
+    add("--train-split", default="train", help="of timm's readers; webdatasets: shards{00..99}.tar|samples, too")
+    add("--val-split", default="validation", help="likewise")
+    add("--train-num-samples", type=positive_int, default=None, help="for timm's readers that do not tell")
+    add("--val-num-samples", type=positive_int, default=None, help="likewise")
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Refuse settings that cannot work, before anything is built or written.
+
+    Raises:
+        UserError: the first one found.
+    """
+    for flag, name in (("--model", args.model), ("--teacher-model", args.teacher_model)):
+        if not timm.is_model(name):
+            raise UserError(f"{flag} {name}: unknown; choose {', '.join(VARIANTS)}, or a model of timm's")
+    if args.opt not in list_optimizers():
+        raise UserError(f"--opt {args.opt}: unknown; choose one of timm's, such as adamw, sgd, lamb")
+    if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", args.device):
+        raise UserError(f"--device {args.device}: unknown; choose cuda, mps or cpu")
+    kind = args.device.split(":")[0]
+    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"--device {args.device}: not available here; choose {utils.best_device()}")
+    if "/" not in args.data_set and args.data_set not in ("IMNET", "CIFAR", "INAT", "INAT19"):
+        raise UserError(f"--data-set {args.data_set}: unknown; choose IMNET, CIFAR, INAT, INAT19 or wds/…, hfds/…")
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixes and args.batch_size % 2 and not (args.eval or args.throughput):
+        raise UserError(f"--batch-size {args.batch_size}: mixup and cutmix take an even one; or --mixup 0 --cutmix 0")
+    if args.distillation_type != "none" and not args.teacher_path:
+        raise UserError(f"--distillation-type {args.distillation_type}: needs the teacher's --teacher-path")
+    if args.resume and args.finetune:
+        raise UserError("--resume and --finetune: choose one, to go on with a run or to start another from its weights")
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    try:
+        main(build_parser().parse_args(arguments))
+    except UserError as error:
+        if utils.is_main_process():
+            print(f"main.py: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

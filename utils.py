@@ -1,0 +1,345 @@
+"""What training and evaluation share: users' errors, processes, checkpoints, progress, log files and curves."""
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sepvit import Adaptation, SepViTStages, adapt_state_dict, variant_of
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line that names the thing, the value and the way out. The exit status is 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def best_device() -> str:
+    """The best kind of device there is: 'cuda', 'mps' or 'cpu'."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _slurm_variables() -> dict[str, str]:
+    """The variables that torchrun would set, from those of a SLURM job step of several tasks; empty outside one."""
+    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) < 2 or "SLURM_PROCID" not in os.environ:
+        return {}
+    variables = dict(
+        RANK=os.environ["SLURM_PROCID"],
+        WORLD_SIZE=os.environ["SLURM_NTASKS"],
+        LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0"),
+    )
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "localhost")
+        variables["MASTER_ADDR"] = _first_node(nodes)
+    if "MASTER_PORT" not in os.environ:
+        # the same on all tasks of a job, another one for another job on the node
+        variables["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000)
+    return variables
+
+
+def _first_node(nodes: str) -> str:
+    """The first host of a SLURM node list such as 'gpu[03-05,9],cpu1'."""
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(f"SLURM node list {nodes}: `{' '.join(command)}` failed ({error}); set MASTER_ADDR") from None
+
+
+def init_distributed(device: str, world_size: int, dist_url: str) -> torch.device:
+    """Join the process group if torchrun, torch.distributed.launch or SLURM started several processes.
+
+    Args:
+        device: 'cuda', 'mps' or 'cpu', or one with an index. nccl joins CUDA processes, gloo all others.
+        world_size: number of processes where the environment does not tell it.
+        dist_url: where the processes meet (`env://`: MASTER_ADDR and MASTER_PORT).
+
+    Returns:
+        this process's device.
+    """
+    os.environ.update(_slurm_variables())
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", world_size))
+    if "RANK" not in os.environ or world_size < 1:
+        return torch.device(device)
+    if device == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        device = f"cuda:{index}"
+        torch.cuda.set_device(index)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(
+        backend, init_method=dist_url, rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
+    )
+    return torch.device(device)
+
+
+def get_world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def get_rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes; also told before the group is joined."""
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+
+
+def print_main(*parts: Any) -> None:
+    """Print on the main process alone."""
+    if is_main_process():
+        print(*parts, flush=True)
+
+
+def on_main_process(function: Callable[[], None]) -> None:
+    """Run a function on the main process; what it refuses is refused on all of them, so that none waits for it.
+
+    Raises:
+        UserError: the function's.
+    """
+    refusal: list[UserError | None] = [None]
+    if is_main_process():
+        try:
+            function()
+        except UserError as error:
+            refusal = [error]
+    if get_world_size() > 1:
+        dist.broadcast_object_list(refusal)
+    if refusal[0] is not None:
+        raise refusal[0]
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of the processes' tensors, on all of them."""
+    if get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
+    """Read a checkpoint from a path or an https address, without running anything it holds.
+
+    Args:
+        path: path or https address.
+        flag: the command's flag that named it, for messages.
+
+    Raises:
+        UserError: it is missing, truncated, no checkpoint, or would run code.
+    """
+    what = f"{flag} {path}"
+    try:
+        if path.startswith("https://"):
+            checkpoint = torch.hub.load_state_dict_from_url(
+                path, map_location="cpu", check_hash=True, weights_only=True, progress=is_main_process()
+            )
+        elif not Path(path).is_file():
+            raise UserError(f"{what}: no such file")
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except URLError as error:
+        raise UserError(f"{what}: download failed ({error.reason})") from None
+    except OSError as error:
+        raise UserError(f"{what}: cannot be read ({error.strerror or error})") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        if match := re.search(r"Unsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error)):
+            raise UserError(f"{what}: refused, it holds {match[1]}, which could run code; save tensors only") from None
+        raise UserError(f"{what}: not a checkpoint, or a truncated one") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{what}: not a checkpoint, it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) -> dict[str, Tensor]:
+    """The model's state dict in a checkpoint, which may be one itself; prefixes of wrappers are taken off.
+
+    Args:
+        checkpoint: as `read_checkpoint` gives it.
+        what: flag and path, for messages.
+        prefer_ema: take the averaged weights where the checkpoint has them.
+
+    Raises:
+        UserError: there are no weights in it.
+    """
+    keys = ("model_ema", "model", "state_dict") if prefer_ema else ("model", "state_dict")
+    weights = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in weights.items()}
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{what}: holds no model weights (expected a state dict, or one under 'model')")
+    return weights
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], what: str) -> Adaptation:
+    """Load a state dict, strictly but for what another image size needs; says what was adapted.
+
+    Raises:
+        UserError: it is of another variant, another number of classes, or another architecture.
+    """
+    weights = dict(weights)
+    expected = model.state_dict()
+    is_sepvit = isinstance(model, SepViTStages)
+    held, wanted = variant_of(weights), variant_of(expected)
+    if is_sepvit and held != wanted:
+        raise UserError(f"{what}: holds {held or 'no SepViT'}, not {wanted}; name it with --model")
+    adaptation = adapt_state_dict(weights, model) if is_sepvit else Adaptation()
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or unexpected:
+        parts = [f"{len(names)} {kind} ({names[0]}, …)" for kind, names in
+                 (("entries are missing", missing), ("are unexpected", unexpected)) if names]  # fmt: skip
+        raise UserError(f"{what}: another architecture: {', '.join(parts)}")
+    for name, value in weights.items():
+        if value.shape != expected[name].shape:
+            shapes = f"{name} is {tuple(value.shape)}, the model's {tuple(expected[name].shape)}"
+            way_out = "; --finetune gives the model a new head" if name.startswith("head.") else ""
+            raise UserError(f"{what}: does not fit this model: {shapes}{way_out}")
+    model.load_state_dict(weights)
+    return adaptation
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint so that a reader sees the previous file or the whole of the next one."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(checkpoint, temporary)
+    os.replace(temporary, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Progress
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Iterates over batches and shows how it goes: a bar on a terminal, a line every so often in a file.
+
+    Args:
+        batches: the batches; their number is their `len`.
+        title: in front of each line.
+        every: batches between two reports. Numbers that live on a GPU are waited for only then.
+        later: how many more such rounds the run has, for its time left.
+    """
+
+    def __init__(self, batches: Iterable[Any], title: str, every: int, later: int = 0) -> None:
+        self.batches = batches
+        self.title = title
+        self.every = every
+        self.later = later
+        self.total = len(batches)
+        self.images = 0
+        self.done = 0
+        self.start = time.perf_counter()
+        self.bar = None
+        if is_main_process() and sys.stdout.isatty():
+            layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            self.bar = tqdm(total=self.total, desc=title, bar_format=layout, file=sys.stdout, dynamic_ncols=True)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            for batch in self.batches:
+                yield batch
+                if self.bar is not None:
+                    self.bar.update()
+        finally:
+            if self.bar is not None:
+                self.bar.close()
+
+    def advance(self, images: int) -> bool:
+        """Count a batch of `images` images (of all processes); tells whether it is time to report."""
+        self.done += 1
+        self.images += images
+        return self.done % self.every == 0 or self.done == self.total
+
+    def report(self, **values: str) -> None:
+        """Show values, the speed so far and the time left."""
+        seconds = time.perf_counter() - self.start
+        left = seconds / self.done * (self.total - self.done)
+        values["images/s"] = f"{self.images / seconds:.1f}"
+        if self.bar is None:
+            values["left"] = str(timedelta(seconds=round(left)))
+        if self.later:
+            values["run left"] = str(timedelta(seconds=round(left + self.later * seconds / self.done * self.total)))
+        text = ", ".join(f"{name} {value}" for name, value in values.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            print_main(f"{self.title} [{self.done:{len(str(self.total))}}/{self.total}] {text}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The output folder
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """Make a folder and check that files can be written there.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror}); name another folder") from None
+
+
+def append_log(path: Path, entry: dict[str, Any]) -> None:
+    """Add a line, one JSON object, to log.txt."""
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def plot_curves(log: Path, picture: Path) -> None:
+    """Draw loss, accuracy and learning rate of log.txt over the epochs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import: only when there is a run to draw
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    panels = {
+        "loss": {"train_loss": "training", "test_loss": "validation", "test_ema_loss": "validation, averaged weights"},
+        "accuracy (%)": {"test_acc1": "top-1", "test_acc5": "top-5", "test_ema_acc1": "top-1, averaged weights"},
+        "learning rate": {"train_lr": "learning rate"},
+    }
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for name, label in curves.items():
+            points = [(entry["epoch"], entry[name]) for entry in entries if name in entry]
+            if points:
+                axes.plot(*zip(*points), marker="o" if len(points) < 30 else "", label=label)
+        axes.set(xlabel="epoch", title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(picture, dpi=100)
