@@ -1,9 +1,13 @@
 """Train and evaluate SepViT on ImageNet and its kind. `python main.py --help` lists the settings."""
 
 import argparse
+import json
 import math
 import re
 import sys
+import time
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,10 +68,13 @@ def run_evaluation(args: argparse.Namespace, model: nn.Module, val: ImageData, p
         load_model(model, checkpoint, args)
     else:
         print_main("--eval without --resume: evaluating fresh weights")
-    evaluate(model, loader, precision, "validation", args)
+    stats = prefixed("test", evaluate(model, loader, precision, "validation", args))
     if "model_ema" in checkpoint:
         load_model(model, {"model": checkpoint["model_ema"]}, args)
-        evaluate(model, loader, precision, "validation, averaged weights", args)
+        stats |= prefixed("test_ema", evaluate(model, loader, precision, "validation, averaged weights", args))
+    if args.output_dir and utils.is_main_process():
+        utils.make_folder(Path(args.output_dir), "--output_dir")
+        (Path(args.output_dir) / "eval.json").write_text(json.dumps(stats) + "\n")
 
 
 def run_training(
@@ -84,29 +91,35 @@ def run_training(
         resume(args, training)
     folder = open_output_folder(args)
     seed_everything(args.seed + utils.get_rank())  # the processes augment differently
-    with SummaryWriter(folder) if utils.is_main_process() else _NoWriter() as writer:
+    start = time.perf_counter()
+    with SummaryWriter(folder) if utils.is_main_process() else nullcontext() as writer:
         for epoch in range(args.start_epoch, args.epochs):
             set_epoch(train_loader, epoch)
-            stats = train_one_epoch(training, train_loader, criterion, precision, epoch, args, mixup)
-            stats = {f"train_{name}": value for name, value in stats.items()}
+            stats = prefixed("train", train_one_epoch(training, train_loader, criterion, precision, epoch, args, mixup))
             stats |= evaluate_training(args, training, val_loader, precision, epoch)
             training.lr_scheduler.step(epoch, stats["test_acc1"])
             end_epoch(args, training, folder, writer, epoch, stats)
     if utils.is_main_process():
         utils.plot_curves(folder / "log.txt", folder / "curves.png")
-        print(f"best top-1 {training.best_accuracy:.3f} %; checkpoints, log.txt and curves.png are in {folder}")
+        duration = timedelta(seconds=round(time.perf_counter() - start))
+        print(f"trained in {duration}, best top-1 {training.best_accuracy:.3f} %: checkpoints, log.txt and curves.png "
+              f"are in {folder}")  # fmt: skip
 
 
 def evaluate_training(
     args: argparse.Namespace, training: Training, loader: Any, precision: Precision, epoch: int
 ) -> dict[str, float]:
     """Validation of the network and of its averaged weights; names as in log.txt."""
-    stats = evaluate(training.model, loader, precision, f"epoch {epoch} validation", args)
-    stats = {f"test_{name}": value for name, value in stats.items()}
+    stats = prefixed("test", evaluate(training.model, loader, precision, f"epoch {epoch} validation", args))
     if training.ema is not None:
         averaged = evaluate(training.ema.module, loader, precision, f"epoch {epoch} validation, averaged weights", args)
-        stats |= {f"test_ema_{name}": value for name, value in averaged.items()}
+        stats |= prefixed("test_ema", averaged)
     return stats
+
+
+def prefixed(prefix: str, stats: dict[str, float]) -> dict[str, float]:
+    """Figures under the names that log.txt gives them."""
+    return {f"{prefix}_{name}": value for name, value in stats.items()}
 
 
 def end_epoch(
@@ -131,16 +144,6 @@ def end_epoch(
     for name, value in stats.items():
         writer.add_scalar(name.replace("_", "/", 1), value, epoch)
     writer.flush()
-
-
-class _NoWriter:
-    """Stands in for TensorBoard's writer on the processes that write nothing."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: Any) -> None:
-        return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -283,6 +286,10 @@ def resume(args: argparse.Namespace, training: Training) -> None:
         args.start_epoch = checkpoint["epoch"] + 1
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{what}: its training state does not fit ({error}); --finetune takes its weights") from None
+    if args.start_epoch >= args.epochs:
+        raise UserError(
+            f"{what}: has all {args.epochs} epochs behind it; --eval evaluates it, a higher --epochs goes on"
+        )
     training.best_accuracy = checkpoint.get("best_accuracy", 0.0)
     training.steps = checkpoint.get("steps", 0)
     print_main(f"{what}: going on with epoch {args.start_epoch}")
@@ -360,7 +367,7 @@ def add_run_settings(group: Any) -> None:
     add = group.add_argument
     add("--batch-size", type=positive_int, default=64, help="images a process and forward pass")
     add("--accum-steps", type=positive_int, default=1, help="forward passes whose gradients add up to one step")
-    add("--epochs", type=natural, default=300)
+    add("--epochs", type=positive_int, default=300)
     add("--start_epoch", type=natural, default=0)
     add("--seed", type=natural, default=0)
     add("--output_dir", default="", help="folder for checkpoints and logs; the model's name where none is given")

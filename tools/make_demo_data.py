@@ -2,8 +2,8 @@
 
     python tools/make_demo_data.py --out DIR
 
-DIR/imagenet/{train,val}/<class>/*.png: scikit-learn's 1,797 handwritten digits (the test part of the UCI set of Alpaydin
-and Kaynak) in ImageNet's layout, a fifth of each class in val/.
+DIR/imagenet/{train,val}/<class>/*.png: scikit-learn's 1,797 handwritten digits (the test part of the UCI set of
+Alpaydin and Kaynak) in ImageNet's layout, a fifth of each class in val/.
 """
 
 import argparse

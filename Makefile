@@ -1,0 +1,53 @@
+# make demo   install what classification needs, train SepViT_Lite on handwritten digits, evaluate, show the result
+# make test   install the rest, check style, run every test
+# VENV names the virtual environment, PYTHON the Python (3.10 to 3.12) that makes it.
+VENV ?= .venv
+PYTHON ?= python3
+DEMO ?= demo
+RUN = $(VENV)/bin/python
+PIP = $(RUN) -m pip --disable-pip-version-check install --quiet
+# The Python whose fitness is checked: the environment's where there is one already.
+CHECKED = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
+
+.PHONY: demo test test-long lint install install-test
+
+# The recipe's augmentation and regularisation are for 300 epochs of ImageNet; four epochs of digits go without.
+DEMO_RECIPE = --epochs 4 --batch-size 32 --lr 0.016 --warmup-epochs 0 --drop-path 0 --mixup 0 --cutmix 0 --smoothing 0 \
+	--reprob 0 --color-jitter 0 --aa= --scale 0.8 1 --hflip 0 --num_workers 1
+
+demo: install
+	$(RUN) tools/make_demo_data.py --out $(DEMO)
+	rm -rf $(DEMO)/run
+	$(RUN) main.py --model SepViT_Lite --data-path $(DEMO)/imagenet --output_dir $(DEMO)/run $(DEMO_RECIPE)
+	$(RUN) main.py --eval --resume $(DEMO)/run/checkpoint.pth --model SepViT_Lite --data-path $(DEMO)/imagenet \
+		--output_dir $(DEMO)/run --num_workers 1
+	$(RUN) tools/show_demo.py --run $(DEMO)/run
+
+test: install-test lint
+	$(RUN) -m pytest -m "not slow"
+
+test-long: install-test
+	$(RUN) -m pytest
+
+lint: install-test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+install: $(VENV)/.installed
+install-test: $(VENV)/.installed-test
+
+$(VENV)/.installed: requirements.txt
+	@$(CHECKED) tools/check_setup.py
+	@echo "installing requirements.txt into $(VENV): torch is 5 GB, allow minutes"
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed requirements-mm.txt tools/requirements-build.txt tests/requirements.txt
+	@$(CHECKED) tools/check_setup.py --compiler
+	@echo "installing requirements-mm.txt into $(VENV): mmcv's operators compile for 10 to 15 minutes on two cores"
+	$(PIP) -r tools/requirements-build.txt
+	$(PIP) --no-build-isolation --no-deps -r requirements-mm.txt
+	$(PIP) -r tests/requirements.txt
+	$(RUN) -c "import mmcv.ops, mmdet, mmseg"
+	@touch $@
