@@ -1,0 +1,108 @@
+"""What the tests share: the published weights' recipe, the demo's data, and main.py as a command."""
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sepvit
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+VARIANTS = list(sepvit.VARIANTS)
+
+torch.set_num_threads(2)
+
+
+def golden_weights(shapes: dict) -> dict[str, torch.Tensor]:
+    """The weights the golden outputs were computed with: normal values by name, scaled by the entry's kind."""
+    weights = {}
+    for name, shape in shapes.items():
+        z = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tuple(shape)).astype(np.float32)
+        if name.endswith("win_tokens"):
+            z *= 0.5
+        elif len(shape) >= 2:
+            z /= np.sqrt(np.prod(shape[1:]))
+        elif name.endswith("weight"):
+            z = 1 + 0.1 * z
+        else:
+            z *= 0.1
+        weights[name] = torch.from_numpy(z.astype(np.float32))
+    return weights
+
+
+def golden_images(batch: int, height: int, width: int) -> torch.Tensor:
+    """The images the golden outputs were computed on."""
+    images = np.random.default_rng(0).standard_normal((batch, 3, height, width)).astype(np.float32)
+    return torch.from_numpy(images)
+
+
+def golden_shapes(name: str) -> dict[str, list[int]]:
+    return json.loads((GOLDEN / f"state_dict_{name}.json").read_text())
+
+
+def tiny_network(form: type, seed: int = 0, **kwargs) -> torch.nn.Module:
+    """A network small enough for slow comparisons, with random weights everywhere."""
+    sizes = dict(embed_dims=(32, 64, 64, 96), num_heads=(1, 2, 2, 3), depths=(1, 2, 2, 1))
+    torch.manual_seed(seed)
+    model = form(**{**sizes, **kwargs})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """The demo's digits, written by the command."""
+    out = tmp_path_factory.mktemp("demo")
+    subprocess.run([sys.executable, ROOT / "tools/make_demo_data.py", "--out", out], check=True)
+    return out / "imagenet"
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits, tmp_path_factory) -> Path:
+    """Three classes of the digits with 16 training and 7 validation images each: 48 and 21 in all."""
+    root = tmp_path_factory.mktemp("few")
+    for split, count in (("train", 16), ("val", 7)):
+        for label in "012":
+            (root / split / label).mkdir(parents=True)
+            for path in sorted((digits / split / label).iterdir())[:count]:
+                os.symlink(path, root / split / label / path.name)
+    return root
+
+
+def command(*arguments, processes: int = 0, environment: dict | None = None, cwd: Path = ROOT, timeout: int = 600):
+    """Run main.py, on one process or by torchrun on several; returns the finished process."""
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [*launcher, str(ROOT / "main.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1" if processes else "2", **(environment or {})},
+    )
+
+
+def succeed(*arguments, **kwargs) -> str:
+    """Run main.py, expect it to succeed, return what it printed."""
+    result = command(*arguments, **kwargs)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+# Settings that make a run of the recipe small: three steps of 16 images of 32 × 32 pixels an epoch.
+SMALL = ["--model", "SepViT_Lite", "--input-size", "32", "--batch-size", "16", "--num_workers", "0", "--epochs", "1"]
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]

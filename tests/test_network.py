@@ -1,0 +1,378 @@
+"""The network: the published outputs, an independent implementation, sizes, modes of running, checkpoints."""
+
+import argparse
+import copy
+import logging
+
+import numpy as np
+import pytest
+import reference
+import timm
+import torch
+from conftest import GOLDEN, VARIANTS, golden_images, golden_shapes, golden_weights, tiny_network
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import sepvit
+from sepvit import SepViT, SepViTDense, create_dense
+
+PARAMETERS = {"SepViT_Lite": 3.661, "SepViT_Tiny": 31.183, "SepViT_Small": 46.571, "SepViT_Base": 82.377}
+MULTIPLY_ADDS = {"SepViT_Lite": 0.573, "SepViT_Tiny": 4.533, "SepViT_Small": 7.476, "SepViT_Base": 13.082}
+
+
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item()
+
+
+# --------------------------------------------------------------------------------------- the published implementation
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_classification_golden(variant):
+    model = timm.create_model(variant).eval()
+    shapes = golden_shapes(variant)
+    assert {name: list(value.shape) for name, value in model.state_dict().items()} == shapes
+    model.load_state_dict(golden_weights(shapes))
+    with torch.no_grad():
+        logits = model(golden_images(2, 224, 224))
+    expected = np.load(GOLDEN / f"{variant}_224_seed0.npz")["logits"]
+    assert largest_difference(logits, torch.from_numpy(expected)) < 1e-5
+
+
+@pytest.mark.parametrize(("height", "width", "batch"), [(224, 224, 1), (200, 304, 2)])
+def test_dense_golden(height, width, batch):
+    model = create_dense("SepViT_Tiny").eval()
+    shapes = golden_shapes("SepViT_Tiny_dense")
+    own = {name: list(value.shape) for name, value in model.state_dict().items()}
+    assert own == {name: shape for name, shape in shapes.items() if not name.startswith(("norm.", "head."))}
+    model.load_state_dict(golden_weights(shapes))  # strictly: the unused norm and head are dropped
+    with torch.no_grad():
+        maps = model(golden_images(batch, height, width))
+    golden = np.load(GOLDEN / f"SepViT_Tiny_dense_{height}x{width}_seed0.npz")
+    for i, feature_map in enumerate(maps):
+        assert list(feature_map.shape) == golden[f"stage{i}_shape"].tolist()
+        values = feature_map.flatten()[torch.from_numpy(golden[f"stage{i}_index"])]
+        assert largest_difference(values, torch.from_numpy(golden[f"stage{i}_value"])) < 1e-4
+        assert abs(feature_map.mean().item() - golden[f"stage{i}_mean"]) < 1e-5
+        assert abs(feature_map.std().item() - golden[f"stage{i}_std"]) < 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_and_multiply_adds(variant):
+    model = timm.create_model(variant).eval()
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(PARAMETERS[variant], abs=0.001)
+    norm_elements = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_hook(lambda *call: norm_elements.append(call[2].numel()))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 224, 224))
+    total = counter.get_total_flops() / 2 + 5 * sum(norm_elements)  # five operations a normalised element
+    assert total / 1e9 == pytest.approx(MULTIPLY_ADDS[variant], rel=0.005)
+
+
+# ------------------------------------------------------------------------------------------ independent implementation
+
+SIZES = [(56, 56), (33, 47), (64, 120), (101, 30), (29, 29), (28, 28)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dense", [False, True], ids=["classification", "dense"])
+def test_equals_the_equations(size, dense):
+    if dense:
+        model = tiny_network(SepViTDense).double()
+    else:
+        model = tiny_network(SepViT, img_size=size, num_classes=5).double()
+    generator = torch.Generator().manual_seed(sum(size))
+    images = torch.randn(2, 3, *size, generator=generator, dtype=torch.float64)
+    weights = {name: value.detach().clone().requires_grad_() for name, value in model.state_dict().items()}
+    theirs = reference.forward(weights, images, num_heads=(1, 2, 2, 3), depths=(1, 2, 2, 1), dense=dense)
+    ours = model(images)
+    theirs, ours = (outputs if dense else [outputs] for outputs in (theirs, ours))
+    factors = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in ours]
+    for y, expected in zip(ours, theirs):
+        assert y.shape == expected.shape
+        assert largest_difference(y, expected) < 1e-9
+    sum((y * factor).sum() for y, factor in zip(ours, factors)).backward()
+    sum((y * factor).sum() for y, factor in zip(theirs, factors)).backward()
+    for name, parameter in model.named_parameters():
+        expected = weights[name].grad
+        assert largest_difference(parameter.grad, expected) < 1e-8 * (1 + expected.abs().max().item()), name
+
+
+# -------------------------------------------------------------------------------------------------------------- forms
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = timm.create_model("SepViT_Tiny")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.05), name
+            assert not module.bias.any(), name
+        elif isinstance(module, torch.nn.Conv2d):
+            fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels / module.groups
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1), name
+            assert not module.bias.any(), name
+        elif isinstance(module, torch.nn.LayerNorm):
+            assert (module.weight == 1).all(), name
+            assert not module.bias.any(), name
+    tokens = [p for name, p in model.named_parameters() if name.endswith("win_tokens")]
+    assert len(tokens) == 6
+    assert not any(p.any() for p in tokens)
+
+
+def test_stochastic_depth_rises_linearly():
+    model = timm.create_model("SepViT_Tiny", drop_path_rate=0.2)
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for blocks in model.blocks for block in blocks]
+    assert rates == pytest.approx([0.2 * i / 10 for i in range(11)])
+
+
+def test_dropout_rates_act():
+    model = tiny_network(SepViT, img_size=56, num_classes=4, drop_rate=0.3, attn_drop_rate=0.2)
+    images = torch.randn(1, 3, 56, 56)
+    assert largest_difference(model(images), model(images)) > 0
+    attention_only = tiny_network(SepViT, img_size=56, num_classes=4, attn_drop_rate=0.2)
+    assert largest_difference(attention_only(images), attention_only(images)) > 0
+    model.eval()
+    assert largest_difference(model(images), model(images)) == 0
+
+
+@pytest.mark.parametrize("size", [(32, 32), (200, 304), (448, 224), 97])
+def test_any_image_size(size):
+    model = timm.create_model("SepViT_Lite", img_size=size, num_classes=7).eval()
+    height, width = (size, size) if isinstance(size, int) else size
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, height, width)).shape == (1, 7)
+    tokens = model.blocks[0][0].win_tokens
+    if max(height, width) > 28:
+        assert tokens.shape[1] == -(-height // 28) * -(-width // 28)
+
+
+def test_another_input_size_is_refused_with_both_sizes():
+    model = timm.create_model("SepViT_Lite", img_size=(64, 96))
+    with pytest.raises(AssertionError, match="96 × 64.*64 × 96"):
+        model(torch.zeros(1, 3, 96, 64))
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="global_pool='mean'"):
+        timm.create_model("SepViT_Lite", global_pool="mean")
+    with pytest.raises(ValueError, match="img_size"):
+        timm.create_model("SepViT_Lite", img_size=0)
+    with pytest.raises(ValueError, match="out_indices"):
+        create_dense("SepViT_Lite", out_indices=(4,))
+    with pytest.raises(ValueError, match="SepViT_Huge"):
+        create_dense("SepViT_Huge")
+
+
+def test_dense_out_indices():
+    model = create_dense("SepViT_Lite", out_indices=(2, 1))
+    maps = model(torch.zeros(1, 3, 64, 96))
+    assert [tuple(m.shape) for m in maps] == [(1, 128, 4, 6), (1, 64, 8, 12)]
+    sum(m.sum() for m in maps).backward()
+    assert all(p.grad is not None for p in model.parameters())  # nothing is left that the maps do not need
+    full = create_dense("SepViT_Lite")
+    model.load_state_dict(full.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------------- modes of running
+
+
+@pytest.fixture(scope="module")
+def lite():
+    model = timm.create_model("SepViT_Lite", num_classes=10, img_size=(96, 64)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+    return model
+
+
+@pytest.fixture(scope="module")
+def lite_images():
+    return torch.randn(2, 3, 96, 64)
+
+
+def test_float64(lite, lite_images):
+    outputs = copy.deepcopy(lite).double()(lite_images.double())
+    assert outputs.dtype == torch.float64
+    assert largest_difference(outputs, lite(lite_images)) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_autocast(lite, lite_images, dtype, tolerance):
+    expected = lite(lite_images)
+    model = copy.deepcopy(lite).train()
+    with torch.autocast("cpu", dtype=dtype):
+        outputs = model(lite_images)
+    assert outputs.dtype == dtype
+    assert largest_difference(outputs, expected) < tolerance * expected.std().item()
+    outputs.float().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_channels_last(lite, lite_images):
+    model = copy.deepcopy(lite).to(memory_format=torch.channels_last)
+    outputs = model(lite_images.contiguous(memory_format=torch.channels_last))
+    assert largest_difference(outputs, lite(lite_images)) < 1e-5
+
+
+@pytest.mark.parametrize("form", [SepViT, SepViTDense])
+def test_gradient_checkpointing_gives_the_same_gradients(form):
+    kwargs = dict(img_size=64, num_classes=5) if form is SepViT else {}
+    gradients = []
+    for enable in (False, True):
+        model = tiny_network(form, drop_rate=0.1, drop_path_rate=0.3, **kwargs).train()
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(1)
+        outputs = model(torch.randn(2, 3, 64, 64))
+        sum(y.square().sum() for y in ([outputs] if form is SepViT else outputs)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_compiles_in_one_graph(lite, lite_images, dense):
+    model = create_dense("SepViT_Lite").eval() if dense else copy.deepcopy(lite)
+    images = torch.randn(1, 3, 50, 71) if dense else lite_images
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for y, expected in zip(compiled(images), model(images)):
+        assert largest_difference(y, expected) < 1e-5
+    compiled(images)[0].sum().backward()
+    assert model.patch_embeds[0].proj.weight.grad is not None
+
+
+def test_compiles_to_native_code():
+    model = tiny_network(SepViT, img_size=56, num_classes=5, depths=(1, 1, 1, 1)).eval()
+    images = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        assert largest_difference(torch.compile(model, fullgraph=True)(images), model(images)) < 1e-5
+
+
+def test_exports(lite, lite_images):
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(lite, (lite_images,), dynamic_shapes=({0: batch},))
+    three = torch.randn(3, 3, 96, 64)
+    assert largest_difference(program.module()(three), lite(three)) < 1e-5
+    dense = create_dense("SepViT_Lite").eval()
+    images = torch.randn(1, 3, 50, 71)
+    program = torch.export.export(dense, (images,))
+    for y, expected in zip(program.module()(images), dense(images)):
+        assert largest_difference(y, expected) < 1e-5
+
+
+def test_attention_runs_in_the_fused_kernel(lite, lite_images):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
+        lite(lite_images)
+    names = [event.key for event in profile.key_averages()]
+    assert any("flash_attention" in name for name in names), names
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_checkpoint_of_another_size_resamples_window_tokens(caplog):
+    source = timm.create_model("SepViT_Lite", img_size=224, num_classes=5)
+    target = timm.create_model("SepViT_Lite", img_size=(256, 192), num_classes=5)
+    with torch.no_grad():
+        tokens = source.blocks[0][0].win_tokens
+        rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+        tokens[0, :, 0, 0] = rows.flatten()
+        tokens[0, :, 0, 1] = columns.flatten()
+    with caplog.at_level(logging.WARNING):
+        target.load_state_dict(source.state_dict())
+    assert "resampled" in caplog.text
+    assert "blocks.0.0.win_tokens" in caplog.text
+    resampled = target.blocks[0][0].win_tokens[0, :, 0].view(10, 7, -1)
+    assert (resampled[:, :, 0].diff(dim=0) > 0).all()  # rows still rise downwards, and only so
+    assert (resampled[:, :, 1].diff(dim=1) > 0).all()
+    assert resampled[:, :, 0].diff(dim=1).abs().max() < 1e-4
+    for name, value in source.state_dict().items():
+        if "win_tokens" not in name:
+            torch.testing.assert_close(target.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_checkpoint_that_lacks_or_has_too_much_pointwise_attention(caplog):
+    small, large = (timm.create_model("SepViT_Lite", img_size=size) for size in (224, 256))
+    extra = large.state_dict().keys() - small.state_dict().keys()
+    assert "blocks.3.0.attn.PSA_qk.weight" in extra
+    with caplog.at_level(logging.WARNING):
+        large.load_state_dict(small.state_dict())
+    assert "fresh" in caplog.text
+    assert all(name in caplog.text for name in extra)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        small.load_state_dict(large.state_dict())
+    assert "left out" in caplog.text
+
+
+def test_same_size_stays_strict():
+    model = timm.create_model("SepViT_Lite")
+    weights = model.state_dict()
+    del weights["blocks.2.0.attn.PSA_qk.weight"]
+    with pytest.raises(RuntimeError, match="PSA_qk"):
+        model.load_state_dict(weights)
+
+
+def test_non_square_source_grid():
+    source = timm.create_model("SepViT_Lite", img_size=(168, 280))
+    target = timm.create_model("SepViT_Lite", img_size=(336, 560))
+    with torch.no_grad():
+        source.blocks[0][0].win_tokens[0, :, 0, 0] = torch.arange(6.0).repeat_interleave(10)
+    target.load_state_dict(source.state_dict())
+    resampled = target.blocks[0][0].win_tokens[0, :, 0, 0].view(12, 20)
+    assert resampled.diff(dim=1).abs().max() < 1e-4
+
+
+def test_set_input_size_equals_building_and_loading():
+    model = timm.create_model("SepViT_Lite", img_size=224, num_classes=3, drop_path_rate=0.1)
+    with torch.no_grad():
+        model.blocks[0][0].win_tokens.normal_()
+    built = timm.create_model("SepViT_Lite", img_size=160, num_classes=3)
+    built.load_state_dict(model.state_dict())
+    model.set_input_size((160, 160))
+    assert model.state_dict().keys() == built.state_dict().keys()
+    for name, value in built.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    images = torch.randn(1, 3, 160, 160)
+    assert largest_difference(model.eval()(images), built.eval()(images)) == 0
+    assert timm.models.get_model_input_config(model)["input_size"] == (3, 160, 160)
+
+
+def test_dense_starts_from_classification(caplog):
+    source = timm.create_model("SepViT_Lite")
+    dense = create_dense("SepViT_Lite")
+    with caplog.at_level(logging.WARNING):
+        dense.load_state_dict(source.state_dict())
+    for name in ("norm_list.3.weight", "blocks.3.0.attn.PSA_qk.weight", "head.weight", "blocks.0.0.win_tokens"):
+        assert name in caplog.text
+    assert torch.equal(dense.blocks[1][1].attn.PSA_qk.weight, source.blocks[1][1].attn.PSA_qk.weight)
+    incomplete = dense.state_dict()
+    del incomplete["blocks.3.0.attn.PSA_qk.weight"]  # a dense checkpoint has them all
+    with pytest.raises(RuntimeError, match="PSA_qk"):
+        dense.load_state_dict(incomplete)
+
+
+def test_adaptation_works_below_a_prefix():
+    source = timm.create_model("SepViT_Lite")
+    wrapped = torch.nn.ModuleDict({"backbone": create_dense("SepViT_Lite")})
+    wrapped.load_state_dict({f"backbone.{name}": value for name, value in source.state_dict().items()})
+    assert torch.equal(wrapped["backbone"].blocks[0][0].mlp.fc1.weight, source.blocks[0][0].mlp.fc1.weight)
+
+
+def test_variant_of():
+    for variant in VARIANTS:
+        assert sepvit.variant_of(dict.fromkeys(golden_shapes(variant), None) | golden_weights(
+            {name: shape for name, shape in golden_shapes(variant).items() if "patch_embeds" in name}
+        )) == variant  # fmt: skip
+    assert sepvit.variant_of({"conv.weight": torch.zeros(1)}) is None
+
+
+def test_published_checkpoint_loads_by_timm(tmp_path):
+    model = timm.create_model("SepViT_Lite", num_classes=4)
+    path = tmp_path / "published.pth"
+    torch.save({"model": model.state_dict(), "epoch": 299, "args": argparse.Namespace(model="SepViT_Lite")}, path)
+    loaded = timm.create_model("SepViT_Lite", num_classes=4, checkpoint_path=str(path))
+    assert torch.equal(loaded.head.weight, model.head.weight)
+    resized = timm.create_model("SepViT_Lite", num_classes=4, img_size=160, checkpoint_path=str(path))
+    assert resized.blocks[0][0].win_tokens.shape[1] == 36
