@@ -192,6 +192,7 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Any:
             input_size=size,
             is_training=True,
             scale=tuple(args.scale),
+            ratio=tuple(args.ratio),
             hflip=args.hflip,
             color_jitter=args.color_jitter,
             auto_augment=args.aa or None,

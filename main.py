@@ -433,6 +433,7 @@ def add_schedule_settings(group: Any) -> None:
 def add_augmentation_settings(group: Any) -> None:
     add = group.add_argument
     add("--scale", type=fraction, nargs=2, default=(0.08, 1.0), help="area of the random crop, least and most")
+    add("--ratio", type=positive, nargs=2, default=(3 / 4, 4 / 3), help="aspect of the random crop, least and most")
     add("--hflip", type=fraction, default=0.5, help="probability of a horizontal flip")
     add("--color-jitter", type=non_negative, default=0.4)
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's name of an automatic augmentation; '' for none")

@@ -151,7 +151,7 @@ def test_any_image_size(size):
 
 def test_another_input_size_is_refused_with_both_sizes():
     model = timm.create_model("SepViT_Lite", img_size=(64, 96))
-    with pytest.raises(AssertionError, match="96 × 64.*64 × 96"):
+    with pytest.raises(AssertionError, match=r"96 × 64.*64 × 96"):
         model(torch.zeros(1, 3, 96, 64))
 
 
