@@ -1,0 +1,261 @@
+"""Data sets, transforms, loaders and samplers."""
+
+import hashlib
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision.transforms as T
+from conftest import SMALL, command, read_log, succeed
+from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR100
+
+import main
+from datasets import (
+    INAT_CATEGORIES,
+    INaturalist,
+    build_dataset,
+    build_train_loader,
+    build_transform,
+    build_val_loader,
+    set_epoch,
+)
+from samplers import DistributedEvalSampler, RepeatedAugmentationSampler
+from utils import UserError
+
+
+def settings(*arguments):
+    return main.build_parser().parse_args([str(argument) for argument in arguments])
+
+
+# ------------------------------------------------------------------------------------------------------------ samplers
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 7, 64, 101])
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_eval_sampler_deals_every_index_once(size, processes):
+    shares = [list(DistributedEvalSampler(range(size), processes, rank)) for rank in range(processes)]
+    assert sorted(index for share in shares for index in share) == list(range(size))
+    assert [len(share) for share in shares] == [
+        len(DistributedEvalSampler(range(size), processes, rank)) for rank in range(processes)
+    ]
+
+
+@pytest.mark.parametrize("size", [256, 700, 1433])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_repeated_augmentation_sampler(size, processes):
+    samplers = [RepeatedAugmentationSampler(range(size), processes, rank, seed=1) for rank in range(processes)]
+    shares = [list(sampler) for sampler in samplers]
+    assert {len(share) for share in shares} == {size // 256 * 256 // processes} == {len(s) for s in samplers}
+    order = [shares[i % processes][i // processes] for i in range(processes * len(shares[0]))]
+    groups = [order[i : i + 3] for i in range(0, len(order) - 2, 3)]
+    assert all(len(set(group)) == 1 for group in groups)  # three times in a row,
+    assert len({group[0] for group in groups}) == len(groups)  # each sample once,
+    samplers[0].set_epoch(1)
+    assert list(samplers[0]) != shares[0]  # and another order each epoch
+
+
+def test_train_sampler_shuffles_by_epoch(few_digits):
+    args = settings(*SMALL, "--data-path", few_digits)
+    loader = build_train_loader(build_dataset(True, args), args)
+    orders = []
+    for epoch in (0, 1, 0):
+        set_epoch(loader, epoch)
+        orders.append(list(loader.sampler))
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == list(range(48))
+
+
+# ---------------------------------------------------------------------------------------------------------- transforms
+
+
+def test_training_transform():
+    steps = build_transform(True, settings()).transforms
+    assert isinstance(steps[0], RandomResizedCropAndInterpolation)
+    assert [type(step).__name__ for step in steps[1:]] == [
+        "RandomHorizontalFlip", "RandAugment", "MaybeToTensor", "Normalize", "RandomErasing"
+    ]  # fmt: skip
+    assert steps[-1].probability == 0.25
+    small = build_transform(True, settings("--input-size", 32)).transforms
+    assert isinstance(small[0], T.RandomCrop)
+    assert small[0].padding == 4
+
+
+def test_evaluation_transform():
+    resize, crop, *_, normalize = build_transform(False, settings()).transforms
+    assert resize.size == 256
+    assert resize.interpolation == T.InterpolationMode.BICUBIC
+    assert crop.size == (224, 224)
+    assert normalize.mean == (0.485, 0.456, 0.406)
+    image = Image.fromarray(np.full((300, 500, 3), 128, np.uint8))
+    output = build_transform(False, settings("--input-size", 96))(image)
+    assert output.shape == (3, 96, 96)
+
+
+# ----------------------------------------------------------------------------------------------------------- data sets
+
+
+def test_imagenet_folder(few_digits, tmp_path):
+    args = settings("--data-path", few_digits)
+    data = build_dataset(True, args)
+    assert (len(data.dataset), data.num_classes, data.classes) == (48, 3, ["0", "1", "2"])
+    (tmp_path / "ILSVRC2012_img_train").symlink_to(few_digits / "train")
+    (tmp_path / "ILSVRC2012_img_val").symlink_to(few_digits / "val")
+    args = settings("--data-path", tmp_path)
+    assert len(build_dataset(True, args).dataset) == 48
+    assert len(build_dataset(False, args).dataset) == 21
+
+
+def test_validation_batches_are_larger_by_half(few_digits):
+    args = settings(*SMALL, "--data-path", few_digits)
+    loader = build_val_loader(build_dataset(False, args), args)
+    assert [len(targets) for _, targets in loader] == [21]
+    assert loader.batch_size == 24
+
+
+def test_tar_archives(few_digits, tmp_path):
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w", dereference=True) as archive:
+            archive.add(few_digits / split, arcname=".")
+    succeed(*SMALL, "--data-path", tmp_path, "--output_dir", tmp_path / "run")
+    assert np.isfinite(read_log(tmp_path / "run")[0]["train_loss"])
+
+
+def inat_folder(root, with_kingdom: bool):
+    categories = [
+        dict(zip(INAT_CATEGORIES, (k, p, "c", "o", s, f, "g", n)))
+        for k, p, f, s, n in (("Plantae", "P1", "F1", "S1", "b"), ("Plantae", "P1", "F2", "S1", "a"),
+                              ("Animalia", "P2", "F3", "S2", "c"))
+    ]  # fmt: skip
+    (root / "categories.json").write_text(json.dumps(categories))
+    for split, labels in (("train", [2, 0, 1, 0]), ("val", [1, 2])):
+        images, annotations = [], []
+        for i, label in enumerate(labels):
+            kingdom = categories[label]["kingdom"]
+            name = f"{split}_val2018/{kingdom}/{label}/{i}.jpg"
+            images.append({"id": i, "file_name": name})
+            annotations.append({"image_id": i, "category_id": label})
+            path = root / (name if with_kingdom else f"{split}_val2018/{label}/{i}.jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
+        (root / f"{split}2018.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+
+
+@pytest.mark.parametrize("with_kingdom", [True, False])
+def test_inaturalist(with_kingdom, tmp_path):
+    inat_folder(tmp_path, with_kingdom)
+    train, val = (INaturalist(tmp_path, is_train, 2018, "name") for is_train in (True, False))
+    assert train.classes == val.classes == ["c", "b", "a"]  # as the training annotations first name them
+    assert [target for _, target in train] == [0, 1, 2, 1]
+    assert [target for _, target in val] == [2, 0]
+    assert train[3][0].size == (8, 8)
+    assert INaturalist(tmp_path, True, 2018, "kingdom").classes == ["Animalia", "Plantae"]
+    data = build_dataset(True, settings("--data-path", tmp_path, "--data-set", "INAT", "--inat-category", "family"))
+    assert data.num_classes == 3
+
+
+def test_inaturalist_without_its_files(tmp_path):
+    with pytest.raises(UserError, match=r"categories\.json"):
+        INaturalist(tmp_path, True, 2019, "name")
+
+
+def test_cifar(tmp_path, monkeypatch):
+    folder = tmp_path / CIFAR100.base_folder
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 3072), dtype=np.uint8)
+    files = {
+        "train": {"data": pixels, "fine_labels": [0, 1, 99, 3, 4, 5]},
+        "test": {"data": pixels[:2], "fine_labels": [7, 8]},
+        "meta": {"fine_label_names": [str(i) for i in range(100)]},
+    }
+    sums = {}
+    for name, content in files.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
+    args = settings("--data-path", tmp_path, "--data-set", "CIFAR", "--input-size", 32)
+    train, val = build_dataset(True, args), build_dataset(False, args)
+    assert (len(train.dataset), train.num_classes, len(val.dataset)) == (6, 100, 2)
+    image, target = train.dataset[2]
+    assert (image.shape, target) == ((3, 32, 32), 99)
+
+
+@pytest.fixture(scope="module")
+def webdataset(digits, tmp_path_factory):
+    """The digits as webdataset shards: 4 for training with 48 images, 3 for validation with 31."""
+    root = tmp_path_factory.mktemp("wds")
+    for split, shards, count in (("train", 4, 48), ("val", 3, 31)):
+        paths = sorted((digits / split).glob("[012]/*.png"), key=lambda path: path.name)[:count]
+        for shard in range(shards):
+            with tarfile.open(root / f"digits-{split}-{shard}.tar", "w") as archive:
+                for path in paths[shard::shards]:
+                    for name, content in (
+                        (f"{path.stem}.png", path.read_bytes()),
+                        (f"{path.stem}.cls", path.parent.name.encode()),
+                    ):
+                        info = tarfile.TarInfo(name)
+                        info.size = len(content)
+                        archive.addfile(info, io.BytesIO(content))
+    return root
+
+
+WEBDATASET = ["--data-set", "wds/digits", "--train-split", "digits-train-{0..3}.tar|48",
+              "--val-split", "digits-val-{0..2}.tar|31", "--num-classes", 3]  # fmt: skip
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_webdataset_trains_and_counts_every_image_once(webdataset, tmp_path, processes):
+    printed = succeed(
+        *SMALL,
+        *WEBDATASET,
+        "--data-path",
+        webdataset,
+        "--output_dir",
+        tmp_path / "run",
+        "--batch-size",
+        8,
+        "--num_workers",
+        2,
+        "--dist-eval",
+        "--device",
+        "cpu",
+        processes=processes,
+    )
+    assert "31 images" in printed
+    assert np.isfinite(read_log(tmp_path / "run")[0]["train_loss"])
+
+
+def test_webdataset_evaluates_the_same_on_any_number_of_processes(webdataset, tmp_path):
+    weights = tmp_path / "weights.pth"
+    torch.manual_seed(0)
+    torch.save(timm.create_model("SepViT_Lite", img_size=32, num_classes=3).state_dict(), weights)
+    arguments = [*SMALL, *WEBDATASET, "--data-path", webdataset, "--eval", "--resume", weights, "--dist-eval"]
+    lines = [succeed(*arguments, processes=n).splitlines()[-1] for n in (0, 2, 3)]
+    assert len({line.split(", loss")[0] for line in lines}) == 1
+    assert all(line.endswith("31 images") for line in lines)
+
+
+def test_webdataset_mistakes(webdataset):
+    arguments = [*SMALL, *WEBDATASET, "--data-path", webdataset]
+    assert "4 training shards" in command(*arguments, "--num_workers", 5).stderr
+    unnumbered = [argument for argument in arguments if argument not in ("--num-classes", 3)]
+    assert "--num-classes" in command(*unnumbered).stderr
+
+
+def test_loader_settings(few_digits):
+    args = settings(*SMALL, "--data-path", few_digits, "--num_workers", 2)
+    loader = build_train_loader(build_dataset(True, args), args)
+    assert isinstance(loader, DataLoader)
+    assert loader.drop_last
+    assert loader.num_workers == 2
+    args = settings(*SMALL, "--data-path", few_digits, "--num_workers", 0, "--batch-size", 20, "--mixup", 0)
+    assert len(build_train_loader(build_dataset(True, args), args)) == 2  # 48 = 2 · 20 + 8
