@@ -185,22 +185,29 @@ def check_same_classes(train: ImageData, val: ImageData) -> None:
 
 
 def build_transform(is_train: bool, args: argparse.Namespace) -> Any:
-    """DeiT's transforms: timm's augmentation in training, resize and centre crop in evaluation."""
+    """DeiT's transforms: timm's augmentation in training, resize and centre crop in evaluation.
+
+    Raises:
+        UserError: timm does not know `--aa`.
+    """
     size = args.input_size
     if is_train:
-        transform = create_transform(
-            input_size=size,
-            is_training=True,
-            scale=tuple(args.scale),
-            ratio=tuple(args.ratio),
-            hflip=args.hflip,
-            color_jitter=args.color_jitter,
-            auto_augment=args.aa or None,
-            interpolation=args.train_interpolation,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
-        )
+        try:
+            transform = create_transform(
+                input_size=size,
+                is_training=True,
+                scale=tuple(args.scale),
+                ratio=tuple(args.ratio),
+                hflip=args.hflip,
+                color_jitter=args.color_jitter,
+                auto_augment=args.aa or None,
+                interpolation=args.train_interpolation,
+                re_prob=args.reprob,
+                re_mode=args.remode,
+                re_count=args.recount,
+            )
+        except (AssertionError, KeyError, ValueError) as error:
+            raise UserError(f"--aa {args.aa}: no automatic augmentation of timm's ({error})") from None
         if size <= 32:
             transform.transforms[0] = transforms.RandomCrop(size, padding=4)
         return transform

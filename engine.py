@@ -221,7 +221,7 @@ def evaluate(
         if progress.advance(len(images)):
             progress.report()
     if args.dist_eval:
-        totals = sum_over_processes(totals.to(precision.device) if precision.device.type == "cuda" else totals)
+        totals = sum_over_processes(totals)
     loss, acc1, acc5, count = totals.tolist()
     if count == 0:
         raise UserError(f"--data-path {args.data_path}: no validation image could be read")

@@ -36,7 +36,7 @@ from datasets import (
     set_epoch,
 )
 from engine import DistillationLoss, Precision, Training, evaluate, measure_throughput, train_one_epoch
-from sepvit import VARIANTS, adapt_state_dict
+from sepvit import VARIANTS
 from utils import UserError, print_main
 
 
@@ -227,7 +227,8 @@ def build_criterion(
     weights = utils.weights_of(utils.read_checkpoint(args.teacher_path, "--teacher-path"), what)
     kwargs = {"img_size": args.input_size} if get_pretrained_cfg_value(args.teacher_model, "fixed_input_size") else {}
     teacher = timm.create_model(args.teacher_model, num_classes=num_classes, **kwargs)
-    utils.load_weights(teacher, weights, what)
+    if adaptation := utils.load_weights(teacher, weights, what):
+        print_main(f"{what}: of another image size; {adaptation}")
     teacher.to(precision.device, memory_format=precision.memory_format).eval().requires_grad_(False)
     return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
 
@@ -248,19 +249,16 @@ def load_model(model: nn.Module, checkpoint: dict[str, Any], args: argparse.Name
 def finetune_from(args: argparse.Namespace, model: nn.Module) -> None:
     """`--finetune`: start from weights of another number of classes or another image size; says what was done."""
     what = f"--finetune {args.finetune}"
-    weights = utils.weights_of(utils.read_checkpoint(args.finetune, "--finetune"), what, prefer_ema=True)
+    checkpoint = utils.read_checkpoint(args.finetune, "--finetune")
+    weights = utils.weights_of(checkpoint, what, prefer_ema=True)
     own = model.state_dict()
-    classifier = model.default_cfg["classifier"]
-    head = [name for name in weights if name.startswith(f"{classifier}.")]
-    left_out = [name for name in head if name in own and weights[name].shape != own[name].shape]
-    for name in head if left_out else ():
-        weights[name] = own[name]
-    fresh = list(left_out and head)
-    given = set(weights) - set(fresh)
-    adaptation = adapt_state_dict(weights, model) if args.model in VARIANTS else None
-    utils.load_weights(model, weights, what)
-    loaded = len(given & set(own)) - (len(adaptation.resampled) if adaptation else 0)
-    print_main(f"{what}: loaded {loaded} of {len(own)} entries as they are")
+    head = [name for name in weights if name.startswith(f"{model.default_cfg['classifier']}.") and name in own]
+    fresh = head if any(weights[name].shape != own[name].shape for name in head) else []
+    weights |= {name: own[name] for name in fresh}
+    adaptation = utils.load_weights(model, weights, what)
+    loaded = len(own) - len(fresh) - len(adaptation.fresh) - len(adaptation.resampled)
+    which = "averaged weights, " if "model_ema" in checkpoint else ""
+    print_main(f"{what}: {which}loaded {loaded} of {len(own)} entries as they are")
     if adaptation:
         print_main(f"{what}: another image size; {adaptation}")
     if fresh:

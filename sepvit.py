@@ -1,7 +1,7 @@
 """SepViT: Separable Vision Transformer (Li et al., 2022, https://arxiv.org/abs/2203.15380).
 
-The file follows section 3 of the paper: window partition, window token embedding, depthwise separable self-attention,
-grouped self-attention, the block, and the network with its variants. Two forms share all of it:
+The file follows the paper's section on the method: window token embedding, depthwise separable self-attention, grouped
+self-attention, the block, and the network with its variants. Two forms share all of it:
 
 * ``SepViT``, the classification form: built for one image size, with learned window tokens. A timm model, registered as
   ``SepViT_Lite``, ``SepViT_Tiny``, ``SepViT_Small`` and ``SepViT_Base``.
@@ -52,7 +52,7 @@ torch.serialization.add_safe_globals([argparse.Namespace])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Windows and window tokens (paper, 3.2: depthwise separable self-attention, window token embedding)
+# Depthwise separable self-attention, with window token embedding and grouped self-attention
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -84,9 +84,9 @@ def window_grid(img_size: tuple[int, int], stage: int, window_size: int) -> tupl
 
 
 class SeparableSelfAttention(nn.Module):
-    """Depthwise separable self-attention (paper, 3.2): depthwise inside each window, then pointwise among windows.
+    """Depthwise separable self-attention: depthwise inside each window, then pointwise among windows.
 
-    With a window side of 14, a 2 × 2 group of 7-windows attends as one: grouped self-attention (paper, 3.3).
+    With a window side of 14, a 2 × 2 group of 7-windows attends as one: the paper's grouped self-attention.
 
     Args:
         dim: channels C.
@@ -174,7 +174,7 @@ class SeparableSelfAttention(nn.Module):
 
 
 class SepViTBlock(nn.Module):
-    """Window token embedding, depthwise separable self-attention and MLP, pre-norm (paper, 3.1).
+    """Window token embedding, depthwise separable self-attention and MLP, pre-norm.
 
     Args:
         dim: channels C.
@@ -233,7 +233,7 @@ class SepViTBlock(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Stages (paper, 3.1 and figure 2)
+# Stages
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -719,7 +719,7 @@ def variant_of(state_dict: dict[str, Tensor]) -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Variants (paper, table 1)
+# Variants of the paper
 # ----------------------------------------------------------------------------------------------------------------------
 
 VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
