@@ -209,7 +209,7 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Any:
         except (AssertionError, KeyError, ValueError) as error:
             raise UserError(f"--aa {args.aa}: no automatic augmentation of timm's ({error})") from None
         if size <= 32:
-            transform.transforms[0] = transforms.RandomCrop(size, padding=4)
+            transform.transforms[0] = transforms.RandomCrop(size, padding=4, pad_if_needed=True)
         return transform
     steps = [
         transforms.Resize(int(size * 256 / 224), interpolation=transforms.InterpolationMode.BICUBIC),

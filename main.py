@@ -262,7 +262,7 @@ def finetune_from(args: argparse.Namespace, model: nn.Module) -> None:
     if adaptation:
         print_main(f"{what}: another image size; {adaptation}")
     if fresh:
-        print_main(f"{what}: another number of classes; fresh {len(fresh)}: {', '.join(fresh)}")
+        print_main(f"{what}: another number of classes; left out and fresh {len(fresh)}: {', '.join(fresh)}")
 
 
 def resume(args: argparse.Namespace, training: Training) -> None:
