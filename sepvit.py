@@ -15,7 +15,7 @@ import argparse
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,17 @@ _logger = logging.getLogger(__name__)
 # Checkpoints of the published code hold their settings as a Namespace; with weights_only=True (the only way weights are
 # read here, and timm's default) torch refuses every class that is not allowed by name. This one holds data only.
 torch.serialization.add_safe_globals([argparse.Namespace])
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise one layer; to be applied to all. LayerNorms and window tokens start as they are made."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+        nn.init.zeros_(module.bias)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -92,7 +103,6 @@ class SeparableSelfAttention(nn.Module):
         dim: channels C.
         num_heads: heads h.
         window_size: window side w.
-        pointwise: whether there are window tokens, and so pointwise self-attention.
         attn_drop: dropout rate of both attention maps.
         proj_drop: dropout rate after the output projection.
     """
@@ -102,7 +112,6 @@ class SeparableSelfAttention(nn.Module):
         dim: int,
         num_heads: int,
         window_size: int,
-        pointwise: bool,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ) -> None:
@@ -114,10 +123,22 @@ class SeparableSelfAttention(nn.Module):
         self.attn_drop = attn_drop
 
         self.DSA_qkv = nn.Linear(dim, 3 * dim)
-        self.win_tokens_norm = nn.LayerNorm(dim, eps=1e-5) if pointwise else None
-        self.PSA_qk = nn.Linear(dim, 2 * dim) if pointwise else None
+        self.register_module("win_tokens_norm", None)
+        self.register_module("PSA_qk", None)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    @torch.jit.ignore
+    def set_pointwise(self, enable: bool) -> None:
+        """Have pointwise self-attention (fresh where there was none), or not."""
+        if enable and self.PSA_qk is None:
+            dim, where = self.proj.in_features, get_device_dtype(self)
+            self.win_tokens_norm = nn.LayerNorm(dim, eps=1e-5, **where)
+            self.PSA_qk = nn.Linear(dim, 2 * dim, **where)
+            init_weights(self.PSA_qk)
+        elif not enable:
+            self.win_tokens_norm = None
+            self.PSA_qk = None
 
     def forward(self, z: Tensor, H: int, W: int) -> Tensor:
         """Attend.
@@ -201,19 +222,25 @@ class SepViTBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.window_size = window_size
-        self.grid = grid
-        self.zero_tokens = grid is None
-        learned_tokens = grid is not None and math.prod(grid) > 1
-
-        tokens = nn.Parameter(torch.zeros(1, math.prod(grid), 1, dim)) if learned_tokens else None
-        self.register_parameter("win_tokens", tokens)
+        self.register_parameter("win_tokens", None)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=drop)
-        self.attn = SeparableSelfAttention(
-            dim, num_heads, window_size, self.zero_tokens or learned_tokens, attn_drop=attn_drop, proj_drop=drop
-        )
+        self.attn = SeparableSelfAttention(dim, num_heads, window_size, attn_drop=attn_drop, proj_drop=drop)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.set_grid(grid)
+
+    @torch.jit.ignore
+    def set_grid(self, grid: tuple[int, int] | None) -> None:
+        """Have window tokens (zeros) and pointwise self-attention as a grid of windows asks for; see the class."""
+        self.grid = grid
+        self.zero_tokens = grid is None
+        several = self.zero_tokens or math.prod(grid) > 1
+        self.attn.set_pointwise(several)
+        self.win_tokens = None
+        if several and not self.zero_tokens:
+            dim, where = self.norm1.normalized_shape[0], get_device_dtype(self)
+            self.win_tokens = nn.Parameter(torch.zeros(1, math.prod(grid), 1, dim, **where))
 
     def forward(self, x: Tensor) -> Tensor:
         """B × H × W × C to the same."""
@@ -332,15 +359,6 @@ class SepViTStages(nn.Module):
             self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=last))
         self.register_load_state_dict_pre_hook(_adapt_before_loading)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):
-            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-            nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
-            nn.init.zeros_(module.bias)
-
     def forward_stages(self, x: Tensor, count: int = 4) -> list[Tensor]:
         """Images, B × C_in × H × W, to the maps of the first `count` stages, B × H' × W' × C each."""
         maps: list[Tensor] = []
@@ -425,7 +443,7 @@ class SepViT(SepViTStages):
         self.num_features = self.head_hidden_size = self.embed_dims[-1]
         self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.apply(self._init_weights)
+        self.apply(init_weights)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images, B × C_in × H × W, to the last stage's normalised map, B × H/32 × W/32 × C.
@@ -461,7 +479,7 @@ class SepViT(SepViTStages):
         self.head = nn.Identity()
         if num_classes > 0:
             self.head = nn.Linear(self.num_features, num_classes, **get_device_dtype(self))
-            self._init_weights(self.head)
+            init_weights(self.head)
         self.head.train(self.training)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
@@ -471,33 +489,15 @@ class SepViT(SepViTStages):
         windows, by the rule of the constructor.
         """
         img_size = to_2tuple(img_size)
-        if img_size == self.img_size:
-            return
-        state_dict = self.state_dict()
         for i, blocks in enumerate(self.blocks):
-            for j, block in enumerate(blocks):
-                blocks[j] = self._resized_block(block, window_grid(img_size, i, block.window_size))
+            for block in blocks:
+                old_grid, old_tokens = block.grid, block.win_tokens
+                block.set_grid(window_grid(img_size, i, block.window_size))
+                if old_tokens is not None and block.win_tokens is not None:
+                    block.win_tokens.data = resample_window_tokens(old_tokens.data, old_grid, block.grid)
+                    block.win_tokens.requires_grad_(old_tokens.requires_grad)
         self.img_size = img_size
-        self.load_state_dict(state_dict)  # adapts the window tokens
         update_model_input_size(self, img_size)
-
-    def _resized_block(self, block: SepViTBlock, grid: tuple[int, int]) -> SepViTBlock:
-        """A fresh block like `block` for a grid of windows."""
-        drop_path = block.drop_path.drop_prob if isinstance(block.drop_path, DropPath) else 0.0
-        resized = SepViTBlock(
-            block.norm1.normalized_shape[0],
-            block.attn.num_heads,
-            block.window_size,
-            grid,
-            mlp_ratio=block.mlp.fc1.out_features / block.mlp.fc1.in_features,
-            drop=block.attn.proj_drop.p,
-            attn_drop=block.attn.attn_drop,
-            drop_path=drop_path,
-        )
-        resized.apply(self._init_weights)
-        for (_, old), (_, new) in zip(block.named_parameters(), resized.named_parameters()):
-            new.requires_grad_(old.requires_grad)
-        return resized.to(**get_device_dtype(block)).train(block.training)
 
     def forward_intermediates(
         self,
@@ -584,7 +584,7 @@ class SepViTDense(SepViTStages):
             raise ValueError(f"out_indices={tuple(out_indices)}: choose from the stages 0 to {len(self.blocks) - 1}")
         self.out_indices = tuple(out_indices)
         self.keep_stages(max(out_indices) + 1)
-        self.apply(self._init_weights)
+        self.apply(init_weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images, B × C_in × H × W, to maps, B × C × H' × W', of strides 4, 8, 16 and 32 (those of `out_indices`)."""
@@ -613,21 +613,16 @@ class Adaptation:
         return "; ".join(f"{what} {len(names)}: {', '.join(names)}" for what, names in parts if names)
 
 
-_TOKENS = re.compile(r"blocks\.(\d+)\.(\d+)\.win_tokens$")
-_POINTWISE = re.compile(r"blocks\.\d+\.\d+\.attn\.(win_tokens_norm|PSA_qk)\.(weight|bias)$")
-_HEAD = re.compile(r"(norm|head)\.(weight|bias)$")
-_OUTPUT_NORM = re.compile(r"norm_list\.\d+\.(weight|bias)$")
-
-
 def adapt_state_dict(state_dict: dict[str, Tensor], model: SepViTStages) -> Adaptation:
     """Make a state dict of another image size, or of the classification form, one of `model`; changed in place.
 
-    Classification form: window tokens are resampled on their grid. The grid of the checkpoint follows from the number
+    Classification form: window tokens are resampled on their grid. The grid of the checkpoint follows from the numbers
     of its window tokens: square where that is possible, else of the aspect nearest the model's. Pointwise attention
-    that one size has and the other lacks is left fresh or dropped.
+    of blocks that had a single window there is left fresh; that of blocks that have one here is dropped.
 
     Dense form: window tokens, final norm, classifier and stages that the model was built without are dropped; where
-    the checkpoint has no output norms, these and the pointwise attention it lacks are left fresh.
+    the checkpoint has no output norms, these are left fresh, and so is the pointwise attention of blocks that have no
+    window tokens.
 
     Whatever else differs stays as it is, for `load_state_dict` to refuse.
 
@@ -635,58 +630,86 @@ def adapt_state_dict(state_dict: dict[str, Tensor], model: SepViTStages) -> Adap
         state_dict: the checkpoint's entries.
         model: the model to load them into.
     """
+    return _adapt_to_dense(state_dict, model) if model.img_size is None else _adapt_to_size(state_dict, model)
+
+
+def _pointwise_names(block: str) -> list[str]:
+    return [f"{block}.attn.{layer}.{kind}" for layer in ("win_tokens_norm", "PSA_qk") for kind in ("weight", "bias")]
+
+
+def _adapt_to_dense(state_dict: dict[str, Tensor], model: SepViTStages) -> Adaptation:
+    own, count = model.state_dict(), len(model.blocks)
+    adaptation = Adaptation()
+    surplus = re.compile(rf"(norm|head)\.\w+$|blocks\.\d+\.\d+\.win_tokens$|\w+\.[{count}-9]\.")
+    if not any(name.startswith("norm_list.") for name in state_dict):
+        single = [f"blocks.{i}.{j}" for i, blocks in enumerate(model.blocks) for j in range(len(blocks))
+                  if f"blocks.{i}.{j}.win_tokens" not in state_dict]  # fmt: skip
+        may_lack = [name for block in single for name in _pointwise_names(block)]
+        may_lack += [name for name in own if name.startswith("norm_list.")]
+        adaptation.fresh = [name for name in may_lack if name not in state_dict]
+    adaptation.dropped = [name for name in state_dict if surplus.match(name)]
+    _apply(adaptation, state_dict, own)
+    return adaptation
+
+
+def _adapt_to_size(state_dict: dict[str, Tensor], model: SepViTStages) -> Adaptation:
     own = model.state_dict()
-    if isinstance(model, SepViTDense):
-        from_dense = any(map(_OUTPUT_NORM.match, state_dict))
-        may_drop = (_TOKENS, _HEAD, *(re.compile(rf"\w+\.{i}\.") for i in range(len(model.blocks), 4)))
-        may_be_fresh = () if from_dense else (_POINTWISE, _OUTPUT_NORM)
-        resampled = []
-    else:
-        resampled = _resample_window_tokens(state_dict, model)
-        may_drop = may_be_fresh = (_TOKENS, _POINTWISE) if resampled is not None else ()
+    blocks = {f"blocks.{i}.{j}": block for i, stage in enumerate(model.blocks) for j, block in enumerate(stage)}
+    grids = _source_grids(state_dict, model)
+    # What no image size explains is not adapted: a checkpoint with holes is to be refused, not filled up.
+    if grids is None or not all(f"{name}.attn.DSA_qkv.weight" in state_dict for name in blocks):
+        return Adaptation()
+    adaptation = Adaptation()
+    for (name, block), grid in zip(blocks.items(), grids):
+        tokens = f"{name}.win_tokens"
+        names = [tokens, *_pointwise_names(name)]
+        if math.prod(grid) == 1:
+            adaptation.fresh += [name for name in names if name in own and name not in state_dict]
+        elif math.prod(block.grid) == 1:
+            adaptation.dropped += [name for name in names if name in state_dict]
+        elif grid != block.grid:
+            state_dict[tokens] = resample_window_tokens(state_dict[tokens], grid, block.grid)
+            adaptation.resampled.append(tokens)
+    _apply(adaptation, state_dict, own)
+    return adaptation
 
-    def names(among: Iterator[str], patterns: Sequence[re.Pattern]) -> list[str]:
-        return [name for name in among if any(pattern.match(name) for pattern in patterns)]
 
-    dropped = names((name for name in list(state_dict) if name not in own), may_drop)
-    fresh = names((name for name in own if name not in state_dict), may_be_fresh)
-    for name in dropped:
+def _apply(adaptation: Adaptation, state_dict: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    for name in adaptation.dropped:
         del state_dict[name]
-    for name in fresh:
+    for name in adaptation.fresh:
         state_dict[name] = own[name]
-    return Adaptation(resampled or [], fresh, dropped)
 
 
-def _resample_window_tokens(state_dict: dict[str, Tensor], model: SepViTStages) -> list[str] | None:
-    """Resample window tokens in place; returns the names, or None where the checkpoint is of the model's own size."""
-    target = window_grid(model.img_size, 0, 7)
-    first = state_dict.get("blocks.0.0.win_tokens")
-    count = 1 if first is None else first.shape[1]
-    if count == math.prod(target):  # the first block's windows determine all others
+def _source_grids(state_dict: dict[str, Tensor], model: SepViTStages) -> list[tuple[int, int]] | None:
+    """Grid of windows of each block in the checkpoint; None where it is the model's own, or where there is none.
+
+    With r × c windows in the first block, a block whose windows are s times as wide (in pixels) has ⌈r/s⌉ × ⌈c/s⌉.
+    """
+    widths = [2**i * block.window_size // 7 for i, blocks in enumerate(model.blocks) for block in blocks]
+    counts = [
+        state_dict[name].shape[1] if name in state_dict else 1
+        for name in (f"blocks.{i}.{j}.win_tokens" for i, blocks in enumerate(model.blocks) for j in range(len(blocks)))
+    ]
+
+    def grids(rows: int, columns: int) -> list[tuple[int, int]]:
+        return [(math.ceil(rows / s), math.ceil(columns / s)) for s in widths]
+
+    divisors = [rows for rows in range(1, counts[0] + 1) if counts[0] % rows == 0]
+    candidates = [grids(rows, counts[0] // rows) for rows in divisors]
+    fitting = [candidate for candidate in candidates if [math.prod(grid) for grid in candidate] == counts]
+    own = grids(*window_grid(model.img_size, 0, 7))
+    if not fitting or own in fitting:
         return None
-    source = _source_grid(count, target)
-    resampled = []
-    for i, blocks in enumerate(model.blocks):
-        for j, block in enumerate(blocks):
-            name = f"blocks.{i}.{j}.win_tokens"
-            if name in state_dict and block.win_tokens is not None:
-                sevens = 2**i * block.window_size // 7  # windows of the first block along the side of one of this block
-                old_grid = tuple(math.ceil(side / sevens) for side in source)
-                if state_dict[name].shape[1] == math.prod(old_grid) and old_grid != block.grid:
-                    state_dict[name] = _resample_grid(state_dict[name], old_grid, block.grid)
-                    resampled.append(name)
-    return resampled
+
+    def distance(grids: list[tuple[int, int]]) -> tuple[bool, float]:
+        rows, columns = grids[0]
+        return rows != columns, abs(math.log(rows / columns * own[0][1] / own[0][0]))
+
+    return min(fitting, key=distance)
 
 
-def _source_grid(count: int, target: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of a grid of `count` windows: square if it can be, else of the aspect nearest `target`'s."""
-    if math.isqrt(count) ** 2 == count:
-        return math.isqrt(count), math.isqrt(count)
-    grids = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
-    return min(grids, key=lambda grid: abs(math.log(grid[0] / grid[1]) - math.log(target[0] / target[1])))
-
-
-def _resample_grid(tokens: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+def resample_window_tokens(tokens: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Window tokens of an old grid of windows, 1 × n × 1 × C, for a new one."""
     C = tokens.shape[-1]
     grid = tokens.float().view(1, *old, C).permute(0, 3, 1, 2)  # 1 × C × nh × nw
