@@ -1,9 +1,12 @@
 """Data sets, transforms and loaders for training and evaluation."""
 
 import argparse
+import importlib
 import json
 import math
 import random
+import sys
+import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from samplers import DistributedEvalSampler, RepeatedAugmentationSampler
 from utils import UserError, get_rank, get_world_size
 
 IMAGENET_FOLDERS = {True: ("train", "ILSVRC2012_img_train"), False: ("val", "ILSVRC2012_img_val")}
+DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19")
+READERS = ("wds", "hfds", "hfids", "tfds", "torch")  # timm's
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
@@ -69,10 +74,7 @@ def _imagenet(root: Path, is_train: bool, transform: Any) -> ImageData:
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     archive = root / f"{names[0]}.tar"
     if folder is None and archive.is_file():
-        dataset = create_dataset("", root=str(archive))
-        dataset.transform = transform
-        classes = list(dataset.reader.class_name_to_idx)
-        return ImageData(dataset, len(classes), classes)
+        return _archive(archive, transform)
     if folder is None:
         raise UserError(
             f"--data-path {root}: no {names[0]}/ folder there "
@@ -85,10 +87,43 @@ def _imagenet(root: Path, is_train: bool, transform: Any) -> ImageData:
     return ImageData(dataset, len(dataset.classes), dataset.classes)
 
 
+def _archive(path: Path, transform: Any) -> ImageData:
+    """A tar archive of class folders, its classes numbered as those of a folder: by name."""
+    what = f"--data-path {path}"
+    try:
+        classes = sorted(create_dataset("", root=str(path)).reader.class_name_to_idx)
+        dataset = create_dataset("", root=str(path), class_map={name: i for i, name in enumerate(classes)})
+    except (tarfile.TarError, ValueError, AssertionError, OSError) as error:
+        raise UserError(f"{what}: no archive of class folders ({error})") from None
+    if classes == [""]:
+        raise UserError(f"{what}: its images lie in no class folders")
+    dataset.transform = transform
+    return ImageData(dataset, len(classes), classes)
+
+
+def _import_hugging_face() -> None:
+    """Put Hugging Face's package `datasets`, which timm's reader imports, in the place of this file of its name."""
+    own = sys.modules.get("datasets")
+    if own is not None and getattr(own, "__file__", None) != __file__:
+        return
+    path = list(sys.path)
+    sys.modules.pop("datasets", None)
+    sys.path = [entry for entry in path if Path(entry).resolve() != Path(__file__).resolve().parent]
+    try:
+        importlib.import_module("datasets")
+    except ImportError as error:
+        sys.modules["datasets"] = own
+        raise UserError(f"--data-set hfds/…: needs Hugging Face's library ({error}): pip install datasets") from None
+    finally:
+        sys.path = path
+
+
 def _timm_dataset(is_train: bool, args: argparse.Namespace, transform: Any) -> ImageData:
     """A data set of timm's readers: wds/…, hfds/…, hfids/…, tfds/…, torch/…"""
     split = args.train_split if is_train else args.val_split
     what = f"--data-set {args.data_set}, split {split}, in --data-path {args.data_path}"
+    if args.data_set.startswith("hf"):
+        _import_hugging_face()
     try:
         dataset = create_dataset(
             args.data_set,
@@ -99,8 +134,12 @@ def _timm_dataset(is_train: bool, args: argparse.Namespace, transform: Any) -> I
             seed=args.seed,
             num_samples=args.train_num_samples if is_train else args.val_num_samples,
         )
-    except (RuntimeError, OSError, ValueError, AssertionError, ImportError) as error:
+    except Exception as error:  # each reader's library has its own
         raise UserError(f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+    shards = dataset.reader.split_info.filenames if args.data_set.startswith("wds/") else ()
+    missing = [shard for shard in shards if ":" not in shard and not (Path(args.data_path) / shard).is_file()]
+    if missing:
+        raise UserError(f"{what}: {len(missing)} of {len(shards)} shards are not there ({missing[0]}, …)")
     dataset.transform = transform
     class_to_idx = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {}
     num_classes = args.num_classes or len(class_to_idx)
@@ -128,6 +167,14 @@ class INaturalist(VisionDataset):
 
     def __init__(self, root: Path, train: bool, year: int, category: str, transform: Any = None) -> None:
         super().__init__(str(root), transform=transform)
+        try:
+            self._read_annotations(root, train, year, category)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"--data-path {root}: annotations are not as iNaturalist's ({error!r})") from None
+        if not self.samples or not Path(self.samples[0][0]).is_file():
+            raise UserError(f"--data-path {root}: no image at {self.samples[0][0] if self.samples else 'all'}")
+
+    def _read_annotations(self, root: Path, train: bool, year: int, category: str) -> None:
         taxonomy = {entry.get("id", i): entry for i, entry in enumerate(_read_json(root / "categories.json"))}
         training = _read_json(root / f"train{year}.json")
         names = (str(taxonomy[annotation["category_id"]][category]) for annotation in training["annotations"])
@@ -143,8 +190,6 @@ class INaturalist(VisionDataset):
                 with_kingdom[folder] = folder.is_dir()
             path = (folder if with_kingdom[folder] else root / split) / category_id / file
             self.samples.append((str(path), self.class_to_idx[str(taxonomy[int(category_id)][category])]))
-        if not self.samples or not Path(self.samples[0][0]).is_file():
-            raise UserError(f"--data-path {root}: no image at {self.samples[0][0] if self.samples else 'all'}")
 
     def __len__(self) -> int:
         return len(self.samples)

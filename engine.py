@@ -163,12 +163,18 @@ def train_one_epoch(
         if is_last:
             _step(training, args.clip_grad)
         if progress.advance(len(images) * get_world_size()):
-            mean = loss_sum.item() / progress.done
-            if not math.isfinite(mean):
-                raise UserError(f"epoch {epoch}: the loss is {mean}; try a lower --lr, or --amp off")
-            progress.report(loss=f"{mean:.4f}", lr=f"{lr:.6f}")
-    loss_mean = sum_over_processes(loss_sum) / (progress.done * get_world_size())
-    return {"loss": loss_mean.item(), "lr": lr}
+            progress.report(loss=f"{_mean_loss(loss_sum, progress.done, epoch):.4f}", lr=f"{lr:.6f}")
+    if progress.done == 0:
+        raise UserError(f"--data-path {args.data_path}: no training image could be read")
+    return {"loss": _mean_loss(loss_sum, progress.done, epoch), "lr": lr}
+
+
+def _mean_loss(loss_sum: Tensor, batches: int, epoch: int) -> float:
+    """Mean loss of all processes: they all see the same number, and end together where it is none."""
+    mean = sum_over_processes(loss_sum.clone()).item() / (batches * get_world_size())
+    if not math.isfinite(mean):
+        raise UserError(f"epoch {epoch}: the loss is {mean}; try a lower --lr, or --amp off")
+    return mean
 
 
 def _accumulated(batches: Iterable[Any], accum_steps: int, total: int) -> Iterator[tuple[Any, int, bool]]:
@@ -206,9 +212,9 @@ def evaluate(
     With `--dist-eval` the processes' counts are added up: every image counts once, whatever their number.
     """
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64)  # loss, top-1, top-5, images
-    if precision.device.type != "mps":  # which has no float64
-        totals = totals.to(precision.device)
+    kind = torch.float32 if precision.device.type == "mps" else torch.float64  # MPS has no float64
+    sums = torch.zeros(3, dtype=kind, device=precision.device)  # loss, top-1, top-5
+    count = 0
     progress = Progress(loader, title, args.print_freq)
     for images, targets in progress:
         images, targets = precision.images(images), targets.to(precision.device, non_blocking=True)
@@ -216,13 +222,12 @@ def evaluate(
             outputs = model(images)
         loss = F.cross_entropy(outputs.float(), targets, reduction="sum")
         ranked = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == targets[:, None]
-        batch = torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), loss.new_tensor(len(targets))])
-        totals += batch.to(totals)
-        if progress.advance(len(images)):
+        sums += torch.stack([loss.to(kind), ranked[:, 0].sum(), ranked.sum()])
+        count += len(images)
+        if progress.advance(len(images) * (get_world_size() if args.dist_eval else 1)):
             progress.report()
-    if args.dist_eval:
-        totals = sum_over_processes(totals)
-    loss, acc1, acc5, count = totals.tolist()
+    totals = torch.cat([sums, sums.new_tensor([count])])
+    loss, acc1, acc5, count = (sum_over_processes(totals) if args.dist_eval else totals).tolist()
     if count == 0:
         raise UserError(f"--data-path {args.data_path}: no validation image could be read")
     stats = {"loss": loss / count, "acc1": 100 * acc1 / count, "acc5": 100 * acc5 / count}

@@ -26,7 +26,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 import utils
 from datasets import (
+    DATA_SETS,
     INAT_CATEGORIES,
+    READERS,
     ImageData,
     build_dataset,
     build_train_loader,
@@ -62,18 +64,19 @@ def main(args: argparse.Namespace) -> None:
 
 def run_evaluation(args: argparse.Namespace, model: nn.Module, val: ImageData, precision: Precision) -> None:
     """`--eval`: accuracy of the weights of `--resume`, and of the averaged ones where there are any."""
+    if args.output_dir:
+        utils.on_main_process(lambda: utils.make_folder(Path(args.output_dir), "--output_dir"))
     loader = build_val_loader(val, args)
-    checkpoint = utils.read_checkpoint(args.resume, "--resume") if args.resume else {}
+    checkpoint = {}
     if args.resume:
-        load_model(model, checkpoint, args)
+        checkpoint = load_from(args.resume, "--resume", model)
     else:
         print_main("--eval without --resume: evaluating fresh weights")
     stats = prefixed("test", evaluate(model, loader, precision, "validation", args))
     if "model_ema" in checkpoint:
-        load_model(model, {"model": checkpoint["model_ema"]}, args)
+        load_from(args.resume, "--resume", model, prefer_ema=True)
         stats |= prefixed("test_ema", evaluate(model, loader, precision, "validation, averaged weights", args))
     if args.output_dir and utils.is_main_process():
-        utils.make_folder(Path(args.output_dir), "--output_dir")
         (Path(args.output_dir) / "eval.json").write_text(json.dumps(stats) + "\n")
 
 
@@ -89,6 +92,8 @@ def run_training(
     criterion = build_criterion(args, train.num_classes, precision, mixup is not None)
     if args.resume:
         resume(args, training)
+    if args.start_epoch >= args.epochs:
+        raise UserError(f"--epochs {args.epochs}: behind epoch {args.start_epoch - 1} there is none left to train")
     folder = open_output_folder(args)
     seed_everything(args.seed + utils.get_rank())  # the processes augment differently
     start = time.perf_counter()
@@ -162,12 +167,20 @@ def build_precision(args: argparse.Namespace, device: torch.device) -> Precision
     return Precision(device, dtype, torch.channels_last if args.channels_last else torch.contiguous_format)
 
 
+def create_model(flag: str, name: str, num_classes: int, input_size: int, **kwargs: Any) -> nn.Module:
+    """One of timm's models, built for the image size where it is for one size only."""
+    if get_pretrained_cfg_value(name, "fixed_input_size"):
+        kwargs["img_size"] = input_size
+    try:
+        return timm.create_model(name, num_classes=num_classes, **kwargs)
+    except (TypeError, ValueError, AssertionError) as error:  # what timm's models say to settings they do not have
+        raise UserError(f"{flag} {name}: timm cannot build it with these settings ({error})") from None
+
+
 def build_model(args: argparse.Namespace, num_classes: int, precision: Precision) -> nn.Module:
     """The network on its device."""
-    kwargs = dict(num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
-    if get_pretrained_cfg_value(args.model, "fixed_input_size"):
-        kwargs["img_size"] = args.input_size
-    model = timm.create_model(args.model, **kwargs)
+    rates = dict(drop_rate=args.drop, drop_path_rate=args.drop_path)
+    model = create_model("--model", args.model, num_classes, args.input_size, **rates)
     model.to(precision.device, memory_format=precision.memory_format)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
@@ -183,7 +196,10 @@ def build_training(args: argparse.Namespace, model: nn.Module, precision: Precis
     kwargs = optimizer_kwargs(cfg=args) | {"lr": args.lr * images_per_step / 512}
     if precision.device.type == "cuda" and args.opt in ("adam", "adamw"):
         kwargs["fused"] = True  # one kernel a step; and with float16 it needs no word from the GPU to skip a step
-    optimizer = create_optimizer_v2(model, **kwargs)
+    try:
+        optimizer = create_optimizer_v2(model, **kwargs)
+    except (TypeError, ValueError, AssertionError, IndexError) as error:
+        raise UserError(f"--opt {args.opt}: does not take these settings ({error})") from None
     lr_scheduler, _ = create_scheduler(args, optimizer)
     ema = None
     if args.model_ema:
@@ -223,12 +239,8 @@ def build_criterion(
         base = nn.CrossEntropyLoss()
     if args.distillation_type == "none":
         return DistillationLoss(base)
-    what = f"--teacher-path {args.teacher_path}"
-    weights = utils.weights_of(utils.read_checkpoint(args.teacher_path, "--teacher-path"), what)
-    kwargs = {"img_size": args.input_size} if get_pretrained_cfg_value(args.teacher_model, "fixed_input_size") else {}
-    teacher = timm.create_model(args.teacher_model, num_classes=num_classes, **kwargs)
-    if adaptation := utils.load_weights(teacher, weights, what):
-        print_main(f"{what}: of another image size; {adaptation}")
+    teacher = create_model("--teacher-model", args.teacher_model, num_classes, args.input_size)
+    load_from(args.teacher_path, "--teacher-path", teacher)
     teacher.to(precision.device, memory_format=precision.memory_format).eval().requires_grad_(False)
     return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
 
@@ -238,12 +250,14 @@ def build_criterion(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_model(model: nn.Module, checkpoint: dict[str, Any], args: argparse.Namespace) -> None:
-    """Load the weights of `--resume`; says what another image size made necessary."""
-    what = f"--resume {args.resume}"
-    adaptation = utils.load_weights(model, utils.weights_of(checkpoint, what), what)
+def load_from(path: str, flag: str, model: nn.Module, prefer_ema: bool = False) -> dict[str, Any]:
+    """Load a checkpoint's weights; says what another image size made necessary. Returns the checkpoint."""
+    checkpoint = utils.read_checkpoint(path, flag)
+    what = f"{flag} {path}"
+    adaptation = utils.load_weights(model, utils.weights_of(checkpoint, what, prefer_ema), what)
     if adaptation:
         print_main(f"{what}: of another image size; {adaptation}")
+    return checkpoint
 
 
 def finetune_from(args: argparse.Namespace, model: nn.Module) -> None:
@@ -252,25 +266,25 @@ def finetune_from(args: argparse.Namespace, model: nn.Module) -> None:
     checkpoint = utils.read_checkpoint(args.finetune, "--finetune")
     weights = utils.weights_of(checkpoint, what, prefer_ema=True)
     own = model.state_dict()
-    head = [name for name in weights if name.startswith(f"{model.default_cfg['classifier']}.") and name in own]
-    fresh = head if any(weights[name].shape != own[name].shape for name in head) else []
+    head = [name for name in own if name.startswith(f"{model.default_cfg['classifier']}.")]
+    fits = all(name in weights and weights[name].shape == own[name].shape for name in head)
+    fresh = [] if fits else head
     weights |= {name: own[name] for name in fresh}
     adaptation = utils.load_weights(model, weights, what)
     loaded = len(own) - len(fresh) - len(adaptation.fresh) - len(adaptation.resampled)
     which = "averaged weights, " if "model_ema" in checkpoint else ""
     print_main(f"{what}: {which}loaded {loaded} of {len(own)} entries as they are")
     if adaptation:
-        print_main(f"{what}: another image size; {adaptation}")
+        print_main(f"{what}: of another image size; {adaptation}")
     if fresh:
         print_main(f"{what}: another number of classes; left out and fresh {len(fresh)}: {', '.join(fresh)}")
 
 
 def resume(args: argparse.Namespace, training: Training) -> None:
     """`--resume`: go on behind the checkpoint's epoch; a bare state dict gives the weights alone."""
-    checkpoint = utils.read_checkpoint(args.resume, "--resume")
     what = f"--resume {args.resume}"
-    adaptation = utils.load_weights(training.model, utils.weights_of(checkpoint, what), what)
-    if adaptation:
+    checkpoint = utils.read_checkpoint(args.resume, "--resume")
+    if utils.load_weights(training.model, utils.weights_of(checkpoint, what), what):
         raise UserError(f"{what}: of another image size than --input-size {args.input_size}; --finetune takes it")
     if training.ema is not None:
         utils.load_weights(training.ema.module, utils.weights_of(checkpoint, what, prefer_ema=True), what)
@@ -278,16 +292,16 @@ def resume(args: argparse.Namespace, training: Training) -> None:
         print_main(f"{what}: weights only; the optimiser and the schedule start afresh")
         return
     try:
-        training.optimizer.load_state_dict(checkpoint["optimizer"])
-        training.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
-        training.scaler.load_state_dict(checkpoint["scaler"] or training.scaler.state_dict())
+        utils.load_optimizer(training.optimizer, training.model, checkpoint["optimizer"])
+        if checkpoint.get("scaler") and training.scaler.is_enabled():
+            training.scaler.load_state_dict(checkpoint["scaler"])
+        if args.sched == "plateau":  # the one schedule with a memory; the others follow from the command's settings
+            training.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        else:
+            training.lr_scheduler.step(checkpoint["epoch"])
         args.start_epoch = checkpoint["epoch"] + 1
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{what}: its training state does not fit ({error}); --finetune takes its weights") from None
-    if args.start_epoch >= args.epochs:
-        raise UserError(
-            f"{what}: has all {args.epochs} epochs behind it; --eval evaluates it, a higher --epochs goes on"
-        )
     training.best_accuracy = checkpoint.get("best_accuracy", 0.0)
     training.steps = checkpoint.get("steps", 0)
     print_main(f"{what}: going on with epoch {args.start_epoch}")
@@ -303,12 +317,12 @@ def open_output_folder(args: argparse.Namespace) -> Path:
 
     def prepare() -> None:
         checkpoint = folder / "checkpoint.pth"
-        if checkpoint.exists() and not args.resume:
+        goes_on_here = bool(args.resume) and Path(args.resume).resolve().parent == folder.resolve()
+        if checkpoint.exists() and not goes_on_here:
             way_out = f"go on with --resume {checkpoint}, or name another folder"
             raise UserError(f"--output_dir {folder}: holds a run already; {way_out}")
         utils.make_folder(folder, "--output_dir")
-        if not args.resume:
-            (folder / "log.txt").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        utils.cut_log(folder / "log.txt", args.start_epoch)
 
     utils.on_main_process(prepare)
     return folder
@@ -321,6 +335,11 @@ def open_output_folder(args: argparse.Namespace) -> Path:
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with the command in one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # argparse's own pattern knows no exponents: it would take the -1e-3 of `--lr -1e-3` for a setting
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -492,8 +511,11 @@ def check_settings(args: argparse.Namespace) -> None:
     kind = args.device.split(":")[0]
     if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
         raise UserError(f"--device {args.device}: not available here; choose {utils.best_device()}")
-    if "/" not in args.data_set and args.data_set not in ("IMNET", "CIFAR", "INAT", "INAT19"):
-        raise UserError(f"--data-set {args.data_set}: unknown; choose IMNET, CIFAR, INAT, INAT19 or wds/…, hfds/…")
+    if args.data_set.split("/")[0] not in (DATA_SETS if "/" not in args.data_set else READERS):
+        readers = ", ".join(f"{name}/…" for name in READERS)
+        raise UserError(f"--data-set {args.data_set}: unknown; choose {', '.join(DATA_SETS)}, {readers}")
+    if args.opt_betas and (len(args.opt_betas) != 2 or max(args.opt_betas) == 1):
+        raise UserError(f"--opt-betas {' '.join(map(str, args.opt_betas))}: takes two numbers from 0 to below 1")
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2 and not (args.eval or args.throughput):
         raise UserError(f"--batch-size {args.batch_size}: mixup and cutmix take an even one; or --mixup 0 --cutmix 0")
@@ -510,6 +532,9 @@ def run(arguments: list[str] | None = None) -> int:
     except UserError as error:
         if utils.is_main_process():
             print(f"main.py: {error}", file=sys.stderr, flush=True)
+        elif dist.is_initialized():
+            time.sleep(5)  # where all processes refuse, the main one's line is enough, and ends the others meanwhile
+            print(f"main.py: process {utils.get_rank()}: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130

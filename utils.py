@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 import torch.distributed as dist
@@ -76,12 +74,17 @@ def init_distributed(device: str, world_size: int, dist_url: str) -> torch.devic
 
     Returns:
         this process's device.
+
+    Raises:
+        UserError: the environment does not tell this process's number.
     """
     os.environ.update(_slurm_variables())
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", world_size))
-    if "RANK" not in os.environ or world_size < 1:
+    if "RANK" not in os.environ:
+        if world_size > 1:
+            raise UserError(f"--world_size {world_size}: RANK is not set; start the processes by torchrun or srun")
         return torch.device(device)
+    rank = int(os.environ["RANK"])
+    world_size = int(os.environ.get("WORLD_SIZE", world_size))
     if device == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
         device = f"cuda:{index}"
@@ -160,17 +163,25 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
     try:
         if path.startswith("https://"):
             checkpoint = torch.hub.load_state_dict_from_url(
-                path, map_location="cpu", check_hash=True, weights_only=True, progress=is_main_process()
+                path,
+                map_location="cpu",
+                check_hash=re.search(r"-[0-9a-f]{8,}\.\w+$", path) is not None,
+                weights_only=True,
+                progress=is_main_process(),
             )
         elif not Path(path).is_file():
             raise UserError(f"{what}: no such file")
         else:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except URLError as error:
-        raise UserError(f"{what}: download failed ({error.reason})") from None
-    except OSError as error:
-        raise UserError(f"{what}: cannot be read ({error.strerror or error})") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except PermissionError:
+        raise UserError(f"{what}: cannot be read (permission denied)") from None
+    except Exception as error:  # what torch.load raises on files that are no checkpoints is not documented, and varied
+        if "invalid hash value" in str(error):
+            raise UserError(f"{what}: the file that came does not have the hash in its name; try again") from None
+        if isinstance(error, OSError) and path.startswith("https://"):
+            raise UserError(f"{what}: download failed ({error})") from None
         if match := re.search(r"Unsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error)):
             raise UserError(f"{what}: refused, it holds {match[1]}, which could run code; save tensors only") from None
         raise UserError(f"{what}: not a checkpoint, or a truncated one") from None
@@ -219,10 +230,38 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], what: str) -> Ada
     for name, value in weights.items():
         if value.shape != expected[name].shape:
             shapes = f"{name} is {tuple(value.shape)}, the model's {tuple(expected[name].shape)}"
-            way_out = "; --finetune gives the model a new head" if name.startswith("head.") else ""
+            finetune = what.startswith("--resume") and name.startswith("head.")
+            way_out = "; --finetune gives the model a new head" if finetune else ""
             raise UserError(f"{what}: does not fit this model: {shapes}{way_out}")
     model.load_state_dict(weights)
     return adaptation
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
+    """Load an optimiser's state; also one of the published code, which decays the window tokens like matrices.
+
+    Raises:
+        ValueError: the state is of other parameters.
+    """
+    own = [[name for p in group["params"] for name, q in model.named_parameters() if q is p]
+           for group in optimizer.param_groups]  # fmt: skip
+    is_vector = {name: p.ndim <= 1 for name, p in model.named_parameters()}
+    published = [[name for name in is_vector if is_vector[name]], [name for name in is_vector if not is_vector[name]]]
+    sizes = [len(group["params"]) for group in state["param_groups"]]
+    if sizes != [len(names) for names in own] and sizes == [len(names) for names in published]:
+        # parameters are numbered through the groups; give each its number in this optimiser's groups
+        number = {name: i for i, name in enumerate(name for names in own for name in names)}
+        numbers = [number[name] for names in published for name in names]
+        groups, start = [], 0
+        for group, names in zip(state["param_groups"], own):
+            groups.append({**group, "params": list(range(start, start + len(names)))})
+            start += len(names)
+        state = {"state": {numbers[i]: value for i, value in state["state"].items()}, "param_groups": groups}
+    # how a step is computed is this run's own matter: the checkpoint may come from another device
+    kept = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, kept):
+        group.update(settings)
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
@@ -241,7 +280,7 @@ class Progress:
     """Iterates over batches and shows how it goes: a bar on a terminal, a line every so often in a file.
 
     Args:
-        batches: the batches; their number is their `len`.
+        batches: the batches; their number is their `len`, 0 where they do not know it.
         title: in front of each line.
         every: batches between two reports. Numbers that live on a GPU are waited for only then.
         later: how many more such rounds the run has, for its time left.
@@ -259,7 +298,9 @@ class Progress:
         self.bar = None
         if is_main_process() and sys.stdout.isatty():
             layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-            self.bar = tqdm(total=self.total, desc=title, bar_format=layout, file=sys.stdout, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=self.total or None, desc=title, bar_format=layout, file=sys.stdout, dynamic_ncols=True
+            )
 
     def __iter__(self) -> Iterator[Any]:
         try:
@@ -280,9 +321,9 @@ class Progress:
     def report(self, **values: str) -> None:
         """Show values, the speed so far and the time left."""
         seconds = time.perf_counter() - self.start
-        left = seconds / self.done * (self.total - self.done)
+        left = max(0.0, seconds / self.done * (self.total - self.done))
         values["images/s"] = f"{self.images / seconds:.1f}"
-        if self.bar is None:
+        if self.bar is None and self.total:
             values["left"] = str(timedelta(seconds=round(left)))
         if self.later:
             values["run left"] = str(timedelta(seconds=round(left + self.later * seconds / self.done * self.total)))
@@ -290,7 +331,8 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(text)
         else:
-            print_main(f"{self.title} [{self.done:{len(str(self.total))}}/{self.total}] {text}")
+            place = f"{self.done:{len(str(self.total))}}/{self.total}" if self.total else str(self.done)
+            print_main(f"{self.title} [{place}] {text}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -319,13 +361,24 @@ def append_log(path: Path, entry: dict[str, Any]) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of log.txt; none where there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def cut_log(path: Path, epoch: int) -> None:
+    """Take the lines of `epoch` and later off log.txt: a run goes on before them."""
+    entries = [entry for entry in read_log(path) if entry["epoch"] < epoch]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
 def plot_curves(log: Path, picture: Path) -> None:
     """Draw loss, accuracy and learning rate of log.txt over the epochs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import: only when there is a run to draw
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    entries = read_log(log)
     panels = {
         "loss": {"train_loss": "training", "test_loss": "validation", "test_ema_loss": "validation, averaged weights"},
         "accuracy (%)": {"test_acc1": "top-1", "test_acc5": "top-5", "test_ema_acc1": "top-1, averaged weights"},

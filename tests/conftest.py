@@ -104,5 +104,11 @@ def succeed(*arguments, **kwargs) -> str:
 SMALL = ["--model", "SepViT_Lite", "--input-size", "32", "--batch-size", "16", "--num_workers", "0", "--epochs", "1"]
 
 
+# Settings without anything random but the shuffle, and a step whose size the gradients alone decide.
+PLAIN = ["--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--drop-path", "0", "--aa=", "--reprob", "0",
+         "--color-jitter", "0", "--hflip", "0", "--scale", "1", "1", "--opt", "sgd", "--lr", "1", "--sched", "constant",
+         "--warmup-epochs", "0"]  # fmt: skip
+
+
 def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]

@@ -32,7 +32,8 @@ def files(tmp_path_factory, few_digits):
     lite = timm.create_model("SepViT_Lite", img_size=32, num_classes=3)
     torch.save({"model": lite.state_dict()}, root / "lite.pth")
     (root / "truncated.pth").write_bytes((root / "lite.pth").read_bytes()[:5000])
-    (root / "text.pth").write_text("not a checkpoint")
+    (root / "text.pth").write_text("train a model first")
+    (root / "csv.pth").write_text("epoch,loss\n0,1.5\n")
     torch.save({"model": {}}, root / "empty.pth")
     torch.save([1, 2], root / "list.pth")
     torch.save({"epoch": 3}, root / "no_weights.pth")
@@ -54,6 +55,11 @@ def files(tmp_path_factory, few_digits):
     (root / "other_classes/val/7").mkdir(parents=True)
     Image.new("L", (8, 8)).save(root / "other_classes/val/7/a.png")
     (root / "empty").mkdir()
+    (root / "broken_tar").mkdir()
+    (root / "broken_tar/val.tar").write_text("no archive")
+    (root / "broken_inat").mkdir()
+    for name in ("categories", "train2018", "val2018"):
+        (root / f"broken_inat/{name}.json").write_text("[]")
     (root / "a_file").write_text("")
     return root
 
@@ -73,6 +79,7 @@ MISTAKES = {
     "missing checkpoint": (["--resume", "{root}/nowhere.pth"], ["--resume {root}/nowhere.pth: no such file"]),
     "truncated checkpoint": (["--resume", "{root}/truncated.pth"], ["truncated.pth", "or a truncated one"]),
     "text for a checkpoint": (["--resume", "{root}/text.pth"], ["text.pth", "not a checkpoint"]),
+    "table for a checkpoint": (["--resume", "{root}/csv.pth"], ["csv.pth", "not a checkpoint"]),
     "list for a checkpoint": (["--resume", "{root}/list.pth"], ["holds a list"]),
     "checkpoint without weights": (["--resume", "{root}/no_weights.pth"], ["holds no model weights"]),
     "empty weights": (["--resume", "{root}/empty.pth"], ["holds no model weights"]),
@@ -96,6 +103,18 @@ MISTAKES = {
     "rate above one": (["--drop-path", "1.5"], ["--drop-path", "at most 1"]),
     "unknown setting": (["--larning-rate", "1"], ["--larning-rate"]),
     "unknown optimiser": (["--opt", "adamv"], ["--opt adamv"]),
+    "one beta": (["--opt-betas", "0.9"], ["--opt-betas 0.9", "two numbers"]),
+    "betas of one": (["--opt-betas", "1", "1"], ["--opt-betas 1.0 1.0"]),
+    "optimiser that cannot be built": (["--opt", "fusedadam"], ["--opt fusedadam"]),
+    "model without these settings": (["--model", "vgg11"], ["--model vgg11"]),
+    "no epoch left": (["--start_epoch", "5"], ["--epochs 1"]),
+    "number of processes without their numbers": (["--world_size", "8"], ["--world_size 8", "torchrun"]),
+    "unknown reader": (["--data-set", "foo/bar"], ["--data-set foo/bar", "wds/…"]),
+    "missing shards": (["--data-set", "wds/x", "--num-classes", "3", "--val-split", "v-{{0..1}}.tar|9"],
+                       ["2 of 2 shards", "v-0.tar"]),
+    "broken archive": (["--data-path", "{root}/broken_tar"], ["val.tar", "no archive"]),
+    "unwritable folder for an evaluation": (["--eval", "--output_dir", "/proc/x"], ["--output_dir /proc/x"]),
+    "iNaturalist's annotations broken": (["--data-path", "{root}/broken_inat", "--data-set", "INAT"], ["annotations"]),
     "unknown device": (["--device", "tpu"], ["--device tpu", "cuda, mps or cpu"]),
     "device that is not there": (["--device", "mps"], ["--device mps", "cpu"]),
     "unknown augmentation": (["--aa", "rand-x9"], ["--aa rand-x9"]),
@@ -148,12 +167,23 @@ def test_a_folder_with_a_run_is_not_overwritten(few_digits, tmp_path, capsys):
     assert (tmp_path / "checkpoint.pth").read_text() == "precious"
 
 
+def test_another_runs_folder_is_not_written_by_a_resumed_one(few_digits, tmp_path, capsys):
+    base = [*map(str, SMALL), "--data-path", str(few_digits)]
+    for name in ("a", "b"):
+        assert main.run([*base, "--output_dir", str(tmp_path / name)]) == 0
+    before = (tmp_path / "b/checkpoint.pth").read_bytes()
+    resume = ["--resume", str(tmp_path / "a/checkpoint.pth"), "--epochs", "2"]
+    assert main.run([*base, *resume, "--output_dir", str(tmp_path / "b")]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert (tmp_path / "b/checkpoint.pth").read_bytes() == before
+
+
 def test_a_finished_run_is_not_resumed(few_digits, tmp_path, capsys):
     arguments = [*map(str, SMALL), "--data-path", str(few_digits), "--output_dir", str(tmp_path / "run")]
     assert main.run(arguments) == 0
     capsys.readouterr()
     assert main.run([*arguments, "--resume", str(tmp_path / "run/checkpoint.pth")]) == 2
-    assert "has all 1 epochs behind it" in capsys.readouterr().err
+    assert "there is none left to train" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(few_digits, tmp_path, capsys):

@@ -128,6 +128,24 @@ def test_tar_archives(few_digits, tmp_path):
     assert np.isfinite(read_log(tmp_path / "run")[0]["train_loss"])
 
 
+def test_archives_number_classes_as_folders_do(tmp_path):
+    for label in ("10", "2", "1"):
+        (tmp_path / "x" / label).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "x" / label / "a.png")
+    with tarfile.open(tmp_path / "val.tar", "w") as archive:
+        archive.add(tmp_path / "x", arcname=".")
+    data = build_dataset(False, settings("--data-path", tmp_path, "--input-size", 32))
+    assert data.classes == ["1", "10", "2"]
+    assert sorted(target for _, target in data.dataset) == [0, 1, 2]
+
+
+def test_hugging_face_data_set(few_digits, tmp_path):
+    """Hugging Face's library is called `datasets`, like the file of this repository: both are found."""
+    printed = succeed(*SMALL, "--data-set", f"hfds/{few_digits}", "--data-path", tmp_path / "cache", "--num-classes", 3,
+                      "--output_dir", tmp_path / "run", environment={"HF_HUB_OFFLINE": "1"})  # fmt: skip
+    assert "21 images" in printed
+
+
 def inat_folder(root, with_kingdom: bool):
     categories = [
         dict(zip(INAT_CATEGORIES, (k, p, "c", "o", s, f, "g", n)))
@@ -159,6 +177,8 @@ def test_inaturalist(with_kingdom, tmp_path):
     assert INaturalist(tmp_path, True, 2018, "kingdom").classes == ["Animalia", "Plantae"]
     data = build_dataset(True, settings("--data-path", tmp_path, "--data-set", "INAT", "--inat-category", "family"))
     assert data.num_classes == 3
+    printed = succeed(*SMALL, "--data-set", "INAT", "--data-path", tmp_path, "--throughput", "--batch-size", 1)
+    assert "batch size 1" in printed
 
 
 def test_inaturalist_without_its_files(tmp_path):

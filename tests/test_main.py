@@ -1,12 +1,16 @@
 """main.py as users run it: training, resuming, evaluating, finetuning, distillation, on one process and on several."""
 
 import argparse
+import fcntl
 import json
 import os
+import pty
 import re
 import socket
+import struct
 import subprocess
 import sys
+import termios
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,17 +18,19 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import GOLDEN, ROOT, SMALL, command, read_log, succeed
+import torch.nn.functional as F
+from conftest import GOLDEN, PLAIN, ROOT, SMALL, command, read_log, succeed
 from PIL import Image
 
 import main
 import utils
+from engine import DistillationLoss, train_one_epoch
 
 CHECKPOINT_KEYS = {"model", "optimizer", "lr_scheduler", "epoch", "scaler", "args"}
 
 
-def accuracy(printed: str) -> str:
-    return re.findall(r"top-1 (\d+\.\d+) %", printed)[-1]
+def accuracy(printed: str) -> list[str]:
+    return re.findall(r"top-1 (\d+\.\d+) %, top-5 (\d+\.\d+) %", printed)
 
 
 @pytest.fixture(scope="module")
@@ -124,16 +130,16 @@ def test_dist_eval_is_exact_on_any_number_of_processes(trained, digits):
     settings = ["--eval", "--resume", trained[0] / "checkpoint.pth", "--model", "SepViT_Lite", "--input-size", 64,
                 "--batch-size", 8, "--data-path", digits, "--num_workers", 0, "--dist-eval"]  # fmt: skip
     outputs = [succeed(*settings, processes=n) for n in (0, 2, 3)]
-    assert len({accuracy(printed) for printed in outputs}) == 1
+    assert accuracy(outputs[0]) == accuracy(outputs[1]) == accuracy(outputs[2])
     assert all(printed.count("364 images") == 2 for printed in outputs)  # once for each kind of weights
 
 
 def test_input_of_another_size_evaluates_with_resampled_tokens(trained, digits):
     printed = succeed("--eval", "--resume", trained[0] / "checkpoint.pth", "--model", "SepViT_Lite",
                       "--input-size", 96, "--data-path", digits, "--num_workers", 1)  # fmt: skip
-    assert "another image size" in printed
+    assert "of another image size; resampled" in printed
     assert "blocks.0.0.win_tokens" in printed
-    assert float(accuracy(printed)) > 40
+    assert "364 images" in printed
 
 
 def test_defaults_are_the_reference_recipe():
@@ -194,17 +200,110 @@ def test_variations_train(name, few_digits, digits, tmp_path):
     data = digits if "repeated" in name else few_digits  # repeated augmentation counts in 256s
     arguments = [*SMALL, "--data-path", data, "--output_dir", tmp_path / "run", "--device", "cpu", *VARIATIONS[name]]
     assert main.run([str(argument) for argument in arguments]) == 0
-    entry = read_log(tmp_path / "run")[-1]
-    assert np.isfinite(entry["train_loss"])
+    assert np.isfinite(read_log(tmp_path / "run")[-1]["train_loss"])
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in checkpoint["model"].values())
+    group = checkpoint["optimizer"]["param_groups"][1]
     if "averaged" in name:
-        checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
         assert not torch.equal(checkpoint["model_ema"]["head.weight"], checkpoint["model"]["head.weight"])
-    if "float16," in name and "bfloat16" not in name:
-        assert torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["scaler"]["scale"] > 0
+        assert checkpoint["steps"] == 1433 // 256 * 256 // 16
+    if name.startswith("float16"):
+        assert checkpoint["scaler"]["scale"] > 0
+    if "accumulation" in name:
+        assert checkpoint["steps"] == 2  # three batches: a step of two, a step of one
+    if name == "noisy plateau":
+        assert group["betas"] == (0.9, 0.95)
+    if name.startswith("sgd"):
+        assert group["momentum"] == 0.9
+        assert "betas" not in group
+
+
+def prepared(*arguments, model=None):
+    """Settings, precision and a small training run as main.py builds them."""
+    args = main.build_parser().parse_args([*map(str, SMALL), "--device", "cpu", *map(str, arguments)])
+    precision = main.build_precision(args, torch.device("cpu"))
+    model = model or main.build_model(args, 3, precision)
+    return args, precision, main.build_training(args, model, precision)
+
+
+def one_epoch(args, precision, training, criterion=None, batches=1):
+    torch.manual_seed(0)
+    loader = [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))] * batches
+    criterion = criterion or DistillationLoss(torch.nn.CrossEntropyLoss())
+    return train_one_epoch(training, loader, criterion, precision, 0, args)
+
+
+@pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_precision_and_memory_format_reach_the_network(amp, channels_last):
+    args, precision, training = prepared("--amp", amp, *(["--channels-last"] if channels_last else []))
+    seen = []
+    training.model.patch_embeds[0].proj.register_forward_hook(lambda _, inputs, y: seen.append((inputs[0], y)))
+    one_epoch(args, precision, training)
+    images, outputs = seen[0]
+    assert outputs.dtype == {"off": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[amp]
+    assert images.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert training.scaler.is_enabled() == (amp == "float16")
+
+
+def test_grad_checkpointing_computes_blocks_twice():
+    counts = []
+    for flags in ([], ["--grad-checkpointing"]):
+        args, precision, training = prepared(*flags)
+        calls = []
+        training.model.blocks[2][0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        one_epoch(args, precision, training)
+        counts.append(len(calls))
+    assert counts == [1, 2]
+
+
+def test_clip_grad_bounds_the_step():
+    """With plain SGD at learning rate 1, the step is the clipped gradient."""
+    norms = []
+    for clip in (0, 1e-3):
+        torch.manual_seed(0)
+        arguments = [*PLAIN, "--opt", "momentum", "--momentum", 0, "--weight-decay", 0, "--clip-grad", clip]
+        arguments += ["--batch-size", 512]
+        args, precision, training = prepared(*arguments)
+        before = [p.detach().clone() for p in training.model.parameters()]
+        one_epoch(args, precision, training)
+        steps = [(p - q).detach().flatten() for p, q in zip(training.model.parameters(), before)]
+        norms.append(torch.cat(steps).norm().item())
+    assert norms[0] > 0.1
+    assert norms[1] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_distillation_losses():
+    torch.manual_seed(0)
+    images, student, targets = torch.randn(4, 6), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    teacher = torch.nn.Linear(6, 3)
+    with torch.no_grad():
+        theirs = teacher(images)
+    base = F.cross_entropy(student, targets)
+    hard = F.cross_entropy(student, theirs.argmax(1))
+    p, q = (theirs / 2).softmax(1), (student / 2).softmax(1)
+    soft = (p * (p.log() - q.log())).sum() * 2**2 / student.numel()
+    for kind, expected in (("none", base), ("hard", 0.7 * base + 0.3 * hard), ("soft", 0.7 * base + 0.3 * soft)):
+        criterion = DistillationLoss(torch.nn.CrossEntropyLoss(), teacher, kind, alpha=0.3, tau=2.0)
+        torch.testing.assert_close(criterion(images, student, targets), expected)
+
+
+def test_compile_flag_compiles():
+    _, _, training = prepared("--compile")
+    assert training.model._compiled_call_impl is not None
+    assert prepared()[2].model._compiled_call_impl is None
+
+
+def test_weight_decay_spares_window_tokens():
+    _, _, training = prepared()
+    names = {id(p): name for name, p in training.model.named_parameters()}
+    spared = [names[id(p)] for g in training.optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]]
+    assert "blocks.0.0.win_tokens" in spared
 
 
 @pytest.mark.slow
 def test_compiled_training(few_digits, tmp_path):
+    """Forward and backward through native code, on all variants of the loop's calls."""
     succeed(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--compile", "--model-ema")
     assert np.isfinite(read_log(tmp_path / "run")[0]["test_ema_loss"])
 
@@ -216,12 +315,9 @@ def test_compiled_throughput(few_digits):
 
 def test_accumulation_equals_a_larger_batch(few_digits, tmp_path):
     """Two batches of 8 make the step of one batch of 16: the same weights, but for the order of additions."""
-    plain = ["--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--drop-path", "0", "--aa=", "--reprob", "0",
-             "--color-jitter", "0", "--hflip", "0", "--scale", "1", "1", "--opt", "sgd", "--lr", "1",
-             "--sched", "constant", "--warmup-epochs", "0"]  # fmt: skip
     weights = []
     for name, batch in (("whole", ["--batch-size", "16"]), ("parts", ["--batch-size", "8", "--accum-steps", "2"])):
-        arguments = [*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / name, "--device", "cpu", *plain]
+        arguments = [*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / name, "--device", "cpu", *PLAIN]
         assert main.run([*map(str, arguments), *batch]) == 0
         weights.append(torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["model"])
     for name, value in weights[0].items():
@@ -257,32 +353,99 @@ def test_the_loop_does_not_wait_for_the_device(few_digits, tmp_path, monkeypatch
 
 
 def test_resume_goes_on(few_digits, tmp_path):
-    settings = [*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--model-ema"]
-    succeed(*settings)
-    first = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
-    printed = succeed(*settings, "--epochs", 2, "--resume", tmp_path / "run/checkpoint.pth")
-    assert "going on with epoch 1" in printed
-    assert [entry["epoch"] for entry in read_log(tmp_path / "run")] == [0, 1]
-    second = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
-    assert second["epoch"] == 1
+    settings = [
+        *SMALL,
+        "--data-path",
+        few_digits,
+        "--output_dir",
+        tmp_path / "run",
+        "--model-ema",
+        "--warmup-epochs",
+        1,
+    ]
+    succeed(*settings, "--epochs", 2)
+    path = tmp_path / "run/checkpoint.pth"
+    first = torch.load(path, weights_only=True)
+    printed = succeed(*settings, "--epochs", 4, "--resume", path, "--lr", 1e-3)
+    assert "going on with epoch 2" in printed
+    log = read_log(tmp_path / "run")
+    assert [entry["epoch"] for entry in log] == [0, 1, 2, 3]
+    base = 1e-3 * 16 / 512  # the rates of the command that goes on: cosine, stepped behind epochs 1 and 2 of 4
+    rates = [1e-5 + (base - 1e-5) * (1 + np.cos(np.pi * epoch / 4)) / 2 for epoch in (1, 2)]
+    assert [entry["train_lr"] for entry in log[2:]] == pytest.approx(rates)
+    second = torch.load(path, weights_only=True)
+    assert second["epoch"] == 3
     assert second["steps"] == 2 * first["steps"]
     assert second["optimizer"]["state"][0]["step"] == 2 * first["optimizer"]["state"][0]["step"]
+    assert second["best_accuracy"] == max(entry["test_acc1"] for entry in log)
+    succeed(*settings, "--epochs", 4, "--resume", path, "--start_epoch", 0, "--eval")
 
 
-def test_resume_takes_the_published_format_and_bare_weights(few_digits, tmp_path):
-    """Checkpoints of the published code: settings in a Namespace, no best accuracy; and data-parallel prefixes."""
+def test_resume_restores_what_the_checkpoint_holds(tmp_path):
+    args, precision, training = prepared("--model-ema", "--epochs", 5)
+    one_epoch(args, precision, training)
+    training.best_accuracy = 55.5
+    torch.save(training.checkpoint(2, args), tmp_path / "c.pth")
+    args, _, resumed = prepared("--model-ema", "--epochs", 5, "--resume", tmp_path / "c.pth")
+    main.resume(args, resumed)
+    assert (args.start_epoch, resumed.best_accuracy, resumed.steps) == (3, 55.5, 1)
+    for mine, theirs in ((resumed.model, training.model), (resumed.ema.module, training.ema.module)):
+        assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters()))
+    ours, others = (t.optimizer.state_dict()["state"] for t in (resumed, training))
+    assert all(torch.equal(ours[i]["exp_avg"], others[i]["exp_avg"]) for i in others)
+
+
+def test_resume_keeps_how_this_run_computes_its_steps(tmp_path):
+    """A checkpoint of a run with another kind of AdamW does not change this one's."""
+    args, precision, training = prepared("--amp", "float16")
+    one_epoch(args, precision, training)
+    state = training.optimizer.state_dict()
+    model = prepared()[2].model
+    fused = torch.optim.AdamW([{"params": g["params"]} for g in create_groups(model)], fused=True)
+    utils.load_optimizer(fused, model, state)
+    assert all(group["fused"] for group in fused.param_groups)
+
+
+def create_groups(model):
+    return main.create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.05).param_groups
+
+
+def test_published_training_state_goes_on(few_digits, tmp_path):
+    """The published code decays window tokens, so its optimiser numbers the parameters otherwise; and its settings are
+    a Namespace."""
     model = timm.create_model("SepViT_Lite", img_size=32, num_classes=3)
-    optimizer = torch.optim.AdamW(model.parameters())
+    named = list(model.named_parameters())
+    groups = [[(n, p) for n, p in named if p.ndim <= 1], [(n, p) for n, p in named if p.ndim > 1]]
+    optimizer = torch.optim.AdamW([{"params": [p for _, p in group]} for group in groups], lr=1e-3)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    moments = {n: optimizer.state[p]["exp_avg"].clone() for group in groups for n, p in group}
     published = dict(
-        model=model.state_dict(), optimizer=optimizer.state_dict(), lr_scheduler={}, epoch=4, scaler={},
+        model=model.state_dict(), optimizer=optimizer.state_dict(), lr_scheduler={"t_initial": 300}, epoch=4,
+        scaler={"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
+                "_growth_tracker": 0},
         args=argparse.Namespace(model="SepViT_Lite", lr=5e-4),
     )  # fmt: skip
-    torch.save(published, tmp_path / "published.pth")
-    torch.save({f"module.{name}": value for name, value in model.state_dict().items()}, tmp_path / "bare.pth")
-    settings = [*map(str, SMALL), "--data-path", str(few_digits), "--device", "cpu"]
-    for name in ("published", "bare"):
-        assert main.run([*settings, "--eval", "--resume", str(tmp_path / f"{name}.pth")]) == 0
-    assert main.run([*settings, "--resume", str(tmp_path / "bare.pth"), "--output_dir", str(tmp_path / "run")]) == 0
+    path = tmp_path / "published.pth"
+    torch.save(published, path)
+    args, _, training = prepared("--resume", path, "--epochs", 300)
+    main.resume(args, training)
+    assert args.start_epoch == 5
+    for name, p in training.model.named_parameters():
+        assert torch.equal(training.optimizer.state[p]["exp_avg"], moments[name]), name
+    printed = succeed(
+        *SMALL, "--data-path", few_digits, "--epochs", 6, "--resume", path, "--output_dir", tmp_path / "run"
+    )
+    assert "going on with epoch 5" in printed
+
+
+def test_bare_weights_and_prefixes(few_digits, tmp_path):
+    model = timm.create_model("SepViT_Lite", img_size=32, num_classes=3)
+    path = tmp_path / "bare.pth"
+    torch.save({f"module.{name}": value for name, value in model.state_dict().items()}, path)
+    settings = [*map(str, SMALL), "--data-path", str(few_digits), "--device", "cpu", "--resume", str(path)]
+    assert main.run([*settings, "--eval"]) == 0
+    assert main.run([*settings, "--output_dir", str(tmp_path / "run")]) == 0
 
 
 def test_finetune_says_what_it_did(trained, few_digits, tmp_path):
@@ -298,7 +461,7 @@ def test_finetune_says_what_it_did(trained, few_digits, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
-def test_distillation(kind, trained, digits, tmp_path):
+def test_distillation_trains(kind, trained, digits, tmp_path):
     arguments = [*SMALL, "--data-path", digits, "--output_dir", tmp_path / "run", "--input-size", 64,
                  "--batch-size", 64, "--distillation-type", kind, "--teacher-model", "SepViT_Lite", "--device", "cpu",
                  "--teacher-path", trained[0] / "checkpoint.pth", "--distillation-tau", 2]  # fmt: skip
@@ -396,40 +559,9 @@ def test_slurm_variables(few_digits, tmp_path):
 
 def test_processes_keep_the_same_weights(few_digits, tmp_path):
     """Two processes with half the batch each take the step of one process with the whole batch."""
-    plain = [
-        "--mixup",
-        0,
-        "--cutmix",
-        0,
-        "--smoothing",
-        0,
-        "--drop-path",
-        0,
-        "--aa=",
-        "--reprob",
-        0,
-        "--color-jitter",
-        0,
-        "--hflip",
-        0,
-        "--scale",
-        1,
-        1,
-        "--opt",
-        "sgd",
-        "--lr",
-        1,
-        "--sched",
-        "constant",
-        "--warmup-epochs",
-        0,
-        "--data-path",
-        few_digits,
-        "--device",
-        "cpu",
-    ]
-    succeed(*SMALL, *plain, "--output_dir", tmp_path / "one")
-    succeed(*SMALL, *plain, "--output_dir", tmp_path / "two", "--batch-size", 8, processes=2)
+    data = ["--data-path", few_digits, "--device", "cpu", "--input-size", 40]  # up to 32, crops are random
+    succeed(*SMALL, *PLAIN, *data, "--output_dir", tmp_path / "one")
+    succeed(*SMALL, *PLAIN, *data, "--output_dir", tmp_path / "two", "--batch-size", 8, processes=2)
     one, two = (torch.load(tmp_path / n / "checkpoint.pth", weights_only=True)["model"] for n in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
@@ -440,9 +572,8 @@ def test_processes_keep_the_same_weights(few_digits, tmp_path):
 
 def test_progress_bar_on_a_terminal(few_digits, tmp_path):
     """Where the output is a terminal there is a bar, with loss, learning rate, speed and time left."""
-    import pty
-
     leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))  # rows and columns
     process = subprocess.Popen(
         [
             sys.executable,
@@ -455,7 +586,7 @@ def test_progress_bar_on_a_terminal(few_digits, tmp_path):
         ],
         stdout=follower,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "COLUMNS": "150", "TERM": "xterm"},
+        env={**os.environ, "TERM": "xterm"},
     )
     os.close(follower)
     output = b""

@@ -17,7 +17,7 @@ def problem(needs_compiler):
     """What is wrong, in one line; None where nothing is."""
     version = sys.version_info[:2]
     if not OLDEST <= version <= NEWEST:
-        return "Python %d.%d (%s) does not suit: choose 3.10, 3.11 or 3.12, e.g. with PYTHON=python3.11" % (
+        return "Python %d.%d (%s) does not suit: choose 3.10 to 3.12, e.g. PYTHON=python3.11 (and a fresh VENV)" % (
             version + (sys.executable,)
         )
     try:
