@@ -492,9 +492,12 @@ class SepViT(SepViTStages):
         for i, blocks in enumerate(self.blocks):
             for block in blocks:
                 old_grid, old_tokens = block.grid, block.win_tokens
-                block.set_grid(window_grid(img_size, i, block.window_size))
+                grid = window_grid(img_size, i, block.window_size)
+                if grid == old_grid:
+                    continue
+                block.set_grid(grid)
                 if old_tokens is not None and block.win_tokens is not None:
-                    block.win_tokens.data = resample_window_tokens(old_tokens.data, old_grid, block.grid)
+                    block.win_tokens.data = resample_window_tokens(old_tokens.data, old_grid, grid)
                     block.win_tokens.requires_grad_(old_tokens.requires_grad)
         self.img_size = img_size
         update_model_input_size(self, img_size)
@@ -660,9 +663,9 @@ def _adapt_to_size(state_dict: dict[str, Tensor], model: SepViTStages) -> Adapta
     if grids is None or not all(f"{name}.attn.DSA_qkv.weight" in state_dict for name in blocks):
         return Adaptation()
     adaptation = Adaptation()
-    for (name, block), grid in zip(blocks.items(), grids):
-        tokens = f"{name}.win_tokens"
-        names = [tokens, *_pointwise_names(name)]
+    for (prefix, block), grid in zip(blocks.items(), grids):
+        tokens = f"{prefix}.win_tokens"
+        names = [tokens, *_pointwise_names(prefix)]
         if math.prod(grid) == 1:
             adaptation.fresh += [name for name in names if name in own and name not in state_dict]
         elif math.prod(block.grid) == 1:

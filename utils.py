@@ -220,7 +220,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], what: str) -> Ada
     is_sepvit = isinstance(model, SepViTStages)
     held, wanted = variant_of(weights), variant_of(expected)
     if is_sepvit and held != wanted:
-        raise UserError(f"{what}: holds {held or 'no SepViT'}, not {wanted}; name it with --model")
+        flag = "--teacher-model" if what.startswith("--teacher") else "--model"
+        raise UserError(f"{what}: holds {held or 'no SepViT'}, not {wanted}; name it with {flag}")
     adaptation = adapt_state_dict(weights, model) if is_sepvit else Adaptation()
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unexpected:
