@@ -95,22 +95,9 @@ def test_tensorboard_has_the_figures(trained):
 def test_eval_gives_the_accuracy_of_training(trained, digits, tmp_path):
     folder, _ = trained
     printed = succeed(
-        "--eval",
-        "--resume",
-        folder / "checkpoint.pth",
-        "--model",
-        "SepViT_Lite",
-        "--input-size",
-        64,
-        "--batch-size",
-        16,
-        "--data-path",
-        digits,
-        "--num_workers",
-        1,
-        "--output_dir",
-        tmp_path,
-    )
+        "--eval", "--resume", folder / "checkpoint.pth", "--model", "SepViT_Lite", "--input-size", 64,
+        "--batch-size", 16, "--data-path", digits, "--num_workers", 1, "--output_dir", tmp_path,
+    )  # fmt: skip
     last = read_log(folder)[-1]
     assert json.loads((tmp_path / "eval.json").read_text())["test_acc1"] == last["test_acc1"]
     assert f"validation: top-1 {last['test_acc1']:.3f} %" in printed
@@ -354,15 +341,9 @@ def test_the_loop_does_not_wait_for_the_device(few_digits, tmp_path, monkeypatch
 
 def test_resume_goes_on(few_digits, tmp_path):
     settings = [
-        *SMALL,
-        "--data-path",
-        few_digits,
-        "--output_dir",
-        tmp_path / "run",
-        "--model-ema",
-        "--warmup-epochs",
+        *SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--model-ema", "--warmup-epochs",
         1,
-    ]
+    ]  # fmt: skip
     succeed(*settings, "--epochs", 2)
     path = tmp_path / "run/checkpoint.pth"
     first = torch.load(path, weights_only=True)
@@ -529,26 +510,20 @@ def test_two_nodes_by_torchruns_own_flags(few_digits, tmp_path):
     assert "epoch" not in results[1].stdout
 
 
-def test_slurm_variables(few_digits, tmp_path):
+@pytest.mark.parametrize("meeting", ["env://", "tcp://127.0.0.1:{port}"])
+def test_slurm_variables(meeting, few_digits, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = [
-        *SMALL,
-        "--data-path",
-        few_digits,
-        "--output_dir",
-        tmp_path / "run",
-        "--device",
-        "cpu",
-        "--batch-size",
+        *SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--device", "cpu", "--batch-size",
         8,
-    ]
+    ]  # fmt: skip
 
     def task(rank: int):
         environment = dict(SLURM_PROCID=str(rank), SLURM_NTASKS="2", SLURM_LOCALID=str(rank), MASTER_PORT=str(port),
                            SLURM_JOB_NODELIST="127.0.0.1", OMP_NUM_THREADS="1")  # fmt: skip
-        return command(*settings, environment=environment)
+        return command(*settings, "--dist_url", meeting.format(port=port), environment=environment)
 
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(task, range(2)))
