@@ -8,6 +8,7 @@ import random
 import sys
 import tarfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +141,20 @@ def _timm_dataset(is_train: bool, args: argparse.Namespace, transform: Any) -> I
     missing = [shard for shard in shards if ":" not in shard and not (Path(args.data_path) / shard).is_file()]
     if missing:
         raise UserError(f"{what}: {len(missing)} of {len(shards)} shards are not there ({missing[0]}, …)")
-    dataset.transform = transform
     class_to_idx = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {}
     num_classes = args.num_classes or len(class_to_idx)
     if not num_classes:
         raise UserError(f"{what}: does not tell the number of its classes; name it with --num-classes")
+    dataset.transform = transform
+    dataset.target_transform = partial(_check_label, num_classes=num_classes)
     return ImageData(dataset, num_classes, list(class_to_idx) or None)
+
+
+def _check_label(label: int, num_classes: int) -> int:
+    """Refuse a label that is no class's."""
+    if not 0 <= label < num_classes:
+        raise UserError(f"--num-classes {num_classes}: an image is labelled {label}; labels are numbered from 0")
+    return label
 
 
 class INaturalist(VisionDataset):

@@ -530,11 +530,13 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         main(build_parser().parse_args(arguments))
     except UserError as error:
+        # a loader's worker hands it on below its own traceback
+        message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
         if utils.is_main_process():
-            print(f"main.py: {error}", file=sys.stderr, flush=True)
+            print(f"main.py: {message}", file=sys.stderr, flush=True)
         elif dist.is_initialized():
             time.sleep(5)  # where all processes refuse, the main one's line is enough, and ends the others meanwhile
-            print(f"main.py: process {utils.get_rank()}: {error}", file=sys.stderr, flush=True)
+            print(f"main.py: process {utils.get_rank()}: {message}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -271,6 +271,16 @@ def test_webdataset_mistakes(webdataset):
     assert "--num-classes" in command(*unnumbered).stderr
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_labels_beyond_the_classes_are_refused(webdataset, workers):
+    arguments = [2 if argument == 3 else argument for argument in WEBDATASET]
+    result = command(*SMALL, *arguments, "--data-path", webdataset, "--eval", "--num_workers", workers)
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("main.py: ")]
+    assert lines == ["main.py: --num-classes 2: an image is labelled 2; labels are numbered from 0"]
+    assert "Traceback" not in result.stderr
+
+
 def test_loader_settings(few_digits):
     args = settings(*SMALL, "--data-path", few_digits, "--num_workers", 2)
     loader = build_train_loader(build_dataset(True, args), args)
