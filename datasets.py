@@ -92,8 +92,12 @@ def _archive(path: Path, transform: Any) -> ImageData:
     """A tar archive of class folders, its classes numbered as those of a folder: by name."""
     what = f"--data-path {path}"
     try:
-        classes = sorted(create_dataset("", root=str(path)).reader.class_name_to_idx)
-        dataset = create_dataset("", root=str(path), class_map={name: i for i, name in enumerate(classes)})
+        dataset = create_dataset("", root=str(path))
+        classes = sorted(dataset.reader.class_name_to_idx)
+        if classes != list(
+            dataset.reader.class_name_to_idx
+        ):  # a large archive takes long to scan: again only if need be
+            dataset = create_dataset("", root=str(path), class_map={name: i for i, name in enumerate(classes)})
     except (tarfile.TarError, ValueError, AssertionError, OSError) as error:
         raise UserError(f"{what}: no archive of class folders ({error})") from None
     if classes == [""]:

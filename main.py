@@ -74,7 +74,8 @@ def run_evaluation(args: argparse.Namespace, model: nn.Module, val: ImageData, p
         print_main("--eval without --resume: evaluating fresh weights")
     stats = prefixed("test", evaluate(model, loader, precision, "validation", args))
     if "model_ema" in checkpoint:
-        load_from(args.resume, "--resume", model, prefer_ema=True)
+        what = f"--resume {args.resume}"
+        utils.load_weights(model, utils.weights_of(checkpoint, what, prefer_ema=True), what)
         stats |= prefixed("test_ema", evaluate(model, loader, precision, "validation, averaged weights", args))
     if args.output_dir and utils.is_main_process():
         (Path(args.output_dir) / "eval.json").write_text(json.dumps(stats) + "\n")
@@ -250,11 +251,11 @@ def build_criterion(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_from(path: str, flag: str, model: nn.Module, prefer_ema: bool = False) -> dict[str, Any]:
+def load_from(path: str, flag: str, model: nn.Module) -> dict[str, Any]:
     """Load a checkpoint's weights; says what another image size made necessary. Returns the checkpoint."""
     checkpoint = utils.read_checkpoint(path, flag)
     what = f"{flag} {path}"
-    adaptation = utils.load_weights(model, utils.weights_of(checkpoint, what, prefer_ema), what)
+    adaptation = utils.load_weights(model, utils.weights_of(checkpoint, what), what)
     if adaptation:
         print_main(f"{what}: of another image size; {adaptation}")
     return checkpoint
