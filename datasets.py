@@ -94,9 +94,8 @@ def _archive(path: Path, transform: Any) -> ImageData:
     try:
         dataset = create_dataset("", root=str(path))
         classes = sorted(dataset.reader.class_name_to_idx)
-        if classes != list(
-            dataset.reader.class_name_to_idx
-        ):  # a large archive takes long to scan: again only if need be
+        # timm orders numbers in names by value; a large archive takes long to scan again: only where that differs
+        if classes != list(dataset.reader.class_name_to_idx):
             dataset = create_dataset("", root=str(path), class_map={name: i for i, name in enumerate(classes)})
     except (tarfile.TarError, ValueError, AssertionError, OSError) as error:
         raise UserError(f"{what}: no archive of class folders ({error})") from None
