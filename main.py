@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import math
 import re
 import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import timm
 import torch
@@ -39,7 +38,7 @@ from datasets import (
 )
 from engine import DistillationLoss, Precision, Training, evaluate, measure_throughput, train_one_epoch
 from sepvit import VARIANTS
-from utils import UserError, print_main
+from utils import Parser, UserError, fraction, natural, non_negative, positive, positive_int, print_main
 
 
 def main(args: argparse.Namespace) -> None:
@@ -255,7 +254,8 @@ def load_from(path: str, flag: str, model: nn.Module) -> dict[str, Any]:
     """Load a checkpoint's weights; says what another image size made necessary. Returns the checkpoint."""
     checkpoint = utils.read_checkpoint(path, flag)
     what = f"{flag} {path}"
-    adaptation = utils.load_weights(model, utils.weights_of(checkpoint, what), what)
+    hint = f"name it with {'--teacher-model' if flag == '--teacher-path' else '--model'}"
+    adaptation = utils.load_weights(model, utils.weights_of(checkpoint, what), what, hint)
     if adaptation:
         print_main(f"{what}: of another image size; {adaptation}")
     return checkpoint
@@ -332,38 +332,6 @@ def open_output_folder(args: argparse.Namespace) -> Path:
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the command in one line."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # argparse's own pattern knows no exponents: it would take the -1e-3 of `--lr -1e-3` for a setting
-        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def _number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Any:
-    """Type of a setting that lies in [low, high], or (`open_low`) in (low, high]."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not low <= value <= high or (open_low and value == low):
-            bound = f"above {low}" if open_low else f"at least {low}"
-            raise argparse.ArgumentTypeError(
-                f"{text} is out of range: {bound}" + ("" if high == math.inf else f" and at most {high}")
-            )
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-positive_int, natural = _number(int, 1), _number(int, 0)
-positive, non_negative, fraction = _number(float, 0, open_low=True), _number(float, 0), _number(float, 0, 1)
 
 
 def build_parser() -> Parser:
@@ -528,23 +496,7 @@ def check_settings(args: argparse.Namespace) -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 2 for a user's mistake, 130 when interrupted."""
-    try:
-        main(build_parser().parse_args(arguments))
-    except UserError as error:
-        # a loader's worker hands it on below its own traceback
-        message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
-        if utils.is_main_process():
-            print(f"main.py: {message}", file=sys.stderr, flush=True)
-        elif dist.is_initialized():
-            time.sleep(5)  # where all processes refuse, the main one's line is enough, and ends the others meanwhile
-            print(f"main.py: process {utils.get_rank()}: {message}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+    return utils.run_command("main.py", lambda: main(build_parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What training and evaluation share: users' errors, processes, checkpoints, progress, log files and curves."""
 
+import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -9,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,67 @@ from sepvit import Adaptation, SepViTStages, adapt_state_dict, variant_of
 
 class UserError(Exception):
     """A mistake of the user's: one line that names the thing, the value and the way out. The exit status is 2."""
+
+
+def run_command(name: str, command: Callable[[], None]) -> int:
+    """Run a command; a user's mistake is one line, of one process.
+
+    Args:
+        name: of the script, in front of the line.
+        command: what to run.
+
+    Returns:
+        the exit status: 0, 2 for a user's mistake, 130 when interrupted.
+    """
+    try:
+        command()
+    except UserError as error:
+        # a loader's worker hands it on below its own traceback
+        message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
+        if is_main_process():
+            print(f"{name}: {message}", file=sys.stderr, flush=True)
+        elif dist.is_initialized():
+            time.sleep(5)  # where all processes refuse, the main one's line is enough, and ends the others meanwhile
+            print(f"{name}: process {get_rank()}: {message}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command in one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # argparse's own pattern knows no exponents: it would take the -1e-3 of `--lr -1e-3` for a setting
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Any:
+    """Type of a setting that lies in [low, high], or (`open_low`) in (low, high]."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high or (open_low and value == low):
+            bound = f"above {low}" if open_low else f"at least {low}"
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range: {bound}" + ("" if high == math.inf else f" and at most {high}")
+            )
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+positive_int, natural = number(int, 1), number(int, 0)
+positive, non_negative, fraction = number(float, 0, open_low=True), number(float, 0), number(float, 0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -35,9 +98,16 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _slurm_variables() -> dict[str, str]:
-    """The variables that torchrun would set, from those of a SLURM job step of several tasks; empty outside one."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) < 2 or "SLURM_PROCID" not in os.environ:
+def _launcher_variables() -> dict[str, str]:
+    """The variables that torchrun would set, from those of OpenMPI or of a SLURM job step of several tasks."""
+    if "RANK" in os.environ:
+        return {}
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        names = dict(RANK="RANK", WORLD_SIZE="SIZE", LOCAL_RANK="LOCAL_RANK")
+        variables = {name: os.environ[f"OMPI_COMM_WORLD_{theirs}"] for name, theirs in names.items()}
+        places = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # processes on one machine, unless set otherwise
+        return variables | {name: value for name, value in places.items() if name not in os.environ}
+    if int(os.environ.get("SLURM_NTASKS", 1)) < 2 or "SLURM_PROCID" not in os.environ:
         return {}
     variables = dict(
         RANK=os.environ["SLURM_PROCID"],
@@ -65,7 +135,7 @@ def _first_node(nodes: str) -> str:
 
 
 def init_distributed(device: str, world_size: int, dist_url: str) -> torch.device:
-    """Join the process group if torchrun, torch.distributed.launch or SLURM started several processes.
+    """Join the process group if torchrun, torch.distributed.launch, SLURM or OpenMPI started several processes.
 
     Args:
         device: 'cuda', 'mps' or 'cpu', or one with an index. nccl joins CUDA processes, gloo all others.
@@ -78,7 +148,7 @@ def init_distributed(device: str, world_size: int, dist_url: str) -> torch.devic
     Raises:
         UserError: the environment does not tell this process's number.
     """
-    os.environ.update(_slurm_variables())
+    os.environ.update(_launcher_variables())
     if "RANK" not in os.environ:
         if world_size > 1:
             raise UserError(f"--world_size {world_size}: RANK is not set; start the processes by torchrun or srun")
@@ -209,20 +279,62 @@ def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) 
     return weights
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], what: str) -> Adaptation:
-    """Load a state dict, strictly but for what another image size needs; says what was adapted.
+def load_weights(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    what: str,
+    variant_hint: str = "name it with --model",
+    network: str = "",
+    partly: bool = False,
+) -> Adaptation:
+    """Load a state dict, strictly but for what another image size or form needs; says what was adapted.
+
+    Args:
+        model: the model, a SepViT, one with a SepViT inside, or another.
+        weights: the state dict.
+        what: flag and path, for messages.
+        variant_hint: the way out when the weights are of another variant, for messages.
+        network: name of the SepViT inside `model`; "" where it is the model itself.
+        partly: outside the SepViT, leave fresh what the weights do not have or have in another shape.
 
     Raises:
         UserError: it is of another variant, another number of classes, or another architecture.
     """
-    weights = dict(weights)
+    prefix = f"{network}." if network else ""
     expected = model.state_dict()
-    is_sepvit = isinstance(model, SepViTStages)
-    held, wanted = variant_of(weights), variant_of(expected)
-    if is_sepvit and held != wanted:
-        flag = "--teacher-model" if what.startswith("--teacher") else "--model"
-        raise UserError(f"{what}: holds {held or 'no SepViT'}, not {wanted}; name it with {flag}")
-    adaptation = adapt_state_dict(weights, model) if is_sepvit else Adaptation()
+    adaptation = Adaptation()
+    inner = model.get_submodule(network)
+    if isinstance(inner, SepViTStages):
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        held, wanted = variant_of(own), variant_of(inner.state_dict())
+        if held != wanted:
+            raise UserError(f"{what}: holds {held or 'no SepViT'}, not {wanted}; {variant_hint}")
+        adaptation = adapt_state_dict(own, inner)
+        for names in (adaptation.resampled, adaptation.fresh, adaptation.dropped):
+            names[:] = [prefix + name for name in names]
+        weights = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+        weights |= {prefix + name: value for name, value in own.items()}
+    weights = dict(weights)
+    if partly:
+        _fill_up(weights, expected, prefix, adaptation)
+    _check_entries(weights, expected, what)
+    model.load_state_dict(weights)
+    return adaptation
+
+
+def _fill_up(weights: dict[str, Tensor], expected: dict[str, Tensor], prefix: str, adaptation: Adaptation) -> None:
+    """Outside the SepViT, take the model's entries where the weights have none that fits, and drop the surplus."""
+    outside = [name for name in expected if not name.startswith(prefix)]
+    fresh = [name for name in outside if name not in weights or weights[name].shape != expected[name].shape]
+    dropped = [name for name in weights if not name.startswith(prefix) and name not in expected]
+    for name in dropped:
+        del weights[name]
+    weights |= {name: expected[name] for name in fresh}
+    adaptation.fresh += fresh
+    adaptation.dropped += dropped
+
+
+def _check_entries(weights: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unexpected:
         parts = [f"{len(names)} {kind} ({names[0]}, …)" for kind, names in
@@ -234,8 +346,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], what: str) -> Ada
             finetune = what.startswith("--resume") and name.startswith("head.")
             way_out = "; --finetune gives the model a new head" if finetune else ""
             raise UserError(f"{what}: does not fit this model: {shapes}{way_out}")
-    model.load_state_dict(weights)
-    return adaptation
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:

@@ -4,39 +4,147 @@
 
 DIR/imagenet/{train,val}/<class>/*.png: scikit-learn's 1,797 handwritten digits (the test part of the UCI set of
 Alpaydin and Kaynak) in ImageNet's layout, a fifth of each class in val/.
+
+DIR/ade/ADEChallengeData2016/{images,annotations}/{training,validation}: scenes of those digits on photographs that
+scikit-image and scikit-learn bring along, in ADE20K's layout and numbering: 1 to 10 are the digits 0 to 9, 11 is the
+background, and 0 ("other", not evaluated) are the digits' soft edges. Training and validation share no digit and no
+photograph.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import skimage
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_image
+
+DIGITS = 10
+SCENE_SIZE = (128, 160)  # rows and columns, in pixels
+SCENES = {"training": 600, "validation": 100}
+PHOTOGRAPHS = {
+    "training": ("china.jpg", "astronaut", "brick", "camera", "chelsea", "gravel", "hubble_deep_field", "rocket"),
+    "validation": ("flower.jpg", "coffee", "grass"),
+}
 
 
-def write_imagenet(folder: Path, seed: int = 0) -> dict[str, int]:
-    """Write the digits as an ImageNet-style folder, every fifth image of a class held back for validation.
+class Instance(NamedTuple):
+    """A digit in a scene: which one, and where it is (H × W, 0 to 1, soft at the edges)."""
+
+    digit: int
+    opacity: np.ndarray
+
+
+class Scene(NamedTuple):
+    """An image, H × W × 3, RGB, 0 to 255, and the digits in it, which do not overlap."""
+
+    image: np.ndarray
+    instances: list[Instance]
+
+
+def held_back(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the digits for training and of those held back for validation, every fifth of a class."""
+    targets = load_digits().target
+    order = np.random.default_rng(seed).permutation(len(targets))
+    is_held_back = np.zeros(len(targets), dtype=bool)
+    for label in range(DIGITS):
+        is_held_back[[index for index in order if targets[index] == label][::5]] = True
+    return np.flatnonzero(~is_held_back), np.flatnonzero(is_held_back)
+
+
+def write_imagenet(folder: Path) -> dict[str, int]:
+    """Write the digits as an ImageNet-style folder.
 
     Args:
         folder: gets train/<class>/*.png and val/<class>/*.png; images that are there already are written again.
-        seed: of the choice of the held-back images.
 
     Returns:
         number of images of each split.
     """
     digits = load_digits()
-    order = np.random.default_rng(seed).permutation(len(digits.target))
-    counts = {"train": 0, "val": 0}
-    for label in range(10):
-        for position, index in enumerate(i for i in order if digits.target[i] == label):
-            split = "val" if position % 5 == 0 else "train"
-            path = folder / split / str(label) / f"{index:04}.png"
+    splits = dict(zip(("train", "val"), held_back()))
+    for split, indices in splits.items():
+        for index in indices:
+            path = folder / split / str(digits.target[index]) / f"{index:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = (digits.images[index] * (255 / 16)).round().astype(np.uint8)  # 8 × 8, values 0 to 16
             Image.fromarray(pixels).save(path)
-            counts[split] += 1
-    return counts
+    return {split: len(indices) for split, indices in splits.items()}
+
+
+def photographs(split: str) -> list[np.ndarray]:
+    """The photographs of a split, H × W × 3, RGB, 0 to 255."""
+    images = []
+    for name in PHOTOGRAPHS[split]:
+        image = load_sample_image(name) if name.endswith(".jpg") else getattr(skimage.data, name)()
+        images.append(image if image.ndim == 3 else skimage.color.gray2rgb(image))
+    return images
+
+
+def scenes(split: str, count: int) -> Iterator[Scene]:
+    """Compose scenes of a split ('training', 'validation'), always the same ones."""
+    rng = np.random.default_rng(list(SCENES).index(split))
+    digits, backgrounds = load_digits(), photographs(split)
+    indices = held_back()[list(SCENES).index(split)]
+    for _ in range(count):
+        yield compose_scene(rng, digits.images[indices], digits.target[indices], backgrounds)
+
+
+def compose_scene(
+    rng: np.random.Generator, digits: np.ndarray, labels: np.ndarray, backgrounds: list[np.ndarray]
+) -> Scene:
+    """Put one to four bright digits of random place, size and colour on a random part of a darkened photograph."""
+    height, width = SCENE_SIZE
+    photograph = backgrounds[rng.integers(len(backgrounds))]
+    least = max(height / photograph.shape[0], width / photograph.shape[1])
+    zoom = rng.uniform(least, max(least, 1.0))
+    rows, columns = int(height / zoom), int(width / zoom)
+    top, left = rng.integers(photograph.shape[0] - rows + 1), rng.integers(photograph.shape[1] - columns + 1)
+    part = Image.fromarray(photograph[top : top + rows, left : left + columns])
+    image = 0.6 * np.asarray(part.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
+    most = rng.integers(1, 5)
+    instances, taken = [], np.zeros(SCENE_SIZE, dtype=bool)
+    for _ in range(2 * DIGITS):  # attempts
+        index, side = rng.integers(len(digits)), int(rng.integers(56, 97))
+        top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
+        if taken[top : top + side, left : left + side].any():
+            continue
+        if len(instances) == most:
+            break
+        taken[top : top + side, left : left + side] = True
+        strokes = Image.fromarray(np.pad(digits[index] / 16, 1).astype(np.float32))  # 10 × 10
+        opacity = np.zeros(SCENE_SIZE, dtype=np.float32)
+        enlarged = np.asarray(strokes.resize((side, side), Image.Resampling.BICUBIC))
+        opacity[top : top + side, left : left + side] = np.clip(2 * enlarged - 0.5, 0, 1)
+        instances.append(Instance(int(labels[index]), opacity))
+        image += opacity[..., None] * (rng.uniform(190, 255, 3) - image)
+    return Scene(image.round().clip(0, 255).astype(np.uint8), instances)
+
+
+def write_ade(folder: Path) -> dict[str, int]:
+    """Write scenes in ADE20K's layout.
+
+    Args:
+        folder: gets images/<split>/*.jpg and annotations/<split>/*.png; those that are there are written again.
+
+    Returns:
+        number of images of each split.
+    """
+    for split, count in SCENES.items():
+        for kind in ("images", "annotations"):
+            (folder / kind / split).mkdir(parents=True, exist_ok=True)
+        for number, scene in enumerate(scenes(split, count), start=1):
+            labels = np.full(SCENE_SIZE, DIGITS + 1, dtype=np.uint8)
+            for instance in scene.instances:
+                labels[instance.opacity > 0] = 0
+                labels[instance.opacity > 0.5] = instance.digit + 1
+            name = f"ADE_{split.removesuffix('ing').removesuffix('idation')}_{number:08}"
+            Image.fromarray(scene.image).save(folder / "images" / split / f"{name}.jpg", quality=95)
+            Image.fromarray(labels).save(folder / "annotations" / split / f"{name}.png")
+    return SCENES
 
 
 def main() -> int:
@@ -45,10 +153,15 @@ def main() -> int:
     args = parser.parse_args()
     try:
         counts = write_imagenet(args.out / "imagenet")
+        print(
+            f"{args.out / 'imagenet'}: {counts['train']} training and {counts['val']} validation images of 10 classes"
+        )
+        ade = args.out / "ade/ADEChallengeData2016"
+        counts = write_ade(ade)
+        print(f"{ade}: {counts['training']} training and {counts['validation']} validation scenes of digits")
     except OSError as error:
         print(f"make_demo_data.py: --out {args.out}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2
-    print(f"{args.out / 'imagenet'}: {counts['train']} training and {counts['val']} validation images of 10 classes")
     return 0
 
 

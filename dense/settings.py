@@ -1,0 +1,154 @@
+"""From a command line to a checked config: what the commands of segmentation and detection share."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, DictAction
+from mmengine.registry import MODELS, init_default_scope
+
+import utils
+from dense.runner import VARIANT_HINT
+from sepvit import variant_of
+from utils import Parser, UserError
+
+
+class KeyValueAction(DictAction):
+    """`--cfg-options key=value …`, with a clear word on what is not of that form."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for value in values:
+            if "=" not in value:
+                parser.error(f"--cfg-options {value}: takes key=value pairs, such as train_dataloader.batch_size=4")
+        super().__call__(parser, namespace, values, option_string)
+
+
+def build_parser(description: str, launchers: bool = True) -> Parser:
+    """A parser with the settings that all commands have."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG", help="a config of configs/, or your own")
+    if launchers:
+        parser.add_argument("--work-dir", metavar="DIR", help="default: work_dirs/ and the config's name")
+        parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
+        parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--cfg-options", nargs="+", action=KeyValueAction, default={}, metavar="KEY=VALUE",
+                        help="change the config; data_root=DIR moves the whole data set")  # fmt: skip
+    return parser
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The config of the command line, with its `--cfg-options`.
+
+    Raises:
+        UserError: it is missing or is no config.
+    """
+    if not Path(args.config).is_file():
+        raise UserError(f"CONFIG {args.config}: no such file; configs/ has those of the paper")
+    try:
+        cfg = Config.fromfile(args.config)
+        root = cfg.get("data_root")
+        cfg.merge_from_dict(args.cfg_options)
+    except Exception as error:  # a config is a program: anything can be wrong with it
+        raise UserError(f"CONFIG {args.config}: cannot be read ({_one_line(error)})") from None
+    if "model" not in cfg or "backbone" not in cfg.model:
+        raise UserError(f"CONFIG {args.config}: not a config of a segmentor or detector, it has no model.backbone")
+    if "data_root" in args.cfg_options and root:
+        _move(cfg._cfg_dict, str(root).rstrip("/"), str(args.cfg_options["data_root"]).rstrip("/"))
+    for node in _dicts(cfg._cfg_dict):
+        if node.get("num_workers") == 0:
+            node.pop("persistent_workers", None)  # torch refuses the two together
+    cfg.work_dir = getattr(args, "work_dir", None) or cfg.get("work_dir") or f"./work_dirs/{Path(args.config).stem}"
+    cfg.launcher = getattr(args, "launcher", "none")
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    return cfg
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _dicts(node: Any) -> Iterator[dict[str, Any]]:
+    """All dicts inside a config."""
+    if isinstance(node, dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
+        yield from _dicts(child)
+
+
+def _move(node: dict[str, Any], old: str, new: str) -> None:
+    """Replace the data root at the beginning of all paths: bases have it in data sets and evaluators."""
+    for child in _dicts(node):
+        for key, value in child.items():
+            if isinstance(value, str) and (value.rstrip("/") == old or value.startswith(f"{old}/")):
+                child[key] = new + value.removeprefix(old)
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Join the process group of `--launcher`: nccl for GPUs, gloo for CPUs.
+
+    mmengine would start one, but calls CUDA even for gloo.
+    """
+    if args.launcher == "none":
+        return
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    device = "cuda" if utils.best_device() == "cuda" else "cpu"
+    utils.init_distributed(device, 1, "env://")
+    if "RANK" not in os.environ:
+        starter = dict(pytorch="torchrun, as dist_train.sh does,", slurm="srun", mpi="mpirun")[args.launcher]
+        raise UserError(
+            f"--launcher {args.launcher}: RANK is not set; start the processes by {starter} or leave it out"
+        )
+    os.environ.setdefault("LOCAL_RANK", "0")
+
+
+def check_data(cfg: Config, *loaders: str) -> None:
+    """Refuse data that is not there before anything is built.
+
+    Args:
+        cfg: the config.
+        loaders: its data loaders that will be used: 'train_dataloader', ….
+
+    Raises:
+        UserError: a folder or an annotation file is missing, or has no images in it.
+    """
+    for loader in loaders:
+        for dataset in _dicts(cfg[loader].get("dataset", {})):
+            if "data_prefix" not in dataset:
+                continue
+            root = dataset.get("data_root") or ""
+            places = [value for value in dataset["data_prefix"].values() if value]
+            for place in [root, *(os.path.join(root, place) for place in places)]:
+                if place and not os.path.isdir(place):
+                    raise UserError(_no_data(loader, place, "no such folder"))
+            if dataset.get("ann_file") and not os.path.isfile(os.path.join(root, dataset["ann_file"])):
+                raise UserError(_no_data(loader, os.path.join(root, dataset["ann_file"]), "no such file"))
+            if places and not any(os.scandir(os.path.join(root, places[0]))):
+                raise UserError(_no_data(loader, os.path.join(root, places[0]), "an empty folder"))
+
+
+def _no_data(loader: str, place: str, what: str) -> str:
+    hint = "put the data set there, or name its folder by --cfg-options data_root=DIR"
+    return f"{loader.removesuffix('_dataloader')} data {place}: {what}; {hint}"
+
+
+def read_model_checkpoint(cfg: Config, path: str, flag: str) -> dict[str, Any]:
+    """Read the checkpoint of a whole segmentor or detector, safely, and check that its variant is the config's.
+
+    Raises:
+        UserError: it is missing, no checkpoint, would run code, or holds another variant.
+    """
+    what = f"{flag} {path}"
+    checkpoint = utils.read_checkpoint(path, flag)
+    weights = utils.weights_of(checkpoint, what)
+    inner = {name.removeprefix("backbone."): w for name, w in weights.items() if name.startswith("backbone.")}
+    backbone = cfg.model.get("module", cfg.model).backbone  # inside test-time augmentation's
+    held, wanted = variant_of(inner), getattr(MODELS.get(backbone.type), "variant", None)
+    if held is None and variant_of(weights) is not None:
+        hint = f"a backbone alone: set it by --cfg-options model.backbone.init_cfg.checkpoint={path} to train from it"
+        raise UserError(f"{what}: holds {variant_of(weights)}, {hint}")
+    if wanted is not None and held != wanted:
+        raise UserError(f"{what}: holds {held or 'no SepViT'}, not {wanted}; {VARIANT_HINT}")
+    return checkpoint

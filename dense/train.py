@@ -1,0 +1,89 @@
+"""The training command of segmentation and detection."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.runner import find_latest_checkpoint
+
+import utils
+from dense.runner import DenseRunner
+from dense.settings import build_parser, check_data, join_processes, read_config, read_model_checkpoint
+from utils import Parser, UserError, print_main
+
+
+def build_train_parser(description: str) -> Parser:
+    """The parser of train.py."""
+    parser = build_parser(description)
+    add = parser.add_argument
+    add("--resume", nargs="?", const="", metavar="PATH",
+        help="go on behind a checkpoint; without PATH behind the work dir's newest, afresh if it has none")  # fmt: skip
+    add("--load-from", metavar="PATH", help="start from a whole segmentor's or detector's weights")
+    add("--from-scratch", action="store_true", help="start from random weights, without a pretrained backbone")
+    add("--amp", action="store_true", help="mixed precision (float16 with loss scaling)")
+    add("--no-validate", action="store_true", help="do not evaluate while training")
+    add("--seed", type=int, default=None)
+    add("--deterministic", action="store_true")
+    return parser
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train what the command line says."""
+    cfg = read_config(args)
+    join_processes(args)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what makes cuBLAS deterministic
+    cfg.randomness = dict(seed=args.seed, deterministic=args.deterministic)
+    if args.amp and cfg.optim_wrapper.type != "AmpOptimWrapper":
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+        cfg.optim_wrapper.loss_scale = "dynamic"
+    if args.no_validate:
+        cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
+    check_data(cfg, *(["train_dataloader"] if args.no_validate else ["train_dataloader", "val_dataloader"]))
+    checkpoints = set_starting_point(cfg, args)
+    utils.on_main_process(lambda: utils.make_folder(Path(cfg.work_dir), "--work-dir"))
+    runner = DenseRunner.from_config(cfg, checkpoints)
+    runner.train()
+    print_main(f"trained: checkpoints and logs are in {cfg.work_dir}")
+
+
+def set_starting_point(cfg: Config, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Set what training starts from: a checkpoint, a pretrained backbone, or (only if asked for) random weights.
+
+    Returns:
+        the checkpoint that was read, by its path.
+
+    Raises:
+        UserError: it is missing, of another variant, or several are asked for.
+    """
+    chosen = [flag for flag, value in (("--resume", args.resume is not None), ("--load-from", args.load_from),
+                                       ("--from-scratch", args.from_scratch)) if value]  # fmt: skip
+    if len(chosen) > 1 and chosen != ["--resume", "--from-scratch"]:
+        raise UserError(f"{' and '.join(chosen)}: choose one")
+    path, flag = args.load_from or cfg.get("load_from"), "--load-from"
+    cfg.resume = False
+    if args.resume is not None:
+        path, flag = args.resume or find_latest_checkpoint(cfg.work_dir), "--resume"
+        cfg.resume = path is not None
+        if path is None:
+            print_main(f"--resume: no checkpoint in {cfg.work_dir}, starting afresh")
+    cfg.load_from = path
+    backbone = cfg.model.backbone
+    if path or args.from_scratch:
+        cfg.model.pretrained = backbone.init_cfg = backbone.pretrained = None
+    if path:
+        return {path: read_model_checkpoint(cfg, path, flag)}
+    pretrained = backbone.get("pretrained") or (backbone.get("init_cfg") or {}).get("checkpoint")
+    if pretrained and "://" not in pretrained and not Path(pretrained).is_file():
+        raise UserError(
+            f"pretrained {pretrained}: no such file; put there what main.py saved, name it by --cfg-options "
+            "model.backbone.init_cfg.checkpoint=PATH, or train without one: --from-scratch"
+        )
+    return {}
+
+
+def run_training(description: str, arguments: list[str] | None = None) -> int:
+    """Run train.py; returns its exit status."""
+    return utils.run_command("train.py", lambda: train(build_train_parser(description).parse_args(arguments)))

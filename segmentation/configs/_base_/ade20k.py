@@ -1,0 +1,21 @@
+_base_ = "mmseg::_base_/datasets/ade20k.py"
+
+train_dataloader = dict(batch_size=2)
+
+# Multi-scale evaluation: the ratios are those of the single scale, 2048 × 512, as in the published results; mmseg's own
+# base takes them of each image's size.
+tta_pipeline = [
+    dict(type="LoadImageFromFile", backend_args=None),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [
+                dict(type="Resize", scale=scale, keep_ratio=True)
+                for scale in ((1024, 256), (1536, 384), (2048, 512), (2560, 640), (3072, 768), (3584, 896))
+            ],
+            [dict(type="RandomFlip", prob=prob, direction="horizontal") for prob in (0.0, 1.0)],
+            [dict(type="LoadAnnotations")],
+            [dict(type="PackSegInputs")],
+        ],
+    ),
+]

@@ -1,0 +1,66 @@
+# Scenes of digits, as tools/make_demo_data.py writes them, from random weights on a CPU; also the pattern for a data
+# set of your own.
+_base_ = "fpn_sepvit_t_512x512_80k_ade20k.py"
+
+data_root = "../demo/ade/ADEChallengeData2016"
+metainfo = dict(
+    classes=('0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'background'),
+    palette=[
+        [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48], [145, 30, 180],
+        [70, 240, 240], [240, 50, 230], [210, 245, 60], [0, 128, 128], [40, 40, 40],
+    ],
+)  # fmt: skip
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations"),
+    dict(type="RandomResize", scale=(160, 128), ratio_range=(0.8, 1.25), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=(112, 112)),
+    dict(type="PackSegInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(160, 128), keep_ratio=True),
+    dict(type="LoadAnnotations"),
+    dict(type="PackSegInputs"),
+]
+train_dataloader = dict(
+    batch_size=16,
+    num_workers=1,
+    dataset=dict(
+        type="BaseSegDataset",
+        data_root=data_root,
+        reduce_zero_label=True,
+        metainfo=metainfo,
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    num_workers=1,
+    dataset=dict(
+        type="BaseSegDataset",
+        data_root=data_root,
+        reduce_zero_label=True,
+        metainfo=metainfo,
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+
+model = dict(
+    data_preprocessor=dict(size=(112, 112)),
+    backbone=dict(type="SepViT_Lite", drop_path_rate=0.0, init_cfg=None),
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
+    decode_head=dict(
+        in_channels=[64, 64, 64, 64],
+        channels=64,
+        num_classes=11,
+        loss_decode=dict(class_weight=[1.0] * 10 + [0.1]),  # nine in ten pixels are background
+    ),
+)
+optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05))
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-3, begin=0, end=50, by_epoch=False),
+    dict(type="PolyLR", power=0.9, eta_min=1e-6, begin=50, end=1200, by_epoch=False),
+]
+train_cfg = dict(max_iters=1200, val_interval=400)
+default_hooks = dict(checkpoint=dict(interval=400))

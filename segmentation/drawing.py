@@ -1,0 +1,100 @@
+"""Pictures of label maps over their images, with a legend: what `--show-dir` and predict.py draw."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import numpy as np
+from mmengine.hooks import Hook
+from PIL import Image, ImageDraw, ImageFont
+
+IGNORED = 255  # label of pixels that belong to no class
+LEAST_HEIGHT = 256  # of a panel, in pixels; smaller images are enlarged
+MARGIN = 8
+OPACITY = 0.55
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
+    """Colour an image (H × W × 3, RGB, 0 to 255) by its labels (H × W); ignored pixels stay as they are."""
+    colours = np.asarray(palette, dtype=np.float32)[np.where(labels == IGNORED, 0, labels)]  # H × W × 3
+    mixed = (1 - OPACITY) * image + OPACITY * colours
+    return np.where((labels == IGNORED)[..., None], image, mixed).round().astype(np.uint8)
+
+
+def shares(labels: np.ndarray, count: int) -> np.ndarray:
+    """Share of each of `count` classes in the pixels that belong to one."""
+    areas = np.bincount(labels[labels != IGNORED].ravel(), minlength=count)
+    return areas / max(1, areas.sum())
+
+
+def draw(
+    image: np.ndarray, maps: dict[str, np.ndarray], classes: Sequence[str], palette: Sequence[Sequence[int]]
+) -> Image.Image:
+    """The image, each label map over it, and a legend of the classes in them with the last map's shares.
+
+    Args:
+        image: H × W × 3, RGB, 0 to 255.
+        maps: label maps, H × W, by their titles.
+        classes: names of the classes.
+        palette: colours of the classes, RGB, 0 to 255.
+    """
+    panels = {"image": image} | {title: overlay(image, labels, palette) for title, labels in maps.items()}
+    height, width = image.shape[:2]
+    scale = max(1, -(-LEAST_HEIGHT // height))
+    font = ImageFont.load_default(size=14)
+    line = 20
+    last = shares(list(maps.values())[-1], len(classes))
+    most = np.max([shares(labels, len(classes)) for labels in maps.values()], axis=0)
+    present = [index for index in np.argsort(-most, kind="stable") if most[index] > 0]
+    entries = [f"{classes[index]}  {100 * last[index]:.1f} %" for index in present]
+    legend = max([font.getlength(entry) for entry in entries], default=0) + 2 * line
+    picture = Image.new(
+        "RGB",
+        (
+            int(len(panels) * (scale * width + MARGIN) + MARGIN + legend),
+            line + 2 * MARGIN + max(scale * height, line * len(entries)),
+        ),
+        "white",
+    )
+    pen = ImageDraw.Draw(picture)
+    for number, (title, panel) in enumerate(panels.items()):
+        left = MARGIN + number * (scale * width + MARGIN)
+        pen.text((left, MARGIN // 2), title, "black", font)
+        enlarged = Image.fromarray(panel).resize((scale * width, scale * height), Image.Resampling.NEAREST)
+        picture.paste(enlarged, (left, line + MARGIN))
+    left = MARGIN + len(panels) * (scale * width + MARGIN)
+    for number, (index, entry) in enumerate(zip(present, entries)):
+        top = line + MARGIN + number * line
+        pen.rectangle((left, top + 3, left + 14, top + 17), fill=tuple(int(c) for c in palette[index]), outline="grey")
+        pen.text((left + 20, top), entry, "black", font)
+    return picture
+
+
+class DrawingHook(Hook):
+    """Draws each test image with its truth, where there is one, and its prediction.
+
+    Args:
+        folder: gets a PNG an image, under the image's name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def after_test_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
+    ) -> None:
+        """Draw the images of a batch."""
+        dataset = runner.test_dataloader.dataset
+        root = Path(dataset.data_prefix["img_path"])
+        for sample in outputs or ():
+            path = Path(sample.img_path)
+            maps = {}
+            if "gt_sem_seg" in sample:
+                maps["truth"] = sample.gt_sem_seg.data[0].cpu().numpy()
+            maps["prediction"] = sample.pred_sem_seg.data[0].cpu().numpy()
+            image = mmcv.imread(str(path), channel_order="rgb")
+            picture = draw(image, maps, dataset.metainfo["classes"], dataset.metainfo["palette"])
+            out = self.folder / path.relative_to(root).with_suffix(".png")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(out)

@@ -1,0 +1,29 @@
+"""Segment single images and draw the result with a legend.
+
+python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--cfg-options KEY=VALUE …]
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from mmseg.apis import inference_model
+from PIL import Image
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dense.predict import build_predict_parser, run_prediction
+from segmentation.drawing import draw, shares
+
+
+def draw_prediction(model: nn.Module, path: str, image: np.ndarray) -> tuple[Image.Image, str]:
+    """Segment an image; gives the picture, and the largest classes in a line."""
+    classes, palette = model.dataset_meta["classes"], model.dataset_meta["palette"]
+    labels = inference_model(model, path).pred_sem_seg.data[0].cpu().numpy()
+    share = shares(labels, len(classes))
+    largest = [f"{classes[index]} {100 * share[index]:.1f} %" for index in np.argsort(-share)[:5] if share[index] > 0]
+    return draw(image, {"prediction": labels}, classes, palette), ", ".join(largest)
+
+
+if __name__ == "__main__":
+    sys.exit(run_prediction(build_predict_parser(__doc__), draw_prediction))

@@ -1,0 +1,64 @@
+"""Evaluate a segmentor, keep its predictions, or draw them.
+
+    python test.py CONFIG CHECKPOINT [--eval mIoU [mDice] [mFscore]] [--aug-test] [--out DIR] [--show-dir DIR]
+                                     [--work-dir DIR] [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm|mpi]
+
+dist_test.sh and slurm_test.sh start it on several processes.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.hooks import Hook
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from dense.test import build_test_parser, run_testing
+from segmentation.drawing import DrawingHook
+from utils import Parser, UserError
+
+METRICS = ("mIoU", "mDice", "mFscore")
+
+
+def build_segmentation_test_parser() -> Parser:
+    """The parser of test.py."""
+    parser = build_test_parser(__doc__)
+    add = parser.add_argument
+    add("--eval", nargs="+", default=[], metavar="METRIC", help=f"one or more of {', '.join(METRICS)}")
+    add("--aug-test", action="store_true", help="multi-scale and flipped, by the config's tta_pipeline")
+    add("--out", metavar="DIR", help="write the predicted labels there, as PNG in the data set's numbering")
+    add("--show-dir", metavar="DIR", help="draw the predictions there, beside the truth")
+    return parser
+
+
+def prepare(cfg: Config, args: argparse.Namespace) -> list[Hook]:
+    """Set what is done with the predictions.
+
+    Raises:
+        UserError: nothing is, or something that cannot be.
+    """
+    if not (args.eval or args.out or args.show_dir):
+        raise UserError("nothing to do: give --eval mIoU, --out DIR or --show-dir DIR")
+    metrics = [next((known for known in METRICS if known.lower() == name.lower()), name) for name in args.eval]
+    for name in metrics:
+        if name not in METRICS:
+            raise UserError(f"--eval {name}: unknown; choose from {', '.join(METRICS)}")
+    for flag, folder in (("--out", args.out), ("--show-dir", args.show_dir)):
+        if folder:
+            utils.on_main_process(lambda flag=flag, folder=folder: utils.make_folder(Path(folder), flag))
+    evaluator = cfg.test_evaluator if cfg.test_evaluator.get("type") == "IoUMetric" else dict(type="IoUMetric")
+    evaluator |= dict(iou_metrics=metrics, output_dir=args.out, format_only=not metrics)
+    cfg.test_evaluator = evaluator if metrics or args.out else []  # to draw alone takes none
+    if args.aug_test:
+        if not (cfg.get("tta_model") and cfg.get("tta_pipeline")):
+            raise UserError(f"--aug-test: CONFIG {args.config} has no tta_model and tta_pipeline; leave it out, or "
+                            "inherit configs/_base_/ade20k.py")  # fmt: skip
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.model = dict(**cfg.tta_model, module=cfg.model)
+    return [DrawingHook(Path(args.show_dir))] if args.show_dir else []
+
+
+if __name__ == "__main__":
+    sys.exit(run_testing(build_segmentation_test_parser(), prepare))

@@ -1,0 +1,17 @@
+"""Train a segmentor.
+
+    python train.py CONFIG [--work-dir DIR] [--resume [PATH]] [--load-from PATH] [--from-scratch] [--amp]
+                           [--no-validate] [--seed N] [--deterministic] [--cfg-options KEY=VALUE …]
+                           [--launcher pytorch|slurm|mpi]
+
+dist_train.sh and slurm_train.sh start it on several processes.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dense.train import run_training
+
+if __name__ == "__main__":
+    sys.exit(run_training(__doc__))
