@@ -1,4 +1,5 @@
 # make demo   install what classification needs, train SepViT_Lite on handwritten digits, evaluate, show the result
+# make demo-segmentation   install what segmentation needs, train and evaluate a segmentor on scenes of digits, draw
 # make test   install the rest, check style, run every test
 # VENV names the virtual environment, PYTHON the Python (3.10 to 3.12) that makes it.
 VENV ?= .venv
@@ -9,7 +10,7 @@ PIP = $(RUN) -m pip --disable-pip-version-check install --quiet
 # The Python whose fitness is checked: the environment's where there is one already.
 CHECKED = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
 
-.PHONY: demo test test-long lint install install-test
+.PHONY: demo demo-segmentation test test-long lint install install-mm install-test
 
 # The recipe's augmentation and regularisation are for 300 epochs of ImageNet; five epochs of digits go without.
 DEMO_RECIPE = --epochs 5 --batch-size 16 --lr 0.032 --warmup-epochs 0 --drop-path 0 --mixup 0 \
@@ -24,6 +25,19 @@ demo: install
 		--output_dir $(DEMO)/run --num_workers 1
 	$(RUN) tools/show_demo.py --run $(DEMO)/run
 
+SEGMENTATION = configs/fpn_sepvit_lite_112x112_demo.py
+SCENES = data_root=$(abspath $(DEMO))/ade/ADEChallengeData2016
+SEGMENTATION_RUN = $(abspath $(DEMO))/segmentation
+
+demo-segmentation: install-mm
+	$(RUN) tools/make_demo_data.py --out $(DEMO)
+	rm -rf $(SEGMENTATION_RUN)
+	cd segmentation && $(abspath $(RUN)) train.py $(SEGMENTATION) --seed 0 --work-dir $(SEGMENTATION_RUN) \
+		--cfg-options $(SCENES)
+	cd segmentation && $(abspath $(RUN)) test.py $(SEGMENTATION) $(SEGMENTATION_RUN)/iter_1200.pth --eval mIoU \
+		--show-dir $(SEGMENTATION_RUN)/pictures --work-dir $(SEGMENTATION_RUN) --cfg-options $(SCENES)
+	@echo "predictions beside the truth: $(DEMO)/segmentation/pictures"
+
 test: install-test lint
 	$(RUN) -m pytest -m "not slow"
 
@@ -35,6 +49,7 @@ lint: install-test
 	$(RUN) -m ruff format --check .
 
 install: $(VENV)/.installed
+install-mm: $(VENV)/.installed-mm
 install-test: $(VENV)/.installed-test
 
 $(VENV)/.installed: requirements.txt
@@ -44,11 +59,14 @@ $(VENV)/.installed: requirements.txt
 	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed requirements-mm.txt tools/requirements-build.txt tests/requirements.txt
+$(VENV)/.installed-mm: $(VENV)/.installed requirements-mm.txt tools/requirements-build.txt
 	@$(CHECKED) tools/check_setup.py --compiler
 	@echo "installing requirements-mm.txt into $(VENV): mmcv's operators compile for 10 to 15 minutes on two cores"
 	$(PIP) -r tools/requirements-build.txt
 	$(PIP) --no-build-isolation --no-deps -r requirements-mm.txt
-	$(PIP) -r tests/requirements.txt
 	$(RUN) -c "import mmcv.ops, mmdet, mmseg"
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed-mm tests/requirements.txt
+	$(PIP) -r tests/requirements.txt
 	@touch $@

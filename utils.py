@@ -252,7 +252,7 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
             raise UserError(f"{what}: the file that came does not have the hash in its name; try again") from None
         if isinstance(error, OSError) and path.startswith("https://"):
             raise UserError(f"{what}: download failed ({error})") from None
-        if match := re.search(r"Unsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error)):
+        if match := re.search(r"nsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error), re.I):
             raise UserError(f"{what}: refused, it holds {match[1]}, which could run code; save tensors only") from None
         raise UserError(f"{what}: not a checkpoint, or a truncated one") from None
     if not isinstance(checkpoint, dict):

@@ -84,10 +84,10 @@ def read_image(path: str) -> np.ndarray:
     """
     if not Path(path).is_file():
         raise UserError(f"IMAGE {path}: no such file")
-    image = mmcv.imread(path, channel_order="rgb")
+    image = mmcv.imread(path)
     if image is None:
         raise UserError(f"IMAGE {path}: not an image that can be read")
-    return image
+    return mmcv.bgr2rgb(image)
 
 
 def run_prediction(

@@ -1,9 +1,11 @@
 """mmengine's runner, with what it lacks: several CPU processes, checkpoints read safely and strictly."""
 
 import logging
+import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.device import get_device
 from mmengine.logging import HistoryBuffer
@@ -13,21 +15,33 @@ from mmengine.runner import Runner
 from torch import nn
 
 import utils
-from utils import UserError
 
 VARIANT_HINT = "take the config of that variant, or another checkpoint"
 
 
-def allow_training_state() -> None:
-    """Let checkpoints hold the data classes that mmengine keeps its log in, and nothing that could run code."""
-    import numpy as np
+def log_statistic(owner: type, name: str) -> Callable:
+    """Stands for `getattr` in checkpoints, where mmengine's log refers to the ways it is averaged; gives those alone.
 
-    dtypes = [type(np.dtype(name)) for name in ("float64", "int64", "uint32", "int32", "bool")]
-    arrays = [np._core.multiarray._reconstruct, np._core.multiarray.scalar, np.ndarray, np.dtype]
-    torch.serialization.add_safe_globals([HistoryBuffer, *arrays, *dtypes])
+    Raises:
+        pickle.UnpicklingError: anything else is asked for.
+    """
+    if owner is HistoryBuffer and name in ("min", "max", "current", "mean"):
+        return getattr(owner, name)
+    raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr of {name}")
 
 
-allow_training_state()
+# What checkpoints of mmengine hold beside tensors: the log, made of NumPy's arrays. None of it can run code.
+torch.serialization.add_safe_globals(
+    [
+        HistoryBuffer,
+        (log_statistic, "builtins.getattr"),
+        np._core.multiarray._reconstruct,
+        np._core.multiarray.scalar,
+        np.ndarray,
+        np.dtype,
+        *(type(np.dtype(name)) for name in ("float64", "int64", "uint32", "int32", "bool")),
+    ]
+)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -101,8 +115,6 @@ class DenseRunner(Runner):
         checkpoint = self.checkpoints.pop(filename, None) or utils.read_checkpoint(filename, "checkpoint")
         what = f"checkpoint {filename}"
         partly = self._train_loop is not None and not self._resume  # testing has no training loop
-        if self._resume and not {"meta", "optimizer", "message_hub"} <= checkpoint.keys():
-            raise UserError(f"{what}: holds weights only, no training state to resume; --load-from starts from them")
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model = unwrapped(self.model)
         weights = utils.weights_of(checkpoint, what)

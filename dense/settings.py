@@ -16,13 +16,17 @@ from utils import Parser, UserError
 
 
 class KeyValueAction(DictAction):
-    """`--cfg-options key=value …`, with a clear word on what is not of that form."""
+    """`--cfg-options key=value …`: spaces in texts survive, and what is not of that form gets a clear word."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        for value in values:
-            if "=" not in value:
-                parser.error(f"--cfg-options {value}: takes key=value pairs, such as train_dataloader.batch_size=4")
-        super().__call__(parser, namespace, values, option_string)
+        options = dict(getattr(namespace, self.dest))
+        for pair in values:
+            key, equals, value = pair.partition("=")
+            if not (key and equals):
+                parser.error(f"--cfg-options {pair}: takes key=value pairs, such as train_dataloader.batch_size=4")
+            is_text = " " in value and not value.lstrip().startswith(("[", "("))
+            options[key] = value if is_text else self._parse_iterable(value)
+        setattr(namespace, self.dest, options)
 
 
 def build_parser(description: str, launchers: bool = True) -> Parser:
@@ -147,8 +151,8 @@ def read_model_checkpoint(cfg: Config, path: str, flag: str) -> dict[str, Any]:
     backbone = cfg.model.get("module", cfg.model).backbone  # inside test-time augmentation's
     held, wanted = variant_of(inner), getattr(MODELS.get(backbone.type), "variant", None)
     if held is None and variant_of(weights) is not None:
-        hint = f"a backbone alone: set it by --cfg-options model.backbone.init_cfg.checkpoint={path} to train from it"
-        raise UserError(f"{what}: holds {variant_of(weights)}, {hint}")
+        hint = "to train from it, name it as the config's model.backbone.init_cfg.checkpoint"
+        raise UserError(f"{what}: holds a backbone alone, {variant_of(weights)}; {hint}")
     if wanted is not None and held != wanted:
         raise UserError(f"{what}: holds {held or 'no SepViT'}, not {wanted}; {VARIANT_HINT}")
     return checkpoint

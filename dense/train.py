@@ -74,12 +74,16 @@ def set_starting_point(cfg: Config, args: argparse.Namespace) -> dict[str, dict[
     if path or args.from_scratch:
         cfg.model.pretrained = backbone.init_cfg = backbone.pretrained = None
     if path:
-        return {path: read_model_checkpoint(cfg, path, flag)}
+        checkpoint = read_model_checkpoint(cfg, path, flag)
+        if cfg.resume and not {"meta", "optimizer", "message_hub"} <= checkpoint.keys():
+            raise UserError(f"{flag} {path}: holds weights alone, no training to resume; --load-from starts from them")
+        return {path: checkpoint}
+    key = "pretrained" if backbone.get("pretrained") else "init_cfg.checkpoint"
     pretrained = backbone.get("pretrained") or (backbone.get("init_cfg") or {}).get("checkpoint")
     if pretrained and "://" not in pretrained and not Path(pretrained).is_file():
         raise UserError(
             f"pretrained {pretrained}: no such file; put there what main.py saved, name it by --cfg-options "
-            "model.backbone.init_cfg.checkpoint=PATH, or train without one: --from-scratch"
+            f"model.backbone.{key}=PATH, or train without one: --from-scratch"
         )
     return {}
 

@@ -25,5 +25,10 @@ def draw_prediction(model: nn.Module, path: str, image: np.ndarray) -> tuple[Ima
     return draw(image, {"prediction": labels}, classes, palette), ", ".join(largest)
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return run_prediction(build_predict_parser(__doc__), draw_prediction, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(run_prediction(build_predict_parser(__doc__), draw_prediction))
+    sys.exit(main())

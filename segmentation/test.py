@@ -60,5 +60,10 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Hook]:
     return [DrawingHook(Path(args.show_dir))] if args.show_dir else []
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return run_testing(build_segmentation_test_parser(), prepare, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(run_testing(build_segmentation_test_parser(), prepare))
+    sys.exit(main())

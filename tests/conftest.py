@@ -1,4 +1,4 @@
-"""What the tests share: the published weights' recipe, the demo's data, and main.py as a command."""
+"""What the tests share: the published weights' recipe, the demo's data, and the scripts as commands."""
 
 import json
 import os
@@ -59,11 +59,17 @@ def tiny_network(form: type, seed: int = 0, **kwargs) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory) -> Path:
-    """The demo's digits, written by the command."""
+def demo_data(tmp_path_factory) -> Path:
+    """The demo's data, written by the command."""
     out = tmp_path_factory.mktemp("demo")
     subprocess.run([sys.executable, ROOT / "tools/make_demo_data.py", "--out", out], check=True)
-    return out / "imagenet"
+    return out
+
+
+@pytest.fixture(scope="session")
+def digits(demo_data) -> Path:
+    """The demo's digits in ImageNet's layout."""
+    return demo_data / "imagenet"
 
 
 @pytest.fixture(scope="session")
@@ -78,13 +84,20 @@ def few_digits(digits, tmp_path_factory) -> Path:
     return root
 
 
-def command(*arguments, processes: int = 0, environment: dict | None = None, cwd: Path = ROOT, timeout: int = 600):
-    """Run main.py, on one process or by torchrun on several; returns the finished process."""
+def command(
+    *arguments,
+    script: str = "main.py",
+    processes: int = 0,
+    environment: dict | None = None,
+    cwd: Path = ROOT,
+    timeout: int = 600,
+):
+    """Run a script, on one process or by torchrun on several; returns the finished process."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
-        [*launcher, str(ROOT / "main.py"), *map(str, arguments)],
+        [*launcher, str(ROOT / script), *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -94,7 +107,7 @@ def command(*arguments, processes: int = 0, environment: dict | None = None, cwd
 
 
 def succeed(*arguments, **kwargs) -> str:
-    """Run main.py, expect it to succeed, return what it printed."""
+    """Run a script, expect it to succeed, return what it printed."""
     result = command(*arguments, **kwargs)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

@@ -23,6 +23,17 @@ test_pipeline = [
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [dict(type="Resize", scale=scale, keep_ratio=True) for scale in ((128, 102), (160, 128), (192, 154))],
+            [dict(type="LoadAnnotations")],
+            [dict(type="PackSegInputs")],
+        ],
+    ),
+]
 train_dataloader = dict(
     batch_size=16,
     num_workers=1,
@@ -48,7 +59,7 @@ test_dataloader = val_dataloader
 
 model = dict(
     data_preprocessor=dict(size=(112, 112)),
-    backbone=dict(type="SepViT_Lite", drop_path_rate=0.0, init_cfg=None),
+    backbone=dict(_delete_=True, type="SepViT_Lite"),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
     decode_head=dict(
         in_channels=[64, 64, 64, 64],

@@ -1,0 +1,193 @@
+"""The registered backbones: outputs, arguments and pretrained weights, in mmseg's and mmdet's registries."""
+
+import os
+import pickle
+
+import mmdet.registry
+import mmseg.registry
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import GOLDEN, VARIANTS, golden_images, golden_shapes, golden_weights
+from mmengine.logging import MMLogger
+
+import dense.backbone
+from sepvit import create_dense
+from utils import UserError
+
+
+def build(variant="SepViT_Lite", **kwargs):
+    return mmseg.registry.MODELS.build(dict(type=variant, **kwargs))
+
+
+@pytest.mark.parametrize("registry", [mmseg.registry.MODELS, mmdet.registry.MODELS], ids=["mmseg", "mmdet"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_registered(registry, variant):
+    model = registry.build(dict(type=variant))
+    assert type(model) is getattr(dense.backbone, variant)
+    assert model.state_dict().keys() == create_dense(variant).state_dict().keys()
+
+
+@pytest.mark.parametrize(("height", "width", "batch"), [(224, 224, 1), (200, 304, 2)])
+def test_golden_through_the_registry(height, width, batch):
+    model = build("SepViT_Tiny").eval()
+    model.load_state_dict(golden_weights(golden_shapes("SepViT_Tiny_dense")))
+    golden = np.load(GOLDEN / f"SepViT_Tiny_dense_{height}x{width}_seed0.npz")
+    with torch.no_grad():
+        maps = model(golden_images(batch, height, width))
+    for stage, y in enumerate(maps):
+        assert y.shape == tuple(golden[f"stage{stage}_shape"])
+        values = y.flatten()[torch.from_numpy(golden[f"stage{stage}_index"])].numpy()
+        np.testing.assert_allclose(values, golden[f"stage{stage}_value"], atol=1e-4)
+
+
+def test_arguments():
+    model = build(drop_path_rate=0.3, out_indices=(1, 3))
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for blocks in model.blocks for block in blocks]
+    assert rates[0] == 0
+    assert rates[-1] == pytest.approx(0.3)
+    assert rates == sorted(rates)
+    assert [y.shape for y in model(torch.zeros(1, 3, 50, 71))] == [(1, 64, 7, 9), (1, 256, 2, 3)]
+    with pytest.raises(ValueError, match=r"out_indices=\(4,\)"):
+        build(out_indices=(4,))
+
+
+def test_with_cp_keeps_outputs_and_gradients():
+    torch.manual_seed(0)
+    plain = build().train()
+    saving = build(with_cp=True).train()
+    saving.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 40, 56)
+    calls = []
+    saving.blocks[2][0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for model in (plain, saving):
+        sum(y.square().mean() for y in model(images)).backward()
+    assert len(calls) == 2  # forward, and again for the backward pass
+    for (name, p), q in zip(plain.named_parameters(), saving.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("frozen_stages", "frozen"),
+    [
+        (-1, ()),
+        (0, ("patch_embeds.0.",)),
+        (2, ("patch_embeds.[01]", "pos_block.[01]", "blocks.[01]", "norm_list.[01]")),
+    ],
+)
+def test_frozen_stages(frozen_stages, frozen):
+    model = build(frozen_stages=frozen_stages, drop_path_rate=0.5).train()
+    prefixes = [pattern.replace("[01]", f"{i}.") for pattern in frozen for i in range(2)]
+    is_frozen = {name: any(name.startswith(prefix) for prefix in prefixes) for name, _ in model.named_parameters()}
+    assert {name: not p.requires_grad for name, p in model.named_parameters()} == is_frozen
+    model(torch.randn(1, 3, 64, 64))[-1].sum().backward()
+    assert all((p.grad is None) == is_frozen[name] for name, p in model.named_parameters() if "norm_list" not in name)
+    assert all(module.training != any(f"{name}.".startswith(prefix) for prefix in prefixes)
+               for name, module in model.named_modules() if name and "." in name)  # fmt: skip
+
+
+def test_frozen_stages_out_of_range():
+    with pytest.raises(ValueError, match="frozen_stages=5"):
+        build(frozen_stages=5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pretrained weights
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def report(caplog):
+    """What the backbone logged; mmengine's logger hands its records to its own handlers alone."""
+    logger = MMLogger.get_instance("report")
+    logger.addHandler(caplog.handler)
+    yield lambda: "\n".join(record.getMessage() for record in caplog.records)
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(3)
+    return timm.create_model("SepViT_Lite", num_classes=7)
+
+
+@pytest.mark.parametrize("form", ["whole", "bare", "averaged", "module", "prefix"])
+@pytest.mark.parametrize("argument", ["pretrained", "init_cfg"])
+def test_pretrained_forms(classifier, form, argument, tmp_path, report):
+    weights = classifier.state_dict()
+    other = {name: torch.zeros_like(value) for name, value in weights.items()}
+    checkpoint = {
+        "whole": {"model": weights, "epoch": 299, "args": {"model": "SepViT_Lite"}},
+        "bare": weights,
+        "averaged": {"model": other, "model_ema": weights},
+        "module": {"model": {f"module.{name}": value for name, value in weights.items()}},
+        "prefix": {"state_dict": {f"backbone.{name}": value for name, value in weights.items()}},
+    }[form]
+    path = tmp_path / "SepViT_Lite.pth"
+    torch.save(checkpoint, path)
+    setting = {"pretrained": str(path)}
+    if argument == "init_cfg" or form == "prefix":
+        setting = {"init_cfg": dict(type="Pretrained", checkpoint=str(path))}
+        if form == "prefix":
+            setting["init_cfg"]["prefix"] = "backbone."
+    model = build(**setting)
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    model.init_weights()
+    loaded = [
+        name for name, value in model.state_dict().items() if name in weights and torch.equal(value, weights[name])
+    ]
+    not_in_it = [name for name in fresh if name not in weights]
+    assert set(loaded) | set(not_in_it) == fresh.keys()
+    assert all(torch.equal(fresh[name], model.state_dict()[name]) for name in not_in_it)
+    text = report()
+    assert f"loaded {len(fresh) - len(not_in_it)} of SepViT_Lite's {len(fresh)} entries" in text
+    assert f"fresh {len(not_in_it)}: " in text
+    assert all(name in text for name in not_in_it)
+    assert "norm_list.0.weight" in not_in_it
+    assert "head.weight" in text.split("left out")[1]
+    assert ("averaged weights" in text) == (form == "averaged")
+
+
+def test_nothing_pretrained_is_said(report):
+    build().init_weights()
+    assert "SepViT_Lite: random weights, nothing pretrained" in report()
+
+
+def test_pretrained_refusals(classifier, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    torch.save(timm.create_model("SepViT_Tiny").state_dict(), tmp_path / "tiny.pth")
+    torch.save({"model": classifier.state_dict(), "args": Code()}, tmp_path / "code.pth")
+    for name, words in (
+        ("tiny.pth", "holds SepViT_Tiny, not SepViT_Lite"),
+        ("code.pth", "could run code"),
+        ("none.pth", "no such file"),
+    ):
+        with pytest.raises(UserError, match=words):
+            build(pretrained=str(tmp_path / name)).init_weights()
+    with pytest.raises(ValueError, match="give one of them"):
+        build(pretrained="a.pth", init_cfg=dict(type="Pretrained", checkpoint="b.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_initialisations_of_mmengine():
+    model = build(init_cfg=dict(type="Constant", layer="LayerNorm", val=3.0))
+    model.init_weights()
+    assert (model.norm_list[0].weight == 3).all()
+
+
+def test_no_loader_runs_code(tmp_path):
+    """Also mmengine's own loader, which falls back to running it."""
+    from mmengine.runner import load_checkpoint
+
+    class Code:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    torch.save({"state_dict": {}, "meta": Code()}, tmp_path / "code.pth")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        load_checkpoint(torch.nn.Linear(1, 1), str(tmp_path / "code.pth"))
+    assert not (tmp_path / "ran").exists()
