@@ -1,5 +1,6 @@
 # make demo   install what classification needs, train SepViT_Lite on handwritten digits, evaluate, show the result
 # make demo-segmentation   install what segmentation needs, train and evaluate a segmentor on scenes of digits, draw
+# make demo-detection      likewise, a detector
 # make test   install the rest, check style, run every test
 # VENV names the virtual environment, PYTHON the Python (3.10 to 3.12) that makes it.
 VENV ?= .venv
@@ -10,7 +11,7 @@ PIP = $(RUN) -m pip --disable-pip-version-check install --quiet
 # The Python whose fitness is checked: the environment's where there is one already.
 CHECKED = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
 
-.PHONY: demo demo-segmentation test test-long lint install install-mm install-test
+.PHONY: demo demo-segmentation demo-detection test test-long lint install install-mm install-test
 
 # The recipe's augmentation and regularisation are for 300 epochs of ImageNet; five epochs of digits go without.
 DEMO_RECIPE = --epochs 5 --batch-size 16 --lr 0.032 --warmup-epochs 0 --drop-path 0 --mixup 0 \
@@ -37,6 +38,18 @@ demo-segmentation: install-mm
 	cd segmentation && $(abspath $(RUN)) test.py $(SEGMENTATION) $(SEGMENTATION_RUN)/iter_1200.pth --eval mIoU \
 		--show-dir $(SEGMENTATION_RUN)/pictures --work-dir $(SEGMENTATION_RUN) --cfg-options $(SCENES)
 	@echo "predictions beside the truth: $(DEMO)/segmentation/pictures"
+
+DETECTION = configs/mask_rcnn_sepvit_lite_fpn_demo.py
+OBJECTS = data_root=$(abspath $(DEMO))/coco
+DETECTION_RUN = $(abspath $(DEMO))/detection
+
+demo-detection: install-mm
+	$(RUN) tools/make_demo_data.py --out $(DEMO)
+	rm -rf $(DETECTION_RUN)
+	cd detection && $(abspath $(RUN)) train.py $(DETECTION) --seed 0 --work-dir $(DETECTION_RUN) --cfg-options $(OBJECTS)
+	cd detection && $(abspath $(RUN)) test.py $(DETECTION) $(DETECTION_RUN)/epoch_10.pth --eval mAP \
+		--show-dir $(DETECTION_RUN)/pictures --work-dir $(DETECTION_RUN) --cfg-options $(OBJECTS)
+	@echo "detections beside the truth: $(DEMO)/detection/pictures"
 
 test: install-test lint
 	$(RUN) -m pytest -m "not slow"

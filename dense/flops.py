@@ -1,35 +1,49 @@
 """The command that counts parameters and multiply-adds of a whole segmentor or detector."""
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
 
 import utils
-from dense.settings import build_parser, read_config
+from dense.settings import build_parser, drop_pretrained, read_config
 from tools.benchmark import count_multiply_adds
 from utils import positive_int
 
 
-def count(args: argparse.Namespace) -> None:
-    """Print the parameters and multiply-adds of a config's model, by part."""
+def count(args: argparse.Namespace, samples: Callable[[int, int], list[Any]] | None = None) -> None:
+    """Print the parameters and multiply-adds of a config's model, by part.
+
+    Args:
+        args: the command line.
+        samples: what a detector's forward pass takes besides images, from their height and width.
+    """
     cfg = read_config(args)
-    cfg.model.pretrained = cfg.model.backbone.init_cfg = cfg.model.backbone.pretrained = None
+    drop_pretrained(cfg)
+    torch.manual_seed(0)
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
     images = torch.zeros(1, 3, *args.shape)
+    inputs = (images, samples(*args.shape)) if samples else (images,)
     total = sum(parameter.numel() for parameter in model.parameters())
     for name, part in model.named_children():
-        print(f"{name + ':':20} {sum(p.numel() for p in part.parameters()) / 1e6:8.3f} M parameters")
-    backbone = count_multiply_adds(model.backbone, images)
-    print(f"{'backbone:':20} {backbone / 1e9:8.3f} G multiply-adds")
+        if any(True for _ in part.parameters()):
+            print(f"{name + ':':20} {sum(p.numel() for p in part.parameters()) / 1e6:8.3f} M parameters")
+    print(f"{'backbone:':20} {count_multiply_adds(model.backbone, images) / 1e9:8.3f} G multiply-adds")
     print(f"{cfg.model.type}, {args.shape[0]} × {args.shape[1]} pixels: {total / 1e6:.3f} M parameters, "
-          f"{count_multiply_adds(model, images) / 1e9:.3f} G multiply-adds")  # fmt: skip
+          f"{count_multiply_adds(model, *inputs) / 1e9:.3f} G multiply-adds")  # fmt: skip
 
 
-def run_count(description: str, shape: tuple[int, int], arguments: list[str] | None = None) -> int:
-    """Run get_flops.py, by default for images of `shape` (H, W) pixels; returns its exit status."""
+def run_count(
+    description: str,
+    shape: tuple[int, int],
+    arguments: list[str] | None = None,
+    samples: Callable[[int, int], list[Any]] | None = None,
+) -> int:
+    """Run get_flops.py, by default for images of `shape` (H, W) pixels; returns its exit status. See `count`."""
     parser = build_parser(description, launchers=False)
     parser.add_argument("--shape", type=positive_int, nargs=2, default=shape, metavar=("H", "W"),
                         help=f"image size in pixels, {shape[0]} {shape[1]} by default")  # fmt: skip
-    return utils.run_command("get_flops.py", lambda: count(parser.parse_args(arguments)))
+    return utils.run_command("get_flops.py", lambda: count(parser.parse_args(arguments), samples))

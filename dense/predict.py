@@ -16,7 +16,7 @@ from torch import nn
 
 import utils
 from dense.runner import VARIANT_HINT
-from dense.settings import build_parser, read_config, read_model_checkpoint
+from dense.settings import build_parser, drop_pretrained, read_config, read_model_checkpoint
 from utils import Parser, UserError
 
 
@@ -38,7 +38,7 @@ def build_inference_model(cfg: Config, checkpoint_path: str) -> nn.Module:
         UserError: the checkpoint is missing, would run code, or does not fit.
     """
     checkpoint = read_model_checkpoint(cfg, checkpoint_path, "CHECKPOINT")
-    cfg.model.pretrained = cfg.model.backbone.init_cfg = cfg.model.backbone.pretrained = None
+    drop_pretrained(cfg)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     what = f"CHECKPOINT {checkpoint_path}"
     utils.load_weights(model, utils.weights_of(checkpoint, what), what, VARIANT_HINT, network="backbone")
@@ -49,12 +49,13 @@ def build_inference_model(cfg: Config, checkpoint_path: str) -> nn.Module:
     return model.to(get_device()).eval()
 
 
-def predict(args: argparse.Namespace, draw: Callable[[nn.Module, str, np.ndarray], tuple[Any, str]]) -> None:
+def predict(args: argparse.Namespace, draw: Callable[..., tuple[Any, str]]) -> None:
     """Draw the predictions for each image.
 
     Args:
         args: the command line.
-        draw: from model, path and image (H × W × 3, RGB) to a PIL image and a line that says what is in it.
+        draw: from model, path and image (H × W × 3, RGB), and the least score where the command has one, to a PIL image
+            and a line that says what is in it.
 
     Raises:
         UserError: an image cannot be read, or the folder not written.
@@ -69,9 +70,10 @@ def predict(args: argparse.Namespace, draw: Callable[[nn.Module, str, np.ndarray
             raise UserError(f"--out {args.out}: would overwrite IMAGE {path}; name another folder")
     model = build_inference_model(cfg, args.checkpoint)
     utils.make_folder(Path(args.out), "--out")
+    least = [args.score_thr] if "score_thr" in args else []
     for path, image in images.items():
         with torch.no_grad():
-            picture, line = draw(model, path, image)
+            picture, line = draw(model, path, image, *least)
         picture.save(outs[path])
         print(f"{path}: {line}; drawn in {outs[path]}", flush=True)
 
@@ -92,7 +94,7 @@ def read_image(path: str) -> np.ndarray:
 
 def run_prediction(
     parser: Parser,
-    draw: Callable[[nn.Module, str, np.ndarray], tuple[Any, str]],
+    draw: Callable[..., tuple[Any, str]],
     arguments: list[str] | None = None,
 ) -> int:
     """Run predict.py; returns its exit status."""

@@ -89,6 +89,13 @@ def _move(node: dict[str, Any], old: str, new: str) -> None:
                 child[key] = new + value.removeprefix(old)
 
 
+def drop_pretrained(cfg: Config) -> None:
+    """Leave a config's pretrained weights out."""
+    for settings in (cfg.model, cfg.model.backbone):
+        settings.pop("pretrained", None)
+    cfg.model.backbone.pop("init_cfg", None)
+
+
 def join_processes(args: argparse.Namespace) -> None:
     """Join the process group of `--launcher`: nccl for GPUs, gloo for CPUs.
 

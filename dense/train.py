@@ -10,7 +10,7 @@ from mmengine.runner import find_latest_checkpoint
 
 import utils
 from dense.runner import DenseRunner
-from dense.settings import build_parser, check_data, join_processes, read_config, read_model_checkpoint
+from dense.settings import build_parser, check_data, drop_pretrained, join_processes, read_config, read_model_checkpoint
 from utils import Parser, UserError, print_main
 
 
@@ -23,6 +23,7 @@ def build_train_parser(description: str) -> Parser:
     add("--load-from", metavar="PATH", help="start from a whole segmentor's or detector's weights")
     add("--from-scratch", action="store_true", help="start from random weights, without a pretrained backbone")
     add("--amp", action="store_true", help="mixed precision (float16 with loss scaling)")
+    add("--auto-scale-lr", action="store_true", help="scale the learning rate to the images a step")
     add("--no-validate", action="store_true", help="do not evaluate while training")
     add("--seed", type=int, default=None)
     add("--deterministic", action="store_true")
@@ -39,6 +40,10 @@ def train(args: argparse.Namespace) -> None:
     if args.amp and cfg.optim_wrapper.type != "AmpOptimWrapper":
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.loss_scale = "dynamic"
+    if args.auto_scale_lr:
+        if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+            raise UserError(f"--auto-scale-lr: CONFIG {args.config} has no auto_scale_lr.base_batch_size")
+        cfg.auto_scale_lr.enable = True
     if args.no_validate:
         cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     check_data(cfg, *(["train_dataloader"] if args.no_validate else ["train_dataloader", "val_dataloader"]))
@@ -72,7 +77,7 @@ def set_starting_point(cfg: Config, args: argparse.Namespace) -> dict[str, dict[
     cfg.load_from = path
     backbone = cfg.model.backbone
     if path or args.from_scratch:
-        cfg.model.pretrained = backbone.init_cfg = backbone.pretrained = None
+        drop_pretrained(cfg)
     if path:
         checkpoint = read_model_checkpoint(cfg, path, flag)
         if cfg.resume and not {"meta", "optimizer", "message_hub"} <= checkpoint.keys():
@@ -88,6 +93,6 @@ def set_starting_point(cfg: Config, args: argparse.Namespace) -> dict[str, dict[
     return {}
 
 
-def run_training(description: str, arguments: list[str] | None = None) -> int:
+def run_training(parser: Parser, arguments: list[str] | None = None) -> int:
     """Run train.py; returns its exit status."""
-    return utils.run_command("train.py", lambda: train(build_train_parser(description).parse_args(arguments)))
+    return utils.run_command("train.py", lambda: train(parser.parse_args(arguments)))

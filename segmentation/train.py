@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dense.train import run_training
+from dense.train import build_train_parser, run_training
 
 if __name__ == "__main__":
-    sys.exit(run_training(__doc__))
+    sys.exit(run_training(build_train_parser(__doc__)))

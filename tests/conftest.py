@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import zlib
@@ -125,3 +126,72 @@ PLAIN = ["--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--drop-path", "0"
 
 def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def shell(folder: str, script: str, *arguments, environment: dict | None = None) -> str:
+    """Run one of the shell scripts from segmentation/ or detection/, expect it to succeed, return what it printed."""
+    result = subprocess.run(
+        ["bash", script, *map(str, arguments)],
+        cwd=ROOT / folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **(environment or {})},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def play_srun(folder: Path) -> dict[str, str]:
+    """Put a script into a folder that starts the tasks of a command as srun would; returns the variables to run by it.
+
+    It leaves what it was given in srun.txt.
+    """
+    srun = folder / "srun"
+    srun.write_text(
+        "#!/usr/bin/env bash\n"
+        f"printf '%s\\n' \"$@\" >> {folder}/srun.txt\n"
+        "while [[ $1 == --* ]]; do [[ $1 == --ntasks=* ]] && tasks=${1#*=}; shift; done\n"
+        "export SLURM_NTASKS=$tasks SLURM_JOB_NODELIST=localhost\n"
+        'for ((i = 0; i < tasks; i++)); do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done\n'
+        "wait\n"
+    )
+    srun.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "MASTER_PORT": free_port()}
+
+
+def optimizer_groups(cfg, model: torch.nn.Module) -> dict[str, dict]:
+    """The settings of each parameter in the optimiser that a config of mmengine's builds, by name."""
+    from mmengine.optim import build_optim_wrapper
+
+    settings = {key: value for key, value in cfg.optim_wrapper.items() if key != "loss_scale"}
+    optimizer = build_optim_wrapper(model, {**settings, "type": "OptimWrapper"}).optimizer
+    assert type(optimizer) is torch.optim.AdamW
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+    assert groups.keys() == set(names.values())
+    return groups
+
+
+def undecayed_names(model: torch.nn.Module) -> set[str]:
+    """Names of the parameters of norms and positional encodings."""
+    norms = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.modules.batchnorm._BatchNorm)
+    names = {f"{where}.{name}" for where, module in model.named_modules() if isinstance(module, norms)
+             for name, _ in module.named_parameters()}  # fmt: skip
+    return names | {name for name, _ in model.named_parameters() if ".pos_block." in name}
+
+
+class Code:
+    """Would make a file when it is unpickled."""
+
+    def __init__(self, path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")

@@ -8,21 +8,11 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL, command
+from conftest import ROOT, SMALL, Code, command
 from PIL import Image
 
 import main
 from tools import check_setup
-
-
-class Boom:
-    """Would make a file when it is unpickled."""
-
-    def __init__(self, path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +27,8 @@ def files(tmp_path_factory, few_digits):
     torch.save({"model": {}}, root / "empty.pth")
     torch.save([1, 2], root / "list.pth")
     torch.save({"epoch": 3}, root / "no_weights.pth")
-    torch.save({"model": lite.state_dict(), "args": Boom(root / "ran")}, root / "malicious.pth")
-    (root / "malicious_pickle.pth").write_bytes(pickle.dumps(Boom(root / "ran")))
+    torch.save({"model": lite.state_dict(), "args": Code(root / "ran")}, root / "malicious.pth")
+    (root / "malicious_pickle.pth").write_bytes(pickle.dumps(Code(root / "ran")))
     incomplete = lite.state_dict()
     del incomplete["blocks.2.0.norm1.weight"]
     torch.save(incomplete, root / "incomplete.pth")

@@ -1,6 +1,5 @@
 """The registered backbones: outputs, arguments and pretrained weights, in mmseg's and mmdet's registries."""
 
-import os
 import pickle
 
 import mmdet.registry
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import GOLDEN, VARIANTS, golden_images, golden_shapes, golden_weights
+from conftest import GOLDEN, VARIANTS, Code, golden_images, golden_shapes, golden_weights
 from mmengine.logging import MMLogger
 
 import dense.backbone
@@ -155,12 +154,8 @@ def test_nothing_pretrained_is_said(report):
 
 
 def test_pretrained_refusals(classifier, tmp_path):
-    class Code:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/ran",)
-
     torch.save(timm.create_model("SepViT_Tiny").state_dict(), tmp_path / "tiny.pth")
-    torch.save({"model": classifier.state_dict(), "args": Code()}, tmp_path / "code.pth")
+    torch.save({"model": classifier.state_dict(), "args": Code(tmp_path / "ran")}, tmp_path / "code.pth")
     for name, words in (
         ("tiny.pth", "holds SepViT_Tiny, not SepViT_Lite"),
         ("code.pth", "could run code"),
@@ -183,11 +178,7 @@ def test_no_loader_runs_code(tmp_path):
     """Also mmengine's own loader, which falls back to running it."""
     from mmengine.runner import load_checkpoint
 
-    class Code:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/ran",)
-
-    torch.save({"state_dict": {}, "meta": Code()}, tmp_path / "code.pth")
+    torch.save({"state_dict": {}, "meta": Code(tmp_path / "ran")}, tmp_path / "code.pth")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         load_checkpoint(torch.nn.Linear(1, 1), str(tmp_path / "code.pth"))
     assert not (tmp_path / "ran").exists()

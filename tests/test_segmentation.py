@@ -4,10 +4,9 @@ import json
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import mmseg
@@ -15,9 +14,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, succeed
+from conftest import ROOT, Code, free_port, optimizer_groups, play_srun, shell, succeed, undecayed_names
 from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS, TRANSFORMS, init_default_scope
 from mmseg.registry import MODELS
 from PIL import Image
@@ -29,6 +27,7 @@ from dense.train import build_train_parser, run_training, set_starting_point
 from utils import read_checkpoint
 
 CONFIGS = ROOT / "segmentation/configs"
+script = partial(shell, "segmentation")
 DEMO = CONFIGS / "fpn_sepvit_lite_112x112_demo.py"
 VARIANTS = {  # name: embedding dims, depths, drop path rate
     "t": ("SepViT_Tiny", (96, 192, 384, 768), (1, 2, 6, 2), 0.2),
@@ -56,16 +55,6 @@ def upernet(variant: str) -> Config:
 def model_of(read, variant: str) -> torch.nn.Module:
     init_default_scope("mmseg")
     return MODELS.build(read(variant).model)
-
-
-def groups(cfg: Config, model: torch.nn.Module) -> dict[str, dict]:
-    """The built optimiser's settings of each parameter, by name."""
-    optimizer = build_optim_wrapper(model, cfg.optim_wrapper.copy()).optimizer
-    assert type(optimizer) is torch.optim.AdamW
-    names = {id(p): name for name, p in model.named_parameters()}
-    settings = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
-    assert settings.keys() == set(names.values())
-    return settings
 
 
 def learning_rates(cfg: Config, iterations: int) -> np.ndarray:
@@ -123,7 +112,7 @@ def test_fpn(variant):
     assert type(model.decode_head).__name__ == "FPNHead"
     assert model.decode_head.num_classes == 150
     assert not model.with_auxiliary_head
-    for name, setting in groups(cfg, model).items():
+    for name, setting in optimizer_groups(cfg, model).items():
         assert (setting["lr"], setting["weight_decay"]) == (1e-4, 1e-4), name
     assert (cfg.train_cfg.type, cfg.train_cfg.max_iters) == ("IterBasedTrainLoop", 80000)
     rates = learning_rates(cfg, 80000)
@@ -143,14 +132,11 @@ def test_upernet(variant):
     assert (auxiliary.in_index, auxiliary.in_channels, auxiliary.num_classes) == (2, dims[2], 150)
     assert (auxiliary.loss_decode.loss_weight, model.decode_head.loss_decode.loss_weight) == (0.4, 1.0)
 
-    norms = (torch.nn.LayerNorm, torch.nn.modules.batchnorm._BatchNorm)
-    undecayed = {f"{where}.{name}" for where, module in model.named_modules() if isinstance(module, norms)
-                 for name, _ in module.named_parameters()}  # fmt: skip
-    undecayed |= {name for name, _ in model.named_parameters() if ".pos_block." in name}
+    undecayed = undecayed_names(model)
     assert len([name for name in undecayed if ".pos_block." in name]) == 8
     assert any("norm_list" in name for name in undecayed)
     weight_decay = 0.03 if variant == "b" else 0.01
-    for name, setting in groups(cfg, model).items():
+    for name, setting in optimizer_groups(cfg, model).items():
         assert setting["weight_decay"] == (0 if name in undecayed else weight_decay), name
         assert (setting["lr"], setting["betas"]) == (6e-5, (0.9, 0.999)), name
 
@@ -259,30 +245,8 @@ def small(scenes: Path, iterations: int = 2) -> list[str]:
             "test_dataloader.num_workers=0", "default_hooks.logger.interval=1"]  # fmt: skip
 
 
-def run(script: str, *arguments, **kwargs) -> str:
-    return succeed(*arguments, script=f"segmentation/{script}", cwd=ROOT / "segmentation", **kwargs)
-
-
-def shell(script: str, *arguments, environment: dict | None = None) -> str:
-    """Run one of the shell scripts from segmentation/."""
-    result = subprocess.run(
-        ["bash", script, *map(str, arguments)],
-        cwd=ROOT / "segmentation",
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **(environment or {})},
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
-
-
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+def run(name: str, *arguments, **kwargs) -> str:
+    return succeed(*arguments, script=f"segmentation/{name}", cwd=ROOT / "segmentation", **kwargs)
 
 
 def miou(text: str) -> str:
@@ -378,13 +342,13 @@ def test_commands_of_the_page_on_two_processes(scenes, tmp_path):
     config, work_dir = tmp_path / "my config.py", tmp_path / "work dir"
     config.write_text(f"_base_ = {str(DEMO)!r}\nmodel = dict(decode_head=dict(norm_cfg=dict(type='SyncBN')))\n")
     port = {"PORT": free_port()}
-    text = shell("dist_train.sh", config, 2, "--work-dir", work_dir, *small(scenes), environment=port)
+    text = script("dist_train.sh", config, 2, "--work-dir", work_dir, *small(scenes), environment=port)
     assert "Iter(val) [1/1]" in text
     assert text.count("trained: ") == 1
     checkpoint = work_dir / "iter_2.pth"
     for extra in ([], ["--aug-test"]):
         arguments = [config, checkpoint, "--eval", "mIoU", "--work-dir", work_dir, *extra, *small(scenes)]
-        two = shell("dist_test.sh", *arguments[:2], 2, *arguments[2:], environment=port)
+        two = script("dist_test.sh", *arguments[:2], 2, *arguments[2:], environment=port)
         assert miou(two) == miou(run("test.py", *arguments))
 
 
@@ -395,35 +359,26 @@ def test_commands_of_the_page_on_two_processes(scenes, tmp_path):
 def test_paper_configs_on_two_processes(name, scenes, tmp_path):
     config, port = f"configs/{name}.py", {"PORT": free_port()}
     options = [*small(scenes, 1), "train_dataloader.batch_size=1"]
-    text = shell("dist_train.sh", config, 2, "--from-scratch", "--work-dir", tmp_path, *options, environment=port)
+    text = shell(
+        "segmentation", "dist_train.sh", config, 2, "--from-scratch", "--work-dir", tmp_path, *options, environment=port
+    )
     assert "Iter(val)" in text
     for extra in ([], ["--aug-test"]):
-        text = shell("dist_test.sh", config, tmp_path / "iter_1.pth", 2, "--eval", "mIoU", *extra,
+        text = script("dist_test.sh", config, tmp_path / "iter_1.pth", 2, "--eval", "mIoU", *extra,
                      "--work-dir", tmp_path, *options, environment=port)  # fmt: skip
         assert float(miou(text)) >= 0
 
 
 def test_slurm_scripts(trained, scenes, tmp_path):
     """srun itself is played by a script that starts the tasks as it would."""
-    srun = tmp_path / "srun"
-    srun.write_text(
-        "#!/usr/bin/env bash\n"
-        f"printf '%s\\n' \"$@\" >> {tmp_path}/srun.txt\n"
-        "while [[ $1 == --* ]]; do [[ $1 == --ntasks=* ]] && tasks=${1#*=}; shift; done\n"
-        "export SLURM_NTASKS=$tasks SLURM_JOB_NODELIST=localhost\n"
-        'for ((i = 0; i < tasks; i++)); do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done\n'
-        "wait\n"
-    )
-    srun.chmod(srun.stat().st_mode | stat.S_IXUSR)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "GPUS": "2", "SRUN_ARGS": "--quiet --time=1",
-                   "MASTER_PORT": free_port()}  # fmt: skip
+    environment = {**play_srun(tmp_path), "GPUS": "2", "SRUN_ARGS": "--quiet --time=1"}
     work_dir = tmp_path / "work dir"
     text = shell(
         "slurm_train.sh", "gpu", "job", DEMO, "--work-dir", work_dir, *small(scenes, 1), environment=environment
     )
     assert text.count("trained: ") == 1
-    text = shell("slurm_test.sh", "gpu", "job", DEMO, work_dir / "iter_1.pth", "--eval", "mIoU", "--work-dir", work_dir,
-                 *small(scenes), environment=environment)  # fmt: skip
+    text = script("slurm_test.sh", "gpu", "job", DEMO, work_dir / "iter_1.pth", "--eval", "mIoU", *small(scenes),
+                  f"work_dir={work_dir}", environment=environment)  # fmt: skip
     assert miou(text)
     given = (tmp_path / "srun.txt").read_text().splitlines()
     assert {"--partition=gpu", "--job-name=job", "--gres=gpu:2", "--ntasks=2", "--time=1"} <= set(given)
@@ -435,9 +390,9 @@ def test_own_tools_of_mmseg(scenes, tmp_path):
     (tmp_path / "scenes").symlink_to(scenes)  # mmseg's options lose spaces, and data_root alone moves nothing there
     roots = [f"{split}_dataloader.dataset.data_root={tmp_path}/scenes" for split in ("train", "val", "test")]
     workers = [f"{split}_dataloader.persistent_workers=False" for split in ("train", "val", "test")]
-    for script, *arguments in (("train.py", "--work-dir", tmp_path), ("test.py", tmp_path / "iter_1.pth")):
+    for name, *arguments in (("train.py", "--work-dir", tmp_path), ("test.py", tmp_path / "iter_1.pth")):
         result = subprocess.run(
-            [sys.executable, tools / script, DEMO, *arguments, *small("", 1), *roots, *workers],
+            [sys.executable, tools / name, DEMO, *arguments, *small("", 1), *roots, *workers],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -471,16 +426,6 @@ def test_get_flops(capsys):
 # ----------------------------------------------------------------------------------------------------------------------
 # Bad input
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class Code:
-    """Would make a file when it is unpickled."""
-
-    def __init__(self, path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
 
 
 @pytest.fixture(scope="module")
@@ -565,33 +510,33 @@ def test_mistakes(mistake, files, scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    script, arguments, words = MISTAKES[mistake]
+    command, arguments, words = MISTAKES[mistake]
     places = dict(demo=DEMO, files=files, scenes=scenes)
     before = sorted(files.rglob("*"))
     arguments = [argument.format(**places) for argument in arguments]
     run_script = {
-        "train": lambda a: run_training("", a),
+        "train": lambda a: run_training(build_train_parser(""), a),
         "test": segmentation.test.main,
         "predict": segmentation.predict.main,
-    }[script]
+    }[command]
     assert run_script(arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     lines = [line for line in lines if "Warning" not in line and not line.startswith("  warnings.warn")]
     assert len(lines) == 1
-    assert lines[0].startswith(f"{script}.py: ")
+    assert lines[0].startswith(f"{command}.py: ")
     assert words.format(**places) in lines[0]
     assert sorted(files.rglob("*")) == before
     assert not (tmp_path / "work_dirs").exists() or mistake == "incomplete"  # found out with the model built
 
 
 def test_mistakes_of_the_shell_scripts():
-    for script, arguments, words in (
+    for name, arguments, words in (
         ("dist_train.sh", ["config.py"], "usage: dist_train.sh CONFIG PROCESSES"),
         ("dist_test.sh", ["config.py", "8"], "usage: dist_test.sh CONFIG CHECKPOINT PROCESSES"),
         ("dist_train.sh", ["config.py", "--amp"], "--amp: the number of processes (GPUs) has to be a number"),
         ("slurm_train.sh", ["gpu", "job"], "usage: slurm_train.sh PARTITION JOB_NAME CONFIG"),
         ("slurm_test.sh", ["gpu", "job", "config.py"], "usage: slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT"),
     ):
-        result = subprocess.run(["bash", script, *arguments], cwd=ROOT / "segmentation", capture_output=True, text=True)
+        result = subprocess.run(["bash", name, *arguments], cwd=ROOT / "segmentation", capture_output=True, text=True)
         assert result.returncode == 2
         assert words in result.stderr

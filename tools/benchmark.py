@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -25,8 +26,8 @@ import sepvit
 SIDE = 2048  # of the matrices
 
 
-def count_multiply_adds(model: nn.Module, images: torch.Tensor) -> int:
-    """Multiply-adds of a forward pass, as fvcore counts: matrix products, convolutions, linear and norm layers."""
+def count_multiply_adds(model: nn.Module, *inputs: Any) -> int:
+    """Multiply-adds of a forward pass, as fvcore counts: matrix products, convolutions, linear and LayerNorm layers."""
     normalised = []
     hooks = [
         module.register_forward_hook(lambda *call: normalised.append(call[2].numel()))
@@ -35,7 +36,7 @@ def count_multiply_adds(model: nn.Module, images: torch.Tensor) -> int:
     ]
     # The counter knows the products that attention is made of, not the CPU's fused kernel.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(images)
+        model(*inputs)
     for hook in hooks:
         hook.remove()
     return counter.get_total_flops() // 2 + 5 * sum(normalised)

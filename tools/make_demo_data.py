@@ -9,13 +9,16 @@ DIR/ade/ADEChallengeData2016/{images,annotations}/{training,validation}: scenes 
 scikit-image and scikit-learn bring along, in ADE20K's layout and numbering: 1 to 10 are the digits 0 to 9, 11 is the
 background, and 0 ("other", not evaluated) are the digits' soft edges. Training and validation share no digit and no
 photograph.
+
+DIR/coco/{train2017,val2017,annotations}: the same scenes in COCO's layout, with a box and a mask for each digit.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import skimage
@@ -147,6 +150,47 @@ def write_ade(folder: Path) -> dict[str, int]:
     return SCENES
 
 
+def write_coco(folder: Path) -> dict[str, int]:
+    """Write scenes in COCO's layout.
+
+    Args:
+        folder: gets train2017/*.jpg, val2017/*.jpg and annotations/instances_*2017.json, written again where there.
+
+    Returns:
+        number of digits of each split.
+    """
+    counts = {}
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    for split, name in (("training", "train2017"), ("validation", "val2017")):
+        (folder / name).mkdir(exist_ok=True)
+        images, annotations = [], []
+        for number, scene in enumerate(scenes(split, SCENES[split]), start=1):
+            images.append(dict(id=number, file_name=f"{number:012}.jpg", height=SCENE_SIZE[0], width=SCENE_SIZE[1]))
+            Image.fromarray(scene.image).save(folder / name / images[-1]["file_name"], quality=95)
+            for instance in scene.instances:
+                mark = annotation(instance.opacity > 0.5)
+                mark |= dict(id=len(annotations) + 1, image_id=number, category_id=instance.digit + 1, iscrowd=0)
+                annotations.append(mark)
+        categories = [dict(id=digit + 1, name=str(digit), supercategory="digit") for digit in range(DIGITS)]
+        content = dict(info={}, licenses=[], images=images, annotations=annotations, categories=categories)
+        (folder / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+        counts[split] = len(annotations)
+    return counts
+
+
+def annotation(mask: np.ndarray) -> dict[str, Any]:
+    """COCO's annotation of a mask (H × W): box (x, y, width, height), area and run lengths in column order."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
+    pixels = mask.ravel(order="F")
+    changes = np.flatnonzero(np.diff(pixels)) + 1
+    counts = np.diff([0, *changes, pixels.size]).tolist()
+    if pixels[0]:
+        counts.insert(0, 0)  # run lengths begin with the background's
+    segmentation = dict(size=list(mask.shape), counts=counts)
+    return dict(bbox=[int(value) for value in box], area=int(mask.sum()), segmentation=segmentation)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
@@ -159,6 +203,9 @@ def main() -> int:
         ade = args.out / "ade/ADEChallengeData2016"
         counts = write_ade(ade)
         print(f"{ade}: {counts['training']} training and {counts['validation']} validation scenes of digits")
+        place = args.out / "coco"
+        counts = write_coco(place)
+        print(f"{place}: the same scenes, {counts['training']} and {counts['validation']} digits with boxes and masks")
     except OSError as error:
         print(f"make_demo_data.py: --out {args.out}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2

@@ -1,0 +1,16 @@
+# The augmentation of the 3x schedules: flip; then a resize, or a resize, a crop and the first resize again.
+scales = [(side, 1333) for side in range(480, 801, 32)]
+multi_scale = [
+    dict(type="RandomFlip", prob=0.5),
+    dict(
+        type="RandomChoice",
+        transforms=[
+            [dict(type="RandomChoiceResize", scales=scales, keep_ratio=True)],
+            [
+                dict(type="RandomChoiceResize", scales=[(400, 1333), (500, 1333), (600, 1333)], keep_ratio=True),
+                dict(type="RandomCrop", crop_type="absolute_range", crop_size=(384, 600), allow_negative_crop=True),
+                dict(type="RandomChoiceResize", scales=scales, keep_ratio=True),
+            ],
+        ],
+    ),
+]

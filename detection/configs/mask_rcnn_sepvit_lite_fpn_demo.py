@@ -1,0 +1,55 @@
+# Scenes of digits, as tools/make_demo_data.py writes them, from random weights on a CPU; also the pattern for a data
+# set of your own.
+_base_ = "mask_rcnn_sepvit_t_fpn_1x_coco_pvt_setting.py"
+
+data_root = "../demo/coco/"
+metainfo = dict(
+    classes=("0", "1", "2", "3", "4", "5", "6", "7", "8", "9"),
+    palette=[
+        (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180),
+        (70, 240, 240), (240, 50, 230), (210, 245, 60), (0, 128, 128),
+    ],
+)  # fmt: skip
+resize = dict(type="Resize", scale=(160, 128), keep_ratio=True)
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="RandomResize", scale=(160, 128), ratio_range=(0.8, 1.25), keep_ratio=True),
+    dict(type="PackDetInputs"),  # no flips: digits are not symmetric
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    resize,
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
+]
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline),
+)
+val_dataloader = dict(num_workers=1, dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
+test_evaluator = val_evaluator
+
+model = dict(
+    backbone=dict(_delete_=True, type="SepViT_Lite"),
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
+    rpn_head=dict(in_channels=64, feat_channels=64),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=64),
+        bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=10),
+        mask_roi_extractor=dict(out_channels=64),
+        mask_head=dict(in_channels=64, conv_out_channels=64, num_convs=2, num_classes=10),
+    ),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=200, max_per_img=100), rcnn=dict(sampler=dict(num=64))),
+    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)),
+)
+optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05))
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-3, begin=0, end=50, by_epoch=False),
+    dict(type="MultiStepLR", begin=0, end=10, by_epoch=True, milestones=[8], gamma=0.1),
+]
+train_cfg = dict(max_epochs=10, val_interval=5)
+default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=5))

@@ -1,0 +1,18 @@
+_base_ = [
+    "../../dense/configs/sepvit.py",
+    "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
+    "mmdet::_base_/datasets/coco_instance.py",
+    "mmdet::_base_/schedules/schedule_1x.py",
+    "mmdet::_base_/default_runtime.py",
+]
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="SepViT_Tiny",
+        drop_path_rate=0.2,
+        init_cfg=dict(type="Pretrained", checkpoint="pretrained/SepViT_Tiny.pth"),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
+optim_wrapper = dict(optimizer=dict(_delete_=True, type="AdamW", lr=2e-4, weight_decay=1e-3))

@@ -1,0 +1,28 @@
+_base_ = [
+    "../../dense/configs/sepvit.py",
+    "mmdet::_base_/models/retinanet_r50_fpn.py",
+    "mmdet::_base_/datasets/coco_detection.py",
+    "_base_/multi_scale.py",
+    "_base_/schedule_3x.py",
+    "mmdet::_base_/default_runtime.py",
+]
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="SepViT_Tiny",
+        drop_path_rate=0.2,
+        init_cfg=dict(type="Pretrained", checkpoint="pretrained/SepViT_Tiny.pth"),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
+train_dataloader = dict(
+    dataset=dict(
+        pipeline=[
+            dict(type="LoadImageFromFile"),
+            dict(type="LoadAnnotations", with_bbox=True),
+            *_base_.multi_scale,
+            dict(type="PackDetInputs"),
+        ]
+    )
+)

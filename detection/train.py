@@ -1,0 +1,17 @@
+"""Train a detector.
+
+    python train.py CONFIG [--work-dir DIR] [--resume [PATH]] [--load-from PATH] [--from-scratch] [--amp]
+                           [--no-validate] [--auto-scale-lr] [--seed N] [--deterministic]
+                           [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm|mpi]
+
+dist_train.sh and slurm_train.sh start it on several processes.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dense.train import build_train_parser, run_training
+
+if __name__ == "__main__":
+    sys.exit(run_training(build_train_parser(__doc__)))
