@@ -1,11 +1,7 @@
 _base_ = "mask_rcnn_sepvit_t_fpn_3x_coco_swin_setting.py"
 
 model = dict(
-    backbone=dict(
-        type="SepViT_Base",
-        drop_path_rate=0.5,
-        init_cfg=dict(checkpoint="pretrained/SepViT_Base.pth"),
-    ),
+    backbone=_base_.sepvit_base,
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )
 optim_wrapper = dict(optimizer=dict(weight_decay=0.1))

@@ -8,12 +8,7 @@ _base_ = [
 ]
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="SepViT_Tiny",
-        drop_path_rate=0.2,
-        init_cfg=dict(type="Pretrained", checkpoint="pretrained/SepViT_Tiny.pth"),
-    ),
+    backbone=dict(_delete_=True, **_base_.sepvit_tiny),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )
 train_dataloader = dict(
@@ -26,4 +21,4 @@ train_dataloader = dict(
         ]
     )
 )
-optim_wrapper = dict(type="AmpOptimWrapper", loss_scale=dict(init_scale=512.0))
+optim_wrapper = dict(type="AmpOptimWrapper", loss_scale=dict(init_scale=512.0), paramwise_cfg=_base_.no_weight_decay)

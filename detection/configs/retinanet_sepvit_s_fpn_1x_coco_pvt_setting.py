@@ -1,10 +1,4 @@
 _base_ = "retinanet_sepvit_t_fpn_1x_coco_pvt_setting.py"
 
-model = dict(
-    backbone=dict(
-        type="SepViT_Small",
-        drop_path_rate=0.3,
-        init_cfg=dict(checkpoint="pretrained/SepViT_Small.pth"),
-    )
-)
+model = dict(backbone=_base_.sepvit_small)
 optim_wrapper = dict(optimizer=dict(weight_decay=1e-4))

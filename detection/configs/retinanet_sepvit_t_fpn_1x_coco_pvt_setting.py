@@ -7,12 +7,7 @@ _base_ = [
 ]
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="SepViT_Tiny",
-        drop_path_rate=0.2,
-        init_cfg=dict(type="Pretrained", checkpoint="pretrained/SepViT_Tiny.pth"),
-    ),
+    backbone=dict(_delete_=True, **_base_.sepvit_tiny),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )
 optim_wrapper = dict(optimizer=dict(_delete_=True, type="AdamW", lr=1e-4, weight_decay=1e-3))

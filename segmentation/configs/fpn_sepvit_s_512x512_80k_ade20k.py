@@ -1,9 +1,3 @@
 _base_ = "fpn_sepvit_t_512x512_80k_ade20k.py"
 
-model = dict(
-    backbone=dict(
-        type="SepViT_Small",
-        drop_path_rate=0.3,
-        init_cfg=dict(checkpoint="pretrained/SepViT_Small.pth"),
-    )
-)
+model = dict(backbone=_base_.sepvit_small)

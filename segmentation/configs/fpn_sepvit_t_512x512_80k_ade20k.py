@@ -9,12 +9,7 @@ _base_ = [
 model = dict(
     data_preprocessor=dict(size=(512, 512)),
     pretrained=None,
-    backbone=dict(
-        _delete_=True,
-        type="SepViT_Tiny",
-        drop_path_rate=0.2,
-        init_cfg=dict(type="Pretrained", checkpoint="pretrained/SepViT_Tiny.pth"),
-    ),
+    backbone=dict(_delete_=True, **_base_.sepvit_tiny),
     neck=dict(in_channels=[96, 192, 384, 768]),
     decode_head=dict(num_classes=150),
 )

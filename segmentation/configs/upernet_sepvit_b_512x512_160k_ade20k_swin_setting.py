@@ -1,11 +1,7 @@
 _base_ = "upernet_sepvit_t_512x512_160k_ade20k_swin_setting.py"
 
 model = dict(
-    backbone=dict(
-        type="SepViT_Base",
-        drop_path_rate=0.5,
-        init_cfg=dict(checkpoint="pretrained/SepViT_Base.pth"),
-    ),
+    backbone=_base_.sepvit_base,
     decode_head=dict(in_channels=[128, 256, 512, 1024]),
     auxiliary_head=dict(in_channels=512),
 )

@@ -8,19 +8,13 @@ _base_ = [
 
 model = dict(
     data_preprocessor=dict(size=(512, 512)),
-    backbone=dict(
-        _delete_=True,
-        type="SepViT_Tiny",
-        drop_path_rate=0.2,
-        init_cfg=dict(type="Pretrained", checkpoint="pretrained/SepViT_Tiny.pth"),
-    ),
+    backbone=dict(_delete_=True, **_base_.sepvit_tiny),
     decode_head=dict(num_classes=150),
     auxiliary_head=dict(num_classes=150),
 )
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    # no weight decay on norms and positional encodings
-    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={"pos_block": dict(decay_mult=0.0)}),
+    paramwise_cfg=_base_.no_weight_decay,
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, begin=0, end=1500, by_epoch=False),

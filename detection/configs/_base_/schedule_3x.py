@@ -5,8 +5,4 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
     dict(type="MultiStepLR", begin=0, end=36, by_epoch=True, milestones=[27, 33], gamma=0.1),
 ]
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    # no weight decay on norms and positional encodings
-    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={"pos_block": dict(decay_mult=0.0)}),
-)
+optim_wrapper = dict(optimizer=dict(_delete_=True, type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05))
