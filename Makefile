@@ -77,7 +77,7 @@ $(VENV)/.installed-mm: $(VENV)/.installed requirements-mm.txt tools/requirements
 	@echo "installing requirements-mm.txt into $(VENV): mmcv's operators compile for 10 to 15 minutes on two cores"
 	$(PIP) -r tools/requirements-build.txt
 	$(PIP) --no-build-isolation --no-deps -r requirements-mm.txt
-	$(RUN) -c "import mmcv.ops, mmdet, mmseg"
+	$(RUN) -c "import mmcv.ops, mmdet.apis, mmseg.apis"
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed-mm tests/requirements.txt
