@@ -11,7 +11,6 @@ In the shapes: ``B`` batch, ``H × W`` feature map, ``C`` channels, ``h`` heads 
 ``n = nh · nw`` windows, ``L = w²`` pixels a window.
 """
 
-import argparse
 import logging
 import math
 import re
@@ -45,10 +44,6 @@ from torch import Tensor, nn
 __all__ = ["Adaptation", "SepViT", "SepViTDense", "adapt_state_dict", "create_dense", "variant_of"]
 
 _logger = logging.getLogger(__name__)
-
-# Checkpoints of the published code hold their settings as a Namespace; with weights_only=True (the only way weights are
-# read here, and timm's default) torch refuses every class that is not allowed by name. This one holds data only.
-torch.serialization.add_safe_globals([argparse.Namespace])
 
 
 def init_weights(module: nn.Module) -> None:

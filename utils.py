@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -219,32 +219,26 @@ def sum_over_processes(values: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
+def read_checkpoint(path: str, flag: str, data_classes: Sequence[Any] = ()) -> dict[str, Any]:
     """Read a checkpoint from a path or an https address, without running anything it holds.
 
     Args:
         path: path or https address.
         flag: the command's flag that named it, for messages.
+        data_classes: what it may hold beside tensors and Python's own containers, as for
+            `torch.serialization.safe_globals`. Checkpoints of the published code hold their settings as a Namespace,
+            which is always taken.
 
     Raises:
         UserError: it is missing, truncated, no checkpoint, or would run code.
     """
     what = f"{flag} {path}"
     try:
-        if path.startswith("https://"):
-            checkpoint = torch.hub.load_state_dict_from_url(
-                path,
-                map_location="cpu",
-                check_hash=re.search(r"-[0-9a-f]{8,}\.\w+$", path) is not None,
-                weights_only=True,
-                progress=is_main_process(),
-            )
-        elif not Path(path).is_file():
-            raise UserError(f"{what}: no such file")
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
+        # named at each reading: timm and mmengine also allow classes, and take them back for all behind their own
+        with torch.serialization.safe_globals([argparse.Namespace, *data_classes]):
+            checkpoint = _fetch(path)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{what}: no such file") from None
     except PermissionError:
         raise UserError(f"{what}: cannot be read (permission denied)") from None
     except Exception as error:  # what torch.load raises on files that are no checkpoints is not documented, and varied
@@ -258,6 +252,18 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise UserError(f"{what}: not a checkpoint, it holds a {type(checkpoint).__name__}")
     return checkpoint
+
+
+def _fetch(path: str) -> Any:
+    if not path.startswith("https://"):
+        return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.hub.load_state_dict_from_url(
+        path,
+        map_location="cpu",
+        check_hash=re.search(r"-[0-9a-f]{8,}\.\w+$", path) is not None,
+        weights_only=True,
+        progress=is_main_process(),
+    )
 
 
 def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) -> dict[str, Tensor]:

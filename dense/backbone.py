@@ -18,6 +18,7 @@ from mmengine.registry import MODELS
 from mmengine.utils import is_installed
 
 import utils
+from dense.runner import read_checkpoint
 from sepvit import VARIANTS, SepViTDense
 
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # asked by torch.load; goes before the caller's weights_only=False
@@ -97,7 +98,7 @@ class SepViTBackbone(SepViTDense):
 
     def _load_pretrained(self, path: str, prefix: str) -> None:
         what = f"pretrained {path}"
-        checkpoint = utils.read_checkpoint(path, "pretrained")
+        checkpoint = read_checkpoint(path, "pretrained")
         weights = utils.weights_of(checkpoint, what, prefer_ema=True)
         if prefix:
             prefix = prefix.rstrip(".") + "."

@@ -31,17 +31,24 @@ def log_statistic(owner: type, name: str) -> Callable:
 
 
 # What checkpoints of mmengine hold beside tensors: the log, made of NumPy's arrays. None of it can run code.
-torch.serialization.add_safe_globals(
-    [
-        HistoryBuffer,
-        (log_statistic, "builtins.getattr"),
-        np._core.multiarray._reconstruct,
-        np._core.multiarray.scalar,
-        np.ndarray,
-        np.dtype,
-        *(type(np.dtype(name)) for name in ("float64", "int64", "uint32", "int32", "bool")),
-    ]
+LOG_CLASSES = (
+    HistoryBuffer,
+    (log_statistic, "builtins.getattr"),
+    np._core.multiarray._reconstruct,
+    np._core.multiarray.scalar,
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float64", "int64", "uint32", "int32", "bool")),
 )
+
+
+def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
+    """Read a checkpoint of mmengine's or of main.py's, without running anything it holds; see `utils.read_checkpoint`.
+
+    Raises:
+        UserError: it is missing, truncated, no checkpoint, or would run code.
+    """
+    return utils.read_checkpoint(path, flag, LOG_CLASSES)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -112,7 +119,7 @@ class DenseRunner(Runner):
         Raises:
             UserError: the file is missing, would run code, or does not fit.
         """
-        checkpoint = self.checkpoints.pop(filename, None) or utils.read_checkpoint(filename, "checkpoint")
+        checkpoint = self.checkpoints.pop(filename, None) or read_checkpoint(filename, "checkpoint")
         what = f"checkpoint {filename}"
         partly = self._train_loop is not None and not self._resume  # testing has no training loop
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)

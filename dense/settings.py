@@ -10,7 +10,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, init_default_scope
 
 import utils
-from dense.runner import VARIANT_HINT
+from dense.runner import VARIANT_HINT, read_checkpoint
 from sepvit import variant_of
 from utils import Parser, UserError
 
@@ -152,7 +152,7 @@ def read_model_checkpoint(cfg: Config, path: str, flag: str) -> dict[str, Any]:
         UserError: it is missing, no checkpoint, would run code, or holds another variant.
     """
     what = f"{flag} {path}"
-    checkpoint = utils.read_checkpoint(path, flag)
+    checkpoint = read_checkpoint(path, flag)
     weights = utils.weights_of(checkpoint, what)
     inner = {name.removeprefix("backbone."): w for name, w in weights.items() if name.startswith("backbone.")}
     backbone = cfg.model.get("module", cfg.model).backbone  # inside test-time augmentation's

@@ -1,7 +1,7 @@
 """The testing command of segmentation and detection."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmengine.config import Config
@@ -10,13 +10,16 @@ from mmengine.hooks import Hook
 import utils
 from dense.runner import DenseRunner
 from dense.settings import build_parser, check_data, join_processes, read_config, read_model_checkpoint
-from utils import Parser
+from utils import Parser, UserError
 
 
-def build_test_parser(description: str) -> Parser:
-    """The parser of test.py, without what it is to do with the predictions."""
+def build_test_parser(description: str, metrics: Sequence[str]) -> Parser:
+    """The parser of test.py, without what it is to do with the predictions besides evaluating them by `metrics`."""
     parser = build_parser(description)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of the whole segmentor or detector")
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="of the whole segmentor or detector")
+    add("--eval", nargs="+", default=[], metavar="METRIC", help=f"one or more of {', '.join(metrics)}")
+    add("--aug-test", action="store_true", help="test-time augmentation (scales, flips), by the config's tta_pipeline")
     return parser
 
 
@@ -30,6 +33,8 @@ def test(args: argparse.Namespace, prepare: Callable[[Config, argparse.Namespace
     cfg = read_config(args)
     join_processes(args)
     hooks = prepare(cfg, args)
+    if args.aug_test:
+        augment(cfg, args.config)
     check_data(cfg, "test_dataloader")
     checkpoint = read_model_checkpoint(cfg, args.checkpoint, "CHECKPOINT")
     cfg.train_dataloader = cfg.train_cfg = cfg.optim_wrapper = cfg.param_scheduler = None
@@ -40,6 +45,19 @@ def test(args: argparse.Namespace, prepare: Callable[[Config, argparse.Namespace
     for hook in hooks:
         runner.register_hook(hook)
     runner.test()
+
+
+def augment(cfg: Config, path: str) -> None:
+    """Set a config's test-time augmentation to be used.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not (cfg.get("tta_model") and cfg.get("tta_pipeline")):
+        hint = "leave it out, or set them as segmentation/configs/_base_/ade20k.py does"
+        raise UserError(f"--aug-test: CONFIG {path} has no tta_model and tta_pipeline; {hint}")
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    cfg.model = dict(**cfg.tta_model, module=cfg.model)
 
 
 def run_testing(

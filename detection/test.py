@@ -25,16 +25,10 @@ METRICS = ("bbox", "segm", "mAP")
 
 def build_detection_test_parser() -> Parser:
     """The parser of test.py."""
-    parser = build_test_parser(__doc__)
+    parser = build_test_parser(__doc__, METRICS)
     add = parser.add_argument
-    add("--eval", nargs="+", default=[], metavar="METRIC", help=f"one or more of {', '.join(METRICS)}")
-    add("--aug-test", action="store_true", help="test-time augmentation, by the config's tta_pipeline")
     add("--out", metavar="FILE.pkl", help="write the detections there")
-    add(
-        "--format-only",
-        action="store_true",
-        help="write the detections in COCO's format to the work dir",
-    )
+    add("--format-only", action="store_true", help="write the detections in COCO's format to the work dir")
     add("--show-dir", metavar="DIR", help="draw the detections there, beside the truth")
     add("--show-score-thr", type=fraction, default=0.3, metavar="SCORE", help="least score that is drawn, default 0.3")
     return parser
@@ -67,12 +61,6 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Hook]:
         utils.on_main_process(lambda: utils.make_folder(folder, "--show-dir"))
         hook = dict(draw=True, test_out_dir=str(folder), score_thr=args.show_score_thr)
         cfg.default_hooks.visualization = dict(type="DetVisualizationHook", **hook)
-    if args.aug_test:
-        if not (cfg.get("tta_model") and cfg.get("tta_pipeline")):
-            raise UserError(f"--aug-test: CONFIG {args.config} has no tta_model and tta_pipeline; leave it out, or set "
-                            "them as mmdet's configs do")  # fmt: skip
-        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
-        cfg.model = dict(**cfg.tta_model, module=cfg.model)
     return []
 
 

@@ -24,10 +24,8 @@ METRICS = ("mIoU", "mDice", "mFscore")
 
 def build_segmentation_test_parser() -> Parser:
     """The parser of test.py."""
-    parser = build_test_parser(__doc__)
+    parser = build_test_parser(__doc__, METRICS)
     add = parser.add_argument
-    add("--eval", nargs="+", default=[], metavar="METRIC", help=f"one or more of {', '.join(METRICS)}")
-    add("--aug-test", action="store_true", help="multi-scale and flipped, by the config's tta_pipeline")
     add("--out", metavar="DIR", help="write the predicted labels there, as PNG in the data set's numbering")
     add("--show-dir", metavar="DIR", help="draw the predictions there, beside the truth")
     return parser
@@ -51,12 +49,6 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Hook]:
     evaluator = cfg.test_evaluator if cfg.test_evaluator.get("type") == "IoUMetric" else dict(type="IoUMetric")
     evaluator |= dict(iou_metrics=metrics, output_dir=args.out, format_only=not metrics)
     cfg.test_evaluator = evaluator if metrics or args.out else []  # to draw alone takes none
-    if args.aug_test:
-        if not (cfg.get("tta_model") and cfg.get("tta_pipeline")):
-            raise UserError(f"--aug-test: CONFIG {args.config} has no tta_model and tta_pipeline; leave it out, or "
-                            "inherit configs/_base_/ade20k.py")  # fmt: skip
-        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
-        cfg.model = dict(**cfg.tta_model, module=cfg.model)
     return [DrawingHook(Path(args.show_dir))] if args.show_dir else []
 
 

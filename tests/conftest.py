@@ -187,6 +187,16 @@ def undecayed_names(model: torch.nn.Module) -> set[str]:
     return names | {name for name, _ in model.named_parameters() if ".pos_block." in name}
 
 
+def refusal(run, name: str, arguments: list[str], capsys) -> str:
+    """Run a command of segmentation or detection that is a user's mistake; returns the one line it leaves."""
+    assert run(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in lines if "Warning" not in line and not line.startswith("  warnings.warn")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{name}.py: ")
+    return lines[0]
+
+
 class Code:
     """Would make a file when it is unpickled."""
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, Code, free_port, optimizer_groups, play_srun, shell, succeed, undecayed_names
+from conftest import ROOT, Code, free_port, optimizer_groups, play_srun, refusal, shell, succeed, undecayed_names
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS, TRANSFORMS, init_default_scope
@@ -22,8 +22,8 @@ from pycocotools.coco import COCO
 
 import detection.predict
 import detection.test
+from dense.runner import read_checkpoint
 from dense.train import build_train_parser, run_training
-from utils import read_checkpoint
 
 CONFIGS = ROOT / "detection/configs"
 DEMO = CONFIGS / "mask_rcnn_sepvit_lite_fpn_demo.py"
@@ -419,22 +419,19 @@ MISTAKES = {
 }  # fmt: skip
 
 
+RUN = {
+    "train": lambda arguments: run_training(build_train_parser(""), arguments),
+    "test": detection.test.main,
+    "predict": detection.predict.main,
+}
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes(mistake, files, scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command, arguments, words = MISTAKES[mistake]
     places = dict(demo=DEMO, tiny=CONFIGS / "retinanet_sepvit_t_fpn_1x_coco_pvt_setting.py", files=files, scenes=scenes)
     arguments = [argument.format(**places) for argument in arguments]
-    run_script = {
-        "train": lambda a: run_training(build_train_parser(""), a),
-        "test": detection.test.main,
-        "predict": detection.predict.main,
-    }[command]
-    assert run_script(arguments) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    lines = [line for line in lines if "Warning" not in line and not line.startswith("  warnings.warn")]
-    assert len(lines) == 1
-    assert lines[0].startswith(f"{command}.py: ")
-    assert words.format(**places) in lines[0]
+    assert words.format(**places) in refusal(RUN[command], command, arguments, capsys)
     assert not (files / "ran").exists()
     assert not list(tmp_path.iterdir())

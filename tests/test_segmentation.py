@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, Code, free_port, optimizer_groups, play_srun, shell, succeed, undecayed_names
+from conftest import ROOT, Code, free_port, optimizer_groups, play_srun, refusal, shell, succeed, undecayed_names
 from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS, TRANSFORMS, init_default_scope
 from mmseg.registry import MODELS
@@ -23,8 +23,8 @@ from PIL import Image
 import segmentation.predict
 import segmentation.test
 from dense.flops import run_count
+from dense.runner import read_checkpoint
 from dense.train import build_train_parser, run_training, set_starting_point
-from utils import read_checkpoint
 
 CONFIGS = ROOT / "segmentation/configs"
 script = partial(shell, "segmentation")
@@ -359,9 +359,8 @@ def test_commands_of_the_page_on_two_processes(scenes, tmp_path):
 def test_paper_configs_on_two_processes(name, scenes, tmp_path):
     config, port = f"configs/{name}.py", {"PORT": free_port()}
     options = [*small(scenes, 1), "train_dataloader.batch_size=1"]
-    text = shell(
-        "segmentation", "dist_train.sh", config, 2, "--from-scratch", "--work-dir", tmp_path, *options, environment=port
-    )
+    text = script("dist_train.sh", config, 2, "--from-scratch", "--work-dir", tmp_path, *options,
+                  environment=port)  # fmt: skip
     assert "Iter(val)" in text
     for extra in ([], ["--aug-test"]):
         text = script("dist_test.sh", config, tmp_path / "iter_1.pth", 2, "--eval", "mIoU", *extra,
@@ -373,9 +372,8 @@ def test_slurm_scripts(trained, scenes, tmp_path):
     """srun itself is played by a script that starts the tasks as it would."""
     environment = {**play_srun(tmp_path), "GPUS": "2", "SRUN_ARGS": "--quiet --time=1"}
     work_dir = tmp_path / "work dir"
-    text = shell(
-        "slurm_train.sh", "gpu", "job", DEMO, "--work-dir", work_dir, *small(scenes, 1), environment=environment
-    )
+    text = script("slurm_train.sh", "gpu", "job", DEMO, "--work-dir", work_dir, *small(scenes, 1),
+                  environment=environment)  # fmt: skip
     assert text.count("trained: ") == 1
     text = script("slurm_test.sh", "gpu", "job", DEMO, work_dir / "iter_1.pth", "--eval", "mIoU", *small(scenes),
                   f"work_dir={work_dir}", environment=environment)  # fmt: skip
@@ -505,6 +503,13 @@ MISTAKES = {
 }  # fmt: skip
 
 
+RUN = {
+    "train": lambda arguments: run_training(build_train_parser(""), arguments),
+    "test": segmentation.test.main,
+    "predict": segmentation.predict.main,
+}
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes(mistake, files, scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -514,17 +519,7 @@ def test_mistakes(mistake, files, scenes, tmp_path, capsys, monkeypatch):
     places = dict(demo=DEMO, files=files, scenes=scenes)
     before = sorted(files.rglob("*"))
     arguments = [argument.format(**places) for argument in arguments]
-    run_script = {
-        "train": lambda a: run_training(build_train_parser(""), a),
-        "test": segmentation.test.main,
-        "predict": segmentation.predict.main,
-    }[command]
-    assert run_script(arguments) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    lines = [line for line in lines if "Warning" not in line and not line.startswith("  warnings.warn")]
-    assert len(lines) == 1
-    assert lines[0].startswith(f"{command}.py: ")
-    assert words.format(**places) in lines[0]
+    assert words.format(**places) in refusal(RUN[command], command, arguments, capsys)
     assert sorted(files.rglob("*")) == before
     assert not (tmp_path / "work_dirs").exists() or mistake == "incomplete"  # found out with the model built
 

@@ -16,7 +16,6 @@ DIR/coco/{train2017,val2017,annotations}: the same scenes in COCO's layout, with
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,13 +86,14 @@ def photographs(split: str) -> list[np.ndarray]:
     return images
 
 
-def scenes(split: str, count: int) -> Iterator[Scene]:
-    """Compose scenes of a split ('training', 'validation'), always the same ones."""
-    rng = np.random.default_rng(list(SCENES).index(split))
-    digits, backgrounds = load_digits(), photographs(split)
-    indices = held_back()[list(SCENES).index(split)]
-    for _ in range(count):
-        yield compose_scene(rng, digits.images[indices], digits.target[indices], backgrounds)
+def compose_scenes() -> dict[str, list[Scene]]:
+    """Compose the scenes of each split, always the same ones."""
+    digits, scenes = load_digits(), {}
+    for seed, ((split, count), indices) in enumerate(zip(SCENES.items(), held_back())):
+        rng, backgrounds = np.random.default_rng(seed), photographs(split)
+        images, labels = digits.images[indices], digits.target[indices]
+        scenes[split] = [compose_scene(rng, images, labels, backgrounds) for _ in range(count)]
+    return scenes
 
 
 def compose_scene(
@@ -127,19 +127,17 @@ def compose_scene(
     return Scene(image.round().clip(0, 255).astype(np.uint8), instances)
 
 
-def write_ade(folder: Path) -> dict[str, int]:
+def write_ade(folder: Path, scenes: dict[str, list[Scene]]) -> None:
     """Write scenes in ADE20K's layout.
 
     Args:
         folder: gets images/<split>/*.jpg and annotations/<split>/*.png; those that are there are written again.
-
-    Returns:
-        number of images of each split.
+        scenes: those of each split.
     """
-    for split, count in SCENES.items():
+    for split in scenes:
         for kind in ("images", "annotations"):
             (folder / kind / split).mkdir(parents=True, exist_ok=True)
-        for number, scene in enumerate(scenes(split, count), start=1):
+        for number, scene in enumerate(scenes[split], start=1):
             labels = np.full(SCENE_SIZE, DIGITS + 1, dtype=np.uint8)
             for instance in scene.instances:
                 labels[instance.opacity > 0] = 0
@@ -147,14 +145,14 @@ def write_ade(folder: Path) -> dict[str, int]:
             name = f"ADE_{split.removesuffix('ing').removesuffix('idation')}_{number:08}"
             Image.fromarray(scene.image).save(folder / "images" / split / f"{name}.jpg", quality=95)
             Image.fromarray(labels).save(folder / "annotations" / split / f"{name}.png")
-    return SCENES
 
 
-def write_coco(folder: Path) -> dict[str, int]:
+def write_coco(folder: Path, scenes: dict[str, list[Scene]]) -> dict[str, int]:
     """Write scenes in COCO's layout.
 
     Args:
         folder: gets train2017/*.jpg, val2017/*.jpg and annotations/instances_*2017.json, written again where there.
+        scenes: those of each split.
 
     Returns:
         number of digits of each split.
@@ -164,7 +162,7 @@ def write_coco(folder: Path) -> dict[str, int]:
     for split, name in (("training", "train2017"), ("validation", "val2017")):
         (folder / name).mkdir(exist_ok=True)
         images, annotations = [], []
-        for number, scene in enumerate(scenes(split, SCENES[split]), start=1):
+        for number, scene in enumerate(scenes[split], start=1):
             images.append(dict(id=number, file_name=f"{number:012}.jpg", height=SCENE_SIZE[0], width=SCENE_SIZE[1]))
             Image.fromarray(scene.image).save(folder / name / images[-1]["file_name"], quality=95)
             for instance in scene.instances:
@@ -200,12 +198,11 @@ def main() -> int:
         print(
             f"{args.out / 'imagenet'}: {counts['train']} training and {counts['val']} validation images of 10 classes"
         )
-        ade = args.out / "ade/ADEChallengeData2016"
-        counts = write_ade(ade)
-        print(f"{ade}: {counts['training']} training and {counts['validation']} validation scenes of digits")
-        place = args.out / "coco"
-        counts = write_coco(place)
-        print(f"{place}: the same scenes, {counts['training']} and {counts['validation']} digits with boxes and masks")
+        ade, coco, scenes = args.out / "ade/ADEChallengeData2016", args.out / "coco", compose_scenes()
+        write_ade(ade, scenes)
+        print(f"{ade}: {SCENES['training']} training and {SCENES['validation']} validation scenes of digits")
+        counts = write_coco(coco, scenes)
+        print(f"{coco}: the same scenes, {counts['training']} and {counts['validation']} digits with boxes and masks")
     except OSError as error:
         print(f"make_demo_data.py: --out {args.out}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2

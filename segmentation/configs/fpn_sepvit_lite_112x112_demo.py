@@ -34,27 +34,9 @@ tta_pipeline = [
         ],
     ),
 ]
-train_dataloader = dict(
-    batch_size=16,
-    num_workers=1,
-    dataset=dict(
-        type="BaseSegDataset",
-        data_root=data_root,
-        reduce_zero_label=True,
-        metainfo=metainfo,
-        pipeline=train_pipeline,
-    ),
-)
-val_dataloader = dict(
-    num_workers=1,
-    dataset=dict(
-        type="BaseSegDataset",
-        data_root=data_root,
-        reduce_zero_label=True,
-        metainfo=metainfo,
-        pipeline=test_pipeline,
-    ),
-)
+dataset = dict(type="BaseSegDataset", data_root=data_root, reduce_zero_label=True, metainfo=metainfo)
+train_dataloader = dict(batch_size=16, num_workers=1, dataset=dict(**dataset, pipeline=train_pipeline))
+val_dataloader = dict(num_workers=1, dataset=dict(**dataset, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 model = dict(
