@@ -52,10 +52,10 @@ demo-detection: install-mm
 	@echo "detections beside the truth: $(DEMO)/detection/pictures"
 
 test: install-test lint
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-long: install-test
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: install-test
 	$(RUN) -m ruff check .
