@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dense.drawing import enlargement
 from dense.predict import build_predict_parser, run_prediction
 from utils import fraction
 
@@ -21,10 +22,15 @@ from utils import fraction
 def draw_detections(model: nn.Module, path: str, image: np.ndarray, least: float) -> tuple[Image.Image, str]:
     """Detect objects in an image; gives the picture of those scored `least` or more, and their numbers in a line."""
     sample = inference_detector(model, path)
+    found = sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= least]
+    scale = enlargement(len(image))
+    found.bboxes *= scale
+    if "masks" in found:
+        found.masks = found.masks.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     visualizer = DetLocalVisualizer.get_instance("predict")
     visualizer.dataset_meta = model.dataset_meta
-    visualizer.add_datasample(path, image, sample, draw_gt=False, pred_score_thr=least)
-    found = sample.pred_instances[sample.pred_instances.scores >= least]
+    enlarged = image.repeat(scale, 0).repeat(scale, 1)
+    visualizer.add_datasample(path, enlarged, sample, draw_gt=False, pred_score_thr=least)
     counts = Counter(model.dataset_meta["classes"][label] for label in found.labels.tolist())
     line = ", ".join(f"{count} × {name}" for name, count in counts.most_common())
     return Image.fromarray(visualizer.get_image()), line or f"nothing scored {least} or more"

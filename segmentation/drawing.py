@@ -9,8 +9,9 @@ import numpy as np
 from mmengine.hooks import Hook
 from PIL import Image, ImageDraw, ImageFont
 
+from dense.drawing import enlargement
+
 IGNORED = 255  # label of pixels that belong to no class
-LEAST_HEIGHT = 256  # of a panel, in pixels; smaller images are enlarged
 MARGIN = 8
 OPACITY = 0.55
 
@@ -41,7 +42,7 @@ def draw(
     """
     panels = {"image": image} | {title: overlay(image, labels, palette) for title, labels in maps.items()}
     height, width = image.shape[:2]
-    scale = max(1, -(-LEAST_HEIGHT // height))
+    scale = enlargement(height)
     font = ImageFont.load_default(size=14)
     line = 20
     last = shares(list(maps.values())[-1], len(classes))

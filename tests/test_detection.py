@@ -367,7 +367,7 @@ def test_predict(trained, scenes, tmp_path):
     image = scenes / "val2017/000000000001.jpg"
     text = run("predict.py", DEMO, trained / "epoch_1.pth", image, "--out", tmp_path, "--score-thr", "0.01")
     assert f"{image}: " in text
-    assert Image.open(tmp_path / "000000000001.png").size == (160, 128)
+    assert Image.open(tmp_path / "000000000001.png").size == (320, 256)  # enlarged
 
 
 def test_get_flops():
