@@ -52,10 +52,10 @@ demo-detection: install-mm
 	@echo "detections beside the truth: $(DEMO)/detection/pictures"
 
 test: install-test lint
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
+	$(RUN) -m pytest -m "not slow"
 
 test-long: install-test
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest
 
 lint: install-test
 	$(RUN) -m ruff check .

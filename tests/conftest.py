@@ -18,9 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 VARIANTS = list(sepvit.VARIANTS)
 
-# two tests run at a time, on two cores
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(2)
 
 
 def golden_weights(shapes: dict) -> dict[str, torch.Tensor]:
@@ -105,7 +103,7 @@ def command(
         text=True,
         cwd=cwd,
         timeout=timeout,
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, "OMP_NUM_THREADS": "1" if processes else "2", **(environment or {})},
     )
 
 
@@ -138,7 +136,7 @@ def shell(folder: str, script: str, *arguments, environment: dict | None = None)
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "PYTHON": sys.executable, **(environment or {})},
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **(environment or {})},
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr

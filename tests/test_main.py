@@ -483,7 +483,7 @@ def test_torch_distributed_launch(few_digits, tmp_path):
          f"--master_port={free_port()}",
          ROOT / "main.py", *map(str, SMALL), "--data-path", few_digits, "--dist-eval", "--drop-path", "0.2",
          "--device", "cpu", "--batch-size", "8"],
-        cwd=tmp_path, capture_output=True, text=True,
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "SepViT_Lite/checkpoint.pth").exists()  # the output folder is the model's name by default
@@ -498,7 +498,7 @@ def test_two_nodes_by_torchruns_own_flags(few_digits, tmp_path):
         settings = [*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--device", "cpu"]
         return subprocess.run(
             [*launcher, ROOT / "main.py", *map(str, settings), "--batch-size", "8"],
-            capture_output=True, text=True,
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
     with ThreadPoolExecutor() as pool:
@@ -518,7 +518,7 @@ def test_slurm_variables(meeting, few_digits, tmp_path):
 
     def task(rank: int):
         environment = dict(SLURM_PROCID=str(rank), SLURM_NTASKS="2", SLURM_LOCALID=str(rank), MASTER_PORT=str(port),
-                           SLURM_JOB_NODELIST="127.0.0.1")  # fmt: skip
+                           SLURM_JOB_NODELIST="127.0.0.1", OMP_NUM_THREADS="1")  # fmt: skip
         return command(*settings, "--dist_url", meeting.format(port=port), environment=environment)
 
     with ThreadPoolExecutor() as pool:
