@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, Code, free_port, optimizer_groups, play_srun, refusal, shell, succeed, undecayed_names
+from mmdet.datasets import CocoDataset
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS, TRANSFORMS, init_default_scope
@@ -315,13 +316,13 @@ def test_commands_of_the_page_on_two_processes(detector, retinanet, scenes, tmp_
 @pytest.mark.parametrize(("detector", "schedule"), [("retinanet", 1), ("mask_rcnn", 3)])
 def test_paper_configs_on_two_processes(detector, schedule, scenes, tmp_path):
     path, port = f"configs/{NAMES[detector, schedule].format('t')}.py", {"PORT": free_port()}
-    # the digits' classes are not COCO's: names of the first ten of those
-    names = ("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light")
+    # the digits take the places of the first ten of COCO's classes
+    categories = [dict(id=i, name=name) for i, name in enumerate(CocoDataset.METAINFO["classes"], start=1)]
     (tmp_path / "coco/annotations").mkdir(parents=True)
     for split in ("train2017", "val2017"):
         (tmp_path / "coco" / split).symlink_to(scenes / split)
         content = json.loads((scenes / f"annotations/instances_{split}.json").read_text())
-        content["categories"] = [dict(c, name=n) for c, n in zip(content["categories"], names)]
+        content["categories"] = categories
         (tmp_path / f"coco/annotations/instances_{split}.json").write_text(json.dumps(content))
     options = [*small(tmp_path / "coco"), "train_dataloader.batch_size=1"]
     if detector == "retinanet":
