@@ -1,6 +1,7 @@
 """What training and evaluation share: users' errors, processes, checkpoints, progress, log files and curves."""
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -50,6 +51,7 @@ def run_command(name: str, command: Callable[[], None]) -> int:
         return 130
     finally:
         if dist.is_initialized():
+            gc.collect()  # what refers to the group in circles would outlive it, and end the process by an abort
             dist.destroy_process_group()
     return 0
 
