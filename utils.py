@@ -239,7 +239,7 @@ def read_checkpoint(path: str, flag: str, data_classes: Sequence[Any] = ()) -> d
         # named at each reading: timm and mmengine also allow classes, and take them back for all behind their own
         with torch.serialization.safe_globals([argparse.Namespace, *data_classes]):
             checkpoint = _fetch(path)
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{what}: no such file") from None
     except PermissionError:
         raise UserError(f"{what}: cannot be read (permission denied)") from None

@@ -112,6 +112,8 @@ MISTAKES = {
     "missing teacher": (["--distillation-type", "hard", "--teacher-path", "{root}/t.pth"], ["--teacher-path", "t.pth"]),
     "unwritable output folder": (["--output_dir", "{root}/a_file/run"], ["--output_dir", "cannot be written"]),
     "output on a read-only file system": (["--output_dir", "/proc/run"], ["--output_dir /proc/run"]),
+    "resume from a folder": (["--resume", "{root}"], ["--resume {root}: no such file"]),
+    "resume below a file": (["--resume", "{root}/a_file/x.pth"], ["--resume {root}/a_file/x.pth: no such file"]),
     "download that fails": (["--resume", "https://127.0.0.1:9/x.pth"], ["127.0.0.1:9/x.pth", "failed"]),
 }  # fmt: skip
 
