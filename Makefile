@@ -1,7 +1,7 @@
 # make demo   install what classification needs, train SepViT_Lite on handwritten digits, evaluate, show the result
 # make demo-segmentation   install what segmentation needs, train and evaluate a segmentor on scenes of digits, draw
 # make demo-detection      likewise, a detector
-# make test   install the rest, check style, run every test
+# make test   install the rest, check style, run every test; test-long: the long forms too; test-faults: of faults alone
 # VENV names the virtual environment, PYTHON the Python (3.10 to 3.12) that makes it.
 VENV ?= .venv
 PYTHON ?= python3
@@ -11,7 +11,7 @@ PIP = $(RUN) -m pip --disable-pip-version-check install --quiet
 # The Python whose fitness is checked: the environment's where there is one already.
 CHECKED = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
 
-.PHONY: demo demo-segmentation demo-detection test test-long lint install install-mm install-test
+.PHONY: demo demo-segmentation demo-detection test test-long test-faults lint install install-mm install-test
 
 # The recipe's augmentation and regularisation are for 300 epochs of ImageNet; five epochs of digits go without.
 DEMO_RECIPE = --epochs 5 --batch-size 16 --lr 0.032 --warmup-epochs 0 --drop-path 0 --mixup 0 \
@@ -56,6 +56,9 @@ test: install-test lint
 
 test-long: install-test
 	$(RUN) -m pytest
+
+test-faults: install-test
+	$(RUN) -m pytest tests/faults
 
 lint: install-test
 	$(RUN) -m ruff check .

@@ -1,42 +1,48 @@
 """Data sets, transforms and loaders for training and evaluation."""
 
 import argparse
+import hashlib
 import importlib
 import json
 import math
-import random
 import sys
 import tarfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
-from timm.data.dataset import IterableImageDataset
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from timm.data.dataset import ImageDataset, IterableImageDataset
+from timm.data.readers.reader_wds import ReaderWds
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder, VisionDataset
 from torchvision.datasets.folder import default_loader
 
-from samplers import DistributedEvalSampler, RepeatedAugmentationSampler
-from utils import UserError, get_rank, get_world_size
+from faults import ignore_preemption
+from samplers import DistributedEvalSampler, Draw, TrainBatchSampler
+from utils import Stream, UserError, derived_seed, get_rank, get_world_size, seed_everything
 
 IMAGENET_FOLDERS = {True: ("train", "ILSVRC2012_img_train"), False: ("val", "ILSVRC2012_img_val")}
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19")
+REPLACEMENTS = 10  # images tried in place of one that cannot be read
 READERS = ("wds", "hfds", "hfids", "tfds", "torch")  # timm's
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
 @dataclass
 class ImageData:
-    """A data set and its classes: their number, and their names where the data set has any."""
+    """A data set of images as they are, its classes (their number, and their names where it has any), and what is to be
+    done with the images."""
 
     dataset: Dataset
     num_classes: int
     classes: list[str] | None = None
+    transform: Any = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -50,45 +56,49 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> ImageData:
     Raises:
         UserError: there is no such data set there, or it lacks images.
     """
-    root = Path(args.data_path)
     transform = build_transform(is_train, args)
+    return replace(_find_images(is_train, args), transform=transform)
+
+
+def _find_images(is_train: bool, args: argparse.Namespace) -> ImageData:
+    root = Path(args.data_path)
     if "/" in args.data_set:
-        return _timm_dataset(is_train, args, transform)
+        return _timm_dataset(is_train, args)
     if not root.is_dir():
         raise UserError(f"--data-path {root}: no such folder")
     if args.data_set == "IMNET":
-        return _imagenet(root, is_train, transform)
+        return _imagenet(root, is_train)
     if args.data_set == "CIFAR":
         try:
-            dataset = CIFAR100(str(root), train=is_train, transform=transform)
+            dataset = CIFAR100(str(root), train=is_train)
         except RuntimeError:
             raise UserError(f"--data-path {root}: no intact CIFAR-100 there (expected cifar-100-python/)") from None
         return ImageData(dataset, len(dataset.classes), dataset.classes)
     year = {"INAT": 2018, "INAT19": 2019}[args.data_set]
-    dataset = INaturalist(root, is_train, year, args.inat_category, transform)
+    dataset = INaturalist(root, is_train, year, args.inat_category)
     return ImageData(dataset, len(dataset.classes), dataset.classes)
 
 
-def _imagenet(root: Path, is_train: bool, transform: Any) -> ImageData:
+def _imagenet(root: Path, is_train: bool) -> ImageData:
     """A folder of class folders, or train.tar and val.tar of them."""
     names = IMAGENET_FOLDERS[is_train]
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     archive = root / f"{names[0]}.tar"
     if folder is None and archive.is_file():
-        return _archive(archive, transform)
+        return _archive(archive)
     if folder is None:
         raise UserError(
             f"--data-path {root}: no {names[0]}/ folder there "
             "(expected train/ and val/, ILSVRC2012_img_train/ and ILSVRC2012_img_val/, or train.tar and val.tar)"
         )
     try:
-        dataset = ImageFolder(str(folder), transform=transform)
+        dataset = ImageFolder(str(folder))
     except FileNotFoundError as error:  # no class folder at all, or class folders without images
         raise UserError(f"--data-path {folder}: {str(error).splitlines()[0].split(' Supported')[0]}") from None
     return ImageData(dataset, len(dataset.classes), dataset.classes)
 
 
-def _archive(path: Path, transform: Any) -> ImageData:
+def _archive(path: Path) -> ImageData:
     """A tar archive of class folders, its classes numbered as those of a folder: by name."""
     what = f"--data-path {path}"
     try:
@@ -101,7 +111,6 @@ def _archive(path: Path, transform: Any) -> ImageData:
         raise UserError(f"{what}: no archive of class folders ({error})") from None
     if classes == [""]:
         raise UserError(f"{what}: its images lie in no class folders")
-    dataset.transform = transform
     return ImageData(dataset, len(classes), classes)
 
 
@@ -122,7 +131,7 @@ def _import_hugging_face() -> None:
         sys.path = path
 
 
-def _timm_dataset(is_train: bool, args: argparse.Namespace, transform: Any) -> ImageData:
+def _timm_dataset(is_train: bool, args: argparse.Namespace) -> ImageData:
     """A data set of timm's readers: wds/…, hfds/…, hfids/…, tfds/…, torch/…"""
     split = args.train_split if is_train else args.val_split
     what = f"--data-set {args.data_set}, split {split}, in --data-path {args.data_path}"
@@ -148,7 +157,6 @@ def _timm_dataset(is_train: bool, args: argparse.Namespace, transform: Any) -> I
     num_classes = args.num_classes or len(class_to_idx)
     if not num_classes:
         raise UserError(f"{what}: does not tell the number of its classes; name it with --num-classes")
-    dataset.transform = transform
     dataset.target_transform = partial(_check_label, num_classes=num_classes)
     return ImageData(dataset, num_classes, list(class_to_idx) or None)
 
@@ -171,14 +179,13 @@ class INaturalist(VisionDataset):
         train: training or validation images.
         year: 2018 or 2019.
         category: level of the taxonomy, one of `INAT_CATEGORIES`.
-        transform: of the images.
 
     Raises:
         UserError: a file is missing or no JSON, or the images are not there.
     """
 
-    def __init__(self, root: Path, train: bool, year: int, category: str, transform: Any = None) -> None:
-        super().__init__(str(root), transform=transform)
+    def __init__(self, root: Path, train: bool, year: int, category: str) -> None:
+        super().__init__(str(root))
         try:
             self._read_annotations(root, train, year, category)
         except (KeyError, TypeError, ValueError) as error:
@@ -208,8 +215,7 @@ class INaturalist(VisionDataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, target = self.samples[index]
-        image = default_loader(path)
-        return image if self.transform is None else self.transform(image), target
+        return default_loader(path), target
 
 
 def _read_json(path: Path) -> Any:
@@ -234,6 +240,158 @@ def check_same_classes(train: ImageData, val: ImageData) -> None:
         f"--data-path: {len(differing)} classes are in the training or the validation images alone "
         f"({', '.join(differing[:3])}{', …' if len(differing) > 3 else ''}); both need the same class folders"
     )
+
+
+def fingerprint(data: ImageData) -> str:
+    """A hash of which images a data set holds and what they show, of names and labels, not of pixels."""
+    dataset = data.dataset
+    digest = hashlib.sha256(json.dumps(data.classes).encode())
+    if hasattr(dataset, "samples"):
+        for path, target in dataset.samples:
+            digest.update(f"{path.removeprefix(str(dataset.root))}\0{target}\n".encode())
+    elif isinstance(dataset, CIFAR100):
+        digest.update(dataset.data.tobytes())
+    else:
+        reader = getattr(dataset, "reader", dataset)
+        files = getattr(getattr(reader, "split_info", None), "filenames", ())
+        digest.update(json.dumps([type(reader).__name__, len(dataset), *files]).encode())
+    return digest.hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class UnreadableImageError(UserError):
+    """An image is missing or broken.
+
+    Attributes:
+        name: of the image, its path where it has one.
+    """
+
+    name: str
+
+
+def read_sample(dataset: Dataset, index: int) -> tuple[Any, int]:
+    """An image as it is, RGB, and its label.
+
+    Raises:
+        UnreadableImageError: it cannot be read.
+    """
+    try:
+        if isinstance(dataset, ImageDataset):  # timm's, which would take the next image
+            file, target = dataset.reader[index]
+            image = Image.open(file).convert("RGB")
+            return image, dataset.target_transform(target) if dataset.target_transform else target
+        return dataset[index]
+    except UserError:
+        raise
+    except Exception as error:  # what broken images raise depends on their format, and how they are broken
+        if hasattr(dataset, "samples"):
+            name = dataset.samples[index][0]
+        else:
+            name = dataset.filename(index) if hasattr(dataset, "filename") else f"number {index}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        unreadable = UnreadableImageError(f"image {name}: cannot be read ({reason}); repair it or take it out")
+        unreadable.name = name
+        raise unreadable from None
+
+
+class ValSamples(Dataset):
+    """Validation samples; one that cannot be read is named.
+
+    Args:
+        data: the images and their transform.
+    """
+
+    def __init__(self, data: ImageData) -> None:
+        self.dataset = data.dataset
+        self.transform = data.transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, target = read_sample(self.dataset, index)
+        return self.transform(image), target
+
+
+class TrainSamples(ValSamples):
+    """Training samples, augmented by random numbers that follow from the seed and the sample's place in the epoch.
+
+    Args:
+        data: the images and their transform.
+        seed: the run's.
+    """
+
+    def __init__(self, data: ImageData, seed: int) -> None:
+        super().__init__(data)
+        self.seed = seed
+
+    def __getitem__(self, draw: Draw) -> tuple[Any, int, str]:
+        """Image, label, and the images that could not be read, a line each: another one of the set is in their place.
+
+        Raises:
+            UserError: none of several images can be read.
+        """
+        index, unreadable = draw.index, []
+        for attempt in range(REPLACEMENTS + 1):
+            try:
+                image, target = read_sample(self.dataset, index)
+                break
+            except UnreadableImageError as error:
+                unreadable.append(error.name)
+                index = derived_seed(Stream.REPLACEMENT, self.seed, draw.epoch, draw.place, attempt) % len(self)
+        else:
+            raise UserError(f"image {unreadable[0]}: cannot be read, nor can {REPLACEMENTS} others taken in its place")
+        seed_everything(Stream.AUGMENTATION, self.seed, draw.epoch, draw.place)
+        return self.transform(image), target, "\n".join(unreadable)
+
+
+class TrainStream(IterableDataset):
+    """Training samples of a data set that is read in turn, augmented by random numbers that follow from the seed, the
+    epoch, and which sample of which worker and process it is.
+
+    Args:
+        data: the images and their transform.
+        seed: the run's.
+    """
+
+    def __init__(self, data: ImageData, seed: int) -> None:
+        self.dataset = data.dataset
+        self.transform = data.transform
+        self.seed = seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers live longer than an epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose an epoch's shuffle."""
+        self.epoch.fill_(epoch)
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Any, int, str]]:
+        worker = get_worker_info()
+        place = (self.epoch.item(), get_rank(), worker.id if worker else 0)
+        if isinstance(self.dataset.reader, ReaderWds):
+            self._shuffle_anew(derived_seed(Stream.SHUFFLE, self.seed, *place))
+        for number, (image, target) in enumerate(self.dataset):
+            seed_everything(Stream.AUGMENTATION, self.seed, *place, number)
+            yield self.transform(image), target, ""
+
+    def _shuffle_anew(self, seed: int) -> None:
+        """Make the reader of a webdataset shuffle by a seed from here on.
+
+        By itself it draws its worker's only seed from how many random numbers were drawn before, and shuffles on
+        through the epochs: in a run that goes on from a checkpoint, other images.
+        """
+        reader = self.dataset.reader
+        if reader.worker_info is None:
+            reader._lazy_init()  # learns which worker it is
+        reader.worker_seed = seed
+        reader.ds = None  # is built when it is read
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -283,26 +441,28 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Any:
 
 
 def build_train_loader(data: ImageData, args: argparse.Namespace) -> DataLoader:
-    """Shuffled batches of this process's share; the last incomplete one is dropped.
+    """Shuffled, augmented batches of this process's share; the last incomplete step is dropped.
 
     Raises:
-        UserError: there is not one whole batch.
+        UserError: there is not one whole step.
     """
-    dataset, world_size, rank = data.dataset, get_world_size(), get_rank()
-    if isinstance(dataset, IterableDataset):
-        _check_shards(dataset, args)
-        dataset.set_loader_cfg(num_workers=args.num_workers)
-        sampler = None
-    elif args.repeated_aug:
-        sampler = RepeatedAugmentationSampler(dataset, world_size, rank, args.seed)
+    world_size = get_world_size()
+    if isinstance(data.dataset, IterableDataset):
+        _check_shards(data.dataset, args)
+        data.dataset.set_loader_cfg(num_workers=args.num_workers)
+        batches = dict(batch_size=args.batch_size, drop_last=True)
+        loader = _loader(TrainStream(data, args.seed), args, **batches)
     else:
-        sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=args.seed)
-    loader = _loader(dataset, args, args.batch_size, sampler, drop_last=True)
+        samples = TrainSamples(data, args.seed)
+        sampler = TrainBatchSampler(
+            samples, args.batch_size, args.accum_steps, world_size, get_rank(), args.seed, args.repeated_aug
+        )
+        loader = _loader(samples, args, batch_sampler=sampler)
     if len(loader) == 0:
-        share = len(dataset if sampler is None else sampler)
         raise UserError(
-            f"--batch-size {args.batch_size}: larger than the {share} training images of a process; "
-            "choose a smaller one, or fewer processes" + (", or --no-repeated-aug" if args.repeated_aug else "")
+            f"--batch-size {args.batch_size}: larger than the {len(loader.dataset) // (world_size * args.accum_steps)} "
+            "training images of a process and step; choose a smaller one, or fewer processes"
+            + (", or --no-repeated-aug" if args.repeated_aug else "")
         )
     return loader
 
@@ -324,9 +484,12 @@ def build_val_loader(data: ImageData, args: argparse.Namespace) -> DataLoader:
     if isinstance(dataset, IterableImageDataset):
         _read_exactly_once(dataset, args.dist_eval)
         dataset.set_loader_cfg(num_workers=args.num_workers)
-    elif args.dist_eval:
-        sampler = DistributedEvalSampler(dataset, get_world_size(), get_rank())
-    return _loader(dataset, args, int(1.5 * args.batch_size), sampler, drop_last=False)
+        dataset.transform = data.transform
+    else:
+        dataset = ValSamples(data)
+        if args.dist_eval:
+            sampler = DistributedEvalSampler(dataset, get_world_size(), get_rank())
+    return _loader(dataset, args, batch_size=int(1.5 * args.batch_size), sampler=sampler)
 
 
 def _read_exactly_once(dataset: IterableImageDataset, split_shards: bool) -> None:
@@ -345,27 +508,28 @@ def _read_exactly_once(dataset: IterableImageDataset, split_shards: bool) -> Non
     reader.dist_rank, reader.dist_num_replicas = 0, 1
 
 
-def _loader(dataset: Dataset, args: argparse.Namespace, batch_size: int, sampler: Any, drop_last: bool) -> DataLoader:
+def _loader(dataset: Dataset, args: argparse.Namespace, **batches: Any) -> DataLoader:
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=sampler,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and torch.device(args.device).type == "cuda",
-        drop_last=drop_last,
+        worker_init_fn=ignore_preemption,
         persistent_workers=args.num_workers > 0,
+        **batches,
     )
 
 
-def set_epoch(loader: DataLoader, epoch: int) -> None:
-    """Choose an epoch's shuffle."""
-    for part in (loader.sampler, loader.dataset):
-        if hasattr(part, "set_epoch"):
-            part.set_epoch(epoch)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators; loader workers derive theirs from torch's."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def epoch_batches(
+    loader: DataLoader, epoch: int, step: int, accum_steps: int, tick: Callable[[str], None]
+) -> Iterator[Any]:
+    """A training epoch's batches from a step on; `tick` is told how far the way there is."""
+    if isinstance(loader.batch_sampler, TrainBatchSampler):
+        loader.batch_sampler.set_epoch(epoch, step)
+        return iter(loader)
+    if isinstance(loader.dataset, TrainStream):
+        loader.dataset.set_epoch(epoch)
+    batches = iter(loader)
+    for number in range(min(step * accum_steps, len(loader))):  # what is read in turn has to be read again
+        tick(f"epoch {epoch}, batch {number}, read again")
+        next(batches)
+    return batches

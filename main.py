@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,48 +23,67 @@ from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.data import IterableDataset
 
 import utils
+from checkpoints import load_weights, read_checkpoint, weights_of
 from datasets import (
     DATA_SETS,
     INAT_CATEGORIES,
     READERS,
-    ImageData,
     build_dataset,
     build_train_loader,
     build_val_loader,
     check_same_classes,
-    seed_everything,
-    set_epoch,
 )
-from engine import DistillationLoss, Precision, Training, evaluate, measure_throughput, train_one_epoch
+from engine import DistillationLoss, Precision, Supervision, Training, evaluate, measure_throughput, train_one_epoch
+from faults import Agreement, Preemption, Watch
+from runs import Output, complete, describe_data, describe_run, find_checkpoint, open_output, restore
 from sepvit import VARIANTS
-from utils import Parser, UserError, fraction, natural, non_negative, positive, positive_int, print_main
+from utils import (
+    Parser,
+    Preempted,
+    Stream,
+    UserError,
+    fraction,
+    natural,
+    non_negative,
+    positive,
+    positive_int,
+    print_main,
+    seed_everything,
+)
 
 
 def main(args: argparse.Namespace) -> None:
     """Run what the settings ask for: training, evaluation, or throughput."""
     check_settings(args)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what makes cuBLAS deterministic
     device = utils.init_distributed(args.device, args.world_size, args.dist_url)
-    seed_everything(args.seed)
-    torch.backends.cudnn.benchmark = True
+    seed_everything(Stream.WEIGHTS, args.seed)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    torch.use_deterministic_algorithms(args.deterministic)
     precision = build_precision(args, device)
-    needs_training_images = not (args.eval or args.throughput)
-    val = build_dataset(False, args)
-    train = build_dataset(True, args) if needs_training_images else None
-    model = build_model(args, val.num_classes, precision)
     if args.throughput:
-        measure_throughput(model, build_val_loader(val, args), precision)
+        run_throughput(args, precision)
     elif args.eval:
-        run_evaluation(args, model, val, precision)
+        run_evaluation(args, precision)
     else:
-        check_same_classes(train, val)
-        run_training(args, model, train, val, precision)
+        with Output() as output, Preemption() as preemption, Watch(args.timeout, args.dist_url, preemption) as watch:
+            run_training(args, output, watch, precision)
 
 
-def run_evaluation(args: argparse.Namespace, model: nn.Module, val: ImageData, precision: Precision) -> None:
+def run_throughput(args: argparse.Namespace, precision: Precision) -> None:
+    """`--throughput`: images a second of the network."""
+    val = build_dataset(False, args)
+    measure_throughput(build_model(args, val.num_classes, precision), build_val_loader(val, args), precision)
+
+
+def run_evaluation(args: argparse.Namespace, precision: Precision) -> None:
     """`--eval`: accuracy of the weights of `--resume`, and of the averaged ones where there are any."""
+    val = build_dataset(False, args)
+    model = build_model(args, val.num_classes, precision)
     if args.output_dir:
         utils.on_main_process(lambda: utils.make_folder(Path(args.output_dir), "--output_dir"))
     loader = build_val_loader(val, args)
@@ -74,50 +95,67 @@ def run_evaluation(args: argparse.Namespace, model: nn.Module, val: ImageData, p
     stats = prefixed("test", evaluate(model, loader, precision, "validation", args))
     if "model_ema" in checkpoint:
         what = f"--resume {args.resume}"
-        utils.load_weights(model, utils.weights_of(checkpoint, what, prefer_ema=True), what)
+        load_weights(model, weights_of(checkpoint, what, prefer_ema=True), what)
         stats |= prefixed("test_ema", evaluate(model, loader, precision, "validation, averaged weights", args))
     if args.output_dir and utils.is_main_process():
         (Path(args.output_dir) / "eval.json").write_text(json.dumps(stats) + "\n")
 
 
-def run_training(
-    args: argparse.Namespace, model: nn.Module, train: ImageData, val: ImageData, precision: Precision
-) -> None:
+def run_training(args: argparse.Namespace, output: Output, watch: Watch, precision: Precision) -> None:
     """Train epoch by epoch; write checkpoints, log.txt, TensorBoard's files and curves.png."""
+    folder, settings = Path(args.output_dir or args.model), dict(vars(args))
+    val, train = build_dataset(False, args), build_dataset(True, args)
+    check_same_classes(train, val)
+    model = build_model(args, train.num_classes, precision)
+    data = describe_data(train, val)
+    utils.on_main_process(lambda: output.hold(folder))
+    source = find_checkpoint(args, folder, data, isinstance(train.dataset, IterableDataset))
     train_loader, val_loader = build_train_loader(train, args), build_val_loader(val, args)
-    if args.finetune:
+    if args.finetune and not source:
         finetune_from(args, model)
     training = build_training(args, model, precision)
     mixup = build_mixup(args, train.num_classes)
     criterion = build_criterion(args, train.num_classes, precision, mixup is not None)
-    if args.resume:
-        resume(args, training)
-    if args.start_epoch >= args.epochs:
-        raise UserError(f"--epochs {args.epochs}: behind epoch {args.start_epoch - 1} there is none left to train")
-    folder = open_output_folder(args)
-    seed_everything(args.seed + utils.get_rank())  # the processes augment differently
+    if source:
+        restore(args, training, source)
+    if training.epoch >= args.epochs:
+        if args.auto_resume:
+            utils.on_main_process(lambda: complete(folder))
+            print_main(f"--auto-resume: the run in {folder} is at its end, epoch {args.epochs - 1}")
+            return
+        raise UserError(f"--epochs {args.epochs}: behind epoch {training.epoch - 1} there is none left to train")
+    open_output(args, output, folder, source, training, describe_run(settings, data, precision))
     start = time.perf_counter()
-    with SummaryWriter(folder) if utils.is_main_process() else nullcontext() as writer:
-        for epoch in range(args.start_epoch, args.epochs):
-            set_epoch(train_loader, epoch)
-            stats = prefixed("train", train_one_epoch(training, train_loader, criterion, precision, epoch, args, mixup))
-            stats |= evaluate_training(args, training, val_loader, precision, epoch)
-            training.lr_scheduler.step(epoch, stats["test_acc1"])
-            end_epoch(args, training, folder, writer, epoch, stats)
+    watch.preemption.has_progress = True
+    save = partial(save_checkpoint, args, dict(args=settings, data=data), training, output)
+    agreement = Agreement(precision.device, reading_lag(args, precision))
+    supervision = Supervision(args, watch, agreement, len(train.dataset), folder, output.note, save)
+    try:
+        while training.epoch < args.epochs:
+            loss = train_one_epoch(training, train_loader, criterion, precision, args, mixup, supervision)
+            stats = prefixed("train", loss) | evaluate_training(args, training, val_loader, precision, supervision)
+            end_epoch(training, output, save, stats)
+    except Preempted:
+        save()
+        utils.on_main_process(output.close)
+        raise Preempted(f"before epoch {training.epoch}, step {training.step}") from None
+    utils.on_main_process(output.close)
+    utils.on_main_process(lambda: complete(folder))
     if utils.is_main_process():
-        utils.plot_curves(folder / "log.txt", folder / "curves.png")
         duration = timedelta(seconds=round(time.perf_counter() - start))
         print(f"trained in {duration}, best top-1 {training.best_accuracy:.3f} %: checkpoints, log.txt and curves.png "
               f"are in {folder}")  # fmt: skip
 
 
 def evaluate_training(
-    args: argparse.Namespace, training: Training, loader: Any, precision: Precision, epoch: int
+    args: argparse.Namespace, training: Training, loader: Any, precision: Precision, supervision: Supervision
 ) -> dict[str, float]:
     """Validation of the network and of its averaged weights; names as in log.txt."""
-    stats = prefixed("test", evaluate(training.model, loader, precision, f"epoch {epoch} validation", args))
+    title = f"epoch {training.epoch} validation"
+    stats = prefixed("test", evaluate(training.model, loader, precision, title, args, supervision))
     if training.ema is not None:
-        averaged = evaluate(training.ema.module, loader, precision, f"epoch {epoch} validation, averaged weights", args)
+        title += ", averaged weights"
+        averaged = evaluate(training.ema.module, loader, precision, title, args, supervision)
         stats |= prefixed("test_ema", averaged)
     return stats
 
@@ -127,28 +165,26 @@ def prefixed(prefix: str, stats: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}_{name}": value for name, value in stats.items()}
 
 
-def end_epoch(
-    args: argparse.Namespace,
-    training: Training,
-    folder: Path,
-    writer: SummaryWriter,
-    epoch: int,
-    stats: dict[str, float],
-) -> None:
-    """Write the epoch's checkpoints and logs."""
+def end_epoch(training: Training, output: Output, save: Callable[..., None], stats: dict[str, float]) -> None:
+    """Write the epoch's logs and checkpoint, in this order: what a checkpoint is behind is in the logs."""
     is_best = stats["test_acc1"] > training.best_accuracy
     training.best_accuracy = max(training.best_accuracy, stats["test_acc1"])
-    if not utils.is_main_process():
-        return
-    checkpoint = training.checkpoint(epoch, args)
-    utils.save_checkpoint(checkpoint, folder / "checkpoint.pth")
-    if is_best:
-        utils.save_checkpoint(checkpoint, folder / "checkpoint_best.pth")
     n_parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
-    utils.append_log(folder / "log.txt", {**stats, "epoch": epoch, "n_parameters": n_parameters})
-    for name, value in stats.items():
-        writer.add_scalar(name.replace("_", "/", 1), value, epoch)
-    writer.flush()
+    output.note({**stats, "epoch": training.epoch, "n_parameters": n_parameters,
+                 "bad_steps": training.bad_steps, "unreadable_images": len(training.unreadable)})  # fmt: skip
+    output.draw(stats, training.epoch)
+    training.lr_scheduler.step(training.epoch, stats["test_acc1"])
+    training.end_epoch()
+    save(is_best=is_best)
+
+
+def save_checkpoint(
+    args: argparse.Namespace, run: dict[str, Any], training: Training, output: Output, is_best: bool = False
+) -> None:
+    """Write where the run is; all processes call it together."""
+    checkpoint = training.checkpoint() | run | dict(batches_per_step=args.accum_steps * utils.get_world_size())
+    if output.checkpoints is not None:
+        output.checkpoints.save(checkpoint, is_best)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,6 +237,8 @@ def build_training(args: argparse.Namespace, model: nn.Module, precision: Precis
     except (TypeError, ValueError, AssertionError, IndexError) as error:
         raise UserError(f"--opt {args.opt}: does not take these settings ({error})") from None
     lr_scheduler, _ = create_scheduler(args, optimizer)
+    if args.start_epoch and args.sched != "plateau":
+        lr_scheduler.step(args.start_epoch - 1)
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
@@ -208,7 +246,29 @@ def build_training(args: argparse.Namespace, model: nn.Module, precision: Precis
     if dist.is_initialized():
         device_ids = [precision.device.index] if precision.device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    return Training(model, wrapped, optimizer, lr_scheduler, precision.scaler(), ema)
+        settle_buckets(wrapped, args, precision)
+    losses = torch.zeros(2, device=precision.device)
+    return Training(model, wrapped, optimizer, lr_scheduler, precision.scaler(), ema, args.start_epoch, losses=losses)
+
+
+def settle_buckets(wrapped: DistributedDataParallel, args: argparse.Namespace, precision: Precision) -> None:
+    """Compute the gradients of empty images, and forget them.
+
+    After its first backward pass data parallelism groups the gradients anew, which changes the order in which the
+    processes' are added, and so their last bits. A run that goes on has to add as one that never stopped.
+    """
+    buffers = [buffer.clone() for buffer in wrapped.buffers()]
+    images = precision.images(torch.zeros(args.batch_size, 3, args.input_size, args.input_size))
+    with precision.autocast():
+        wrapped(images).float().sum().backward()
+    wrapped.zero_grad(set_to_none=True)
+    for buffer, value in zip(wrapped.buffers(), buffers):
+        buffer.copy_(value)
+
+
+def reading_lag(args: argparse.Namespace, precision: Precision) -> int:
+    """Steps after which the facts of a step are read: one on GPUs, so that the loop does not wait for them."""
+    return 1 if precision.device.type == "cuda" and not args.dump_bad_batch else 0
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
@@ -252,10 +312,10 @@ def build_criterion(
 
 def load_from(path: str, flag: str, model: nn.Module) -> dict[str, Any]:
     """Load a checkpoint's weights; says what another image size made necessary. Returns the checkpoint."""
-    checkpoint = utils.read_checkpoint(path, flag)
+    checkpoint = read_checkpoint(path, flag)
     what = f"{flag} {path}"
     hint = f"name it with {'--teacher-model' if flag == '--teacher-path' else '--model'}"
-    adaptation = utils.load_weights(model, utils.weights_of(checkpoint, what), what, hint)
+    adaptation = load_weights(model, weights_of(checkpoint, what), what, hint)
     if adaptation:
         print_main(f"{what}: of another image size; {adaptation}")
     return checkpoint
@@ -264,14 +324,14 @@ def load_from(path: str, flag: str, model: nn.Module) -> dict[str, Any]:
 def finetune_from(args: argparse.Namespace, model: nn.Module) -> None:
     """`--finetune`: start from weights of another number of classes or another image size; says what was done."""
     what = f"--finetune {args.finetune}"
-    checkpoint = utils.read_checkpoint(args.finetune, "--finetune")
-    weights = utils.weights_of(checkpoint, what, prefer_ema=True)
+    checkpoint = read_checkpoint(args.finetune, "--finetune")
+    weights = weights_of(checkpoint, what, prefer_ema=True)
     own = model.state_dict()
     head = [name for name in own if name.startswith(f"{model.default_cfg['classifier']}.")]
     fits = all(name in weights and weights[name].shape == own[name].shape for name in head)
     fresh = [] if fits else head
     weights |= {name: own[name] for name in fresh}
-    adaptation = utils.load_weights(model, weights, what)
+    adaptation = load_weights(model, weights, what)
     loaded = len(own) - len(fresh) - len(adaptation.fresh) - len(adaptation.resampled)
     which = "averaged weights, " if "model_ema" in checkpoint else ""
     print_main(f"{what}: {which}loaded {loaded} of {len(own)} entries as they are")
@@ -279,54 +339,6 @@ def finetune_from(args: argparse.Namespace, model: nn.Module) -> None:
         print_main(f"{what}: of another image size; {adaptation}")
     if fresh:
         print_main(f"{what}: another number of classes; left out and fresh {len(fresh)}: {', '.join(fresh)}")
-
-
-def resume(args: argparse.Namespace, training: Training) -> None:
-    """`--resume`: go on behind the checkpoint's epoch; a bare state dict gives the weights alone."""
-    what = f"--resume {args.resume}"
-    checkpoint = utils.read_checkpoint(args.resume, "--resume")
-    if utils.load_weights(training.model, utils.weights_of(checkpoint, what), what):
-        raise UserError(f"{what}: of another image size than --input-size {args.input_size}; --finetune takes it")
-    if training.ema is not None:
-        utils.load_weights(training.ema.module, utils.weights_of(checkpoint, what, prefer_ema=True), what)
-    if "optimizer" not in checkpoint:
-        print_main(f"{what}: weights only; the optimiser and the schedule start afresh")
-        return
-    try:
-        utils.load_optimizer(training.optimizer, training.model, checkpoint["optimizer"])
-        if checkpoint.get("scaler") and training.scaler.is_enabled():
-            training.scaler.load_state_dict(checkpoint["scaler"])
-        if args.sched == "plateau":  # the one schedule with a memory; the others follow from the command's settings
-            training.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
-        else:
-            training.lr_scheduler.step(checkpoint["epoch"])
-        args.start_epoch = checkpoint["epoch"] + 1
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{what}: its training state does not fit ({error}); --finetune takes its weights") from None
-    training.best_accuracy = checkpoint.get("best_accuracy", 0.0)
-    training.steps = checkpoint.get("steps", 0)
-    print_main(f"{what}: going on with epoch {args.start_epoch}")
-
-
-def open_output_folder(args: argparse.Namespace) -> Path:
-    """The output folder, ready for the run's files.
-
-    Raises:
-        UserError: it cannot be written, or holds another run.
-    """
-    folder = Path(args.output_dir or args.model)
-
-    def prepare() -> None:
-        checkpoint = folder / "checkpoint.pth"
-        goes_on_here = bool(args.resume) and Path(args.resume).resolve().parent == folder.resolve()
-        if checkpoint.exists() and not goes_on_here:
-            way_out = f"go on with --resume {checkpoint}, or name another folder"
-            raise UserError(f"--output_dir {folder}: holds a run already; {way_out}")
-        utils.make_folder(folder, "--output_dir")
-        utils.cut_log(folder / "log.txt", args.start_epoch)
-
-    utils.on_main_process(prepare)
-    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -358,11 +370,20 @@ def add_run_settings(group: Any) -> None:
     add("--seed", type=natural, default=0)
     add("--output_dir", default="", help="folder for checkpoints and logs; the model's name where none is given")
     add("--resume", default="", help="checkpoint to go on from or to evaluate, a path or an https address")
+    add("--auto-resume", action="store_true", help="go on from the output folder's newest checkpoint, if it has any")
+    add(
+        "--checkpoint-every", type=natural, default=0, metavar="STEPS", help="save within epochs, too; 0: at their ends"
+    )
+    add("--keep-checkpoints", type=positive_int, default=2, metavar="N", help="how many of the newest stay")
     add("--finetune", default="", help="checkpoint to start from, of any number of classes and image size")
     add("--eval", action="store_true", help="evaluate only")
     add("--dist-eval", action="store_true", help="share the validation images out to the processes")
     add("--throughput", action="store_true", help="measure images a second only")
     add("--print-freq", type=positive_int, default=20, help="batches between two reports")
+    add("--deterministic", action="store_true", help="the same weights to the last bit in each run, slower on GPUs")
+    add("--max-bad-steps", type=positive_int, default=10, metavar="N",
+        help="end after so many steps in a row whose loss or gradients are not finite; each is left out")  # fmt: skip
+    add("--dump-bad-batch", action="store_true", help="keep the batches of such steps in the output folder")
 
 
 def add_device_settings(group: Any) -> None:
@@ -373,6 +394,8 @@ def add_device_settings(group: Any) -> None:
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--channels-last", action="store_true", help="keep images channels last in memory")
     add("--grad-checkpointing", action="store_true", help="compute activations twice to save memory")
+    add("--timeout", type=positive, default=600.0, metavar="SECONDS",
+        help="how long a process may hang before all end; one that dies is noticed in a tenth of it")  # fmt: skip
     add("--num_workers", type=natural, default=10, help="processes that load images, a process")
     add("--pin-mem", action=argparse.BooleanOptionalAction, default=True, help="load images into pinned memory")
     add("--world_size", type=positive_int, default=1, help="number of processes, where the environment tells none")
@@ -458,6 +481,8 @@ def add_data_settings(group: Any) -> None:
         "timm's readers: wds/…, hfds/…, tfds/…, torch/…")  # fmt: skip
     add("--inat-category", choices=INAT_CATEGORIES, default="name")
     add("--num-classes", type=positive_int, default=None, help="for timm's readers that do not tell")
+    add("--on-bad-image", choices=("skip", "fail"), default="skip", help="take another training image in place of one "
+        "that cannot be read, for up to 0.1 %% of them; or end")  # fmt: skip
     add("--train-split", default="train", help="of timm's readers; webdatasets: shards{00..99}.tar|samples, too")
     add("--val-split", default="validation", help="likewise")
     add("--train-num-samples", type=positive_int, default=None, help="for timm's readers that do not tell")

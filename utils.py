@@ -1,29 +1,39 @@
-"""What training and evaluation share: users' errors, processes, checkpoints, progress, log files and curves."""
+"""What training and evaluation share: users' errors, random numbers, processes, progress, log files and curves."""
 
 import argparse
 import gc
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sepvit import Adaptation, SepViTStages, adapt_state_dict, variant_of
+RESUME_STATUS = 75  # exit status that means: run the same command again (EX_TEMPFAIL of sysexits.h)
 
 
 class UserError(Exception):
     """A mistake of the user's: one line that names the thing, the value and the way out. The exit status is 2."""
+
+
+class Preempted(Exception):  # noqa: N818 it is no error
+    """The run was asked to end, and all processes have come to the same step."""
 
 
 def run_command(name: str, command: Callable[[], None]) -> int:
@@ -34,26 +44,40 @@ def run_command(name: str, command: Callable[[], None]) -> int:
         command: what to run.
 
     Returns:
-        the exit status: 0, 2 for a user's mistake, 130 when interrupted.
+        the exit status: 0, 2 for a user's mistake, 75 for a run that was preempted, 130 when interrupted.
     """
     try:
         command()
     except UserError as error:
         # a loader's worker hands it on below its own traceback
-        message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
+        message = re.sub(r"^(\w+\.)+\w+Error: ", "", str(error).strip().splitlines()[-1])
         if is_main_process():
             print(f"{name}: {message}", file=sys.stderr, flush=True)
         elif dist.is_initialized():
             time.sleep(5)  # where all processes refuse, the main one's line is enough, and ends the others meanwhile
             print(f"{name}: process {get_rank()}: {message}", file=sys.stderr, flush=True)
         return 2
+    except Preempted as place:
+        print_main(f"{name}: ended by a signal {place}; the same command with --auto-resume goes on there")
+        return RESUME_STATUS
     except KeyboardInterrupt:
         return 130
     finally:
+        end_loader_workers()
         if dist.is_initialized():
             gc.collect()  # what refers to the group in circles would outlive it, and end the process by an abort
             dist.destroy_process_group()
     return 0
+
+
+def end_loader_workers() -> None:
+    """Kill the loaders' workers: they ignore the signal by which Python ends them."""
+    if workers := multiprocessing.active_children():
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would take their end for an accident
+        for worker in workers:
+            worker.kill()
+            worker.join()
+        signal.signal(signal.SIGCHLD, handler)
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,6 +110,35 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
 
 positive_int, natural = number(int, 1), number(int, 0)
 positive, non_negative, fraction = number(float, 0, open_low=True), number(float, 0), number(float, 0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Random numbers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Stream(IntEnum):
+    """What random numbers are for. They follow from that, the seed, and the place in the run where they are drawn, so
+    that a run that is stopped and continued, by other processes and workers too, draws the same ones."""
+
+    WEIGHTS = 0
+    SHUFFLE = 1
+    AUGMENTATION = 2
+    REPLACEMENT = 3
+    STEP = 4
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed of 32 bits from several numbers, such as a stream, the run's seed and an epoch."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed Python's, NumPy's and torch's generators, of all devices, with what is derived from some numbers."""
+    seed = derived_seed(*numbers)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,9 +215,15 @@ def init_distributed(device: str, world_size: int, dist_url: str) -> torch.devic
         device = f"cuda:{index}"
         torch.cuda.set_device(index)
     backend = "nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(
-        backend, init_method=dist_url, rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
-    )
+    timeout = timedelta(minutes=30)
+    is_one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"  # the nodes' counts of starts differ
+    if dist_url == "env://" and is_one_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps its store when it starts the processes again, with the addresses of the dead ones in it
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
+        meeting = dict(store=dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store))
+    else:
+        meeting = dict(init_method=dist_url)
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **meeting)
     return torch.device(device)
 
 
@@ -185,28 +244,51 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
 
 
-def print_main(*parts: Any) -> None:
-    """Print on the main process alone."""
+def print_line(line: str) -> None:
+    """Print a line; one that is written into a progress bar goes above it."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def print_main(line: str) -> None:
+    """Print a line on the main process alone."""
     if is_main_process():
-        print(*parts, flush=True)
+        print_line(line)
+
+
+def on_processes(function: Callable[[], None], here: bool) -> None:
+    """Run a function on some processes; where one fails, all do, so that none waits for it.
+
+    Args:
+        function: what to run.
+        here: whether this process runs it.
+
+    Raises:
+        UserError: the function's.
+        Exception: likewise; on the other processes a RuntimeError that tells of it.
+    """
+    failure: Exception | None = None
+    if here:
+        try:
+            function()
+        except Exception as error:  # whatever it is, the others would wait
+            failure = error
+    if get_world_size() > 1:
+        told = failure if failure is None or isinstance(failure, UserError) else RuntimeError(repr(failure))
+        failures = [None] * get_world_size()
+        dist.all_gather_object(failures, told)
+        failure = failure or next((other for other in failures if other is not None), None)
+    if failure is not None:
+        raise failure
 
 
 def on_main_process(function: Callable[[], None]) -> None:
-    """Run a function on the main process; what it refuses is refused on all of them, so that none waits for it.
+    """Run a function on the main process; what it refuses is refused on all of them.
 
     Raises:
         UserError: the function's.
     """
-    refusal: list[UserError | None] = [None]
-    if is_main_process():
-        try:
-            function()
-        except UserError as error:
-            refusal = [error]
-    if get_world_size() > 1:
-        dist.broadcast_object_list(refusal)
-    if refusal[0] is not None:
-        raise refusal[0]
+    on_processes(function, is_main_process())
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
@@ -216,178 +298,11 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def read_checkpoint(path: str, flag: str, data_classes: Sequence[Any] = ()) -> dict[str, Any]:
-    """Read a checkpoint from a path or an https address, without running anything it holds.
-
-    Args:
-        path: path or https address.
-        flag: the command's flag that named it, for messages.
-        data_classes: what it may hold beside tensors and Python's own containers, as for
-            `torch.serialization.safe_globals`. Checkpoints of the published code hold their settings as a Namespace,
-            which is always taken.
-
-    Raises:
-        UserError: it is missing, truncated, no checkpoint, or would run code.
-    """
-    what = f"{flag} {path}"
-    try:
-        # named at each reading: timm and mmengine also allow classes, and take them back for all behind their own
-        with torch.serialization.safe_globals([argparse.Namespace, *data_classes]):
-            checkpoint = _fetch(path)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise UserError(f"{what}: no such file") from None
-    except PermissionError:
-        raise UserError(f"{what}: cannot be read (permission denied)") from None
-    except Exception as error:  # what torch.load raises on files that are no checkpoints is not documented, and varied
-        if "invalid hash value" in str(error):
-            raise UserError(f"{what}: the file that came does not have the hash in its name; try again") from None
-        if isinstance(error, OSError) and path.startswith("https://"):
-            raise UserError(f"{what}: download failed ({error})") from None
-        if match := re.search(r"nsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error), re.I):
-            raise UserError(f"{what}: refused, it holds {match[1]}, which could run code; save tensors only") from None
-        raise UserError(f"{what}: not a checkpoint, or a truncated one") from None
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{what}: not a checkpoint, it holds a {type(checkpoint).__name__}")
-    return checkpoint
-
-
-def _fetch(path: str) -> Any:
-    if not path.startswith("https://"):
-        return torch.load(path, map_location="cpu", weights_only=True)
-    return torch.hub.load_state_dict_from_url(
-        path,
-        map_location="cpu",
-        check_hash=re.search(r"-[0-9a-f]{8,}\.\w+$", path) is not None,
-        weights_only=True,
-        progress=is_main_process(),
-    )
-
-
-def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) -> dict[str, Tensor]:
-    """The model's state dict in a checkpoint, which may be one itself; prefixes of wrappers are taken off.
-
-    Args:
-        checkpoint: as `read_checkpoint` gives it.
-        what: flag and path, for messages.
-        prefer_ema: take the averaged weights where the checkpoint has them.
-
-    Raises:
-        UserError: there are no weights in it.
-    """
-    keys = ("model_ema", "model", "state_dict") if prefer_ema else ("model", "state_dict")
-    weights = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in weights.items()}
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{what}: holds no model weights (expected a state dict, or one under 'model')")
-    return weights
-
-
-def load_weights(
-    model: nn.Module,
-    weights: dict[str, Tensor],
-    what: str,
-    variant_hint: str = "name it with --model",
-    network: str = "",
-    partly: bool = False,
-) -> Adaptation:
-    """Load a state dict, strictly but for what another image size or form needs; says what was adapted.
-
-    Args:
-        model: the model, a SepViT, one with a SepViT inside, or another.
-        weights: the state dict.
-        what: flag and path, for messages.
-        variant_hint: the way out when the weights are of another variant, for messages.
-        network: name of the SepViT inside `model`; "" where it is the model itself.
-        partly: outside the SepViT, leave fresh what the weights do not have or have in another shape.
-
-    Raises:
-        UserError: it is of another variant, another number of classes, or another architecture.
-    """
-    prefix = f"{network}." if network else ""
-    expected = model.state_dict()
-    adaptation = Adaptation()
-    inner = model.get_submodule(network)
-    if isinstance(inner, SepViTStages):
-        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        held, wanted = variant_of(own), variant_of(inner.state_dict())
-        if held != wanted:
-            raise UserError(f"{what}: holds {held or 'no SepViT'}, not {wanted}; {variant_hint}")
-        adaptation = adapt_state_dict(own, inner)
-        for names in (adaptation.resampled, adaptation.fresh, adaptation.dropped):
-            names[:] = [prefix + name for name in names]
-        weights = {name: value for name, value in weights.items() if not name.startswith(prefix)}
-        weights |= {prefix + name: value for name, value in own.items()}
-    weights = dict(weights)
-    if partly:
-        _fill_up(weights, expected, prefix, adaptation)
-    _check_entries(weights, expected, what)
-    model.load_state_dict(weights)
-    return adaptation
-
-
-def _fill_up(weights: dict[str, Tensor], expected: dict[str, Tensor], prefix: str, adaptation: Adaptation) -> None:
-    """Outside the SepViT, take the model's entries where the weights have none that fits, and drop the surplus."""
-    outside = [name for name in expected if not name.startswith(prefix)]
-    fresh = [name for name in outside if name not in weights or weights[name].shape != expected[name].shape]
-    dropped = [name for name in weights if not name.startswith(prefix) and name not in expected]
-    for name in dropped:
-        del weights[name]
-    weights |= {name: expected[name] for name in fresh}
-    adaptation.fresh += fresh
-    adaptation.dropped += dropped
-
-
-def _check_entries(weights: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    if missing or unexpected:
-        parts = [f"{len(names)} {kind} ({names[0]}, …)" for kind, names in
-                 (("entries are missing", missing), ("are unexpected", unexpected)) if names]  # fmt: skip
-        raise UserError(f"{what}: another architecture: {', '.join(parts)}")
-    for name, value in weights.items():
-        if value.shape != expected[name].shape:
-            shapes = f"{name} is {tuple(value.shape)}, the model's {tuple(expected[name].shape)}"
-            finetune = what.startswith("--resume") and name.startswith("head.")
-            way_out = "; --finetune gives the model a new head" if finetune else ""
-            raise UserError(f"{what}: does not fit this model: {shapes}{way_out}")
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
-    """Load an optimiser's state; also one of the published code, which decays the window tokens like matrices.
-
-    Raises:
-        ValueError: the state is of other parameters.
-    """
-    own = [[name for p in group["params"] for name, q in model.named_parameters() if q is p]
-           for group in optimizer.param_groups]  # fmt: skip
-    is_vector = {name: p.ndim <= 1 for name, p in model.named_parameters()}
-    published = [[name for name in is_vector if is_vector[name]], [name for name in is_vector if not is_vector[name]]]
-    sizes = [len(group["params"]) for group in state["param_groups"]]
-    if sizes != [len(names) for names in own] and sizes == [len(names) for names in published]:
-        # parameters are numbered through the groups; give each its number in this optimiser's groups
-        number = {name: i for i, name in enumerate(name for names in own for name in names)}
-        numbers = [number[name] for names in published for name in names]
-        groups, start = [], 0
-        for group, names in zip(state["param_groups"], own):
-            groups.append({**group, "params": list(range(start, start + len(names)))})
-            start += len(names)
-        state = {"state": {numbers[i]: value for i, value in state["state"].items()}, "param_groups": groups}
-    # how a step is computed is this run's own matter: the checkpoint may come from another device
-    kept = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, settings in zip(optimizer.param_groups, kept):
-        group.update(settings)
-
-
-def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint so that a reader sees the previous file or the whole of the next one."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(checkpoint, temporary)
-    os.replace(temporary, path)
+def of_main_process(values: Tensor) -> Tensor:
+    """The main process's tensor, on all of them."""
+    if get_world_size() > 1:
+        dist.broadcast(values, 0)
+    return values
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -399,27 +314,30 @@ class Progress:
     """Iterates over batches and shows how it goes: a bar on a terminal, a line every so often in a file.
 
     Args:
-        batches: the batches; their number is their `len`, 0 where they do not know it.
+        batches: the batches.
         title: in front of each line.
         every: batches between two reports. Numbers that live on a GPU are waited for only then.
+        total: number of batches, with those before these; 0 where that is not known.
+        done: number of batches before these, for a round that is continued.
         later: how many more such rounds the run has, for its time left.
     """
 
-    def __init__(self, batches: Iterable[Any], title: str, every: int, later: int = 0) -> None:
+    def __init__(
+        self, batches: Iterable[Any], title: str, every: int, total: int, done: int = 0, later: int = 0
+    ) -> None:
         self.batches = batches
         self.title = title
         self.every = every
         self.later = later
-        self.total = len(batches)
+        self.total = total
         self.images = 0
-        self.done = 0
+        self.done = self.before = done
         self.start = time.perf_counter()
         self.bar = None
         if is_main_process() and sys.stdout.isatty():
             layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-            self.bar = tqdm(
-                total=self.total or None, desc=title, bar_format=layout, file=sys.stdout, dynamic_ncols=True
-            )
+            self.bar = tqdm(total=self.total or None, initial=done, desc=title, bar_format=layout, file=sys.stdout,
+                            dynamic_ncols=True)  # fmt: skip
 
     def __iter__(self) -> Iterator[Any]:
         try:
@@ -440,12 +358,13 @@ class Progress:
     def report(self, **values: str) -> None:
         """Show values, the speed so far and the time left."""
         seconds = time.perf_counter() - self.start
-        left = max(0.0, seconds / self.done * (self.total - self.done))
+        pace = seconds / (self.done - self.before)
+        left = max(0.0, pace * (self.total - self.done))
         values["images/s"] = f"{self.images / seconds:.1f}"
         if self.bar is None and self.total:
             values["left"] = str(timedelta(seconds=round(left)))
         if self.later:
-            values["run left"] = str(timedelta(seconds=round(left + self.later * seconds / self.done * self.total)))
+            values["run left"] = str(timedelta(seconds=round(left + self.later * pace * self.total)))
         text = ", ".join(f"{name} {value}" for name, value in values.items())
         if self.bar is not None:
             self.bar.set_postfix_str(text)
@@ -474,21 +393,115 @@ def make_folder(folder: Path, flag: str) -> None:
         raise UserError(f"{flag} {folder}: cannot be written ({error.strerror}); name another folder") from None
 
 
-def append_log(path: Path, entry: dict[str, Any]) -> None:
-    """Add a line, one JSON object, to log.txt."""
-    with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
-
-
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of log.txt; none where there is no such file."""
+    """The lines of log.txt, one JSON object each; none where there is no such file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def cut_log(path: Path, epoch: int) -> None:
-    """Take the lines of `epoch` and later off log.txt: a run goes on before them."""
-    entries = [entry for entry in read_log(path) if entry["epoch"] < epoch]
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+def epochs_of(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines that sum up an epoch, without those of what the run is and what happened in it."""
+    return [entry for entry in log if "train_loss" in entry]
+
+
+class Log:
+    """log.txt, whole at any time: first what the run is, then a line an epoch, and one for each thing that happened.
+
+    Args:
+        path: of the file.
+        epoch: where the run begins or goes on; lines from there on are taken off.
+        step: likewise.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, epoch: int, step: int) -> None:
+        self.path = path
+        self.entries = []
+        for entry in read_log(path) if (epoch, step) != (0, 0) else []:
+            # an epoch's line stands behind all its steps
+            if "epoch" not in entry or (entry["epoch"], entry.get("step", math.inf)) <= (epoch, step):
+                self.entries.append(entry)
+        self._write()
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Add a line. Where it cannot be written (a full disk), that is said, and the next line brings it along."""
+        self.entries.append(entry)
+        try:
+            self._write()
+        except OSError as error:
+            print_line(f"WARNING: {self.path} could not be written ({error.strerror}); training goes on")
+
+    def add_run(self, run: dict[str, Any]) -> None:
+        """Say what the run is, where that is not what was said last."""
+        last = [entry for entry in self.entries if "settings" in entry][-1:]
+        run = json.loads(json.dumps(run))  # as it reads
+        if last != [run]:
+            self.add(run)
+
+    def _write(self) -> None:
+        text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
+        write_file(self.path, lambda file: file.write(text.encode()))
+
+
+class Scalars:
+    """TensorBoard's files in a folder. Where they cannot be written, that is said, and training goes on.
+
+    Args:
+        folder: of the files.
+        epoch: where the run begins or goes on; what was written from there on is hidden.
+    """
+
+    def __init__(self, folder: Path, epoch: int) -> None:
+        self.folder = folder
+        self.epoch = epoch
+        self._writer: SummaryWriter | None = None
+
+    def add(self, stats: dict[str, float], epoch: int) -> None:
+        """Add an epoch's figures."""
+        try:
+            self._writer = self._writer or SummaryWriter(self.folder, purge_step=self.epoch)
+            for name, value in stats.items():
+                self._writer.add_scalar(name.replace("_", "/", 1), value, epoch)
+            self._writer.flush()
+        except OSError as error:
+            self._writer = None  # it does not recover
+            print_line(f"WARNING: TensorBoard's files in {self.folder} could not be written ({error.strerror})")
+
+
+def write_file(path: Path, write: Callable[[Any], None]) -> None:
+    """Write a file so that a reader, also after a power cut, sees the previous one or the whole of the next one.
+
+    Args:
+        path: the file.
+        write: writes to an open binary file.
+
+    Raises:
+        OSError: it cannot be written; the previous file is as it was.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+    except RuntimeError as error:  # torch's writer says nothing of the reason, the error behind its own does
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def plot_curves(log: Path, picture: Path) -> None:
@@ -497,7 +510,7 @@ def plot_curves(log: Path, picture: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    entries = read_log(log)
+    entries = epochs_of(read_log(log))
     panels = {
         "loss": {"train_loss": "training", "test_loss": "validation", "test_ema_loss": "validation, averaged weights"},
         "accuracy (%)": {"test_acc1": "top-1", "test_acc5": "top-5", "test_ema_acc1": "top-1, averaged weights"},

@@ -17,7 +17,7 @@ from mmengine.model import initialize
 from mmengine.registry import MODELS
 from mmengine.utils import is_installed
 
-import utils
+import checkpoints
 from dense.runner import read_checkpoint
 from sepvit import VARIANTS, SepViTDense
 
@@ -99,12 +99,12 @@ class SepViTBackbone(SepViTDense):
     def _load_pretrained(self, path: str, prefix: str) -> None:
         what = f"pretrained {path}"
         checkpoint = read_checkpoint(path, "pretrained")
-        weights = utils.weights_of(checkpoint, what, prefer_ema=True)
+        weights = checkpoints.weights_of(checkpoint, what, prefer_ema=True)
         if prefix:
             prefix = prefix.rstrip(".") + "."
             weights = {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
         hint = "take the config of that variant, or the weights of this one"
-        adaptation = utils.load_weights(self, weights, what, hint)
+        adaptation = checkpoints.load_weights(self, weights, what, hint)
         own = len(self.state_dict())
         which = "averaged weights, " if "model_ema" in checkpoint else ""
         report = f"{what}: {which}loaded {own - len(adaptation.fresh)} of {self.variant}'s {own} entries"

@@ -14,6 +14,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS
 from torch import nn
 
+import checkpoints
 import utils
 from dense.runner import VARIANT_HINT
 from dense.settings import build_parser, drop_pretrained, read_config, read_model_checkpoint
@@ -41,7 +42,7 @@ def build_inference_model(cfg: Config, checkpoint_path: str) -> nn.Module:
     drop_pretrained(cfg)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     what = f"CHECKPOINT {checkpoint_path}"
-    utils.load_weights(model, utils.weights_of(checkpoint, what), what, VARIANT_HINT, network="backbone")
+    checkpoints.load_weights(model, checkpoints.weights_of(checkpoint, what), what, VARIANT_HINT, network="backbone")
     dataset = cfg.test_dataloader.dataset
     meta = checkpoint.get("meta", {}).get("dataset_meta")
     model.dataset_meta = meta or {**DATASETS.get(dataset.type).METAINFO, **dataset.get("metainfo", {})}

@@ -14,7 +14,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
 
-import utils
+import checkpoints
 
 VARIANT_HINT = "take the config of that variant, or another checkpoint"
 
@@ -43,12 +43,12 @@ LOG_CLASSES = (
 
 
 def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
-    """Read a checkpoint of mmengine's or of main.py's, without running anything it holds; see `utils.read_checkpoint`.
+    """Read a checkpoint of mmengine's or of main.py's, without running anything; see `checkpoints.read_checkpoint`.
 
     Raises:
         UserError: it is missing, truncated, no checkpoint, or would run code.
     """
-    return utils.read_checkpoint(path, flag, LOG_CLASSES)
+    return checkpoints.read_checkpoint(path, flag, LOG_CLASSES)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -124,8 +124,8 @@ class DenseRunner(Runner):
         partly = self._train_loop is not None and not self._resume  # testing has no training loop
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model = unwrapped(self.model)
-        weights = utils.weights_of(checkpoint, what)
-        adaptation = utils.load_weights(model, weights, what, VARIANT_HINT, network="backbone", partly=partly)
+        weights = checkpoints.weights_of(checkpoint, what)
+        adaptation = checkpoints.load_weights(model, weights, what, VARIANT_HINT, network="backbone", partly=partly)
         report = (
             f"{what}: loaded {len(model.state_dict()) - len(adaptation.fresh)} of {len(model.state_dict())} entries"
         )

@@ -9,6 +9,7 @@ from typing import Any
 from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, init_default_scope
 
+import checkpoints
 import utils
 from dense.runner import VARIANT_HINT, read_checkpoint
 from sepvit import variant_of
@@ -153,7 +154,7 @@ def read_model_checkpoint(cfg: Config, path: str, flag: str) -> dict[str, Any]:
     """
     what = f"{flag} {path}"
     checkpoint = read_checkpoint(path, flag)
-    weights = utils.weights_of(checkpoint, what)
+    weights = checkpoints.weights_of(checkpoint, what)
     inner = {name.removeprefix("backbone."): w for name, w in weights.items() if name.startswith("backbone.")}
     backbone = cfg.model.get("module", cfg.model).backbone  # inside test-time augmentation's
     held, wanted = variant_of(inner), getattr(MODELS.get(backbone.type), "variant", None)

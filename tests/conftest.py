@@ -2,17 +2,20 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
+from commands import free_port
 
 import sepvit
+import utils
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -76,9 +79,19 @@ def digits(demo_data) -> Path:
 @pytest.fixture(scope="session")
 def few_digits(digits, tmp_path_factory) -> Path:
     """Three classes of the digits with 16 training and 7 validation images each: 48 and 21 in all."""
-    root = tmp_path_factory.mktemp("few")
-    for split, count in (("train", 16), ("val", 7)):
-        for label in "012":
+    return choose_digits(digits, tmp_path_factory.mktemp("few"), "012", train=16, val=7)
+
+
+@pytest.fixture(scope="session")
+def some_digits(digits, tmp_path_factory) -> Path:
+    """All classes of the digits, with 300 training and 100 validation images in all."""
+    return choose_digits(digits, tmp_path_factory.mktemp("some"), "0123456789", train=30, val=10)
+
+
+def choose_digits(digits: Path, root: Path, labels: str, train: int, val: int) -> Path:
+    """Links to the first training and validation images of some classes."""
+    for split, count in (("train", train), ("val", val)):
+        for label in labels:
             (root / split / label).mkdir(parents=True)
             for path in sorted((digits / split / label).iterdir())[:count]:
                 os.symlink(path, root / split / label / path.name)
@@ -87,24 +100,15 @@ def few_digits(digits, tmp_path_factory) -> Path:
 
 def command(
     *arguments,
-    script: str = "main.py",
+    script: str | Path = "main.py",
     processes: int = 0,
     environment: dict | None = None,
     cwd: Path = ROOT,
     timeout: int = 600,
-):
-    """Run a script, on one process or by torchrun on several; returns the finished process."""
-    launcher = [sys.executable]
-    if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [*launcher, str(ROOT / script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1" if processes else "2", **(environment or {})},
-    )
+) -> subprocess.CompletedProcess:
+    """Run a script, on one process or on several; returns the finished process."""
+    variables = {**os.environ, **(environment or {})}
+    return commands.run(ROOT / script, list(map(str, arguments)), Path(cwd), variables, timeout, processes)
 
 
 def succeed(*arguments, **kwargs) -> str:
@@ -125,7 +129,8 @@ PLAIN = ["--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--drop-path", "0"
 
 
 def read_log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    """The lines of log.txt that sum up an epoch."""
+    return utils.epochs_of(utils.read_log(folder / "log.txt"))
 
 
 def shell(folder: str, script: str, *arguments, environment: dict | None = None) -> str:
@@ -140,12 +145,6 @@ def shell(folder: str, script: str, *arguments, environment: dict | None = None)
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
-
-
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
 
 
 def play_srun(folder: Path) -> dict[str, str]:
@@ -205,3 +204,44 @@ class Code:
 
     def __reduce__(self):
         return open, (self.path, "w")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table of faults
+# ----------------------------------------------------------------------------------------------------------------------
+
+TRIED = pytest.StashKey[Counter]()
+
+
+class Table:
+    """Counts faults that a run came through: they are entered once all comparisons behind them have passed."""
+
+    def __init__(self, tried: Counter) -> None:
+        self.tried = tried
+
+    def add(self, fault: str, times: int = 1) -> None:
+        """Enter a fault that was tried and cost nothing."""
+        self.tried[fault] += times
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash.setdefault(TRIED, Counter())
+
+
+@pytest.fixture
+def table(request: pytest.FixtureRequest) -> Table:
+    """The session's table of faults."""
+    return Table(request.config.stash[TRIED])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the table; a test that failed is a loss."""
+    tried = config.stash[TRIED]
+    if not tried:
+        return
+    terminalreporter.section("faults")
+    width = max(map(len, tried))
+    for fault, times in tried.items():
+        terminalreporter.write_line(f"{fault:{width}}  {times:4} times tried")
+    lost = [report.nodeid for report in terminalreporter.stats.get("failed", []) if "faults" in report.nodeid]
+    terminalreporter.write_line(f"{'losses':{width}}  {len(lost):4} {' '.join(lost)}")

@@ -4,14 +4,18 @@ import hashlib
 import io
 import json
 import pickle
+import shutil
 import tarfile
 
+import hypothesis
 import numpy as np
 import pytest
 import timm
 import torch
 import torchvision.transforms as T
 from conftest import SMALL, command, read_log, succeed
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader
@@ -25,10 +29,12 @@ from datasets import (
     build_train_loader,
     build_transform,
     build_val_loader,
-    set_epoch,
+    epoch_batches,
 )
-from samplers import DistributedEvalSampler, RepeatedAugmentationSampler
+from samplers import DistributedEvalSampler, TrainBatchSampler
 from utils import UserError
+
+settings_of_hypothesis = hypothesis.settings(max_examples=200, deadline=None)
 
 
 def settings(*arguments):
@@ -48,29 +54,88 @@ def test_eval_sampler_deals_every_index_once(size, processes):
     ]
 
 
-@pytest.mark.parametrize("size", [256, 700, 1433])
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_repeated_augmentation_sampler(size, processes):
-    samplers = [RepeatedAugmentationSampler(range(size), processes, rank, seed=1) for rank in range(processes)]
+def epoch_of(size, batch_size, accum_steps, processes, epoch=0, start_step=0, **kwargs):
+    """An epoch's draws, by step, of all processes in the order of their batches."""
+    samplers = [TrainBatchSampler(range(size), batch_size, accum_steps, processes, rank, seed=1, **kwargs)
+                for rank in range(processes)]  # fmt: skip
+    for sampler in samplers:
+        sampler.set_epoch(epoch, start_step)
     shares = [list(sampler) for sampler in samplers]
-    assert {len(share) for share in shares} == {size // 256 * 256 // processes} == {len(s) for s in samplers}
-    order = [shares[i % processes][i // processes] for i in range(processes * len(shares[0]))]
+    assert {len(share) for share in shares} == {len(samplers[0]) - start_step * accum_steps}
+    steps = [range(first, first + accum_steps) for first in range(0, len(shares[0]), accum_steps)]
+    return [[share[batch] for batch in step for share in shares] for step in steps]
+
+
+@settings_of_hypothesis
+@given(
+    size=st.integers(1, 300),
+    batch_size=st.integers(1, 9),
+    processes=st.integers(1, 6),
+    accum_steps=st.integers(1, 4),
+    epoch=st.integers(0, 3),
+    data=st.data(),
+)
+def test_train_sampler_deals_every_index_once(size, batch_size, processes, accum_steps, epoch, data):
+    """For every size, number of processes and resume point; but for those of the last, incomplete step."""
+    whole = epoch_of(size, batch_size, accum_steps, processes, epoch)
+    draws = [draw for step in whole for batch in step for draw in batch]
+    per_step = batch_size * accum_steps * processes
+    assert sorted(draw.place for draw in draws) == list(range(size // per_step * per_step))
+    assert len({draw.index for draw in draws}) == len(draws)
+    if size % per_step == 0:
+        assert {draw.index for draw in draws} == set(range(size))
+    start = data.draw(st.integers(0, len(whole)))
+    assert epoch_of(size, batch_size, accum_steps, processes, epoch, start) == whole[start:]
+    # other processes, as many batches a step: the same batches
+    others = data.draw(st.sampled_from([n for n in range(1, 25) if accum_steps * processes % n == 0]))
+    shared = epoch_of(size, batch_size, accum_steps * processes // others, others, epoch, start)
+    assert shared == whole[start:]
+
+
+@settings_of_hypothesis
+@given(size=st.integers(256, 1500), batch_size=st.integers(1, 64), processes=st.integers(1, 4))
+def test_repeated_augmentation(size, batch_size, processes):
+    draws = [draw for step in epoch_of(size, batch_size, 1, processes, repeated_augmentation=True)
+             for batch in step for draw in batch]  # fmt: skip
+    per_step = batch_size * processes
+    assert len(draws) == size // 256 * 256 // per_step * per_step
+    order = [draw.index for draw in sorted(draws, key=lambda draw: draw.place)]
     groups = [order[i : i + 3] for i in range(0, len(order) - 2, 3)]
     assert all(len(set(group)) == 1 for group in groups)  # three times in a row,
-    assert len({group[0] for group in groups}) == len(groups)  # each sample once,
-    samplers[0].set_epoch(1)
-    assert list(samplers[0]) != shares[0]  # and another order each epoch
+    assert len({group[0] for group in groups}) == len(groups)  # each sample once
 
 
-def test_train_sampler_shuffles_by_epoch(few_digits):
+def test_repeated_augmentation_shows_an_image_to_several_processes():
+    (step, *_) = epoch_of(256, 4, 1, 4, repeated_augmentation=True)
+    assert len({batch[0].index for batch in step[:3]}) == 1
+
+
+def test_train_loader_shuffles_by_epoch(few_digits):
     args = settings(*SMALL, "--data-path", few_digits)
     loader = build_train_loader(build_dataset(True, args), args)
     orders = []
     for epoch in (0, 1, 0):
-        set_epoch(loader, epoch)
-        orders.append(list(loader.sampler))
+        epoch_batches(loader, epoch, 0, 1, print)
+        orders.append([draw.index for batch in loader.batch_sampler for draw in batch])
     assert orders[0] == orders[2] != orders[1]
     assert sorted(orders[0]) == list(range(48))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_follows_from_seed_epoch_and_place(few_digits, workers):
+    """Not from workers or from where the epoch is begun."""
+    args = settings(*SMALL, "--data-path", few_digits, "--num_workers", 0, "--epochs", 2)
+    images = {}
+    for epoch in (0, 1):
+        loader = build_train_loader(build_dataset(True, args), args)
+        images[epoch] = [batch[0] for batch in epoch_batches(loader, epoch, 0, 1, print)]
+    args.num_workers = workers
+    loader = build_train_loader(build_dataset(True, args), args)
+    for epoch, step in ((1, 2), (0, 0), (1, 1)):
+        again = [batch[0] for batch in epoch_batches(loader, epoch, step, 1, print)]
+        assert len(again) == 3 - step
+        assert all(torch.equal(a, b) for a, b in zip(again, images[epoch][step:]))
+    assert not torch.equal(images[0][0], images[1][0])
 
 
 # ---------------------------------------------------------------------------------------------------------- transforms
@@ -206,7 +271,7 @@ def test_cifar(tmp_path, monkeypatch):
     train, val = build_dataset(True, args), build_dataset(False, args)
     assert (len(train.dataset), train.num_classes, len(val.dataset)) == (6, 100, 2)
     image, target = train.dataset[2]
-    assert (image.shape, target) == ((3, 32, 32), 99)
+    assert (train.transform(image).shape, target) == ((3, 32, 32), 99)
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +319,33 @@ def test_webdataset_trains_and_counts_every_image_once(webdataset, tmp_path, pro
     assert np.isfinite(read_log(tmp_path / "run")[0]["train_loss"])
 
 
+def test_webdataset_epoch_that_is_done_has_no_batches_left(webdataset):
+    """Its last step takes the batches that are left, fewer than the others."""
+    args = settings(*SMALL, *WEBDATASET, "--data-path", webdataset, "--batch-size", 8, "--accum-steps", 4)
+    loader = build_train_loader(build_dataset(True, args), args)
+    assert len(loader) == 6
+    assert list(epoch_batches(loader, 0, 2, 4, print)) == []
+
+
+def test_webdataset_goes_on_bit_for_bit(webdataset, tmp_path):
+    """From the middle of its second epoch, with readers that never read the first."""
+    arguments = [*SMALL, *WEBDATASET, "--data-path", webdataset, "--batch-size", 8, "--epochs", 2, "--num_workers", 2,
+                 "--auto-resume", "--checkpoint-every", 4, "--keep-checkpoints", 9]  # fmt: skip
+    succeed(*arguments, "--output_dir", tmp_path / "whole")
+    names = sorted(path.name for path in (tmp_path / "whole").glob("checkpoint-*"))
+    assert names == [f"checkpoint-{steps:08}.pth" for steps in (4, 6, 8, 12)]
+    other = tmp_path / "continued"
+    other.mkdir()
+    shutil.copy(tmp_path / "whole/checkpoint-00000008.pth", other)
+    result = command(*arguments, "--num_workers", 1, "--output_dir", other)
+    assert result.returncode == 2
+    assert "which 1 processes read with 2 workers each, not 1 with 1; take as many" in result.stderr
+    succeed(*arguments, "--output_dir", other)
+    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (tmp_path / "whole", other))
+    assert a["epoch"] == b["epoch"] == 1
+    assert all(torch.equal(a["model"][name], value) for name, value in b["model"].items())
+
+
 def test_webdataset_evaluates_the_same_on_any_number_of_processes(webdataset, tmp_path):
     weights = tmp_path / "weights.pth"
     torch.manual_seed(0)
@@ -285,7 +377,6 @@ def test_loader_settings(few_digits):
     args = settings(*SMALL, "--data-path", few_digits, "--num_workers", 2)
     loader = build_train_loader(build_dataset(True, args), args)
     assert isinstance(loader, DataLoader)
-    assert loader.drop_last
     assert loader.num_workers == 2
     args = settings(*SMALL, "--data-path", few_digits, "--num_workers", 0, "--batch-size", 20, "--mixup", 0)
     assert len(build_train_loader(build_dataset(True, args), args)) == 2  # 48 = 2 · 20 + 8

@@ -3,8 +3,6 @@
 import json
 import pickle
 import re
-import subprocess
-import sys
 from functools import cache, partial
 from pathlib import Path
 
@@ -353,15 +351,8 @@ def test_own_tools_of_mmdet(scenes, tmp_path):
     ]
     workers = [f"{split}_dataloader.persistent_workers=False" for split in ("train", "val", "test")]
     for name, *arguments in (("train.py", "--work-dir", tmp_path), ("test.py", tmp_path / "epoch_1.pth")):
-        result = subprocess.run(
-            [sys.executable, tools / name, DEMO, *arguments, *small(""), *roots, *workers],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert result.returncode == 0, result.stderr
-        assert all(figures(result.stdout))
+        printed = succeed(DEMO, *arguments, *small(""), *roots, *workers, script=tools / name, cwd=tmp_path)
+        assert all(figures(printed))
 
 
 def test_predict(trained, scenes, tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,14 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, PLAIN, ROOT, SMALL, command, free_port, read_log, succeed
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import main
+import runs
 import utils
-from engine import DistillationLoss, train_one_epoch
+from checkpoints import load_optimizer, read_checkpoint
+from engine import DistillationLoss, Precision, Supervision, train_one_epoch
+from faults import Agreement, Preemption, Watch
 
 CHECKPOINT_KEYS = {"model", "optimizer", "lr_scheduler", "epoch", "scaler", "args"}
 
@@ -37,8 +42,8 @@ def trained(digits, tmp_path_factory):
     """A short real training: SepViT_Lite on all digits, 64 × 64 pixels, two epochs, with averaged weights."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     printed = succeed(
-        "--model", "SepViT_Lite", "--data-path", digits, "--output_dir", folder, "--input-size", 64, "--epochs", 4,
-        "--batch-size", 16, "--lr", 0.032, "--warmup-epochs", 0, "--drop-path", 0, "--mixup", 0, "--cutmix", 0,
+        "--model", "SepViT_Lite", "--data-path", digits, "--output_dir", folder, "--input-size", 64, "--epochs", 2,
+        "--batch-size", 32, "--lr", 0.032, "--warmup-epochs", 0, "--drop-path", 0, "--mixup", 0, "--cutmix", 0,
         "--smoothing", 0, "--aa=", "--reprob", 0, "--color-jitter", 0, "--scale", 0.8, 1, "--hflip", 0,
         "--num_workers", 1, "--model-ema", "--model-ema-warmup",
     )  # fmt: skip
@@ -51,7 +56,7 @@ def trained(digits, tmp_path_factory):
 def test_training_learns(trained):
     folder, _ = trained
     log = read_log(folder)
-    assert [entry["epoch"] for entry in log] == [0, 1, 2, 3]
+    assert [entry["epoch"] for entry in log] == [0, 1]
     assert log[-1]["train_loss"] < 0.6 * log[0]["train_loss"]
     assert log[-1]["test_acc1"] > 70
     assert log[-1]["test_acc1"] > log[0]["test_acc1"]
@@ -76,7 +81,7 @@ def test_output_folder(trained):
         assert picture.width > 800
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 50  # curves, not an empty sheet
     assert "\r" not in printed  # plain lines in a file
-    assert re.search(r"epoch 1 \[20/89\] loss \d\.\d+, lr 0\.001000, images/s [\d.]+, left \d", printed)
+    assert re.search(r"epoch 1 \[20/44\] loss \d\.\d+, lr 0\.002000, images/s [\d.]+, left \d", printed)
     assert "run left" in printed
 
 
@@ -103,29 +108,29 @@ def test_eval_gives_the_accuracy_of_training(trained, digits, tmp_path):
     assert f"averaged weights: top-1 {last['test_ema_acc1']:.3f} %" in printed
 
 
-def test_eval_and_throughput_need_only_validation_images(trained, digits, tmp_path):
-    (tmp_path / "val").symlink_to(digits / "val")
+def test_eval_and_throughput_need_only_validation_images(trained, some_digits, tmp_path):
+    (tmp_path / "val").symlink_to(some_digits / "val")
     settings = ["--model", "SepViT_Lite", "--input-size", 64, "--data-path", tmp_path, "--num_workers", 0]
     printed = succeed("--eval", "--resume", trained[0] / "checkpoint.pth", *settings)
-    assert "364 images" in printed
+    assert "100 images" in printed
     printed = succeed("--throughput", "--batch-size", 2, *settings)
     assert re.search(r"batch size 3: \d+\.\d images/s", printed)
 
 
-def test_dist_eval_is_exact_on_any_number_of_processes(trained, digits):
+def test_dist_eval_is_exact_on_any_number_of_processes(trained, some_digits):
     settings = ["--eval", "--resume", trained[0] / "checkpoint.pth", "--model", "SepViT_Lite", "--input-size", 64,
-                "--batch-size", 8, "--data-path", digits, "--num_workers", 0, "--dist-eval"]  # fmt: skip
+                "--batch-size", 8, "--data-path", some_digits, "--num_workers", 0, "--dist-eval"]  # fmt: skip
     outputs = [succeed(*settings, processes=n) for n in (0, 2, 3)]
     assert accuracy(outputs[0]) == accuracy(outputs[1]) == accuracy(outputs[2])
-    assert all(printed.count("364 images") == 2 for printed in outputs)  # once for each kind of weights
+    assert all(printed.count("100 images") == 2 for printed in outputs)  # once for each kind of weights
 
 
-def test_input_of_another_size_evaluates_with_resampled_tokens(trained, digits):
+def test_input_of_another_size_evaluates_with_resampled_tokens(trained, some_digits):
     printed = succeed("--eval", "--resume", trained[0] / "checkpoint.pth", "--model", "SepViT_Lite",
-                      "--input-size", 96, "--data-path", digits, "--num_workers", 1)  # fmt: skip
+                      "--input-size", 96, "--data-path", some_digits, "--num_workers", 1)  # fmt: skip
     assert "of another image size; resampled" in printed
     assert "blocks.0.0.win_tokens" in printed
-    assert "364 images" in printed
+    assert "100 images" in printed
 
 
 def test_defaults_are_the_reference_recipe():
@@ -182,8 +187,8 @@ VARIATIONS = {
 
 
 @pytest.mark.parametrize("name", VARIATIONS)
-def test_variations_train(name, few_digits, digits, tmp_path):
-    data = digits if "repeated" in name else few_digits  # repeated augmentation counts in 256s
+def test_variations_train(name, few_digits, some_digits, tmp_path):
+    data = some_digits if "repeated" in name else few_digits  # repeated augmentation counts in 256s
     arguments = [*SMALL, "--data-path", data, "--output_dir", tmp_path / "run", "--device", "cpu", *VARIATIONS[name]]
     assert main.run([str(argument) for argument in arguments]) == 0
     assert np.isfinite(read_log(tmp_path / "run")[-1]["train_loss"])
@@ -192,11 +197,11 @@ def test_variations_train(name, few_digits, digits, tmp_path):
     group = checkpoint["optimizer"]["param_groups"][1]
     if "averaged" in name:
         assert not torch.equal(checkpoint["model_ema"]["head.weight"], checkpoint["model"]["head.weight"])
-        assert checkpoint["steps"] == 1433 // 256 * 256 // 16
+        assert checkpoint["steps"] == 300 // 256 * 256 // 16
     if name.startswith("float16"):
         assert checkpoint["scaler"]["scale"] > 0
     if "accumulation" in name:
-        assert checkpoint["steps"] == 2  # three batches: a step of two, a step of one
+        assert checkpoint["steps"] == 1  # three batches: a step of two
     if name == "noisy plateau":
         assert group["betas"] == (0.9, 0.95)
     if name.startswith("sgd"):
@@ -214,9 +219,12 @@ def prepared(*arguments, model=None):
 
 def one_epoch(args, precision, training, criterion=None, batches=1):
     torch.manual_seed(0)
-    loader = [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))] * batches
+    batch = (torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), [""] * 4)
+    loader = DataLoader([batch] * batches, batch_size=None, collate_fn=lambda batch: batch)
     criterion = criterion or DistillationLoss(torch.nn.CrossEntropyLoss())
-    return train_one_epoch(training, loader, criterion, precision, 0, args)
+    watch, agreement = Watch(600, "env://", Preemption()), Agreement(precision.device, 0)
+    supervision = Supervision(args, watch, agreement, 100, None, print, None)
+    return train_one_epoch(training, loader, criterion, precision, args, None, supervision)
 
 
 @pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
@@ -257,6 +265,19 @@ def test_clip_grad_bounds_the_step():
         norms.append(torch.cat(steps).norm().item())
     assert norms[0] > 0.1
     assert norms[1] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_running_statistics_of_a_step_that_is_left_out_are_too():
+    """SepViT has none; other networks of timm's do."""
+    images = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3))
+    args, precision, training = prepared("--model-ema", model=images)
+    before = {name: value.clone() for name, value in images.state_dict().items()}
+    one_epoch(args, precision, training, criterion=lambda images, outputs, targets: outputs.sum() * torch.inf)
+    assert training.bad_steps == 1
+    assert all(torch.equal(value, before[name]) for name, value in images.state_dict().items())
+    training.end_epoch()
+    one_epoch(args, precision, training)
+    assert not torch.equal(images[0].running_mean, before["0.running_mean"])
 
 
 def test_distillation_losses():
@@ -311,13 +332,20 @@ def test_accumulation_equals_a_larger_batch(few_digits, tmp_path):
 
 
 def test_the_loop_does_not_wait_for_the_device(few_digits, tmp_path, monkeypatch):
-    """This code reads as many numbers off the device in an epoch of 24 steps as in one of 3: none a step."""
+    """This code reads as many numbers off the device in an epoch of 24 steps as in one of 3: none a step.
+
+    As on GPUs, where AdamW is fused. Indices live on the CPU, and so do the copies of the last step's facts.
+    """
+    cuda = Precision(torch.device("cuda"), torch.bfloat16)
+    assert main.reading_lag(main.build_parser().parse_args([]), cuda) == 1
+    monkeypatch.setattr(main, "create_optimizer_v2", partial(main.create_optimizer_v2, fused=True))
     reads = []
 
     def watched(original, name):
         def read(tensor, *arguments, **kwargs):
             caller = sys._getframe(1).f_code.co_filename
-            if Path(caller).parent == ROOT:  # an optimiser's own step counters live on the CPU: no wait there
+            own = Path(caller).parent == ROOT and Path(caller).name not in ("samplers.py", "faults.py")
+            if own:  # an optimiser's own step counters live on the CPU: no wait there
                 reads.append((Path(caller).name, name))
             return original(tensor, *arguments, **kwargs)
 
@@ -364,11 +392,10 @@ def test_resume_goes_on(few_digits, tmp_path):
 def test_resume_restores_what_the_checkpoint_holds(tmp_path):
     args, precision, training = prepared("--model-ema", "--epochs", 5)
     one_epoch(args, precision, training)
-    training.best_accuracy = 55.5
-    torch.save(training.checkpoint(2, args), tmp_path / "c.pth")
-    args, _, resumed = prepared("--model-ema", "--epochs", 5, "--resume", tmp_path / "c.pth")
-    main.resume(args, resumed)
-    assert (args.start_epoch, resumed.best_accuracy, resumed.steps) == (3, 55.5, 1)
+    training.best_accuracy, training.epoch, training.step = 55.5, 3, 0
+    args, _, resumed = prepared("--model-ema", "--epochs", 5)
+    runs.restore(args, resumed, runs.Source("--resume", "c.pth", training.checkpoint() | dict(args=vars(args))))
+    assert (resumed.epoch, resumed.best_accuracy, resumed.steps) == (3, 55.5, 1)
     for mine, theirs in ((resumed.model, training.model), (resumed.ema.module, training.ema.module)):
         assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters()))
     ours, others = (t.optimizer.state_dict()["state"] for t in (resumed, training))
@@ -382,7 +409,7 @@ def test_resume_keeps_how_this_run_computes_its_steps(tmp_path):
     state = training.optimizer.state_dict()
     model = prepared()[2].model
     fused = torch.optim.AdamW([{"params": g["params"]} for g in create_groups(model)], fused=True)
-    utils.load_optimizer(fused, model, state)
+    load_optimizer(fused, model, state)
     assert all(group["fused"] for group in fused.param_groups)
 
 
@@ -408,9 +435,9 @@ def test_published_training_state_goes_on(few_digits, tmp_path):
     )  # fmt: skip
     path = tmp_path / "published.pth"
     torch.save(published, path)
-    args, _, training = prepared("--resume", path, "--epochs", 300)
-    main.resume(args, training)
-    assert args.start_epoch == 5
+    args, _, training = prepared("--epochs", 300)
+    runs.restore(args, training, runs.Source("--resume", str(path), read_checkpoint(str(path), "--resume")))
+    assert training.epoch == 5
     for name, p in training.model.named_parameters():
         assert torch.equal(training.optimizer.state[p]["exp_avg"], moments[name]), name
     printed = succeed(
@@ -441,9 +468,9 @@ def test_finetune_says_what_it_did(trained, few_digits, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
-def test_distillation_trains(kind, trained, digits, tmp_path):
-    arguments = [*SMALL, "--data-path", digits, "--output_dir", tmp_path / "run", "--input-size", 64,
-                 "--batch-size", 64, "--distillation-type", kind, "--teacher-model", "SepViT_Lite", "--device", "cpu",
+def test_distillation_trains(kind, trained, some_digits, tmp_path):
+    arguments = [*SMALL, "--data-path", some_digits, "--output_dir", tmp_path / "run", "--input-size", 64,
+                 "--batch-size", 32, "--distillation-type", kind, "--teacher-model", "SepViT_Lite", "--device", "cpu",
                  "--teacher-path", trained[0] / "checkpoint.pth", "--distillation-tau", 2]  # fmt: skip
     assert main.run([str(argument) for argument in arguments]) == 0
     assert np.isfinite(read_log(tmp_path / "run")[0]["train_loss"])

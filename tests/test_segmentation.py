@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from functools import cache, partial
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import timm
 import torch
 from conftest import ROOT, Code, free_port, optimizer_groups, play_srun, refusal, shell, succeed, undecayed_names
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.registry import PARAM_SCHEDULERS, TRANSFORMS, init_default_scope
-from mmseg.registry import MODELS
+from mmseg.registry import DATASETS, MODELS
 from PIL import Image
 
 import segmentation.predict
@@ -25,6 +25,7 @@ import segmentation.test
 from dense.flops import run_count
 from dense.runner import read_checkpoint
 from dense.train import build_train_parser, run_training, set_starting_point
+from utils import UserError
 
 CONFIGS = ROOT / "segmentation/configs"
 script = partial(shell, "segmentation")
@@ -391,15 +392,26 @@ def test_own_tools_of_mmseg(scenes, tmp_path):
     roots = [f"{split}_dataloader.dataset.data_root={tmp_path}/scenes" for split in ("train", "val", "test")]
     workers = [f"{split}_dataloader.persistent_workers=False" for split in ("train", "val", "test")]
     for name, *arguments in (("train.py", "--work-dir", tmp_path), ("test.py", tmp_path / "iter_1.pth")):
-        result = subprocess.run(
-            [sys.executable, tools / name, DEMO, *arguments, *small("", 1), *roots, *workers],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert result.returncode == 0, result.stderr
-        assert miou(result.stdout)
+        assert miou(succeed(DEMO, *arguments, *small("", 1), *roots, *workers, script=tools / name, cwd=tmp_path))
+
+
+def test_broken_training_image(scenes, tmp_path, caplog):
+    """Another one is taken in its place, and it is named once; two of them are too many."""
+    shutil.copytree(scenes, tmp_path / "scenes")
+    broken, another = sorted((tmp_path / "scenes/images/training").iterdir())[2:4]
+    broken.unlink()  # not the file it links to
+    broken.write_text("no image")
+    cfg = Config.fromfile(DEMO).train_dataloader.dataset
+    init_default_scope("mmseg")
+    dataset = DATASETS.build({**cfg, "data_root": str(tmp_path / "scenes")})
+    MMLogger.get_current_instance().addHandler(caplog.handler)
+    samples = [dataset[2] for _ in range(2)]
+    MMLogger.get_current_instance().removeHandler(caplog.handler)
+    assert all(sample["data_samples"].img_path != str(broken) for sample in samples)
+    assert caplog.text.count(f"image {broken}: cannot be read") == 1
+    another.unlink()
+    with pytest.raises(UserError, match=r"cannot be read \(.*\), the 2\. of them; repair them"):
+        dataset[3]
 
 
 def test_predict(trained, scenes, tmp_path):

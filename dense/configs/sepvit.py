@@ -5,7 +5,7 @@ import sys
 
 sys.path.insert(0, "{{ fileDirname }}/../..")
 importlib.import_module("dense.backbone")
-custom_imports = dict(imports=["dense.backbone"], allow_failed_imports=False)
+custom_imports = dict(imports=["dense.backbone", "dense.loading"], allow_failed_imports=False)
 
 # The variants with the paper's stochastic depth, their weights as main.py saves them.
 sepvit_tiny = dict(

@@ -11,7 +11,7 @@ metainfo = dict(
     ],
 )  # fmt: skip
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadReadableImage"),
     dict(type="LoadAnnotations"),
     dict(type="RandomResize", scale=(160, 128), ratio_range=(0.8, 1.25), keep_ratio=True),
     dict(type="RandomCrop", crop_size=(112, 112)),

@@ -1,0 +1,411 @@
+"""Checkpoints: fetching, reading and checking them, loading what they hold, writing them so that none is ever lost."""
+
+import argparse
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import socket
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sepvit import Adaptation, SepViTStages, adapt_state_dict, variant_of
+from utils import UserError, flush_folder, is_main_process, on_processes, print_line, write_file
+
+NEWEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
+NUMBERED = "checkpoint-{:08}.pth"  # by the steps taken
+STALL = 30  # seconds without a byte, after which a download begins again
+ATTEMPTS = 5
+PART = 1 << 20  # bytes read at a time
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: str, flag: str, data_classes: Sequence[Any] = ()) -> dict[str, Any]:
+    """Read a checkpoint from a path or an https address, without running anything it holds.
+
+    Args:
+        path: path or https address.
+        flag: the command's flag that named it, for messages.
+        data_classes: what it may hold beside tensors and Python's own containers, as for
+            `torch.serialization.safe_globals`. Checkpoints of the published code hold their settings as a Namespace,
+            which is always taken.
+
+    Raises:
+        UserError: it is missing, truncated, no checkpoint, or would run code.
+    """
+    what = f"{flag} {path}"
+    try:
+        # named at each reading: timm and mmengine also allow classes, and take them back for all behind their own
+        with torch.serialization.safe_globals([argparse.Namespace, *data_classes]):
+            checkpoint = _fetch(path)
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserError(f"{what}: no such file") from None
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{what}: damaged, {error}; take another one") from None
+    except PermissionError:
+        raise UserError(f"{what}: cannot be read (permission denied)") from None
+    except Exception as error:  # what torch.load raises on files that are no checkpoints is not documented, and varied
+        if match := re.search(r"nsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error), re.I):
+            raise UserError(f"{what}: refused, it holds {match[1]}, which could run code; save tensors only") from None
+        raise UserError(f"{what}: not a checkpoint, or a truncated one") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{what}: not a checkpoint, it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _fetch(path: str) -> Any:
+    if path.startswith("https://"):
+        path = str(_downloaded(path))
+    elif _is_archive(Path(path)) and (problem := damage(Path(path))):
+        raise zipfile.BadZipFile(problem)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file begins as torch.save's do, and not as those of its first years, which have no checksums."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's file, by the checksums (CRC-32) of all it holds; None where it is whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is None:
+            torch._C.PyTorchFileReader(str(path))  # what torch.load opens it by; its demands on a directory are higher
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        return "truncated" if "not a zip file" in str(error) else " ".join(str(error).split())[:100]
+    return None if broken is None else f"wrong checksum of {broken.partition('/')[2]}"
+
+
+def _downloaded(url: str) -> Path:
+    """The path of a file from the web, kept among torch.hub's, by its address; one process of a node downloads it.
+
+    Raises:
+        UserError: it cannot be downloaded, or does not have the hash in its name.
+    """
+    address = hashlib.sha256(url.encode()).hexdigest()[:16]  # many files have the name checkpoint.pth
+    path = Path(torch.hub.get_dir()) / "checkpoints" / address / Path(urllib.parse.urlparse(url).path).name
+
+    def fetch() -> None:
+        if not path.exists() or _has_wrong_hash(path, path.name):
+            download(url, path)
+
+    on_processes(fetch, os.environ.get("LOCAL_RANK", "0") == "0")
+    return path
+
+
+def _has_wrong_hash(path: Path, name: str) -> bool:
+    """Whether a name carries a hash, as in weights-0a1b2c3d.pth, that does not begin the file's SHA-256."""
+    match = re.search(r"-([0-9a-f]{8,})\.\w+$", name)
+    if match is None or re.fullmatch(r"checkpoint-\d{8}\.pth", name):  # the number of steps
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(PART):
+            digest.update(part)
+    return not digest.hexdigest().startswith(match[1])
+
+
+def download(url: str, path: Path, stall: float = STALL, attempts: int = ATTEMPTS) -> None:
+    """Download a file. A connection that breaks or stalls is taken up where it ended; no part of a file is left.
+
+    Args:
+        url: https address.
+        path: of the file; its folder is made.
+        stall: seconds without a byte after which a connection is given up.
+        attempts: connections that are tried.
+
+    Raises:
+        UserError: it cannot be downloaded, is damaged, or does not have the hash in its name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    try:
+        for attempt in range(1, attempts + 1):
+            try:
+                _fetch_rest(url, partial, stall)
+                break
+            except urllib.error.HTTPError as error:
+                problem, is_final = error, error.code < 500
+            except (OSError, http.client.HTTPException) as error:
+                problem, is_final = error, False
+            if is_final or attempt == attempts:
+                raise UserError(f"{url}: download failed ({problem}), tried {attempt} times")
+            time.sleep(attempt / 2)
+        if _has_wrong_hash(partial, path.name):
+            raise UserError(f"{url}: the file that came does not have the hash in its name; try again")
+        if _is_archive(partial) and (problem := damage(partial)):
+            raise UserError(f"{url}: the file that came is damaged ({problem}); try again")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _fetch_rest(url: str, partial: Path, stall: float) -> None:
+    """Append to a part of a file what is missing.
+
+    Raises:
+        OSError: the connection breaks or stalls.
+    """
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=stall) as response:
+        if not response.geturl().startswith("https://"):
+            raise UserError(f"{url}: leads to {response.geturl()}, which is not https")
+        if response.status != 206:
+            have = 0  # a server that does not send parts
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=partial.name.split(".")[0],
+                   disable=not is_main_process())  # fmt: skip
+        with partial.open("ab" if have else "wb") as file, bar:
+            while part := response.read(PART):
+                bar.update(file.write(part))
+            if total is not None and file.tell() != total:
+                raise OSError(f"the connection ended after {file.tell()} of {total} bytes")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) -> dict[str, Tensor]:
+    """The model's state dict in a checkpoint, which may be one itself; prefixes of wrappers are taken off.
+
+    Args:
+        checkpoint: as `read_checkpoint` gives it.
+        what: flag and path, for messages.
+        prefer_ema: take the averaged weights where the checkpoint has them.
+
+    Raises:
+        UserError: there are no weights in it.
+    """
+    keys = ("model_ema", "model", "state_dict") if prefer_ema else ("model", "state_dict")
+    weights = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in weights.items()}
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{what}: holds no model weights (expected a state dict, or one under 'model')")
+    return weights
+
+
+def load_weights(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    what: str,
+    variant_hint: str = "name it with --model",
+    network: str = "",
+    partly: bool = False,
+) -> Adaptation:
+    """Load a state dict, strictly but for what another image size or form needs; says what was adapted.
+
+    Args:
+        model: the model, a SepViT, one with a SepViT inside, or another.
+        weights: the state dict.
+        what: flag and path, for messages.
+        variant_hint: the way out when the weights are of another variant, for messages.
+        network: name of the SepViT inside `model`; "" where it is the model itself.
+        partly: outside the SepViT, leave fresh what the weights do not have or have in another shape.
+
+    Raises:
+        UserError: it is of another variant, another number of classes, or another architecture.
+    """
+    prefix = f"{network}." if network else ""
+    expected = model.state_dict()
+    adaptation = Adaptation()
+    inner = model.get_submodule(network)
+    if isinstance(inner, SepViTStages):
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        held, wanted = variant_of(own), variant_of(inner.state_dict())
+        if held != wanted:
+            raise UserError(f"{what}: holds {held or 'no SepViT'}, not {wanted}; {variant_hint}")
+        adaptation = adapt_state_dict(own, inner)
+        for names in (adaptation.resampled, adaptation.fresh, adaptation.dropped):
+            names[:] = [prefix + name for name in names]
+        weights = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+        weights |= {prefix + name: value for name, value in own.items()}
+    weights = dict(weights)
+    if partly:
+        _fill_up(weights, expected, prefix, adaptation)
+    _check_entries(weights, expected, what)
+    model.load_state_dict(weights)
+    return adaptation
+
+
+def _fill_up(weights: dict[str, Tensor], expected: dict[str, Tensor], prefix: str, adaptation: Adaptation) -> None:
+    """Outside the SepViT, take the model's entries where the weights have none that fits, and drop the surplus."""
+    outside = [name for name in expected if not name.startswith(prefix)]
+    fresh = [name for name in outside if name not in weights or weights[name].shape != expected[name].shape]
+    dropped = [name for name in weights if not name.startswith(prefix) and name not in expected]
+    for name in dropped:
+        del weights[name]
+    weights |= {name: expected[name] for name in fresh}
+    adaptation.fresh += fresh
+    adaptation.dropped += dropped
+
+
+def _check_entries(weights: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or unexpected:
+        parts = [f"{len(names)} {kind} ({names[0]}, …)" for kind, names in
+                 (("entries are missing", missing), ("are unexpected", unexpected)) if names]  # fmt: skip
+        raise UserError(f"{what}: another architecture: {', '.join(parts)}")
+    for name, value in weights.items():
+        if value.shape != expected[name].shape:
+            shapes = f"{name} is {tuple(value.shape)}, the model's {tuple(expected[name].shape)}"
+            finetune = what.startswith("--resume") and name.startswith("head.")
+            way_out = "; --finetune gives the model a new head" if finetune else ""
+            raise UserError(f"{what}: does not fit this model: {shapes}{way_out}")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
+    """Load an optimiser's state; also one of the published code, which decays the window tokens like matrices.
+
+    Raises:
+        ValueError: the state is of other parameters.
+    """
+    own = [[name for p in group["params"] for name, q in model.named_parameters() if q is p]
+           for group in optimizer.param_groups]  # fmt: skip
+    is_vector = {name: p.ndim <= 1 for name, p in model.named_parameters()}
+    published = [[name for name in is_vector if is_vector[name]], [name for name in is_vector if not is_vector[name]]]
+    sizes = [len(group["params"]) for group in state["param_groups"]]
+    if sizes != [len(names) for names in own] and sizes == [len(names) for names in published]:
+        # parameters are numbered through the groups; give each its number in this optimiser's groups
+        number = {name: i for i, name in enumerate(name for names in own for name in names)}
+        numbers = [number[name] for names in published for name in names]
+        groups, start = [], 0
+        for group, names in zip(state["param_groups"], own):
+            groups.append({**group, "params": list(range(start, start + len(names)))})
+            start += len(names)
+        state = {"state": {numbers[i]: value for i, value in state["state"].items()}, "param_groups": groups}
+    # how a step is computed is this run's own matter, and decides where the optimiser keeps its counters
+    kept = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups]
+    groups = [{**group, **settings} for group, settings in zip(state["param_groups"], kept, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def name_also(path: Path, name: str) -> None:
+    """Give a file a second name in its folder, in place of the file that has it; a copy where there are no links."""
+    temporary = path.with_name(name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, path.with_name(name))
+    temporary.unlink(missing_ok=True)  # where it had the name already, that moved nothing
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints beside the training: the loop waits for a copy in memory, not for the disk.
+
+    Each is a file `checkpoint-<steps>.pth`; the newest is also `checkpoint.pth`, the one of the highest top-1
+    `checkpoint_best.pth` (the same files, no copies). What cannot be written is said, and training goes on.
+
+    Args:
+        folder: the output folder.
+        keep: how many of the numbered ones stay.
+
+    Attributes:
+        failure: why the last one could not be written, None where it was.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+        self._best: dict[str, Any] | None = None  # that could not be written yet
+        self.failure: str | None = None
+
+    def save(self, checkpoint: dict[str, Any], is_best: bool = False) -> None:
+        """Copy a checkpoint and write it in the background, once the one before it is written."""
+        self.wait()
+        self._pending = self._executor.submit(self._write, copied(checkpoint), is_best)
+
+    def wait(self) -> None:
+        """Wait until all is written."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _write(self, checkpoint: dict[str, Any], is_best: bool) -> None:
+        path = self.folder / NUMBERED.format(checkpoint["steps"])
+        # the best first: killed before the numbered one is there, the run does that epoch again, and finds it again
+        first, *others = [BEST] * is_best + [path.name, NEWEST]
+        place = f"epoch {checkpoint['epoch'] + 1}, step {checkpoint['epoch_step']}"
+        self._best = checkpoint if is_best else self._best
+        try:
+            write_file(self.folder / first, lambda file: torch.save(checkpoint, file))
+            for name in others:
+                name_also(self.folder / first, name)
+            if not is_best and self._best is not None:
+                write_file(self.folder / BEST, lambda file: torch.save(self._best, file))
+            self._best = None
+            flush_folder(self.folder)
+            for old in numbered(self.folder)[self.keep :]:
+                old.unlink()
+            self.failure = None
+        except OSError as error:
+            self.failure = error.strerror
+            print_line(f"WARNING: {path} could not be written ({error.strerror}): "
+                     "the checkpoint before it is kept, training goes on")  # fmt: skip
+        else:
+            print_line(f"saved {path} (before {place})")
+
+
+def copied(value: Any) -> Any:
+    """A copy of nested containers with their tensors on the CPU, which later steps do not change."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return type(value)((key, copied(entry)) for key, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(entry) for entry in value)
+    return value
+
+
+def numbered(folder: Path) -> list[Path]:
+    """A run's checkpoints, the newest first."""
+    return sorted(folder.glob(NUMBERED.format(0).replace("0" * 8, "[0-9]" * 8)), reverse=True)
+
+
+def newest_good(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole, None where there is none at all; names those that are not.
+
+    Raises:
+        UserError: there are some, and none is whole.
+    """
+    candidates = numbered(folder) + [path for path in (folder / NEWEST,) if path.exists()]
+    for path in candidates:
+        problem = damage(path)
+        if problem is None:
+            return path
+        print_line(f"WARNING: {path} is damaged ({problem}): going back to the one before it")
+    if candidates:
+        raise UserError(f"--auto-resume: no checkpoint in {folder} is whole; empty the folder to start afresh")
+    return None

@@ -1,0 +1,168 @@
+"""What the fault tests share: real training runs that are killed, and the comparison with one that never was."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from commands import Command, start_tasks
+from conftest import ROOT
+
+RESUME_STATUS = 75
+# All that is random or has a state: shuffle, augmentation, mixup, drop path, averaged weights, a best checkpoint.
+RECIPE = [
+    "--model", "SepViT_Lite", "--input-size", "32", "--batch-size", "8", "--epochs", "3", "--model-ema",
+    "--model-ema-warmup", "--warmup-epochs", "1", "--lr", "5e-3", "--output_dir", "run", "--device", "cpu",
+    "--checkpoint-every", "2", "--auto-resume", "--print-freq", "1", "--keep-checkpoints", "3", "--timeout", "60",
+]  # fmt: skip
+
+
+STARTED: list[subprocess.Popen | Command] = []
+
+
+def end_all() -> None:
+    """Kill whatever was started and still runs, with all it started itself."""
+    for process in STARTED:
+        if process.poll() is None:
+            for number in (*descendants(process.pid), process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+            process.wait()
+    STARTED.clear()
+
+
+class Run:
+    """A training run in a folder of its own, started again and again by the same command.
+
+    Args:
+        folder: to run in.
+        data: images in ImageNet's layout.
+        settings: beyond those of the recipe; later ones win.
+        processes: of torchrun; 0 for one without it.
+        launcher: torchrun's own settings.
+        environment: variables.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        data: Path,
+        *settings: str,
+        processes: int = 0,
+        launcher: tuple[str, ...] = ("--standalone",),
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.output = folder / "run"
+        folder.mkdir(parents=True, exist_ok=True)
+        start = [sys.executable]
+        if processes:
+            start += ["-m", "torch.distributed.run", *launcher, f"--nproc_per_node={processes}"]
+        self.command = [*start, str(ROOT / "main.py"), *RECIPE, "--num_workers", "0", "--data-path", str(data)]
+        self.command += map(str, settings)
+        self.environment = {**os.environ, **(environment or {})}
+
+    def start(self) -> subprocess.Popen | Command:
+        """Start the command in a session of its own, so that all its processes can be killed together."""
+        printed = self.folder / "printed.txt"
+        if self.command[0] == sys.executable and self.command[1].endswith(".py"):
+            script, *arguments = self.command[1:]
+            STARTED.append(Command(Path(script), arguments, self.folder, self.environment, printed, printed, True))
+        else:
+            with printed.open("a+") as log:
+                STARTED.append(subprocess.Popen(self.command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT,
+                                                env=self.environment, start_new_session=True))  # fmt: skip
+        return STARTED[-1]
+
+    def start_tasks(self, count: int) -> list[Command]:
+        """Start the command as processes that find each other by themselves, without torchrun."""
+        printed = self.folder / "printed.txt"
+        tasks = start_tasks(count, Path(self.command[1]), self.command[2:], self.folder, self.environment, printed,
+                            printed)  # fmt: skip
+        STARTED.extend(tasks)
+        return tasks
+
+    def text(self) -> str:
+        """All that was printed so far, by all starts."""
+        printed = self.folder / "printed.txt"
+        return printed.read_text() if printed.exists() else ""
+
+    def finish(self, timeout: float = 300) -> str:
+        """Start the command and wait for its end, which has to be a success; returns what it printed."""
+        before = len(self.text())
+        process = self.start()
+        status = process.wait(timeout)
+        printed = self.text()[before:]
+        assert status == 0, printed
+        return printed
+
+    def wait_for(self, process: subprocess.Popen, words: str, count: int = 1, timeout: float = 120) -> None:
+        """Wait until words were printed `count` times, by all starts together, or the command ended."""
+        end = time.monotonic() + timeout
+        while self.text().count(words) < count and process.poll() is None:
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.02)
+
+    def kill(self, rng: random.Random) -> bool:
+        """Start the command, kill all its processes at a random moment of its work; false if it ended before that."""
+        lines = self.text().count("] loss")
+        process = self.start()
+        # importing takes seconds in which nothing can be lost: from the first step on the moment is random
+        self.wait_for(process, "] loss", lines + 1)
+        time.sleep(rng.uniform(0, 4))
+        if process.poll() is not None:
+            return False
+        # torchrun's workers are in sessions of their own: now and then they survive it, for a while
+        workers = descendants(process.pid) if rng.random() < 0.7 else []
+        os.killpg(process.pid, signal.SIGKILL)
+        for worker in workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+        process.wait()
+        return True
+
+
+def descendants(parent: int) -> list[int]:
+    """Numbers of all processes that a process started, and those they started."""
+    listed = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()
+    return [number for child in map(int, listed) for number in (child, *descendants(child))]
+
+
+def differences(a: Any, b: Any, place: str = "") -> list[str]:
+    """Where two nested structures differ, tensors bit by bit."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+        return [] if same else [place]
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = [f"{place}/{key} in one alone" for key in a.keys() ^ b.keys()]
+        return found + [line for key in a.keys() & b.keys() for line in differences(a[key], b[key], f"{place}/{key}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return [line for i, (x, y) in enumerate(zip(a, b)) for line in differences(x, y, f"{place}/{i}")]
+    return [] if a == b else [f"{place}: {a} and {b}"]
+
+
+def assert_same(output: Path, other: Path) -> None:
+    """Checkpoints and log.txt of two runs are the same, bit by bit."""
+    for name in ("checkpoint.pth", "checkpoint_best.pth"):
+        a, b = (torch.load(folder / name, weights_only=True) for folder in (output, other))
+        found = differences(a, b)
+        assert not found, f"{name}: {found[:5]}"
+    ours, theirs = ((folder / "log.txt").read_text().splitlines() for folder in (output, other))
+    assert ours == theirs, [pair for pair in zip(ours, theirs) if pair[0] != pair[1]]
+
+
+def damage(path: Path, how: str, rng: random.Random) -> None:
+    """Break a file: cut it short, or change one byte of a tensor."""
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        content = content[: rng.randrange(len(content) // 2, len(content) - 1)]
+    else:
+        content[rng.randrange(len(content) // 4, len(content) // 2)] ^= 0x40
+    path.unlink()  # a hard link's other name keeps its content
+    path.write_bytes(content)

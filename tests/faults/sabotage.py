@@ -1,0 +1,43 @@
+"""main.py, but with steps that go wrong.
+
+BAD_LOSS, HANG and FAIL say where, by process:batch,batch,…, counted from 1 in each start. LAG=1 makes the processes
+read what happened in a step one step later, as on GPUs.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import engine
+import main
+from utils import get_rank
+
+calls = 0
+forward = engine.DistillationLoss.forward
+
+
+def is_meant(variable: str) -> bool:
+    """Whether a variable names this process and batch."""
+    process, _, batches = os.environ.get(variable, ":").partition(":")
+    return process == str(get_rank()) and str(calls) in batches.split(",")
+
+
+def sabotaged(self, images: torch.Tensor, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    global calls
+    calls += 1
+    while is_meant("HANG"):
+        time.sleep(1)
+    if is_meant("FAIL"):
+        raise RuntimeError("out of memory")
+    loss = forward(self, images, outputs, targets)
+    return loss * torch.inf if is_meant("BAD_LOSS") else loss
+
+
+engine.DistillationLoss.forward = sabotaged
+if "LAG" in os.environ:
+    main.reading_lag = lambda *_: int(os.environ["LAG"])
+sys.exit(main.run())

@@ -1,0 +1,184 @@
+"""Checkpoints from the web, from a server that stalls, truncates and redirects; and files that are damaged."""
+
+import hashlib
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import SMALL, Code, command
+
+import checkpoints
+from utils import UserError
+
+
+class Server(BaseHTTPRequestHandler):
+    """Serves one file at every path, in the way its last folder says; counts requests by path."""
+
+    content = b""
+    requests: dict[str, int]
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        count = self.requests[self.path] = self.requests.get(self.path, 0) + 1
+        way = self.path.split("/")[1]
+        if way == "redirect":
+            self.send_response(302)
+            self.send_header("Location", self.path.replace("redirect", "whole"))
+            self.end_headers()
+            return
+        if way == "missing" or (way == "busy" and count < 3):
+            self.send_error(404 if way == "missing" else 503)
+            return
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if way != "without-parts" else 0
+        body = self.content[start:]
+        self.send_response(206 if start else 200)
+        if way != "without-length":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if way == "wrong":
+            body = bytes(len(body))
+        if way in ("truncated", "stalled", "without-parts", "without-length") and count < 3:
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            if way == "stalled":
+                time.sleep(3)
+        else:
+            self.wfile.write(body)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save({"model": timm.create_model("SepViT_Lite", img_size=32, num_classes=3).state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def server(weights, tmp_path, monkeypatch):
+    """Address of a server with a certificate of its own, which the process trusts."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    handler = type("Handler", (Server,), dict(content=weights.read_bytes(), requests={}))
+    http = ThreadingHTTPServer(("localhost", 0), handler)
+    http.daemon_threads = True
+    http.socket = context.wrap_socket(http.socket, server_side=True)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"https://localhost:{http.server_port}", handler
+    http.shutdown()
+
+
+@pytest.mark.parametrize("way", ["whole", "redirect", "truncated", "stalled", "without-parts", "busy"])
+def test_download(way, server, weights, tmp_path):
+    address, handler = server
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
+    path = tmp_path / "out" / f"weights-{digest}.pth"
+    start = time.monotonic()
+    checkpoints.download(f"{address}/{way}/{path.name}", path, stall=1)
+    assert time.monotonic() - start < 10
+    assert path.read_bytes() == weights.read_bytes()
+    assert list(path.parent.iterdir()) == [path]
+    requests = handler.requests[f"/{way}/{path.name}"]
+    assert requests == (3 if way in ("truncated", "stalled", "without-parts", "busy") else 1)
+
+
+@pytest.mark.parametrize(("way", "words"), [
+    ("missing", "HTTP Error 404: Not Found"),
+    ("wrong", "does not have the hash in its name"),
+    ("without-length", "is damaged (truncated)"),
+])  # fmt: skip
+def test_download_that_fails_leaves_nothing(way, words, server, tmp_path):
+    address, _ = server
+    path = tmp_path / "out" / ("weights-00000000.pth" if way == "wrong" else "weights.pth")
+    with pytest.raises(UserError) as refusal:
+        checkpoints.download(f"{address}/{way}/{path.name}", path, stall=1)
+    assert words in str(refusal.value)
+    assert not list(path.parent.iterdir())
+
+
+def test_a_server_that_ever_breaks_off(server, tmp_path):
+    address, handler = server
+    handler.requests = type("Ever", (dict,), dict(get=lambda *_: 0))()
+    path = tmp_path / "out/weights.pth"
+    with pytest.raises(
+        UserError, match=r"download failed \(the connection ended after \d+ of \d+ bytes\), tried 3 times"
+    ):
+        checkpoints.download(f"{address}/without-parts/weights.pth", path, stall=1, attempts=3)
+    assert not list(path.parent.iterdir())
+
+
+def test_resume_from_the_web(server, few_digits, tmp_path):
+    """By the command; a second time without a download, but not another file of the same name."""
+    address, handler = server
+    for place in ("whole", "whole", "whole/elsewhere"):
+        result = command("--eval", "--resume", f"{address}/{place}/weights.pth", *SMALL, "--data-path", few_digits)
+        assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "hub/hub/checkpoints").glob("*/weights.pth"))) == 2
+    assert handler.requests == {"/whole/weights.pth": 1, "/whole/elsewhere/weights.pth": 1}
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--finetune", "--teacher-path"])
+def test_code_in_a_checkpoint_never_runs(flag, few_digits, tmp_path):
+    torch.save({"model": {}, "args": Code(tmp_path / "ran")}, tmp_path / "code.pth")
+    distillation = ["--distillation-type", "hard", "--teacher-model", "SepViT_Lite"]
+    result = command(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", flag, tmp_path / "code.pth",
+                     *(distillation if flag == "--teacher-path" else []))  # fmt: skip
+    assert result.returncode == 2
+    assert f"main.py: {flag} {tmp_path / 'code.pth'}: refused, it holds" in result.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_changed_byte_anywhere_is_found(tmp_path):
+    """Or the file is read as it was: some bytes mean nothing."""
+    checkpoint = {"model": {"weight": torch.arange(64.0)}, "steps": 2}
+    older, newer = (tmp_path / checkpoints.NUMBERED.format(steps) for steps in (1, 2))
+    for path in (older, newer):
+        torch.save(checkpoint, path)
+    content = newer.read_bytes()
+    found = 0
+    for place in range(0, len(content), 3):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        newer.write_bytes(changed)
+        if checkpoints.newest_good(tmp_path) == newer:
+            same = checkpoints.read_checkpoint(str(newer), "--resume")
+            assert same["steps"] == 2
+            assert torch.equal(same["model"]["weight"], checkpoint["model"]["weight"])
+        else:
+            assert checkpoints.newest_good(tmp_path) == older
+            found += 1
+    assert found > len(content) / 3 / 4
+
+
+def test_the_best_is_written_before_it_is_known(tmp_path, monkeypatch):
+    """Killed between a file and its other names, a run comes to the same epoch again, and to the same best."""
+    monkeypatch.setattr(checkpoints, "name_also", lambda *_: sys.exit())
+    writer = checkpoints.CheckpointWriter(tmp_path, 2)
+    writer.save(dict(steps=3, epoch=0, epoch_step=0), is_best=True)
+    with pytest.raises(SystemExit):
+        writer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_best.pth"]
+
+
+def test_a_damaged_checkpoint_is_named(weights, few_digits, tmp_path):
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "changed.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"changed\.pth: damaged, wrong checksum of data/"):
+        checkpoints.read_checkpoint(str(tmp_path / "changed.pth"), "--resume")

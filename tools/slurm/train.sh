@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Trains on several nodes, one task a GPU, and goes on by itself after preemption, the time limit or a lost process:
+#
+#     sbatch --nodes=4 tools/slurm/train.sh --model SepViT_Tiny --batch-size 64 --data-path imagenet --output_dir tiny
+#
+# from this repository's folder; settings of sbatch before the script, of main.py behind it. PYTHON names the Python.
+# SLURM warns with SIGUSR1 two minutes before the end: the run saves, ends with 75, and the job goes back to the queue,
+# MAX_REQUEUES (100) times at most. A mistake or an error of the run's own ends the job.
+#SBATCH --job-name=sepvit
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -uo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
+
+srun "${PYTHON:-python3}" main.py --auto-resume --num_workers "${SLURM_CPUS_PER_TASK:-10}" "$@"
+status=$?
+case $status in
+    75 | 134 | 137 | 138 | 143) # it saved and ended, lost a process, or was killed (ABRT, KILL, USR1, TERM)
+        if ((${SLURM_RESTART_COUNT:-0} < ${MAX_REQUEUES:-100})); then
+            scontrol requeue "$SLURM_JOB_ID"
+        else
+            echo "train.sh: went back to the queue ${SLURM_RESTART_COUNT} times; MAX_REQUEUES allows more" >&2
+        fi
+        ;;
+esac
+exit "$status"
