@@ -295,7 +295,7 @@ def test_evaluation_detections_and_pictures(trained, scenes, tmp_path):
     assert isinstance(json.loads((tmp_path / "f/results.bbox.json").read_text()), list)
 
 
-@pytest.mark.parametrize("detector", ["mask_rcnn", "retinanet"])
+@pytest.mark.parametrize("detector", ["mask_rcnn", pytest.param("retinanet", marks=pytest.mark.slow)])
 def test_commands_of_the_page_on_two_processes(detector, retinanet, scenes, tmp_path):
     """Train and evaluate by the scripts; same figures as on one process."""
     path, work_dir, port = retinanet if detector == "retinanet" else DEMO, tmp_path / "work dir", {"PORT": free_port()}
@@ -332,6 +332,7 @@ def test_paper_configs_on_two_processes(detector, schedule, scenes, tmp_path):
     assert figures(text)[0]
 
 
+@pytest.mark.slow  # segmentation's, in the short form, are the same but for the names
 def test_slurm_script(scenes, tmp_path):
     """srun itself is played by a script that starts the tasks as it would."""
     environment = {**play_srun(tmp_path), "GPUS": "2"}

@@ -73,7 +73,7 @@ def test_output_folder(trained):
     assert not list(folder.glob("*.tmp"))
     checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
     assert checkpoint.keys() >= CHECKPOINT_KEYS
-    assert checkpoint["epoch"] == 3
+    assert checkpoint["epoch"] == 1
     best = torch.load(folder / "checkpoint_best.pth", weights_only=True)
     accuracies = [entry["test_acc1"] for entry in read_log(folder)]
     assert best["epoch"] == int(np.argmax(accuracies))
@@ -315,6 +315,7 @@ def test_compiled_training(few_digits, tmp_path):
     assert np.isfinite(read_log(tmp_path / "run")[0]["test_ema_loss"])
 
 
+@pytest.mark.slow
 def test_compiled_throughput(few_digits):
     printed = succeed(*SMALL, "--data-path", few_digits, "--compile", "--throughput", "--batch-size", 2)
     assert "batch size 3" in printed
