@@ -394,8 +394,15 @@ def make_folder(folder: Path, flag: str) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of log.txt, one JSON object each; none where there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of log.txt, one JSON object each; none where there is no such file.
+
+    Raises:
+        UserError: a line is no JSON.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path}: not as a run writes it ({error}); move it away, a run goes on without it") from None
 
 
 def epochs_of(log: list[dict[str, Any]]) -> list[dict[str, Any]]:

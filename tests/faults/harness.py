@@ -120,7 +120,10 @@ class Run:
             return False
         # torchrun's workers are in sessions of their own: now and then they survive it, for a while
         workers = descendants(process.pid) if rng.random() < 0.7 else []
-        os.killpg(process.pid, signal.SIGKILL)
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it ended a moment ago
+            return False
         for worker in workers:
             with suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)

@@ -59,7 +59,8 @@ def assert_nothing_saved_is_lost(run: Run) -> None:
     if reported:
         newest = checkpoints.numbered(run.output)
         assert newest[0].name >= max(reported)
-        assert all(checkpoints.damage(path) is None for path in newest)
+        # processes whose torchrun was killed save once more, and delete the oldest
+        assert all(checkpoints.damage(path) is None or not path.exists() for path in newest)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -84,12 +85,13 @@ def kill_often(name: str, kills: int, data: Path, folder: Path, peaceful: Path, 
     while done < kills:
         done += run.kill(rng)
         assert_nothing_saved_is_lost(run)
-        if (run.output / LAST).exists() or "trained in" in run.text():
-            assert_same(run.output, peaceful)  # it had come to its end: another run for the kills that are left
+        if (run.output / LAST).exists() or "trained in" in run.text():  # another run for the kills that are left
+            run.finish()
+            assert_same(run.output, peaceful)
             run = Run(folder / f"run{done}", data, *settings, processes=processes)
     run.finish()
     assert_same(run.output, peaceful)
-    table.add(f"killed at a random moment ({name}), bit for bit the same at the end", kills)
+    table.add(f"killed at a random moment, {name}", kills)
 
 
 def test_killed(few_digits, tmp_path, peaceful, table):
@@ -136,7 +138,7 @@ def test_damaged_checkpoint(how, few_digits, tmp_path, peaceful, table):
     assert f"WARNING: run/{newest.name} is damaged ({what}" in printed
     assert f"--auto-resume run/{before.name}: going on with epoch 0, step 4" in printed
     assert_same(run.output, peaceful)
-    table.add(f"newest checkpoint {how}: named, the one before it taken")
+    table.add("newest checkpoint cut short or changed")
 
 
 def test_no_whole_checkpoint(few_digits, tmp_path, peaceful, capsys, monkeypatch):
@@ -174,7 +176,7 @@ def test_full_disk(few_digits, tmp_path, peaceful, table):
         assert_same(output, peaceful)
     finally:
         subprocess.run(["umount", output], check=True)
-    table.add("full file system: said, old checkpoints kept, training went on")
+    table.add("full file system")
 
 
 def test_failed_write(few_digits, tmp_path, peaceful, table):
@@ -188,7 +190,7 @@ def test_failed_write(few_digits, tmp_path, peaceful, table):
     assert last.startswith("main.py: --output_dir run: the last checkpoint could not be written (File too large)")
     assert not list(run.output.glob("*.pth*"))
     assert (run.output / "log.txt").read_text() == (peaceful / "log.txt").read_text()
-    table.add("write that fails: said, training went on", 9)
+    table.add("writes that fail", 9)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -211,7 +213,7 @@ def test_preempted(number, few_digits, tmp_path, peaceful, table):
     run.finish()
     a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, peaceful))
     assert differences(a, b) == []
-    table.add(f"{number.name}: saved and ended with {RESUME_STATUS} within seconds")
+    table.add("SIGTERM or SIGUSR1 to the run")
 
 
 def test_one_process_of_two_preempted(few_digits, tmp_path, peaceful_pair, table):
@@ -224,7 +226,7 @@ def test_one_process_of_two_preempted(few_digits, tmp_path, peaceful_pair, table
     tasks = run.start_tasks(2)
     assert [task.wait(120) for task in tasks] == [0, 0]
     assert_same(run.output, peaceful_pair)
-    table.add("signal to one process of two: both ended at the same step")
+    table.add("SIGUSR1 to one process of two")
 
 
 @pytest.mark.slow
@@ -239,7 +241,7 @@ def test_torchrun_preempted(number, few_digits, tmp_path, peaceful_pair, table):
     assert "ended by a signal before" in run.text()
     run.finish()
     assert_same(run.output, peaceful_pair)
-    table.add(f"{number.name} to torchrun: both processes saved and ended")
+    table.add("SIGTERM or SIGUSR1 to torchrun")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,7 +263,7 @@ def test_lost_process(number, few_digits, tmp_path, peaceful_pair, table):
     tasks = run.start_tasks(2)
     assert [task.wait(120) for task in tasks] == [0, 0]
     assert_same(run.output, peaceful_pair)
-    table.add(f"process lost by {number.name}: named, the other ended")
+    table.add("process lost by SIGKILL or SIGSTOP")
 
 
 @pytest.mark.parametrize("process", [0, 1])
@@ -271,7 +273,7 @@ def test_failing_process(process, few_digits, tmp_path, table):
     assert [task.wait(90) for task in run.start_tasks(2)] == [1, 1]
     other = f"process {1 - process}: process {process} "
     assert re.search(rf"{other}\(.*\), last seen at .*, failed \(RuntimeError: out of memory\)", run.text())
-    table.add("process that fails: named, the other ended")
+    table.add("process that fails by an error of its own")
 
 
 def test_hanging_process(few_digits, tmp_path, table):
@@ -282,7 +284,7 @@ def test_hanging_process(few_digits, tmp_path, table):
     assert re.search(
         r"process 0: process 1 \([^)]*\) hangs at epoch 0, step 3: nothing has moved for 1\d s", run.text()
     )
-    table.add("process that hangs: named, all ended")
+    table.add("process that hangs")
 
 
 def test_torchrun_restarts_by_itself(few_digits, tmp_path, peaceful_pair, table):
@@ -293,7 +295,7 @@ def test_torchrun_restarts_by_itself(few_digits, tmp_path, peaceful_pair, table)
     assert process.wait(180) == 0
     assert run.text().count("--auto-resume run/checkpoint-") == 1
     assert_same(run.output, peaceful_pair)
-    table.add("process killed under torchrun --max-restarts: went on by itself")
+    table.add("process killed under torchrun --max-restarts, on one node and on two")
 
 
 @pytest.mark.slow
@@ -301,14 +303,14 @@ def test_torchrun_on_two_nodes_restarts_by_itself(few_digits, tmp_path, peaceful
     """The README's settings; both nodes are this machine."""
     launcher = ("--nnodes=2", "--max-restarts=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}")
     run = Run(tmp_path, few_digits, "--batch-size", "4", processes=1, launcher=launcher,
-              environment=dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))  # fmt: skip
+              environment=dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OMP_NUM_THREADS="1"))  # fmt: skip
     nodes = [run.start() for _ in range(2)]
     run.wait_for(nodes[0], "] loss", 4)
     os.kill(descendants(nodes[1].pid)[0], signal.SIGKILL)
     assert [node.wait(180) for node in nodes] == [0, 0]
     assert run.text().count("--auto-resume run/checkpoint-") == 1
     assert_same(run.output, peaceful_pair)
-    table.add("process killed on one of two nodes: both went on by themselves")
+    table.add("process killed under torchrun --max-restarts, on one node and on two")
 
 
 def test_elastic(few_digits, tmp_path, table):
@@ -331,7 +333,7 @@ def test_elastic(few_digits, tmp_path, table):
     assert (checkpoint["steps"], checkpoint["batches_per_step"]) == (18, 4)
     losses, others = ([entry["train_loss"] for entry in entries] for entries in (log, other))
     assert losses == pytest.approx(others, rel=1e-3)
-    table.add("four processes, continued by two: the same batches")
+    table.add("four processes, continued by two")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -352,7 +354,7 @@ def test_bad_loss_on_one_process_of_two(few_digits, tmp_path, table):
     batch = torch.load(run.output / "bad_batch-00000003-process1.pth", weights_only=True)
     assert batch["images"].shape == (4, 3, 32, 32)
     assert (batch["epoch"], batch["step"]) == (0, 3)
-    table.add("loss not finite on one process of two: step left out by both", 2)
+    table.add("losses that are not finite, for a step", 2)
 
 
 def test_bad_losses_are_known_a_step_later_on_gpus(few_digits, tmp_path, table):
@@ -364,7 +366,7 @@ def test_bad_losses_are_known_a_step_later_on_gpus(few_digits, tmp_path, table):
         outputs.append(run.output)
     assert_same(*outputs)
     assert utils.epochs_of(utils.read_log(outputs[1] / "log.txt"))[-1]["bad_steps"] == 3
-    table.add("losses not finite, known a step later, as on GPUs", 3)
+    table.add("losses that are not finite, for a step", 3)
 
 
 def test_too_many_bad_losses(few_digits, tmp_path, table):
@@ -375,7 +377,7 @@ def test_too_many_bad_losses(few_digits, tmp_path, table):
     newest = checkpoints.numbered(run.output)[0]
     assert newest.name == "checkpoint-00000006.pth"
     assert checkpoints.damage(newest) is None
-    table.add("loss not finite for good: ended, the checkpoint from before intact")
+    table.add("losses that are not finite, for good")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -404,7 +406,7 @@ def test_unreadable_images(few_digits, tmp_path, table):
     run = Run(tmp_path / "fail", data, "--on-bad-image", "fail")
     assert run.start().wait(120) == 2
     assert f"--on-bad-image fail: 1 of 47 training images cannot be read, 0 may be ({first}, …)" in run.text()
-    table.add("unreadable training image: named once, another taken, or ended as asked", 3)
+    table.add("images that cannot be read", 3)
 
 
 def test_unreadable_validation_image(few_digits, tmp_path, table):
@@ -416,7 +418,7 @@ def test_unreadable_validation_image(few_digits, tmp_path, table):
         assert result.returncode == 2
         line = result.stderr.strip().splitlines()[-1]
         assert line.startswith(f"main.py: image {broken}: cannot be read (UnidentifiedImageError")
-    table.add("unreadable validation image: named", 2)
+    table.add("images that cannot be read", 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -474,6 +476,20 @@ def test_a_run_at_its_end_stays_as_it_is(few_digits, tmp_path, peaceful):
     assert (tmp_path / "run/curves.png").exists()
 
 
+def test_a_broken_log_is_refused_by_name(few_digits, tmp_path, peaceful):
+    shutil.copytree(peaceful, tmp_path / "run")
+    for path in (tmp_path / "run").glob("checkpoint-0000001[68].pth"):
+        path.unlink()
+    (tmp_path / "run/log.txt").write_text('{"epoch": 0')
+    run = Run(tmp_path, few_digits)
+    assert run.start().wait(60) == 2
+    assert run.text().splitlines()[-1].startswith("main.py: run/log.txt: not as a run writes it (")
+    assert (tmp_path / "run/log.txt").read_text() == '{"epoch": 0'
+    (tmp_path / "run/log.txt").unlink()
+    run.finish()
+    assert [entry["epoch"] for entry in utils.epochs_of(utils.read_log(run.output / "log.txt"))] == [2]
+
+
 def test_log_begins_with_what_it_takes_to_repeat_the_run(peaceful, few_digits):
     run = utils.read_log(peaceful / "log.txt")[0]
     assert run["settings"]["lr"] == 5e-3
@@ -494,7 +510,7 @@ def test_code_in_the_newest_checkpoint_never_runs(few_digits, tmp_path, peaceful
     assert run.start().wait(60) == 2
     assert "refused, it holds" in run.text()
     assert not (tmp_path / "ran").exists()
-    table.add("checkpoint that would run code: refused")
+    table.add("newest checkpoint would run code")
 
 
 def test_slurm_script_goes_back_to_the_queue(few_digits, tmp_path, peaceful, table):
@@ -522,7 +538,7 @@ def test_slurm_script_goes_back_to_the_queue(few_digits, tmp_path, peaceful, tab
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"  # not at the end
     a, b = (torch.load(folder / "checkpoint.pth", weights_only=True)["model"] for folder in (run.output, peaceful))
     assert differences(a, b) == []
-    table.add("SLURM's warning: the job went back to its queue, and on")
+    table.add("SIGUSR1 by SLURM, back to the queue")
 
 
 def test_fused_optimizer_leaves_bad_steps_out_on_the_device():
