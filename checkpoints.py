@@ -1,6 +1,7 @@
 """Checkpoints: fetching, reading and checking them, loading what they hold, writing them so that none is ever lost."""
 
 import argparse
+import glob
 import hashlib
 import http.client
 import os
@@ -139,6 +140,7 @@ def download(url: str, path: Path, stall: float = STALL, attempts: int = ATTEMPT
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    _delete_abandoned(path)
     try:
         for attempt in range(1, attempts + 1):
             try:
@@ -158,6 +160,17 @@ def download(url: str, path: Path, stall: float = STALL, attempts: int = ATTEMPT
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _delete_abandoned(path: Path) -> None:
+    """Delete what processes of this host that were killed have left of a file."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.{socket.gethostname()}-*.partial"):
+        try:
+            os.kill(int(partial.stem.rpartition("-")[2]), 0)
+        except ProcessLookupError:
+            partial.unlink(missing_ok=True)
+        except PermissionError:  # another user's that lives
+            continue
 
 
 def _fetch_rest(url: str, partial: Path, stall: float) -> None:
@@ -277,8 +290,18 @@ def _check_entries(weights: dict[str, Tensor], expected: dict[str, Tensor], what
             raise UserError(f"{what}: does not fit this model: {shapes}{way_out}")
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any], with_lr: bool = False
+) -> None:
     """Load an optimiser's state; also one of the published code, which decays the window tokens like matrices.
+
+    Its settings (weight decay, betas, …) stay as they are.
+
+    Args:
+        optimizer: the optimiser.
+        model: whose parameters it steps.
+        state: its state dict.
+        with_lr: take the learning rate from the state, too.
 
     Raises:
         ValueError: the state is of other parameters.
@@ -297,8 +320,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: di
             groups.append({**group, "params": list(range(start, start + len(names)))})
             start += len(names)
         state = {"state": {numbers[i]: value for i, value in state["state"].items()}, "param_groups": groups}
-    # how a step is computed is this run's own matter, and decides where the optimiser keeps its counters
-    kept = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups]
+    own_keys = optimizer.defaults.keys() - ({"lr"} if with_lr else set())
+    kept = [{key: group[key] for key in own_keys & group.keys()} for group in optimizer.param_groups]
     groups = [{**group, **settings} for group, settings in zip(state["param_groups"], kept, strict=True)]
     optimizer.load_state_dict({**state, "param_groups": groups})
 
@@ -400,7 +423,7 @@ def newest_good(folder: Path) -> Path | None:
     Raises:
         UserError: there are some, and none is whole.
     """
-    candidates = numbered(folder) + [path for path in (folder / NEWEST,) if path.exists()]
+    candidates = numbered(folder) + [path for path in (folder / NEWEST, folder / BEST) if path.exists()]
     for path in candidates:
         problem = damage(path)
         if problem is None:

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
 from timm.data.dataset import ImageDataset, IterableImageDataset
-from timm.data.readers.reader_wds import ReaderWds
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data.readers.reader_wds import ReaderWds, WdsTargetKeyError
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder, VisionDataset
@@ -251,6 +252,9 @@ def fingerprint(data: ImageData) -> str:
             digest.update(f"{path.removeprefix(str(dataset.root))}\0{target}\n".encode())
     elif isinstance(dataset, CIFAR100):
         digest.update(dataset.data.tobytes())
+    elif isinstance(getattr(dataset, "reader", None), ReaderImageInTar):
+        for sample, target in zip(dataset.reader.samples, dataset.reader.targets):
+            digest.update(f"{sample[0].path}\0{target}\n".encode())
     else:
         reader = getattr(dataset, "reader", dataset)
         files = getattr(getattr(reader, "split_info", None), "filenames", ())
@@ -272,6 +276,14 @@ class UnreadableImageError(UserError):
 
     name: str
 
+    @classmethod
+    def of(cls, name: str, error: Exception) -> "UnreadableImageError":
+        """That of an image, by what reading it raised."""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        unreadable = cls(f"image {name}: cannot be read ({reason}); repair it or take it out")
+        unreadable.name = name
+        return unreadable
+
 
 def read_sample(dataset: Dataset, index: int) -> tuple[Any, int]:
     """An image as it is, RGB, and its label.
@@ -292,14 +304,11 @@ def read_sample(dataset: Dataset, index: int) -> tuple[Any, int]:
             name = dataset.samples[index][0]
         else:
             name = dataset.filename(index) if hasattr(dataset, "filename") else f"number {index}"
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        unreadable = UnreadableImageError(f"image {name}: cannot be read ({reason}); repair it or take it out")
-        unreadable.name = name
-        raise unreadable from None
+        raise UnreadableImageError.of(name, error) from None
 
 
-class ValSamples(Dataset):
-    """Validation samples; one that cannot be read is named.
+class Samples(Dataset):
+    """What samples are made of.
 
     Args:
         data: the images and their transform.
@@ -311,6 +320,10 @@ class ValSamples(Dataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+
+class ValSamples(Samples):
+    """Validation samples; one that cannot be read is named."""
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, target = read_sample(self.dataset, index)
@@ -349,7 +362,68 @@ class TrainSamples(ValSamples):
         return self.transform(image), target, "\n".join(unreadable)
 
 
-class TrainStream(IterableDataset):
+class ValStream(Samples, IterableDataset):
+    """Validation samples of a data set that is read in turn; one that cannot be read is named."""
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        for image, target in self._images(lambda error: None):
+            yield self.transform(image), target
+
+    def _images(self, leave_out: Callable[[UnreadableImageError], Any], seed: int = 0) -> Iterator[tuple[Any, int]]:
+        """Images as they are, and their labels.
+
+        Args:
+            leave_out: whether the next image is to be taken in place of one that cannot be read; webdatasets alone
+                can do so.
+            seed: of a webdataset's shuffle.
+
+        Raises:
+            UnreadableImageError: an image cannot be read, and is not to be left out.
+        """
+        if isinstance(self.dataset.reader, ReaderWds):
+            _open_webdataset(self.dataset.reader, leave_out, seed)
+        number = 0
+        try:
+            for sample in self.dataset:
+                yield sample
+                number += 1
+        except (OSError, SyntaxError) as error:  # as broken images raise
+            raise UnreadableImageError.of(f"number {number} of a worker's", error) from None
+
+
+def _open_webdataset(reader: ReaderWds, leave_out: Callable[[UnreadableImageError], Any], seed: int) -> None:
+    """Make the reader of a webdataset begin anew, by a seed and with names for images that cannot be read.
+
+    By itself it draws its worker's only seed from how many random numbers were drawn before, and shuffles on through
+    the epochs: in a run that goes on from a checkpoint, other images. What it cannot read it leaves out.
+    """
+    if reader.worker_info is None:
+        reader._lazy_init()  # learns which worker it is
+    reader.worker_seed = seed
+    reader._lazy_init()
+    for stage in reader.ds.pipeline:
+        if getattr(stage, "args", ()) and isinstance(stage.args[0], partial):
+            stage.args = (partial(_decoded, stage.args[0]),)
+            stage.kw["handler"] = partial(_handle_unreadable, leave_out)
+
+
+def _decoded(decode: Callable[[dict], dict], sample: dict[str, Any]) -> dict[str, Any]:
+    """A webdataset's sample, decoded."""
+    try:
+        return decode(sample)
+    except (TypeError, WdsTargetKeyError):  # not the image's fault
+        raise
+    except Exception as error:  # what broken images raise depends on their format, and how they are broken
+        raise UnreadableImageError.of(f"{sample['__url__']}: {sample['__key__']}", error) from None
+
+
+def _handle_unreadable(leave_out: Callable[[UnreadableImageError], Any], error: Exception) -> bool:
+    if isinstance(error, UnreadableImageError) and leave_out(error):
+        return True
+    raise error
+
+
+class TrainStream(ValStream):
     """Training samples of a data set that is read in turn, augmented by random numbers that follow from the seed, the
     epoch, and which sample of which worker and process it is.
 
@@ -359,13 +433,9 @@ class TrainStream(IterableDataset):
     """
 
     def __init__(self, data: ImageData, seed: int) -> None:
-        self.dataset = data.dataset
-        self.transform = data.transform
+        super().__init__(data)
         self.seed = seed
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers live longer than an epoch
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose an epoch's shuffle."""
@@ -373,25 +443,26 @@ class TrainStream(IterableDataset):
         self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[Any, int, str]]:
+        """Image, label, and the images before it that could not be read, a line each.
+
+        Raises:
+            UserError: none of several images can be read.
+        """
         worker = get_worker_info()
         place = (self.epoch.item(), get_rank(), worker.id if worker else 0)
-        if isinstance(self.dataset.reader, ReaderWds):
-            self._shuffle_anew(derived_seed(Stream.SHUFFLE, self.seed, *place))
-        for number, (image, target) in enumerate(self.dataset):
+        unreadable: list[str] = []
+
+        def leave_out(error: UnreadableImageError) -> bool:
+            unreadable.append(error.name)
+            if len(unreadable) > REPLACEMENTS:
+                raise UserError(f"image {unreadable[0]}: cannot be read, nor can {REPLACEMENTS} others behind it")
+            return True
+
+        images = self._images(leave_out, derived_seed(Stream.SHUFFLE, self.seed, *place))
+        for number, (image, target) in enumerate(images):
             seed_everything(Stream.AUGMENTATION, self.seed, *place, number)
-            yield self.transform(image), target, ""
-
-    def _shuffle_anew(self, seed: int) -> None:
-        """Make the reader of a webdataset shuffle by a seed from here on.
-
-        By itself it draws its worker's only seed from how many random numbers were drawn before, and shuffles on
-        through the epochs: in a run that goes on from a checkpoint, other images.
-        """
-        reader = self.dataset.reader
-        if reader.worker_info is None:
-            reader._lazy_init()  # learns which worker it is
-        reader.worker_seed = seed
-        reader.ds = None  # is built when it is read
+            yield self.transform(image), target, "\n".join(unreadable)
+            unreadable.clear()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -484,7 +555,7 @@ def build_val_loader(data: ImageData, args: argparse.Namespace) -> DataLoader:
     if isinstance(dataset, IterableImageDataset):
         _read_exactly_once(dataset, args.dist_eval)
         dataset.set_loader_cfg(num_workers=args.num_workers)
-        dataset.transform = data.transform
+        dataset = ValStream(data)
     else:
         dataset = ValSamples(data)
         if args.dist_eval:

@@ -235,13 +235,14 @@ class Supervision:
         self.bad_batch = None
         if is_preempted:
             raise Preempted
-        if is_due and not training.bad_in_row and not is_last:
+        if is_due and not training.bad_in_row:
             self.save()
 
     def _act(self, training: Training, facts: Facts) -> None:
         """Draw the consequences of what happened in a step, on all processes alike."""
-        # with float16, gradients that are not finite are how the loss scale is found
-        is_bad = facts.bad_loss or (facts.bad_gradients and not training.scaler.is_enabled())
+        # with float16, gradients that are not finite are how the loss scale is found, down to 1
+        is_search = training.scaler.is_enabled() and facts.bad_gradients and training.scaler.get_scale() >= 1
+        is_bad = facts.bad_loss or (facts.bad_gradients and not is_search)
         training.bad_in_row = training.bad_in_row + 1 if is_bad else 0
         if is_bad:
             training.bad_steps += 1
@@ -351,6 +352,7 @@ def train_one_epoch(
     progress = Progress(batches, f"epoch {training.epoch}", args.print_freq, total=len(loader), done=done,
                         later=args.epochs - training.epoch - 1)  # fmt: skip
     for (images, targets, unreadable), share, number, is_last in _accumulated(progress, args.accum_steps):
+        supervision.preemption.has_progress = True
         supervision.watch.tick(f"epoch {training.epoch}, step {training.step}")
         seed_everything(Stream.STEP, args.seed, training.epoch, number)
         images, targets = precision.images(images), targets.to(precision.device, non_blocking=True)

@@ -20,9 +20,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils import RESUME_STATUS, Preempted, UserError, get_rank, get_world_size, is_main_process, sum_over_processes
+from utils import (
+    RESUME_STATUS,
+    Preempted,
+    get_rank,
+    get_world_size,
+    is_lost_worker,
+    is_main_process,
+    sum_over_processes,
+)
 
 POLLS = 5  # times the watch looks within the time in which a process has to show that it lives
+ENDS = ("failed", "was lost")  # how a process shows that it ends by an error: of its own, or of its machine
 SETUP = 1800.0  # seconds a process may rest before the first step, while it looks through its images
 
 
@@ -130,6 +139,11 @@ def gathered(values: Sequence[str]) -> list[str]:
     return [value for part in parts for value in part]
 
 
+def patience_of(timeout: float) -> float:
+    """Seconds without a sign of life after which a process is dead or stopped, for a run's `--timeout`."""
+    return max(5.0, timeout / 10)
+
+
 class Watch:
     """Ends this process, with a line that names the lost one, when another process dies or hangs.
 
@@ -146,7 +160,7 @@ class Watch:
 
     def __init__(self, timeout: float, dist_url: str, preemption: Preemption) -> None:
         self.timeout = timeout
-        self.patience = max(5.0, timeout / 10)
+        self.patience = patience_of(timeout)
         self.dist_url = dist_url
         self.preemption = preemption
         self.rounds = 0
@@ -175,8 +189,8 @@ class Watch:
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         if self._thread is None:
             return
-        is_own = error is None or isinstance(error, (Preempted, UserError))
-        if not is_own and re.search("gloo|nccl|connection|store", str(error), re.IGNORECASE):
+        is_exchange = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
+        if isinstance(error, RuntimeError) and is_exchange:
             self._thread.join(3 * self.patience)  # it is another process that failed: the thread finds out which
         self._ended.set()
         self._thread.join()
@@ -186,7 +200,8 @@ class Watch:
             dist.barrier()  # the first process keeps the store
         else:
             with suppress(RuntimeError):  # the first process may have ended, for the same reason
-                self._show(f"failed ({kind.__name__}: {' '.join(str(error).split())[:200]})")
+                state = "was lost" if is_lost_worker(error) else "failed"
+                self._show(f"{state} ({kind.__name__}: {' '.join(str(error).split())[:200]})")
                 self._await_others()
 
     def _join(self) -> dist.Store:
@@ -209,7 +224,7 @@ class Watch:
         end = time.monotonic() + 4 * self.patience / POLLS
         others = [str(rank) for rank in range(1, get_world_size())]
         while get_rank() == 0 and time.monotonic() < end:
-            if all(json.loads(beat)["state"].startswith("failed") for beat in self._store.multi_get(others)):
+            if all(json.loads(beat)["state"].startswith(ENDS) for beat in self._store.multi_get(others)):
                 return
             time.sleep(0.1)
 
@@ -231,13 +246,17 @@ class Watch:
                 orphaned = min(orphaned, now)
                 if now - orphaned > self.patience:
                     self._end("torchrun, which started it, is gone")
+            guard = threading.Timer(2 * self.patience, self._end_unless_done, ["process 0 does not answer"])
+            guard.daemon = True
+            guard.start()  # the store has no limit of its own for a process 0 that is stopped
             try:
                 self._show("lives")
                 beats = [beat.decode() for beat in self._store.multi_get(ranks)]
             except RuntimeError as error:
-                if not self._ended.is_set():
-                    self._end(f"process 0 does not answer ({' '.join(str(error).split())[:120]})")
+                self._end_unless_done(f"process 0 does not answer ({' '.join(str(error).split())[:120]})")
                 return
+            finally:
+                guard.cancel()
             seen = [last if beat == last[0] else (beat, now) for beat, last in zip(beats, seen)]
             place = (self.rounds, self.ticks)
             moved = moved if place == moved[0] else (place, now)
@@ -254,8 +273,8 @@ class Watch:
         self.preemption.requested |= any(beat["preempted"] for beat in beats)
         for rank, (beat, silence) in enumerate(zip(beats, silences)):
             who = f"process {rank} ({beat['host']}), last seen at {beat['place']},"
-            if beat["state"].startswith("failed") and silence > self.patience / POLLS:  # or this one is about to, too
-                self._end(f"{who} {beat['state']}", 1)
+            if beat["state"].startswith(ENDS) and silence > self.patience / POLLS:  # or this one is about to, too
+                self._end(f"{who} {beat['state']}", 1 if beat["state"].startswith("failed") else RESUME_STATUS)
             if beat["state"] == "lives" and silence > self.patience:
                 self._end(f"{who} has given no sign of life for {silence:.0f} s")
         if rest > (self.timeout if self.preemption.has_progress else max(self.timeout, SETUP)):
@@ -263,6 +282,11 @@ class Watch:
             behind = [f"process {rank} ({beat['host']}) hangs at {beat['place']}" for rank, beat in enumerate(beats)
                       if beat["ticks"] == least]  # fmt: skip
             self._end(f"{', '.join(behind)}: nothing has moved for {rest:.0f} s")
+
+    def _end_unless_done(self, what: str) -> None:
+        """End this process, but for one that is at its end."""
+        if not self._ended.is_set():
+            self._end(what)
 
     def _end(self, what: str, status: int = RESUME_STATUS) -> NoReturn:
         """End this process; a status other than "resume me" where the lost one would fail again."""

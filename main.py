@@ -108,7 +108,7 @@ def run_training(args: argparse.Namespace, output: Output, watch: Watch, precisi
     check_same_classes(train, val)
     model = build_model(args, train.num_classes, precision)
     data = describe_data(train, val)
-    utils.on_main_process(lambda: output.hold(folder))
+    utils.on_main_process(lambda: output.hold(folder, watch.patience))
     source = find_checkpoint(args, folder, data, isinstance(train.dataset, IterableDataset))
     train_loader, val_loader = build_train_loader(train, args), build_val_loader(val, args)
     if args.finetune and not source:
@@ -119,14 +119,13 @@ def run_training(args: argparse.Namespace, output: Output, watch: Watch, precisi
     if source:
         restore(args, training, source)
     if training.epoch >= args.epochs:
-        if args.auto_resume:
+        if source and source.flag == "--auto-resume":
             utils.on_main_process(lambda: complete(folder))
             print_main(f"--auto-resume: the run in {folder} is at its end, epoch {args.epochs - 1}")
             return
         raise UserError(f"--epochs {args.epochs}: behind epoch {training.epoch - 1} there is none left to train")
     open_output(args, output, folder, source, training, describe_run(settings, data, precision))
     start = time.perf_counter()
-    watch.preemption.has_progress = True
     save = partial(save_checkpoint, args, dict(args=settings, data=data), training, output)
     agreement = Agreement(precision.device, reading_lag(args, precision))
     supervision = Supervision(args, watch, agreement, len(train.dataset), folder, output.note, save)
@@ -136,9 +135,7 @@ def run_training(args: argparse.Namespace, output: Output, watch: Watch, precisi
             stats = prefixed("train", loss) | evaluate_training(args, training, val_loader, precision, supervision)
             end_epoch(training, output, save, stats)
     except Preempted:
-        save()
-        utils.on_main_process(output.close)
-        raise Preempted(f"before epoch {training.epoch}, step {training.step}") from None
+        raise end_preempted(training, output, save) from None
     utils.on_main_process(output.close)
     utils.on_main_process(lambda: complete(folder))
     if utils.is_main_process():
@@ -178,13 +175,24 @@ def end_epoch(training: Training, output: Output, save: Callable[..., None], sta
     save(is_best=is_best)
 
 
+def end_preempted(training: Training, output: Output, save: Callable[..., None]) -> Preempted:
+    """Save where a run is that was asked to end; returns what there is to say of it."""
+    save()
+    place = f"before epoch {training.epoch}, step {training.step}; the same command with --auto-resume goes on"
+    try:
+        utils.on_main_process(output.close)
+    except UserError as error:
+        print_main(f"WARNING: {error}")
+        return Preempted(f"{place} from the last checkpoint")
+    return Preempted(f"{place} there")
+
+
 def save_checkpoint(
     args: argparse.Namespace, run: dict[str, Any], training: Training, output: Output, is_best: bool = False
 ) -> None:
     """Write where the run is; all processes call it together."""
     checkpoint = training.checkpoint() | run | dict(batches_per_step=args.accum_steps * utils.get_world_size())
-    if output.checkpoints is not None:
-        output.checkpoints.save(checkpoint, is_best)
+    output.save(checkpoint, is_best)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

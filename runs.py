@@ -3,6 +3,7 @@
 import argparse
 import fcntl
 import json
+import math
 import os
 import platform
 import subprocess
@@ -16,6 +17,7 @@ import torch
 
 import utils
 from checkpoints import (
+    BEST,
     NEWEST,
     NUMBERED,
     CheckpointWriter,
@@ -29,10 +31,10 @@ from checkpoints import (
 )
 from datasets import ImageData, fingerprint
 from engine import Precision, Training
-from faults import gathered
+from faults import gathered, patience_of
 from utils import Log, Scalars, UserError, print_main
 
-LOCK_WAIT = 60  # seconds in which the processes of a run that was killed have to end
+LOCK_WAIT = 60  # seconds, at least, in which the processes of a run that was killed have to end
 
 # Settings that do not change what a run computes: it may go on with others.
 FREE_SETTINGS = {
@@ -214,7 +216,7 @@ def restore(args: argparse.Namespace, training: Training, source: Source) -> Non
         print_main(f"{what}: weights only; the optimiser and the schedule start afresh")
         return
     try:
-        load_optimizer(training.optimizer, training.model, checkpoint["optimizer"])
+        load_optimizer(training.optimizer, training.model, checkpoint["optimizer"], args.sched == "plateau")
         if checkpoint.get("scaler") and training.scaler.is_enabled():
             training.scaler.load_state_dict(checkpoint["scaler"])
         if args.sched == "plateau":  # the one schedule with a memory; the others follow from the command's settings
@@ -255,9 +257,10 @@ class Output:
         if self.lock is not None:
             os.close(self.lock)
 
-    def hold(self, folder: Path) -> None:
+    def hold(self, folder: Path, patience: float) -> None:
         """Keep other runs out of a folder; see `lock_folder`."""
-        self.lock = self.lock or lock_folder(folder)
+        if self.lock is None:
+            self.lock = lock_folder(folder, patience)
 
     def note(self, entry: dict[str, Any]) -> None:
         """Add a line to log.txt; what is no epoch's figures is printed, too."""
@@ -265,6 +268,12 @@ class Output:
             self.log.add(entry)
             if "train_loss" not in entry:
                 print_main(", ".join(f"{name} {value}" for name, value in entry.items()))
+
+    def save(self, checkpoint: dict[str, Any], is_best: bool) -> None:
+        """Write a checkpoint, and before it what log.txt has to say of the way there."""
+        if self.checkpoints is not None:
+            self.log.flush()
+            self.checkpoints.save(checkpoint, is_best)
 
     def draw(self, stats: dict[str, float], epoch: int) -> None:
         """Add figures to TensorBoard's files."""
@@ -275,21 +284,27 @@ class Output:
         """Wait until all is written.
 
         Raises:
-            UserError: the last checkpoint could not be.
+            UserError: log.txt or the last checkpoint could not be.
         """
-        if self.checkpoints is not None:
-            self.checkpoints.wait()
-            if self.checkpoints.failure:
+        if self.checkpoints is None:
+            return
+        self.checkpoints.wait()
+        self.log.flush()
+        for what, failure in (("the last checkpoint", self.checkpoints.failure), ("log.txt", self.log.failure)):
+            if failure:
                 raise UserError(
-                    f"--output_dir {self.checkpoints.folder}: the last checkpoint could not be written "
-                    f"({self.checkpoints.failure}); make room and run it again with --auto-resume"
+                    f"--output_dir {self.checkpoints.folder}: {what} could not be written ({failure}); make room and "
+                    "run it again with --auto-resume"
                 )
 
 
-def lock_folder(folder: Path) -> int | None:
+def lock_folder(folder: Path, patience: float) -> int | None:
     """Keep other runs from writing to a folder until this process ends, however it ends.
 
-    Processes whose launcher was killed train on for a while: they are waited for.
+    Args:
+        folder: the folder.
+        patience: seconds in which a process notices that it is alone; those whose launcher was killed train on that
+            long, and are waited for.
 
     Returns:
         what holds the lock; None where there is no such folder yet, or no locking on its file system.
@@ -300,7 +315,7 @@ def lock_folder(folder: Path) -> int | None:
     if not folder.is_dir():
         return None
     lock = os.open(folder, os.O_RDONLY)
-    for second in range(LOCK_WAIT):
+    for second in range(max(LOCK_WAIT, math.ceil(2 * patience))):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
@@ -337,19 +352,15 @@ def open_output(
 
     def prepare() -> None:
         utils.make_folder(folder, "--output_dir")
-        output.hold(folder)
+        output.hold(folder, patience_of(args.timeout))
         later = [path for path in numbered(folder) if path.name > NUMBERED.format(training.steps)]
-        if source is None or Path(source.path).resolve().parent != folder.resolve():
-            is_taken = bool(numbered(folder)) or (folder / NEWEST).exists()
-        else:  # the published run's way to go on, by `--resume run/checkpoint.pth`
-            is_taken = bool(later) and source.flag == "--resume"
-        if is_taken:
+        if is_taken(args, folder, source, later):
             raise UserError(
                 f"--output_dir {folder}: holds a run already; go on with --auto-resume, or name another folder"
             )
         for damaged in later:
             damaged.rename(f"{damaged}.damaged")
-        for unfinished in folder.glob("*.tmp"):
+        for unfinished in (*folder.glob("checkpoint*.pth.tmp"), *folder.glob("bad_batch-*.pth.tmp")):
             unfinished.unlink()
         try:
             output.log = Log(folder / "log.txt", training.epoch, training.step)
@@ -358,14 +369,37 @@ def open_output(
                 f"--output_dir {folder}: cannot be written ({error.strerror}); name another folder"
             ) from None
         output.log.add_run(run)
-        output.scalars = Scalars(folder, training.epoch)
+        output.scalars = Scalars(folder)
         output.checkpoints = CheckpointWriter(folder, args.keep_checkpoints)
 
     utils.on_main_process(prepare)
 
 
+def is_taken(args: argparse.Namespace, folder: Path, source: Source | None, later: list[Path]) -> bool:
+    """Whether a folder holds a run that going on from a checkpoint would overwrite.
+
+    Args:
+        args: the settings.
+        folder: the output folder.
+        source: the checkpoint, None for a run that starts afresh.
+        later: the folder's checkpoints of later steps than that.
+    """
+    if source is None or Path(source.path).resolve().parent != folder.resolve():
+        has_checkpoint = any((folder / name).exists() for name in (NEWEST, BEST)) or bool(numbered(folder))
+        return has_checkpoint or (not args.auto_resume and bool(utils.epochs_of(utils.read_log(folder / "log.txt"))))
+    if source.flag == "--auto-resume":  # later ones are damaged
+        return False
+    # the published run's way to go on is `--resume run/checkpoint.pth`, where there is no other one
+    is_other = Path(source.path).name != NEWEST and (folder / NEWEST).exists()
+    return bool(later) or (is_other and not numbered(folder))
+
+
 def complete(folder: Path) -> None:
     """Give the newest checkpoint of a run that is at its end its name, and draw the curves."""
-    if saved := numbered(folder):
-        name_also(saved[0], NEWEST)
-    utils.plot_curves(folder / "log.txt", folder / "curves.png")
+    try:
+        if saved := numbered(folder):
+            name_also(saved[0], NEWEST)
+        utils.plot_curves(folder / "log.txt", folder / "curves.png")
+    except OSError as error:
+        print_main(f"WARNING: {folder / NEWEST} or curves.png could not be written ({error.strerror}); "
+                   "make room and run the command again with --auto-resume")  # fmt: skip

@@ -1,6 +1,7 @@
 """What training and evaluation share: users' errors, random numbers, processes, progress, log files and curves."""
 
 import argparse
+import errno
 import gc
 import json
 import math
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
@@ -44,7 +46,8 @@ def run_command(name: str, command: Callable[[], None]) -> int:
         command: what to run.
 
     Returns:
-        the exit status: 0, 2 for a user's mistake, 75 for a run that was preempted, 130 when interrupted.
+        the exit status: 0, 2 for a user's mistake, 75 for a run that was preempted or lost a loader's worker, 130 when
+        interrupted.
     """
     try:
         command()
@@ -58,7 +61,13 @@ def run_command(name: str, command: Callable[[], None]) -> int:
             print(f"{name}: process {get_rank()}: {message}", file=sys.stderr, flush=True)
         return 2
     except Preempted as place:
-        print_main(f"{name}: ended by a signal {place}; the same command with --auto-resume goes on there")
+        print_main(f"{name}: ended by a signal {place}")
+        return RESUME_STATUS
+    except RuntimeError as error:
+        if not is_lost_worker(error):
+            raise
+        print(f"{name}: process {get_rank()}: {' '.join(str(error).split())[:200]}; run the same command again, with "
+              "fewer --num_workers if memory ran out", file=sys.stderr, flush=True)  # fmt: skip
         return RESUME_STATUS
     except KeyboardInterrupt:
         return 130
@@ -68,6 +77,11 @@ def run_command(name: str, command: Callable[[], None]) -> int:
             gc.collect()  # what refers to the group in circles would outlive it, and end the process by an abort
             dist.destroy_process_group()
     return 0
+
+
+def is_lost_worker(error: BaseException | None) -> bool:
+    """Whether an error is that a loader's worker was killed, as the system does where memory runs out."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
 def end_loader_workers() -> None:
@@ -418,12 +432,16 @@ class Log:
         epoch: where the run begins or goes on; lines from there on are taken off.
         step: likewise.
 
+    Attributes:
+        failure: why its last lines could not be written, None where they were.
+
     Raises:
         OSError: it cannot be written.
     """
 
     def __init__(self, path: Path, epoch: int, step: int) -> None:
         self.path = path
+        self.failure: str | None = None
         self.entries = []
         for entry in read_log(path) if (epoch, step) != (0, 0) else []:
             # an epoch's line stands behind all its steps
@@ -432,12 +450,19 @@ class Log:
         self._write()
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Add a line. Where it cannot be written (a full disk), that is said, and the next line brings it along."""
+        """Add a line. Where it cannot be written (a full disk), that is said, and tried again by `flush`."""
         self.entries.append(entry)
         try:
             self._write()
         except OSError as error:
+            self.failure = error.strerror
             print_line(f"WARNING: {self.path} could not be written ({error.strerror}); training goes on")
+
+    def flush(self) -> None:
+        """Write the lines that could not be written yet."""
+        if self.failure:
+            with suppress(OSError):
+                self._write()
 
     def add_run(self, run: dict[str, Any]) -> None:
         """Say what the run is, where that is not what was said last."""
@@ -449,28 +474,31 @@ class Log:
     def _write(self) -> None:
         text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
         write_file(self.path, lambda file: file.write(text.encode()))
+        self.failure = None
 
 
 class Scalars:
-    """TensorBoard's files in a folder. Where they cannot be written, that is said, and training goes on.
+    """TensorBoard's files in a folder. Where they cannot be written, that is said, and the next epoch tries again.
 
     Args:
-        folder: of the files.
-        epoch: where the run begins or goes on; what was written from there on is hidden.
+        folder: of the files. What they have from the first epoch on that is added here is hidden.
     """
 
-    def __init__(self, folder: Path, epoch: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.epoch = epoch
         self._writer: SummaryWriter | None = None
+        self._unwritten: list[tuple[int, dict[str, float]]] = []
 
     def add(self, stats: dict[str, float], epoch: int) -> None:
         """Add an epoch's figures."""
+        self._unwritten.append((epoch, stats))
         try:
-            self._writer = self._writer or SummaryWriter(self.folder, purge_step=self.epoch)
-            for name, value in stats.items():
-                self._writer.add_scalar(name.replace("_", "/", 1), value, epoch)
+            self._writer = self._writer or SummaryWriter(self.folder, purge_step=self._unwritten[0][0])
+            for step, values in self._unwritten:
+                for name, value in values.items():
+                    self._writer.add_scalar(name.replace("_", "/", 1), value, step)
             self._writer.flush()
+            self._unwritten.clear()
         except OSError as error:
             self._writer = None  # it does not recover
             print_line(f"WARNING: TensorBoard's files in {self.folder} could not be written ({error.strerror})")
@@ -503,16 +531,23 @@ def write_file(path: Path, write: Callable[[Any], None]) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk."""
+    """Flush a folder's entries to disk, on file systems that know how to."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
 
 def plot_curves(log: Path, picture: Path) -> None:
-    """Draw loss, accuracy and learning rate of log.txt over the epochs."""
+    """Draw loss, accuracy and learning rate of log.txt over the epochs.
+
+    Raises:
+        OSError: the picture cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import: only when there is a run to draw
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -534,4 +569,4 @@ def plot_curves(log: Path, picture: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(picture, dpi=100)
+    write_file(picture, lambda file: figure.savefig(file, format="png", dpi=100))

@@ -1,6 +1,8 @@
 """Checkpoints from the web, from a server that stalls, truncates and redirects; and files that are damaged."""
 
 import hashlib
+import os
+import socket
 import ssl
 import subprocess
 import sys
@@ -110,6 +112,19 @@ def test_download_that_fails_leaves_nothing(way, words, server, tmp_path):
         checkpoints.download(f"{address}/{way}/{path.name}", path, stall=1)
     assert words in str(refusal.value)
     assert not list(path.parent.iterdir())
+
+
+def test_what_a_killed_download_left_is_deleted(server, tmp_path):
+    address, _ = server
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host = socket.gethostname()
+    left, running = (tmp_path / f"weights.pth.{host}-{pid}.partial" for pid in (dead.pid, os.getppid()))
+    for path in (left, running):
+        path.write_text("half")
+    checkpoints.download(f"{address}/whole/weights.pth", tmp_path / "weights.pth")
+    assert {path.name for path in tmp_path.iterdir()} >= {"weights.pth", running.name}
+    assert not left.exists()
 
 
 def test_a_server_that_ever_breaks_off(server, tmp_path):

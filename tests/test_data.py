@@ -30,9 +30,11 @@ from datasets import (
     build_transform,
     build_val_loader,
     epoch_batches,
+    fingerprint,
 )
 from samplers import DistributedEvalSampler, TrainBatchSampler
 from utils import UserError
+from utils import read_log as read_whole_log
 
 settings_of_hypothesis = hypothesis.settings(max_examples=200, deadline=None)
 
@@ -204,6 +206,18 @@ def test_archives_number_classes_as_folders_do(tmp_path):
     assert sorted(target for _, target in data.dataset) == [0, 1, 2]
 
 
+def test_fingerprints_tell_archives_apart(tmp_path):
+    found = []
+    for name in ("a", "a", "b"):
+        folder = tmp_path / str(len(found))
+        (folder / "x/0").mkdir(parents=True)
+        Image.new("L", (8, 8)).save(folder / f"x/0/{name}.png")
+        with tarfile.open(folder / "val.tar", "w") as archive:
+            archive.add(folder / "x", arcname=".")
+        found.append(fingerprint(build_dataset(False, settings("--data-path", folder))))
+    assert found[0] == found[1] != found[2]
+
+
 def test_hugging_face_data_set(few_digits, tmp_path):
     """Hugging Face's library is called `datasets`, like the file of this repository: both are found."""
     printed = succeed(*SMALL, "--data-set", f"hfds/{few_digits}", "--data-path", tmp_path / "cache", "--num-classes", 3,
@@ -354,6 +368,30 @@ def test_webdataset_evaluates_the_same_on_any_number_of_processes(webdataset, tm
     lines = [succeed(*arguments, processes=n).splitlines()[-1] for n in (0, 2, 3)]
     assert len({line.split(", loss")[0] for line in lines}) == 1
     assert all(line.endswith("31 images") for line in lines)
+
+
+def test_webdataset_with_a_broken_image(webdataset, tmp_path):
+    for shard in webdataset.iterdir():
+        content = shard.read_bytes()
+        broken = "train-2" in shard.name or "val-1" in shard.name
+        first = content.index(b"\x89PNG")
+        (tmp_path / shard.name).write_bytes(content[:first] + b"no image" + content[first + 8 :] if broken else content)
+    name = f"{tmp_path}/digits-train-2.tar: "
+    arguments = [*SMALL, *WEBDATASET, "--data-path", tmp_path, "--batch-size", 8, "--num_workers", 2]
+    whole_val = ["--val-split", "digits-val-{0..0}.tar|11"]
+    for policy, status in (("skip", 0), ("fail", 2)):
+        result = command(*arguments, *whole_val, "--on-bad-image", policy, "--output_dir", tmp_path / policy)
+        assert result.returncode == status, result.stderr
+        events = [entry for entry in read_whole_log(tmp_path / policy / "log.txt") if "unreadable_image" in entry]
+        assert len(events) == 1
+        assert events[0]["unreadable_image"].startswith(name)
+    assert read_log(tmp_path / "skip")[0]["unreadable_images"] == 1
+    assert "--on-bad-image fail: 1 of 48 training images cannot be read" in result.stderr
+    result = command(*arguments, "--eval")
+    assert result.returncode == 2
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith(f"main.py: image {tmp_path}/digits-val-1.tar: ")
+    assert "cannot be read (UnidentifiedImageError" in line
 
 
 def test_webdataset_mistakes(webdataset):

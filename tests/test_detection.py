@@ -389,7 +389,8 @@ def files(trained, tmp_path_factory) -> Path:
     return root
 
 
-GOOD, EVALUATE = ["{demo}", "{files}/good.pth"], ["--eval", "bbox", "--cfg-options", "data_root={scenes}"]
+SCENES = ["--cfg-options", "data_root={scenes}"]
+GOOD, EVALUATE = ["{demo}", "{files}/good.pth"], ["--eval", "bbox", *SCENES]
 MISTAKES = {
     "missing config": ("train", ["none.py"], "CONFIG none.py: no such file"),
     "missing data": ("train", ["{demo}", "--cfg-options", "data_root=nothing"], "train data nothing/: no such folder"),
@@ -406,6 +407,9 @@ MISTAKES = {
     "missing checkpoint": ("test", ["{demo}", "none.pth", *EVALUATE], "CHECKPOINT none.pth: no such file"),
     "another variant": ("test", ["{demo}", "{files}/tiny.pth", *EVALUATE], "holds SepViT_Tiny, not SepViT_Lite"),
     "code": ("test", ["{demo}", "{files}/code.pth", *EVALUATE], "could run code"),
+    "resume code": ("train", ["{demo}", "--resume", "{files}/code.pth", *SCENES], "could run code"),
+    "load code": ("train", ["{demo}", "--load-from", "{files}/code.pth", *SCENES], "could run code"),
+    "predict by code": ("predict", ["{demo}", "{files}/code.pth", "{image}", "--out", "out"], "could run code"),
     "missing annotations": ("test", [*GOOD, "--eval", "bbox", "--cfg-options", "data_root={files}"],
                             "test data {files}/annotations/instances_val2017.json: no such file"),
     "missing image": ("predict", [*GOOD, "none.jpg", "--out", "out"], "IMAGE none.jpg: no such file"),
@@ -423,7 +427,8 @@ RUN = {
 def test_mistakes(mistake, files, scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command, arguments, words = MISTAKES[mistake]
-    places = dict(demo=DEMO, tiny=CONFIGS / "retinanet_sepvit_t_fpn_1x_coco_pvt_setting.py", files=files, scenes=scenes)
+    places = dict(demo=DEMO, tiny=CONFIGS / "retinanet_sepvit_t_fpn_1x_coco_pvt_setting.py", files=files, scenes=scenes,
+                  image=next((scenes / "val2017").iterdir()))  # fmt: skip
     arguments = [argument.format(**places) for argument in arguments]
     assert words.format(**places) in refusal(RUN[command], command, arguments, capsys)
     assert not (files / "ran").exists()

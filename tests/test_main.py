@@ -23,6 +23,7 @@ from conftest import GOLDEN, PLAIN, ROOT, SMALL, command, free_port, read_log, s
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import checkpoints
 import main
 import runs
 import utils
@@ -412,6 +413,75 @@ def test_resume_keeps_how_this_run_computes_its_steps(tmp_path):
     fused = torch.optim.AdamW([{"params": g["params"]} for g in create_groups(model)], fused=True)
     load_optimizer(fused, model, state)
     assert all(group["fused"] for group in fused.param_groups)
+
+
+def test_resume_takes_the_settings_of_the_command(tmp_path):
+    """Also within the first epoch, before any step of the schedule; the moments are the checkpoint's."""
+    args, precision, training = prepared("--lr", "1e-3", "--warmup-epochs", 0)
+    one_epoch(args, precision, training)
+    checkpoint = training.checkpoint() | dict(args=vars(args))
+    args, _, resumed = prepared("--lr", "1e-4", "--warmup-epochs", 0, "--weight-decay", 0.3, "--opt-betas", 0.8, 0.9)
+    runs.restore(args, resumed, runs.Source("--resume", "c.pth", checkpoint))
+    groups, others = resumed.optimizer.param_groups, training.optimizer.param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([group["lr"] / 10 for group in others])
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+    assert {tuple(group["betas"]) for group in groups} == {(0.8, 0.9)}
+    ours, theirs = (each.optimizer.state_dict()["state"] for each in (resumed, training))
+    assert all(torch.equal(ours[i]["exp_avg"], theirs[i]["exp_avg"]) for i in theirs)
+
+
+@pytest.mark.parametrize(("files", "source", "taken"), [
+    ([], None, False),
+    (["checkpoint_best.pth"], None, True),
+    (["log.txt"], None, True),
+    (["checkpoint.pth"], ("--resume", "elsewhere/checkpoint.pth"), True),
+    (["checkpoint.pth"], ("--resume", "checkpoint.pth"), False),  # as the published code's runs go on
+    (["checkpoint.pth", "weights.pth"], ("--resume", "weights.pth"), True),
+    (["checkpoint.pth", "checkpoint-00000004.pth"], ("--resume", "checkpoint-00000004.pth"), False),
+    (["checkpoint-00000004.pth", "checkpoint-00000008.pth"], ("--resume", "checkpoint-00000004.pth"), True),
+    (["checkpoint-00000004.pth", "checkpoint-00000008.pth"], ("--auto-resume", "checkpoint-00000004.pth"), False),
+])  # fmt: skip
+def test_a_folder_that_holds_a_run_is_taken(files, source, taken, tmp_path):
+    for name in files:
+        (tmp_path / name).write_text('{"epoch": 0, "train_loss": 1.0}\n')
+    args, later = main.build_parser().parse_args([]), []
+    if source:
+        source = runs.Source(source[0], str(tmp_path / source[1]), {})
+        later = [path for path in checkpoints.numbered(tmp_path) if path > Path(source.path)]
+        args.auto_resume = source.flag == "--auto-resume"
+    assert runs.is_taken(args, tmp_path, source, later) == taken
+
+
+def write_to_full_disk(*_) -> None:
+    Path("/dev/full").write_text("x")
+
+
+def test_figures_that_could_not_be_written_come_later(tmp_path, monkeypatch, capsys):
+    """And hide none of those before them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars = utils.Scalars(tmp_path)
+    for epoch in range(5):
+        with monkeypatch.context() as full_disk:
+            if epoch == 2:
+                full_disk.setattr(utils.SummaryWriter, "flush", write_to_full_disk)
+            scalars.add({"test_acc1": float(epoch)}, epoch)
+    assert "TensorBoard's files" in capsys.readouterr().out
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.value for event in events.Scalars("test/acc1")] == [0, 1, 2, 3, 4]
+
+
+def test_lines_of_the_log_that_could_not_be_written_come_later(tmp_path, monkeypatch, capsys):
+    log = utils.Log(tmp_path / "log.txt", 0, 0)
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(utils.os, "fsync", write_to_full_disk)
+        log.add({"epoch": 0})
+        assert log.failure == "No space left on device"
+    assert "could not be written (No space left on device); training goes on" in capsys.readouterr().out
+    log.flush()
+    assert log.failure is None
+    assert utils.read_log(tmp_path / "log.txt") == [{"epoch": 0}]
 
 
 def create_groups(model):

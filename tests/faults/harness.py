@@ -109,13 +109,18 @@ class Run:
             assert time.monotonic() < end, self.text()
             time.sleep(0.02)
 
-    def kill(self, rng: random.Random) -> bool:
-        """Start the command, kill all its processes at a random moment of its work; false if it ended before that."""
+    def start_and_wait(self, rng: random.Random) -> subprocess.Popen | Command:
+        """Start the command and let it come to a random moment of its work."""
         lines = self.text().count("] loss")
         process = self.start()
-        # importing takes seconds in which nothing can be lost: from the first step on the moment is random
-        self.wait_for(process, "] loss", lines + 1)
+        if rng.random() < 0.8:  # now and then while it starts; that takes long enough to be met too often
+            self.wait_for(process, "] loss", lines + 1)
         time.sleep(rng.uniform(0, 4))
+        return process
+
+    def kill(self, rng: random.Random) -> bool:
+        """Start the command, kill all its processes at a random moment of its work; false if it ended before that."""
+        process = self.start_and_wait(rng)
         if process.poll() is not None:
             return False
         # torchrun's workers are in sessions of their own: now and then they survive it, for a while

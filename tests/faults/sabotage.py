@@ -1,7 +1,7 @@
 """main.py, but with steps that go wrong.
 
-BAD_LOSS, HANG and FAIL say where, by process:batch,batch,…, counted from 1 in each start. LAG=1 makes the processes
-read what happened in a step one step later, as on GPUs.
+BAD_LOSS, BAD_GRADIENTS, HANG and FAIL say where, by process:batch,batch,…, counted from 1 in each start. LAG=1 makes
+the processes read what happened in a step one step later, as on GPUs.
 """
 
 import os
@@ -34,6 +34,8 @@ def sabotaged(self, images: torch.Tensor, outputs: torch.Tensor, targets: torch.
     if is_meant("FAIL"):
         raise RuntimeError("out of memory")
     loss = forward(self, images, outputs, targets)
+    if is_meant("BAD_GRADIENTS"):
+        loss.register_hook(lambda gradient: gradient * torch.inf)
     return loss * torch.inf if is_meant("BAD_LOSS") else loss
 
 

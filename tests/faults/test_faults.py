@@ -88,7 +88,7 @@ def kill_often(name: str, kills: int, data: Path, folder: Path, peaceful: Path, 
         if (run.output / LAST).exists() or "trained in" in run.text():  # another run for the kills that are left
             run.finish()
             assert_same(run.output, peaceful)
-            run = Run(folder / f"run{done}", data, *settings, processes=processes)
+            run = Run(folder / f"run{len(list(folder.iterdir()))}", data, *settings, processes=processes)
     run.finish()
     assert_same(run.output, peaceful)
     table.add(f"killed at a random moment, {name}", kills)
@@ -144,7 +144,7 @@ def test_damaged_checkpoint(how, few_digits, tmp_path, peaceful, table):
 def test_no_whole_checkpoint(few_digits, tmp_path, peaceful, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(peaceful, tmp_path / "run")
-    for path in [*checkpoints.numbered(tmp_path / "run"), tmp_path / "run/checkpoint.pth"]:
+    for path in (tmp_path / "run").glob("checkpoint*.pth"):
         damage(path, "truncated", random.Random(0))
     with pytest.raises(utils.UserError, match="no checkpoint in run is whole; empty the folder to start afresh"):
         checkpoints.newest_good(Path("run"))
@@ -185,12 +185,29 @@ def test_failed_write(few_digits, tmp_path, peaceful, table):
     run.command = ["prlimit", "--fsize=20000000", *run.command]
     assert run.start().wait(120) == 2
     printed = run.text()
-    assert printed.count("WARNING: run/checkpoint-000000") == 9
+    assert printed.count("WARNING: run/checkpoint-000000") == 12
     last = printed.strip().splitlines()[-1]
     assert last.startswith("main.py: --output_dir run: the last checkpoint could not be written (File too large)")
     assert not list(run.output.glob("*.pth*"))
     assert (run.output / "log.txt").read_text() == (peaceful / "log.txt").read_text()
-    table.add("writes that fail", 9)
+    table.add("writes that fail", 12)
+
+
+@pytest.mark.slow
+def test_preempted_when_writes_fail(few_digits, tmp_path, peaceful, table):
+    run = Run(tmp_path, few_digits)
+    whole = run.command
+    run.command = ["prlimit", "--fsize=20000000", *whole]
+    process = run.start()
+    run.wait_for(process, "] loss", 4)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == RESUME_STATUS
+    assert "WARNING: --output_dir run: the last checkpoint could not be written (File too large)" in run.text()
+    assert "the same command with --auto-resume goes on from the last checkpoint" in run.text()
+    run.command = whole
+    run.finish()
+    assert_same(run.output, peaceful)
+    table.add("SIGTERM when writes fail")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,6 +231,27 @@ def test_preempted(number, few_digits, tmp_path, peaceful, table):
     a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, peaceful))
     assert differences(a, b) == []
     table.add("SIGTERM or SIGUSR1 to the run")
+
+
+@pytest.mark.slow
+def test_preempted_many_times(few_digits, tmp_path, peaceful, table):
+    """At random moments, while it starts and evaluates too."""
+    rng = random.Random("preempted")
+    done = 0
+    run = Run(tmp_path / "run0", few_digits)
+    while done < 10:
+        process = run.start_and_wait(rng)
+        process.send_signal(rng.choice([signal.SIGTERM, signal.SIGUSR1]))
+        status = process.wait(60)
+        assert status in (RESUME_STATUS, 0, -signal.SIGTERM, -signal.SIGUSR1), run.text()  # the last two: importing
+        assert_nothing_saved_is_lost(run)
+        done += status != 0
+        if status == 0:
+            assert_same(run.output, peaceful)
+            run = Run(tmp_path / f"run{len(list(tmp_path.iterdir()))}", few_digits)
+    run.finish()
+    assert_same(run.output, peaceful)
+    table.add("SIGTERM or SIGUSR1 at a random moment", done)
 
 
 def test_one_process_of_two_preempted(few_digits, tmp_path, peaceful_pair, table):
@@ -249,17 +287,23 @@ def test_torchrun_preempted(number, few_digits, tmp_path, peaceful_pair, table):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
-def test_lost_process(number, few_digits, tmp_path, peaceful_pair, table):
+LOST = [(1, signal.SIGKILL), (0, signal.SIGSTOP)]
+LOST += [pytest.param(*other, marks=pytest.mark.slow) for other in ((0, signal.SIGKILL), (1, signal.SIGSTOP))]
+
+
+@pytest.mark.parametrize(("process", "number"), LOST)
+def test_lost_process(process, number, few_digits, tmp_path, peaceful_pair, table):
     """Without torchrun, the processes have to notice by themselves."""
     run = Run(tmp_path, few_digits, "--batch-size", "4")
     tasks = run.start_tasks(2)
     run.wait_for(tasks[0], "] loss", 4)
-    tasks[1].send_signal(number)
-    assert tasks[0].wait(40) == RESUME_STATUS
-    assert re.search(r"main\.py: process 0: process 1 \(.*\), last seen at .*, has given no sign of life", run.text())
-    tasks[1].kill()
-    tasks[1].wait()
+    lost, other = tasks[process], tasks[1 - process]
+    lost.send_signal(number)
+    assert other.wait(60) == RESUME_STATUS
+    what = {0: "does not answer", 1: r"\(.*\), last seen at .*, has given no sign of life"}[process]
+    assert re.search(rf"main\.py: process {1 - process}: process {process} {what}", run.text())
+    lost.kill()
+    lost.wait()
     tasks = run.start_tasks(2)
     assert [task.wait(120) for task in tasks] == [0, 0]
     assert_same(run.output, peaceful_pair)
@@ -274,6 +318,22 @@ def test_failing_process(process, few_digits, tmp_path, table):
     other = f"process {1 - process}: process {process} "
     assert re.search(rf"{other}\(.*\), last seen at .*, failed \(RuntimeError: out of memory\)", run.text())
     table.add("process that fails by an error of its own")
+
+
+@pytest.mark.slow
+def test_lost_loader_worker(few_digits, tmp_path, peaceful, table):
+    """As the system kills where memory runs out."""
+    run = Run(tmp_path, few_digits, "--num_workers", "1")
+    process = run.start()
+    run.wait_for(process, "] loss", 4)
+    os.kill(descendants(process.pid)[0], signal.SIGKILL)
+    assert process.wait(60) == RESUME_STATUS
+    assert re.search(r"main\.py: process 0: DataLoader worker .*; run the same command again", run.text())
+    assert "Traceback" not in run.text()
+    run.finish()
+    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True)["model"] for folder in (run.output, peaceful))
+    assert differences(a, b) == []
+    table.add("loader's worker killed")
 
 
 def test_hanging_process(few_digits, tmp_path, table):
@@ -380,6 +440,19 @@ def test_too_many_bad_losses(few_digits, tmp_path, table):
     table.add("losses that are not finite, for good")
 
 
+@pytest.mark.slow
+def test_gradients_that_never_become_finite_with_float16(few_digits, tmp_path, table):
+    """Halving the loss scale from 65,536 on does not help: from 1 on it is no search any more."""
+    steps = ",".join(map(str, range(3, 60)))
+    run = sabotaged(Run(tmp_path, few_digits, "--amp", "float16", "--epochs", "10", "--max-bad-steps", "4"),
+                    BAD_GRADIENTS=f"0:{steps}")  # fmt: skip
+    assert run.start().wait(120) == 2
+    assert "main.py: --max-bad-steps 4: so many steps in a row were not finite" in run.text()
+    events = [entry["not_finite"] for entry in utils.read_log(run.output / "log.txt") if "not_finite" in entry]
+    assert events == ["gradients"] * 4
+    table.add("gradients that are not finite, for good")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Bad data
 # ----------------------------------------------------------------------------------------------------------------------
@@ -446,12 +519,12 @@ def test_other_settings_are_refused_by_name(few_digits, tmp_path, peaceful):
 
 
 def test_a_folder_another_run_writes_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "LOCK_WAIT", 2)
-    lock = runs.lock_folder(tmp_path)
+    monkeypatch.setattr(runs, "LOCK_WAIT", 1)
+    lock = runs.lock_folder(tmp_path, patience=1)
     with pytest.raises(utils.UserError, match="another run writes there; end it, or name another folder"):
-        runs.lock_folder(tmp_path)
+        runs.lock_folder(tmp_path, patience=1)
     os.close(lock)
-    os.close(runs.lock_folder(tmp_path))
+    os.close(runs.lock_folder(tmp_path, patience=1))
 
 
 @pytest.mark.parametrize("source", ["checkpoint-00000014.pth", "weights.pth"])

@@ -18,6 +18,7 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # which srun no longer takes from the job
 srun "${PYTHON:-python3}" main.py --auto-resume --num_workers "${SLURM_CPUS_PER_TASK:-10}" "$@"
 status=$?
 case $status in
