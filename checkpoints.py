@@ -30,6 +30,7 @@ NUMBERED = "checkpoint-{:08}.pth"  # by the steps taken
 STALL = 30  # seconds without a byte, after which a download begins again
 ATTEMPTS = 5
 PART = 1 << 20  # bytes read at a time
+DIRECTORY = 0x10  # attribute of a zip file's entry
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -89,12 +90,17 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's file, by the checksums (CRC-32) of all it holds; None where it is whole."""
     try:
         with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken is None:
-            torch._C.PyTorchFileReader(str(path))  # what torch.load opens it by; its demands on a directory are higher
+            for entry in archive.infolist():  # not testzip(), which takes entries by names, and of two alike the last
+                if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & DIRECTORY:
+                    return f"wrong directory entry of {entry.filename}"  # torch writes no such ones
+                with archive.open(entry) as file:
+                    while file.read(PART):
+                        pass
+        torch._C.PyTorchFileReader(str(path))  # what torch.load opens it by; its demands on a directory are higher
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        return "truncated" if "not a zip file" in str(error) else " ".join(str(error).split())[:100]
-    return None if broken is None else f"wrong checksum of {broken.partition('/')[2]}"
+        is_short = isinstance(error, EOFError) or "not a zip file" in str(error)
+        return "truncated" if is_short else " ".join(str(error).split())[:100].replace("Bad CRC-32", "wrong checksum")
+    return None
 
 
 def _downloaded(url: str) -> Path:
@@ -133,7 +139,7 @@ def download(url: str, path: Path, stall: float = STALL, attempts: int = ATTEMPT
         url: https address.
         path: of the file; its folder is made.
         stall: seconds without a byte after which a connection is given up.
-        attempts: connections that are tried.
+        attempts: connections in a row that may bring nothing.
 
     Raises:
         UserError: it cannot be downloaded, is damaged, or does not have the hash in its name.
@@ -142,7 +148,9 @@ def download(url: str, path: Path, stall: float = STALL, attempts: int = ATTEMPT
     partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     _delete_abandoned(path)
     try:
-        for attempt in range(1, attempts + 1):
+        in_vain = 0
+        while True:
+            before = _size(partial)
             try:
                 _fetch_rest(url, partial, stall)
                 break
@@ -150,9 +158,10 @@ def download(url: str, path: Path, stall: float = STALL, attempts: int = ATTEMPT
                 problem, is_final = error, error.code < 500
             except (OSError, http.client.HTTPException) as error:
                 problem, is_final = error, False
-            if is_final or attempt == attempts:
-                raise UserError(f"{url}: download failed ({problem}), tried {attempt} times")
-            time.sleep(attempt / 2)
+            in_vain = 0 if _size(partial) > before else in_vain + 1
+            if is_final or in_vain == attempts:
+                raise UserError(f"{url}: download failed ({problem}), tried {in_vain} times in vain")
+            time.sleep((in_vain + 1) / 2)
         if _has_wrong_hash(partial, path.name):
             raise UserError(f"{url}: the file that came does not have the hash in its name; try again")
         if _is_archive(partial) and (problem := damage(partial)):
@@ -173,13 +182,17 @@ def _delete_abandoned(path: Path) -> None:
             continue
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def _fetch_rest(url: str, partial: Path, stall: float) -> None:
     """Append to a part of a file what is missing.
 
     Raises:
         OSError: the connection breaks or stalls.
     """
-    have = partial.stat().st_size if partial.exists() else 0
+    have = _size(partial)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=stall) as response:
         if not response.geturl().startswith("https://"):
@@ -324,6 +337,10 @@ def load_optimizer(
     kept = [{key: group[key] for key in own_keys & group.keys()} for group in optimizer.param_groups]
     groups = [{**group, **settings} for group, settings in zip(state["param_groups"], kept, strict=True)]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    for parameter, values in optimizer.state.items():  # in the parameters' memory format, which fused steps ask for
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and name != "step":
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,18 @@ from torchvision.datasets.folder import default_loader
 
 from faults import ignore_preemption
 from samplers import DistributedEvalSampler, Draw, TrainBatchSampler
-from utils import Stream, UserError, derived_seed, get_rank, get_world_size, seed_everything
+from utils import (
+    PAUSES,
+    MachineError,
+    Stream,
+    UserError,
+    derived_seed,
+    get_rank,
+    get_world_size,
+    is_of_storage,
+    patiently,
+    seed_everything,
+)
 
 IMAGENET_FOLDERS = {True: ("train", "ILSVRC2012_img_train"), False: ("val", "ILSVRC2012_img_val")}
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19")
@@ -272,31 +283,39 @@ class UnreadableImageError(UserError):
 
     Attributes:
         name: of the image, its path where it has one.
+        is_of_storage: it may be neither, as the storage does not answer.
     """
 
     name: str
+    is_of_storage: bool
 
     @classmethod
-    def of(cls, name: str, error: Exception) -> "UnreadableImageError":
+    def of(cls, name: str, error: Exception, is_of_storage: bool = False) -> "UnreadableImageError":
         """That of an image, by what reading it raised."""
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         unreadable = cls(f"image {name}: cannot be read ({reason}); repair it or take it out")
         unreadable.name = name
+        unreadable.is_of_storage = is_of_storage
         return unreadable
 
 
-def read_sample(dataset: Dataset, index: int) -> tuple[Any, int]:
-    """An image as it is, RGB, and its label.
+def read_sample(dataset: Dataset, index: int, pauses: Sequence[int]) -> tuple[Any, int]:
+    """An image as it is, RGB, and its label; storage that does not answer is tried again after pauses (in seconds).
 
     Raises:
         UnreadableImageError: it cannot be read.
     """
-    try:
+
+    def read() -> tuple[Any, int]:
         if isinstance(dataset, ImageDataset):  # timm's, which would take the next image
             file, target = dataset.reader[index]
             image = Image.open(file).convert("RGB")
             return image, dataset.target_transform(target) if dataset.target_transform else target
         return dataset[index]
+
+    folder = getattr(dataset, "root", ".")
+    try:
+        return patiently(read, folder, pauses)
     except UserError:
         raise
     except Exception as error:  # what broken images raise depends on their format, and how they are broken
@@ -304,7 +323,7 @@ def read_sample(dataset: Dataset, index: int) -> tuple[Any, int]:
             name = dataset.samples[index][0]
         else:
             name = dataset.filename(index) if hasattr(dataset, "filename") else f"number {index}"
-        raise UnreadableImageError.of(name, error) from None
+        raise UnreadableImageError.of(name, error, is_of_storage(error, folder)) from None
 
 
 class Samples(Dataset):
@@ -326,7 +345,16 @@ class ValSamples(Samples):
     """Validation samples; one that cannot be read is named."""
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, target = read_sample(self.dataset, index)
+        """Image and label.
+
+        Raises:
+            UnreadableImageError: the image cannot be read.
+            MachineError: the storage does not answer.
+        """
+        try:
+            image, target = read_sample(self.dataset, index, PAUSES)
+        except UnreadableImageError as error:
+            raise (MachineError(str(error)) if error.is_of_storage else error) from None
         return self.transform(image), target
 
 
@@ -347,17 +375,19 @@ class TrainSamples(ValSamples):
 
         Raises:
             UserError: none of several images can be read.
+            MachineError: that is as the storage does not answer.
         """
-        index, unreadable = draw.index, []
+        index, unreadable, pauses = draw.index, [], PAUSES
         for attempt in range(REPLACEMENTS + 1):
             try:
-                image, target = read_sample(self.dataset, index)
+                image, target = read_sample(self.dataset, index, pauses)
                 break
             except UnreadableImageError as error:
                 unreadable.append(error.name)
+                kind, pauses = (MachineError, ()) if error.is_of_storage else (UserError, pauses)
                 index = derived_seed(Stream.REPLACEMENT, self.seed, draw.epoch, draw.place, attempt) % len(self)
         else:
-            raise UserError(f"image {unreadable[0]}: cannot be read, nor can {REPLACEMENTS} others taken in its place")
+            raise kind(f"image {unreadable[0]}: cannot be read, nor can {REPLACEMENTS} others taken in its place")
         seed_everything(Stream.AUGMENTATION, self.seed, draw.epoch, draw.place)
         return self.transform(image), target, "\n".join(unreadable)
 

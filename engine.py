@@ -222,10 +222,10 @@ class Supervision:
             Preempted: the run is to end.
         """
         every = self.args.checkpoint_every
-        is_due = bool(every) and training.steps % every == 0
+        is_due = is_last or (bool(every) and training.steps % every == 0)  # the last: validation may fail
         self.agreement.post(dict(epoch=training.epoch, step=training.step), self.bad_loss, bad_gradients,
                             self.preemption.requested, bool(self.unreadable))  # fmt: skip
-        known = list(self.agreement.known(to_the_last=is_last or is_due))
+        known = list(self.agreement.known(to_the_last=is_due))
         is_preempted = any(facts.preempted for facts in known)
         if is_preempted:  # a checkpoint follows: it must not be ahead of what is known
             known += self.agreement.known(to_the_last=True)

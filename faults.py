@@ -22,11 +22,12 @@ from torch import Tensor
 
 from utils import (
     RESUME_STATUS,
+    MachineError,
     Preempted,
     get_rank,
     get_world_size,
-    is_lost_worker,
     is_main_process,
+    is_of_machine,
     sum_over_processes,
 )
 
@@ -144,6 +145,11 @@ def patience_of(timeout: float) -> float:
     return max(5.0, timeout / 10)
 
 
+def longest_rest(timeout: float) -> float:
+    """Seconds in which a process may not move before the first step, for a run's `--timeout`."""
+    return max(timeout, SETUP)
+
+
 class Watch:
     """Ends this process, with a line that names the lost one, when another process dies or hangs.
 
@@ -189,8 +195,10 @@ class Watch:
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         if self._thread is None:
             return
-        is_exchange = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
-        if isinstance(error, RuntimeError) and is_exchange:
+        is_exchange = isinstance(error, RuntimeError) and bool(
+            isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
+        )
+        if is_exchange:
             self._thread.join(3 * self.patience)  # it is another process that failed: the thread finds out which
         self._ended.set()
         self._thread.join()
@@ -200,9 +208,11 @@ class Watch:
             dist.barrier()  # the first process keeps the store
         else:
             with suppress(RuntimeError):  # the first process may have ended, for the same reason
-                state = "was lost" if is_lost_worker(error) else "failed"
+                state = "was lost" if is_exchange or is_of_machine(error) else "failed"
                 self._show(f"{state} ({kind.__name__}: {' '.join(str(error).split())[:200]})")
                 self._await_others()
+            if is_exchange:  # and no process ended by an error of its own: it was the network
+                raise MachineError(f"{kind.__name__}: {' '.join(str(error).split())}") from error
 
     def _join(self) -> dist.Store:
         """The store in which the processes show where they are."""
@@ -277,7 +287,7 @@ class Watch:
                 self._end(f"{who} {beat['state']}", 1 if beat["state"].startswith("failed") else RESUME_STATUS)
             if beat["state"] == "lives" and silence > self.patience:
                 self._end(f"{who} has given no sign of life for {silence:.0f} s")
-        if rest > (self.timeout if self.preemption.has_progress else max(self.timeout, SETUP)):
+        if rest > (self.timeout if self.preemption.has_progress else longest_rest(self.timeout)):
             least = min(beat["ticks"] for beat in beats)
             behind = [f"process {rank} ({beat['host']}) hangs at {beat['place']}" for rank, beat in enumerate(beats)
                       if beat["ticks"] == least]  # fmt: skip

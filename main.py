@@ -37,7 +37,7 @@ from datasets import (
     check_same_classes,
 )
 from engine import DistillationLoss, Precision, Supervision, Training, evaluate, measure_throughput, train_one_epoch
-from faults import Agreement, Preemption, Watch
+from faults import Agreement, Preemption, Watch, longest_rest
 from runs import Output, complete, describe_data, describe_run, find_checkpoint, open_output, restore
 from sepvit import VARIANTS
 from utils import (
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     check_settings(args)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what makes cuBLAS deterministic
-    device = utils.init_distributed(args.device, args.world_size, args.dist_url)
+    device = utils.init_distributed(args.device, args.world_size, args.dist_url, 2 * longest_rest(args.timeout))
     seed_everything(Stream.WEIGHTS, args.seed)
     torch.backends.cudnn.benchmark = not args.deterministic
     torch.use_deterministic_algorithms(args.deterministic)
@@ -510,8 +510,9 @@ def check_settings(args: argparse.Namespace) -> None:
         raise UserError(f"--opt {args.opt}: unknown; choose one of timm's, such as adamw, sgd, lamb")
     if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", args.device):
         raise UserError(f"--device {args.device}: unknown; choose cuda, mps or cpu")
-    kind = args.device.split(":")[0]
-    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+    kind, _, index = args.device.partition(":")
+    is_missing = kind == "cuda" and int(index or 0) >= torch.cuda.device_count()
+    if is_missing or (kind == "mps" and not torch.backends.mps.is_available()):
         raise UserError(f"--device {args.device}: not available here; choose {utils.best_device()}")
     if args.data_set.split("/")[0] not in (DATA_SETS if "/" not in args.data_set else READERS):
         readers = ", ".join(f"{name}/…" for name in READERS)

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from enum import IntEnum
@@ -34,6 +34,10 @@ class UserError(Exception):
     """A mistake of the user's: one line that names the thing, the value and the way out. The exit status is 2."""
 
 
+class MachineError(Exception):
+    """One of the machine, its storage or its network, which another start need not meet. The exit status is 75."""
+
+
 class Preempted(Exception):  # noqa: N818 it is no error
     """The run was asked to end, and all processes have come to the same step."""
 
@@ -46,14 +50,13 @@ def run_command(name: str, command: Callable[[], None]) -> int:
         command: what to run.
 
     Returns:
-        the exit status: 0, 2 for a user's mistake, 75 for a run that was preempted or lost a loader's worker, 130 when
-        interrupted.
+        the exit status: 0, 2 for a user's mistake, 75 for a run that was preempted or met an error of the machine, 130
+        when interrupted.
     """
     try:
         command()
     except UserError as error:
-        # a loader's worker hands it on below its own traceback
-        message = re.sub(r"^(\w+\.)+\w+Error: ", "", str(error).strip().splitlines()[-1])
+        message = message_of(error)
         if is_main_process():
             print(f"{name}: {message}", file=sys.stderr, flush=True)
         elif dist.is_initialized():
@@ -63,10 +66,10 @@ def run_command(name: str, command: Callable[[], None]) -> int:
     except Preempted as place:
         print_main(f"{name}: ended by a signal {place}")
         return RESUME_STATUS
-    except RuntimeError as error:
-        if not is_lost_worker(error):
+    except (MachineError, RuntimeError) as error:
+        if not is_of_machine(error):
             raise
-        print(f"{name}: process {get_rank()}: {' '.join(str(error).split())[:200]}; run the same command again, with "
+        print(f"{name}: process {get_rank()}: {message_of(error)[:200]}; run the same command again, with "
               "fewer --num_workers if memory ran out", file=sys.stderr, flush=True)  # fmt: skip
         return RESUME_STATUS
     except KeyboardInterrupt:
@@ -79,9 +82,17 @@ def run_command(name: str, command: Callable[[], None]) -> int:
     return 0
 
 
-def is_lost_worker(error: BaseException | None) -> bool:
-    """Whether an error is that a loader's worker was killed, as the system does where memory runs out."""
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+def message_of(error: Exception) -> str:
+    """An error's line; a loader's worker hands it on below its own traceback."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^(\w+\.)+\w+Error: ", "", lines[-1])
+
+
+def is_of_machine(error: BaseException | None) -> bool:
+    """Whether another start need not meet an error; also that of a loader's worker that was killed, as the system does
+    where memory runs out."""
+    is_lost_worker = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+    return is_lost_worker or isinstance(error, MachineError)
 
 
 def end_loader_workers() -> None:
@@ -203,41 +214,42 @@ def _first_node(nodes: str) -> str:
         raise UserError(f"SLURM node list {nodes}: `{' '.join(command)}` failed ({error}); set MASTER_ADDR") from None
 
 
-def init_distributed(device: str, world_size: int, dist_url: str) -> torch.device:
+def init_distributed(device: str, world_size: int, dist_url: str, timeout: float = 1800.0) -> torch.device:
     """Join the process group if torchrun, torch.distributed.launch, SLURM or OpenMPI started several processes.
 
     Args:
         device: 'cuda', 'mps' or 'cpu', or one with an index. nccl joins CUDA processes, gloo all others.
         world_size: number of processes where the environment does not tell it.
         dist_url: where the processes meet (`env://`: MASTER_ADDR and MASTER_PORT).
+        timeout: seconds that a process waits for the others.
 
     Returns:
-        this process's device.
+        this process's device, which is also CUDA's current one.
 
     Raises:
         UserError: the environment does not tell this process's number.
     """
     os.environ.update(_launcher_variables())
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         if world_size > 1:
             raise UserError(f"--world_size {world_size}: RANK is not set; start the processes by torchrun or srun")
         return torch.device(device)
     rank = int(os.environ["RANK"])
     world_size = int(os.environ.get("WORLD_SIZE", world_size))
-    if device == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-        device = f"cuda:{index}"
-        torch.cuda.set_device(index)
     backend = "nccl" if device.startswith("cuda") else "gloo"
-    timeout = timedelta(minutes=30)
+    limit = timedelta(seconds=timeout)
     is_one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"  # the nodes' counts of starts differ
     if dist_url == "env://" and is_one_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun keeps its store when it starts the processes again, with the addresses of the dead ones in it
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=limit)
         meeting = dict(store=dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store))
     else:
         meeting = dict(init_method=dist_url)
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **meeting)
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=limit, **meeting)
     return torch.device(device)
 
 
@@ -502,6 +514,38 @@ class Scalars:
         except OSError as error:
             self._writer = None  # it does not recover
             print_line(f"WARNING: TensorBoard's files in {self.folder} could not be written ({error.strerror})")
+
+
+PAUSES = (1, 2, 4, 8, 15, 30)  # seconds between attempts to read from storage that does not answer
+# what the operating system says of a file itself; the rest is of the storage or the machine
+FILE_ERRORS = {errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR,
+               errno.EPERM}  # fmt: skip
+
+
+def is_of_storage(error: Exception, folder: str | Path) -> bool:
+    """Whether an error in reading a file is not the file's, but the storage's or the machine's.
+
+    Args:
+        error: the error.
+        folder: that is there whenever the storage is.
+    """
+    if isinstance(error, OSError) and error.errno is not None:  # image libraries' own have no number
+        return error.errno not in FILE_ERRORS or not os.path.isdir(folder)
+    return isinstance(error, MemoryError)
+
+
+def patiently(read: Callable[[], Any], folder: str | Path, pauses: Sequence[int] = PAUSES) -> Any:
+    """What `read` returns; where it fails because the storage does not answer, it is tried again after pauses."""
+    for pause in pauses:
+        try:
+            return read()
+        except (OSError, MemoryError) as error:
+            if not is_of_storage(error, folder):
+                raise
+            if pause == pauses[0]:
+                print_line(f"WARNING: {error or 'out of memory'}: trying again for {sum(pauses)} seconds")
+            time.sleep(pause)
+    return read()
 
 
 def write_file(path: Path, write: Callable[[Any], None]) -> None:

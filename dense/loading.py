@@ -1,6 +1,7 @@
 """Loading of training images, some of which may be broken."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from mmcv.transforms import LoadImageFromFile
 from mmengine.logging import print_log
 from mmengine.registry import TRANSFORMS
 
-from utils import UserError
+from utils import UserError, patiently
 
 SLOTS = 1 << 20  # more than the training images of the data sets there are
 
@@ -35,8 +36,9 @@ class LoadReadableImage(LoadImageFromFile):
         Raises:
             UserError: too many cannot.
         """
+        load = super().transform
         try:
-            return super().transform(results)
+            return patiently(lambda: load(results), Path(results["img_path"]).parent)
         except Exception as error:  # what broken images raise depends on how they are broken
             slot, message = results["sample_idx"] % SLOTS, f"image {results['img_path']}: cannot be read ({error})"
             if not self.unreadable[slot]:

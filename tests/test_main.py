@@ -224,7 +224,7 @@ def one_epoch(args, precision, training, criterion=None, batches=1):
     loader = DataLoader([batch] * batches, batch_size=None, collate_fn=lambda batch: batch)
     criterion = criterion or DistillationLoss(torch.nn.CrossEntropyLoss())
     watch, agreement = Watch(600, "env://", Preemption()), Agreement(precision.device, 0)
-    supervision = Supervision(args, watch, agreement, 100, None, print, None)
+    supervision = Supervision(args, watch, agreement, 100, None, print, lambda: None)
     return train_one_epoch(training, loader, criterion, precision, args, None, supervision)
 
 

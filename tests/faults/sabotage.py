@@ -1,7 +1,8 @@
 """main.py, but with steps that go wrong.
 
-BAD_LOSS, BAD_GRADIENTS, HANG and FAIL say where, by process:batch,batch,…, counted from 1 in each start. LAG=1 makes
-the processes read what happened in a step one step later, as on GPUs.
+BAD_LOSS, BAD_GRADIENTS, HANG, FAIL and CUT_OFF say where, by process:batch,batch,…, counted from 1 in each start.
+LAG=1 makes the processes read what happened in a step one step later, as on GPUs; PAUSES=1,1 has them wait two times a
+second for storage that does not answer.
 """
 
 import os
@@ -10,8 +11,10 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import datasets
 import engine
 import main
 from utils import get_rank
@@ -33,6 +36,8 @@ def sabotaged(self, images: torch.Tensor, outputs: torch.Tensor, targets: torch.
         time.sleep(1)
     if is_meant("FAIL"):
         raise RuntimeError("out of memory")
+    if is_meant("CUT_OFF"):
+        raise dist.DistBackendError("NCCL error: unhandled system error, remote process or network")
     loss = forward(self, images, outputs, targets)
     if is_meant("BAD_GRADIENTS"):
         loss.register_hook(lambda gradient: gradient * torch.inf)
@@ -42,4 +47,6 @@ def sabotaged(self, images: torch.Tensor, outputs: torch.Tensor, targets: torch.
 engine.DistillationLoss.forward = sabotaged
 if "LAG" in os.environ:
     main.reading_lag = lambda *_: int(os.environ["LAG"])
+if "PAUSES" in os.environ:
+    datasets.PAUSES = [int(seconds) for seconds in os.environ["PAUSES"].split(",")]
 sys.exit(main.run())

@@ -1,5 +1,6 @@
 """Training runs that are killed, preempted, starved and lied to, each compared with one that was left in peace."""
 
+import errno
 import os
 import random
 import re
@@ -321,6 +322,19 @@ def test_failing_process(process, few_digits, tmp_path, table):
 
 
 @pytest.mark.slow
+def test_network_error(few_digits, tmp_path, peaceful_pair, table):
+    """All processes live; another start may find the network whole."""
+    run = sabotaged(Run(tmp_path, few_digits, "--batch-size", "4"), CUT_OFF="1:4")
+    assert [task.wait(90) for task in run.start_tasks(2)] == [RESUME_STATUS] * 2
+    assert "main.py: process 1: DistBackendError: NCCL error: unhandled system error" in run.text()
+    run.environment.pop("CUT_OFF")
+    assert [task.wait(120) for task in run.start_tasks(2)] == [0, 0]
+    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, peaceful_pair))
+    assert differences(a["model"], b["model"]) == []
+    table.add("network error")
+
+
+@pytest.mark.slow
 def test_lost_loader_worker(few_digits, tmp_path, peaceful, table):
     """As the system kills where memory runs out."""
     run = Run(tmp_path, few_digits, "--num_workers", "1")
@@ -494,6 +508,48 @@ def test_unreadable_validation_image(few_digits, tmp_path, table):
     table.add("images that cannot be read", 2)
 
 
+def test_validation_that_fails_costs_no_epoch(few_digits, tmp_path, peaceful, table):
+    data = tmp_path / "data"
+    shutil.copytree(few_digits, data)
+    broken = next((data / "val/1").iterdir())
+    whole = broken.read_bytes()
+    broken.write_text("no image")
+    run = Run(tmp_path, data, "--checkpoint-every", "0")
+    assert run.start().wait(60) == 2
+    assert run.text().splitlines()[-1].startswith(f"main.py: image {broken}: cannot be read")
+    broken.write_bytes(whole)
+    assert "going on with epoch 0, step 6" in run.finish()
+    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, peaceful))
+    for key in ("model", "optimizer", "model_ema", "best_accuracy"):
+        assert differences(a[key], b[key]) == []
+    table.add("images that cannot be read")
+
+
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_storage_that_does_not_answer(workers, few_digits, tmp_path, peaceful, table):
+    """For a moment, which the run waits for, then for good, which is no mistake: the same command goes on."""
+    data, away = tmp_path / "data", tmp_path / "away"
+    shutil.copytree(few_digits, data)
+    run = sabotaged(Run(tmp_path, data, "--num_workers", workers), PAUSES="1,1,1")
+    process = run.start()
+    run.wait_for(process, "] loss", 2)
+    data.rename(away)
+    run.wait_for(process, "trying again for 3 seconds")
+    away.rename(data)
+    run.wait_for(process, "] loss", 9)
+    data.rename(away)
+    assert process.wait(60) == RESUME_STATUS
+    assert re.search(r"main\.py: process 0: image .*cannot be read.*; run the same command again", run.text())
+    assert "Traceback" not in run.text()
+    assert_nothing_saved_is_lost(run)
+    away.rename(data)
+    run.finish()
+    assert not any("unreadable_image" in entry for entry in utils.read_log(run.output / "log.txt"))
+    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, peaceful))
+    assert differences(a["model"], b["model"]) == []
+    table.add("storage that does not answer, for a moment and for good", 2)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Going on with the right run
 # ----------------------------------------------------------------------------------------------------------------------
@@ -624,6 +680,23 @@ def test_fused_optimizer_leaves_bad_steps_out_on_the_device():
         optimizer.found_inf = (~weights.grad.norm().isfinite()).float()
         optimizer.step()
         assert torch.equal(weights, before) != moved
+
+
+def test_whose_error_it_is(tmp_path):
+    killed = "DataLoader worker (pid 7) is killed by signal: Killed. "
+    own = "Caught RuntimeError in DataLoader worker process 0.\nTraceback …\nRuntimeError: size mismatch"
+    assert utils.is_of_machine(RuntimeError(killed))
+    assert not utils.is_of_machine(RuntimeError(own))
+    for error, folder, expected in (
+        (OSError(errno.EIO, "Input/output error"), tmp_path, True),
+        (OSError(errno.ESTALE, "Stale file handle"), tmp_path, True),
+        (MemoryError(), tmp_path, True),
+        (FileNotFoundError(errno.ENOENT, "No such file"), tmp_path, False),
+        (FileNotFoundError(errno.ENOENT, "No such file"), tmp_path / "away", True),
+        (OSError("image file is truncated"), tmp_path / "away", False),
+        (ValueError("not an image"), tmp_path, False),
+    ):
+        assert utils.is_of_storage(error, folder) == expected
 
 
 def test_pictures_are_whole(peaceful):
