@@ -293,7 +293,8 @@ class UnreadableImageError(UserError):
     def of(cls, name: str, error: Exception, is_of_storage: bool = False) -> "UnreadableImageError":
         """That of an image, by what reading it raised."""
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        unreadable = cls(f"image {name}: cannot be read ({reason}); repair it or take it out")
+        way_out = "" if is_of_storage else "; repair it or take it out"
+        unreadable = cls(f"image {name}: cannot be read ({reason}){way_out}")
         unreadable.name = name
         unreadable.is_of_storage = is_of_storage
         return unreadable

@@ -69,8 +69,9 @@ def run_command(name: str, command: Callable[[], None]) -> int:
     except (MachineError, RuntimeError) as error:
         if not is_of_machine(error):
             raise
-        print(f"{name}: process {get_rank()}: {message_of(error)[:200]}; run the same command again, with "
-              "fewer --num_workers if memory ran out", file=sys.stderr, flush=True)  # fmt: skip
+        hint = "" if isinstance(error, MachineError) else ", with fewer --num_workers if memory ran out"
+        print(f"{name}: process {get_rank()}: {message_of(error)}; run the same command again{hint}", file=sys.stderr,
+              flush=True)  # fmt: skip
         return RESUME_STATUS
     except KeyboardInterrupt:
         return 130

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import shutil
 import tarfile
 
@@ -21,6 +22,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR100
 
+import datasets
 import main
 from datasets import (
     INAT_CATEGORIES,
@@ -33,7 +35,7 @@ from datasets import (
     fingerprint,
 )
 from samplers import DistributedEvalSampler, TrainBatchSampler
-from utils import UserError
+from utils import UserError, run_command
 from utils import read_log as read_whole_log
 
 settings_of_hypothesis = hypothesis.settings(max_examples=200, deadline=None)
@@ -368,6 +370,19 @@ def test_webdataset_evaluates_the_same_on_any_number_of_processes(webdataset, tm
     lines = [succeed(*arguments, processes=n).splitlines()[-1] for n in (0, 2, 3)]
     assert len({line.split(", loss")[0] for line in lines}) == 1
     assert all(line.endswith("31 images") for line in lines)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_validation_images_whose_storage_does_not_answer(workers, few_digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "PAUSES", ())
+    shutil.copytree(few_digits, tmp_path / "data")
+    args = settings("--data-path", tmp_path / "data", "--input-size", 32, "--num_workers", workers)
+    loader = build_val_loader(build_dataset(False, args), args)
+    (tmp_path / "data").rename(tmp_path / "away")
+    assert run_command("main.py", lambda: list(loader)) == 75
+    message = capsys.readouterr().err
+    assert re.fullmatch(r"main\.py: process 0: image \S+: cannot be read \(FileNotFoundError: .*\); run the same "
+                        r"command again\n", message)  # fmt: skip
 
 
 def test_webdataset_with_a_broken_image(webdataset, tmp_path):
