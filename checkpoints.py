@@ -91,16 +91,25 @@ def damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():  # not testzip(), which takes entries by names, and of two alike the last
-                if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & DIRECTORY:
-                    return f"wrong directory entry of {entry.filename}"  # torch writes no such ones
-                with archive.open(entry) as file:
-                    while file.read(PART):
-                        pass
+                if not _is_whole(archive, entry):
+                    return f"wrong checksum of {entry.filename.partition('/')[2]}"
         torch._C.PyTorchFileReader(str(path))  # what torch.load opens it by; its demands on a directory are higher
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        is_short = isinstance(error, EOFError) or "not a zip file" in str(error)
-        return "truncated" if is_short else " ".join(str(error).split())[:100].replace("Bad CRC-32", "wrong checksum")
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, ValueError) as error:
+        return "truncated" if "not a zip file" in str(error) else " ".join(str(error).split())[:100]
     return None
+
+
+def _is_whole(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
+    """Whether an entry is of the kind that torch writes, with the content its checksum is of."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & DIRECTORY:
+        return False
+    try:
+        with archive.open(entry) as file:
+            while file.read(PART):
+                pass
+    except (zipfile.BadZipFile, EOFError):
+        return False
+    return True
 
 
 def _downloaded(url: str) -> Path:

@@ -207,12 +207,13 @@ class Watch:
             self._show("ended")
             dist.barrier()  # the first process keeps the store
         else:
+            what = f"{kind.__name__}: {' '.join(str(error).split())[:200]}"
             with suppress(RuntimeError):  # the first process may have ended, for the same reason
                 state = "was lost" if is_exchange or is_of_machine(error) else "failed"
-                self._show(f"{state} ({kind.__name__}: {' '.join(str(error).split())[:200]})")
+                self._show(f"{state} ({what})")
                 self._await_others()
             if is_exchange:  # and no process ended by an error of its own: it was the network
-                raise MachineError(f"{kind.__name__}: {' '.join(str(error).split())}") from error
+                raise MachineError(what) from error
 
     def _join(self) -> dist.Store:
         """The store in which the processes show where they are."""

@@ -401,6 +401,42 @@ class Progress:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Storage that does not answer
+# ----------------------------------------------------------------------------------------------------------------------
+
+PAUSES = (1, 2, 4, 8, 15, 30)  # seconds between attempts to read from storage that does not answer
+# what the operating system says of a file itself; the rest is of the storage or the machine
+FILE_ERRORS = {errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR,
+               errno.EPERM}  # fmt: skip
+
+
+def is_of_storage(error: Exception, folder: str | Path) -> bool:
+    """Whether an error in reading a file is not the file's, but the storage's or the machine's.
+
+    Args:
+        error: the error.
+        folder: that is there whenever the storage is.
+    """
+    if isinstance(error, OSError) and error.errno is not None:  # image libraries' own have no number
+        return error.errno not in FILE_ERRORS or not os.path.isdir(folder)
+    return isinstance(error, MemoryError)
+
+
+def patiently(read: Callable[[], Any], folder: str | Path, pauses: Sequence[int] = PAUSES) -> Any:
+    """What `read` returns; where it fails because the storage does not answer, it is tried again after pauses."""
+    for attempt, pause in enumerate(pauses):
+        try:
+            return read()
+        except (OSError, MemoryError) as error:
+            if not is_of_storage(error, folder):
+                raise
+            if attempt == 0:
+                print_line(f"WARNING: {error or 'out of memory'}: trying again for {sum(pauses)} seconds")
+            time.sleep(pause)
+    return read()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The output folder
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -515,38 +551,6 @@ class Scalars:
         except OSError as error:
             self._writer = None  # it does not recover
             print_line(f"WARNING: TensorBoard's files in {self.folder} could not be written ({error.strerror})")
-
-
-PAUSES = (1, 2, 4, 8, 15, 30)  # seconds between attempts to read from storage that does not answer
-# what the operating system says of a file itself; the rest is of the storage or the machine
-FILE_ERRORS = {errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR,
-               errno.EPERM}  # fmt: skip
-
-
-def is_of_storage(error: Exception, folder: str | Path) -> bool:
-    """Whether an error in reading a file is not the file's, but the storage's or the machine's.
-
-    Args:
-        error: the error.
-        folder: that is there whenever the storage is.
-    """
-    if isinstance(error, OSError) and error.errno is not None:  # image libraries' own have no number
-        return error.errno not in FILE_ERRORS or not os.path.isdir(folder)
-    return isinstance(error, MemoryError)
-
-
-def patiently(read: Callable[[], Any], folder: str | Path, pauses: Sequence[int] = PAUSES) -> Any:
-    """What `read` returns; where it fails because the storage does not answer, it is tried again after pauses."""
-    for pause in pauses:
-        try:
-            return read()
-        except (OSError, MemoryError) as error:
-            if not is_of_storage(error, folder):
-                raise
-            if pause == pauses[0]:
-                print_line(f"WARNING: {error or 'out of memory'}: trying again for {sum(pauses)} seconds")
-            time.sleep(pause)
-    return read()
 
 
 def write_file(path: Path, write: Callable[[Any], None]) -> None:

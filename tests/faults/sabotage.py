@@ -1,8 +1,8 @@
 """main.py, but with steps that go wrong.
 
 BAD_LOSS, BAD_GRADIENTS, HANG, FAIL and CUT_OFF say where, by process:batch,batch,…, counted from 1 in each start.
-LAG=1 makes the processes read what happened in a step one step later, as on GPUs; PAUSES=1,1 has them wait two times a
-second for storage that does not answer.
+LAG=1 makes the processes read what happened in a step one step later, as on GPUs; PAUSES=1,1 has them wait twice, for a
+second each, for storage that does not answer.
 """
 
 import os

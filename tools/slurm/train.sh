@@ -22,7 +22,8 @@ export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # which srun no longer tak
 srun "${PYTHON:-python3}" main.py --auto-resume --num_workers "${SLURM_CPUS_PER_TASK:-10}" "$@"
 status=$?
 case $status in
-    75 | 134 | 135 | 137 | 138 | 139 | 143) # saved and ended, lost a process, or killed (ABRT, BUS, KILL, USR1, SEGV, TERM)
+    # it saved and ended, lost a process, or was killed (128 + ABRT, BUS, KILL, USR1, SEGV, TERM)
+    75 | 134 | 135 | 137 | 138 | 139 | 143)
         if ((${SLURM_RESTART_COUNT:-0} < ${MAX_REQUEUES:-100})); then
             scontrol requeue "$SLURM_JOB_ID"
         else
