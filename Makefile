@@ -13,17 +13,12 @@ CHECKED = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
 
 .PHONY: demo demo-segmentation demo-detection test test-long test-faults lint install install-mm install-test
 
-# The recipe's augmentation and regularisation are for 300 epochs of ImageNet; five epochs of digits go without.
-DEMO_RECIPE = --epochs 5 --batch-size 16 --lr 0.032 --warmup-epochs 0 --drop-path 0 --mixup 0 \
-	--cutmix 0 --smoothing 0 --reprob 0 --color-jitter 0 --aa= --scale 0.8 1 --hflip 0 \
-	--num_workers 1
-
 demo: install
 	$(RUN) tools/make_demo_data.py --out $(DEMO)
 	rm -rf $(DEMO)/run
-	$(RUN) main.py --model SepViT_Lite --data-path $(DEMO)/imagenet --output_dir $(DEMO)/run $(DEMO_RECIPE)
-	$(RUN) main.py --eval --resume $(DEMO)/run/checkpoint.pth --model SepViT_Lite --data-path $(DEMO)/imagenet \
-		--output_dir $(DEMO)/run --num_workers 1
+	$(RUN) main.py --config recipes/digits.yaml --data-path $(DEMO)/imagenet --output_dir $(DEMO)/run
+	$(RUN) main.py --config recipes/digits.yaml --eval --resume $(DEMO)/run/checkpoint.pth \
+		--data-path $(DEMO)/imagenet --output_dir $(DEMO)/run
 	$(RUN) tools/show_demo.py --run $(DEMO)/run
 
 SEGMENTATION = configs/fpn_sepvit_lite_112x112_demo.py

@@ -18,7 +18,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,11 +29,26 @@ from sepvit import Adaptation, SepViTStages, adapt_state_dict, variant_of
 from utils import UserError, flush_folder, is_main_process, on_processes, print_line, write_file
 
 NEWEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
+MODEL_KEYS, EMA_KEYS = ("model", "state_dict"), ("model_ema", "state_dict_ema")  # the latter ones are timm's
 NUMBERED = "checkpoint-{:08}.pth"  # by the steps taken
 STALL = 30  # seconds without a byte, after which a download begins again
 ATTEMPTS = 5
 PART = 1 << 20  # bytes read at a time
 DIRECTORY = 0x10  # attribute of a zip file's entry
+BEGINNING = 512  # bytes of a file by which it is told what it is
+
+# Files that are taken for checkpoints, by how they begin, and what to do about each.
+FOREIGN_FILES = {
+    rb"\s*<(!doctype|html|head|body|\?xml|!--)": "an HTML page, not the file; download that by its direct address",
+    rb"version https://git-lfs": "a pointer of git-lfs, not the file; fetch that by `git lfs pull`",
+    rb"\x1f\x8b": "compressed by gzip; unpack it",
+    rb"BZh|\xfd7zXZ|\x28\xb5\x2f\xfd": "compressed; unpack it",
+    rb"\x89HDF": "an HDF5 file, as of Keras; convert it to a state dict of PyTorch",
+    rb"\x93NUMPY": "a NumPy array; convert it to a state dict of PyTorch",
+    rb"\x89PNG|\xff\xd8\xff": "an image",
+    rb".{257}ustar": "a tar archive; unpack it",
+    rb"$": "an empty file",
+}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -51,6 +69,8 @@ def read_checkpoint(path: str, flag: str, data_classes: Sequence[Any] = ()) -> d
         UserError: it is missing, truncated, no checkpoint, or would run code.
     """
     what = f"{flag} {path}"
+    if re.match(r"[a-z][a-z0-9+.-]*://", path) and not path.startswith("https://"):
+        raise UserError(f"{what}: takes a path or an https address; download it, or name its https address")
     try:
         # named at each reading: timm and mmengine also allow classes, and take them back for all behind their own
         with torch.serialization.safe_globals([argparse.Namespace, *data_classes]):
@@ -64,7 +84,7 @@ def read_checkpoint(path: str, flag: str, data_classes: Sequence[Any] = ()) -> d
     except PermissionError:
         raise UserError(f"{what}: cannot be read (permission denied)") from None
     except Exception as error:  # what torch.load raises on files that are no checkpoints is not documented, and varied
-        if match := re.search(r"nsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error), re.I):
+        if match := re.search(r"nsupported (?:global|class)\W+(?:GLOBAL )?([\w.]+)", str(error), re.I):
             raise UserError(f"{what}: refused, it holds {match[1]}, which could run code; save tensors only") from None
         raise UserError(f"{what}: not a checkpoint, or a truncated one") from None
     if not isinstance(checkpoint, dict):
@@ -73,27 +93,76 @@ def read_checkpoint(path: str, flag: str, data_classes: Sequence[Any] = ()) -> d
 
 
 def _fetch(path: str) -> Any:
-    if path.startswith("https://"):
-        path = str(_downloaded(path))
-    elif _is_archive(Path(path)) and (problem := damage(Path(path))):
+    is_download = path.startswith("https://")
+    file = _downloaded(path) if is_download else Path(path)
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise UserError(f"{path}: a pipe or a device, no file; name a file")
+    if kind := foreign_kind(file):
+        raise UserError(f"{path}: no checkpoint, but {kind}")
+    if not is_download and has_checks(file) and (problem := damage(file)):
         raise zipfile.BadZipFile(problem)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    if _is_safetensors(file):
+        return safetensors.torch.load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(BEGINNING)
 
 
 def _is_archive(path: Path) -> bool:
     """Whether a file begins as torch.save's do, and not as those of its first years, which have no checksums."""
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
+    return _beginning(path).startswith(b"PK")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is one of safetensors, by its name, or as it begins with the length of a JSON object, and that."""
+    return path.suffix == ".safetensors" or re.match(rb".{6}\0\0\{\s*[\"}]", _beginning(path), re.DOTALL) is not None
+
+
+def foreign_kind(path: Path) -> str | None:
+    """What a file is that is no checkpoint, and what to do about it; None where it may be one."""
+    beginning = _beginning(path)
+    for pattern, kind in FOREIGN_FILES.items():
+        if re.match(pattern, beginning, re.DOTALL | re.IGNORECASE):
+            return kind
+    if not beginning.startswith(b"PK"):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.rpartition("/")[2] for name in archive.namelist()]
+    except (zipfile.BadZipFile, OSError):
+        return None  # a truncated checkpoint, most likely
+    if "constants.pkl" in names:
+        return "a TorchScript model; save its weights: torch.save(torch.jit.load(PATH).state_dict(), OTHER_PATH)"
+    if "data.pkl" not in names:
+        arrays = names and all(name.endswith(".npy") for name in names)
+        return "NumPy's arrays; convert them to a state dict of PyTorch" if arrays else "a zip archive; unpack it"
+    return None
+
+
+def has_checks(path: Path) -> bool:
+    """Whether a checkpoint's file tells if it is whole. Those of PyTorch's first years do not."""
+    return _is_archive(path) or _is_safetensors(path)
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's file, by the checksums (CRC-32) of all it holds; None where it is whole."""
+    """What is wrong with a checkpoint's file, by the checksums (CRC-32) that torch.save's hold, or the lengths of the
+    entries of safetensors' file; None where it is whole."""
+    if _is_safetensors(path):
+        try:
+            with safetensors.safe_open(path, framework="pt"):
+                return None
+        except (safetensors.SafetensorError, OSError) as error:
+            return " ".join(str(error).split())[:100]
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():  # not testzip(), which takes entries by names, and of two alike the last
                 if not _is_whole(archive, entry):
                     return f"wrong checksum of {entry.filename.partition('/')[2]}"
-        torch._C.PyTorchFileReader(str(path))  # what torch.load opens it by; its demands on a directory are higher
+        if reader := getattr(torch._C, "PyTorchFileReader", None):  # PyTorch's own, of whatever version
+            reader(str(path))  # what torch.load opens it by; its demands on a directory are higher
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, ValueError) as error:
         return "truncated" if "not a zip file" in str(error) else " ".join(str(error).split())[:100]
     return None
@@ -173,7 +242,7 @@ def download(url: str, path: Path, stall: float = STALL, attempts: int = ATTEMPT
             time.sleep((in_vain + 1) / 2)
         if _has_wrong_hash(partial, path.name):
             raise UserError(f"{url}: the file that came does not have the hash in its name; try again")
-        if _is_archive(partial) and (problem := damage(partial)):
+        if has_checks(partial) and (problem := damage(partial)):
             raise UserError(f"{url}: the file that came is damaged ({problem}); try again")
         os.replace(partial, path)
     finally:
@@ -235,12 +304,21 @@ def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) 
     Raises:
         UserError: there are no weights in it.
     """
-    keys = ("model_ema", "model", "state_dict") if prefer_ema else ("model", "state_dict")
+    keys = (*EMA_KEYS, *MODEL_KEYS) if prefer_ema else (*MODEL_KEYS, *EMA_KEYS)
     weights = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
     weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in weights.items()}
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{what}: holds no model weights (expected a state dict, or one under 'model')")
+    for name, value in weights.items():
+        if value.is_meta or value.is_quantized or value.layout != torch.strided:
+            kind = "has no values" if value.is_meta else "is quantized" if value.is_quantized else "is sparse"
+            raise UserError(f"{what}: {name} {kind}; save it as an ordinary tensor")
     return weights
+
+
+def has_both_weights(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint holds averaged weights beside the network's."""
+    return all(any(isinstance(checkpoint.get(key), dict) for key in keys) for keys in (MODEL_KEYS, EMA_KEYS))
 
 
 def load_weights(
@@ -250,6 +328,7 @@ def load_weights(
     variant_hint: str = "name it with --model",
     network: str = "",
     partly: bool = False,
+    classes_hint: str = "take the data set of its classes",
 ) -> Adaptation:
     """Load a state dict, strictly but for what another image size or form needs; says what was adapted.
 
@@ -260,10 +339,12 @@ def load_weights(
         variant_hint: the way out when the weights are of another variant, for messages.
         network: name of the SepViT inside `model`; "" where it is the model itself.
         partly: outside the SepViT, leave fresh what the weights do not have or have in another shape.
+        classes_hint: the way out when the weights are of another number of classes, for messages.
 
     Raises:
-        UserError: it is of another variant, another number of classes, or another architecture.
+        UserError: it is of another variant, another number of classes, or another architecture, or not finite.
     """
+    _check_finite(weights, model, what)
     prefix = f"{network}." if network else ""
     expected = model.state_dict()
     adaptation = Adaptation()
@@ -281,7 +362,7 @@ def load_weights(
     weights = dict(weights)
     if partly:
         _fill_up(weights, expected, prefix, adaptation)
-    _check_entries(weights, expected, what)
+    _check_entries(weights, expected, what, getattr(model, "default_cfg", {}).get("classifier"), classes_hint)
     model.load_state_dict(weights)
     return adaptation
 
@@ -298,7 +379,19 @@ def _fill_up(weights: dict[str, Tensor], expected: dict[str, Tensor], prefix: st
     adaptation.dropped += dropped
 
 
-def _check_entries(weights: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+def _check_finite(weights: dict[str, Tensor], model: nn.Module, what: str) -> None:
+    """Refuse parameters that are not finite. Buffers may be infinite: masks are."""
+    for name, parameter in model.named_parameters():
+        value = weights.get(name, parameter)
+        if value is not parameter and not value.float().isfinite().all():
+            count = int((~value.float().isfinite()).sum())
+            raise UserError(f"{what}: {name} is not finite ({count} of {value.numel()} values); take a checkpoint from "
+                            "before the training broke")  # fmt: skip
+
+
+def _check_entries(
+    weights: dict[str, Tensor], expected: dict[str, Tensor], what: str, classifier: str | None, classes_hint: str
+) -> None:
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unexpected:
         parts = [f"{len(names)} {kind} ({names[0]}, …)" for kind, names in
@@ -307,15 +400,17 @@ def _check_entries(weights: dict[str, Tensor], expected: dict[str, Tensor], what
     for name, value in weights.items():
         if value.shape != expected[name].shape:
             shapes = f"{name} is {tuple(value.shape)}, the model's {tuple(expected[name].shape)}"
-            finetune = what.startswith("--resume") and name.startswith("head.")
-            way_out = "; --finetune gives the model a new head" if finetune else ""
-            raise UserError(f"{what}: does not fit this model: {shapes}{way_out}")
+            if classifier and name.startswith(f"{classifier}."):
+                classes = f"{len(value)} classes instead of {len(expected[name])}"
+                raise UserError(f"{what}: {classes} ({shapes}); {classes_hint}")
+            raise UserError(f"{what}: does not fit this model: {shapes}")
 
 
 def load_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any], with_lr: bool = False
 ) -> None:
-    """Load an optimiser's state; also one of the published code, which decays the window tokens like matrices.
+    """Load an optimiser's state, however its parameters were grouped: by other weight decay, or by the published code,
+    which decays the window tokens like matrices.
 
     Its settings (weight decay, betas, …) stay as they are.
 
@@ -328,23 +423,30 @@ def load_optimizer(
     Raises:
         ValueError: the state is of other parameters.
     """
-    own = [[name for p in group["params"] for name, q in model.named_parameters() if q is p]
-           for group in optimizer.param_groups]  # fmt: skip
-    is_vector = {name: p.ndim <= 1 for name, p in model.named_parameters()}
-    published = [[name for name in is_vector if is_vector[name]], [name for name in is_vector if not is_vector[name]]]
-    sizes = [len(group["params"]) for group in state["param_groups"]]
-    if sizes != [len(names) for names in own] and sizes == [len(names) for names in published]:
-        # parameters are numbered through the groups; give each its number in this optimiser's groups
-        number = {name: i for i, name in enumerate(name for names in own for name in names)}
-        numbers = [number[name] for names in published for name in names]
-        groups, start = [], 0
-        for group, names in zip(state["param_groups"], own):
-            groups.append({**group, "params": list(range(start, start + len(names)))})
-            start += len(names)
-        state = {"state": {numbers[i]: value for i, value in state["state"].items()}, "param_groups": groups}
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    number = {parameter: i for i, parameter in enumerate(parameters)}
+    spared = getattr(model, "no_weight_decay", set)()
+    groupings = (
+        optimizer.param_groups,
+        param_groups_weight_decay(model, weight_decay=1.0, no_weight_decay_list=spared),
+        param_groups_weight_decay(model, weight_decay=1.0),  # the published code's
+        [{"params": list(model.parameters())}],  # without weight decay
+    )
+    saved = state["param_groups"]
+    sizes = [len(group["params"]) for group in saved]
+    grouping = next((groups for groups in groupings if [len(group["params"]) for group in groups] == sizes), None)
+    if grouping is None:
+        raise ValueError(f"its optimiser has {sum(sizes)} parameters, in groups of {sizes}, not {len(number)}")
+    # parameters are numbered through the groups; give each its number in this optimiser's
+    numbers = [number[parameter] for group in grouping for parameter in group["params"]]
+    state = {**state, "state": {numbers[i]: value for i, value in state["state"].items()}}
     own_keys = optimizer.defaults.keys() - ({"lr"} if with_lr else set())
-    kept = [{key: group[key] for key in own_keys & group.keys()} for group in optimizer.param_groups]
-    groups = [{**group, **settings} for group, settings in zip(state["param_groups"], kept, strict=True)]
+    groups, start = [], 0
+    for i, group in enumerate(optimizer.param_groups):
+        kept = {key: group[key] for key in own_keys & group.keys()}
+        indices = list(range(start, start + len(group["params"])))
+        groups.append({**saved[min(i, len(saved) - 1)], **kept, "params": indices})
+        start += len(indices)
     optimizer.load_state_dict({**state, "param_groups": groups})
     for parameter, values in optimizer.state.items():  # in the parameters' memory format, which fused steps ask for
         for name, value in values.items():

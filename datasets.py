@@ -1,60 +1,49 @@
 """Data sets, transforms and loaders for training and evaluation."""
 
 import argparse
-import hashlib
-import importlib
-import json
+import logging
 import math
-import sys
+import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
-from timm.data.dataset import ImageDataset, IterableImageDataset
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-from timm.data.readers.reader_wds import ReaderWds, WdsTargetKeyError
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from timm.data.dataset import IterableImageDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms
-from torchvision.datasets import CIFAR100, ImageFolder, VisionDataset
-from torchvision.datasets.folder import default_loader
+from torchvision.datasets import CIFAR100
 
 from faults import ignore_preemption
-from samplers import DistributedEvalSampler, Draw, TrainBatchSampler
-from utils import (
-    PAUSES,
-    MachineError,
-    Stream,
-    UserError,
-    derived_seed,
-    get_rank,
-    get_world_size,
-    is_of_storage,
-    patiently,
-    seed_everything,
+from samplers import DistributedEvalSampler, TrainBatchSampler
+from training.samples import (
+    ClassFolders,
+    ImageData,
+    INaturalist,
+    TrainSamples,
+    ValSamples,
+    archive_damage,
+    check_label,
+    collate,
+    import_hugging_face,
 )
+from training.streams import TrainStream, ValStream
+from utils import MachineError, UserError, get_rank, get_world_size, is_of_storage
 
 IMAGENET_FOLDERS = {True: ("train", "ILSVRC2012_img_train"), False: ("val", "ILSVRC2012_img_val")}
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19")
-REPLACEMENTS = 10  # images tried in place of one that cannot be read
 READERS = ("wds", "hfds", "hfids", "tfds", "torch")  # timm's
+# The sections of `--aa`'s names that timm knows, by how they begin. It takes others silently.
+AUGMENTATIONS = {
+    "rand": r"(m|n|mmax)\d+|mstd\d+(\.\d+)?|p\d+(\.\d+)?|inc[01]|t[a-z0-9]+",
+    "augmix": r"(m|w|d)\d+|mstd\d+(\.\d+)?|a\d+(\.\d+)?|b[01]",
+    "(original|v0)r?|3a": r"mstd\d+(\.\d+)?",
+}
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-
-
-@dataclass
-class ImageData:
-    """A data set of images as they are, its classes (their number, and their names where it has any), and what is to be
-    done with the images."""
-
-    dataset: Dataset
-    num_classes: int
-    classes: list[str] | None = None
-    transform: Any = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -69,7 +58,17 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> ImageData:
         UserError: there is no such data set there, or it lacks images.
     """
     transform = build_transform(is_train, args)
-    return replace(_find_images(is_train, args), transform=transform)
+    try:
+        data = _find_images(is_train, args)
+    except OSError as error:
+        what = f"--data-path {args.data_path}: {error.filename} cannot be read ({error.strerror})"
+        if is_of_storage(error, args.data_path):
+            raise MachineError(what) from None
+        raise UserError(f"{what}; correct its permissions, or name another folder") from None
+    if args.num_classes and data.num_classes != args.num_classes:
+        raise UserError(f"--num-classes {args.num_classes}: {args.data_path} has {data.num_classes} classes; leave it "
+                        "out, it is for timm's readers that do not tell")  # fmt: skip
+    return replace(data, transform=transform)
 
 
 def _find_images(is_train: bool, args: argparse.Namespace) -> ImageData:
@@ -104,9 +103,9 @@ def _imagenet(root: Path, is_train: bool) -> ImageData:
             "(expected train/ and val/, ILSVRC2012_img_train/ and ILSVRC2012_img_val/, or train.tar and val.tar)"
         )
     try:
-        dataset = ImageFolder(str(folder))
-    except FileNotFoundError as error:  # no class folder at all, or class folders without images
-        raise UserError(f"--data-path {folder}: {str(error).splitlines()[0].split(' Supported')[0]}") from None
+        dataset = ClassFolders(str(folder))
+    except FileNotFoundError:
+        raise UserError(f"--data-path {folder}: no class folder there (expected one with images a class)") from None
     return ImageData(dataset, len(dataset.classes), dataset.classes)
 
 
@@ -120,27 +119,12 @@ def _archive(path: Path) -> ImageData:
         if classes != list(dataset.reader.class_name_to_idx):
             dataset = create_dataset("", root=str(path), class_map={name: i for i, name in enumerate(classes)})
     except (tarfile.TarError, ValueError, AssertionError, OSError) as error:
-        raise UserError(f"{what}: no archive of class folders ({error})") from None
+        raise UserError(f"{what}: no archive of class folders, or damaged ({error})") from None
     if classes == [""]:
         raise UserError(f"{what}: its images lie in no class folders")
+    if damage := archive_damage(dataset.reader):
+        raise UserError(f"{what}: damaged after the {len(dataset)} images found in it ({damage}); take a whole copy")
     return ImageData(dataset, len(classes), classes)
-
-
-def _import_hugging_face() -> None:
-    """Put Hugging Face's package `datasets`, which timm's reader imports, in the place of this file of its name."""
-    own = sys.modules.get("datasets")
-    if own is not None and getattr(own, "__file__", None) != __file__:
-        return
-    path = list(sys.path)
-    sys.modules.pop("datasets", None)
-    sys.path = [entry for entry in path if Path(entry).resolve() != Path(__file__).resolve().parent]
-    try:
-        importlib.import_module("datasets")
-    except ImportError as error:
-        sys.modules["datasets"] = own
-        raise UserError(f"--data-set hfds/…: needs Hugging Face's library ({error}): pip install datasets") from None
-    finally:
-        sys.path = path
 
 
 def _timm_dataset(is_train: bool, args: argparse.Namespace) -> ImageData:
@@ -148,7 +132,9 @@ def _timm_dataset(is_train: bool, args: argparse.Namespace) -> ImageData:
     split = args.train_split if is_train else args.val_split
     what = f"--data-set {args.data_set}, split {split}, in --data-path {args.data_path}"
     if args.data_set.startswith("hf"):
-        _import_hugging_face()
+        import_hugging_face()
+    # timm warns where there is no info.json beside the shards, which is optional, and of errors that are raised here
+    logging.getLogger("timm.data.readers.reader_wds").setLevel(logging.ERROR)
     try:
         dataset = create_dataset(
             args.data_set,
@@ -169,74 +155,8 @@ def _timm_dataset(is_train: bool, args: argparse.Namespace) -> ImageData:
     num_classes = args.num_classes or len(class_to_idx)
     if not num_classes:
         raise UserError(f"{what}: does not tell the number of its classes; name it with --num-classes")
-    dataset.target_transform = partial(_check_label, num_classes=num_classes)
-    return ImageData(dataset, num_classes, list(class_to_idx) or None)
-
-
-def _check_label(label: int, num_classes: int) -> int:
-    """Refuse a label that is no class's."""
-    if not 0 <= label < num_classes:
-        raise UserError(f"--num-classes {num_classes}: an image is labelled {label}; labels are numbered from 0")
-    return label
-
-
-class INaturalist(VisionDataset):
-    """iNaturalist 2018 and 2019 at one level of the taxonomy.
-
-    Classes are numbered in the order in which the training annotations first name them. The images lie at the JSON's
-    `<split>/<kingdom>/<category id>/<file>`, or without the kingdom folder.
-
-    Args:
-        root: folder with train<year>.json, val<year>.json, categories.json and the images.
-        train: training or validation images.
-        year: 2018 or 2019.
-        category: level of the taxonomy, one of `INAT_CATEGORIES`.
-
-    Raises:
-        UserError: a file is missing or no JSON, or the images are not there.
-    """
-
-    def __init__(self, root: Path, train: bool, year: int, category: str) -> None:
-        super().__init__(str(root))
-        try:
-            self._read_annotations(root, train, year, category)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"--data-path {root}: annotations are not as iNaturalist's ({error!r})") from None
-        if not self.samples or not Path(self.samples[0][0]).is_file():
-            raise UserError(f"--data-path {root}: no image at {self.samples[0][0] if self.samples else 'all'}")
-
-    def _read_annotations(self, root: Path, train: bool, year: int, category: str) -> None:
-        taxonomy = {entry.get("id", i): entry for i, entry in enumerate(_read_json(root / "categories.json"))}
-        training = _read_json(root / f"train{year}.json")
-        names = (str(taxonomy[annotation["category_id"]][category]) for annotation in training["annotations"])
-        self.classes = list(dict.fromkeys(names))
-        self.class_to_idx = {name: index for index, name in enumerate(self.classes)}
-        images = (training if train else _read_json(root / f"val{year}.json"))["images"]
-        with_kingdom: dict[Path, bool] = {}
-        self.samples: list[tuple[str, int]] = []
-        for image in images:
-            split, kingdom, category_id, file = image["file_name"].split("/")[-4:]
-            folder = root / split / kingdom
-            if folder not in with_kingdom:
-                with_kingdom[folder] = folder.is_dir()
-            path = (folder if with_kingdom[folder] else root / split) / category_id / file
-            self.samples.append((str(path), self.class_to_idx[str(taxonomy[int(category_id)][category])]))
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, target = self.samples[index]
-        return default_loader(path), target
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"--data-path {path.parent}: {path.name} cannot be read ({error.strerror})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"--data-path {path.parent}: {path.name} is not JSON ({error})") from None
+    dataset.target_transform = partial(check_label, num_classes=num_classes)
+    return ImageData(dataset, num_classes, list(class_to_idx) or None, is_hugging_face=args.data_set.startswith("hf"))
 
 
 def check_same_classes(train: ImageData, val: ImageData) -> None:
@@ -254,248 +174,6 @@ def check_same_classes(train: ImageData, val: ImageData) -> None:
     )
 
 
-def fingerprint(data: ImageData) -> str:
-    """A hash of which images a data set holds and what they show, of names and labels, not of pixels."""
-    dataset = data.dataset
-    digest = hashlib.sha256(json.dumps(data.classes).encode())
-    if hasattr(dataset, "samples"):
-        for path, target in dataset.samples:
-            digest.update(f"{path.removeprefix(str(dataset.root))}\0{target}\n".encode())
-    elif isinstance(dataset, CIFAR100):
-        digest.update(dataset.data.tobytes())
-    elif isinstance(getattr(dataset, "reader", None), ReaderImageInTar):
-        for sample, target in zip(dataset.reader.samples, dataset.reader.targets):
-            digest.update(f"{sample[0].path}\0{target}\n".encode())
-    else:
-        reader = getattr(dataset, "reader", dataset)
-        files = getattr(getattr(reader, "split_info", None), "filenames", ())
-        digest.update(json.dumps([type(reader).__name__, len(dataset), *files]).encode())
-    return digest.hexdigest()[:16]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Samples
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class UnreadableImageError(UserError):
-    """An image is missing or broken.
-
-    Attributes:
-        name: of the image, its path where it has one.
-        is_of_storage: it may be neither, as the storage does not answer.
-    """
-
-    name: str
-    is_of_storage: bool
-
-    @classmethod
-    def of(cls, name: str, error: Exception, is_of_storage: bool = False) -> "UnreadableImageError":
-        """That of an image, by what reading it raised."""
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        way_out = "" if is_of_storage else "; repair it or take it out"
-        unreadable = cls(f"image {name}: cannot be read ({reason}){way_out}")
-        unreadable.name = name
-        unreadable.is_of_storage = is_of_storage
-        return unreadable
-
-
-def read_sample(dataset: Dataset, index: int, pauses: Sequence[int]) -> tuple[Any, int]:
-    """An image as it is, RGB, and its label; storage that does not answer is tried again after pauses (in seconds).
-
-    Raises:
-        UnreadableImageError: it cannot be read.
-    """
-
-    def read() -> tuple[Any, int]:
-        if isinstance(dataset, ImageDataset):  # timm's, which would take the next image
-            file, target = dataset.reader[index]
-            image = Image.open(file).convert("RGB")
-            return image, dataset.target_transform(target) if dataset.target_transform else target
-        return dataset[index]
-
-    folder = getattr(dataset, "root", ".")
-    try:
-        return patiently(read, folder, pauses)
-    except UserError:
-        raise
-    except Exception as error:  # what broken images raise depends on their format, and how they are broken
-        if hasattr(dataset, "samples"):
-            name = dataset.samples[index][0]
-        else:
-            name = dataset.filename(index) if hasattr(dataset, "filename") else f"number {index}"
-        raise UnreadableImageError.of(name, error, is_of_storage(error, folder)) from None
-
-
-class Samples(Dataset):
-    """What samples are made of.
-
-    Args:
-        data: the images and their transform.
-    """
-
-    def __init__(self, data: ImageData) -> None:
-        self.dataset = data.dataset
-        self.transform = data.transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-
-class ValSamples(Samples):
-    """Validation samples; one that cannot be read is named."""
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Image and label.
-
-        Raises:
-            UnreadableImageError: the image cannot be read.
-            MachineError: the storage does not answer.
-        """
-        try:
-            image, target = read_sample(self.dataset, index, PAUSES)
-        except UnreadableImageError as error:
-            raise (MachineError(str(error)) if error.is_of_storage else error) from None
-        return self.transform(image), target
-
-
-class TrainSamples(ValSamples):
-    """Training samples, augmented by random numbers that follow from the seed and the sample's place in the epoch.
-
-    Args:
-        data: the images and their transform.
-        seed: the run's.
-    """
-
-    def __init__(self, data: ImageData, seed: int) -> None:
-        super().__init__(data)
-        self.seed = seed
-
-    def __getitem__(self, draw: Draw) -> tuple[Any, int, str]:
-        """Image, label, and the images that could not be read, a line each: another one of the set is in their place.
-
-        Raises:
-            UserError: none of several images can be read.
-            MachineError: that is as the storage does not answer.
-        """
-        index, unreadable, pauses = draw.index, [], PAUSES
-        for attempt in range(REPLACEMENTS + 1):
-            try:
-                image, target = read_sample(self.dataset, index, pauses)
-                break
-            except UnreadableImageError as error:
-                unreadable.append(error.name)
-                kind, pauses = (MachineError, ()) if error.is_of_storage else (UserError, pauses)
-                index = derived_seed(Stream.REPLACEMENT, self.seed, draw.epoch, draw.place, attempt) % len(self)
-        else:
-            raise kind(f"image {unreadable[0]}: cannot be read, nor can {REPLACEMENTS} others taken in its place")
-        seed_everything(Stream.AUGMENTATION, self.seed, draw.epoch, draw.place)
-        return self.transform(image), target, "\n".join(unreadable)
-
-
-class ValStream(Samples, IterableDataset):
-    """Validation samples of a data set that is read in turn; one that cannot be read is named."""
-
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
-        for image, target in self._images(lambda error: None):
-            yield self.transform(image), target
-
-    def _images(self, leave_out: Callable[[UnreadableImageError], Any], seed: int = 0) -> Iterator[tuple[Any, int]]:
-        """Images as they are, and their labels.
-
-        Args:
-            leave_out: whether the next image is to be taken in place of one that cannot be read; webdatasets alone
-                can do so.
-            seed: of a webdataset's shuffle.
-
-        Raises:
-            UnreadableImageError: an image cannot be read, and is not to be left out.
-        """
-        if isinstance(self.dataset.reader, ReaderWds):
-            _open_webdataset(self.dataset.reader, leave_out, seed)
-        number = 0
-        try:
-            for sample in self.dataset:
-                yield sample
-                number += 1
-        except (OSError, SyntaxError) as error:  # as broken images raise
-            raise UnreadableImageError.of(f"number {number} of a worker's", error) from None
-
-
-def _open_webdataset(reader: ReaderWds, leave_out: Callable[[UnreadableImageError], Any], seed: int) -> None:
-    """Make the reader of a webdataset begin anew, by a seed and with names for images that cannot be read.
-
-    By itself it draws its worker's only seed from how many random numbers were drawn before, and shuffles on through
-    the epochs: in a run that goes on from a checkpoint, other images. What it cannot read it leaves out.
-    """
-    if reader.worker_info is None:
-        reader._lazy_init()  # learns which worker it is
-    reader.worker_seed = seed
-    reader._lazy_init()
-    for stage in reader.ds.pipeline:
-        if getattr(stage, "args", ()) and isinstance(stage.args[0], partial):
-            stage.args = (partial(_decoded, stage.args[0]),)
-            stage.kw["handler"] = partial(_handle_unreadable, leave_out)
-
-
-def _decoded(decode: Callable[[dict], dict], sample: dict[str, Any]) -> dict[str, Any]:
-    """A webdataset's sample, decoded."""
-    try:
-        return decode(sample)
-    except (TypeError, WdsTargetKeyError):  # not the image's fault
-        raise
-    except Exception as error:  # what broken images raise depends on their format, and how they are broken
-        raise UnreadableImageError.of(f"{sample['__url__']}: {sample['__key__']}", error) from None
-
-
-def _handle_unreadable(leave_out: Callable[[UnreadableImageError], Any], error: Exception) -> bool:
-    if isinstance(error, UnreadableImageError) and leave_out(error):
-        return True
-    raise error
-
-
-class TrainStream(ValStream):
-    """Training samples of a data set that is read in turn, augmented by random numbers that follow from the seed, the
-    epoch, and which sample of which worker and process it is.
-
-    Args:
-        data: the images and their transform.
-        seed: the run's.
-    """
-
-    def __init__(self, data: ImageData, seed: int) -> None:
-        super().__init__(data)
-        self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers live longer than an epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose an epoch's shuffle."""
-        self.epoch.fill_(epoch)
-        self.dataset.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[tuple[Any, int, str]]:
-        """Image, label, and the images before it that could not be read, a line each.
-
-        Raises:
-            UserError: none of several images can be read.
-        """
-        worker = get_worker_info()
-        place = (self.epoch.item(), get_rank(), worker.id if worker else 0)
-        unreadable: list[str] = []
-
-        def leave_out(error: UnreadableImageError) -> bool:
-            unreadable.append(error.name)
-            if len(unreadable) > REPLACEMENTS:
-                raise UserError(f"image {unreadable[0]}: cannot be read, nor can {REPLACEMENTS} others behind it")
-            return True
-
-        images = self._images(leave_out, derived_seed(Stream.SHUFFLE, self.seed, *place))
-        for number, (image, target) in enumerate(images):
-            seed_everything(Stream.AUGMENTATION, self.seed, *place, number)
-            yield self.transform(image), target, "\n".join(unreadable)
-            unreadable.clear()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Transforms
 # ----------------------------------------------------------------------------------------------------------------------
@@ -509,6 +187,7 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Any:
     """
     size = args.input_size
     if is_train:
+        _check_augmentation(args.aa)
         try:
             transform = create_transform(
                 input_size=size,
@@ -537,6 +216,22 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Any:
     return transforms.Compose(steps)
 
 
+def _check_augmentation(name: str) -> None:
+    """Refuse a name of an automatic augmentation with a section that timm would pass over.
+
+    Raises:
+        UserError: it has one, or is none of timm's.
+    """
+    policy, *sections = name.split("-")
+    pattern = next((sections for begin, sections in AUGMENTATIONS.items() if re.fullmatch(begin, policy)), None)
+    if name and pattern is None:
+        raise UserError(f"--aa {name}: no automatic augmentation of timm's; they begin with rand, augmix, original, "
+                        "originalr, v0, v0r or 3a")  # fmt: skip
+    if unknown := [section for section in sections if not re.fullmatch(pattern, section)]:
+        raise UserError(f"--aa {name}: {policy} has no section {unknown[0] or '-'}; one such as rand-m9-mstd0.5-inc1 "
+                        "has a letter and a number in each")  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Loaders
 # ----------------------------------------------------------------------------------------------------------------------
@@ -561,12 +256,20 @@ def build_train_loader(data: ImageData, args: argparse.Namespace) -> DataLoader:
         )
         loader = _loader(samples, args, batch_sampler=sampler)
     if len(loader) == 0:
-        raise UserError(
-            f"--batch-size {args.batch_size}: larger than the {len(loader.dataset) // (world_size * args.accum_steps)} "
-            "training images of a process and step; choose a smaller one, or fewer processes"
-            + (", or --no-repeated-aug" if args.repeated_aug else "")
-        )
+        raise UserError(_no_step(len(loader.dataset), world_size, args))
     return loader
+
+
+def _no_step(images: int, processes: int, args: argparse.Namespace) -> str:
+    """Why there is not one whole step in an epoch, by the settings that make a step large."""
+    factors = {"--batch-size": args.batch_size, "--accum-steps": args.accum_steps}
+    named = [f"{flag} {value}" for flag, value in factors.items() if flag == "--batch-size" or value > 1]
+    named += [f"{processes} processes"] if processes > 1 else []
+    step = f"{' × '.join(named)}: a step takes {args.batch_size * args.accum_steps * processes} images"
+    if args.repeated_aug and images >= math.prod(factors.values()) * processes:
+        return (f"--repeated-aug: an epoch takes {images // 256 * 256} of the {images} training images, a multiple of "
+                f"256, and {step}; take --no-repeated-aug or smaller steps")  # fmt: skip
+    return f"{step}, more than the {images} training images; choose smaller ones"
 
 
 def _check_shards(dataset: IterableImageDataset, args: argparse.Namespace) -> None:
@@ -617,6 +320,7 @@ def _loader(dataset: Dataset, args: argparse.Namespace, **batches: Any) -> DataL
         pin_memory=args.pin_mem and torch.device(args.device).type == "cuda",
         worker_init_fn=ignore_preemption,
         persistent_workers=args.num_workers > 0,
+        collate_fn=collate,
         **batches,
     )
 

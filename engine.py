@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from datasets import epoch_batches
 from faults import Agreement, Facts, Watch, gathered, together
+from training.samples import NAMES_END
 from utils import (
     Preempted,
     Progress,
@@ -160,6 +161,17 @@ class Training:
                 own = torch.stack(parts).sum(0) * (get_rank() == 0)
             self.losses = own.to(self.losses.device)
 
+    def check_finite(self) -> None:
+        """Refuse weights that are not finite: they are neither saved nor validated.
+
+        Raises:
+            UserError: the last step made them so.
+        """
+        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()])
+        if not finite.all():
+            raise UserError(f"epoch {self.epoch}, step {self.step}: weights are not finite any more, and not saved; "
+                            "resume from the last checkpoint with a lower --lr, or with --amp off")  # fmt: skip
+
     def end_epoch(self) -> None:
         """Go on to the next epoch."""
         self.epoch += 1
@@ -201,11 +213,12 @@ class Supervision:
         self.bad_loss = torch.zeros((), dtype=torch.bool, device=agreement.device)
         self.bad_batch: dict[str, Any] | None = None
         self.unreadable: list[str] = []
+        self.skipped = 0  # steps that changed nothing, the search for a loss scale included
 
     def see(self, finite: Tensor, images: Tensor, targets: Tensor, unreadable: Iterable[str]) -> None:
         """Note a batch: whether its loss is finite, what it was, and which images could not be read for it."""
         self.bad_loss |= ~finite
-        self.unreadable += [name for names in unreadable for name in names.splitlines()]
+        self.unreadable += [name for names in unreadable if names for name in names.split(NAMES_END)]
         if self.args.dump_bad_batch and (self.bad_batch is None or not finite):
             self.bad_batch = dict(images=images, targets=targets)
 
@@ -243,6 +256,7 @@ class Supervision:
         # with float16, gradients that are not finite are how the loss scale is found, down to 1
         is_search = training.scaler.is_enabled() and facts.bad_gradients and training.scaler.get_scale() >= 1
         is_bad = facts.bad_loss or (facts.bad_gradients and not is_search)
+        self.skipped += facts.bad_loss or facts.bad_gradients
         training.bad_in_row = training.bad_in_row + 1 if is_bad else 0
         if is_bad:
             training.bad_steps += 1
@@ -344,6 +358,7 @@ def train_one_epoch(
         Preempted: the run is to end; the step that was begun is done.
     """
     supervision.watch.start_round()
+    first_step, skipped_before = training.step, supervision.skipped
     training.wrapped.train()
     buffers = [(buffer, buffer.clone()) for buffer in training.model.buffers()]  # running statistics, of other networks
     lr = training.optimizer.param_groups[0]["lr"]
@@ -371,6 +386,10 @@ def train_one_epoch(
             supervision.after_step(training, bad_gradients, progress.done == progress.total)
     if progress.done == 0:
         raise UserError(f"--data-path {args.data_path}: no training image could be read")
+    if first_step == 0 and supervision.skipped - skipped_before == training.step:
+        raise UserError(f"epoch {training.epoch}: loss or gradients were not finite in any step, and all were skipped; "
+                        "try a lower --lr, or --amp bfloat16 or off")  # fmt: skip
+    training.check_finite()
     return {"loss": _mean_loss(training), "lr": lr}
 
 
@@ -451,7 +470,7 @@ def evaluate(
     precision: Precision,
     title: str,
     args: argparse.Namespace,
-    supervision: Supervision | None = None,
+    watch: Watch,
 ) -> dict[str, float]:
     """Loss, top-1 and top-5 accuracy (%) on the validation images.
 
@@ -478,14 +497,13 @@ def evaluate(
         count += len(images)
         if progress.advance(len(images) * (get_world_size() if args.dist_eval else 1)):
             progress.report()
-        if supervision is not None:
-            supervision.watch.tick(f"batch {progress.done} of {title}")
-            if supervision.preemption.requested:
-                break
-    if supervision is not None:
-        supervision.watch.start_round()
-        if together(precision.device, supervision.preemption.requested):
-            raise Preempted
+        watch.tick(f"batch {progress.done} of {title}")
+        watch.preemption.has_progress = True
+        if watch.preemption.requested:
+            break
+    watch.start_round()
+    if together(precision.device, watch.preemption.requested):
+        raise Preempted
     totals = torch.cat([sums, sums.new_tensor([count])])
     # all act on the same figures, also where devices differ in the last bits of theirs
     loss, acc1, acc5, count = (sum_over_processes(totals) if args.dist_eval else of_main_process(totals)).tolist()
@@ -498,21 +516,30 @@ def evaluate(
 
 
 @torch.no_grad()
-def measure_throughput(model: nn.Module, loader: DataLoader, precision: Precision) -> float:
+def measure_throughput(
+    model: nn.Module, loader: DataLoader, precision: Precision, args: argparse.Namespace, watch: Watch
+) -> float:
     """Images a second of the forward pass on the first validation batch: 50 passes to warm up, 30 timed."""
     model.eval()
     images = precision.images(next(iter(loader))[0])
 
-    def run(passes: int) -> float:
+    def run(title: str, passes: int) -> float:
         start = time.perf_counter()
-        for _ in range(passes):
+        progress = Progress(range(passes), title, args.print_freq, passes)
+        for _ in progress:
             with precision.autocast():
                 model(images)
+            watch.tick(title)
+            watch.preemption.has_progress = True
+            if progress.advance(len(images)):
+                progress.report()
         if precision.device.type != "cpu":
             getattr(torch, precision.device.type).synchronize()
         return time.perf_counter() - start
 
-    run(50)
-    throughput = 30 * len(images) / run(30)
-    print_main(f"batch size {len(images)}: {throughput:.1f} images/s")
+    run("throughput, warm-up", 50)
+    throughput = 30 * len(images) / run("throughput", 30)
+    number_format = "float32" if precision.dtype is None else str(precision.dtype).removeprefix("torch.")
+    print_main(f"batch size {len(images)} (validation batches are 1.5 × --batch-size {args.batch_size}), "
+               f"{number_format}: {throughput:.1f} images/s")  # fmt: skip
     return throughput

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -20,36 +21,42 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from training.commands import is_of_machine
 from utils import (
+    INTERRUPT_STATUS,
     RESUME_STATUS,
     MachineError,
     Preempted,
     get_rank,
     get_world_size,
     is_main_process,
-    is_of_machine,
     sum_over_processes,
 )
 
+RESUME_ADVICE = "run the same command with --auto-resume to resume from the last checkpoint"
 POLLS = 5  # times the watch looks within the time in which a process has to show that it lives
 ENDS = ("failed", "was lost")  # how a process shows that it ends by an error: of its own, or of its machine
+PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SETUP = 1800.0  # seconds a process may rest before the first step, while it looks through its images
 
 
 class Preemption:
-    """Minds the signals by which schedulers announce the end: SIGTERM, and SIGUSR1 (of SLURM's `--signal`).
+    """Minds the signals that ask a run to end: SIGTERM and SIGUSR1 (of SLURM's `--signal`) of schedulers, and Ctrl-C's
+    SIGINT. The run finishes its step and saves; a second Ctrl-C ends the process at once.
 
     Attributes:
         requested: whether one came, here or (as the watch tells) at another process.
         has_progress: whether there is something to save; before that, a signal ends the process at once.
+        status: the exit status of a run that is ended so.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.has_progress = False
+        self.status = RESUME_STATUS
 
     def __enter__(self) -> "Preemption":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._previous = {number: signal.signal(number, self._note) for number in PREEMPTIONS}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -57,16 +64,30 @@ class Preemption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
+        is_second = self.status == INTERRUPT_STATUS
+        if number == signal.SIGINT:
+            self.status = INTERRUPT_STATUS
         self.requested = True
-        if not self.has_progress:
-            if is_main_process():
-                os.write(2, b"main.py: ended by a signal before the first step; run the same command again\n")
-            os._exit(RESUME_STATUS)
+        if self.has_progress and not is_second:
+            if number == signal.SIGINT:
+                self._say("interrupted: finishing the step and saving; Ctrl-C again ends it at once")
+        else:
+            early = "ended by a signal before the first step; run the same command again"
+            self._say("interrupted" if is_second else early)
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            os._exit(self.status)
+
+    def _say(self, line: str) -> None:
+        """Print a line from within a signal's handler, where `print` may be in the middle of another one."""
+        if is_main_process():
+            with suppress(OSError):
+                os.write(2, f"main.py: {line}\n".encode())
 
 
 def ignore_preemption(*_: Any) -> None:
     """For a loader's worker: signals go to whole groups of processes, and a step in the making needs its images."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in PREEMPTIONS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -156,19 +177,21 @@ class Watch:
     Each process shows the others that it lives and how far it is. One that shows nothing for a tenth of `timeout`
     (5 seconds at least) is dead or stopped. When this process has not moved for `timeout` (before the first step, for
     half an hour at least), the one that is furthest behind hangs. Torchrun's end is noticed, too: it is taken for a
-    signal to end, and for a loss when that takes longer. Without several processes there is nothing to watch.
+    signal to end, and for a loss when that takes longer. A process that is alone is only watched for hanging.
 
     Args:
         timeout: seconds.
         dist_url: where the processes meet.
         preemption: told when another process is to end.
+        advice: how to start again.
     """
 
-    def __init__(self, timeout: float, dist_url: str, preemption: Preemption) -> None:
+    def __init__(self, timeout: float, dist_url: str, preemption: Preemption, advice: str = RESUME_ADVICE) -> None:
         self.timeout = timeout
         self.patience = patience_of(timeout)
         self.dist_url = dist_url
         self.preemption = preemption
+        self.advice = advice
         self.rounds = 0
         self.ticks = 0
         self.place = "the start"
@@ -186,14 +209,17 @@ class Watch:
         self.ticks = 0
 
     def __enter__(self) -> "Watch":
-        if get_world_size() > 1:
+        is_alone = get_world_size() == 1
+        if not is_alone:
             self._store = self._join()
-            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-            self._thread.start()
+        self._thread = threading.Thread(target=self._run_alone if is_alone else self._run, name="watch", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
-        if self._thread is None:
+        if get_world_size() == 1:
+            self._ended.set()
+            self._thread.join()
             return
         is_exchange = isinstance(error, RuntimeError) and bool(
             isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
@@ -244,6 +270,19 @@ class Watch:
                     host=socket.gethostname(), preempted=self.preemption.requested)  # fmt: skip
         self._store.set(str(get_rank()), json.dumps(beat))
 
+    def _run_alone(self) -> None:
+        moved = ((self.rounds, self.ticks), time.monotonic())
+        while not self._ended.wait(self.patience / POLLS):
+            place, now = (self.rounds, self.ticks), time.monotonic()
+            moved = moved if place == moved[0] else (place, now)
+            rest = now - moved[1]
+            if rest > self._limit():
+                self._end(f"hangs at {self.place}: nothing has moved for {rest:.0f} s")
+
+    def _limit(self) -> float:
+        """Seconds that a process may rest."""
+        return self.timeout if self.preemption.has_progress else longest_rest(self.timeout)
+
     def _run(self) -> None:
         launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         ranks = [str(rank) for rank in range(get_world_size())]
@@ -288,7 +327,7 @@ class Watch:
                 self._end(f"{who} {beat['state']}", 1 if beat["state"].startswith("failed") else RESUME_STATUS)
             if beat["state"] == "lives" and silence > self.patience:
                 self._end(f"{who} has given no sign of life for {silence:.0f} s")
-        if rest > (self.timeout if self.preemption.has_progress else longest_rest(self.timeout)):
+        if rest > self._limit():
             least = min(beat["ticks"] for beat in beats)
             behind = [f"process {rank} ({beat['host']}) hangs at {beat['place']}" for rank, beat in enumerate(beats)
                       if beat["ticks"] == least]  # fmt: skip
@@ -301,6 +340,6 @@ class Watch:
 
     def _end(self, what: str, status: int = RESUME_STATUS) -> NoReturn:
         """End this process; a status other than "resume me" where the lost one would fail again."""
-        print(f"main.py: process {get_rank()}: {what}; run the same command with --auto-resume to go on from the "
-              "last checkpoint", file=sys.stderr, flush=True)  # fmt: skip
+        cause = "" if status == RESUME_STATUS else "mend the cause that it printed, then "
+        print(f"main.py: process {get_rank()}: {what}; {cause}{self.advice}", file=sys.stderr, flush=True)
         os._exit(status)  # the main thread may be waiting for the lost process in native code

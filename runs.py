@@ -29,18 +29,20 @@ from checkpoints import (
     read_checkpoint,
     weights_of,
 )
-from datasets import ImageData, fingerprint
 from engine import Precision, Training
 from faults import gathered, patience_of
-from utils import Log, Scalars, UserError, print_main
+from training.commands import take_unprinted
+from training.recipes import ARGS, write_recipe
+from training.samples import ImageData, fingerprint
+from utils import Log, Scalars, UserError, one_line, print_main
 
 LOCK_WAIT = 60  # seconds, at least, in which the processes of a run that was killed have to end
 
 # Settings that do not change what a run computes: it may go on with others.
 FREE_SETTINGS = {
-    "auto_resume", "checkpoint_every", "data_path", "device", "dist_eval", "dist_url", "dump_bad_batch", "eval",
-    "keep_checkpoints", "max_bad_steps", "num_workers", "on_bad_image", "output_dir", "pin_mem", "print_freq", "resume",
-    "start_epoch", "throughput", "timeout", "world_size",
+    "auto_resume", "checkpoint_every", "config", "data_path", "device", "dist_eval", "dist_url", "dump_bad_batch",
+    "eval", "keep_checkpoints", "local_rank", "max_bad_steps", "model_ema_force_cpu", "num_workers", "on_bad_image",
+    "output_dir", "pin_mem", "print_freq", "resume", "start_epoch", "throughput", "timeout", "world_size",
 }  # fmt: skip
 
 
@@ -150,12 +152,20 @@ def check_same_run(args: argparse.Namespace, source: Source, data: dict[str, Any
                  if name not in FREE_SETTINGS and json.dumps(before[name]) != json.dumps(now[name])]  # fmt: skip
     if differing:
         raise UserError(f"{source.what}: of a run with other settings: {', '.join(differing)}; take those, or another "
-                        "--output_dir")  # fmt: skip
+                        f"--output_dir, or resume with these by --resume {source.path}")  # fmt: skip
     before = source.checkpoint.get("data", data)
-    if before != data:
-        raise UserError(
-            f"{source.what}: of a run on other images: {before}, in --data-path {args.data_path} are {data}"
-        )
+    if differing := [_data_difference(split, before[split], data[split]) for split in data
+                     if before[split] != data[split]]:  # fmt: skip
+        raise UserError(f"{source.what}: of a run on other images than --data-path {args.data_path}: "
+                        f"{', '.join(differing)}; name the run's images, or another --output_dir")  # fmt: skip
+
+
+def _data_difference(split: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between the images of a run before and now, in words."""
+    name = {"train": "training", "val": "validation"}[split]
+    if before["images"] != now["images"]:
+        return f"{now['images']} {name} images (were {before['images']})"
+    return f"{now['images']} {name} images as before, but with other names or labels"
 
 
 def vars_of(settings: Any) -> dict[str, Any]:
@@ -208,13 +218,18 @@ def restore(args: argparse.Namespace, training: Training, source: Source) -> Non
         UserError: it does not fit the settings.
     """
     what, checkpoint = source.what, source.checkpoint
-    if load_weights(training.model, weights_of(checkpoint, what), what):
+    new_classes = "--finetune gives the model a new head"
+    if load_weights(training.model, weights_of(checkpoint, what), what, classes_hint=new_classes):
         raise UserError(f"{what}: of another image size than --input-size {args.input_size}; --finetune takes it")
     if training.ema is not None:
         load_weights(training.ema.module, weights_of(checkpoint, what, prefer_ema=True), what)
     if "optimizer" not in checkpoint:
         print_main(f"{what}: weights only; the optimiser and the schedule start afresh")
         return
+    optimizer = str(vars_of(checkpoint.get("args", {})).get("opt", args.opt)).lower()
+    if optimizer != args.opt:
+        raise UserError(f"{what}: its optimiser is {optimizer}, not --opt {args.opt}; take that, or --finetune for its "
+                        "weights alone")  # fmt: skip
     try:
         load_optimizer(training.optimizer, training.model, checkpoint["optimizer"], args.sched == "plateau")
         if checkpoint.get("scaler") and training.scaler.is_enabled():
@@ -254,6 +269,8 @@ class Output:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if self.log is not None:
+            self._note_unprinted()
         if self.lock is not None:
             os.close(self.lock)
 
@@ -267,13 +284,19 @@ class Output:
         if self.log is not None:
             self.log.add(entry)
             if "train_loss" not in entry:
-                print_main(", ".join(f"{name} {value}" for name, value in entry.items()))
+                print_main(one_line(", ".join(f"{name} {value}" for name, value in entry.items())))
 
     def save(self, checkpoint: dict[str, Any], is_best: bool) -> None:
         """Write a checkpoint, and before it what log.txt has to say of the way there."""
         if self.checkpoints is not None:
+            self._note_unprinted()
             self.log.flush()
             self.checkpoints.save(checkpoint, is_best)
+
+    def _note_unprinted(self) -> None:
+        """Add what could not be printed to log.txt."""
+        if lines := take_unprinted():
+            self.log.add({"not_printed": lines})
 
     def draw(self, stats: dict[str, float], epoch: int) -> None:
         """Add figures to TensorBoard's files."""
@@ -289,6 +312,7 @@ class Output:
         if self.checkpoints is None:
             return
         self.checkpoints.wait()
+        self._note_unprinted()
         self.log.flush()
         for what, failure in (("the last checkpoint", self.checkpoints.failure), ("log.txt", self.log.failure)):
             if failure:
@@ -364,6 +388,7 @@ def open_output(
             unfinished.unlink()
         try:
             output.log = Log(folder / "log.txt", training.epoch, training.step)
+            write_recipe(folder / ARGS, run["settings"])
         except OSError as error:
             raise UserError(
                 f"--output_dir {folder}: cannot be written ({error.strerror}); name another folder"

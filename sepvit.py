@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -92,7 +93,8 @@ def window_grid(img_size: tuple[int, int], stage: int, window_size: int) -> tupl
 class SeparableSelfAttention(nn.Module):
     """Depthwise separable self-attention: depthwise inside each window, then pointwise among windows.
 
-    With a window side of 14, a 2 × 2 group of 7-windows attends as one: the paper's grouped self-attention.
+    With a window side twice that of the block before it, groups of 2 × 2 windows attend as one: the paper's grouped
+    self-attention.
 
     Args:
         dim: channels C.
@@ -682,29 +684,47 @@ def _apply(adaptation: Adaptation, state_dict: dict[str, Tensor], own: dict[str,
 def _source_grids(state_dict: dict[str, Tensor], model: SepViTStages) -> list[tuple[int, int]] | None:
     """Grid of windows of each block in the checkpoint; None where it is the model's own, or where there is none.
 
-    With r × c windows in the first block, a block whose windows are s times as wide (in pixels) has ⌈r/s⌉ × ⌈c/s⌉.
+    What there is to tell by are the numbers of window tokens: in every block, rows times columns is that number.
     """
-    widths = [2**i * block.window_size // 7 for i, blocks in enumerate(model.blocks) for block in blocks]
-    counts = [
-        state_dict[name].shape[1] if name in state_dict else 1
-        for name in (f"blocks.{i}.{j}.win_tokens" for i, blocks in enumerate(model.blocks) for j in range(len(blocks)))
-    ]
-
-    def grids(rows: int, columns: int) -> list[tuple[int, int]]:
-        return [(math.ceil(rows / s), math.ceil(columns / s)) for s in widths]
+    blocks = {f"blocks.{i}.{j}": (i, block) for i, stage in enumerate(model.blocks) for j, block in enumerate(stage)}
+    tokens = [state_dict.get(f"{name}.win_tokens") for name in blocks]
+    counts = [1 if entry is None else entry.shape[1] for entry in tokens]
+    sides = [2**i * block.window_size for i, block in blocks.values()]  # of windows, in pixels of the first stage's map
+    own = [block.grid for _, block in blocks.values()]
 
     divisors = [rows for rows in range(1, counts[0] + 1) if counts[0] % rows == 0]
-    candidates = [grids(rows, counts[0] // rows) for rows in divisors]
-    fitting = [candidate for candidate in candidates if [math.prod(grid) for grid in candidate] == counts]
-    own = grids(*window_grid(model.img_size, 0, 7))
+    candidates = (
+        list(zip(rows, columns))
+        for first in divisors
+        for rows, columns in product(_windows_along(first, sides), _windows_along(counts[0] // first, sides))
+    )
+    fitting = [grids for grids in candidates if all(math.prod(grid) == n for grid, n in zip(grids, counts))]
     if not fitting or own in fitting:
         return None
 
-    def distance(grids: list[tuple[int, int]]) -> tuple[bool, float]:
-        rows, columns = grids[0]
-        return rows != columns, abs(math.log(rows / columns * own[0][1] / own[0][0]))
+    def distance(grids: list[tuple[int, int]]) -> tuple[bool, float, int, float]:
+        is_square = all(rows == columns for rows, columns in grids)
+        aspects = [abs(math.log(rows / columns * own_columns / own_rows))
+                   for (rows, columns), (own_rows, own_columns) in zip(grids, own)]  # fmt: skip
+        # the first block's aspect decides, of two as near the lower grid; the other blocks', where its grid is the same
+        return not is_square, aspects[0], grids[0][0], sum(aspects)
 
     return min(fitting, key=distance)
+
+
+def _windows_along(first: int, sides: list[int]) -> list[tuple[int, ...]]:
+    """How many windows the blocks can have along one axis of the images (rows, or columns).
+
+    Args:
+        first: the first block's.
+        sides: sides of each block's windows, in pixels of the first stage's map.
+
+    Returns:
+        each block's number of windows, for all lengths of the first stage's map that give the first block `first`.
+        Where the first block's windows divide all others there is one answer, else seldom more than a few.
+    """
+    lengths = range((first - 1) * sides[0] + 1, first * sides[0] + 1)
+    return list(dict.fromkeys(tuple(math.ceil(length / side) for side in sides) for length in lengths))
 
 
 def resample_window_tokens(tokens: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -1,15 +1,11 @@
 """What training and evaluation share: users' errors, random numbers, processes, progress, log files and curves."""
 
-import argparse
 import errno
-import gc
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +14,7 @@ from contextlib import suppress
 from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,114 +24,48 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 RESUME_STATUS = 75  # exit status that means: run the same command again (EX_TEMPFAIL of sysexits.h)
+INTERRUPT_STATUS = 130  # that of a command that was ended by Ctrl-C
 
 
-class UserError(Exception):
-    """A mistake of the user's: one line that names the thing, the value and the way out. The exit status is 2."""
+def one_line(text: str) -> str:
+    """A text with escapes in place of what cannot be printed in a line: names of files may have line breaks in them,
+    and bytes that are no UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
-class MachineError(Exception):
-    """One of the machine, its storage or its network, which another start need not meet. The exit status is 75."""
+class OneLineError(Exception):
+    """An error that tells a user what is wrong in one line.
+
+    Args:
+        message: the line.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        # PyTorch raises a loader worker's error again, by its class and a text that ends with the error's own
+        if message.startswith("Caught ") and "\nOriginal Traceback" in message:
+            message = message.strip().splitlines()[-1].partition("Error: ")[2]
+        super().__init__(one_line(message))
+
+
+class UserError(OneLineError):
+    """A mistake of the user's: the line names the thing, the value and the way out. The exit status is 2."""
+
+
+class MachineError(OneLineError):
+    """A transient error of the machine, its storage or its network: rerunning may succeed. The exit status is 75."""
 
 
 class Preempted(Exception):  # noqa: N818 it is no error
-    """The run was asked to end, and all processes have come to the same step."""
-
-
-def run_command(name: str, command: Callable[[], None]) -> int:
-    """Run a command; a user's mistake is one line, of one process.
+    """The run was asked to end, and all processes have come to the same step.
 
     Args:
-        name: of the script, in front of the line.
-        command: what to run.
-
-    Returns:
-        the exit status: 0, 2 for a user's mistake, 75 for a run that was preempted or met an error of the machine, 130
-        when interrupted.
+        place: where it ended, for the last line.
+        status: the exit status.
     """
-    try:
-        command()
-    except UserError as error:
-        message = message_of(error)
-        if is_main_process():
-            print(f"{name}: {message}", file=sys.stderr, flush=True)
-        elif dist.is_initialized():
-            time.sleep(5)  # where all processes refuse, the main one's line is enough, and ends the others meanwhile
-            print(f"{name}: process {get_rank()}: {message}", file=sys.stderr, flush=True)
-        return 2
-    except Preempted as place:
-        print_main(f"{name}: ended by a signal {place}")
-        return RESUME_STATUS
-    except (MachineError, RuntimeError) as error:
-        if not is_of_machine(error):
-            raise
-        hint = "" if isinstance(error, MachineError) else ", with fewer --num_workers if memory ran out"
-        print(f"{name}: process {get_rank()}: {message_of(error)}; run the same command again{hint}", file=sys.stderr,
-              flush=True)  # fmt: skip
-        return RESUME_STATUS
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        end_loader_workers()
-        if dist.is_initialized():
-            gc.collect()  # what refers to the group in circles would outlive it, and end the process by an abort
-            dist.destroy_process_group()
-    return 0
 
-
-def message_of(error: Exception) -> str:
-    """An error's line; a loader's worker hands it on below its own traceback."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r"^(\w+\.)+\w+Error: ", "", lines[-1])
-
-
-def is_of_machine(error: BaseException | None) -> bool:
-    """Whether another start need not meet an error; also that of a loader's worker that was killed, as the system does
-    where memory runs out."""
-    is_lost_worker = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
-    return is_lost_worker or isinstance(error, MachineError)
-
-
-def end_loader_workers() -> None:
-    """Kill the loaders' workers: they ignore the signal by which Python ends them."""
-    if workers := multiprocessing.active_children():
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would take their end for an accident
-        for worker in workers:
-            worker.kill()
-            worker.join()
-        signal.signal(signal.SIGCHLD, handler)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the command in one line."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # argparse's own pattern knows no exponents: it would take the -1e-3 of `--lr -1e-3` for a setting
-        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Any:
-    """Type of a setting that lies in [low, high], or (`open_low`) in (low, high]."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not low <= value <= high or (open_low and value == low):
-            bound = f"above {low}" if open_low else f"at least {low}"
-            raise argparse.ArgumentTypeError(
-                f"{text} is out of range: {bound}" + ("" if high == math.inf else f" and at most {high}")
-            )
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-positive_int, natural = number(int, 1), number(int, 0)
-positive, non_negative, fraction = number(float, 0, open_low=True), number(float, 0), number(float, 0, 1)
+    def __init__(self, place: str = "", status: int = RESUME_STATUS) -> None:
+        super().__init__(place)
+        self.status = status
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,6 +109,30 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def environment_number(name: str, default: int, least: int = 0, most: int | None = None) -> int:
+    """A whole number from an environment variable, such as a launcher sets.
+
+    Args:
+        name: of the variable.
+        default: the number where it is not set.
+        least: lowest valid number.
+        most: highest valid number, None for any.
+
+    Raises:
+        UserError: it is no such number.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isascii() or not text.isdigit() or int(text) < least or (most is not None and int(text) > most):
+        bounds = f"from {least} to {most}" if most is not None else f"of at least {least}"
+        raise UserError(f"environment variable {name}={text}: takes a whole number {bounds}; unset it or correct it")
+    return int(text)
+
+
+def available_cores() -> int:
+    """Number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _launcher_variables() -> dict[str, str]:
     """The variables that torchrun would set, from those of OpenMPI or of a SLURM job step of several tasks."""
     if "RANK" in os.environ:
@@ -188,7 +142,7 @@ def _launcher_variables() -> dict[str, str]:
         variables = {name: os.environ[f"OMPI_COMM_WORLD_{theirs}"] for name, theirs in names.items()}
         places = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # processes on one machine, unless set otherwise
         return variables | {name: value for name, value in places.items() if name not in os.environ}
-    if int(os.environ.get("SLURM_NTASKS", 1)) < 2 or "SLURM_PROCID" not in os.environ:
+    if "SLURM_PROCID" not in os.environ or environment_number("SLURM_NTASKS", 1, least=1) < 2:
         return {}
     variables = dict(
         RANK=os.environ["SLURM_PROCID"],
@@ -200,7 +154,7 @@ def _launcher_variables() -> dict[str, str]:
         variables["MASTER_ADDR"] = _first_node(nodes)
     if "MASTER_PORT" not in os.environ:
         # the same on all tasks of a job, another one for another job on the node
-        variables["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000)
+        variables["MASTER_PORT"] = str(20000 + environment_number("SLURM_JOB_ID", 0) % 20000)
     return variables
 
 
@@ -228,19 +182,26 @@ def init_distributed(device: str, world_size: int, dist_url: str, timeout: float
         this process's device, which is also CUDA's current one.
 
     Raises:
-        UserError: the environment does not tell this process's number.
+        UserError: the environment does not tell this process's number, or the processes cannot meet.
     """
     os.environ.update(_launcher_variables())
     if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        device = f"cuda:{environment_number('LOCAL_RANK', 0) % torch.cuda.device_count()}"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         if world_size > 1:
             raise UserError(f"--world_size {world_size}: RANK is not set; start the processes by torchrun or srun")
         return torch.device(device)
-    rank = int(os.environ["RANK"])
-    world_size = int(os.environ.get("WORLD_SIZE", world_size))
+    world_size = environment_number("WORLD_SIZE", world_size, least=1)
+    rank = environment_number("RANK", 0, most=world_size - 1)
+    if not re.match("(env|tcp|file)://", dist_url):
+        raise UserError(f"--dist_url {dist_url}: unknown; takes env://, tcp://HOST:PORT or file://PATH")
+    if dist_url == "env://":
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UserError(f"environment variable RANK={rank} is set, {' and '.join(missing)} not; start the "
+                            "processes by torchrun or srun, or unset RANK for one process alone")  # fmt: skip
+        environment_number("MASTER_PORT", 0, most=65535)
     backend = "nccl" if device.startswith("cuda") else "gloo"
     limit = timedelta(seconds=timeout)
     is_one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"  # the nodes' counts of starts differ
@@ -250,7 +211,13 @@ def init_distributed(device: str, world_size: int, dist_url: str, timeout: float
         meeting = dict(store=dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store))
     else:
         meeting = dict(init_method=dist_url)
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=limit, **meeting)
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=limit, **meeting)
+    except ValueError as error:
+        raise UserError(f"--dist_url {dist_url}: not an address where processes can meet ({error})") from None
+    except dist.DistNetworkError as error:
+        raise MachineError(f"the processes do not meet ({str(error).splitlines()[0]}); if this stays so, look at "
+                           "MASTER_ADDR, and take another MASTER_PORT") from None  # fmt: skip
     return torch.device(device)
 
 
@@ -268,7 +235,8 @@ def is_main_process() -> bool:
     """Whether this is the process that prints and writes; also told before the group is joined."""
     if dist.is_initialized():
         return dist.get_rank() == 0
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return not rank.isdigit() or int(rank) == 0  # no number: someone has to say so
 
 
 def print_line(line: str) -> None:
@@ -460,12 +428,15 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of log.txt, one JSON object each; none where there is no such file.
 
     Raises:
-        UserError: a line is no JSON.
+        UserError: a line is no JSON object.
     """
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if others := [entry for entry in entries if not isinstance(entry, dict)]:
+            raise ValueError(f"a line is {json.dumps(others[0])[:40]}, not an object")
     except ValueError as error:
-        raise UserError(f"{path}: not as a run writes it ({error}); move it away, a run goes on without it") from None
+        raise UserError(f"{path}: not as a run writes it ({error}); move it away, a run resumes without it") from None
+    return entries
 
 
 def epochs_of(log: list[dict[str, Any]]) -> list[dict[str, Any]]:

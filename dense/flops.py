@@ -8,10 +8,9 @@ import torch
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
 
-import utils
 from dense.settings import build_parser, drop_pretrained, read_config
 from tools.benchmark import count_multiply_adds
-from utils import positive_int
+from training.commands import positive_int, run_command
 
 
 def count(args: argparse.Namespace, samples: Callable[[int, int], list[Any]] | None = None) -> None:
@@ -46,4 +45,4 @@ def run_count(
     parser = build_parser(description, launchers=False)
     parser.add_argument("--shape", type=positive_int, nargs=2, default=shape, metavar=("H", "W"),
                         help=f"image size in pixels, {shape[0]} {shape[1]} by default")  # fmt: skip
-    return utils.run_command("get_flops.py", lambda: count(parser.parse_args(arguments), samples))
+    return run_command("get_flops.py", lambda: count(parser.parse_args(arguments), samples))

@@ -18,7 +18,8 @@ import checkpoints
 import utils
 from dense.runner import VARIANT_HINT
 from dense.settings import build_parser, drop_pretrained, read_config, read_model_checkpoint
-from utils import Parser, UserError
+from training.commands import Parser, run_command
+from utils import UserError
 
 
 def build_predict_parser(description: str) -> Parser:
@@ -99,4 +100,4 @@ def run_prediction(
     arguments: list[str] | None = None,
 ) -> int:
     """Run predict.py; returns its exit status."""
-    return utils.run_command("predict.py", lambda: predict(parser.parse_args(arguments), draw))
+    return run_command("predict.py", lambda: predict(parser.parse_args(arguments), draw))

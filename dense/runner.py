@@ -11,7 +11,7 @@ from mmengine.device import get_device
 from mmengine.logging import HistoryBuffer
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 import checkpoints
@@ -51,6 +51,14 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
     return checkpoints.read_checkpoint(path, flag, LOG_CLASSES)
 
 
+def has_half_precision() -> bool:
+    """Whether mmengine can compute in half precision here: it needs a GPU that is not a Mac's.
+
+    On CPUs it would evaluate in bfloat16 and not train at all.
+    """
+    return get_device() not in ("cpu", "mps")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The segmentor or detector inside the wrappers of data parallelism and test-time augmentation."""
     while hasattr(model, "module"):
@@ -88,12 +96,27 @@ class DenseRunner(Runner):
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
         """Build the optimiser; without a GPU in full precision, as mmengine's mixed precision needs one."""
-        if isinstance(optim_wrapper, dict) and optim_wrapper.get("type") == "AmpOptimWrapper" and get_device() == "cpu":
+        is_mixed = isinstance(optim_wrapper, dict) and optim_wrapper.get("type") == "AmpOptimWrapper"
+        if is_mixed and not has_half_precision():
             self.logger.warning("mixed precision: no GPU here, training in float32")
             scaling = ("loss_scale", "dtype", "use_fsdp")
             optim_wrapper = {key: value for key, value in optim_wrapper.items() if key not in scaling}
             optim_wrapper["type"] = "OptimWrapper"
         return super().build_optim_wrapper(optim_wrapper)
+
+    def build_val_loop(self, loop: Any) -> BaseLoop:
+        """Build the loop of validation; without a GPU in full precision."""
+        return super().build_val_loop(self._in_possible_precision(loop))
+
+    def build_test_loop(self, loop: Any) -> BaseLoop:
+        """Build the loop of testing; without a GPU in full precision."""
+        return super().build_test_loop(self._in_possible_precision(loop))
+
+    def _in_possible_precision(self, loop: Any) -> Any:
+        if not (isinstance(loop, dict) and loop.get("fp16")) or has_half_precision():
+            return loop
+        self.logger.warning("half precision: no GPU here, evaluating in float32")
+        return {**loop, "fp16": False}
 
     def load_checkpoint(
         self,

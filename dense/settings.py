@@ -2,7 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,49 @@ import checkpoints
 import utils
 from dense.runner import VARIANT_HINT, read_checkpoint
 from sepvit import variant_of
-from utils import Parser, UserError
+from training.commands import Parser
+from utils import UserError
+
+# Flags of mmsegmentation 0.10's and mmdetection 2.8's commands that there are not here, and what stands for them.
+FORMER = {"--options": "the name here is --cfg-options KEY=VALUE, with test_evaluator.KEY=VALUE for the evaluation"}
+FORMER_OF_TRAINING = {
+    "--resume-from": "the name here is --resume PATH",
+    "--gpus": "bash dist_train.sh CONFIG N trains on N GPUs",
+    "--gpu-ids": "CUDA_VISIBLE_DEVICES chooses the GPUs, and bash dist_train.sh CONFIG N trains on N of them",
+}
+FORMER_OF_TESTING = {
+    "--eval-options": "the name here is --cfg-options test_evaluator.KEY=VALUE",
+    "--show": "pictures are written by --show-dir DIR",
+    "--gpu-collect": "leave it out, the results of all processes are always collected",
+    "--tmpdir": "leave it out, the results of all processes are always collected",
+    "--fuse-conv-bn": "not available, leave it out",
+}
+
+
+class CommandParser(Parser):
+    """Answers a flag that the libraries' commands once had with what stands for it here.
+
+    Args:
+        former: such flags and the answers.
+        **kwargs: as for `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, former: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.former = dict(former)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """Parse a command line; see argparse.
+
+        Raises:
+            UserError: a setting is a former one, unknown, missing, or has a wrong value.
+        """
+        arguments = sys.argv[1:] if args is None else args
+        # before argparse, which would take --show for short for --show-dir
+        for flag in (argument.partition("=")[0].replace("_", "-") for argument in arguments):
+            if flag in self.former:
+                raise UserError(f"{flag}: {self.former[flag]}")
+        return super().parse_args(arguments, namespace)
 
 
 class KeyValueAction(DictAction):
@@ -30,9 +73,16 @@ class KeyValueAction(DictAction):
         setattr(namespace, self.dest, options)
 
 
-def build_parser(description: str, launchers: bool = True) -> Parser:
-    """A parser with the settings that all commands have."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser(description: str, launchers: bool = True, former: Mapping[str, str] | None = None) -> CommandParser:
+    """A parser with the settings that all commands have.
+
+    Args:
+        description: what the command does.
+        launchers: whether it runs on several processes.
+        former: flags that the libraries' commands once had and the answers to them, besides those in `FORMER`.
+    """
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser({**FORMER, **(former or {})}, description=description, formatter_class=formatter)
     parser.add_argument("config", metavar="CONFIG", help="a config of configs/, or your own")
     if launchers:
         parser.add_argument("--work-dir", metavar="DIR", help="default: work_dirs/ and the config's name")

@@ -9,13 +9,22 @@ from mmengine.hooks import Hook
 
 import utils
 from dense.runner import DenseRunner
-from dense.settings import build_parser, check_data, join_processes, read_config, read_model_checkpoint
-from utils import Parser, UserError
+from dense.settings import (
+    FORMER_OF_TESTING,
+    CommandParser,
+    build_parser,
+    check_data,
+    join_processes,
+    read_config,
+    read_model_checkpoint,
+)
+from training.commands import Parser, run_command
+from utils import UserError
 
 
-def build_test_parser(description: str, metrics: Sequence[str]) -> Parser:
+def build_test_parser(description: str, metrics: Sequence[str]) -> CommandParser:
     """The parser of test.py, without what it is to do with the predictions besides evaluating them by `metrics`."""
-    parser = build_parser(description)
+    parser = build_parser(description, former=FORMER_OF_TESTING)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="of the whole segmentor or detector")
     add("--eval", nargs="+", default=[], metavar="METRIC", help=f"one or more of {', '.join(metrics)}")
@@ -66,4 +75,4 @@ def run_testing(
     arguments: list[str] | None = None,
 ) -> int:
     """Run test.py; returns its exit status."""
-    return utils.run_command("test.py", lambda: test(parser.parse_args(arguments), prepare))
+    return run_command("test.py", lambda: test(parser.parse_args(arguments), prepare))

@@ -10,13 +10,23 @@ from mmengine.runner import find_latest_checkpoint
 
 import utils
 from dense.runner import DenseRunner
-from dense.settings import build_parser, check_data, drop_pretrained, join_processes, read_config, read_model_checkpoint
-from utils import Parser, UserError, print_main
+from dense.settings import (
+    FORMER_OF_TRAINING,
+    CommandParser,
+    build_parser,
+    check_data,
+    drop_pretrained,
+    join_processes,
+    read_config,
+    read_model_checkpoint,
+)
+from training.commands import Parser, run_command
+from utils import UserError, print_main
 
 
-def build_train_parser(description: str) -> Parser:
+def build_train_parser(description: str) -> CommandParser:
     """The parser of train.py."""
-    parser = build_parser(description)
+    parser = build_parser(description, former=FORMER_OF_TRAINING)
     add = parser.add_argument
     add("--resume", nargs="?", const="", metavar="PATH",
         help="go on behind a checkpoint; without PATH behind the work dir's newest, afresh if it has none")  # fmt: skip
@@ -95,4 +105,4 @@ def set_starting_point(cfg: Config, args: argparse.Namespace) -> dict[str, dict[
 
 def run_training(parser: Parser, arguments: list[str] | None = None) -> int:
     """Run train.py; returns its exit status."""
-    return utils.run_command("train.py", lambda: train(parser.parse_args(arguments)))
+    return run_command("train.py", lambda: train(parser.parse_args(arguments)))

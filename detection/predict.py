@@ -16,7 +16,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dense.drawing import enlargement
 from dense.predict import build_predict_parser, run_prediction
-from utils import fraction
+from training.commands import fraction
 
 
 def draw_detections(model: nn.Module, path: str, image: np.ndarray, least: float) -> tuple[Image.Image, str]:

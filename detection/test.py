@@ -17,13 +17,15 @@ from mmengine.hooks import Hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from dense.settings import CommandParser
 from dense.test import build_test_parser, run_testing
-from utils import Parser, UserError, fraction
+from training.commands import fraction
+from utils import UserError
 
 METRICS = ("bbox", "segm", "mAP")
 
 
-def build_detection_test_parser() -> Parser:
+def build_detection_test_parser() -> CommandParser:
     """The parser of test.py."""
     parser = build_test_parser(__doc__, METRICS)
     add = parser.add_argument

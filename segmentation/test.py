@@ -15,16 +15,18 @@ from mmengine.hooks import Hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from dense.settings import CommandParser
 from dense.test import build_test_parser, run_testing
 from segmentation.drawing import DrawingHook
-from utils import Parser, UserError
+from utils import UserError
 
 METRICS = ("mIoU", "mDice", "mFscore")
 
 
-def build_segmentation_test_parser() -> Parser:
+def build_segmentation_test_parser() -> CommandParser:
     """The parser of test.py."""
     parser = build_test_parser(__doc__, METRICS)
+    parser.former["--format-only"] = "the predicted labels are written by --out DIR"
     add = parser.add_argument
     add("--out", metavar="DIR", help="write the predicted labels there, as PNG in the data set's numbering")
     add("--show-dir", metavar="DIR", help="draw the predictions there, beside the truth")
@@ -39,6 +41,8 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Hook]:
     """
     if not (args.eval or args.out or args.show_dir):
         raise UserError("nothing to do: give --eval mIoU, --out DIR or --show-dir DIR")
+    if args.out and Path(args.out).suffix in (".pkl", ".pickle"):
+        raise UserError(f"--out {args.out}: takes a folder of PNGs, the predicted labels; name it without the ending")
     metrics = [next((known for known in METRICS if known.lower() == name.lower()), name) for name in args.eval]
     for name in metrics:
         if name not in METRICS:

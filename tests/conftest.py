@@ -179,11 +179,8 @@ def optimizer_groups(cfg, model: torch.nn.Module) -> dict[str, dict]:
 
 
 def undecayed_names(model: torch.nn.Module) -> set[str]:
-    """Names of the parameters of norms and positional encodings."""
-    norms = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.modules.batchnorm._BatchNorm)
-    names = {f"{where}.{name}" for where, module in model.named_modules() if isinstance(module, norms)
-             for name, _ in module.named_parameters()}  # fmt: skip
-    return names | {name for name, _ in model.named_parameters() if ".pos_block." in name}
+    """Names of the parameters without weight decay in the published configs: those with these words in their names."""
+    return {name for name, _ in model.named_parameters() if "norm" in name or "pos_block" in name}
 
 
 def refusal(run, name: str, arguments: list[str], capsys) -> str:

@@ -22,20 +22,20 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR100
 
-import datasets
 import main
 from datasets import (
     INAT_CATEGORIES,
-    INaturalist,
     build_dataset,
     build_train_loader,
     build_transform,
     build_val_loader,
     epoch_batches,
-    fingerprint,
 )
 from samplers import DistributedEvalSampler, TrainBatchSampler
-from utils import UserError, run_command
+from training import samples
+from training.commands import run_command
+from training.samples import INaturalist, fingerprint
+from utils import UserError
 from utils import read_log as read_whole_log
 
 settings_of_hypothesis = hypothesis.settings(max_examples=200, deadline=None)
@@ -374,7 +374,7 @@ def test_webdataset_evaluates_the_same_on_any_number_of_processes(webdataset, tm
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_validation_images_whose_storage_does_not_answer(workers, few_digits, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(datasets, "PAUSES", ())
+    monkeypatch.setattr(samples, "PAUSES", ())
     shutil.copytree(few_digits, tmp_path / "data")
     args = settings("--data-path", tmp_path / "data", "--input-size", 32, "--num_workers", workers)
     loader = build_val_loader(build_dataset(False, args), args)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import GOLDEN, VARIANTS, Code, golden_images, golden_shapes, golden_weights
+from conftest import GOLDEN, ROOT, VARIANTS, Code, golden_images, golden_shapes, golden_weights, succeed
 from mmengine.logging import MMLogger
 
 import dense.backbone
@@ -182,3 +182,44 @@ def test_no_loader_runs_code(tmp_path):
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         load_checkpoint(torch.nn.Linear(1, 1), str(tmp_path / "code.pth"))
     assert not (tmp_path / "ran").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In other programs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_libraries_of_a_host_program_stay_visible(tmp_path):
+    """Hugging Face's `datasets`, whose name a file here has, too."""
+    host = tmp_path / "host.py"
+    host.write_text(
+        "import importlib, sys\n"
+        f"sys.path.append({str(ROOT)!r})\n"
+        "before = list(sys.path)\n"
+        "from mmengine.config import Config\n"
+        "from mmengine.registry import MODELS\n"
+        f"cfg = Config.fromfile({str(ROOT / 'segmentation/configs/fpn_sepvit_t_512x512_80k_ade20k.py')!r})\n"
+        "print(type(MODELS.build(cfg.model.backbone)))\n"
+        "for name in ('loading', 'predict', 'runner', 'settings', 'test', 'train'):\n"
+        "    importlib.import_module(f'dense.{name}')\n"
+        "assert 'datasets' not in sys.modules, sys.modules['datasets']\n"
+        "import datasets\n"
+        "print(datasets.load_dataset)\n"
+        "assert sys.path == before, sys.path\n"
+    )
+    text = succeed(script=host, cwd=tmp_path)
+    assert "SepViT_Tiny" in text
+    assert "function load_dataset" in text
+
+
+def test_configs_find_the_backbones_by_themselves(tmp_path):
+    """This folder goes to the end of the path, once."""
+    host = tmp_path / "host.py"
+    host.write_text(
+        "import sys\n"
+        "before = list(sys.path)\n"
+        "from mmengine.config import Config\n"
+        f"for _ in range(2): Config.fromfile({str(ROOT / 'detection/configs/mask_rcnn_sepvit_lite_fpn_demo.py')!r})\n"
+        f"assert sys.path == [*before, {str(ROOT)!r}], sys.path\n"
+    )
+    succeed(script=host, cwd=tmp_path)

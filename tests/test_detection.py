@@ -15,13 +15,16 @@ from conftest import ROOT, Code, free_port, optimizer_groups, play_srun, refusal
 from mmdet.datasets import CocoDataset
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.optim.optimizer import amp_optimizer_wrapper
 from mmengine.registry import PARAM_SCHEDULERS, TRANSFORMS, init_default_scope
 from PIL import Image
 from pycocotools.coco import COCO
 
 import detection.predict
 import detection.test
-from dense.runner import read_checkpoint
+from dense.runner import DenseRunner, read_checkpoint
+from dense.settings import read_config
 from dense.train import build_train_parser, run_training
 
 CONFIGS = ROOT / "detection/configs"
@@ -96,13 +99,31 @@ def test_optimizer(detector, schedule, variant):
     lr = 2e-4 if (detector, schedule) == ("mask_rcnn", 1) else 1e-4
     undecayed = undecayed_names(model) if schedule == 3 else set()
     assert len([name for name in undecayed if ".pos_block." in name]) == (8 if schedule == 3 else 0)
+    if schedule == 3:  # there are norms in the backbone alone, and all have it in their names
+        kinds = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.modules.batchnorm._BatchNorm)
+        norms = {f"{where}.{name}" for where, module in model.named_modules() if isinstance(module, kinds)
+                 for name, _ in module.named_parameters()}  # fmt: skip
+        assert norms == {name for name in undecayed if ".pos_block." not in name}
     for name, group in optimizer_groups(cfg, model).items():
         assert group["weight_decay"] == (0 if name in undecayed else weight_decay), name
         assert (group["lr"], group["betas"]) == (lr, (0.9, 0.999)), name
     mixed = (detector, schedule) == ("mask_rcnn", 3)
     assert cfg.optim_wrapper.type == ("AmpOptimWrapper" if mixed else "OptimWrapper")
-    if mixed:
-        assert cfg.optim_wrapper.loss_scale == dict(init_scale=512.0)
+    for loop in (cfg.val_cfg, cfg.test_cfg):
+        assert loop.get("fp16", False) == mixed
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_static_loss_scale(variant, monkeypatch):
+    """Neither gradients that are finite nor others change it."""
+    monkeypatch.setattr(amp_optimizer_wrapper, "is_cuda_available", lambda: True)
+    monkeypatch.setattr(amp_optimizer_wrapper, "GradScaler", partial(torch.amp.GradScaler, device="cpu"))
+    layer = torch.nn.Linear(1, 1)
+    wrapper = build_optim_wrapper(layer, config("mask_rcnn", 3, variant).optim_wrapper)
+    wrapper.loss_scaler.set_growth_interval(1)
+    for factor in (1.0, float("inf"), 1.0):
+        wrapper.update_params(factor * layer(torch.ones(1, 1)).sum())
+        assert wrapper.loss_scaler.get_scale() == 512
 
 
 @pytest.mark.parametrize(("detector", "schedule", "variant"), ALL)
@@ -295,6 +316,25 @@ def test_evaluation_detections_and_pictures(trained, scenes, tmp_path):
     assert isinstance(json.loads((tmp_path / "f/results.bbox.json").read_text()), list)
 
 
+def test_half_precision_in_evaluation(scenes, tmp_path):
+    """Of Mask R-CNN 3x, here with the demo's sizes; a CPU evaluates in float32 and says so."""
+    path = tmp_path / "lite.py"
+    name, own = (str(CONFIGS / f"{NAMES['mask_rcnn', schedule].format('t')}.py") for schedule in (1, 3))
+    path.write_text(DEMO.read_text().replace(Path(name).name, own))
+    parser = detection.test.build_detection_test_parser()
+    options = ["--work-dir", str(tmp_path), *small(scenes), "model.test_cfg.rcnn.max_per_img=5"]
+    cfg = read_config(parser.parse_args([str(path), "none.pth", *options]))
+    assert (cfg.optim_wrapper.type, cfg.val_cfg.fp16, cfg.test_cfg.fp16) == ("AmpOptimWrapper", True, True)
+    runner, types = DenseRunner.from_config(cfg), []
+    runner.model.neck.register_forward_hook(lambda _, inputs, maps: types.append({y.dtype for y in maps}))
+    assert "coco/segm_mAP" in runner.val()
+    assert "coco/segm_mAP" in runner.test()
+    has_gpu = torch.cuda.is_available()
+    assert types == 4 * [{torch.float16 if has_gpu else torch.float32}]
+    log = next(tmp_path.glob("*/*.log")).read_text()
+    assert ("half precision: no GPU here, evaluating in float32" in log) != has_gpu
+
+
 @pytest.mark.parametrize("detector", ["mask_rcnn", pytest.param("retinanet", marks=pytest.mark.slow)])
 def test_commands_of_the_page_on_two_processes(detector, retinanet, scenes, tmp_path):
     """Train and evaluate by the scripts; same figures as on one process."""
@@ -402,6 +442,7 @@ MISTAKES = {
                            "--eval segm: RetinaNet gives no masks; choose bbox"),
     "two at once": ("test", [*GOOD, "--eval", "bbox", "--format-only"], "--eval and --format-only: choose one"),
     "out that is no pickle": ("test", [*GOOD, "--out", "a.json"], "--out a.json: takes the name of a .pkl file"),
+    "flag of mmdet 2.8": ("test", [*GOOD, "--show"], "--show: pictures are written by --show-dir DIR"),
     "no TTA": ("test", [*GOOD, "--eval", "bbox", "--aug-test"], "--aug-test: CONFIG"),
     "score beyond one": ("test", [*GOOD, "--show-dir", "a", "--show-score-thr", "30"], "--show-score-thr: 30"),
     "missing checkpoint": ("test", ["{demo}", "none.pth", *EVALUATE], "CHECKPOINT none.pth: no such file"),

@@ -346,6 +346,91 @@ def test_non_square_source_grid():
     assert resampled.diff(dim=1).abs().max() < 1e-4
 
 
+# Window sides of each stage, repeated to its depth; of some, no block's windows divide another's.
+SIDES = {
+    "5": ((5,), (5,), (5,), (5,)),
+    "6 and 12": ((6,), (6, 12), (6, 12), (6,)),
+    "12 in one stage": ((6,), (6,), (12,), (6,)),
+    "one a stage": ((5,), (6,), (10,), (7,)),
+    "mixed": ((5,), (6, 10), (10, 7), (7,)),
+    "coarse first": ((14,), (6, 10), (3, 7), (5,)),
+}
+
+
+def all_blocks(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {f"blocks.{i}.{j}": block for i, blocks in enumerate(model.blocks) for j, block in enumerate(blocks)}
+
+
+@pytest.mark.parametrize("size", [(224, 224), (200, 304), (61, 300), (20, 20)])
+@pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
+def test_window_sides_round_trip(sides, size, caplog):
+    source, target = (tiny_network(SepViT, seed, img_size=size, num_classes=3, window_sizes=sides) for seed in (0, 1))
+    with caplog.at_level(logging.WARNING):
+        target.load_state_dict(source.state_dict())
+    assert not caplog.text  # nothing was adapted
+    for name, value in source.state_dict().items():
+        assert torch.equal(target.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [((224, 224), (256, 192)), ((168, 280), (336, 560)), ((96, 96), (1024, 1024)), ((1024, 768), (256, 192))],
+)
+@pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
+def test_window_sides_resample_on_the_true_grids(sides, old, new):
+    source = tiny_network(SepViT, 0, img_size=old, num_classes=3, window_sizes=sides)
+    target = tiny_network(SepViT, 1, img_size=new, num_classes=3, window_sizes=sides)
+    target.load_state_dict(source.state_dict())
+    resampled = 0
+    for (name, block), other in zip(all_blocks(target).items(), all_blocks(source).values()):
+        if block.win_tokens is not None and other.win_tokens is not None:
+            expected = sepvit.resample_window_tokens(other.win_tokens.data, other.grid, block.grid)
+            assert torch.equal(block.win_tokens, expected), name
+            resampled += block.grid != other.grid
+    assert resampled > 0
+
+
+@pytest.mark.parametrize(("old", "new"), [((32, 48), (64, 96)), ((48, 32), (96, 64))])
+def test_later_blocks_tell_grids_apart(old, new):
+    """2 × 2 windows in the first block, then 1 × 2 or 2 × 1: rows and columns follow the model's aspect."""
+    sides = ((6,), (5,), (5,), (5,))
+    source = tiny_network(SepViT, 0, img_size=old, num_classes=3, window_sizes=sides)
+    target = tiny_network(SepViT, 1, img_size=new, num_classes=3, window_sizes=sides)
+    assert source.blocks[0][0].grid == (2, 2)
+    block, other = target.blocks[1][0], source.blocks[1][0]
+    assert sorted(other.grid) == [1, 2]
+    target.load_state_dict(source.state_dict())
+    expected = sepvit.resample_window_tokens(other.win_tokens.data, other.grid, block.grid)
+    assert torch.equal(block.win_tokens, expected)
+
+
+@pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
+def test_source_grids_are_found_among_few(sides, monkeypatch):
+    """Large images are no more work: a block of 1024 × 1024 pixels has thousands of windows, but few possible grids."""
+    windows_along, found = sepvit._windows_along, []
+    monkeypatch.setattr(sepvit, "_windows_along", lambda *args: found.append(windows_along(*args)) or found[-1])
+    source = tiny_network(SepViT, 0, img_size=1024, num_classes=3, window_sizes=sides)
+    target = tiny_network(SepViT, 1, img_size=224, num_classes=3, window_sizes=sides)
+    target.load_state_dict(source.state_dict())
+    count = source.blocks[0][0].win_tokens.shape[1]
+    divisors = sum(count % n == 0 for n in range(1, count + 1))
+    assert len(found) <= 2 * divisors
+    assert max(map(len, found)) <= 4
+
+
+@pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
+def test_dense_starts_from_classification_with_its_window_sides(sides):
+    source = tiny_network(SepViT, 0, img_size=(200, 304), num_classes=3, window_sizes=sides)
+    dense = tiny_network(SepViTDense, 1, window_sizes=sides)
+    dense.load_state_dict(source.state_dict())
+    own = source.state_dict()
+    for name, value in dense.state_dict().items():
+        if not name.startswith("norm_list.") and name in own:
+            assert torch.equal(value, own[name]), name
+    assert [tuple(y.shape[2:]) for y in dense(torch.zeros(1, 3, 97, 64))] == [(25, 16), (13, 8), (7, 4), (4, 2)]
+    source.load_state_dict(own)  # and has stayed one of the classification form
+
+
 def test_set_input_size_equals_building_and_loading():
     model = timm.create_model("SepViT_Lite", img_size=224, num_classes=3, drop_path_rate=0.1)
     with torch.no_grad():

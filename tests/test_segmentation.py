@@ -58,6 +58,12 @@ def model_of(read, variant: str) -> torch.nn.Module:
     return MODELS.build(read(variant).model)
 
 
+def parameters_of(model: torch.nn.Module, kind: type) -> set[str]:
+    """Names of the parameters of all modules of a kind."""
+    return {f"{where}.{name}" for where, module in model.named_modules() if isinstance(module, kind)
+            for name, _ in module.named_parameters()}  # fmt: skip
+
+
 def learning_rates(cfg: Config, iterations: int) -> np.ndarray:
     """The learning rate of each iteration, by the built schedule."""
     lr = cfg.optim_wrapper.optimizer.lr
@@ -133,20 +139,26 @@ def test_upernet(variant):
     assert (auxiliary.in_index, auxiliary.in_channels, auxiliary.num_classes) == (2, dims[2], 150)
     assert (auxiliary.loss_decode.loss_weight, model.decode_head.loss_decode.loss_weight) == (0.4, 1.0)
 
-    undecayed = undecayed_names(model)
-    assert len([name for name in undecayed if ".pos_block." in name]) == 8
-    assert any("norm_list" in name for name in undecayed)
-    weight_decay = 0.03 if variant == "b" else 0.01
-    for name, setting in optimizer_groups(cfg, model).items():
+    undecayed, weight_decay = undecayed_names(model), 0.03 if variant == "b" else 0.01
+    groups = optimizer_groups(cfg, model)
+    for name, setting in groups.items():
         assert setting["weight_decay"] == (0 if name in undecayed else weight_decay), name
         assert (setting["lr"], setting["betas"]) == (6e-5, (0.9, 0.999)), name
+    assert len([name for name in undecayed if ".pos_block." in name]) == 8
+    layer_norms = parameters_of(model, torch.nn.LayerNorm)
+    assert layer_norms == {name for name in undecayed if ".pos_block." not in name}
+    batch_norms = parameters_of(model, torch.nn.modules.batchnorm._BatchNorm)
+    assert len(batch_norms) == 26
+    assert all(groups[name]["weight_decay"] == weight_decay for name in batch_norms)
 
     assert (cfg.train_cfg.type, cfg.train_cfg.max_iters) == ("IterBasedTrainLoop", 160000)
+    i = np.arange(160000)
+    warm_up = np.where(i < 1500, 1 - (1 - i / 1500) * (1 - 1e-6), 1)
+    expected = 6e-5 * (1 - i / 160000) * warm_up
     rates = learning_rates(cfg, 160000)
-    assert rates[0] == pytest.approx(6e-5 * 1e-6)
-    np.testing.assert_allclose(np.diff(rates[:1499], 2), 0, atol=1e-15)  # linear
-    assert rates[1500] == pytest.approx(6e-5, rel=1e-3)
-    np.testing.assert_allclose(rates[1500:], 6e-5 * (1 - np.arange(158500) / 158499), rtol=2e-3, atol=1e-12)
+    np.testing.assert_allclose(rates, expected, rtol=1e-9)
+    assert rates[0] == pytest.approx(6e-11, rel=1e-9)
+    assert rates[159999] == pytest.approx(6e-5 / 160000, rel=1e-9)
 
 
 @pytest.mark.parametrize("read", [fpn, upernet], ids=["fpn", "upernet"])
@@ -498,9 +510,11 @@ MISTAKES = {
                                    "--launcher pytorch: RANK is not set"),
     "work dir that is a file": ("train", ["{demo}", "--work-dir", "{files}/good.pth", "--cfg-options", DATA],
                                 "--work-dir {files}/good.pth: cannot be written"),
-    "unknown flag": ("train", ["{demo}", "--lr", "1"], "unrecognized arguments: --lr 1"),
+    "unknown flag": ("train", ["{demo}", "--lr", "1"], "--lr: unknown setting"),
     "nothing to do": ("test", GOOD, "nothing to do: give --eval mIoU, --out DIR or --show-dir DIR"),
     "unknown metric": ("test", [*GOOD, "--eval", "mAP"], "--eval mAP: unknown; choose from mIoU, mDice, mFscore"),
+    "out that is a pickle": ("test", [*GOOD, "--out", "x.pkl", "--cfg-options", DATA],
+                             "--out x.pkl: takes a folder of PNGs"),
     "no TTA": ("test", ["{files}/no_tta.py", "{files}/good.pth", "--eval", "mIoU", "--aug-test"], "--aug-test: CONFIG"),
     "missing checkpoint": ("test", ["{demo}", "none.pth", "--eval", "mIoU", "--cfg-options", DATA],
                            "CHECKPOINT none.pth: no such file"),
@@ -540,6 +554,38 @@ def test_mistakes(mistake, files, scenes, tmp_path, capsys, monkeypatch):
     assert words.format(**places) in refusal(RUN[command], command, arguments, capsys)
     assert sorted(files.rglob("*")) == before
     assert not (tmp_path / "work_dirs").exists() or mistake == "incomplete"  # found out with the model built
+
+
+FORMER = {
+    "--resume-from=a.pth": ("train", "--resume-from: the name here is --resume PATH"),
+    "--resume_from a.pth": ("train", "--resume-from: the name here is --resume PATH"),
+    "--options a=1": ("train", "--options: the name here is --cfg-options KEY=VALUE"),
+    "--gpus 8": ("train", "--gpus: bash dist_train.sh CONFIG N trains on N GPUs"),
+    "--gpu-ids 0 1": ("train", "--gpu-ids: CUDA_VISIBLE_DEVICES chooses the GPUs, and bash dist_train.sh CONFIG N"),
+    "--options b=1": ("test", "--options: the name here is --cfg-options KEY=VALUE"),
+    "--eval-options a=1": ("test", "--eval-options: the name here is --cfg-options test_evaluator.KEY=VALUE"),
+    "--show": ("test", "--show: pictures are written by --show-dir DIR"),
+    "--gpu-collect": ("test", "--gpu-collect: leave it out"),
+    "--tmpdir=a": ("test", "--tmpdir: leave it out"),
+    "--fuse-conv-bn": ("test", "--fuse-conv-bn: not available, leave it out"),
+    "--format-only": ("test", "--format-only: the predicted labels are written by --out DIR"),
+    "--options c=1": ("predict", "--options: the name here is --cfg-options KEY=VALUE"),
+}
+
+
+@pytest.mark.parametrize("arguments", FORMER)
+def test_flags_of_mmseg_0_10(arguments, tmp_path, capsys, monkeypatch):
+    """Whatever else is in the command."""
+    monkeypatch.chdir(tmp_path)
+    command, words = FORMER[arguments]
+    assert words in refusal(RUN[command], command, ["config.py", *arguments.split()], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_that_stay():
+    args = build_train_parser("").parse_args(["config.py", "--local_rank", "1", "--cfg-options", "a=1", "--res"])
+    assert (args.local_rank, args.cfg_options, args.resume) == (1, {"a": 1}, "")  # --res is short for --resume
+    assert segmentation.test.build_segmentation_test_parser().parse_args(["a", "b", "--local_rank=1"]).local_rank == 1
 
 
 def test_mistakes_of_the_shell_scripts():

@@ -22,6 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sepvit
+from training.commands import Parser, positive_int, run_command
+from training.devices import check_device
 
 SIDE = 2048  # of the matrices
 
@@ -79,17 +81,23 @@ def profile(model: nn.Module, images: torch.Tensor) -> None:
         print(f"    {100 * getattr(event, attribute) / total:5.1f} %  {event.key}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    """The command's settings."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="SepViT_Tiny", choices=list(sepvit.VARIANTS))
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--batch-size", type=positive_int, nargs="+", default=[1, 8])
     parser.add_argument(
         "--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
     )
-    parser.add_argument("--input-size", type=int, default=224)
+    parser.add_argument("--input-size", type=positive_int, default=224)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--profile", action="store_true", help="list the operations a pass spends its time in")
-    args = parser.parse_args()
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Count, measure and print."""
+    check_device(args.device)
     device = torch.device(args.device)
     model = timm.create_model(args.model, img_size=args.input_size).eval()
     multiply_adds = count_multiply_adds(model, torch.zeros(1, 3, args.input_size, args.input_size))
@@ -116,5 +124,11 @@ def main() -> None:
                     profile(model, images)
 
 
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    advice = "take a smaller --batch-size or --input-size"
+    return run_command("benchmark.py", lambda: main(build_parser().parse_args(arguments)), advice)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(run())

@@ -24,6 +24,10 @@ import skimage
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from training.commands import Parser, path, run_command
+from utils import UserError
+
 DIGITS = 10
 SCENE_SIZE = (128, 160)  # rows and columns, in pixels
 SCENES = {"training": 600, "validation": 100}
@@ -70,10 +74,10 @@ def write_imagenet(folder: Path) -> dict[str, int]:
     splits = dict(zip(("train", "val"), held_back()))
     for split, indices in splits.items():
         for index in indices:
-            path = folder / split / str(digits.target[index]) / f"{index:04}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            image = folder / split / str(digits.target[index]) / f"{index:04}.png"
+            image.parent.mkdir(parents=True, exist_ok=True)
             pixels = (digits.images[index] * (255 / 16)).round().astype(np.uint8)  # 8 × 8, values 0 to 16
-            Image.fromarray(pixels).save(path)
+            Image.fromarray(pixels).save(image)
     return {split: len(indices) for split, indices in splits.items()}
 
 
@@ -189,25 +193,36 @@ def annotation(mask: np.ndarray) -> dict[str, Any]:
     return dict(bbox=[int(value) for value in box], area=int(mask.sum()), segmentation=segmentation)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
-    args = parser.parse_args()
+def build_parser() -> Parser:
+    """The command's settings."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder to write to")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the data sets and say what they are.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    imagenet, ade, coco = (Path(args.out) / name for name in ("imagenet", "ade/ADEChallengeData2016", "coco"))
     try:
-        counts = write_imagenet(args.out / "imagenet")
-        print(
-            f"{args.out / 'imagenet'}: {counts['train']} training and {counts['val']} validation images of 10 classes"
-        )
-        ade, coco, scenes = args.out / "ade/ADEChallengeData2016", args.out / "coco", compose_scenes()
+        counts = write_imagenet(imagenet)
+        print(f"{imagenet}: {counts['train']} training and {counts['val']} validation images of 10 classes")
+        scenes = compose_scenes()
         write_ade(ade, scenes)
         print(f"{ade}: {SCENES['training']} training and {SCENES['validation']} validation scenes of digits")
         counts = write_coco(coco, scenes)
         print(f"{coco}: the same scenes, {counts['training']} and {counts['validation']} digits with boxes and masks")
     except OSError as error:
-        print(f"make_demo_data.py: --out {args.out}: cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
-    return 0
+        raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); name another folder") from None
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    return run_command("make_demo_data.py", lambda: main(build_parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import datasets
 import engine
 import main
+from training import samples
 from utils import get_rank
 
 calls = 0
@@ -48,5 +48,5 @@ engine.DistillationLoss.forward = sabotaged
 if "LAG" in os.environ:
     main.reading_lag = lambda *_: int(os.environ["LAG"])
 if "PAUSES" in os.environ:
-    datasets.PAUSES = [int(seconds) for seconds in os.environ["PAUSES"].split(",")]
+    samples.PAUSES = [int(seconds) for seconds in os.environ["PAUSES"].split(",")]
 sys.exit(main.run())

@@ -20,6 +20,7 @@ from PIL import Image
 import checkpoints
 import runs
 import utils
+from training.commands import is_of_machine
 
 LAST = "checkpoint-00000018.pth"  # 48 images, 8 a batch, three epochs
 
@@ -685,8 +686,8 @@ def test_fused_optimizer_leaves_bad_steps_out_on_the_device():
 def test_whose_error_it_is(tmp_path):
     killed = "DataLoader worker (pid 7) is killed by signal: Killed. "
     own = "Caught RuntimeError in DataLoader worker process 0.\nTraceback …\nRuntimeError: size mismatch"
-    assert utils.is_of_machine(RuntimeError(killed))
-    assert not utils.is_of_machine(RuntimeError(own))
+    assert is_of_machine(RuntimeError(killed))
+    assert not is_of_machine(RuntimeError(own))
     for error, folder, expected in (
         (OSError(errno.EIO, "Input/output error"), tmp_path, True),
         (OSError(errno.ESTALE, "Stale file handle"), tmp_path, True),

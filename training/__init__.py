@@ -1,0 +1,1 @@
+"""A run's machinery: what keeps training alive, and what commands share."""
