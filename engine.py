@@ -213,7 +213,7 @@ class Supervision:
         self.bad_loss = torch.zeros((), dtype=torch.bool, device=agreement.device)
         self.bad_batch: dict[str, Any] | None = None
         self.unreadable: list[str] = []
-        self.skipped = 0  # steps that changed nothing, the search for a loss scale included
+        self.skipped = 0  # steps that changed nothing, the search for float16's loss scale included
 
     def see(self, finite: Tensor, images: Tensor, targets: Tensor, unreadable: Iterable[str]) -> None:
         """Note a batch: whether its loss is finite, what it was, and which images could not be read for it."""
@@ -358,7 +358,7 @@ def train_one_epoch(
         Preempted: the run is to end; the step that was begun is done.
     """
     supervision.watch.start_round()
-    first_step, skipped_before = training.step, supervision.skipped
+    first_step, skipped, bad_steps = training.step, supervision.skipped, training.bad_steps
     training.wrapped.train()
     buffers = [(buffer, buffer.clone()) for buffer in training.model.buffers()]  # running statistics, of other networks
     lr = training.optimizer.param_groups[0]["lr"]
@@ -386,7 +386,9 @@ def train_one_epoch(
             supervision.after_step(training, bad_gradients, progress.done == progress.total)
     if progress.done == 0:
         raise UserError(f"--data-path {args.data_path}: no training image could be read")
-    if first_step == 0 and supervision.skipped - skipped_before == training.step:
+    all_skipped = first_step == 0 and supervision.skipped - skipped == training.step
+    # an epoch of a few steps may pass with nothing but the search for a loss scale, but not the last one
+    if all_skipped and (training.bad_steps > bad_steps or training.epoch == args.epochs - 1):
         raise UserError(f"epoch {training.epoch}: loss or gradients were not finite in any step, and all were skipped; "
                         "try a lower --lr, or --amp bfloat16 or off")  # fmt: skip
     training.check_finite()

@@ -112,12 +112,24 @@ def run_evaluation(args: argparse.Namespace, watch: Watch, precision: Precision)
     else:
         print_main("--eval without --resume: evaluating fresh weights")
     stats = prefixed("test", evaluate(model, loader, precision, "validation", args, watch))
+    check_outputs(stats, "validation")
     if has_both_weights(checkpoint):
         what = f"--resume {args.resume}"
         load_weights(model, weights_of(checkpoint, what, prefer_ema=True), what)
         stats |= prefixed("test_ema", evaluate(model, loader, precision, "validation, averaged weights", args, watch))
     if args.output_dir:
         utils.on_main_process(lambda: write_figures(stats, Path(args.output_dir) / "eval.json"))
+
+
+def check_outputs(stats: dict[str, float], title: str) -> None:
+    """Refuse to call it a success where the network's outputs are not finite.
+
+    Raises:
+        UserError: the validation loss is not.
+    """
+    if not math.isfinite(stats["test_loss"]):
+        raise UserError(f"{title}: the loss is {stats['test_loss']}, the network's outputs are not finite; try "
+                        "--amp off, or train with a lower --lr")  # fmt: skip
 
 
 def write_figures(stats: dict[str, float], path: Path) -> None:
@@ -170,6 +182,7 @@ def run_training(args: argparse.Namespace, output: Output, watch: Watch, precisi
         raise end_preempted(training, output, save, watch.preemption.status) from None
     utils.on_main_process(output.close)
     utils.on_main_process(lambda: complete(folder))
+    check_outputs(stats, f"epoch {training.epoch - 1} validation")
     if utils.is_main_process():
         duration = timedelta(seconds=round(time.perf_counter() - start))
         print(f"trained in {duration}, best top-1 {training.best_accuracy:.3f} %: checkpoints, log.txt and curves.png "
@@ -622,7 +635,7 @@ def check_ranges(args: argparse.Namespace) -> None:
                         f"same number of pixels of --input-size {args.input_size}; move them apart")  # fmt: skip
     if args.sched == "plateau" and args.decay_rate >= 1:
         raise UserError(
-            f"--decay-rate {args.decay_rate:g}: --sched plateau multiplies the rate by it; takes one below 1"
+            f"--decay-rate {args.decay_rate:g}: --sched plateau multiplies the rate by it; take less than 1"
         )
 
 

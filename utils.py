@@ -51,6 +51,10 @@ class UserError(OneLineError):
     """A mistake of the user's: the line names the thing, the value and the way out. The exit status is 2."""
 
 
+class LocalError(UserError):
+    """A mistake that this process alone may meet, and prints whichever it is."""
+
+
 class MachineError(OneLineError):
     """A transient error of the machine, its storage or its network: rerunning may succeed. The exit status is 75."""
 
@@ -124,7 +128,7 @@ def environment_number(name: str, default: int, least: int = 0, most: int | None
     text = os.environ.get(name, str(default))
     if not text.isascii() or not text.isdigit() or int(text) < least or (most is not None and int(text) > most):
         bounds = f"from {least} to {most}" if most is not None else f"of at least {least}"
-        raise UserError(f"environment variable {name}={text}: takes a whole number {bounds}; unset it or correct it")
+        raise LocalError(f"environment variable {name}={text}: takes a whole number {bounds}; unset it or correct it")
     return int(text)
 
 

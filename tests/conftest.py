@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import commands
 import numpy as np
@@ -191,6 +192,19 @@ def refusal(run, name: str, arguments: list[str], capsys) -> str:
     assert len(lines) == 1
     assert lines[0].startswith(f"{name}.py: ")
     return lines[0]
+
+
+def differences(a: Any, b: Any, place: str = "") -> list[str]:
+    """Where two nested structures differ, tensors bit by bit."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+        return [] if same else [place]
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = [f"{place}/{key} in one alone" for key in a.keys() ^ b.keys()]
+        return found + [line for key in a.keys() & b.keys() for line in differences(a[key], b[key], f"{place}/{key}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return [line for i, (x, y) in enumerate(zip(a, b)) for line in differences(x, y, f"{place}/{i}")]
+    return [] if a == b else [f"{place}: {a} and {b}"]
 
 
 class Code:

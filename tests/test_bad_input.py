@@ -1,18 +1,26 @@
 """Users' mistakes: one line that names the thing and the way out, exit status 2, nothing half-written."""
 
+import gzip
 import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL, Code, command
+from conftest import ROOT, SMALL, Code, command, free_port
 from PIL import Image
+from safetensors.torch import save_file
 
+import checkpoints
+import engine
 import main
+from datasets import build_transform
 from tools import check_setup
+from utils import UserError, read_log
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +44,7 @@ def files(tmp_path_factory, few_digits):
     torch.save(timm.create_model("resnet18", num_classes=3).state_dict(), root / "resnet.pth")
     torch.save(timm.create_model("SepViT_Lite", img_size=32, num_classes=9).state_dict(), root / "nine.pth")
     torch.save(timm.create_model("SepViT_Lite", img_size=96, num_classes=3).state_dict(), root / "size96.pth")
+    write_foreign_files(root, lite)
     for name in ("no_images", "no_val", "no_classes", "other_classes"):
         (root / name / "train/0").mkdir(parents=True)
         Image.new("L", (8, 8)).save(root / name / "train/0/a.png")
@@ -54,13 +63,69 @@ def files(tmp_path_factory, few_digits):
     return root
 
 
+def write_foreign_files(root: Path, lite: torch.nn.Module) -> None:
+    """Files that are taken for checkpoints, and checkpoints whose tensors cannot be loaded."""
+    whole = (root / "lite.pth").read_bytes()
+    (root / "page.pth").write_text("<!DOCTYPE html>\n<html><body>Not found</body></html>")
+    (root / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (root / "gzip.pth").write_bytes(gzip.compress(whole))
+    (root / "nothing.pth").write_bytes(b"")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), root / "script.pth")
+    numpy.savez(root / "arrays.npz", weight=numpy.ones(3))
+    save_file(lite.state_dict(), root / "lite.safetensors")
+    (root / "cut.safetensors").write_bytes((root / "lite.safetensors").read_bytes()[:-100])
+    os.mkfifo(root / "pipe.pth")
+    for name, tensor in (("sparse", torch.ones(3).to_sparse()), ("meta", torch.ones(3, device="meta")),
+                         ("nan", torch.full((3,), torch.nan)), ("inf", torch.tensor([1, torch.inf, 0]))):  # fmt: skip
+        torch.save({**lite.state_dict(), "head.bias": tensor}, root / f"{name}.pth")
+
+
+EVAL = ["--eval", "--resume"]
+TEACHER = ["--distillation-type", "hard", "--teacher-model", "SepViT_Lite", "--teacher-path"]
 MISTAKES = {
+    "web page for a checkpoint": ([*EVAL, "{root}/page.pth"], ["--resume {root}/page.pth", "an HTML page"]),
+    "git-lfs pointer": (["--finetune", "{root}/pointer.pth"], ["--finetune {root}/pointer.pth", "git lfs pull"]),
+    "compressed checkpoint": ([*TEACHER, "{root}/gzip.pth"], ["--teacher-path {root}/gzip.pth", "gzip; unpack it"]),
+    "empty checkpoint": ([*EVAL, "{root}/nothing.pth"], ["an empty file"]),
+    "TorchScript": ([*EVAL, "{root}/script.pth"], ["a TorchScript model; save its weights", "state_dict()"]),
+    "NumPy's arrays": ([*EVAL, "{root}/arrays.npz"], ["NumPy's arrays"]),
+    "cut safetensors": ([*EVAL, "{root}/cut.safetensors"], ["cut.safetensors: damaged"]),
+    "pipe for a checkpoint": ([*EVAL, "{root}/pipe.pth"], ["{root}/pipe.pth: a pipe or a device, no file"]),
+    "http address": (["--resume", "http://localhost/x.pth"], ["http://localhost/x.pth: takes a path or an https"]),
+    "sparse tensor": ([*EVAL, "{root}/sparse.pth"], ["sparse.pth: head.bias is sparse; save it as an ordinary"]),
+    "tensor without values": ([*EVAL, "{root}/meta.pth"], ["meta.pth: head.bias has no values"]),
+    "weights that are not finite": ([*EVAL, "{root}/nan.pth"], ["head.bias is not finite (3 of 3 values)"]),
+    "weights that are not finite to resume": (["--resume", "{root}/inf.pth"], ["head.bias is not finite (1 of 3"]),
+    "teacher that is not finite": ([*TEACHER, "{root}/nan.pth"], ["--teacher-path {root}/nan.pth: head.bias is not"]),
+    "weights of other classes to evaluate": ([*EVAL, "{root}/nine.pth"],
+        ["9 classes instead of 3", "evaluate it on images of its own classes"]),
+    "teacher of other classes": ([*TEACHER, "{root}/nine.pth"], ["9 classes instead of 3", "take a teacher"]),
+    "evaluation of weights to finetune": (["--eval", "--finetune", "{root}/lite.pth"], ["--resume"]),
+    "teacher without distillation": (["--teacher-path", "{root}/lite.pth"], ["--distillation-type soft or hard"]),
+    "infinite learning rate": (["--lr", "inf"], ["--lr", "inf is not a finite number"]),
+    "optimiser of second order": (["--opt", "adahessian"], ["--opt adahessian", "second derivatives"]),
+    "cutmix the wrong way round": (["--cutmix-minmax", "0.8", "0.2"], ["--cutmix-minmax 0.8 0.2", "least first"]),
+    "cutmix of one size": (["--cutmix-minmax", "0.5", "0.51"], ["--cutmix-minmax 0.5 0.51", "--input-size 32"]),
+    "infinite time": (["--timeout", "inf"], ["--timeout", "inf is not a finite number"]),
+    "too long a time": (["--timeout", "1e300"], ["--timeout", "1e300 is out of range"]),
+    "plateau that keeps the rate": (["--sched", "plateau", "--decay-rate", "1"], ["--decay-rate 1", "less than 1"]),
+    "scale the wrong way round": (["--scale", "1", "0.08"], ["--scale 1 0.08", "least first"]),
+    "ratio the wrong way round": (["--ratio", "1.33", "0.75"], ["--ratio 1.33 0.75", "least first"]),
+    "crops of no size": (["--scale", "0", "0"], ["--scale", "0 is out of range"]),
+    "section that timm passes over": (["--aa", "rand-mx"], ["--aa rand-mx", "no section mx"]),
+    "empty section": (["--aa", "rand-m9-"], ["--aa rand-m9-", "no section -"]),
+    "number of classes beside folders": (["--num-classes", "5"], ["--num-classes 5", "has 3 classes"]),
+    "setting that is misspelled": (["--output_dri", "x"], ["--output_dri: unknown", "did you mean --output_dir?"]),
+    "steps larger than the data set": (["--accum-steps", "4"],
+        ["--batch-size 16 × --accum-steps 4: a step takes 64 images, more than the 48 training images"]),
+    "meeting place of an unknown kind": (["--dist_url", "http://node0"], ["http://node0: unknown", "tcp://"]),
+    "missing recipe": (["--config", "{root}/nowhere.yaml"], ["--config {root}/nowhere.yaml", "No such file"]),
     "unknown model": (["--model", "SepViT_Huge"], ["--model SepViT_Huge", "SepViT_Tiny"]),
     "missing data folder": (["--data-path", "{root}/nowhere"], ["--data-path", "nowhere", "no such folder"]),
     "empty data folder": (["--data-path", "{root}/empty"], ["{root}/empty", "train/ and val/"]),
     "no validation folder": (["--data-path", "{root}/no_val"], ["no val/ folder"]),
     "no class folders": (["--data-path", "{root}/no_classes"], ["no_classes/val", "class folder"]),
-    "class folder without images": (["--data-path", "{root}/no_images"], ["no_images/train", "1"]),
+    "class folder without images": (["--data-path", "{root}/no_images"], ["folders 1", ".jpeg, .png"]),
     "other classes in validation": (["--data-path", "{root}/other_classes"], ["2 classes", "0, 7"]),
     "unknown data set": (["--data-set", "MNIST"], ["--data-set MNIST", "IMNET"]),
     "no cifar": (["--data-set", "CIFAR"], ["CIFAR-100"]),
@@ -84,7 +149,7 @@ MISTAKES = {
     "variant to finetune": (["--finetune", "{root}/small.pth"], ["holds SepViT_Small"]),
     "resume and finetune": (["--resume", "{root}/lite.pth", "--finetune", "{root}/lite.pth"], ["choose one"]),
     "batch larger than the data set": (["--batch-size", "50"], ["--batch-size 50", "48 training images"]),
-    "repeated augmentation of too few": (["--repeated-aug"], ["--no-repeated-aug"]),
+    "repeated augmentation of too few": (["--repeated-aug"], ["0 of the 48 training images", "--no-repeated-aug"]),
     "odd batch with mixup": (["--batch-size", "7"], ["--batch-size 7", "--mixup 0 --cutmix 0"]),
     "negative learning rate": (["--lr", "-1e-3"], ["--lr", "-1e-3", "at least 0"]),
     "negative workers": (["--num_workers", "-1"], ["--num_workers", "-1"]),
@@ -122,6 +187,11 @@ MISTAKES = {
 def test_mistake(mistake, files, few_digits, tmp_path, capsys, monkeypatch):
     arguments, expected = MISTAKES[mistake]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: None)  # between attempts to download
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    if "--dist_url" in arguments:
+        monkeypatch.setenv("RANK", "0")
     base = [*map(str, SMALL), "--data-path", str(few_digits)]
     status = main.run(base + [argument.format(root=files) for argument in arguments])
     error = capsys.readouterr().err
@@ -218,3 +288,192 @@ def test_missing_compiler_is_named(tmp_path):
     )  # fmt: skip
     assert result.returncode == 2
     assert "no C++ compiler" in result.stderr
+
+
+# -------------------------------------------------------------------------------------------------------- what is taken
+
+
+def test_settings_are_spelled_either_way():
+    arguments = ["--batch_size", "4", "--output-dir=x", "--num-workers", "1", "--start-epoch", "2", "--dr", "0.5"]
+    args = main.build_parser().parse_args(arguments)
+    assert (args.batch_size, args.output_dir, args.num_workers) == (4, "x", 1)
+    assert (args.start_epoch, args.decay_rate) == (2, 0.5)
+
+
+def test_flags_of_deit_and_of_the_published_code_are_taken():
+    """Those of torch.distributed.launch without --use_env, too."""
+    arguments = ["--model-ema", "--no-model-ema", "--model-ema-force-cpu", "--local-rank=1", "--opt", "AdamW"]
+    args = main.build_parser().parse_args(arguments)
+    assert (args.model_ema, args.model_ema_force_cpu, args.opt) == (False, True, "adamw")
+    main.check_settings(args)
+
+
+def test_home_folder_is_expanded_where_shells_leave_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    arguments = [
+        f"--{name}=~/x" for name in ("output_dir", "data-path", "resume", "finetune", "teacher-path", "config")
+    ]
+    args = main.build_parser().parse_args(arguments)
+    assert {args.output_dir, args.data_path, args.resume, args.finetune, args.teacher_path, args.config} == {
+        "/home/me/x"
+    }
+
+
+@pytest.mark.parametrize("name", ["rand-m9-mstd0.5-inc1", "rand-m9-n3-p0.5-mmax12-tweights", "augmix-m5-w4-d2-b1-a1.0",
+                                  "original-mstd0.5", "v0r", "3a", ""])  # fmt: skip
+def test_augmentations_of_timms(name):
+    build_transform(True, main.build_parser().parse_args([f"--aa={name}"]))
+
+
+@pytest.mark.parametrize("name", ["lite.safetensors", "renamed.pth"])
+@pytest.mark.parametrize("flag", ["--resume", "--finetune"])
+def test_safetensors_are_read_by_name_and_by_content(flag, name, files, tmp_path):
+    (tmp_path / name).write_bytes((files / "lite.safetensors").read_bytes())
+    expected = torch.load(files / "lite.pth", weights_only=True)["model"]
+    weights = checkpoints.weights_of(checkpoints.read_checkpoint(str(tmp_path / name), flag), flag)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("key", ["model_ema", "state_dict_ema"])
+def test_averaged_weights_alone_are_taken(key, files, few_digits, tmp_path, capsys):
+    weights = torch.load(files / "lite.pth", weights_only=True)["model"]
+    torch.save({key: weights}, tmp_path / "averaged.pth")
+    arguments = [*map(str, SMALL), "--data-path", str(few_digits), "--eval", "--resume", str(tmp_path / "averaged.pth")]
+    assert main.run(arguments) == 0
+    assert capsys.readouterr().out.count("validation: top-1") == 1
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_timms_networks_are_finetuned_at_another_size(name, few_digits, tmp_path, capsys):
+    """By timm's own resampling, with what was resampled said."""
+    torch.save(timm.create_model(name, img_size=64, num_classes=9).state_dict(), tmp_path / "64.pth")
+    args = main.build_parser().parse_args(["--finetune", str(tmp_path / "64.pth")])
+    model = timm.create_model(name, img_size=128, num_classes=3)
+    main.finetune_from(args, model)
+    printed = capsys.readouterr().out
+    assert "of another image size; resampled" in printed
+    assert "another number of classes; left out and fresh 2" in printed
+    source = torch.load(tmp_path / "64.pth", weights_only=True)
+    same = [key for key, value in model.state_dict().items() if key in source and torch.equal(value, source[key])]
+    assert len(same) > 0.8 * len(source)
+
+
+def test_weights_that_become_infinite_are_not_saved(few_digits, tmp_path, capsys):
+    """The step's gradients are finite, its weights are not."""
+    arguments = [*map(str, SMALL), "--data-path", str(few_digits), "--output_dir", str(tmp_path / "run"),
+                 "--opt", "momentum", "--momentum", "0", "--lr", "3e38", "--weight-decay", "3e38", "--batch-size", "48",
+                 "--warmup-epochs", "0", "--sched", "constant"]  # fmt: skip
+    assert main.run(arguments) == 2
+    assert "weights are not finite any more, and not saved" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+def test_an_epoch_without_a_step_is_no_success(few_digits, tmp_path, monkeypatch, capsys):
+    forward = engine.DistillationLoss.forward
+    monkeypatch.setattr(engine.DistillationLoss, "forward", lambda *inputs: forward(*inputs) * torch.nan)
+    arguments = [*map(str, SMALL), "--data-path", str(few_digits), "--output_dir", str(tmp_path / "run")]
+    assert main.run(arguments) == 2
+    assert "epoch 0: loss or gradients were not finite in any step" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+def test_outputs_that_are_not_finite_are_no_success(files, few_digits, tmp_path, capsys):
+    weights = torch.load(files / "lite.pth", weights_only=True)["model"]
+    weights["head.weight"] *= 1e38
+    torch.save(weights, tmp_path / "large.pth")
+    arguments = [*map(str, SMALL), "--data-path", str(few_digits), "--eval", "--resume", str(tmp_path / "large.pth")]
+    assert main.run(arguments) == 2
+    assert "the network's outputs are not finite; try --amp off" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- other runs' checkpoints
+
+
+@pytest.fixture(scope="module")
+def run_folder(few_digits, tmp_path_factory):
+    """A run of one epoch."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    assert main.run([*map(str, SMALL), "--data-path", str(few_digits), "--output_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("opt", ["sgd", "lion", "muon", "lamb", "rmsprop", "adafactor"])
+def test_state_of_another_optimiser_is_refused(opt, run_folder, few_digits, tmp_path, capsys):
+    arguments = [
+        *map(str, SMALL),
+        "--data-path",
+        str(few_digits),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--epochs",
+        "2",
+    ]
+    assert main.run([*arguments, "--resume", str(run_folder / "checkpoint.pth"), "--opt", opt]) == 2
+    assert f"its optimiser is adamw, not --opt {opt}; take that, or --finetune" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("before", [["--weight-decay", "0.05"], ["--weight-decay", "0"], ["--decay-window-tokens"]])
+@pytest.mark.parametrize("after", [["--weight-decay", "0.3"], ["--weight-decay", "0"], ["--decay-window-tokens"]])
+def test_weight_decay_may_change(before, after):
+    """Each parameter keeps its moments, however the optimiser groups it."""
+    runs_of = []
+    for flags in (before, after):
+        args = main.build_parser().parse_args([*map(str, SMALL), "--device", "cpu", *flags])
+        torch.manual_seed(0)
+        model = main.build_model(args, 3, main.build_precision(args, torch.device("cpu")))
+        runs_of.append((model, main.build_training(args, model, main.build_precision(args, torch.device("cpu")))))
+    (old, training), (new, resumed) = runs_of
+    for parameter in old.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    training.optimizer.step()
+    checkpoints.load_optimizer(resumed.optimizer, new, training.optimizer.state_dict())
+    for (name, p), q in zip(old.named_parameters(), new.parameters()):
+        assert torch.equal(training.optimizer.state[p]["exp_avg"], resumed.optimizer.state[q]["exp_avg"]), name
+    assert {group["weight_decay"] for group in resumed.optimizer.param_groups} <= {0.0, 0.05, 0.3}
+
+
+def test_window_tokens_decay_where_asked():
+    args = main.build_parser().parse_args([*map(str, SMALL), "--device", "cpu", "--decay-window-tokens"])
+    precision = main.build_precision(args, torch.device("cpu"))
+    model = main.build_model(args, 3, precision)
+    training = main.build_training(args, model, precision)
+    decayed = {p for group in training.optimizer.param_groups if group["weight_decay"] == 0.05 for p in group["params"]}
+    assert {name for name, p in model.named_parameters() if p in decayed} == {
+        name for name, p in model.named_parameters() if p.ndim > 1
+    }
+
+
+def test_auto_resume_says_what_differs(run_folder, few_digits, some_digits, capsys):
+    """And how other settings are resumed with."""
+    arguments = [*map(str, SMALL), "--output_dir", str(run_folder), "--auto-resume"]
+    assert main.run([*arguments, "--data-path", str(few_digits), "--epochs", "5"]) == 2
+    error = capsys.readouterr().err
+    assert "--epochs 5 (was 1)" in error
+    assert f"or resume with these by --resume {run_folder}/checkpoint-00000003.pth" in error
+    assert main.run([*arguments, "--data-path", str(some_digits)]) == 2
+    error = capsys.readouterr().err
+    assert "300 training images (were 48), 100 validation images (were 21)" in error
+    assert "{" not in error
+
+
+def test_a_checkpoint_is_read_without_pytorchs_own_reader(files, monkeypatch):
+    """It may go from PyTorch, as it is private."""
+    monkeypatch.delattr(torch._C, "PyTorchFileReader", raising=False)
+    assert checkpoints.damage(files / "lite.pth") is None
+
+
+def test_a_log_whose_line_is_no_object(tmp_path):
+    for line in ("3", "null", "[]"):
+        (tmp_path / "log.txt").write_text(f'{{"epoch": 0}}\n{line}\n')
+        with pytest.raises(UserError, match=r"log\.txt: not as a run writes it"):
+            read_log(tmp_path / "log.txt")
+
+
+def test_ordinary_runs_make_no_noise(few_digits, tmp_path):
+    """Neither DDP's strides nor timm's plateau schedule warn, on two processes."""
+    result = command(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--sched", "plateau",
+                     "--batch-size", 8, "--device", "cpu", processes=2)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""

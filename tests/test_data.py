@@ -3,10 +3,14 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -14,10 +18,11 @@ import pytest
 import timm
 import torch
 import torchvision.transforms as T
-from conftest import SMALL, command, read_log, succeed
+from conftest import ROOT, SMALL, command, read_log, succeed
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from timm.data.readers import reader_wds
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR100
@@ -197,6 +202,58 @@ def test_tar_archives(few_digits, tmp_path):
     assert np.isfinite(read_log(tmp_path / "run")[0]["train_loss"])
 
 
+def write_archive(folder: Path, path: Path) -> None:
+    with tarfile.open(path, "w", dereference=True) as archive:
+        archive.add(folder, arcname=".")
+
+
+def members_of(path: Path) -> list[tarfile.TarInfo]:
+    with tarfile.open(path) as archive:
+        return archive.getmembers()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("how", ["in an image", "between images", "in a header", "before its end", "junk in between"])
+def test_damaged_archives_are_named(how, split, few_digits, tmp_path, capsys):
+    """Python, and timm, take a broken header, or none, for the end of the archive."""
+    for name in ("train", "val"):
+        write_archive(few_digits / name, tmp_path / f"{name}.tar")
+    path = tmp_path / f"{split}.tar"
+    content, members = path.read_bytes(), members_of(path)
+    middle = [member for member in members if member.isfile()][len(members) // 2]
+    end = max(member.offset_data + -(-member.size // 512) * 512 for member in members)
+    cuts = {"in an image": middle.offset_data + 10, "between images": middle.offset, "in a header": middle.offset + 99,
+            "before its end": end}  # fmt: skip
+    if how in cuts:
+        path.write_bytes(content[: cuts[how]])
+    else:
+        path.write_bytes(content[: middle.offset] + b"junk" * 128 + content[middle.offset + 512 :])
+    arguments = [*map(str, SMALL), "--data-path", str(tmp_path), "--output_dir", str(tmp_path / "run")]
+    assert main.run(arguments + (["--eval"] if split == "val" else [])) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"main.py: --data-path {path}: ")
+    assert "damaged" in error
+    assert error.count("\n") == 1
+    assert not list((tmp_path).glob("run/*"))
+
+
+def test_archives_of_archives_are_checked_inside(few_digits, tmp_path):
+    for label in "012":
+        write_archive(few_digits / "val" / label, tmp_path / f"{label}.tar")
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+        inner = tmp_path / "1.tar"
+        if name == "broken":
+            inner.write_bytes(inner.read_bytes()[: members_of(inner)[-2].offset])
+        with tarfile.open(tmp_path / name / "val.tar", "w") as archive:
+            for label in "012":
+                archive.add(tmp_path / f"{label}.tar", arcname=f"{label}.tar")
+    args = settings("--data-path", tmp_path / "whole", "--input-size", 32)
+    assert len(build_dataset(False, args).dataset) == 21
+    with pytest.raises(UserError, match=r"broken/val\.tar: .*damaged"):
+        build_dataset(False, settings("--data-path", tmp_path / "broken", "--input-size", 32))
+
+
 def test_archives_number_classes_as_folders_do(tmp_path):
     for label in ("10", "2", "1"):
         (tmp_path / "x" / label).mkdir(parents=True)
@@ -225,6 +282,28 @@ def test_hugging_face_data_set(few_digits, tmp_path):
     printed = succeed(*SMALL, "--data-set", f"hfds/{few_digits}", "--data-path", tmp_path / "cache", "--num-classes", 3,
                       "--output_dir", tmp_path / "run", environment={"HF_HUB_OFFLINE": "1"})  # fmt: skip
     assert "21 images" in printed
+
+
+@pytest.mark.parametrize("reader", ["hfds", *(pytest.param(name, marks=pytest.mark.slow) for name in ("imnet", "wds"))])
+def test_spawned_workers(reader, few_digits, webdataset, tmp_path):
+    """As on macOS and Windows: what travels to them is found there, Hugging Face's library in the name's place too."""
+    script = tmp_path / "spawned.py"
+    script.write_text(
+        "import multiprocessing, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import main\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('spawn', force=True)\n"
+        "    sys.exit(main.run())\n"
+    )
+    data = dict(hfds=["--data-set", f"hfds/{few_digits}", "--data-path", tmp_path / "cache", "--num-classes", 3],
+                imnet=["--data-path", few_digits], wds=[*WEBDATASET, "--data-path", webdataset])[reader]  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, script, *map(str, [*SMALL, *data]), "--num_workers", "1", "--eval"], capture_output=True,
+        text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert f"{31 if reader == 'wds' else 21} images" in result.stdout
 
 
 def inat_folder(root, with_kingdom: bool):
@@ -407,6 +486,73 @@ def test_webdataset_with_a_broken_image(webdataset, tmp_path):
     line = result.stderr.strip().splitlines()[-1]
     assert line.startswith(f"main.py: image {tmp_path}/digits-val-1.tar: ")
     assert "cannot be read (UnidentifiedImageError" in line
+
+
+def damaged_shard(webdataset: Path, folder: Path, name: str, how: str) -> Path:
+    """A copy of the shards of which one is damaged; returns that one's path."""
+    shutil.copytree(webdataset, folder)
+    path = folder / name
+    content, members = path.read_bytes(), members_of(path)
+    damaged = {"junk": b"junk" * 2000, "empty": b"", "cut in an image": content[: members[4].offset_data + 9],
+               "cut between images": content[: members[4].offset], "cut within a sample": content[: members[5].offset],
+               "without its end": content[: members[-1].offset_data + 512]}  # fmt: skip
+    path.write_bytes(damaged[how])
+    return path
+
+
+SHARD_DAMAGES = ["junk", "empty", "cut in an image", "cut between images", "cut within a sample", "without its end"]
+
+
+@pytest.mark.parametrize("how", SHARD_DAMAGES)
+def test_damaged_shards_are_named_in_evaluation(how, webdataset, tmp_path, capsys):
+    path = damaged_shard(webdataset, tmp_path / "data", "digits-val-1.tar", how)
+    arguments = [*SMALL, *WEBDATASET, "--data-path", tmp_path / "data", "--eval"]
+    assert main.run([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"main.py: shard {path}: cannot be read (ReadError: ")
+    assert captured.err.count("\n") == 1
+    assert "images" not in captured.out  # no accuracy of part of them
+
+
+@pytest.mark.parametrize("how", ["junk", "cut within a sample"])
+@pytest.mark.parametrize(("policy", "status"), [("skip", 0), ("fail", 2)])
+def test_damaged_shards_count_in_training(how, policy, status, webdataset, tmp_path, capsys):
+    """As unreadable images do, each as one; the half of a sample that it ends with is no image."""
+    path = damaged_shard(webdataset, tmp_path / "data", "digits-train-2.tar", how)
+    arguments = [*SMALL, *WEBDATASET, "--data-path", tmp_path / "data", "--output_dir", tmp_path / "run",
+                 "--on-bad-image", policy, "--batch-size", 8]  # fmt: skip
+    assert main.run([str(argument) for argument in arguments]) == status
+    log = read_whole_log(tmp_path / "run/log.txt")
+    assert [entry["unreadable_image"] for entry in log if "unreadable_image" in entry] == [str(path)]
+    if policy == "skip":
+        assert read_log(tmp_path / "run")[0]["unreadable_images"] == 1
+    else:
+        assert (
+            f"--on-bad-image fail: 1 of 48 training images cannot be read, 0 may be ({path}" in capsys.readouterr().err
+        )
+
+
+def test_a_damaged_shard_as_a_command(webdataset, tmp_path):
+    path = damaged_shard(webdataset, tmp_path / "data", "digits-val-1.tar", "cut between images")
+    result = command(*SMALL, *WEBDATASET, "--data-path", tmp_path / "data", "--eval", "--num_workers", 2)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"main.py: shard {path}: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_timms_pipeline_is_the_one_that_is_known(webdataset, monkeypatch):
+    """Or it is refused: its own way is to skip what it cannot read."""
+    args = settings(*SMALL, *WEBDATASET, "--data-path", webdataset)
+    loader = build_val_loader(build_dataset(False, args), args)
+    assert sum(len(targets) for _, targets in loader) == 31
+    for other in ("_decode", "wds"):
+        with monkeypatch.context() as another_version:
+            if other == "wds":
+                another_version.setattr(reader_wds.wds, "tarfile_to_samples", lambda **_: lambda stream: iter(()))
+            else:
+                another_version.setattr(reader_wds, "partial", lambda function, **_: lambda sample: function(sample))
+            with pytest.raises(UserError, match="reads webdatasets in a way unknown here"):
+                list(build_val_loader(build_dataset(False, args), args))
 
 
 def test_webdataset_mistakes(webdataset):

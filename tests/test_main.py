@@ -115,7 +115,10 @@ def test_eval_and_throughput_need_only_validation_images(trained, some_digits, t
     printed = succeed("--eval", "--resume", trained[0] / "checkpoint.pth", *settings)
     assert "100 images" in printed
     printed = succeed("--throughput", "--batch-size", 2, *settings)
-    assert re.search(r"batch size 3: \d+\.\d images/s", printed)
+    assert re.search(
+        r"batch size 3 \(validation batches are 1.5 × --batch-size 2\), float32: \d+\.\d images/s", printed
+    )
+    assert "throughput, warm-up [20/50]" in printed
 
 
 def test_dist_eval_is_exact_on_any_number_of_processes(trained, some_digits):
@@ -137,7 +140,8 @@ def test_input_of_another_size_evaluates_with_resampled_tokens(trained, some_dig
 def test_defaults_are_the_reference_recipe():
     args = vars(main.build_parser().parse_args([]))
     expected = dict(
-        batch_size=64, epochs=300, seed=0, num_workers=10, pin_mem=True, output_dir="", resume="", start_epoch=0,
+        batch_size=64, epochs=300, seed=0, num_workers=min(10, utils.available_cores()), pin_mem=True,
+        output_dir="", resume="", start_epoch=0,
         eval=False, dist_eval=False, throughput=False, finetune="", world_size=1, dist_url="env://",
         model="SepViT_Tiny", input_size=224, drop=0.0, drop_path=0.2,
         opt="adamw", opt_eps=1e-8, opt_betas=None, clip_grad=5, momentum=0.9, weight_decay=0.05,
@@ -231,7 +235,8 @@ def one_epoch(args, precision, training, criterion=None, batches=1):
 @pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_precision_and_memory_format_reach_the_network(amp, channels_last):
-    args, precision, training = prepared("--amp", amp, *(["--channels-last"] if channels_last else []))
+    flags = ["--channels-last"] if channels_last else []
+    args, precision, training = prepared("--amp", amp, "--epochs", 2, *flags)  # float16's scale may take the first
     seen = []
     training.model.patch_embeds[0].proj.register_forward_hook(lambda _, inputs, y: seen.append((inputs[0], y)))
     one_epoch(args, precision, training)
@@ -273,7 +278,8 @@ def test_running_statistics_of_a_step_that_is_left_out_are_too():
     images = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3))
     args, precision, training = prepared("--model-ema", model=images)
     before = {name: value.clone() for name, value in images.state_dict().items()}
-    one_epoch(args, precision, training, criterion=lambda images, outputs, targets: outputs.sum() * torch.inf)
+    with pytest.raises(utils.UserError, match="loss or gradients were not finite in any step"):
+        one_epoch(args, precision, training, criterion=lambda images, outputs, targets: outputs.sum() * torch.inf)
     assert training.bad_steps == 1
     assert all(torch.equal(value, before[name]) for name, value in images.state_dict().items())
     training.end_epoch()
@@ -406,7 +412,7 @@ def test_resume_restores_what_the_checkpoint_holds(tmp_path):
 
 def test_resume_keeps_how_this_run_computes_its_steps(tmp_path):
     """A checkpoint of a run with another kind of AdamW does not change this one's."""
-    args, precision, training = prepared("--amp", "float16")
+    args, precision, training = prepared("--amp", "float16", "--epochs", 2)
     one_epoch(args, precision, training)
     state = training.optimizer.state_dict()
     model = prepared()[2].model

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from utils import (
     INTERRUPT_STATUS,
     RESUME_STATUS,
+    LocalError,
     MachineError,
     Preempted,
     UserError,
@@ -142,7 +143,7 @@ def _run(name: str, command: Callable[[], None], memory_advice: str) -> int:
     try:
         command()
     except UserError as error:
-        return _refuse(name, str(error))
+        return _refuse(name, str(error), is_local=isinstance(error, LocalError))
     except Preempted as place:
         print_main(f"{name}: ended by a signal {place}")
         return place.status
@@ -164,9 +165,9 @@ def _run(name: str, command: Callable[[], None], memory_advice: str) -> int:
     return 0
 
 
-def _refuse(name: str, message: str) -> int:
-    """Print a user's mistake; returns the exit status."""
-    if is_main_process():
+def _refuse(name: str, message: str, is_local: bool = False) -> int:
+    """Print a user's mistake, once where all processes make it; returns the exit status."""
+    if is_main_process() or is_local:
         print(f"{name}: {message}", file=sys.stderr, flush=True)
     elif dist.is_initialized():
         time.sleep(5)  # where all processes refuse, the main one's line is enough, and ends the others meanwhile

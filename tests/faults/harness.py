@@ -8,11 +8,10 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from commands import Command, start_tasks
-from conftest import ROOT
+from conftest import ROOT, differences
 
 RESUME_STATUS = 75
 # All that is random or has a state: shuffle, augmentation, mixup, drop path, averaged weights, a best checkpoint.
@@ -140,19 +139,6 @@ def descendants(parent: int) -> list[int]:
     """Numbers of all processes that a process started, and those they started."""
     listed = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()
     return [number for child in map(int, listed) for number in (child, *descendants(child))]
-
-
-def differences(a: Any, b: Any, place: str = "") -> list[str]:
-    """Where two nested structures differ, tensors bit by bit."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
-        return [] if same else [place]
-    if isinstance(a, dict) and isinstance(b, dict):
-        found = [f"{place}/{key} in one alone" for key in a.keys() ^ b.keys()]
-        return found + [line for key in a.keys() & b.keys() for line in differences(a[key], b[key], f"{place}/{key}")]
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        return [line for i, (x, y) in enumerate(zip(a, b)) for line in differences(x, y, f"{place}/{i}")]
-    return [] if a == b else [f"{place}: {a} and {b}"]
 
 
 def assert_same(output: Path, other: Path) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Code, command, free_port
-from harness import RECIPE, RESUME_STATUS, Run, assert_same, damage, descendants, differences, end_all
+from conftest import ROOT, Code, command, differences, free_port
+from harness import RECIPE, RESUME_STATUS, Run, assert_same, damage, descendants, end_all
 from PIL import Image
 
 import checkpoints

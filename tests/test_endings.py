@@ -1,0 +1,672 @@
+"""How a command prints, is interrupted and ends: whatever happens, in one line and with a status that says what to do.
+
+Commands that need an interpreter's own start or end are real ones; the others run in forked processes (`commands`).
+"""
+
+import errno
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import commands
+import pytest
+import torch
+from conftest import ROOT, SMALL, command
+from torch._utils import ExceptionWrapper
+
+import checkpoints
+import datasets
+import engine
+import faults
+import main
+import utils
+from training.commands import out_of_memory, out_of_shared_memory, run_command
+
+sys.path.append(str(ROOT / "tests/faults"))
+from harness import RESUME_STATUS, STARTED, Run, differences, end_all
+
+INTERRUPT_STATUS = 130
+LONG = 200  # seconds that a process may take which otherwise would hang
+CPU = [*SMALL, "--device", "cpu"]
+# Six steps of eight images, and nothing saved between them.
+SIX_STEPS = ["--epochs", "1", "--checkpoint-every", "0", "--no-model-ema", "--timeout", "600"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on() -> Iterator[None]:
+    """A test that fails leaves no process behind."""
+    yield
+    end_all()
+
+
+def real_environment(**variables: str) -> dict[str, str]:
+    """Variables of a command as a user's shell has them: with buffered output."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **variables, "PYTHONUNBUFFERED": ""}
+
+
+def start_real(
+    arguments: list[str | Path],
+    folder: Path,
+    before: tuple[str, ...] = (),
+    redirection: str = "",
+    stdout: int = subprocess.DEVNULL,
+    **variables: str,
+) -> subprocess.Popen:
+    """Start main.py by the shell, in a folder and a session of its own; it leaves errors in errors.txt.
+
+    Args:
+        arguments: of the command.
+        folder: to run in.
+        before: a command that runs it, with its own arguments.
+        redirection: of the shell.
+        stdout: where it prints without one.
+        variables: of its environment.
+    """
+    folder.mkdir(exist_ok=True)
+    whole = ["bash", "-c", f'exec "$@" {redirection}', "bash", *before, sys.executable, ROOT / "main.py", *arguments]
+    with (folder / "errors.txt").open("w") as errors:
+        STARTED.append(subprocess.Popen(list(map(str, whole)), cwd=folder, stdout=stdout, stderr=errors, text=True,
+                                        env=real_environment(**variables), start_new_session=True))  # fmt: skip
+    return STARTED[-1]
+
+
+def errors_of(folder: Path) -> str:
+    return (folder / "errors.txt").read_text()
+
+
+def run_here(arguments: list[str | Path], capsys: pytest.CaptureFixture) -> tuple[int, str, list[str]]:
+    """Run the command in this process; returns its status, what it printed, and the lines of its errors."""
+    status = main.run(list(map(str, arguments)))
+    printed, errors = capsys.readouterr()
+    lines = [line for line in errors.splitlines() if "Warning" not in line and not line.startswith(" ")]
+    return status, printed, lines
+
+
+def the_line(arguments: list[str | Path], capsys: pytest.CaptureFixture) -> str:
+    """Run the command in this process, expect a user's mistake, return the one line it leaves."""
+    status, _, lines = run_here(arguments, capsys)
+    assert status == 2, lines
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("main.py: ")
+    return lines[0]
+
+
+def scripted(folder: Path, body: str) -> Path:
+    """A script that is main.py but for what some lines change in it."""
+    folder.mkdir(exist_ok=True)
+    script = folder / "scripted.py"
+    script.write_text(
+        f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport engine, main, utils\n"
+        f"{body}\nsys.exit(main.run())\n"
+    )
+    return script
+
+
+def start_script(script: Path, *arguments: str | Path) -> SimpleNamespace:
+    """Start a script in its folder and a session of its own; `text()` is what it has printed so far."""
+    printed = script.parent / "printed.txt"
+    process = commands.Command(script, list(map(str, arguments)), script.parent, dict(os.environ), printed, printed,
+                               start_new_session=True)  # fmt: skip
+    STARTED.append(process)
+    return SimpleNamespace(process=process, text=lambda: printed.read_text() if printed.exists() else "")
+
+
+def wait_for(fact: Callable[[], object], process: subprocess.Popen | commands.Command) -> None:
+    """Wait until something is so, or a process has ended."""
+    end = time.monotonic() + LONG
+    while not fact() and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def copied(few_digits: Path, folder: Path) -> Path:
+    """A copy of the images, to be changed."""
+    shutil.copytree(few_digits, folder)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Printing
+# ----------------------------------------------------------------------------------------------------------------------
+
+OUTPUTS = {"full disk": ">/dev/full", "closed": ">&-", "reader that leaves": ""}
+
+
+@pytest.fixture(scope="module")
+def unprinted(few_digits, tmp_path_factory) -> dict[str, SimpleNamespace]:
+    """Training runs whose output fails, all at a time, and a user's mistake whose errors fail as well."""
+    root, processes = tmp_path_factory.mktemp("unprinted"), {}
+    for name, redirection in OUTPUTS.items():
+        stdout = subprocess.DEVNULL if redirection else subprocess.PIPE
+        processes[name] = start_real([*CPU, "--print-freq", "1", "--data-path", few_digits, "--output_dir", "run"],
+                                     root / name, redirection=redirection, stdout=stdout)  # fmt: skip
+    processes["mistake"] = start_real(["--epochs", "0"], root / "mistake", redirection=">/dev/full 2>&1")
+    reader = processes["reader that leaves"].stdout
+    first = reader.readline().rstrip("\n")
+    reader.close()
+    return {name: SimpleNamespace(status=process.wait(LONG), run=root / name / "run", errors=errors_of(root / name),
+                                  read=first) for name, process in processes.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_printing_never_ends_a_run(output, unprinted):
+    """It trains to its end, and what it could not print is in log.txt."""
+    ended = unprinted[output]
+    assert ended.status == 0, ended.errors
+    assert "Exception ignored" not in ended.errors
+    assert "Traceback" not in ended.errors
+    log = utils.read_log(ended.run / "log.txt")
+    lines = [line for entry in log for line in entry.get("not_printed", [])]
+    assert any(line.startswith("epoch 0 [3/3] loss") for line in lines)
+    assert lines[-1].startswith("trained in")
+    assert len(utils.epochs_of(log)) == 1
+    assert checkpoints.damage(ended.run / "checkpoint.pth") is None
+    if output == "reader that leaves":
+        assert ended.read
+        assert ended.read not in lines
+
+
+def test_a_mistake_that_cannot_be_printed_has_its_status(unprinted):
+    assert unprinted["mistake"].status == 2
+
+
+def ascii_stream() -> io.TextIOWrapper:
+    """A stream as standard output is in an ASCII environment: strict."""
+    return io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict", write_through=True)
+
+
+def test_help_in_ascii(monkeypatch):
+    stream = ascii_stream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit) as end:
+        main.run(["--help"])
+    assert not end.value.code
+    printed = stream.buffer.getvalue().decode("ascii")
+    assert printed.startswith("usage: ")
+    assert "timm's readers: wds/\\u2026" in " ".join(printed.split())
+
+
+def test_names_in_ascii(few_digits, tmp_path, capsys, monkeypatch):
+    """A folder's name is printed as it can be, and used as it is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ü").symlink_to(few_digits)
+    out, err = ascii_stream(), ascii_stream()
+    with monkeypatch.context() as here:
+        here.setattr(sys, "stdout", out)
+        here.setattr(sys, "stderr", err)
+        assert main.run([*CPU, "--data-path", "ü", "--output_dir", "aü"]) == 0
+        assert main.run([*CPU, "--eval", "--data-path", "ü", "--resume", "aü/checkpoint.pth"]) == 0
+        assert main.run([*CPU, "--eval", "--data-path", "ö"]) == 2
+    printed = out.buffer.getvalue().decode("ascii")
+    assert "are in a\\xfc" in printed
+    assert "validation: top-1 " in printed
+    assert err.buffer.getvalue().decode("ascii").endswith("main.py: --data-path \\xf6: no such folder\n")
+    assert (tmp_path / "aü/checkpoint.pth").exists()
+
+
+def test_names_in_the_c_locale(few_digits, tmp_path):
+    """Where not even names of files are taken for UTF-8. "×" is in what `--throughput` prints, "ü" in the name."""
+    (tmp_path / "ü").symlink_to(few_digits)
+    process = start_real([*CPU, "--batch-size", "2", "--throughput", "--data-path", "ü"], tmp_path,
+                         redirection=">printed.txt", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")  # fmt: skip
+    assert process.wait(LONG) == 0, errors_of(tmp_path)
+    assert "UnicodeEncodeError" not in errors_of(tmp_path)
+    assert b"validation batches are 1.5 \\xd7 --batch-size 2" in (tmp_path / "printed.txt").read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def of_worker(error: Exception) -> RuntimeError:
+    """A loader worker's error, as PyTorch raises it again."""
+    try:
+        raise error
+    except RuntimeError:
+        wrapper = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(RuntimeError) as raised:
+        wrapper.reraise()
+    return raised.value
+
+
+FULL = "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
+BUS_ERROR = (
+    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+    "shared memory. Please try to raise your shared memory limit."
+)
+
+
+def test_which_errors_are_of_shared_memory():
+    assert out_of_shared_memory(of_worker(RuntimeError(FULL)))
+    assert out_of_shared_memory(RuntimeError(FULL))
+    assert out_of_shared_memory(RuntimeError(BUS_ERROR))
+    assert not out_of_shared_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not out_of_shared_memory(of_worker(RuntimeError("size mismatch")))
+    assert not out_of_shared_memory(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
+
+
+@pytest.mark.parametrize("error", [of_worker(RuntimeError(FULL)), RuntimeError(BUS_ERROR)], ids=["full", "bus error"])
+def test_little_shared_memory_is_a_mistake_with_advice(error, capsys):
+    def fail() -> None:
+        raise error
+
+    assert run_command("main.py", fail) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("main.py: /dev/shm")
+    assert line.count("\n") == 1
+    assert "--shm-size" in line
+    assert "--num_workers" in line
+
+
+def test_little_shared_memory(few_digits, tmp_path):
+    """A batch is larger than /dev/shm, as in containers."""
+    small = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "bash", "-c", small]).returncode != 0:
+        pytest.skip("no right to mount a small /dev/shm in a mount namespace")
+    arguments = [*CPU, "--input-size", "64", "--batch-size", "24", "--num_workers", "2", "--data-path", few_digits]
+    process = start_real(arguments, tmp_path, ("unshare", "-m", "bash", "-c", f'{small} && exec "$@"', "bash"))
+    assert process.wait(LONG) == 2
+    errors = errors_of(tmp_path)
+    assert "Traceback" not in errors
+    lines = [line for line in errors.splitlines() if line.startswith("main.py: ")]
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("main.py: /dev/shm (1 MiB in all) is full")
+    assert "--shm-size" in lines[0]
+    assert "--num_workers" in lines[0]
+
+
+MEMORY_SETTINGS = ("--batch-size", "--accum-steps", "--grad-checkpointing", "--input-size")
+OUT_OF_MEMORY = {
+    "GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 8 GiB"
+                                  " of which 1 MiB is free.\nSee documentation for Memory Management"),
+    "torch": RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                          "you tried to allocate 4294967296 bytes. Error code 12 (Cannot allocate memory)"),
+    "Python": MemoryError(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", OUT_OF_MEMORY)
+def test_out_of_memory(memory, few_digits, tmp_path, capsys, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OUT_OF_MEMORY[memory]
+
+    monkeypatch.setattr(engine.DistillationLoss, "forward", fail)
+    line = the_line([*CPU, "--data-path", few_digits, "--output_dir", tmp_path / "run"], capsys)
+    assert line.startswith("main.py: out of memory (")
+    assert all(setting in line for setting in MEMORY_SETTINGS)
+
+
+def test_which_errors_are_of_memory():
+    assert all(out_of_memory(error) for error in OUT_OF_MEMORY.values())
+    assert not out_of_memory(RuntimeError("size mismatch"))
+
+
+def test_memory_that_does_not_suffice(few_digits, tmp_path):
+    """A limit of 400 MB beyond what is taken before: the first stage alone needs more for images of 1024 × 1024."""
+    script = scripted(tmp_path, """
+import resource
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 400_000_000,) * 2)""")  # fmt: skip
+    started = start_script(script, "--eval", *CPU, "--input-size", "1024", "--data-path", few_digits)
+    assert started.process.wait(LONG) == 2, started.text()
+    last = started.text().splitlines()[-1]
+    assert last.startswith("main.py: out of memory (")
+    assert "Traceback" not in started.text()
+    assert all(setting in last for setting in MEMORY_SETTINGS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hanging
+# ----------------------------------------------------------------------------------------------------------------------
+
+# The second report of how far it is never comes back.
+STUCK = """
+report, reports = utils.Progress.report, []
+
+
+def stuck(self, **values):
+    report(self, **values)
+    reports.append(values)
+    while len(reports) == 2:
+        time.sleep(0.2)
+
+
+utils.Progress.report = stuck
+"""
+SMALL_BATCHES = [*CPU, "--batch-size", "4", "--print-freq", "1"]
+
+
+def test_a_process_alone_that_hangs(few_digits, tmp_path):
+    """It ends by itself, says where it was and how to start it again, in training and without."""
+    run = Run(tmp_path / "train", few_digits, *SIX_STEPS, "--timeout", "10", environment=dict(HANG="0:4"))
+    run.command[1] = str(ROOT / "tests/faults/sabotage.py")
+    training = run.start()
+    evaluation = start_script(scripted(tmp_path / "eval", STUCK), "--eval", *SMALL_BATCHES, "--timeout", "10",
+                              "--data-path", few_digits)  # fmt: skip
+    throughput = start_script(scripted(tmp_path / "throughput", STUCK), "--throughput", *SMALL_BATCHES, "--timeout",
+                              "10", "--data-path", few_digits)  # fmt: skip
+    for process, text, place, advice in (
+        (training, run.text, "epoch 0, step 3", faults.RESUME_ADVICE),
+        (evaluation.process, evaluation.text, "batch 1 of validation", "run the same command again"),
+        (throughput.process, throughput.text, "throughput, warm-up", "run the same command again"),
+    ):
+        assert process.wait(LONG) == RESUME_STATUS, text()
+        last = text().splitlines()[-1]
+        pattern = rf"main\.py: process 0: hangs at {place}: nothing has moved for \d+ s; {advice}"
+        assert re.fullmatch(pattern, last), last
+    assert "--auto-resume" in faults.RESUME_ADVICE
+
+
+def test_before_the_first_step_a_process_may_rest(monkeypatch):
+    """While it looks through its images, half an hour; and no longer than `--timeout` where that is more."""
+    watch = faults.Watch(10, "env://", faults.Preemption())
+    assert watch._limit() == faults.SETUP
+    watch.preemption.has_progress = True
+    assert watch._limit() == 10
+    assert faults.longest_rest(7200) == 7200
+
+
+class EndedError(Exception):
+    """What the process's end is in these tests."""
+
+
+@pytest.fixture
+def no_exit(monkeypatch) -> None:
+    """The process's end becomes an error that holds its status."""
+
+    def end(status: int) -> None:
+        raise EndedError(status)
+
+    monkeypatch.setattr(os, "_exit", end)
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "way_out"),
+    [
+        ("failed (RuntimeError: size mismatch)", 1, "; mend the cause that it printed, then run the same command with"),
+        ("was lost (MachineError: storage)", RESUME_STATUS, "(MachineError: storage); run the same command with"),
+    ],
+)
+def test_advice_where_another_process_ended(state, status, way_out, no_exit, capsys):
+    """One that failed by an error of its own would fail again."""
+    beats = [dict(state=state, ticks=[0, 4], place="epoch 0, step 3", host="there", preempted=False) for _ in range(2)]
+    beats[0]["state"] = "lives"
+    watch = faults.Watch(10, "env://", faults.Preemption())
+    with pytest.raises(EndedError) as end:
+        watch._judge(beats, [0.0, 2.0], 0.0)
+    assert end.value.args == (status,)
+    line = capsys.readouterr().err
+    assert line.startswith(f"main.py: process 0: process 1 (there), last seen at epoch 0, step 3, {state}")
+    assert way_out in line
+    assert line.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ctrl-C
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Ctrl-C in the third step, as a terminal sends it: to the whole group.
+INTERRUPTED = """
+forward, steps = engine.DistillationLoss.forward, []
+
+
+def interrupted(self, *batch):
+    steps.append(batch)
+    if len(steps) == 3:
+        os.killpg(0, signal.SIGINT)
+    return forward(self, *batch)
+
+
+engine.DistillationLoss.forward = interrupted
+"""
+
+
+def test_interrupted_training_goes_on_where_it_was(few_digits, tmp_path):
+    undisturbed = Run(tmp_path / "undisturbed", few_digits, *SIX_STEPS)
+    undisturbed.finish()
+    run = Run(tmp_path / "run", few_digits, *SIX_STEPS, "--num_workers", "1")
+    script, run.command[1] = run.command[1], str(scripted(tmp_path / "script", INTERRUPTED))
+    process = run.start()
+    assert process.wait(LONG) == INTERRUPT_STATUS, run.text()
+    assert run.text().count("main.py: interrupted: finishing the step and saving") == 1
+    last = run.text().splitlines()[-1]
+    assert last.startswith("main.py: ended by a signal before epoch 0, step 3; the same command with --auto-resume")
+    assert "Traceback" not in run.text()
+    assert [path.name for path in checkpoints.numbered(run.output)] == ["checkpoint-00000003.pth"]
+    run.command[1] = script
+    assert "going on with epoch 0, step 3" in run.finish()
+    a, b = (torch.load(output / "checkpoint.pth", weights_only=True) for output in (run.output, undisturbed.output))
+    assert differences(a["model"], b["model"]) == []
+    assert differences(a["optimizer"], b["optimizer"]) == []
+
+
+def test_second_interrupt_ends_at_once(few_digits, tmp_path):
+    run = Run(tmp_path, few_digits, *SIX_STEPS, "--num_workers", "1", environment=dict(HANG="0:3"))
+    run.command[1] = str(ROOT / "tests/faults/sabotage.py")
+    process = run.start()
+    run.wait_for(process, "] loss", 2)
+    os.killpg(process.pid, signal.SIGINT)
+    run.wait_for(process, "Ctrl-C again ends it at once")
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(LONG) == INTERRUPT_STATUS
+    assert run.text().splitlines()[-1] == "main.py: interrupted"
+    assert "Traceback" not in run.text()
+
+
+def test_interrupt_before_the_first_step(few_digits, tmp_path):
+    """There is nothing to save."""
+    body = "build = main.build_model\nmain.build_model = lambda *built: (os.killpg(0, signal.SIGINT), build(*built))[1]"
+    started = start_script(scripted(tmp_path, body), *CPU, "--data-path", few_digits, "--output_dir", "run")
+    assert started.process.wait(LONG) == INTERRUPT_STATUS
+    assert started.text() == "main.py: interrupted\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_interrupted_evaluation(few_digits, tmp_path):
+    started = start_script(scripted(tmp_path, STUCK), "--eval", *SMALL_BATCHES, "--num_workers", "1", "--data-path",
+                           few_digits)  # fmt: skip
+    wait_for(lambda: "validation [2/4]" in started.text(), started.process)
+    os.killpg(started.process.pid, signal.SIGINT)
+    assert started.process.wait(LONG) == INTERRUPT_STATUS
+    assert started.text().count("main.py: ") == 1
+    assert started.text().splitlines()[-1] == "main.py: interrupted"
+    assert "Traceback" not in started.text()
+
+
+def has_loaded(process: subprocess.Popen, library: str) -> bool:
+    """Whether a process has a library in its memory."""
+    try:
+        return library in Path(f"/proc/{process.pid}/maps").read_text()
+    except OSError:  # it has ended
+        return False
+
+
+@pytest.mark.parametrize("library", ["libtorch_cpu", "site-packages/PIL"])
+def test_interrupt_while_importing(library, tmp_path):
+    """Early, while PyTorch is loaded, and late."""
+    process = start_real(["--help"], tmp_path)
+    wait_for(lambda: has_loaded(process, library), process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(LONG) in (-signal.SIGINT, INTERRUPT_STATUS)
+    assert "Traceback" not in errors_of(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders and files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def without_override() -> tuple[str, ...]:
+    """What runs a command without root's right to read whatever there is; nothing for another user."""
+    if os.geteuid() != 0:
+        return ()
+    if shutil.which("setpriv") is None:
+        pytest.skip("no setpriv, by which root gives up its right to read whatever there is")
+    rights = "-dac_override,-dac_read_search"
+    return "setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}"
+
+
+def test_class_folder_without_permission(few_digits, tmp_path):
+    data = copied(few_digits, tmp_path / "data")
+    closed = data / "val/1"
+    before = without_override()
+    closed.chmod(0)
+    try:
+        process = start_real(["--eval", *CPU, "--data-path", data], tmp_path, before)
+        assert process.wait(LONG) == 2
+    finally:
+        closed.chmod(0o755)
+    errors = errors_of(tmp_path)
+    assert errors.startswith(f"main.py: --data-path {data}: {closed} cannot be read (Permission denied)")
+    assert errors.count("\n") == 1
+
+
+@pytest.fixture
+def open_data(few_digits) -> Iterator[Path]:
+    """Images where any user may read them."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        shutil.copytree(few_digits / "val", folder / "data/val")
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o755)
+        yield folder / "data"
+    finally:
+        for path in (folder, folder / "data", folder / "data/val"):
+            path.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", ["val", "."])
+def test_folder_without_permission(name, open_data):
+    closed = open_data / name
+    args = main.build_parser().parse_args([*CPU, "--data-path", str(open_data)])
+    closed.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(utils.UserError) as error:
+            datasets.build_dataset(False, args)
+    finally:
+        os.seteuid(user)
+    line = str(error.value)
+    assert line.startswith(f"--data-path {open_data}: ")
+    assert f"{closed}" in line
+    assert "Permission denied" in line
+
+
+def test_names_with_line_breaks_and_other_bytes(few_digits, tmp_path, capsys, monkeypatch):
+    """Training takes them, names an image that cannot be read once and whole, and prints no line break of a name."""
+    monkeypatch.chdir(tmp_path)
+    data = copied(few_digits, tmp_path / "data")
+    for split in ("train", "val"):
+        os.rename(os.fsencode(data / split / "1"), os.fsencode(data / split) + b"/caf\xe9")
+    folder = os.fsencode(data / "train") + b"/caf\xe9"
+    os.rename(os.path.join(folder, sorted(os.listdir(folder))[0]), folder + b"/a\nb.png")
+    with open(folder + b"/a\nb.png", "w") as file:
+        file.write("no image")
+    status, printed, lines = run_here([*CPU, "--data-path", "data", "--output_dir", "run"], capsys)
+    assert (status, lines) == (0, [])
+    name = os.fsdecode(b"data/train/caf\xe9/a\nb.png")
+    log = utils.read_log(tmp_path / "run/log.txt")
+    assert [entry["unreadable_image"] for entry in log if "unreadable_image" in entry] == [name]
+    assert utils.epochs_of(log)[-1]["unreadable_images"] == 1
+    named = [line for line in printed.splitlines() if "unreadable_image " in line]
+    assert len(named) == 1
+    assert named[0].endswith(r"unreadable_image data/train/caf\udce9/a\nb.png")
+    assert "\nb.png" not in printed
+
+
+def test_validation_image_whose_name_has_a_line_break(few_digits, tmp_path, capsys):
+    data = copied(few_digits, tmp_path / "data")
+    (data / "val/1/a\nb.png").write_text("no image")
+    line = the_line(["--eval", *CPU, "--data-path", data], capsys)
+    assert line.startswith(rf"main.py: image {data}/val/1/a\nb.png: cannot be read (UnidentifiedImageError")
+
+
+def test_pipe_among_training_images(few_digits, tmp_path):
+    """It counts as an image that cannot be read; reading it would wait for ever."""
+    data = copied(few_digits, tmp_path / "data")
+    os.mkfifo(data / "train/1/x.png")
+    arguments = [*CPU, "--num_workers", "1", "--batch-size", "14", "--epochs", "4", "--data-path", data]
+    result = command(*arguments, "--output_dir", tmp_path / "run", timeout=LONG)
+    assert result.returncode == 0, result.stdout + result.stderr
+    log = utils.read_log(tmp_path / "run/log.txt")
+    assert [entry["unreadable_image"] for entry in log if "unreadable_image" in entry] == [f"{data}/train/1/x.png"]
+
+
+def test_pipe_among_validation_images(few_digits, tmp_path):
+    data = copied(few_digits, tmp_path / "data")
+    os.mkfifo(data / "val/1/x.png")
+    result = command("--eval", *CPU, "--data-path", data, timeout=LONG)
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"main.py: image {data}/val/1/x.png: cannot be read (OSError: not a regular file)")
+
+
+def test_pipe_for_a_checkpoint(few_digits, tmp_path):
+    os.mkfifo(tmp_path / "x.pth")
+    result = command("--eval", *CPU, "--data-path", few_digits, "--resume", tmp_path / "x.pth", timeout=LONG)
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"main.py: --resume {tmp_path}/x.pth: a pipe or a device")
+
+
+@pytest.mark.parametrize("before", [None, '{"test_acc1": 50.0}\n'])
+def test_evaluation_on_a_full_disk(before, few_digits, tmp_path, capsys, monkeypatch):
+    """Its figures are the old ones or whole, never empty."""
+
+    def fail(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if before:
+        (tmp_path / "eval.json").write_text(before)
+    monkeypatch.setattr(utils.os, "fsync", fail)
+    line = the_line(["--eval", *CPU, "--data-path", few_digits, "--output_dir", tmp_path], capsys)
+    assert line.startswith(f"main.py: --output_dir {tmp_path}: eval.json could not be written (No space left on device")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == ({"eval.json": before} if before else {})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Launchers
+# ----------------------------------------------------------------------------------------------------------------------
+
+LAUNCHER_VARIABLES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS",
+                      "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST",
+                      "OMPI_COMM_WORLD_RANK"]  # fmt: skip
+PLACE = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29512")
+WRONG_VARIABLES = [
+    (dict(RANK="0"), "RANK=0 is set, MASTER_ADDR and MASTER_PORT not"),
+    (dict(RANK="x"), "RANK=x"),
+    (dict(RANK="5", WORLD_SIZE="2", **PLACE), "RANK=5: takes a whole number from 0 to 1"),
+    (dict(RANK="0", WORLD_SIZE="two", **PLACE), "WORLD_SIZE=two"),
+    (dict(RANK="0", WORLD_SIZE="2", **PLACE | dict(MASTER_PORT="abc")), "MASTER_PORT=abc"),
+    (dict(RANK="1", WORLD_SIZE="2", **PLACE | dict(MASTER_PORT="99999")), "MASTER_PORT=99999"),
+    (dict(SLURM_PROCID="0", SLURM_NTASKS="two"), "SLURM_NTASKS=two"),
+    (dict(SLURM_PROCID="0", SLURM_NTASKS="2", SLURM_JOB_NODELIST="localhost", SLURM_JOB_ID="q"), "SLURM_JOB_ID=q"),
+]
+
+
+@pytest.mark.parametrize(("variables", "named"), WRONG_VARIABLES, ids=[named for _, named in WRONG_VARIABLES])
+def test_wrong_variables_of_a_launcher(variables, named, few_digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in LAUNCHER_VARIABLES:  # the command sets some: they are unset again at the test's end
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    line = the_line([*CPU, "--data-path", few_digits], capsys)
+    assert f"environment variable {named}" in line
+    assert os.listdir(tmp_path) == []
