@@ -470,7 +470,7 @@ def test_interrupt_before_the_first_step(few_digits, tmp_path):
     body = "build = main.build_model\nmain.build_model = lambda *built: (os.killpg(0, signal.SIGINT), build(*built))[1]"
     started = start_script(scripted(tmp_path, body), *CPU, "--data-path", few_digits, "--output_dir", "run")
     assert started.process.wait(LONG) == INTERRUPT_STATUS
-    assert started.text() == "main.py: interrupted\n"
+    assert started.text() == "main.py: ended by a signal before the first step; run the same command again\n"
     assert not (tmp_path / "run").exists()
 
 

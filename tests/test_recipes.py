@@ -11,6 +11,7 @@ import main
 from training.recipes import parse_with_recipe, write_recipe
 from utils import UserError
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
@@ -124,8 +125,24 @@ def test_a_run_is_repeated_from_its_args(few_digits, tmp_path):
     assert "first: holds a run already" in result.stderr
 
 
+def test_readmes_results_are_the_published_ones():
+    """Top-1, throughput and latency are the paper's; the settings those of the recipes."""
+    rows = [[cell.strip("`* ") for cell in line.strip("|").split("|")] for line in README.splitlines()
+            if line.startswith("| `SepViT_")]  # fmt: skip
+    paper = {"SepViT_Lite": ("72.3 ¹", "–", "–"), "SepViT_Tiny": ("82.7", "729", "24.5"),
+             "SepViT_Small": ("83.6", "471", "34.9"), "SepViT_Base": ("84.2", "302", "46.6")}  # fmt: skip
+    assert {row[0]: tuple(row[3:6]) for row in rows} == paper
+    for model, *_, drop_path, weight_decay, warmup_epochs in rows:
+        args = parse("--config", ROOT / f"recipes/{model.lower()}_imagenet.yaml")
+        assert float(drop_path.rstrip(" ²")) == args["drop_path"]
+        assert (float(weight_decay), int(warmup_epochs)) == (args["weight_decay"], args["warmup_epochs"])
+
+
 def test_readme_names_a_command_for_each_variant():
-    readme = (ROOT / "README.md").read_text()
     for variant in ("lite", "tiny", "small", "base"):
-        assert f"--config recipes/sepvit_{variant}_imagenet.yaml" in readme
-    assert all(Path(path).name in readme for path in RECIPES)
+        assert f"--config recipes/sepvit_{variant}_imagenet.yaml" in README
+    assert (
+        "--model SepViT_Base --batch-size 128 --data-path imagenet --dist-eval --drop-path 0.5 --weight-decay 0.1"
+        in README
+    )
+    assert all(Path(path).name in README for path in RECIPES)
