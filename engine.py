@@ -505,7 +505,7 @@ def evaluate(
             break
     watch.start_round()
     if together(precision.device, watch.preemption.requested):
-        raise Preempted
+        raise Preempted(f"in {title}")
     totals = torch.cat([sums, sums.new_tensor([count])])
     # all act on the same figures, also where devices differ in the last bits of theirs
     loss, acc1, acc5, count = (sum_over_processes(totals) if args.dist_eval else of_main_process(totals)).tolist()

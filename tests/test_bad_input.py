@@ -216,7 +216,7 @@ def test_mistake_as_a_command(mistake, files, few_digits):
 
 def test_every_process_refuses(files, few_digits):
     result = command(*SMALL, "--data-path", few_digits, "--output_dir", files / "a_file/run", "--batch-size", 8,
-                     "--device", "cpu", processes=2, timeout=120)  # fmt: skip
+                     "--device", "cpu", processes=2)  # fmt: skip
     assert result.returncode != 0
     assert result.stderr.count("main.py: --output_dir") == 1
 

@@ -300,7 +300,7 @@ def test_spawned_workers(reader, few_digits, webdataset, tmp_path):
                 imnet=["--data-path", few_digits], wds=[*WEBDATASET, "--data-path", webdataset])[reader]  # fmt: skip
     result = subprocess.run(
         [sys.executable, script, *map(str, [*SMALL, *data]), "--num_workers", "1", "--eval"], capture_output=True,
-        text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=300,
+        text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert f"{31 if reader == 'wds' else 21} images" in result.stdout

@@ -155,6 +155,13 @@ def test_defaults_are_the_reference_recipe():
     assert {name: args[name] for name in expected} == expected
 
 
+def test_throughput_is_measured_in_float32_as_published():
+    """Unless a number format is asked for; training defaults to half of it on GPUs."""
+    for flags, dtype in (([], None), (["--amp", "bfloat16"], torch.bfloat16)):
+        args = main.build_parser().parse_args(["--throughput", *flags])
+        assert main.build_precision(args, torch.device("cuda")).dtype == dtype
+
+
 def test_help_lists_every_setting():
     printed = succeed("--help")
     assert all(flag in printed for flag in ("--repeated-aug", "--no-repeated-aug", "--pin-mem", "--opt-betas"))
@@ -188,6 +195,7 @@ VARIATIONS = {
     "augmentation": ["--aa", "augmix-m3-w2", "--remode", "const", "--recount", 2, "--train-interpolation", "random",
                      "--resplit", "--color-jitter", 0.2],
     "workers": ["--num_workers", 2],
+    "averaged weights in the CPU's memory": ["--model-ema", "--model-ema-force-cpu", "--input-size", 32],
 }  # fmt: skip
 
 
@@ -200,7 +208,7 @@ def test_variations_train(name, few_digits, some_digits, tmp_path):
     checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
     assert all(torch.isfinite(value).all() for value in checkpoint["model"].values())
     group = checkpoint["optimizer"]["param_groups"][1]
-    if "averaged" in name:
+    if "repeated" in name:
         assert not torch.equal(checkpoint["model_ema"]["head.weight"], checkpoint["model"]["head.weight"])
         assert checkpoint["steps"] == 300 // 256 * 256 // 16
     if name.startswith("float16"):
@@ -580,10 +588,11 @@ def test_two_processes_train(accumulate, few_digits, tmp_path):
     assert torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["steps"] == 3 // accumulate
 
 
-def test_torch_distributed_launch(few_digits, tmp_path):
-    """The paper's command, on two processes."""
+@pytest.mark.parametrize("flags", [["--use_env"], pytest.param([], marks=pytest.mark.slow)])
+def test_torch_distributed_launch(flags, few_digits, tmp_path):
+    """The paper's command, on two processes. Without --use_env each gets --local-rank as a setting."""
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", "--use_env",
+        [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", *flags,
          f"--master_port={free_port()}",
          ROOT / "main.py", *map(str, SMALL), "--data-path", few_digits, "--dist-eval", "--drop-path", "0.2",
          "--device", "cpu", "--batch-size", "8"],

@@ -205,7 +205,7 @@ def test_interrupted_while_a_checkpoint_is_written(tmp_path):
     try:
         assert process.stdout.readline().startswith("saved ")
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=600)
     finally:
         process.kill()
         process.wait()

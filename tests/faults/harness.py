@@ -14,11 +14,12 @@ from commands import Command, start_tasks
 from conftest import ROOT, differences
 
 RESUME_STATUS = 75
+LIMIT = 900  # seconds that a test waits for anything: more than the slowest machine takes
 # All that is random or has a state: shuffle, augmentation, mixup, drop path, averaged weights, a best checkpoint.
 RECIPE = [
     "--model", "SepViT_Lite", "--input-size", "32", "--batch-size", "8", "--epochs", "3", "--model-ema",
     "--model-ema-warmup", "--warmup-epochs", "1", "--lr", "5e-3", "--output_dir", "run", "--device", "cpu",
-    "--checkpoint-every", "2", "--auto-resume", "--print-freq", "1", "--keep-checkpoints", "3", "--timeout", "60",
+    "--checkpoint-every", "2", "--auto-resume", "--print-freq", "1", "--keep-checkpoints", "3", "--timeout", "150",
 ]  # fmt: skip
 
 
@@ -92,7 +93,7 @@ class Run:
         printed = self.folder / "printed.txt"
         return printed.read_text() if printed.exists() else ""
 
-    def finish(self, timeout: float = 300) -> str:
+    def finish(self, timeout: float = LIMIT) -> str:
         """Start the command and wait for its end, which has to be a success; returns what it printed."""
         before = len(self.text())
         process = self.start()
@@ -101,7 +102,7 @@ class Run:
         assert status == 0, printed
         return printed
 
-    def wait_for(self, process: subprocess.Popen, words: str, count: int = 1, timeout: float = 120) -> None:
+    def wait_for(self, process: subprocess.Popen, words: str, count: int = 1, timeout: float = LIMIT) -> None:
         """Wait until words were printed `count` times, by all starts together, or the command ended."""
         end = time.monotonic() + timeout
         while self.text().count(words) < count and process.poll() is None:
