@@ -31,14 +31,14 @@ def lines(*entries: dict) -> str:
 
 
 EVALUATION = lines({"test_loss": 0.25, "test_acc1": 96.25, "test_acc5": 100.0})
-LOG = lines(RUN, epoch(0, 40.5), epoch(1, 96.25))
+LOG = lines(RUN, epoch(0, 40.5), epoch(1, 96.25), {"not_printed": ["epoch 1 [89/89] loss 0.5"]})
 
 # Run folders to stumble over: log.txt and eval.json, None where there is none.
 RUNS = {
     "good": (LOG, EVALUATION),
     "unevaluated": (LOG, None),
     "untrained": (None, EVALUATION),
-    "unfinished": (lines(RUN, epoch(0, 40.5), RUN), EVALUATION),
+    "unfinished": (lines(RUN), EVALUATION),
     "empty": ("", EVALUATION),
     "text": ("epoch 1: loss 0.5\n", EVALUATION),
     "list": ("[96.25]\n", EVALUATION),
