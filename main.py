@@ -426,7 +426,10 @@ def adapted_by_timm(weights: dict[str, Tensor], model: nn.Module) -> tuple[dict[
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if adapt is None:
         return weights, []
-    adapted = adapt(dict(weights), model)
+    try:
+        adapted = adapt(dict(weights), model)
+    except Exception:  # what it raises on another network's weights depends on the network: `load_weights` names them
+        return weights, []
     changed = [name for name, value in adapted.items() if name in weights and value.shape != weights[name].shape]
     return adapted, changed
 
@@ -465,7 +468,7 @@ def add_run_settings(group: Any) -> None:
         help="a recipe of settings, such as those in recipes/; the command line goes before it")  # fmt: skip
     add("--output_dir", type=path, default="", help="folder for checkpoints and logs; by default the model's name")
     add("--resume", type=path, default="", help="checkpoint to resume from or to evaluate, a path or an https address")
-    add("--auto-resume", **SWITCH, help="go on from the output folder's newest checkpoint, if it has any")
+    add("--auto-resume", **SWITCH, help="resume from the output folder's newest checkpoint, if it has any")
     add(
         "--checkpoint-every", type=natural, default=0, metavar="STEPS", help="save within epochs, too; 0: at their ends"
     )
@@ -505,8 +508,7 @@ def add_model_settings(group: Any) -> None:
     add("--input-size", type=positive_int, default=224, help="side of the images in pixels")
     add("--drop", type=fraction, default=0.0, help="dropout rate")
     add("--drop-path", type=fraction, default=0.2, help="stochastic depth rate of the last block")
-    add("--model-ema", **SWITCH,
-        help="average the weights, evaluate and save the average too")  # fmt: skip
+    add("--model-ema", **SWITCH, help="average the weights, evaluate and save the average too")
     add("--model-ema-force-cpu", **SWITCH, help="keep the averaged weights in the CPU's memory")
     add("--model-ema-decay", type=fraction, default=0.9999)
     add("--model-ema-warmup", **SWITCH, help="let the decay rise with the steps, for short runs")

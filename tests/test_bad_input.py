@@ -359,6 +359,14 @@ def test_timms_networks_are_finetuned_at_another_size(name, few_digits, tmp_path
     assert len(same) > 0.8 * len(source)
 
 
+def test_weights_of_another_of_timms_networks_are_refused(few_digits, tmp_path, capsys):
+    """Which timm's own resampling does not know."""
+    torch.save(timm.create_model("swin_small_patch4_window7_224", img_size=64).state_dict(), tmp_path / "small.pth")
+    args = main.build_parser().parse_args(["--finetune", str(tmp_path / "small.pth")])
+    with pytest.raises(UserError, match=r"another architecture: \d+ are unexpected \(layers\.2\.blocks\."):
+        main.finetune_from(args, timm.create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=3))
+
+
 def test_weights_that_become_infinite_are_not_saved(few_digits, tmp_path, capsys):
     """The step's gradients are finite, its weights are not."""
     arguments = [*map(str, SMALL), "--data-path", str(few_digits), "--output_dir", str(tmp_path / "run"),
