@@ -64,7 +64,7 @@ class Preemption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        is_second = self.status == INTERRUPT_STATUS
+        is_second = number == signal.SIGINT and self.status == INTERRUPT_STATUS
         if number == signal.SIGINT:
             self.status = INTERRUPT_STATUS
         self.requested = True

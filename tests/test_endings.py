@@ -42,8 +42,9 @@ SIX_STEPS = ["--epochs", "1", "--checkpoint-every", "0", "--timeout", "600"]
 
 
 @pytest.fixture(autouse=True)
-def nothing_runs_on() -> Iterator[None]:
-    """A test that fails leaves no process behind."""
+def nothing_runs_on(monkeypatch) -> Iterator[None]:
+    """A test that fails leaves no process behind; each process has one thread, as many start at a time."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield
     end_all()
 
@@ -114,8 +115,8 @@ def scripted(folder: Path, body: str) -> Path:
 def start_script(script: Path, *arguments: str | Path) -> SimpleNamespace:
     """Start a script in its folder and a session of its own; `text()` is what it has printed so far."""
     printed = script.parent / "printed.txt"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = commands.Command(script, list(map(str, arguments)), script.parent, environment, printed, printed, True)
+    process = commands.Command(script, list(map(str, arguments)), script.parent, dict(os.environ), printed, printed,
+                               start_new_session=True)  # fmt: skip
     STARTED.append(process)
     return SimpleNamespace(process=process, text=lambda: printed.read_text() if printed.exists() else "")
 
