@@ -19,7 +19,7 @@ LIMIT = 900  # seconds that a test waits for anything: more than the slowest mac
 RECIPE = [
     "--model", "SepViT_Lite", "--input-size", "32", "--batch-size", "8", "--epochs", "3", "--model-ema",
     "--model-ema-warmup", "--warmup-epochs", "1", "--lr", "5e-3", "--output_dir", "run", "--device", "cpu",
-    "--checkpoint-every", "2", "--auto-resume", "--print-freq", "1", "--keep-checkpoints", "3", "--timeout", "150",
+    "--checkpoint-every", "2", "--auto-resume", "--print-freq", "1", "--keep-checkpoints", "3", "--timeout", "100",
 ]  # fmt: skip
 
 

@@ -350,7 +350,7 @@ def test_lost_loader_worker(few_digits, tmp_path, peaceful, table):
 
 def test_hanging_process(few_digits, tmp_path, table):
     """It lives, but does not come to the next step."""
-    run = sabotaged(Run(tmp_path, few_digits, "--batch-size", "4", "--timeout", "30"), HANG="1:4")
+    run = sabotaged(Run(tmp_path, few_digits, "--batch-size", "4", "--timeout", "20"), HANG="1:4")
     tasks = run.start_tasks(2)
     assert [task.wait(LIMIT) for task in tasks] == [RESUME_STATUS] * 2
     assert re.search(
