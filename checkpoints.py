@@ -102,8 +102,9 @@ def _fetch(path: str) -> Any:
     if not is_download and has_checks(file) and (problem := damage(file)):
         raise zipfile.BadZipFile(problem)
     if _is_safetensors(file):
-        return safetensors.torch.load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
+        return safetensors.torch.load(file.read_bytes())
+    with file.open("rb") as content:  # PyTorch opens no file whose name is not UTF-8
+        return torch.load(content, map_location="cpu", weights_only=True)
 
 
 def _beginning(path: Path) -> bytes:
@@ -162,7 +163,8 @@ def damage(path: Path) -> str | None:
                 if not _is_whole(archive, entry):
                     return f"wrong checksum of {entry.filename.partition('/')[2]}"
         if reader := getattr(torch._C, "PyTorchFileReader", None):  # PyTorch's own, of whatever version
-            reader(str(path))  # what torch.load opens it by; its demands on a directory are higher
+            with path.open("rb") as file:
+                reader(file)  # what torch.load opens it by; its demands on a directory are higher
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, ValueError) as error:
         return "truncated" if "not a zip file" in str(error) else " ".join(str(error).split())[:100]
     return None

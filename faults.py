@@ -72,8 +72,8 @@ class Preemption:
             if number == signal.SIGINT:
                 self._say("interrupted: finishing the step and saving; Ctrl-C again ends it at once")
         else:
-            early = "ended by a signal before the first step; run the same command again"
-            self._say("interrupted" if is_second else early)
+            what = "interrupted" if number == signal.SIGINT else "ended by a signal"
+            self._say(what if is_second else f"{what} before the first step; run the same command again")
             for worker in multiprocessing.active_children():
                 worker.kill()
             os._exit(self.status)
@@ -272,9 +272,12 @@ class Watch:
 
     def _run_alone(self) -> None:
         moved = ((self.rounds, self.ticks), time.monotonic())
+        looked = time.monotonic()
         while not self._ended.wait(self.patience / POLLS):
             place, now = (self.rounds, self.ticks), time.monotonic()
-            moved = moved if place == moved[0] else (place, now)
+            was_stopped = now - looked > self.patience  # all of this process, as by Ctrl-Z, and not only the run
+            looked = now
+            moved = (place, now) if was_stopped or place != moved[0] else moved
             rest = now - moved[1]
             if rest > self._limit():
                 self._end(f"hangs at {self.place}: nothing has moved for {rest:.0f} s")

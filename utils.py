@@ -245,7 +245,7 @@ def is_main_process() -> bool:
 
 def print_line(line: str) -> None:
     """Print a line; one that is written into a progress bar goes above it."""
-    tqdm.write(line, file=sys.stdout)
+    tqdm.write(one_line(line), file=sys.stdout)
     sys.stdout.flush()
 
 
@@ -419,6 +419,12 @@ def make_folder(folder: Path, flag: str) -> None:
     Raises:
         UserError: they cannot.
     """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{flag} {folder}: its name is not UTF-8, which TensorBoard needs; name another folder"
+        ) from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"

@@ -28,14 +28,14 @@ import datasets
 import engine
 import faults
 import main
+import runs
 import utils
 from training.commands import out_of_memory, out_of_shared_memory, run_command
 
 sys.path.append(str(ROOT / "tests/faults"))
-from harness import RESUME_STATUS, STARTED, Run, differences, end_all
+from harness import LIMIT, RESUME_STATUS, STARTED, Run, differences, end_all
 
 INTERRUPT_STATUS = 130
-LONG = 200  # seconds that a process may take which otherwise would hang
 CPU = [*SMALL, "--device", "cpu"]
 # Six steps of eight images, and nothing saved between them.
 SIX_STEPS = ["--epochs", "1", "--checkpoint-every", "0", "--timeout", "600"]
@@ -45,7 +45,10 @@ SIX_STEPS = ["--epochs", "1", "--checkpoint-every", "0", "--timeout", "600"]
 def nothing_runs_on(monkeypatch) -> Iterator[None]:
     """A test that fails leaves no process behind; each process has one thread, as many start at a time."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     end_all()
 
 
@@ -123,7 +126,7 @@ def start_script(script: Path, *arguments: str | Path) -> SimpleNamespace:
 
 def wait_for(fact: Callable[[], object], process: subprocess.Popen | commands.Command) -> None:
     """Wait until something is so, or a process has ended."""
-    end = time.monotonic() + LONG
+    end = time.monotonic() + LIMIT
     while not fact() and process.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -146,6 +149,9 @@ OUTPUTS = {"full disk": ">/dev/full", "closed": ">&-", "reader that leaves": ""}
 def unprinted(few_digits, tmp_path_factory) -> dict[str, SimpleNamespace]:
     """Training runs whose output fails, all at a time, and a user's mistake whose errors fail as well."""
     root, processes = tmp_path_factory.mktemp("unprinted"), {}
+    folder = root / "reader that leaves/run"
+    folder.mkdir(parents=True)
+    lock = runs.lock_folder(folder, patience=1)  # the run says so, and waits until its reader has left
     for name, redirection in OUTPUTS.items():
         stdout = subprocess.DEVNULL if redirection else subprocess.PIPE
         processes[name] = start_real([*CPU, "--print-freq", "1", "--data-path", few_digits, "--output_dir", "run"],
@@ -154,7 +160,8 @@ def unprinted(few_digits, tmp_path_factory) -> dict[str, SimpleNamespace]:
     reader = processes["reader that leaves"].stdout
     first = reader.readline().rstrip("\n")
     reader.close()
-    return {name: SimpleNamespace(status=process.wait(LONG), run=root / name / "run", errors=errors_of(root / name),
+    os.close(lock)
+    return {name: SimpleNamespace(status=process.wait(LIMIT), run=root / name / "run", errors=errors_of(root / name),
                                   read=first) for name, process in processes.items()}  # fmt: skip
 
 
@@ -172,7 +179,7 @@ def test_printing_never_ends_a_run(output, unprinted):
     assert len(utils.epochs_of(log)) == 1
     assert checkpoints.damage(ended.run / "checkpoint.pth") is None
     if output == "reader that leaves":
-        assert ended.read
+        assert ended.read.startswith("--output_dir run: another run writes there; waiting")
         assert ended.read not in lines
 
 
@@ -219,7 +226,7 @@ def test_names_in_the_c_locale(few_digits, tmp_path):
     (tmp_path / "ü").symlink_to(few_digits)
     process = start_real([*CPU, "--batch-size", "2", "--throughput", "--data-path", "ü"], tmp_path,
                          redirection=">printed.txt", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")  # fmt: skip
-    assert process.wait(LONG) == 0, errors_of(tmp_path)
+    assert process.wait(LIMIT) == 0, errors_of(tmp_path)
     assert "UnicodeEncodeError" not in errors_of(tmp_path)
     assert b"validation batches are 1.5 \\xd7 --batch-size 2" in (tmp_path / "printed.txt").read_bytes()
 
@@ -254,6 +261,19 @@ def test_which_errors_are_of_shared_memory():
     assert not out_of_shared_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not out_of_shared_memory(of_worker(RuntimeError("size mismatch")))
     assert not out_of_shared_memory(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
+    assert out_of_shared_memory(RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)"))
+    assert not out_of_shared_memory(RuntimeError("OutOfResources: out of resource: shared memory, Required: 131072"))
+    assert not out_of_shared_memory(RuntimeError("unable to open shared memory object: Too many open files (24)"))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"),
+                                   of_worker(RuntimeError("unable to open: Too many open files (24)"))])  # fmt: skip
+def test_too_many_open_files_are_a_mistake_with_advice(error, capsys):
+    def fail() -> None:
+        raise error
+
+    assert run_command("main.py", fail) == 2
+    assert capsys.readouterr().err.startswith("main.py: too many open files; raise the limit (ulimit -n), or use fewer")
 
 
 @pytest.mark.parametrize("error", [of_worker(RuntimeError(FULL)), RuntimeError(BUS_ERROR)], ids=["full", "bus error"])
@@ -276,7 +296,7 @@ def test_little_shared_memory(few_digits, tmp_path):
         pytest.skip("no right to mount a small /dev/shm in a mount namespace")
     arguments = [*CPU, "--input-size", "64", "--batch-size", "24", "--num_workers", "2", "--data-path", few_digits]
     process = start_real(arguments, tmp_path, ("unshare", "-m", "bash", "-c", f'{small} && exec "$@"', "bash"))
-    assert process.wait(LONG) == 2
+    assert process.wait(LIMIT) == 2
     errors = errors_of(tmp_path)
     assert "Traceback" not in errors
     lines = [line for line in errors.splitlines() if line.startswith("main.py: ")]
@@ -319,7 +339,7 @@ import resource
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + 400_000_000,) * 2)""")  # fmt: skip
     started = start_script(script, "--eval", *CPU, "--input-size", "1024", "--data-path", few_digits)
-    assert started.process.wait(LONG) == 2, started.text()
+    assert started.process.wait(LIMIT) == 2, started.text()
     last = started.text().splitlines()[-1]
     assert last.startswith("main.py: out of memory (")
     assert "Traceback" not in started.text()
@@ -361,7 +381,7 @@ def test_a_process_alone_that_hangs(few_digits, tmp_path):
         (evaluation.process, evaluation.text, "batch 1 of validation", "run the same command again"),
         (throughput.process, throughput.text, "throughput, warm-up", "run the same command again"),
     ):
-        assert process.wait(LONG) == RESUME_STATUS, text()
+        assert process.wait(LIMIT) == RESUME_STATUS, text()
         last = text().splitlines()[-1]
         pattern = rf"main\.py: process 0: hangs at {place}: nothing has moved for \d+ s; {advice}"
         assert re.fullmatch(pattern, last), last
@@ -397,6 +417,7 @@ def no_exit(monkeypatch) -> None:
         ("failed (RuntimeError: size mismatch)", 1, "; mend the cause that it printed, then run the same command with"),
         ("was lost (MachineError: storage)", RESUME_STATUS, "(MachineError: storage); run the same command with"),
     ],
+    ids=["failed", "lost"],
 )
 def test_advice_where_another_process_ended(state, status, way_out, no_exit, capsys):
     """One that failed by an error of its own would fail again."""
@@ -412,12 +433,40 @@ def test_advice_where_another_process_ended(state, status, way_out, no_exit, cap
     assert line.count("\n") == 1
 
 
+class Polls:
+    """The event that a watch waits for between two looks, and the clock: seconds pass by the list."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds, self.now = seconds, 0.0
+
+    def wait(self, timeout: float) -> bool:
+        self.now += self.seconds.pop(0) if self.seconds else 0.0
+        return not self.seconds
+
+
+@pytest.mark.parametrize(("seconds", "ends"), [([1.0] * 14, True), ([1.0, 1.0, 60.0, *[1.0] * 9], False)],
+                         ids=["hangs", "was stopped"])  # fmt: skip
+def test_a_process_that_was_stopped_does_not_hang(seconds, ends, no_exit, monkeypatch, capsys):
+    """As by Ctrl-Z: the watch stood still, too."""
+    preemption = faults.Preemption()
+    preemption.has_progress = True
+    watch = faults.Watch(10, "env://", preemption)
+    watch._ended = Polls(seconds)
+    monkeypatch.setattr(faults.time, "monotonic", lambda: watch._ended.now)
+    if ends:
+        with pytest.raises(EndedError):
+            watch._run_alone()
+        assert "hangs at the start: nothing has moved for 11 s" in capsys.readouterr().err
+    else:
+        watch._run_alone()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Ctrl-C
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# Ctrl-C in the third step, as a terminal sends it: to the whole group.
+# Ctrl-C in the third step, as a terminal sends it: to the whole group; and SIGTERM, as launchers send it behind.
 INTERRUPTED = """
 forward, steps = engine.DistillationLoss.forward, []
 
@@ -426,6 +475,7 @@ def interrupted(self, *batch):
     steps.append(batch)
     if len(steps) == 3:
         os.killpg(0, signal.SIGINT)
+        os.killpg(0, signal.SIGTERM)
     return forward(self, *batch)
 
 
@@ -439,7 +489,7 @@ def test_interrupted_training_goes_on_where_it_was(few_digits, tmp_path):
     run = Run(tmp_path / "run", few_digits, *SIX_STEPS, "--num_workers", "1")
     script, run.command[1] = run.command[1], str(scripted(tmp_path / "script", INTERRUPTED))
     process = run.start()
-    assert process.wait(LONG) == INTERRUPT_STATUS, run.text()
+    assert process.wait(LIMIT) == INTERRUPT_STATUS, run.text()
     assert run.text().count("main.py: interrupted: finishing the step and saving") == 1
     last = run.text().splitlines()[-1]
     assert last.startswith("main.py: ended by a signal before epoch 0, step 3; the same command with --auto-resume")
@@ -461,7 +511,7 @@ def test_second_interrupt_ends_at_once(few_digits, tmp_path):
     run.wait_for(process, "Ctrl-C again ends it at once")
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(LONG) == INTERRUPT_STATUS
+    assert process.wait(LIMIT) == INTERRUPT_STATUS
     assert run.text().splitlines()[-1] == "main.py: interrupted"
     assert "Traceback" not in run.text()
 
@@ -470,8 +520,8 @@ def test_interrupt_before_the_first_step(few_digits, tmp_path):
     """There is nothing to save."""
     body = "build = main.build_model\nmain.build_model = lambda *built: (os.killpg(0, signal.SIGINT), build(*built))[1]"
     started = start_script(scripted(tmp_path, body), *CPU, "--data-path", few_digits, "--output_dir", "run")
-    assert started.process.wait(LONG) == INTERRUPT_STATUS
-    assert started.text() == "main.py: ended by a signal before the first step; run the same command again\n"
+    assert started.process.wait(LIMIT) == INTERRUPT_STATUS
+    assert started.text() == "main.py: interrupted before the first step; run the same command again\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -480,27 +530,37 @@ def test_interrupted_evaluation(few_digits, tmp_path):
                            few_digits)  # fmt: skip
     wait_for(lambda: "validation [2/4]" in started.text(), started.process)
     os.killpg(started.process.pid, signal.SIGINT)
-    assert started.process.wait(LONG) == INTERRUPT_STATUS
+    assert started.process.wait(LIMIT) == INTERRUPT_STATUS
     assert started.text().count("main.py: ") == 1
     assert started.text().splitlines()[-1] == "main.py: interrupted"
     assert "Traceback" not in started.text()
 
 
-def has_loaded(process: subprocess.Popen, library: str) -> bool:
-    """Whether a process has a library in its memory."""
-    try:
-        return library in Path(f"/proc/{process.pid}/maps").read_text()
-    except OSError:  # it has ended
-        return False
+# Python runs it at its start: the import of a module never comes back.
+STUCK_IMPORT = """
+import sys, time
+from pathlib import Path
 
 
-@pytest.mark.parametrize("library", ["libtorch_cpu", "site-packages/PIL"])
-def test_interrupt_while_importing(library, tmp_path):
-    """Early, while PyTorch is loaded, and late."""
-    process = start_real(["--help"], tmp_path)
-    wait_for(lambda: has_loaded(process, library), process)
+class Stuck:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            Path("reached").touch()
+            time.sleep(3600)
+
+
+sys.meta_path.insert(0, Stuck())
+"""
+
+
+@pytest.mark.parametrize("module", ["torch", "training.devices"])
+def test_interrupt_while_importing(module, tmp_path):
+    """Early and late."""
+    (tmp_path / "sitecustomize.py").write_text(STUCK_IMPORT.format(module=module))
+    process = start_real(["--help"], tmp_path, PYTHONPATH=str(tmp_path))
+    wait_for((tmp_path / "reached").exists, process)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(LONG) in (-signal.SIGINT, INTERRUPT_STATUS)
+    assert process.wait(LIMIT) in (-signal.SIGINT, INTERRUPT_STATUS)
     assert "Traceback" not in errors_of(tmp_path)
 
 
@@ -526,7 +586,7 @@ def test_class_folder_without_permission(few_digits, tmp_path):
     closed.chmod(0)
     try:
         process = start_real(["--eval", *CPU, "--data-path", data], tmp_path, before)
-        assert process.wait(LONG) == 2
+        assert process.wait(LIMIT) == 2
     finally:
         closed.chmod(0o755)
     errors = errors_of(tmp_path)
@@ -591,6 +651,20 @@ def test_names_with_line_breaks_and_other_bytes(few_digits, tmp_path, capsys, mo
     assert "\nb.png" not in printed
 
 
+def test_folders_that_are_no_utf8(few_digits, tmp_path, capsys):
+    """They are read from; TensorBoard cannot write there."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    arguments = [*CPU, "--data-path", str(few_digits)]
+    assert main.run([*arguments, "--output_dir", str(folder)]) == 2
+    assert capsys.readouterr().err.endswith(
+        "caf\\udce9: its name is not UTF-8, which TensorBoard needs; name another folder\n"
+    )
+    assert not folder.exists()
+    assert main.run([*arguments, "--output_dir", str(tmp_path / "run")]) == 0
+    (tmp_path / "run").rename(folder)
+    assert main.run([*arguments, "--eval", "--resume", str(folder / "checkpoint.pth")]) == 0
+
+
 def test_validation_image_whose_name_has_a_line_break(few_digits, tmp_path, capsys):
     data = copied(few_digits, tmp_path / "data")
     (data / "val/1/a\nb.png").write_text("no image")
@@ -603,7 +677,7 @@ def test_pipe_among_training_images(few_digits, tmp_path):
     data = copied(few_digits, tmp_path / "data")
     os.mkfifo(data / "train/1/x.png")
     arguments = [*CPU, "--num_workers", "1", "--batch-size", "14", "--epochs", "4", "--data-path", data]
-    result = command(*arguments, "--output_dir", tmp_path / "run", timeout=LONG)
+    result = command(*arguments, "--output_dir", tmp_path / "run", timeout=LIMIT)
     assert result.returncode == 0, result.stdout + result.stderr
     log = utils.read_log(tmp_path / "run/log.txt")
     assert [entry["unreadable_image"] for entry in log if "unreadable_image" in entry] == [f"{data}/train/1/x.png"]
@@ -612,7 +686,7 @@ def test_pipe_among_training_images(few_digits, tmp_path):
 def test_pipe_among_validation_images(few_digits, tmp_path):
     data = copied(few_digits, tmp_path / "data")
     os.mkfifo(data / "val/1/x.png")
-    result = command("--eval", *CPU, "--data-path", data, timeout=LONG)
+    result = command("--eval", *CPU, "--data-path", data, timeout=LIMIT)
     assert result.returncode == 2
     last = result.stderr.splitlines()[-1]
     assert last.startswith(f"main.py: image {data}/val/1/x.png: cannot be read (OSError: not a regular file)")
@@ -620,13 +694,13 @@ def test_pipe_among_validation_images(few_digits, tmp_path):
 
 def test_pipe_for_a_checkpoint(few_digits, tmp_path):
     os.mkfifo(tmp_path / "x.pth")
-    result = command("--eval", *CPU, "--data-path", few_digits, "--resume", tmp_path / "x.pth", timeout=LONG)
+    result = command("--eval", *CPU, "--data-path", few_digits, "--resume", tmp_path / "x.pth", timeout=LIMIT)
     assert result.returncode == 2
     last = result.stderr.splitlines()[-1]
     assert last.startswith(f"main.py: --resume {tmp_path}/x.pth: a pipe or a device")
 
 
-@pytest.mark.parametrize("before", [None, '{"test_acc1": 50.0}\n'])
+@pytest.mark.parametrize("before", [None, '{"test_acc1": 50.0}\n'], ids=["first figures", "figures of before"])
 def test_evaluation_on_a_full_disk(before, few_digits, tmp_path, capsys, monkeypatch):
     """Its figures are the old ones or whole, never empty."""
 
@@ -665,7 +739,7 @@ WRONG_VARIABLES = [
 def test_wrong_variables_of_a_launcher(variables, named, few_digits, tmp_path):
     others = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     arguments = [*CPU, "--data-path", str(few_digits)]
-    result = commands.run(ROOT / "main.py", arguments, tmp_path, others | variables, timeout=LONG)
+    result = commands.run(ROOT / "main.py", arguments, tmp_path, others | variables, timeout=LIMIT)
     assert result.returncode == 2
     assert result.stderr.startswith("main.py: environment variable ")
     assert named in result.stderr

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import gc
 import math
 import multiprocessing
@@ -147,11 +148,13 @@ def _run(name: str, command: Callable[[], None], memory_advice: str) -> int:
     except Preempted as place:
         print_main(f"{name}: ended by a signal {place}")
         return place.status
-    except (MachineError, RuntimeError, MemoryError) as error:
+    except (MachineError, RuntimeError, MemoryError, OSError) as error:
         if out_of_shared_memory(error):
             return _refuse(name, shared_memory_advice())
         if out_of_memory(error):
             return _refuse(name, f"out of memory ({last_line(error)}); {memory_advice}")
+        if out_of_files(error):
+            return _refuse(name, "too many open files; raise the limit (ulimit -n), or use fewer --num_workers")
         if not is_of_machine(error):
             raise
         hint = "" if isinstance(error, MachineError) else ", with fewer --num_workers if memory ran out"
@@ -191,14 +194,23 @@ def is_of_machine(error: BaseException | None) -> bool:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the machine or of its accelerator did not suffice, here or in a loader's worker."""
-    texts = ("DefaultCPUAllocator", "MPS backend out of memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+    texts = ("DefaultCPUAllocator", "MPS backend out of memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED",
+             "Cannot allocate memory")  # fmt: skip
     in_words = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return in_words or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def out_of_shared_memory(error: BaseException) -> bool:
     """Whether the memory through which loader workers hand over their batches did not suffice."""
-    return isinstance(error, RuntimeError) and bool(re.search(r"shared memory|Bus error", str(error)))
+    pattern = r"shared memory\(shm\)|</torch_\w+>: No space left|Bus error"
+    return isinstance(error, RuntimeError) and bool(re.search(pattern, str(error)))
+
+
+def out_of_files(error: BaseException) -> bool:
+    """Whether the process may not open more files, of which loader workers take some each."""
+    return (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)) or (
+        isinstance(error, RuntimeError) and "Too many open files" in str(error)
+    )
 
 
 def shared_memory_advice() -> str:
