@@ -221,6 +221,7 @@ def test_names_in_ascii(few_digits, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "aü/checkpoint.pth").exists()
 
 
+@pytest.mark.slow
 def test_names_in_the_c_locale(few_digits, tmp_path):
     """Where not even names of files are taken for UTF-8. "×" is in what `--throughput` prints, "ü" in the name."""
     (tmp_path / "ü").symlink_to(few_digits)
@@ -332,6 +333,7 @@ def test_which_errors_are_of_memory():
     assert not out_of_memory(RuntimeError("size mismatch"))
 
 
+@pytest.mark.slow
 def test_memory_that_does_not_suffice(few_digits, tmp_path):
     """A limit of 400 MB beyond what is taken before: the first stage alone needs more for images of 1024 × 1024."""
     script = scripted(tmp_path, """

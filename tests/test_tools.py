@@ -150,6 +150,7 @@ def test_demo_that_failed(arguments, expected, root):
 SMALL = ["--model", "SepViT_Lite", "--batch-size", "1", "--dtype", "float32", "--input-size", "32"]
 
 
+@pytest.mark.slow
 def test_benchmark():
     first, second = succeed(*SMALL, script="tools/benchmark.py").splitlines()
     assert re.match(r"SepViT_Lite, 32 × 32: 3\.\d{3} M parameters, 0\.\d{3} G multiply-adds; torch \S+, .+$", first)
@@ -193,6 +194,7 @@ def test_interrupted(tool, step, arguments, tmp_path, monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_interrupted_while_a_checkpoint_is_written(tmp_path):
     arguments = ["--model", "SepViT_Lite", "--times", "100000", "--out", str(tmp_path)]
     process = subprocess.Popen(
