@@ -44,13 +44,17 @@ class Preemption:
     """Minds the signals that ask a run to end: SIGTERM and SIGUSR1 (of SLURM's `--signal`) of schedulers, and Ctrl-C's
     SIGINT. The run finishes its step and saves; a second Ctrl-C ends the process at once.
 
+    Args:
+        saves: whether the command saves what it has done; one that does not is ended at once.
+
     Attributes:
         requested: whether one came, here or (as the watch tells) at another process.
         has_progress: whether there is something to save; before that, a signal ends the process at once.
         status: the exit status of a run that is ended so.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, saves: bool = True) -> None:
+        self.saves = saves
         self.requested = False
         self.has_progress = False
         self.status = RESUME_STATUS
@@ -68,12 +72,13 @@ class Preemption:
         if number == signal.SIGINT:
             self.status = INTERRUPT_STATUS
         self.requested = True
-        if self.has_progress and not is_second:
+        if self.saves and self.has_progress and not is_second:
             if number == signal.SIGINT:
                 self._say("interrupted: finishing the step and saving; Ctrl-C again ends it at once")
         else:
             what = "interrupted" if number == signal.SIGINT else "ended by a signal"
-            self._say(what if is_second else f"{what} before the first step; run the same command again")
+            is_early = self.saves and not is_second
+            self._say(f"{what} before the first step; run the same command again" if is_early else what)
             for worker in multiprocessing.active_children():
                 worker.kill()
             os._exit(self.status)

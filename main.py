@@ -85,7 +85,8 @@ def main(args: argparse.Namespace) -> None:
     torch.use_deterministic_algorithms(args.deterministic)
     precision = build_precision(args, device)
     if args.throughput or args.eval:
-        with Watch(args.timeout, args.dist_url, Preemption(), "run the same command again") as watch:
+        advice = "run the same command again"
+        with Preemption(saves=False) as end, Watch(args.timeout, args.dist_url, end, advice) as watch:
             run_throughput(args, watch, precision) if args.throughput else run_evaluation(args, watch, precision)
     else:
         with Output() as output, Preemption() as preemption, Watch(args.timeout, args.dist_url, preemption) as watch:
