@@ -204,7 +204,7 @@ def test_preempted_when_writes_fail(few_digits, tmp_path, peaceful, table):
     process.send_signal(signal.SIGTERM)
     assert process.wait(LIMIT) == RESUME_STATUS
     assert "WARNING: --output_dir run: the last checkpoint could not be written (File too large)" in run.text()
-    assert "the same command with --auto-resume goes on from the last checkpoint" in run.text()
+    assert "the same command with --auto-resume resumes from the last checkpoint" in run.text()
     run.command = whole
     run.finish()
     assert_same(run.output, peaceful)
