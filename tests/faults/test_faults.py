@@ -456,7 +456,7 @@ def test_too_many_bad_losses(few_digits, tmp_path, table):
 def test_gradients_that_never_become_finite_with_float16(few_digits, tmp_path, table):
     """Halving the loss scale from 65,536 on does not help: from 1 on it is no search any more."""
     steps = ",".join(map(str, range(3, 60)))
-    run = sabotaged(Run(tmp_path, few_digits, "--amp", "float16", "--epochs", "10", "--max-bad-steps", "4"),
+    run = sabotaged(Run(tmp_path, few_digits, "--amp", "float16", "--batch-size", "2", "--max-bad-steps", "4"),
                     BAD_GRADIENTS=f"0:{steps}")  # fmt: skip
     assert run.start().wait(LIMIT) == 2
     assert "main.py: --max-bad-steps 4: so many steps in a row were not finite" in run.text()
