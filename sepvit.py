@@ -684,7 +684,7 @@ def _apply(adaptation: Adaptation, state_dict: dict[str, Tensor], own: dict[str,
 def _source_grids(state_dict: dict[str, Tensor], model: SepViTStages) -> list[tuple[int, int]] | None:
     """Grid of windows of each block in the checkpoint; None where it is the model's own, or where there is none.
 
-    What there is to tell by are the numbers of window tokens: in every block, rows times columns is that number.
+    Only the numbers of window tokens tell: in every block, rows times columns is that number.
     """
     blocks = {f"blocks.{i}.{j}": (i, block) for i, stage in enumerate(model.blocks) for j, block in enumerate(stage)}
     tokens = [state_dict.get(f"{name}.win_tokens") for name in blocks]
