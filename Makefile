@@ -1,17 +1,22 @@
-# make demo   install what classification needs, train SepViT_Lite on handwritten digits, evaluate, show the result
-# make demo-segmentation   install what segmentation needs, train and evaluate a segmentor on scenes of digits, draw
-# make demo-detection      likewise, a detector
-# make test   install the rest, check style, run every test; test-long: the long forms too; test-faults: of faults alone
-# VENV names the virtual environment, PYTHON the Python (3.10 to 3.12) that makes it.
+# make demo                train SepViT_Lite on handwritten digits, evaluate it, show the result
+# make demo-segmentation   train and evaluate a segmentor on scenes of digits, draw its predictions
+# make demo-detection      train and evaluate a detector on scenes of digits, draw its detections
+# make lint                check style, format and types
+# make test-fast           lint, and the tests that need requirements.txt alone: under two minutes
+# make test                lint, and every test
+# make test-long           every test, also in its long form
+# make test-faults         the fault tests alone, in their long form
+# Each target installs what it needs. VENV names the virtual environment, PYTHON the Python (3.10 to 3.12) that makes it.
 VENV ?= .venv
 PYTHON ?= python3
 DEMO ?= demo
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip --disable-pip-version-check install --quiet
-# The Python whose fitness is checked: the environment's where there is one already.
+# The Python to check: the environment's, if there is one.
 CHECKED = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
 
-.PHONY: demo demo-segmentation demo-detection test test-long test-faults lint install install-mm install-test
+.PHONY: demo demo-segmentation demo-detection lint test-fast test test-long test-faults install install-fast install-mm \
+	install-test
 
 demo: install
 	$(RUN) tools/make_demo_data.py --out $(DEMO)
@@ -46,6 +51,9 @@ demo-detection: install-mm
 		--show-dir $(DETECTION_RUN)/pictures --work-dir $(DETECTION_RUN) --cfg-options $(OBJECTS)
 	@echo "detections beside the truth: $(DEMO)/detection/pictures"
 
+# Tests of functions, not of commands, none of which needs mmcv.
+FAST = tests/test_network.py tests/test_timm.py tests/test_structure.py tests/test_private_parts.py tests/test_recipes.py
+
 test: install-test lint
 	$(RUN) -m pytest -m "not slow"
 
@@ -55,11 +63,16 @@ test-long: install-test
 test-faults: install-test
 	$(RUN) -m pytest tests/faults
 
-lint: install-test
+lint: install-fast
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+test-fast: lint
+	$(RUN) -m pytest -m "not slow" $(FAST)
 
 install: $(VENV)/.installed
+install-fast: $(VENV)/.installed-fast
 install-mm: $(VENV)/.installed-mm
 install-test: $(VENV)/.installed-test
 
@@ -70,6 +83,10 @@ $(VENV)/.installed: requirements.txt
 	$(PIP) -r requirements.txt
 	@touch $@
 
+$(VENV)/.installed-fast: $(VENV)/.installed tests/requirements-fast.txt
+	$(PIP) -r tests/requirements-fast.txt
+	@touch $@
+
 $(VENV)/.installed-mm: $(VENV)/.installed requirements-mm.txt tools/requirements-build.txt
 	@$(CHECKED) tools/check_setup.py --compiler
 	@echo "installing requirements-mm.txt into $(VENV): mmcv's operators compile for 10 to 15 minutes on two cores"
@@ -78,6 +95,6 @@ $(VENV)/.installed-mm: $(VENV)/.installed requirements-mm.txt tools/requirements
 	$(RUN) -c "import mmcv.ops, mmdet.apis, mmseg.apis"
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed-mm tests/requirements.txt
+$(VENV)/.installed-test: $(VENV)/.installed-mm $(VENV)/.installed-fast tests/requirements.txt
 	$(PIP) -r tests/requirements.txt
 	@touch $@

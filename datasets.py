@@ -1,12 +1,11 @@
-"""Data sets, transforms and loaders for training and evaluation."""
+"""Data sets, transforms and loaders for training and validation."""
 
-import argparse
 import logging
 import math
 import re
 import tarfile
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR100
 
-from faults import ignore_preemption
 from samplers import DistributedEvalSampler, TrainBatchSampler
+from training.errors import MachineError, UserError, setting
+from training.processes import get_rank, get_world_size
 from training.samples import (
     ClassFolders,
     ImageData,
@@ -31,13 +31,14 @@ from training.samples import (
     collate,
     import_hugging_face,
 )
+from training.storage import is_storage_error
 from training.streams import TrainStream, ValStream
-from utils import MachineError, UserError, get_rank, get_world_size, is_of_storage
+from training.watchdog import ignore_preemption
 
 IMAGENET_FOLDERS = {True: ("train", "ILSVRC2012_img_train"), False: ("val", "ILSVRC2012_img_val")}
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19")
-READERS = ("wds", "hfds", "hfids", "tfds", "torch")  # timm's
-# The sections of `--aa`'s names that timm knows, by how they begin. It takes others silently.
+READERS = ("wds", "hfds", "hfids", "tfds", "torch")  # of timm
+# Sections of an automatic augmentation's name, by its policy. timm ignores unknown ones silently.
 AUGMENTATIONS = {
     "rand": r"(m|n|mmax)\d+|mstd\d+(\.\d+)?|p\d+(\.\d+)?|inc[01]|t[a-z0-9]+",
     "augmix": r"(m|w|d)\d+|mstd\d+(\.\d+)?|a\d+(\.\d+)?|b[01]",
@@ -46,52 +47,145 @@ AUGMENTATIONS = {
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
+@dataclass(frozen=True)
+class DataSettings:
+    """Which data set to read.
+
+    Attributes:
+        data_set: one of `DATA_SETS`, or the name of a timm reader with one of the prefixes `READERS`.
+        data_path: its folder.
+        inat_category: level of iNaturalist's taxonomy, one of `INAT_CATEGORIES`.
+        num_classes: number of classes, for readers that do not know it.
+        train_split: name of the training split, for timm's readers.
+        val_split: name of the validation split.
+        train_num_samples: number of training images, for readers that do not know it.
+        val_num_samples: number of validation images.
+        batch_size: images per batch, which timm's readers divide shards by.
+        seed: the run's seed.
+    """
+
+    data_set: str
+    data_path: str
+    inat_category: str
+    num_classes: int | None
+    train_split: str
+    val_split: str
+    train_num_samples: int | None
+    val_num_samples: int | None
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class TransformSettings:
+    """How images are transformed.
+
+    Attributes:
+        input_size: side of the images in pixels.
+        scale: smallest and largest area of the random crop, as a share of the image.
+        ratio: smallest and largest aspect ratio of the random crop.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength of colour jitter, where there is no automatic augmentation.
+        aa: timm's name of an automatic augmentation, "" for none.
+        train_interpolation: interpolation of the random crop.
+        reprob: probability of random erasing.
+        remode: fill of the erased regions.
+        recount: number of erased regions per image.
+    """
+
+    input_size: int
+    scale: Sequence[float]
+    ratio: Sequence[float]
+    hflip: float
+    color_jitter: float
+    aa: str
+    train_interpolation: str
+    reprob: float
+    remode: str
+    recount: int
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How images are batched and loaded.
+
+    Attributes:
+        batch_size: training images per rank and batch.
+        accum_steps: batches that each rank accumulates per step.
+        repeated_aug: repeated augmentation.
+        seed: the run's seed.
+        num_workers: loader workers per rank.
+        pin_mem: load into pinned memory, for CUDA.
+        device: the device.
+        dist_eval: share the validation images among the ranks.
+        data_set: the data set, for messages.
+    """
+
+    batch_size: int
+    accum_steps: int
+    repeated_aug: bool
+    seed: int
+    num_workers: int
+    pin_mem: bool
+    device: str
+    dist_eval: bool
+    data_set: str
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Data sets
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def build_dataset(is_train: bool, args: argparse.Namespace) -> ImageData:
-    """The training or validation images of `--data-set` in `--data-path`, with their transform.
+def build_dataset(is_train: bool, settings: DataSettings, transform: TransformSettings) -> ImageData:
+    """Find the training or validation images, and build their transform.
+
+    Args:
+        is_train: training or validation images.
+        settings: which data set.
+        transform: how its images are transformed.
 
     Raises:
-        UserError: there is no such data set there, or it lacks images.
+        UserError: the data set is missing or incomplete.
+        MachineError: the storage does not respond.
     """
-    transform = build_transform(is_train, args)
+    data_path = setting("data_path", settings.data_path)
+    built = build_transform(is_train, transform)
     try:
-        data = _find_images(is_train, args)
+        data = _find_images(is_train, settings)
     except OSError as error:
-        what = f"--data-path {args.data_path}: {error.filename} cannot be read ({error.strerror})"
-        if is_of_storage(error, args.data_path):
+        what = f"{data_path}: {error.filename} cannot be read ({error.strerror})"
+        if is_storage_error(error, settings.data_path):
             raise MachineError(what) from None
         raise UserError(f"{what}; correct its permissions, or name another folder") from None
-    if args.num_classes and data.num_classes != args.num_classes:
-        raise UserError(f"--num-classes {args.num_classes}: {args.data_path} has {data.num_classes} classes; leave it "
-                        "out, it is for timm's readers that do not tell")  # fmt: skip
-    return replace(data, transform=transform)
+    if settings.num_classes and data.num_classes != settings.num_classes:
+        raise UserError(f"{setting('num_classes', settings.num_classes)}: {settings.data_path} has {data.num_classes} "
+                        "classes; omit it, only timm's readers may need it")  # fmt: skip
+    return replace(data, transform=built)
 
 
-def _find_images(is_train: bool, args: argparse.Namespace) -> ImageData:
-    root = Path(args.data_path)
-    if "/" in args.data_set:
-        return _timm_dataset(is_train, args)
+def _find_images(is_train: bool, settings: DataSettings) -> ImageData:
+    root = Path(settings.data_path)
+    if "/" in settings.data_set:
+        return _timm_dataset(is_train, settings)
     if not root.is_dir():
-        raise UserError(f"--data-path {root}: no such folder")
-    if args.data_set == "IMNET":
+        raise UserError(f"{setting('data_path', root)}: no such folder")
+    if settings.data_set == "IMNET":
         return _imagenet(root, is_train)
-    if args.data_set == "CIFAR":
+    if settings.data_set == "CIFAR":
         try:
             dataset = CIFAR100(str(root), train=is_train)
         except RuntimeError:
-            raise UserError(f"--data-path {root}: no intact CIFAR-100 there (expected cifar-100-python/)") from None
+            what = setting("data_path", root)
+            raise UserError(f"{what}: no intact CIFAR-100 there (expected cifar-100-python/)") from None
         return ImageData(dataset, len(dataset.classes), dataset.classes)
-    year = {"INAT": 2018, "INAT19": 2019}[args.data_set]
-    dataset = INaturalist(root, is_train, year, args.inat_category)
+    year = {"INAT": 2018, "INAT19": 2019}[settings.data_set]
+    dataset = INaturalist(root, is_train, year, settings.inat_category)
     return ImageData(dataset, len(dataset.classes), dataset.classes)
 
 
 def _imagenet(root: Path, is_train: bool) -> ImageData:
-    """A folder of class folders, or train.tar and val.tar of them."""
+    """Read a folder of class folders, or train.tar and val.tar of such folders."""
     names = IMAGENET_FOLDERS[is_train]
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     archive = root / f"{names[0]}.tar"
@@ -99,77 +193,80 @@ def _imagenet(root: Path, is_train: bool) -> ImageData:
         return _archive(archive)
     if folder is None:
         raise UserError(
-            f"--data-path {root}: no {names[0]}/ folder there "
+            f"{setting('data_path', root)}: no {names[0]}/ folder there "
             "(expected train/ and val/, ILSVRC2012_img_train/ and ILSVRC2012_img_val/, or train.tar and val.tar)"
         )
     try:
         dataset = ClassFolders(str(folder))
     except FileNotFoundError:
-        raise UserError(f"--data-path {folder}: no class folder there (expected one with images a class)") from None
+        what = setting("data_path", folder)
+        raise UserError(f"{what}: no class folder there (expected a folder of images per class)") from None
     return ImageData(dataset, len(dataset.classes), dataset.classes)
 
 
 def _archive(path: Path) -> ImageData:
-    """A tar archive of class folders, its classes numbered as those of a folder: by name."""
-    what = f"--data-path {path}"
+    """Read a tar archive of class folders. Classes are numbered by name, as in a folder."""
+    what = setting("data_path", path)
     try:
         dataset = create_dataset("", root=str(path))
         classes = sorted(dataset.reader.class_name_to_idx)
-        # timm orders numbers in names by value; a large archive takes long to scan again: only where that differs
+        # timm sorts numbers in names by value. Reading a large archive twice is slow, so only if the order differs.
         if classes != list(dataset.reader.class_name_to_idx):
             dataset = create_dataset("", root=str(path), class_map={name: i for i, name in enumerate(classes)})
     except (tarfile.TarError, ValueError, AssertionError, OSError) as error:
-        raise UserError(f"{what}: no archive of class folders, or damaged ({error})") from None
+        raise UserError(f"{what}: not an archive of class folders, or damaged ({error})") from None
     if classes == [""]:
-        raise UserError(f"{what}: its images lie in no class folders")
+        raise UserError(f"{what}: its images are not in class folders")
     if damage := archive_damage(dataset.reader):
-        raise UserError(f"{what}: damaged after the {len(dataset)} images found in it ({damage}); take a whole copy")
+        raise UserError(f"{what}: damaged after the {len(dataset)} images found in it ({damage}); use an intact copy")
     return ImageData(dataset, len(classes), classes)
 
 
-def _timm_dataset(is_train: bool, args: argparse.Namespace) -> ImageData:
-    """A data set of timm's readers: wds/…, hfds/…, hfids/…, tfds/…, torch/…"""
-    split = args.train_split if is_train else args.val_split
-    what = f"--data-set {args.data_set}, split {split}, in --data-path {args.data_path}"
-    if args.data_set.startswith("hf"):
+def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
+    """Read a data set by one of timm's readers: wds/…, hfds/…, hfids/…, tfds/…, torch/…"""
+    split = settings.train_split if is_train else settings.val_split
+    name, root = settings.data_set, settings.data_path
+    what = f"{setting('data_set', name)}, split {split}, in {setting('data_path', root)}"
+    is_hugging_face = name.startswith("hf")
+    if is_hugging_face:
         import_hugging_face()
-    # timm warns where there is no info.json beside the shards, which is optional, and of errors that are raised here
+    # timm warns about a missing info.json, which is optional, and about errors that are reported here.
     logging.getLogger("timm.data.readers.reader_wds").setLevel(logging.ERROR)
     try:
         dataset = create_dataset(
-            args.data_set,
-            root=args.data_path,
+            name,
+            root=root,
             split=split,
             is_training=is_train,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            num_samples=args.train_num_samples if is_train else args.val_num_samples,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            num_samples=settings.train_num_samples if is_train else settings.val_num_samples,
         )
-    except Exception as error:  # each reader's library has its own
+    except Exception as error:  # each reader's library raises its own types
         raise UserError(f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
-    shards = dataset.reader.split_info.filenames if args.data_set.startswith("wds/") else ()
-    missing = [shard for shard in shards if ":" not in shard and not (Path(args.data_path) / shard).is_file()]
+    shards = dataset.reader.split_info.filenames if name.startswith("wds/") else ()
+    missing = [shard for shard in shards if ":" not in shard and not (Path(root) / shard).is_file()]
     if missing:
-        raise UserError(f"{what}: {len(missing)} of {len(shards)} shards are not there ({missing[0]}, …)")
+        raise UserError(f"{what}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}, …)")
     class_to_idx = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {}
-    num_classes = args.num_classes or len(class_to_idx)
+    num_classes = settings.num_classes or len(class_to_idx)
     if not num_classes:
-        raise UserError(f"{what}: does not tell the number of its classes; name it with --num-classes")
+        raise UserError(f"{what}: its reader does not know the number of classes; set {setting('num_classes')}")
     dataset.target_transform = partial(check_label, num_classes=num_classes)
-    return ImageData(dataset, num_classes, list(class_to_idx) or None, is_hugging_face=args.data_set.startswith("hf"))
+    return ImageData(dataset, num_classes, list(class_to_idx) or None, is_hugging_face=is_hugging_face)
 
 
 def check_same_classes(train: ImageData, val: ImageData) -> None:
-    """Refuse training and validation sets whose classes differ: their numbers would not mean the same.
+    """Refuse training and validation sets with different classes: their labels would not mean the same.
 
     Raises:
-        UserError: they differ.
+        UserError: the classes differ.
     """
     if train.classes == val.classes:
         return
     differing = sorted(set(train.classes or []) ^ set(val.classes or []))
     raise UserError(
-        f"--data-path: {len(differing)} classes are in the training or the validation images alone "
+        f"{setting('data_path')}: {len(differing)} classes are only in the training or only in the validation images "
         f"({', '.join(differing[:3])}{', …' if len(differing) > 3 else ''}); both need the same class folders"
     )
 
@@ -179,31 +276,31 @@ def check_same_classes(train: ImageData, val: ImageData) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def build_transform(is_train: bool, args: argparse.Namespace) -> Any:
-    """DeiT's transforms: timm's augmentation in training, resize and centre crop in evaluation.
+def build_transform(is_train: bool, settings: TransformSettings) -> Any:
+    """Build DeiT's transforms: timm's augmentation for training, resize and centre crop for validation.
 
     Raises:
-        UserError: timm does not know `--aa`.
+        UserError: timm does not know the automatic augmentation.
     """
-    size = args.input_size
+    size = settings.input_size
     if is_train:
-        _check_augmentation(args.aa)
+        _check_augmentation(settings.aa)
         try:
             transform = create_transform(
                 input_size=size,
                 is_training=True,
-                scale=tuple(args.scale),
-                ratio=tuple(args.ratio),
-                hflip=args.hflip,
-                color_jitter=args.color_jitter,
-                auto_augment=args.aa or None,
-                interpolation=args.train_interpolation,
-                re_prob=args.reprob,
-                re_mode=args.remode,
-                re_count=args.recount,
+                scale=(settings.scale[0], settings.scale[1]),
+                ratio=(settings.ratio[0], settings.ratio[1]),
+                hflip=settings.hflip,
+                color_jitter=settings.color_jitter,
+                auto_augment=settings.aa or None,
+                interpolation=settings.train_interpolation,
+                re_prob=settings.reprob,
+                re_mode=settings.remode,
+                re_count=settings.recount,
             )
         except (AssertionError, KeyError, ValueError) as error:
-            raise UserError(f"--aa {args.aa}: no automatic augmentation of timm's ({error})") from None
+            raise UserError(f"{setting('aa', settings.aa)}: unknown to timm ({error})") from None
         if size <= 32:
             transform.transforms[0] = transforms.RandomCrop(size, padding=4, pad_if_needed=True)
         return transform
@@ -217,19 +314,19 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Any:
 
 
 def _check_augmentation(name: str) -> None:
-    """Refuse a name of an automatic augmentation with a section that timm would pass over.
+    """Refuse an automatic augmentation whose name has a section that timm would ignore.
 
     Raises:
-        UserError: it has one, or is none of timm's.
+        UserError: it has such a section, or timm does not know it.
     """
     policy, *sections = name.split("-")
     pattern = next((sections for begin, sections in AUGMENTATIONS.items() if re.fullmatch(begin, policy)), None)
     if name and pattern is None:
-        raise UserError(f"--aa {name}: no automatic augmentation of timm's; they begin with rand, augmix, original, "
-                        "originalr, v0, v0r or 3a")  # fmt: skip
-    if unknown := [section for section in sections if not re.fullmatch(pattern, section)]:
-        raise UserError(f"--aa {name}: {policy} has no section {unknown[0] or '-'}; one such as rand-m9-mstd0.5-inc1 "
-                        "has a letter and a number in each")  # fmt: skip
+        raise UserError(f"{setting('aa', name)}: unknown to timm; names begin with rand, augmix, original, originalr, "
+                        "v0, v0r or 3a")  # fmt: skip
+    if unknown := [section for section in sections if pattern and not re.fullmatch(pattern, section)]:
+        raise UserError(f"{setting('aa', name)}: {policy} has no section {unknown[0] or '-'}; a valid name is "
+                        "rand-m9-mstd0.5-inc1")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -237,71 +334,80 @@ def _check_augmentation(name: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def build_train_loader(data: ImageData, args: argparse.Namespace) -> DataLoader:
-    """Shuffled, augmented batches of this process's share; the last incomplete step is dropped.
+def build_train_loader(data: ImageData, settings: LoaderSettings) -> DataLoader:
+    """Build a loader of this rank's training batches, shuffled and augmented. An incomplete last step is dropped.
 
     Raises:
-        UserError: there is not one whole step.
+        UserError: there is not one complete step.
     """
-    world_size = get_world_size()
     if isinstance(data.dataset, IterableDataset):
-        _check_shards(data.dataset, args)
-        data.dataset.set_loader_cfg(num_workers=args.num_workers)
-        batches = dict(batch_size=args.batch_size, drop_last=True)
-        loader = _loader(TrainStream(data, args.seed), args, **batches)
+        _check_shards(data.dataset, settings)
+        data.dataset.set_loader_cfg(num_workers=settings.num_workers)  # type: ignore[attr-defined] # timm's
+        stream = TrainStream(data, settings.seed)
+        loader = _loader(stream, settings, batch_size=settings.batch_size, drop_last=True)
     else:
-        samples = TrainSamples(data, args.seed)
+        samples = TrainSamples(data, settings.seed)
         sampler = TrainBatchSampler(
-            samples, args.batch_size, args.accum_steps, world_size, get_rank(), args.seed, args.repeated_aug
+            samples,
+            settings.batch_size,
+            settings.accum_steps,
+            get_world_size(),
+            get_rank(),
+            settings.seed,
+            settings.repeated_aug,
         )
-        loader = _loader(samples, args, batch_sampler=sampler)
+        loader = _loader(samples, settings, batch_sampler=sampler)
     if len(loader) == 0:
-        raise UserError(_no_step(len(loader.dataset), world_size, args))
+        raise UserError(_no_step(len(data), get_world_size(), settings))
     return loader
 
 
-def _no_step(images: int, processes: int, args: argparse.Namespace) -> str:
-    """Why there is not one whole step in an epoch, by the settings that make a step large."""
-    factors = {"--batch-size": args.batch_size, "--accum-steps": args.accum_steps}
-    named = [f"{flag} {value}" for flag, value in factors.items() if flag == "--batch-size" or value > 1]
-    named += [f"{processes} processes"] if processes > 1 else []
-    step = f"{' × '.join(named)}: a step takes {args.batch_size * args.accum_steps * processes} images"
-    if args.repeated_aug and images >= math.prod(factors.values()) * processes:
-        return (f"--repeated-aug: an epoch takes {images // 256 * 256} of the {images} training images, a multiple of "
-                f"256, and {step}; take --no-repeated-aug or smaller steps")  # fmt: skip
+def _no_step(images: int, processes: int, settings: LoaderSettings) -> str:
+    """Say why an epoch has not one complete step, with the settings that make a step large."""
+    step_size = settings.batch_size * settings.accum_steps * processes
+    factors = [setting("batch_size", settings.batch_size)]
+    factors += [setting("accum_steps", settings.accum_steps)] if settings.accum_steps > 1 else []
+    factors += [f"{processes} processes"] if processes > 1 else []
+    step = f"{' × '.join(factors)}: a step takes {step_size} images"
+    if settings.repeated_aug and images >= step_size:
+        return (f"{setting('repeated_aug')}: an epoch takes {images // 256 * 256} of the {images} training images, a "
+                f"multiple of 256, and {step}; use {setting('no_repeated_aug')} or smaller steps")  # fmt: skip
     return f"{step}, more than the {images} training images; choose smaller ones"
 
 
-def _check_shards(dataset: IterableImageDataset, args: argparse.Namespace) -> None:
-    """Refuse a webdataset with fewer shards than readers: those without one would wait for ever."""
+def _check_shards(dataset: Any, settings: LoaderSettings) -> None:
+    """Refuse a webdataset with fewer shards than readers: a reader without a shard would wait for ever."""
     shards = len(dataset.reader.split_info.filenames) if hasattr(dataset.reader, "split_info") else None
-    readers = get_world_size() * max(1, args.num_workers)
+    readers = get_world_size() * max(1, settings.num_workers)
     if shards is not None and shards < readers:
         raise UserError(
-            f"--num_workers {args.num_workers}: {args.data_set} has {shards} training shards, fewer than the {readers} "
-            "loader workers of all processes; choose fewer workers or write more shards"
+            f"{setting('num_workers', settings.num_workers)}: {settings.data_set} has {shards} training shards, fewer "
+            f"than the {readers} loader workers of all processes; choose fewer workers or write more shards"
         )
 
 
-def build_val_loader(data: ImageData, args: argparse.Namespace) -> DataLoader:
-    """Batches of 1.5 × the training's, of all validation images, or (`--dist-eval`) of this process's share."""
+def build_val_loader(data: ImageData, settings: LoaderSettings) -> DataLoader:
+    """Build a loader of validation batches, 1.5 times as large as in training.
+
+    It loads all images, or this rank's share (`dist_eval`).
+    """
     dataset, sampler = data.dataset, None
     if isinstance(dataset, IterableImageDataset):
-        _read_exactly_once(dataset, args.dist_eval)
-        dataset.set_loader_cfg(num_workers=args.num_workers)
+        _read_exactly_once(dataset, settings.dist_eval)
+        dataset.set_loader_cfg(num_workers=settings.num_workers)
         dataset = ValStream(data)
     else:
         dataset = ValSamples(data)
-        if args.dist_eval:
+        if settings.dist_eval:
             sampler = DistributedEvalSampler(dataset, get_world_size(), get_rank())
-    return _loader(dataset, args, batch_size=int(1.5 * args.batch_size), sampler=sampler)
+    return _loader(dataset, settings, batch_size=int(1.5 * settings.batch_size), sampler=sampler)
 
 
 def _read_exactly_once(dataset: IterableImageDataset, split_shards: bool) -> None:
-    """Make a timm reader give each validation sample once.
+    """Make a timm reader yield each validation sample exactly once.
 
-    On several processes timm's readers cut every share to the same length, which repeats and loses samples. Here each
-    process reads as if it were alone: its own shards of a webdataset, or everything from the other readers.
+    With several ranks, timm's readers make all shares equally long, which repeats and loses samples. Here each rank
+    reads as if it were alone: its own shards of a webdataset, or everything from other readers.
     """
     reader = dataset.reader
     if getattr(reader, "dist_num_replicas", 1) == 1:
@@ -313,13 +419,13 @@ def _read_exactly_once(dataset: IterableImageDataset, split_shards: bool) -> Non
     reader.dist_rank, reader.dist_num_replicas = 0, 1
 
 
-def _loader(dataset: Dataset, args: argparse.Namespace, **batches: Any) -> DataLoader:
+def _loader(dataset: Dataset, settings: LoaderSettings, **batches: Any) -> DataLoader:
     return DataLoader(
         dataset,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and torch.device(args.device).type == "cuda",
+        num_workers=settings.num_workers,
+        pin_memory=settings.pin_mem and torch.device(settings.device).type == "cuda",
         worker_init_fn=ignore_preemption,
-        persistent_workers=args.num_workers > 0,
+        persistent_workers=settings.num_workers > 0,
         collate_fn=collate,
         **batches,
     )
@@ -328,14 +434,22 @@ def _loader(dataset: Dataset, args: argparse.Namespace, **batches: Any) -> DataL
 def epoch_batches(
     loader: DataLoader, epoch: int, step: int, accum_steps: int, tick: Callable[[str], None]
 ) -> Iterator[Any]:
-    """A training epoch's batches from a step on; `tick` is told how far the way there is."""
+    """Iterate over a training epoch's batches from a step on.
+
+    Args:
+        loader: loader of training batches.
+        epoch: the epoch.
+        step: step in the epoch to start from.
+        accum_steps: batches that each rank accumulates per step.
+        tick: told about progress while a streaming data set skips to the step.
+    """
     if isinstance(loader.batch_sampler, TrainBatchSampler):
         loader.batch_sampler.set_epoch(epoch, step)
         return iter(loader)
     if isinstance(loader.dataset, TrainStream):
         loader.dataset.set_epoch(epoch)
     batches = iter(loader)
-    for number in range(min(step * accum_steps, len(loader))):  # what is read in turn has to be read again
-        tick(f"epoch {epoch}, batch {number}, read again")
+    for number in range(min(step * accum_steps, len(loader))):  # a stream can only be skipped by reading it
+        tick(f"epoch {epoch}, skipping batch {number}")
         next(batches)
     return batches

@@ -1,20 +1,23 @@
-"""Samplers that deal the indices of a data set out to the processes."""
+"""Samplers that distribute a data set's indices across processes."""
 
 import math
 from collections.abc import Iterator, Sized
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
 
 from utils import Stream, derived_seed
 
-REPEATS = 3  # of repeated augmentation
+REPEATS = 3  # views of each image with repeated augmentation
 
 
-class Draw(NamedTuple):
-    """A sample to be drawn: its index in the data set, and the epoch and the place in it, which decide how it is
-    augmented, whichever process and worker does so."""
+@dataclass(frozen=True)
+class Draw:
+    """A sample to load: its index in the data set, and the epoch and place in the epoch.
+
+    Epoch and place determine its augmentation, whichever process and worker loads it.
+    """
 
     epoch: int
     place: int
@@ -22,26 +25,26 @@ class Draw(NamedTuple):
 
 
 class TrainBatchSampler(Sampler[list[Draw]]):
-    """Batches of one process, cut so that a step takes the same samples on any number of processes.
+    """Batches of one process, such that a step uses the same samples on any number of processes.
 
-    An epoch is a shuffle of the data set. Each step of all processes together takes the next
-    `batch_size × batches_per_step` samples of it; an incomplete last step is left out. Batch k of a step is every
-    `batches_per_step`-th of its samples, from the k-th on; process r computes the batches r, r + processes, …. So four
-    processes, and two that accumulate two batches, compute the same batches.
+    An epoch is a shuffle of the data set. Each step takes the next `batch_size × batches_per_step` samples, over all
+    processes; an incomplete last step is dropped. Batch k of a step takes every `batches_per_step`-th of its samples,
+    starting from the k-th. Process r computes batches r, r + processes, …, so four processes compute the same batches
+    as two processes that accumulate two batches each.
 
-    With repeated augmentation each sample comes three times in a row of the shuffled order: different processes augment
-    the same image differently, and average over these views in one step (Hoffer et al.,
-    https://arxiv.org/abs/1901.09335; Touvron et al., https://arxiv.org/abs/2012.12877). An epoch is as long as one
-    without repetition, ⌊N / 256⌋ · 256 samples, so it sees a third of the data set.
+    Repeated augmentation repeats each sample three times in a row in the shuffled order: different processes augment
+    the same image differently, and one step averages over these views (Hoffer et al., https://arxiv.org/abs/1901.09335;
+    Touvron et al., https://arxiv.org/abs/2012.12877). An epoch is as long as without repetition, ⌊N / 256⌋ · 256
+    samples, so it covers a third of the data set.
 
     Args:
         dataset: anything with a length.
-        batch_size: samples a batch.
-        accum_steps: batches of a process a step.
+        batch_size: samples per batch.
+        accum_steps: batches per process and step.
         num_replicas: number of processes.
         rank: this process.
-        seed: of the shuffles; the same on all processes.
-        repeated_augmentation: each sample three times, a third of the data set an epoch.
+        seed: the shuffles' seed, the same on all processes.
+        repeated_augmentation: repeat each sample three times and cover a third of the data set per epoch.
     """
 
     def __init__(
@@ -66,12 +69,12 @@ class TrainBatchSampler(Sampler[list[Draw]]):
 
     @property
     def steps(self) -> int:
-        """Steps of a whole epoch."""
+        """Steps in a whole epoch."""
         size = self.dataset_size if self.repeats == 1 else self.dataset_size // 256 * 256
         return size // (self.batch_size * self.accum_steps * self.num_replicas)
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Batches of this process in a whole epoch."""
         return self.steps * self.accum_steps
 
     def __iter__(self) -> Iterator[list[Draw]]:
@@ -86,15 +89,15 @@ class TrainBatchSampler(Sampler[list[Draw]]):
                 yield [Draw(self.epoch, *draw) for draw in zip(places.tolist(), indices.tolist())]
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose an epoch's shuffle, and the step of it to begin with."""
+        """Select an epoch's shuffle and the step in the epoch to start from."""
         self.epoch = epoch
         self.start_step = start_step
 
 
 class DistributedEvalSampler(Sampler[int]):
-    """Every index once, on one process or another: unlike torch's DistributedSampler, none is repeated to fill up.
+    """Each index exactly once across all processes. Unlike torch's DistributedSampler, it does not pad with repeats.
 
-    The processes' shares differ by one sample at most; a share is empty where there are more processes than samples.
+    Shares differ by at most one sample. With more processes than samples, some shares are empty.
 
     Args:
         dataset: anything with a length.

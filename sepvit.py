@@ -1,23 +1,24 @@
 """SepViT: Separable Vision Transformer (Li et al., 2022, https://arxiv.org/abs/2203.15380).
 
-The file follows the paper's section on the method: window token embedding, depthwise separable self-attention, grouped
+The file follows the paper's method section: window token embedding, depthwise separable self-attention, grouped
 self-attention, the block, and the network with its variants. Two forms share all of it:
 
-* ``SepViT``, the classification form: built for one image size, with learned window tokens. A timm model, registered as
+* ``SepViT``, the classification form: built for one image size, with learned window tokens. Registered with timm as
   ``SepViT_Lite``, ``SepViT_Tiny``, ``SepViT_Small`` and ``SepViT_Base``.
-* ``SepViTDense``, the dense prediction form: any image size, window tokens of zeros, one feature map a stage.
+* ``SepViTDense``, the dense prediction form: any image size, zeros as window tokens, one feature map per stage.
 
-In the shapes: ``B`` batch, ``H × W`` feature map, ``C`` channels, ``h`` heads of size ``d``, ``w`` window side,
-``n = nh · nw`` windows, ``L = w²`` pixels a window.
+Shapes use ``B`` for batch, ``H × W`` for the feature map, ``C`` for channels, ``h`` for heads of size ``d``, ``w`` for
+the window side, ``n = nh · nw`` for windows and ``L = w²`` for pixels per window.
 """
 
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     Mlp,
-    _assert,
     calculate_drop_path_rates,
     get_device_dtype,
     register_notrace_function,
@@ -38,21 +38,36 @@ from timm.models import (
     generate_default_cfgs,
     register_model,
 )
-from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-__all__ = ["Adaptation", "SepViT", "SepViTDense", "adapt_state_dict", "create_dense", "variant_of"]
+# isort: split
+# Private in timm, but its own models use them and there is no public counterpart. Tested with timm 1.0.31, the first
+# version with `update_model_input_size`.
+from timm.layers import _assert
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+
+__all__ = [
+    "Adaptation",
+    "SepViT",
+    "SepViTDense",
+    "adapt_state_dict",
+    "create_dense",
+    "entries_under",
+    "mark_adapted",
+    "variant_of",
+]
 
 _logger = logging.getLogger(__name__)
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise one layer; to be applied to all. LayerNorms and window tokens start as they are made."""
+    """Initialise one layer; pass to `Module.apply`. LayerNorms and window tokens keep their initial values."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
+        assert module.bias is not None
         fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
         nn.init.zeros_(module.bias)
@@ -65,7 +80,7 @@ def init_weights(module: nn.Module) -> None:
 
 @register_notrace_function
 def window_partition(x: Tensor, window_size: int) -> Tensor:
-    """Cut a map into windows, padded with zeros at the bottom and right where they do not divide it.
+    """Split a map into windows, zero-padded at the bottom and right to a multiple of the window side.
 
     Args:
         x: map, B × H × W × C.
@@ -86,15 +101,15 @@ def window_partition(x: Tensor, window_size: int) -> Tensor:
 
 def window_grid(img_size: tuple[int, int], stage: int, window_size: int) -> tuple[int, int]:
     """Rows and columns of windows in a block of stage `stage` (0 to 3) for images of `img_size` (H, W) pixels."""
-    stride = 4 * 2**stage * window_size  # of a window, in pixels; the roundings up at every stage compose to one
+    stride = 4 * 2**stage * window_size  # image pixels per window; rounding up once equals rounding up at every stage
     return math.ceil(img_size[0] / stride), math.ceil(img_size[1] / stride)
 
 
 class SeparableSelfAttention(nn.Module):
-    """Depthwise separable self-attention: depthwise inside each window, then pointwise among windows.
+    """Depthwise separable self-attention: depthwise within each window, then pointwise across windows.
 
-    With a window side twice that of the block before it, groups of 2 × 2 windows attend as one: the paper's grouped
-    self-attention.
+    Grouped self-attention is the same module with twice the window side: 2 × 2 windows of the preceding block form one
+    group.
 
     Args:
         dim: channels C.
@@ -120,6 +135,8 @@ class SeparableSelfAttention(nn.Module):
         self.attn_drop = attn_drop
 
         self.DSA_qkv = nn.Linear(dim, 3 * dim)
+        self.win_tokens_norm: nn.LayerNorm | None
+        self.PSA_qk: nn.Linear | None
         self.register_module("win_tokens_norm", None)
         self.register_module("PSA_qk", None)
         self.proj = nn.Linear(dim, dim)
@@ -127,7 +144,7 @@ class SeparableSelfAttention(nn.Module):
 
     @torch.jit.ignore
     def set_pointwise(self, enable: bool) -> None:
-        """Have pointwise self-attention (fresh where there was none), or not."""
+        """Add pointwise self-attention, randomly initialised unless already there, or remove it."""
         if enable and self.PSA_qk is None:
             dim, where = self.proj.in_features, get_device_dtype(self)
             self.win_tokens_norm = nn.LayerNorm(dim, eps=1e-5, **where)
@@ -138,11 +155,11 @@ class SeparableSelfAttention(nn.Module):
             self.PSA_qk = None
 
     def forward(self, z: Tensor, H: int, W: int) -> Tensor:
-        """Attend.
+        """Apply depthwise, then pointwise self-attention.
 
         Args:
-            z: normalised windows of an H × W map, each with its window token in front: B × n × (1+L) × C; without
-                pointwise self-attention there is one window and no token, B × 1 × L × C.
+            z: normalised windows of an H × W map, each preceded by its window token: B × n × (1+L) × C. Without
+                pointwise self-attention, a single window and no token: B × 1 × L × C.
             H: rows of the map, without padding.
             W: columns of the map, without padding.
 
@@ -158,12 +175,12 @@ class SeparableSelfAttention(nn.Module):
             f = f.view(B, self.num_heads, nh, nw, w, w, self.head_dim)
             f = f.permute(0, 2, 4, 3, 5, 1, 6)  # B × nh × w × nw × w × h × d
         else:
-            f = a  # one window: its pixels lie in the map's order
-        f = f.reshape(B, nh * w, nw * w, C)[:, :H, :W]  # B × H × W × C, the padding cut off
+            f = a  # a single window: its pixels are already in map order
+        f = f.reshape(B, nh * w, nw * w, C)[:, :H, :W]  # B × H × W × C, padding removed
         return self.proj_drop(self.proj(f))
 
     def depthwise(self, z: Tensor) -> Tensor:
-        """Self-attention inside each window, window token included, with its shortcut; B × n × T × C to the same."""
+        """Self-attention within each window, window token included, plus the shortcut; keeps B × n × T × C."""
         B, n, T, C = z.shape
         qkv = self.DSA_qkv(z).view(B * n, T, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B·n × h × T × d
@@ -171,19 +188,21 @@ class SeparableSelfAttention(nn.Module):
         return a.transpose(1, 2).reshape(B, n, T, C) + z
 
     def pointwise(self, a: Tensor) -> Tensor:
-        """Mix the windows' pixels by the attention among window tokens, with its shortcut.
+        """Mix pixels across windows, weighted by the attention among window tokens, plus the shortcut.
 
         Args:
             a: output of the depthwise attention, B × n × (1+L) × C.
 
         Returns:
-            pixels, by head, B × h × n × L·d.
+            pixels by head, B × h × n × L·d.
         """
+        assert self.win_tokens_norm is not None
+        assert self.PSA_qk is not None
         B, n, T, _ = a.shape
         h, d = self.num_heads, self.head_dim
         t = F.gelu(self.win_tokens_norm(a[:, :, 0]))  # B × n × C
         q, k = self.PSA_qk(t).view(B, n, 2, h, d).permute(2, 0, 3, 1, 4).unbind(0)  # each B × h × n × d
-        # The values (L·d wide) are far wider than the keys (d): no fused kernel takes that, so this is written out.
+        # Values (L·d wide) are far wider than keys (d). No fused kernel supports that, so this is written out.
         P = torch.softmax((q * self.scale) @ k.transpose(-2, -1), dim=-1)  # B × h × n × n
         P = F.dropout(P, self.attn_drop, self.training)
         f = a[:, :, 1:].unflatten(3, (h, d)).permute(0, 3, 1, 2, 4)  # B × h × n × L × d
@@ -192,18 +211,18 @@ class SeparableSelfAttention(nn.Module):
 
 
 class SepViTBlock(nn.Module):
-    """Window token embedding, depthwise separable self-attention and MLP, pre-norm.
+    """Pre-norm block: window token embedding, depthwise separable self-attention, MLP.
 
     Args:
         dim: channels C.
         num_heads: heads h.
         window_size: window side w.
-        grid: rows and columns of windows in the classification form, which learns a window token for each of them (none
-            for a single window); None for the dense form, whose window tokens are zeros.
-        mlp_ratio: hidden channels of the MLP over `dim`.
+        grid: rows and columns of windows in the classification form, which learns one token per window, or none for a
+            single window. None for the dense form, whose window tokens are zeros.
+        mlp_ratio: hidden channels of the MLP divided by `dim`.
         drop: dropout rate of the projection and the MLP.
         attn_drop: dropout rate of the attention maps.
-        drop_path: rate of stochastic depth.
+        drop_path: stochastic depth rate.
     """
 
     def __init__(
@@ -229,25 +248,25 @@ class SepViTBlock(nn.Module):
 
     @torch.jit.ignore
     def set_grid(self, grid: tuple[int, int] | None) -> None:
-        """Have window tokens (zeros) and pointwise self-attention as a grid of windows asks for; see the class."""
+        """Create the window tokens (zeros) and pointwise self-attention that a grid needs; see the class."""
         self.grid = grid
         self.zero_tokens = grid is None
-        several = self.zero_tokens or math.prod(grid) > 1
+        several = grid is None or math.prod(grid) > 1
         self.attn.set_pointwise(several)
         self.win_tokens = None
-        if several and not self.zero_tokens:
+        if several and grid is not None:
             dim, where = self.norm1.normalized_shape[0], get_device_dtype(self)
             self.win_tokens = nn.Parameter(torch.zeros(1, math.prod(grid), 1, dim, **where))
 
     def forward(self, x: Tensor) -> Tensor:
-        """B × H × W × C to the same."""
+        """Apply the block; keeps B × H × W × C."""
         _, H, W, _ = x.shape
         z = self.norm1(self.embed_window_tokens(window_partition(x, self.window_size)))
         x = x + self.drop_path(self.attn(z, H, W))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def embed_window_tokens(self, windows: Tensor) -> Tensor:
-        """Put a window token in front of each window's pixels: B × n × L × C to B × n × (1+L) × C."""
+        """Prepend a window token to each window's pixels: B × n × L × C to B × n × (1+L) × C."""
         if self.zero_tokens:
             return F.pad(windows, (0, 0, 1, 0))
         if self.win_tokens is None:
@@ -274,7 +293,7 @@ class OverlapPatchEmbed(nn.Module):
 
 
 class ConditionalPositionalEncoding(nn.Module):
-    """Conditional positional encoding (PEG): x + dwconv3×3(x); B × H × W × C to the same."""
+    """Conditional positional encoding (PEG): x + dwconv3×3(x); keeps B × H × W × C."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -285,22 +304,22 @@ class ConditionalPositionalEncoding(nn.Module):
 
 
 class SepViTStages(nn.Module):
-    """The four stages, which both forms share; the dense form has a LayerNorm behind each.
+    """The four stages, shared by both forms. The dense form has a LayerNorm after each stage.
 
     Args:
-        img_size: image size (H, W) in pixels of the classification form, None for the dense form (any size).
-        in_chans: channels of the images.
+        img_size: image size (H, W) in pixels for the classification form; None for the dense form (any size).
+        in_chans: image channels.
         embed_dims: channels of each stage.
         num_heads: heads of each stage.
         depths: blocks of each stage.
-        window_sizes: window sides of each stage's blocks, repeated to its depth.
-        mlp_ratio: hidden channels of the MLPs over a stage's channels.
-        drop_rate: dropout rate after the patch embeddings, the projections and in the MLPs.
+        window_sizes: window sides of each stage's blocks, repeated up to its depth.
+        mlp_ratio: hidden channels of the MLPs divided by the stage's channels.
+        drop_rate: dropout rate after the patch embeddings and projections, and in the MLPs.
         attn_drop_rate: dropout rate of the attention maps.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first one.
+        drop_path_rate: stochastic depth rate of the last block; rates rise linearly from 0 at the first.
 
     Raises:
-        ValueError: an image size that is not positive.
+        ValueError: an image side is below 1 pixel.
     """
 
     def __init__(
@@ -327,10 +346,10 @@ class SepViTStages(nn.Module):
 
         self.patch_embeds = nn.ModuleList()
         self.pos_block = nn.ModuleList()
-        self.blocks = nn.ModuleList()
+        self.blocks: Any = nn.ModuleList()  # one ModuleList per stage, a nesting that torch's types cannot express
         self.norm_list = nn.ModuleList()
         self.pos_drop = nn.Dropout(drop_rate)
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         for i, (dim, depth) in enumerate(zip(embed_dims, depths)):
             previous = in_chans if i == 0 else embed_dims[i - 1]
             self.patch_embeds.append(OverlapPatchEmbed(previous, dim, *((7, 4) if i == 0 else (3, 2))))
@@ -346,7 +365,7 @@ class SepViTStages(nn.Module):
                         mlp_ratio=mlp_ratio,
                         drop=drop_rate,
                         attn_drop=attn_drop_rate,
-                        drop_path=drop_path_rates[i][j],
+                        drop_path=rates[i][j],
                     )
                     for j, side in enumerate(sides)
                 )
@@ -357,7 +376,7 @@ class SepViTStages(nn.Module):
         self.register_load_state_dict_pre_hook(_adapt_before_loading)
 
     def forward_stages(self, x: Tensor, count: int = 4) -> list[Tensor]:
-        """Images, B × C_in × H × W, to the maps of the first `count` stages, B × H' × W' × C each."""
+        """Compute the maps of the first `count` stages, B × H' × W' × C each, from images, B × C_in × H × W."""
         maps: list[Tensor] = []
         stages = zip(self.patch_embeds, self.pos_block, self.blocks, self.norm_list)
         for i, (patch_embed, pos_block, blocks, norm) in enumerate(stages):
@@ -370,31 +389,40 @@ class SepViTStages(nn.Module):
                         x = block(x)
                     if j == 0:
                         x = pos_block(x)
-                x = norm(x)  # the dense form's next stage starts from the normalised map, too
+                x = norm(x)  # in the dense form, the next stage also starts from the normalised map
                 maps.append(x)
                 x = x.permute(0, 3, 1, 2)  # B × C × H' × W'
         return maps
 
     def keep_stages(self, count: int) -> None:
-        """Drop all stages but the first `count`."""
+        """Keep only the first `count` stages."""
         self.patch_embeds = self.patch_embeds[:count]
         self.pos_block = self.pos_block[:count]
         self.blocks = self.blocks[:count]
         self.norm_list = self.norm_list[:count]
 
+    def named_blocks(self) -> dict[str, SepViTBlock]:
+        """All blocks, by name."""
+        return {name: block for name, block in self.named_modules() if isinstance(block, SepViTBlock)}
+
+    def window_grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Rows and columns of windows in every block for images of `img_size` (H, W) pixels."""
+        blocks = self.named_blocks().items()
+        return [window_grid(img_size, _stage_of(name), block.window_size) for name, block in blocks]
+
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the blocks' activations again in the backward pass instead of keeping them."""
+        """Recompute the blocks' activations in the backward pass instead of storing them."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters with two or more dimensions that are not to be decayed: the window tokens."""
+        """Names of the parameters with two or more dimensions that skip weight decay: the window tokens."""
         return {name for name, _ in self.named_parameters() if name.endswith("win_tokens")}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort the parameters into layers, for layer decay: a group a block (`coarse`: a stage)."""
+        """Patterns that group parameters into layers, for layer decay: one per block, or per stage if `coarse`."""
         if coarse:
             return dict(stem=r"^patch_embeds\.0", blocks=r"^(?:patch_embeds|pos_block|blocks)\.(\d+)")
         return dict(
@@ -407,22 +435,27 @@ class SepViTStages(nn.Module):
         )
 
 
+def _stage_of(block: str) -> int:
+    """Stage of a block by its name, blocks.STAGE.INDEX."""
+    return int(block.split(".")[1])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Classification form
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class SepViT(SepViTStages):
-    """SepViT for classification: stages, LayerNorm, pooling over all pixels, linear classifier.
+    """SepViT for classification: stages, LayerNorm, global pooling, linear classifier.
 
     Args:
         img_size: image size in pixels, one number or (H, W).
-        num_classes: classes; 0 leaves the classifier out.
-        global_pool: 'avg', 'max', or '' for none: the classifier then runs on every pixel of the map.
+        num_classes: number of classes; 0 for no classifier.
+        global_pool: 'avg', 'max', or '' to skip pooling and classify every pixel of the map.
         **kwargs: see `SepViTStages`.
 
     Raises:
-        ValueError: an unknown `global_pool`.
+        ValueError: `global_pool` is unknown.
     """
 
     output_fmt = "NHWC"
@@ -434,25 +467,26 @@ class SepViT(SepViTStages):
         global_pool: str = "avg",
         **kwargs: Any,
     ) -> None:
+        self.img_size: tuple[int, int]
         super().__init__(to_2tuple(img_size), **kwargs)
         self.num_classes = num_classes
         self.global_pool = _checked_pool(global_pool)
         self.num_features = self.head_hidden_size = self.embed_dims[-1]
-        self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features, eps=1e-6)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.apply(init_weights)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images, B × C_in × H × W, to the last stage's normalised map, B × H/32 × W/32 × C.
+        """Compute the last stage's normalised map, B × H/32 × W/32 × C, from images, B × C_in × H × W.
 
         Raises:
-            AssertionError: images of another size than `img_size`.
+            AssertionError: the images are not of size `img_size`.
         """
         check_input_size(x, self.img_size)
         return self.norm(self.forward_stages(x)[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The map of `forward_features` to logits, B × classes, or (`pre_logits`) to the pooled features, B × C."""
+        """Pool the map of `forward_features` to B × C and, unless `pre_logits`, classify it to B × classes."""
         if self.global_pool == "avg":
             x = x.mean(dim=(1, 2))
         elif self.global_pool == "max":
@@ -460,16 +494,16 @@ class SepViT(SepViTStages):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images, B × C_in × H × W, to logits, B × classes."""
+        """Compute logits, B × classes, from images, B × C_in × H × W."""
         return self.forward_head(self.forward_features(x))
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The classifier, `nn.Identity` where there is none."""
+        """Return the classifier, or `nn.Identity` if the model has none."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one for `num_classes` classes (0: none), and the pooling if it is given."""
+        """Replace the classifier with a fresh one for `num_classes` classes (0: none), and the pooling if given."""
         if global_pool is not None:
             self.global_pool = _checked_pool(global_pool)
         self.num_classes = num_classes
@@ -480,46 +514,46 @@ class SepViT(SepViTStages):
         self.head.train(self.training)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Make the model one for images of `img_size` pixels (one number or (H, W)), its weights kept.
+        """Adapt the model to images of `img_size` pixels (one number or (H, W)), keeping its weights.
 
-        Window tokens are resampled; pointwise attention appears (fresh) and goes as blocks come to more or fewer
-        windows, by the rule of the constructor.
+        Window tokens are resampled. Blocks that change from one window to several gain fresh pointwise attention; those
+        that change from several to one lose theirs.
         """
-        img_size = to_2tuple(img_size)
-        for i, blocks in enumerate(self.blocks):
-            for block in blocks:
-                old_grid, old_tokens = block.grid, block.win_tokens
-                grid = window_grid(img_size, i, block.window_size)
-                if grid == old_grid:
-                    continue
-                block.set_grid(grid)
-                if old_tokens is not None and block.win_tokens is not None:
-                    block.win_tokens.data = resample_window_tokens(old_tokens.data, old_grid, grid)
-                    block.win_tokens.requires_grad_(old_tokens.requires_grad)
-        self.img_size = img_size
-        update_model_input_size(self, img_size)
+        size: tuple[int, int] = to_2tuple(img_size)
+        old_grids, grids = self.window_grids(self.img_size), self.window_grids(size)
+        for block, old_grid, grid in zip(self.named_blocks().values(), old_grids, grids):
+            if grid == old_grid:
+                continue
+            old_tokens = block.win_tokens
+            block.set_grid(grid)
+            if old_tokens is not None and block.win_tokens is not None:
+                block.win_tokens.data = resample_window_tokens(old_tokens.data, old_grid, grid)
+                block.win_tokens.requires_grad_(old_tokens.requires_grad)
+        self.img_size = size
+        update_model_input_size(self, size)
 
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The stages' maps, as timm's models give them.
+        """Compute the stages' maps: timm's interface for feature extraction.
 
         Args:
             x: images, B × C_in × H × W.
-            indices: stages to give: the last n if a number, all if None, these if a sequence.
-            norm: give the last stage's map normalised; the others have no norm in this form.
-            stop_early: compute no stage behind the last one given.
+            indices: stages to return: the last n for a number, all for None, or these.
+            norm: normalise the last stage's map; the other stages have no norm in this form.
+            stop_early: skip the stages after the last one to return.
             output_fmt: 'NCHW' for B × C × H × W, 'NHWC' for B × H × W × C.
-            intermediates_only: give the maps alone, not the final features too.
+            intermediates_only: return the maps without the final features.
 
         Returns:
-            the maps, or the final features (as `forward_features`, where all stages were computed) and the maps.
+            the maps, or the final features and the maps. The final features equal `forward_features(x)` if all
+            stages were computed.
         """
         _assert(output_fmt in ("NCHW", "NHWC"), "output_fmt must be NCHW or NHWC")
         check_input_size(x, self.img_size)
@@ -532,9 +566,9 @@ class SepViT(SepViTStages):
         return intermediates if intermediates_only else (final, intermediates)
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the given stages' maps do not need; returns their indices."""
+        """Drop everything that the given stages' maps do not need; return their indices."""
         take, last = feature_take_indices(len(self.blocks), indices)
         prune_end = last < len(self.blocks) - 1
         self.keep_stages(last + 1)
@@ -557,7 +591,7 @@ def check_input_size(x: Tensor, img_size: tuple[int, int]) -> None:
     H, W = x.shape[-2:]
     _assert(
         img_size[0] == H and img_size[1] == W,
-        f"input of {H} × {W} pixels, but this model was built for {img_size[0]} × {img_size[1]}: "
+        f"input is {H} × {W} pixels, but this model was built for {img_size[0]} × {img_size[1]}: "
         "build it with img_size=(H, W) or call set_input_size",
     )
 
@@ -568,14 +602,14 @@ def check_input_size(x: Tensor, img_size: tuple[int, int]) -> None:
 
 
 class SepViTDense(SepViTStages):
-    """SepViT for dense prediction (segmentation, detection): images of any size to one normalised map a stage.
+    """SepViT for dense prediction (segmentation, detection): images of any size to one normalised map per stage.
 
     Args:
-        out_indices: stages whose maps are given; those behind the last of them are left out.
+        out_indices: stages whose maps are returned; later stages are dropped.
         **kwargs: see `SepViTStages`.
 
     Raises:
-        ValueError: an index that is not a stage.
+        ValueError: an index does not name a stage.
     """
 
     def __init__(self, out_indices: Sequence[int] = (0, 1, 2, 3), **kwargs: Any) -> None:
@@ -587,7 +621,11 @@ class SepViTDense(SepViTStages):
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images, B × C_in × H × W, to maps, B × C × H' × W', of strides 4, 8, 16 and 32 (those of `out_indices`)."""
+        """Compute feature maps from images, B × C_in × H × W.
+
+        Returns:
+            maps of the stages in `out_indices`, B × C × H' × W' each. The four stages' strides are 4, 8, 16 and 32.
+        """
         maps = self.forward_stages(x)
         return tuple(maps[i].permute(0, 3, 1, 2).contiguous() for i in self.out_indices)
 
@@ -599,7 +637,7 @@ class SepViTDense(SepViTStages):
 
 @dataclass
 class Adaptation:
-    """What `adapt_state_dict` did: names of the entries it resampled, left at the model's fresh values, and dropped."""
+    """Names of the entries that `adapt_state_dict` resampled, took fresh from the model, or dropped."""
 
     resampled: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
@@ -609,28 +647,40 @@ class Adaptation:
         return bool(self.resampled or self.fresh or self.dropped)
 
     def __str__(self) -> str:
-        parts = (("resampled", self.resampled), ("fresh", self.fresh), ("left out", self.dropped))
+        parts = (("resampled", self.resampled), ("fresh", self.fresh), ("dropped", self.dropped))
         return "; ".join(f"{what} {len(names)}: {', '.join(names)}" for what, names in parts if names)
 
 
-def adapt_state_dict(state_dict: dict[str, Tensor], model: SepViTStages) -> Adaptation:
-    """Make a state dict of another image size, or of the classification form, one of `model`; changed in place.
+def entries_under(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Entries of the module named `prefix`, without that prefix; all entries for ''. A trailing dot is optional."""
+    below = f"{prefix.removesuffix('.')}." if prefix else ""
+    return {name.removeprefix(below): value for name, value in state_dict.items() if name.startswith(below)}
 
-    Classification form: window tokens are resampled on their grid. The grid of the checkpoint follows from the numbers
-    of its window tokens: square where that is possible, else of the aspect nearest the model's. Pointwise attention
-    of blocks that had a single window there is left fresh; that of blocks that have one here is dropped.
 
-    Dense form: window tokens, final norm, classifier and stages that the model was built without are dropped; where
-    the checkpoint has no output norms, these are left fresh, and so is the pointwise attention of blocks that have no
-    window tokens.
+def adapt_state_dict(
+    state_dict: dict[str, Tensor], model: SepViTStages, img_size: tuple[int, int] | None = None
+) -> Adaptation:
+    """Adapt a state dict of another image size, or of the classification form, to `model`, in place.
 
-    Whatever else differs stays as it is, for `load_state_dict` to refuse.
+    Classification form: window tokens are resampled from the checkpoint's window grids to the model's. The checkpoint's
+    grids follow from `img_size` if that fits its numbers of window tokens. Otherwise they are inferred from these
+    numbers: the model's own grids if they fit, else square ones, else the ones closest to the model's aspect ratio.
+    Blocks with a single window in the checkpoint get the model's fresh window tokens and pointwise attention; blocks
+    with a single window in the model lose theirs.
+
+    Dense form: window tokens, final norm, classifier and stages missing from the model are dropped. If the checkpoint
+    has no output norms, they stay fresh, and so does the pointwise attention of blocks without window tokens.
+
+    Every other difference is left for `load_state_dict` to reject.
 
     Args:
         state_dict: the checkpoint's entries.
         model: the model to load them into.
+        img_size: the checkpoint's image size (H, W), from its settings; None if unknown.
     """
-    return _adapt_to_dense(state_dict, model) if model.img_size is None else _adapt_to_size(state_dict, model)
+    if isinstance(model, SepViT):
+        return _adapt_to_size(state_dict, model, img_size)
+    return _adapt_to_dense(state_dict, model)
 
 
 def _pointwise_names(block: str) -> list[str]:
@@ -642,8 +692,7 @@ def _adapt_to_dense(state_dict: dict[str, Tensor], model: SepViTStages) -> Adapt
     adaptation = Adaptation()
     surplus = re.compile(rf"(norm|head)\.\w+$|blocks\.\d+\.\d+\.win_tokens$|\w+\.[{count}-9]\.")
     if not any(name.startswith("norm_list.") for name in state_dict):
-        single = [f"blocks.{i}.{j}" for i, blocks in enumerate(model.blocks) for j in range(len(blocks))
-                  if f"blocks.{i}.{j}.win_tokens" not in state_dict]  # fmt: skip
+        single = [block for block in model.named_blocks() if f"{block}.win_tokens" not in state_dict]
         may_lack = [name for block in single for name in _pointwise_names(block)]
         may_lack += [name for name in own if name.startswith("norm_list.")]
         adaptation.fresh = [name for name in may_lack if name not in state_dict]
@@ -652,23 +701,22 @@ def _adapt_to_dense(state_dict: dict[str, Tensor], model: SepViTStages) -> Adapt
     return adaptation
 
 
-def _adapt_to_size(state_dict: dict[str, Tensor], model: SepViTStages) -> Adaptation:
-    own = model.state_dict()
-    blocks = {f"blocks.{i}.{j}": block for i, stage in enumerate(model.blocks) for j, block in enumerate(stage)}
-    grids = _source_grids(state_dict, model)
-    # What no image size explains is not adapted: a checkpoint with holes is to be refused, not filled up.
-    if grids is None or not all(f"{name}.attn.DSA_qkv.weight" in state_dict for name in blocks):
+def _adapt_to_size(state_dict: dict[str, Tensor], model: SepViT, img_size: tuple[int, int] | None) -> Adaptation:
+    own, blocks = model.state_dict(), model.named_blocks()
+    old_grids, grids = _source_grids(state_dict, model, img_size), model.window_grids(model.img_size)
+    # Adapt only what an image size explains: a checkpoint with missing entries must be rejected, not completed.
+    if old_grids is None or not all(f"{block}.attn.DSA_qkv.weight" in state_dict for block in blocks):
         return Adaptation()
     adaptation = Adaptation()
-    for (prefix, block), grid in zip(blocks.items(), grids):
-        tokens = f"{prefix}.win_tokens"
-        names = [tokens, *_pointwise_names(prefix)]
-        if math.prod(grid) == 1:
+    for block, old_grid, grid in zip(blocks, old_grids, grids):
+        tokens = f"{block}.win_tokens"
+        names = [tokens, *_pointwise_names(block)]
+        if math.prod(old_grid) == 1:
             adaptation.fresh += [name for name in names if name in own and name not in state_dict]
-        elif math.prod(block.grid) == 1:
+        elif math.prod(grid) == 1:
             adaptation.dropped += [name for name in names if name in state_dict]
-        elif grid != block.grid:
-            state_dict[tokens] = resample_window_tokens(state_dict[tokens], grid, block.grid)
+        elif grid != old_grid:
+            state_dict[tokens] = resample_window_tokens(state_dict[tokens], old_grid, grid)
             adaptation.resampled.append(tokens)
     _apply(adaptation, state_dict, own)
     return adaptation
@@ -681,24 +729,32 @@ def _apply(adaptation: Adaptation, state_dict: dict[str, Tensor], own: dict[str,
         state_dict[name] = own[name]
 
 
-def _source_grids(state_dict: dict[str, Tensor], model: SepViTStages) -> list[tuple[int, int]] | None:
-    """Grid of windows of each block in the checkpoint; None where it is the model's own, or where there is none.
+def _source_grids(
+    state_dict: dict[str, Tensor], model: SepViT, img_size: tuple[int, int] | None
+) -> list[tuple[int, int]] | None:
+    """Find the window grid of every block in the checkpoint; None if they equal the model's, or none fit.
 
-    Only the numbers of window tokens tell: in every block, rows times columns is that number.
+    Grids fit if rows times columns is the number of window tokens in every block.
     """
-    blocks = {f"blocks.{i}.{j}": (i, block) for i, stage in enumerate(model.blocks) for j, block in enumerate(stage)}
+    blocks, own = model.named_blocks(), model.window_grids(model.img_size)
     tokens = [state_dict.get(f"{name}.win_tokens") for name in blocks]
     counts = [1 if entry is None else entry.shape[1] for entry in tokens]
-    sides = [2**i * block.window_size for i, block in blocks.values()]  # of windows, in pixels of the first stage's map
-    own = [block.grid for _, block in blocks.values()]
 
+    def fit(grids: list[tuple[int, int]]) -> bool:
+        return all(math.prod(grid) == count for grid, count in zip(grids, counts))
+
+    if img_size is not None and min(img_size) > 0 and fit(grids := model.window_grids(img_size)):
+        return None if grids == own else grids
+
+    # window sides in pixels of the first stage's map
+    sides = [2 ** _stage_of(name) * block.window_size for name, block in blocks.items()]
     divisors = [rows for rows in range(1, counts[0] + 1) if counts[0] % rows == 0]
     candidates = (
         list(zip(rows, columns))
         for first in divisors
         for rows, columns in product(_windows_along(first, sides), _windows_along(counts[0] // first, sides))
     )
-    fitting = [grids for grids in candidates if all(math.prod(grid) == n for grid, n in zip(grids, counts))]
+    fitting = [grids for grids in candidates if fit(grids)]
     if not fitting or own in fitting:
         return None
 
@@ -706,46 +762,67 @@ def _source_grids(state_dict: dict[str, Tensor], model: SepViTStages) -> list[tu
         is_square = all(rows == columns for rows, columns in grids)
         aspects = [abs(math.log(rows / columns * own_columns / own_rows))
                    for (rows, columns), (own_rows, own_columns) in zip(grids, own)]  # fmt: skip
-        # the first block's aspect decides, of two as near the lower grid; the other blocks', where its grid is the same
+        # The first block's aspect ratio decides; ties go to fewer rows there, then to the other blocks' aspect ratios.
         return not is_square, aspects[0], grids[0][0], sum(aspects)
 
     return min(fitting, key=distance)
 
 
 def _windows_along(first: int, sides: list[int]) -> list[tuple[int, ...]]:
-    """How many windows the blocks can have along one axis of the images (rows, or columns).
+    """List the possible numbers of windows of all blocks along one image axis (rows or columns).
 
     Args:
-        first: the first block's.
-        sides: sides of each block's windows, in pixels of the first stage's map.
+        first: the first block's number.
+        sides: window side of each block, in pixels of the first stage's map.
 
     Returns:
-        each block's number of windows, for all lengths of the first stage's map that give the first block `first`.
-        Where the first block's windows divide all others there is one answer, else seldom more than a few.
+        one tuple of the blocks' numbers per distinct outcome, over all lengths of the first stage's map that give the
+        first block `first` windows. A single tuple if the first block's window side divides all others, else rarely
+        more than a few.
     """
     lengths = range((first - 1) * sides[0] + 1, first * sides[0] + 1)
     return list(dict.fromkeys(tuple(math.ceil(length / side) for side in sides) for length in lengths))
 
 
 def resample_window_tokens(tokens: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Window tokens of an old grid of windows, 1 × n × 1 × C, for a new one."""
+    """Resample window tokens, 1 × n × 1 × C, from an old grid of windows to a new one."""
     C = tokens.shape[-1]
     grid = tokens.float().view(1, *old, C).permute(0, 3, 1, 2)  # 1 × C × nh × nw
     grid = F.interpolate(grid, size=new, mode="bicubic", antialias=True)
     return grid.permute(0, 2, 3, 1).reshape(1, math.prod(new), 1, C).to(tokens.dtype)
 
 
-def _adapt_before_loading(model: SepViTStages, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Hook of `load_state_dict`: checkpoints of another size or form load by every way there is, and say so."""
-    entries = {name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+def mark_adapted(state_dict: Mapping[str, Tensor], prefix: str = "") -> OrderedDict[str, Tensor]:
+    """Mark the entries of the module named `prefix` as adapted, so that loading does not adapt them again.
+
+    Returns:
+        a copy of the state dict. The mark is in its `_metadata`, which `load_state_dict` passes to each module's hooks.
+    """
+    name = prefix.removesuffix(".")
+    metadata = dict(getattr(state_dict, "_metadata", {}))
+    metadata[name] = {**metadata.get(name, {}), "sepvit_adapted": True}
+    marked = OrderedDict(state_dict)
+    marked._metadata = metadata  # type: ignore[attr-defined]
+    return marked
+
+
+def _adapt_before_loading(
+    model: SepViTStages, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *_: Any
+) -> None:
+    """Adapt a state dict that is not marked as adapted, and warn: the hook that `load_state_dict` calls first."""
+    if local_metadata.get("sepvit_adapted"):
+        return
+    entries = entries_under(state_dict, prefix)
     adaptation = adapt_state_dict(entries, model)
-    state_dict.update({prefix + name: value for name, value in entries.items()})
+    for name in adaptation.dropped:
+        del state_dict[prefix + name]
+    state_dict.update({prefix + name: entries[name] for name in adaptation.resampled + adaptation.fresh})
     if adaptation:
         _logger.warning("checkpoint of another size or form: %s", adaptation)
 
 
 def variant_of(state_dict: dict[str, Tensor]) -> str | None:
-    """The variant a state dict belongs to, by its widths and depths; None where it is not SepViT's."""
+    """Identify a state dict's variant by its widths and depths; None if it is not a SepViT."""
     stages: dict[int, set[int]] = {}
     for name in state_dict:
         if match := re.match(r"blocks\.(\d+)\.(\d+)\.attn\.DSA_qkv\.weight$", name):
@@ -772,10 +849,10 @@ VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 def create_dense(variant: str, **kwargs: Any) -> SepViTDense:
-    """The dense form of a variant ('SepViT_Tiny', …); `kwargs` as for `SepViTDense`.
+    """Build the dense form of a variant ('SepViT_Tiny', …); `kwargs` as for `SepViTDense`.
 
     Raises:
-        ValueError: an unknown variant.
+        ValueError: the variant is unknown.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r}: choose from {', '.join(VARIANTS)}")

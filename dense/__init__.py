@@ -1,1 +1,1 @@
-"""What segmentation and detection share: the registered backbones, and the commands around mmengine's runner."""
+"""Shared by segmentation and detection: the registered backbones, and commands built on mmengine's runner."""

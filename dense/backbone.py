@@ -1,9 +1,9 @@
-"""SepViT's dense form as a backbone of mmsegmentation and mmdetection.
+"""SepViT's dense form as a backbone of MMSegmentation and MMDetection.
 
-Importing this module registers `SepViT_Lite`, `SepViT_Tiny`, `SepViT_Small` and `SepViT_Base` with mmengine's root
-registry, which those of mmseg and mmdet look into; configs name it under `custom_imports`. It also lets configs inherit
-those that mmseg and mmdet bring along, and makes torch refuse, in this process and the ones it starts, every checkpoint
-that would run code: mmengine's own loader falls back to running it.
+Importing this module registers `SepViT_Lite`, `SepViT_Tiny`, `SepViT_Small` and `SepViT_Base` in mmengine's root
+registry, which mmseg and mmdet search too. Configs import it by `custom_imports`. It also enables configs to inherit
+from `mmseg::…` and `mmdet::…`, and makes torch refuse every checkpoint that would run code, in this process and its
+children. mmengine's own loader would otherwise fall back to running it.
 """
 
 import logging
@@ -11,40 +11,35 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import print_log
 from mmengine.model import initialize
 from mmengine.registry import MODELS
-from mmengine.utils import is_installed
+from torch import nn
 
-import checkpoints
-from dense.runner import read_checkpoint
-from sepvit import VARIANTS, SepViTDense
+from dense.mmengine_adapter import read_checkpoint, register_distributions
+from sepvit import VARIANTS, SepViTDense, entries_under
+from training.checkpoints import EMA_KEYS, load_weights, weights_of
 
-os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # asked by torch.load; goes before the caller's weights_only=False
-
-# mmengine looks the configs of `mmseg::…` and `mmdet::…` up by distribution, under names they no longer have.
-for module, distribution in (("mmseg", "onedl-mmsegmentation"), ("mmdet", "onedl-mmdetection")):
-    if is_installed(distribution):
-        MODULE2PACKAGE[module] = distribution
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # overrides weights_only=False in calls of torch.load
+register_distributions()
 
 
 class SepViTBackbone(SepViTDense):
-    """SepViT's dense form with the arguments that mmsegmentation's and mmdetection's backbones have.
+    """SepViT's dense form with the arguments common to backbones of mmsegmentation and mmdetection.
 
     Args:
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first one.
-        out_indices: stages (0 to 3) whose maps are given.
-        with_cp: compute activations again in the backward pass instead of keeping them (gradient checkpointing).
-        frozen_stages: parts that are not trained: none (-1), the first patch embedding (0), that and the first n
-            stages (n).
-        init_cfg: `dict(type='Pretrained', checkpoint=PATH)`, or another of mmengine's initialisations; None keeps the
-            random weights.
-        pretrained: short for the former, `PATH`.
-        **kwargs: as for `sepvit.SepViTStages`.
+        drop_path_rate: stochastic depth of the last block. It rises linearly from 0 at the first block.
+        out_indices: stages (0 to 3) whose maps are returned.
+        with_cp: recompute activations in the backward pass to save memory (gradient checkpointing).
+        frozen_stages: parts that are not trained. -1: none; 0: the first patch embedding; n: that and the first n
+            stages.
+        init_cfg: `dict(type='Pretrained', checkpoint=PATH)`, or another of mmengine's initialisations. None keeps the
+            random initialisation.
+        pretrained: `PATH`, as a short form of the former.
+        **kwargs: arguments of `sepvit.SepViTStages`.
 
     Raises:
-        ValueError: a stage there is not; both `init_cfg` and `pretrained`.
+        ValueError: a stage does not exist, or both `init_cfg` and `pretrained` are given.
     """
 
     variant: str
@@ -70,27 +65,27 @@ class SepViTBackbone(SepViTDense):
         for part in self._frozen_parts():
             part.requires_grad_(False)
 
-    def _frozen_parts(self) -> list[Any]:
+    def _frozen_parts(self) -> list[nn.Module]:
         parts = [self.patch_embeds[0]] if self.frozen_stages >= 0 else []
         for layers in (self.patch_embeds, self.pos_block, self.blocks, self.norm_list):
             parts += layers[: max(0, self.frozen_stages)]
         return parts
 
     def train(self, mode: bool = True) -> "SepViTBackbone":
-        """Training or evaluation mode; the frozen parts stay in evaluation mode (no stochastic depth)."""
+        """Set training or evaluation mode. Frozen parts stay in evaluation mode, without stochastic depth."""
         super().train(mode)
         for part in self._frozen_parts():
             part.eval()
         return self
 
     def init_weights(self) -> None:
-        """Load the pretrained weights and log what was loaded and what is fresh; mmengine's runner calls this.
+        """Load the pretrained weights, and log what was loaded and what is fresh. mmengine's runner calls this.
 
         Raises:
             UserError: the file is missing, would run code, or holds another variant.
         """
         if not self.init_cfg:
-            print_log(f"{self.variant}: random weights, nothing pretrained", "current", logging.WARNING)
+            print_log(f"{self.variant}: randomly initialised, no pretrained weights", "current", logging.WARNING)
         elif self.init_cfg["type"] == "Pretrained":
             self._load_pretrained(self.init_cfg["checkpoint"], self.init_cfg.get("prefix", ""))
         else:
@@ -98,42 +93,36 @@ class SepViTBackbone(SepViTDense):
 
     def _load_pretrained(self, path: str, prefix: str) -> None:
         what = f"pretrained {path}"
-        checkpoint = read_checkpoint(path, "pretrained")
-        weights = checkpoints.weights_of(checkpoint, what, prefer_ema=True)
-        if prefix:
-            prefix = prefix.rstrip(".") + "."
-            weights = {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
-        hint = "take the config of that variant, or the weights of this one"
-        adaptation = checkpoints.load_weights(self, weights, what, hint)
-        own = len(self.state_dict())
-        which = "averaged weights, " if "model_ema" in checkpoint else ""
-        report = f"{what}: {which}loaded {own - len(adaptation.fresh)} of {self.variant}'s {own} entries"
-        print_log(f"{report}; {adaptation}" if adaptation else report, "current")
+        checkpoint = read_checkpoint(path, what)
+        weights = entries_under(weights_of(checkpoint, what, prefer_ema=True), prefix)
+        report = load_weights(self, weights, what, variant_hint="use that variant's config, or this variant's weights")
+        averaged = ", averaged weights" if any(isinstance(checkpoint.get(key), dict) for key in EMA_KEYS) else ""
+        print_log(f"{what}: {self.variant}{averaged}: {report}", "current")
 
 
 @MODELS.register_module()
 class SepViT_Lite(SepViTBackbone):
-    """SepViT-Lite; channels 32, 64, 128 and 256."""
+    """SepViT-Lite, with 32, 64, 128 and 256 channels."""
 
     variant = "SepViT_Lite"
 
 
 @MODELS.register_module()
 class SepViT_Tiny(SepViTBackbone):
-    """SepViT-T; channels 96, 192, 384 and 768."""
+    """SepViT-T, with 96, 192, 384 and 768 channels."""
 
     variant = "SepViT_Tiny"
 
 
 @MODELS.register_module()
 class SepViT_Small(SepViTBackbone):
-    """SepViT-S; channels 96, 192, 384 and 768."""
+    """SepViT-S, with 96, 192, 384 and 768 channels."""
 
     variant = "SepViT_Small"
 
 
 @MODELS.register_module()
 class SepViT_Base(SepViTBackbone):
-    """SepViT-B; channels 128, 256, 512 and 1024."""
+    """SepViT-B, with 128, 256, 512 and 1024 channels."""
 
     variant = "SepViT_Base"

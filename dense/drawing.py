@@ -1,8 +1,8 @@
-"""What the pictures of predictions share: small images are enlarged, so that names can be read in them."""
+"""Shared by the pictures of segmentation and detection: small images are enlarged, so that class names are legible."""
 
-LEAST_HEIGHT = 256  # in pixels
+MIN_HEIGHT = 256  # in pixels
 
 
 def enlargement(height: int) -> int:
-    """How many times larger an image of some height is drawn."""
-    return max(1, -(-LEAST_HEIGHT // height))
+    """Return the factor by which an image of some height (in pixels) is enlarged for drawing."""
+    return max(1, -(-MIN_HEIGHT // height))

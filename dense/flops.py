@@ -1,4 +1,4 @@
-"""The command that counts parameters and multiply-adds of a whole segmentor or detector."""
+"""The command that counts the parameters and multiply-adds of a whole segmentor or detector."""
 
 import argparse
 from collections.abc import Callable
@@ -9,16 +9,16 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
 
 from dense.settings import build_parser, drop_pretrained, read_config
-from tools.benchmark import count_multiply_adds
 from training.commands import positive_int, run_command
+from training.measure import count_multiply_adds
 
 
 def count(args: argparse.Namespace, samples: Callable[[int, int], list[Any]] | None = None) -> None:
-    """Print the parameters and multiply-adds of a config's model, by part.
+    """Print the parameters and multiply-adds of a config's model, in total and by part.
 
     Args:
         args: the command line.
-        samples: what a detector's forward pass takes besides images, from their height and width.
+        samples: makes what a detector's forward pass needs besides images, from their height and width in pixels.
     """
     cfg = read_config(args)
     drop_pretrained(cfg)
@@ -30,19 +30,26 @@ def count(args: argparse.Namespace, samples: Callable[[int, int], list[Any]] | N
     for name, part in model.named_children():
         if any(True for _ in part.parameters()):
             print(f"{name + ':':20} {sum(p.numel() for p in part.parameters()) / 1e6:8.3f} M parameters")
-    print(f"{'backbone:':20} {count_multiply_adds(model.backbone, images) / 1e9:8.3f} G multiply-adds")
+    print(f"{'backbone':20} {count_multiply_adds(model.backbone, images) / 1e9:8.3f} G multiply-adds")
     print(f"{cfg.model.type}, {args.shape[0]} × {args.shape[1]} pixels: {total / 1e6:.3f} M parameters, "
           f"{count_multiply_adds(model, *inputs) / 1e9:.3f} G multiply-adds")  # fmt: skip
 
 
 def run_count(
-    description: str,
+    description: str | None,
     shape: tuple[int, int],
     arguments: list[str] | None = None,
     samples: Callable[[int, int], list[Any]] | None = None,
 ) -> int:
-    """Run get_flops.py, by default for images of `shape` (H, W) pixels; returns its exit status. See `count`."""
+    """Run get_flops.py. Returns its exit status.
+
+    Args:
+        description: what the command does.
+        shape: default image size (H, W), in pixels.
+        arguments: the command line, by default that of the process.
+        samples: see `count`.
+    """
     parser = build_parser(description, launchers=False)
     parser.add_argument("--shape", type=positive_int, nargs=2, default=shape, metavar=("H", "W"),
-                        help=f"image size in pixels, {shape[0]} {shape[1]} by default")  # fmt: skip
-    return run_command("get_flops.py", lambda: count(parser.parse_args(arguments), samples))
+                        help=f"image size in pixels, default {shape[0]} {shape[1]}")  # fmt: skip
+    return run_command("get_flops.py", lambda: count(parser.parse_args(arguments), samples), parser)

@@ -1,4 +1,4 @@
-"""Loading of training images, some of which may be broken."""
+"""Loading of training images that tolerates a few unreadable ones."""
 
 import logging
 from pathlib import Path
@@ -9,43 +9,47 @@ from mmcv.transforms import LoadImageFromFile
 from mmengine.logging import print_log
 from mmengine.registry import TRANSFORMS
 
-from utils import UserError, patiently
+from training.storage import with_retries
+from training.unreadable import check_unreadable
 
-SLOTS = 1 << 20  # more than the training images of the data sets there are
+SLOTS = 1 << 20  # more than any of the data sets has training images
 
 
 @TRANSFORMS.register_module()
 class LoadReadableImage(LoadImageFromFile):
-    """Loads images like mmcv's `LoadImageFromFile`; one that cannot be read is named once and left out.
+    """Load images as mmcv's `LoadImageFromFile` does, but name and skip unreadable ones.
 
-    mmengine's data sets then take another one at random, in training. In testing they refuse.
+    In training, mmengine's data sets then choose another image at random. In testing, they raise an error.
 
     Args:
-        max_unreadable: images that may be left out, by all loader workers of a process together.
-        kwargs: of `LoadImageFromFile`.
+        max_unreadable: how many images may be unreadable, for all loader workers of a process together.
+        **kwargs: arguments of `LoadImageFromFile`.
     """
 
     def __init__(self, max_unreadable: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.max_unreadable = max_unreadable
-        self.unreadable = torch.zeros(SLOTS, dtype=torch.bool).share_memory_()  # by all workers; by image
+        self.unreadable = torch.zeros(SLOTS, dtype=torch.bool).share_memory_()  # by image, shared by all workers
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
-        """Load an image into `results`; None where it cannot be read.
+        """Load an image into `results`. Returns None if it is unreadable.
 
         Raises:
-            UserError: too many cannot.
+            UserError: too many images are unreadable.
         """
         load = super().transform
         try:
-            return patiently(lambda: load(results), Path(results["img_path"]).parent)
-        except Exception as error:  # what broken images raise depends on how they are broken
-            slot, message = results["sample_idx"] % SLOTS, f"image {results['img_path']}: cannot be read ({error})"
+            return with_retries(lambda: load(results), Path(results["img_path"]).parent)
+        except Exception as error:  # the type depends on the image format and on the damage
+            slot, image = results["sample_idx"] % SLOTS, results["img_path"]
             if not self.unreadable[slot]:
                 self.unreadable[slot] = True
-                count = int(self.unreadable.sum())
-                if count > self.max_unreadable:
-                    raise UserError(f"{message}, the {count}. of them; repair them, or raise max_unreadable of "
-                                    "LoadReadableImage in the config") from None  # fmt: skip
-                print_log(f"{message}; another one is taken in its place", "current", logging.WARNING)
+                check_unreadable(
+                    int(self.unreadable.sum()),
+                    self.max_unreadable,
+                    f"{image} ({error})",
+                    "max_unreadable of LoadReadableImage",
+                    hint="repair the images, or raise max_unreadable in the config",
+                )
+                print_log(f"image {image}: cannot be read ({error}); another replaces it", "current", logging.WARNING)
             return None

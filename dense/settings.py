@@ -1,4 +1,4 @@
-"""From a command line to a checked config: what the commands of segmentation and detection share."""
+"""From a command line to a checked config: shared by the commands of segmentation and detection."""
 
 import argparse
 import os
@@ -10,49 +10,51 @@ from typing import Any
 from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, init_default_scope
 
-import checkpoints
-import utils
-from dense.runner import VARIANT_HINT, read_checkpoint
-from sepvit import variant_of
+from dense.mmengine_adapter import read_checkpoint
+from dense.runner import VARIANT_HINT
+from sepvit import entries_under, variant_of
+from training.checkpoints import weights_of
 from training.commands import Parser
-from utils import UserError
+from training.devices import best_device
+from training.errors import UserError
+from training.processes import init_distributed
 
-# Flags of mmsegmentation 0.10's and mmdetection 2.8's commands that there are not here, and what stands for them.
-FORMER = {"--options": "the name here is --cfg-options KEY=VALUE, with test_evaluator.KEY=VALUE for the evaluation"}
+# Old flags of mmsegmentation 0.10 and mmdetection 2.8, and what to use now.
+FORMER = {"--options": "use --cfg-options KEY=VALUE, with test_evaluator.KEY=VALUE for the evaluation"}
 FORMER_OF_TRAINING = {
-    "--resume-from": "the name here is --resume PATH",
-    "--gpus": "bash dist_train.sh CONFIG N trains on N GPUs",
-    "--gpu-ids": "CUDA_VISIBLE_DEVICES chooses the GPUs, and bash dist_train.sh CONFIG N trains on N of them",
+    "--resume-from": "use --resume PATH",
+    "--gpus": "use bash dist_train.sh CONFIG N, which trains on N GPUs",
+    "--gpu-ids": "use CUDA_VISIBLE_DEVICES to choose GPUs, and bash dist_train.sh CONFIG N to train on N of them",
 }
 FORMER_OF_TESTING = {
-    "--eval-options": "the name here is --cfg-options test_evaluator.KEY=VALUE",
-    "--show": "pictures are written by --show-dir DIR",
-    "--gpu-collect": "leave it out, the results of all processes are always collected",
-    "--tmpdir": "leave it out, the results of all processes are always collected",
-    "--fuse-conv-bn": "not available, leave it out",
+    "--eval-options": "use --cfg-options test_evaluator.KEY=VALUE",
+    "--show": "use --show-dir DIR, which writes the pictures to a folder",
+    "--gpu-collect": "not needed, results of all processes are always collected; remove it",
+    "--tmpdir": "not needed, results of all processes are always collected; remove it",
+    "--fuse-conv-bn": "not available; remove it",
 }
 
 
 class CommandParser(Parser):
-    """Answers a flag that the libraries' commands once had with what stands for it here.
+    """A parser that answers old flags of mmsegmentation and mmdetection with what to use now.
 
     Args:
-        former: such flags and the answers.
-        **kwargs: as for `argparse.ArgumentParser`.
+        former: the answers, by flag.
+        **kwargs: arguments of `argparse.ArgumentParser`.
     """
 
     def __init__(self, former: Mapping[str, str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.former = dict(former)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         """Parse a command line; see argparse.
 
         Raises:
-            UserError: a setting is a former one, unknown, missing, or has a wrong value.
+            UserError: a setting is an old one, unknown, missing, or has an invalid value.
         """
         arguments = sys.argv[1:] if args is None else args
-        # before argparse, which would take --show for short for --show-dir
+        # Before argparse does: it would take --show for an abbreviation of --show-dir.
         for flag in (argument.partition("=")[0].replace("_", "-") for argument in arguments):
             if flag in self.former:
                 raise UserError(f"{flag}: {self.former[flag]}")
@@ -60,32 +62,34 @@ class CommandParser(Parser):
 
 
 class KeyValueAction(DictAction):
-    """`--cfg-options key=value …`: spaces in texts survive, and what is not of that form gets a clear word."""
+    """Parse `--cfg-options key=value …`. Unlike mmengine's action, keeps spaces in texts and refuses other forms."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        options = dict(getattr(namespace, self.dest))
         for pair in values:
             key, equals, value = pair.partition("=")
             if not (key and equals):
                 parser.error(f"--cfg-options {pair}: takes key=value pairs, such as train_dataloader.batch_size=4")
-            is_text = " " in value and not value.lstrip().startswith(("[", "("))
-            options[key] = value if is_text else self._parse_iterable(value)
-        setattr(namespace, self.dest, options)
+            if " " in value and not value.lstrip().startswith(("[", "(")):
+                setattr(namespace, self.dest, {**getattr(namespace, self.dest), key: value})
+            else:
+                super().__call__(parser, namespace, [pair], option_string)
 
 
-def build_parser(description: str, launchers: bool = True, former: Mapping[str, str] | None = None) -> CommandParser:
-    """A parser with the settings that all commands have.
+def build_parser(
+    description: str | None, launchers: bool = True, former: Mapping[str, str] | None = None
+) -> CommandParser:
+    """Make a parser with the settings that all commands have.
 
     Args:
         description: what the command does.
         launchers: whether it runs on several processes.
-        former: flags that the libraries' commands once had and the answers to them, besides those in `FORMER`.
+        former: old flags and the answers to them, besides `FORMER`.
     """
     formatter = argparse.RawDescriptionHelpFormatter
     parser = CommandParser({**FORMER, **(former or {})}, description=description, formatter_class=formatter)
     parser.add_argument("config", metavar="CONFIG", help="a config of configs/, or your own")
     if launchers:
-        parser.add_argument("--work-dir", metavar="DIR", help="default: work_dirs/ and the config's name")
+        parser.add_argument("--work-dir", metavar="DIR", help="output folder, default work_dirs/<name of the config>")
         parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
         parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--cfg-options", nargs="+", action=KeyValueAction, default={}, metavar="KEY=VALUE",
@@ -94,24 +98,24 @@ def build_parser(description: str, launchers: bool = True, former: Mapping[str, 
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    """The config of the command line, with its `--cfg-options`.
+    """Read the config of a command line, and apply its `--cfg-options`.
 
     Raises:
-        UserError: it is missing or is no config.
+        UserError: the file is missing or is not a config.
     """
     if not Path(args.config).is_file():
-        raise UserError(f"CONFIG {args.config}: no such file; configs/ has those of the paper")
+        raise UserError(f"CONFIG {args.config}: no such file; configs/ has the paper's configs")
     try:
         cfg = Config.fromfile(args.config)
         root = cfg.get("data_root")
         cfg.merge_from_dict(args.cfg_options)
-    except Exception as error:  # a config is a program: anything can be wrong with it
+    except Exception as error:  # a config is a program, which may raise anything
         raise UserError(f"CONFIG {args.config}: cannot be read ({_one_line(error)})") from None
     if "model" not in cfg or "backbone" not in cfg.model:
         raise UserError(f"CONFIG {args.config}: not a config of a segmentor or detector, it has no model.backbone")
     if "data_root" in args.cfg_options and root:
-        _move(cfg._cfg_dict, str(root).rstrip("/"), str(args.cfg_options["data_root"]).rstrip("/"))
-    for node in _dicts(cfg._cfg_dict):
+        _move(cfg, str(root).rstrip("/"), str(args.cfg_options["data_root"]).rstrip("/"))
+    for node in _dicts(cfg):
         if node.get("num_workers") == 0:
             node.pop("persistent_workers", None)  # torch refuses the two together
     cfg.work_dir = getattr(args, "work_dir", None) or cfg.get("work_dir") or f"./work_dirs/{Path(args.config).stem}"
@@ -124,24 +128,24 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _dicts(node: Any) -> Iterator[dict[str, Any]]:
-    """All dicts inside a config."""
-    if isinstance(node, dict):
+def _dicts(node: Any) -> Iterator[Any]:
+    """Yield a config and all dicts inside it."""
+    if isinstance(node, (dict, Config)):
         yield node
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
+    for child in node.values() if isinstance(node, (dict, Config)) else node if isinstance(node, (list, tuple)) else ():
         yield from _dicts(child)
 
 
-def _move(node: dict[str, Any], old: str, new: str) -> None:
-    """Replace the data root at the beginning of all paths: bases have it in data sets and evaluators."""
-    for child in _dicts(node):
-        for key, value in child.items():
+def _move(cfg: Config, old: str, new: str) -> None:
+    """Replace the data root at the start of all paths. Base configs repeat it in data sets and evaluators."""
+    for node in _dicts(cfg):
+        for key, value in node.items():
             if isinstance(value, str) and (value.rstrip("/") == old or value.startswith(f"{old}/")):
-                child[key] = new + value.removeprefix(old)
+                node[key] = new + value.removeprefix(old)
 
 
 def drop_pretrained(cfg: Config) -> None:
-    """Leave a config's pretrained weights out."""
+    """Remove the pretrained weights from a config."""
     for settings in (cfg.model, cfg.model.backbone):
         settings.pop("pretrained", None)
     cfg.model.backbone.pop("init_cfg", None)
@@ -150,31 +154,34 @@ def drop_pretrained(cfg: Config) -> None:
 def join_processes(args: argparse.Namespace) -> None:
     """Join the process group of `--launcher`: nccl for GPUs, gloo for CPUs.
 
-    mmengine would start one, but calls CUDA even for gloo.
+    mmengine could start the group too, but it calls CUDA even for gloo.
+
+    Raises:
+        UserError: the launcher did not start this process.
     """
     if args.launcher == "none":
         return
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    device = "cuda" if utils.best_device() == "cuda" else "cpu"
-    utils.init_distributed(device, 1, "env://")
+    device = "cuda" if best_device() == "cuda" else "cpu"
+    init_distributed(device, 1, "env://")
     if "RANK" not in os.environ:
-        starter = dict(pytorch="torchrun, as dist_train.sh does,", slurm="srun", mpi="mpirun")[args.launcher]
+        starter = dict(pytorch="torchrun, as dist_train.sh does", slurm="srun", mpi="mpirun")[args.launcher]
         raise UserError(
-            f"--launcher {args.launcher}: RANK is not set; start the processes by {starter} or leave it out"
+            f"--launcher {args.launcher}: RANK is not set; remove the flag, or start the processes with {starter}"
         )
     os.environ.setdefault("LOCAL_RANK", "0")
 
 
 def check_data(cfg: Config, *loaders: str) -> None:
-    """Refuse data that is not there before anything is built.
+    """Refuse missing data before anything is built.
 
     Args:
         cfg: the config.
-        loaders: its data loaders that will be used: 'train_dataloader', ….
+        loaders: names of the data loaders that will be used: 'train_dataloader', ….
 
     Raises:
-        UserError: a folder or an annotation file is missing, or has no images in it.
+        UserError: a folder or an annotation file is missing, or the image folder is empty.
     """
     for loader in loaders:
         for dataset in _dicts(cfg[loader].get("dataset", {})):
@@ -191,26 +198,31 @@ def check_data(cfg: Config, *loaders: str) -> None:
                 raise UserError(_no_data(loader, os.path.join(root, places[0]), "an empty folder"))
 
 
-def _no_data(loader: str, place: str, what: str) -> str:
-    hint = "put the data set there, or name its folder by --cfg-options data_root=DIR"
-    return f"{loader.removesuffix('_dataloader')} data {place}: {what}; {hint}"
+def _no_data(loader: str, place: str, problem: str) -> str:
+    hint = "put the data set there, or name its folder with --cfg-options data_root=DIR"
+    return f"{loader.removesuffix('_dataloader')} data {place}: {problem}; {hint}"
 
 
 def read_model_checkpoint(cfg: Config, path: str, flag: str) -> dict[str, Any]:
-    """Read the checkpoint of a whole segmentor or detector, safely, and check that its variant is the config's.
+    """Read the checkpoint of a whole segmentor or detector safely, and check that it holds the config's variant.
+
+    Args:
+        cfg: the config.
+        path: path or https address.
+        flag: the flag or placeholder that names the checkpoint, for messages.
 
     Raises:
-        UserError: it is missing, no checkpoint, would run code, or holds another variant.
+        UserError: the file is missing, not a checkpoint, would run code, or holds another variant.
     """
     what = f"{flag} {path}"
-    checkpoint = read_checkpoint(path, flag)
-    weights = checkpoints.weights_of(checkpoint, what)
-    inner = {name.removeprefix("backbone."): w for name, w in weights.items() if name.startswith("backbone.")}
-    backbone = cfg.model.get("module", cfg.model).backbone  # inside test-time augmentation's
-    held, wanted = variant_of(inner), getattr(MODELS.get(backbone.type), "variant", None)
-    if held is None and variant_of(weights) is not None:
-        hint = "to train from it, name it as the config's model.backbone.init_cfg.checkpoint"
-        raise UserError(f"{what}: holds a backbone alone, {variant_of(weights)}; {hint}")
+    checkpoint = read_checkpoint(path, what)
+    weights = weights_of(checkpoint, what)
+    backbone = cfg.model.get("module", cfg.model).backbone  # test-time augmentation wraps the model
+    held = variant_of(entries_under(weights, "backbone"))
+    wanted = getattr(MODELS.get(backbone.type), "variant", None)
+    if held is None and (alone := variant_of(weights)) is not None:
+        hint = "to train from it, set model.backbone.init_cfg.checkpoint in the config"
+        raise UserError(f"{what}: holds a backbone only, {alone}; {hint}")
     if wanted is not None and held != wanted:
         raise UserError(f"{what}: holds {held or 'no SepViT'}, not {wanted}; {VARIANT_HINT}")
     return checkpoint

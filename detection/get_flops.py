@@ -1,22 +1,22 @@
 """Count the parameters and multiply-adds of a whole detector.
 
-A two-stage detector's second stage counts as often as an untrained first stage proposes boxes (at most 1,000), its mask
-head 100 times.
+The second stage of a two-stage detector is counted for the boxes that an untrained first stage proposes (at most
+1,000), its mask head for 100 boxes.
 
 python get_flops.py CONFIG [--shape H W] [--cfg-options KEY=VALUE …]
 """
 
 import sys
-from pathlib import Path
 
 from mmdet.structures import DetDataSample
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:
+    import _repository  # noqa: F401
 from dense.flops import run_count
 
 
 def samples(height: int, width: int) -> list[DetDataSample]:
-    """An image's data for the first stage's proposals."""
+    """Make the image metadata that the first stage needs to propose boxes, from the image size in pixels."""
     return [DetDataSample(metainfo=dict(img_shape=(height, width), scale_factor=(1.0, 1.0)))]
 
 

@@ -5,24 +5,34 @@ python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--score-thr SCORE] [--c
 
 import sys
 from collections import Counter
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mmdet.apis import inference_detector
 from mmdet.visualization import DetLocalVisualizer
 from PIL import Image
-from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:
+    import _repository  # noqa: F401
 from dense.drawing import enlargement
 from dense.predict import build_predict_parser, run_prediction
 from training.commands import fraction
 
 
-def draw_detections(model: nn.Module, path: str, image: np.ndarray, least: float) -> tuple[Image.Image, str]:
-    """Detect objects in an image; gives the picture of those scored `least` or more, and their numbers in a line."""
+def draw_detections(model: Any, path: str, image: np.ndarray, lowest: float) -> tuple[Image.Image, str]:
+    """Detect objects in an image.
+
+    Args:
+        model: the detector, from `dense.predict.build_inference_model`.
+        path: the image's file.
+        image: H × W × 3, RGB, 0 to 255.
+        lowest: lowest score to draw.
+
+    Returns:
+        the picture, and a line with the number of objects of each class.
+    """
     sample = inference_detector(model, path)
-    found = sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= least]
+    found = sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= lowest]
     scale = enlargement(len(image))
     found.bboxes *= scale
     if "masks" in found:
@@ -30,16 +40,17 @@ def draw_detections(model: nn.Module, path: str, image: np.ndarray, least: float
     visualizer = DetLocalVisualizer.get_instance("predict")
     visualizer.dataset_meta = model.dataset_meta
     enlarged = image.repeat(scale, 0).repeat(scale, 1)
-    visualizer.add_datasample(path, enlarged, sample, draw_gt=False, pred_score_thr=least)
+    visualizer.add_datasample(path, enlarged, sample, draw_gt=False, pred_score_thr=lowest)
     counts = Counter(model.dataset_meta["classes"][label] for label in found.labels.tolist())
     line = ", ".join(f"{count} × {name}" for name, count in counts.most_common())
-    return Image.fromarray(visualizer.get_image()), line or f"nothing scored {least} or more"
+    return Image.fromarray(visualizer.get_image()), line or f"no detection with a score of {lowest} or more"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command. Returns its exit status."""
     parser = build_predict_parser(__doc__)
-    parser.add_argument("--score-thr", type=fraction, default=0.3, metavar="SCORE", help="least score, default 0.3")
+    parser.add_argument("--score-thr", type=fraction, default=0.3, metavar="SCORE",
+                        help="lowest score to draw, default 0.3")  # fmt: skip
     return run_prediction(parser, draw_detections, arguments)
 
 

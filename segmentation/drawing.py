@@ -1,4 +1,4 @@
-"""Pictures of label maps over their images, with a legend: what `--show-dir` and predict.py draw."""
+"""Pictures of label maps over their images, with a legend, for test.py and predict.py."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +17,14 @@ OPACITY = 0.55
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
-    """Colour an image (H × W × 3, RGB, 0 to 255) by its labels (H × W); ignored pixels stay as they are."""
+    """Colour an image (H × W × 3, RGB, 0 to 255) by its labels (H × W). Ignored pixels keep their colour."""
     colours = np.asarray(palette, dtype=np.float32)[np.where(labels == IGNORED, 0, labels)]  # H × W × 3
     mixed = (1 - OPACITY) * image + OPACITY * colours
     return np.where((labels == IGNORED)[..., None], image, mixed).round().astype(np.uint8)
 
 
 def shares(labels: np.ndarray, count: int) -> np.ndarray:
-    """Share of each of `count` classes in the pixels that belong to one."""
+    """Return the share of each of `count` classes in the pixels that are not ignored."""
     areas = np.bincount(labels[labels != IGNORED].ravel(), minlength=count)
     return areas / max(1, areas.sum())
 
@@ -32,11 +32,11 @@ def shares(labels: np.ndarray, count: int) -> np.ndarray:
 def draw(
     image: np.ndarray, maps: dict[str, np.ndarray], classes: Sequence[str], palette: Sequence[Sequence[int]]
 ) -> Image.Image:
-    """The image, each label map over it, and a legend of the classes in them with the last map's shares.
+    """Draw an image, each label map over it, and a legend: the classes in the maps, and their shares in the last map.
 
     Args:
         image: H × W × 3, RGB, 0 to 255.
-        maps: label maps, H × W, by their titles.
+        maps: label maps, H × W, by title.
         classes: names of the classes.
         palette: colours of the classes, RGB, 0 to 255.
     """
@@ -73,10 +73,10 @@ def draw(
 
 
 class DrawingHook(Hook):
-    """Draws each test image with its truth, where there is one, and its prediction.
+    """Draw each test image with its truth, if it has one, and its prediction.
 
     Args:
-        folder: gets a PNG an image, under the image's name.
+        folder: where to write one PNG per image, with the image's name.
     """
 
     def __init__(self, folder: Path) -> None:

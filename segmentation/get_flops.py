@@ -4,9 +4,9 @@ python get_flops.py CONFIG [--shape H W] [--cfg-options KEY=VALUE …]
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:
+    import _repository  # noqa: F401
 from dense.flops import run_count
 
 if __name__ == "__main__":

@@ -1,23 +1,32 @@
-"""Segment single images and draw the result with a legend.
+"""Segment single images and draw the results with a legend.
 
 python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--cfg-options KEY=VALUE …]
 """
 
 import sys
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mmseg.apis import inference_model
 from PIL import Image
-from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:
+    import _repository  # noqa: F401
 from dense.predict import build_predict_parser, run_prediction
 from segmentation.drawing import draw, shares
 
 
-def draw_prediction(model: nn.Module, path: str, image: np.ndarray) -> tuple[Image.Image, str]:
-    """Segment an image; gives the picture, and the largest classes in a line."""
+def draw_prediction(model: Any, path: str, image: np.ndarray) -> tuple[Image.Image, str]:
+    """Segment an image.
+
+    Args:
+        model: the segmentor, from `dense.predict.build_inference_model`.
+        path: the image's file.
+        image: H × W × 3, RGB, 0 to 255.
+
+    Returns:
+        the picture, and a line with the largest classes.
+    """
     classes, palette = model.dataset_meta["classes"], model.dataset_meta["palette"]
     labels = inference_model(model, path).pred_sem_seg.data[0].cpu().numpy()
     share = shares(labels, len(classes))
@@ -26,7 +35,7 @@ def draw_prediction(model: nn.Module, path: str, image: np.ndarray) -> tuple[Ima
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command. Returns its exit status."""
     return run_prediction(build_predict_parser(__doc__), draw_prediction, arguments)
 
 

@@ -1,16 +1,16 @@
 """Train a segmentor.
 
     python train.py CONFIG [--work-dir DIR] [--resume [PATH]] [--load-from PATH] [--from-scratch] [--amp]
-                           [--no-validate] [--seed N] [--deterministic] [--cfg-options KEY=VALUE …]
-                           [--launcher pytorch|slurm|mpi]
+                           [--no-validate] [--auto-scale-lr] [--seed N] [--deterministic]
+                           [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm|mpi]
 
 dist_train.sh and slurm_train.sh start it on several processes.
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:
+    import _repository  # noqa: F401
 from dense.train import build_train_parser, run_training
 
 if __name__ == "__main__":

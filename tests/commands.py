@@ -52,7 +52,7 @@ class Command:
             target=_work, args=(script, arguments, folder, environment, (stdout, stderr), start_new_session)
         )
         self._process.start()
-        self.pid = self._process.pid
+        self.pid = self._process.pid or 0  # not None any more: it has started
 
     def poll(self) -> int | None:
         """The exit status, negative for a signal; None while it runs."""
@@ -66,7 +66,7 @@ class Command:
         """
         self._process.join(timeout)
         if self._process.exitcode is None:
-            raise TimeoutExpired([str(self.script), *self.arguments], timeout)
+            raise TimeoutExpired([str(self.script), *self.arguments], timeout or 0)
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
@@ -105,12 +105,12 @@ def _work(
 
 
 def start_tasks(
-    count: int, script: Path, arguments: list[str], folder: Path, environment: dict[str, str], *printed: Path
+    count: int, script: Path, arguments: list[str], folder: Path, environment: dict[str, str], stdout: Path, stderr: Path
 ) -> list[Command]:
-    """Start processes that find each other by the variables that torchrun would set."""
+    """Start processes that find each other by the variables that torchrun sets."""
     tasks = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), OMP_NUM_THREADS="1")
     return [Command(script, arguments, folder, {**environment, **tasks, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    *printed, start_new_session=True) for rank in range(count)]  # fmt: skip
+                    stdout, stderr, start_new_session=True) for rank in range(count)]  # fmt: skip
 
 
 def free_port() -> str:

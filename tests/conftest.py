@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from commands import free_port
 
 import sepvit
-import utils
+from training import output
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -131,7 +132,7 @@ PLAIN = ["--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--drop-path", "0"
 
 def read_log(folder: Path) -> list[dict]:
     """The lines of log.txt that sum up an epoch."""
-    return utils.epochs_of(utils.read_log(folder / "log.txt"))
+    return output.epoch_entries(output.read_log(folder / "log.txt"))
 
 
 def shell(folder: str, script: str, *arguments, environment: dict | None = None) -> str:
@@ -184,12 +185,20 @@ def undecayed_names(model: torch.nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if "norm" in name or "pos_block" in name}
 
 
-def refusal(run, name: str, arguments: list[str], capsys) -> str:
-    """Run a command of segmentation or detection that is a user's mistake; returns the one line it leaves."""
-    assert run(arguments) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    lines = [line for line in lines if "Warning" not in line and not line.startswith("  warnings.warn")]
-    assert len(lines) == 1
+def refusal(run: Callable[[list[str]], int], name: str, arguments: Sequence[object], capsys) -> str:
+    """Run a command in this process that is a user's mistake. Returns the one line that it prints.
+
+    Args:
+        run: the command.
+        name: its script's name, without `.py`.
+        arguments: its arguments.
+        capsys: pytest's fixture.
+    """
+    status = run(list(map(str, arguments)))
+    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in lines if "Warning" not in line and not line.startswith(" ")]
+    assert status == 2, lines
+    assert len(lines) == 1, lines
     assert lines[0].startswith(f"{name}.py: ")
     return lines[0]
 

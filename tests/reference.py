@@ -1,7 +1,6 @@
-"""SepViT written from the equations alone: slow, obvious, with loops over windows and heads.
+"""SepViT written from the equations alone: slow and obvious, with loops over windows and heads.
 
-Shares no code with sepvit.py. Takes weights by the published names and computes in torch, so that gradients can be
-compared too.
+Shares no code with sepvit.py. Uses the published weight names, and torch so that gradients can be compared too.
 """
 
 import math
@@ -29,7 +28,7 @@ def softmax(x):
 
 
 def convolution(x, weight, bias, stride, padding):
-    """x: B × H × W × C; weight: out × in × k × k, or out × 1 × k × k for a depthwise convolution."""
+    """Convolve x, B × H × W × C, with a weight, out × in × k × k, or out × 1 × k × k for a depthwise convolution."""
     B, H, W, C = x.shape
     k = weight.shape[-1]
     padded = torch.zeros(B, H + 2 * padding, W + 2 * padding, C, dtype=x.dtype)
@@ -46,7 +45,7 @@ def convolution(x, weight, bias, stride, padding):
 
 
 def attention(p, windows, tokens, heads):
-    """The attention part of a block: windows, B × L × C each, with their window tokens (None: without)."""
+    """The attention part of a block, on windows, B × L × C each, and their window tokens, B × 1 × C each, or None."""
     n, C, d = len(windows), windows[0].shape[-1], windows[0].shape[-1] // heads
     outputs = []
     for i in range(n):  # depthwise self-attention, window by window
@@ -66,7 +65,7 @@ def attention(p, windows, tokens, heads):
     t = gelu(layer_norm(t, p["attn.win_tokens_norm.weight"], p["attn.win_tokens_norm.bias"], 1e-5))
     qk = linear(t, p["attn.PSA_qk.weight"], p["attn.PSA_qk.bias"])
     mixed = []
-    for i in range(n):  # pointwise self-attention: every window takes from all windows
+    for i in range(n):  # pointwise self-attention: every window attends to all windows
         parts = []
         for h in range(heads):
             channels = slice(h * d, (h + 1) * d)
@@ -78,7 +77,7 @@ def attention(p, windows, tokens, heads):
 
 
 def block(p, x, heads, w, dense):
-    """A block with windows of side w on a map, B × H × W × C."""
+    """A block with window side w on a map, B × H × W × C."""
     B, H, W, C = x.shape
     rows, columns = math.ceil(H / w), math.ceil(W / w)
     padded = torch.zeros(B, rows * w, columns * w, C, dtype=x.dtype)
@@ -101,12 +100,12 @@ def block(p, x, heads, w, dense):
 
 
 def window_side(stage, index):
-    """Stages 2 and 3 alternate 7-windows and 2 × 2 groups of them."""
+    """Window side of a block: stages 2 and 3 alternate windows of side 7 and 2 × 2 groups of them."""
     return 14 if stage in (1, 2) and index % 2 == 1 else 7
 
 
 def forward(weights, images, num_heads, depths, dense):
-    """Images, B × 3 × H × W, to logits, or in the dense form to four maps, B × C × H × W."""
+    """Compute logits from images, B × 3 × H × W; in the dense form, four maps, B × C × H × W each."""
     x = images.permute(0, 2, 3, 1)
     maps = []
     for stage in range(4):

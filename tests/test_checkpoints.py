@@ -17,8 +17,8 @@ import timm
 import torch
 from conftest import SMALL, Code, command
 
-import checkpoints
-from utils import UserError
+from training import checkpoints
+from training.errors import UserError
 
 
 class Server(BaseHTTPRequestHandler):
@@ -133,7 +133,7 @@ def test_a_server_that_ever_breaks_off(server, tmp_path):
     handler.requests = type("Ever", (dict,), dict(get=lambda *_: 0))()
     path = tmp_path / "out/weights.pth"
     with pytest.raises(
-        UserError, match=r"download failed \(the connection ended after \d+ of \d+ bytes\), tried 3 times in vain"
+        UserError, match=r"download failed \(the connection ended after \d+ of \d+ bytes\) after 3 attempts"
     ):
         checkpoints.download(f"{address}/without-parts/weights.pth", path, stall=1, attempts=3)
     assert not list(path.parent.iterdir())
@@ -216,4 +216,4 @@ def test_a_damaged_checkpoint_is_named(weights, few_digits, tmp_path):
     content[len(content) // 2] ^= 1
     (tmp_path / "changed.pth").write_bytes(content)
     with pytest.raises(UserError, match=r"changed\.pth: damaged, wrong checksum of data/"):
-        checkpoints.read_checkpoint(str(tmp_path / "changed.pth"), "--resume")
+        checkpoints.read_checkpoint(str(tmp_path / "changed.pth"), "--resume changed.pth")

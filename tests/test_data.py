@@ -30,7 +30,8 @@ from torchvision.datasets import CIFAR100
 import main
 from datasets import (
     INAT_CATEGORIES,
-    build_dataset,
+    LoaderSettings,
+    TransformSettings,
     build_train_loader,
     build_transform,
     build_val_loader,
@@ -39,15 +40,30 @@ from datasets import (
 from samplers import DistributedEvalSampler, TrainBatchSampler
 from training import samples
 from training.commands import run_command
+from training.errors import UserError
+from training.output import read_log as read_whole_log
 from training.samples import INaturalist, fingerprint
-from utils import UserError
-from utils import read_log as read_whole_log
 
 settings_of_hypothesis = hypothesis.settings(max_examples=200, deadline=None)
 
 
 def settings(*arguments):
     return main.build_parser().parse_args([str(argument) for argument in arguments])
+
+
+def transform(is_train, args):
+    """The transform of a command's settings."""
+    return build_transform(is_train, main.settings_from(args, TransformSettings))
+
+
+def train_loader(args):
+    """The training loader of a command's settings."""
+    return build_train_loader(main.build_data(args, is_train=True), main.settings_from(args, LoaderSettings))
+
+
+def val_loader(args):
+    """The validation loader of a command's settings."""
+    return build_val_loader(main.build_data(args, is_train=False), main.settings_from(args, LoaderSettings))
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers
@@ -121,7 +137,7 @@ def test_repeated_augmentation_shows_an_image_to_several_processes():
 
 def test_train_loader_shuffles_by_epoch(few_digits):
     args = settings(*SMALL, "--data-path", few_digits)
-    loader = build_train_loader(build_dataset(True, args), args)
+    loader = train_loader(args)
     orders = []
     for epoch in (0, 1, 0):
         epoch_batches(loader, epoch, 0, 1, print)
@@ -136,10 +152,10 @@ def test_augmentation_follows_from_seed_epoch_and_place(few_digits, workers):
     args = settings(*SMALL, "--data-path", few_digits, "--num_workers", 0, "--epochs", 2)
     images = {}
     for epoch in (0, 1):
-        loader = build_train_loader(build_dataset(True, args), args)
+        loader = train_loader(args)
         images[epoch] = [batch[0] for batch in epoch_batches(loader, epoch, 0, 1, print)]
     args.num_workers = workers
-    loader = build_train_loader(build_dataset(True, args), args)
+    loader = train_loader(args)
     for epoch, step in ((1, 2), (0, 0), (1, 1)):
         again = [batch[0] for batch in epoch_batches(loader, epoch, step, 1, print)]
         assert len(again) == 3 - step
@@ -151,25 +167,25 @@ def test_augmentation_follows_from_seed_epoch_and_place(few_digits, workers):
 
 
 def test_training_transform():
-    steps = build_transform(True, settings()).transforms
+    steps = transform(True, settings()).transforms
     assert isinstance(steps[0], RandomResizedCropAndInterpolation)
     assert [type(step).__name__ for step in steps[1:]] == [
         "RandomHorizontalFlip", "RandAugment", "MaybeToTensor", "Normalize", "RandomErasing"
     ]  # fmt: skip
     assert steps[-1].probability == 0.25
-    small = build_transform(True, settings("--input-size", 32)).transforms
+    small = transform(True, settings("--input-size", 32)).transforms
     assert isinstance(small[0], T.RandomCrop)
     assert small[0].padding == 4
 
 
 def test_evaluation_transform():
-    resize, crop, *_, normalize = build_transform(False, settings()).transforms
+    resize, crop, *_, normalize = transform(False, settings()).transforms
     assert resize.size == 256
     assert resize.interpolation == T.InterpolationMode.BICUBIC
     assert crop.size == (224, 224)
     assert normalize.mean == (0.485, 0.456, 0.406)
     image = Image.fromarray(np.full((300, 500, 3), 128, np.uint8))
-    output = build_transform(False, settings("--input-size", 96))(image)
+    output = transform(False, settings("--input-size", 96))(image)
     assert output.shape == (3, 96, 96)
 
 
@@ -178,18 +194,18 @@ def test_evaluation_transform():
 
 def test_imagenet_folder(few_digits, tmp_path):
     args = settings("--data-path", few_digits)
-    data = build_dataset(True, args)
+    data = main.build_data(args, is_train=True)
     assert (len(data.dataset), data.num_classes, data.classes) == (48, 3, ["0", "1", "2"])
     (tmp_path / "ILSVRC2012_img_train").symlink_to(few_digits / "train")
     (tmp_path / "ILSVRC2012_img_val").symlink_to(few_digits / "val")
     args = settings("--data-path", tmp_path)
-    assert len(build_dataset(True, args).dataset) == 48
-    assert len(build_dataset(False, args).dataset) == 21
+    assert len(main.build_data(args, is_train=True).dataset) == 48
+    assert len(main.build_data(args, is_train=False).dataset) == 21
 
 
 def test_validation_batches_are_larger_by_half(few_digits):
     args = settings(*SMALL, "--data-path", few_digits)
-    loader = build_val_loader(build_dataset(False, args), args)
+    loader = val_loader(args)
     assert [len(targets) for _, targets in loader] == [21]
     assert loader.batch_size == 24
 
@@ -249,9 +265,9 @@ def test_archives_of_archives_are_checked_inside(few_digits, tmp_path):
             for label in "012":
                 archive.add(tmp_path / f"{label}.tar", arcname=f"{label}.tar")
     args = settings("--data-path", tmp_path / "whole", "--input-size", 32)
-    assert len(build_dataset(False, args).dataset) == 21
+    assert len(main.build_data(args, is_train=False).dataset) == 21
     with pytest.raises(UserError, match=r"broken/val\.tar: .*damaged"):
-        build_dataset(False, settings("--data-path", tmp_path / "broken", "--input-size", 32))
+        main.build_data(settings("--data-path", tmp_path / "broken", "--input-size", 32), is_train=False)
 
 
 def test_archives_number_classes_as_folders_do(tmp_path):
@@ -260,7 +276,7 @@ def test_archives_number_classes_as_folders_do(tmp_path):
         Image.new("L", (8, 8)).save(tmp_path / "x" / label / "a.png")
     with tarfile.open(tmp_path / "val.tar", "w") as archive:
         archive.add(tmp_path / "x", arcname=".")
-    data = build_dataset(False, settings("--data-path", tmp_path, "--input-size", 32))
+    data = main.build_data(settings("--data-path", tmp_path, "--input-size", 32), is_train=False)
     assert data.classes == ["1", "10", "2"]
     assert sorted(target for _, target in data.dataset) == [0, 1, 2]
 
@@ -273,7 +289,7 @@ def test_fingerprints_tell_archives_apart(tmp_path):
         Image.new("L", (8, 8)).save(folder / f"x/0/{name}.png")
         with tarfile.open(folder / "val.tar", "w") as archive:
             archive.add(folder / "x", arcname=".")
-        found.append(fingerprint(build_dataset(False, settings("--data-path", folder))))
+        found.append(fingerprint(main.build_data(settings("--data-path", folder), is_train=False)))
     assert found[0] == found[1] != found[2]
 
 
@@ -335,7 +351,9 @@ def test_inaturalist(with_kingdom, tmp_path):
     assert [target for _, target in val] == [2, 0]
     assert train[3][0].size == (8, 8)
     assert INaturalist(tmp_path, True, 2018, "kingdom").classes == ["Animalia", "Plantae"]
-    data = build_dataset(True, settings("--data-path", tmp_path, "--data-set", "INAT", "--inat-category", "family"))
+    data = main.build_data(
+        settings("--data-path", tmp_path, "--data-set", "INAT", "--inat-category", "family"), is_train=True
+    )
     assert data.num_classes == 3
     printed = succeed(*SMALL, "--data-set", "INAT", "--data-path", tmp_path, "--throughput", "--batch-size", 1)
     assert "batch size 1" in printed
@@ -363,7 +381,7 @@ def test_cifar(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
     monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
     args = settings("--data-path", tmp_path, "--data-set", "CIFAR", "--input-size", 32)
-    train, val = build_dataset(True, args), build_dataset(False, args)
+    train, val = main.build_data(args, is_train=True), main.build_data(args, is_train=False)
     assert (len(train.dataset), train.num_classes, len(val.dataset)) == (6, 100, 2)
     image, target = train.dataset[2]
     assert (train.transform(image).shape, target) == ((3, 32, 32), 99)
@@ -417,7 +435,7 @@ def test_webdataset_trains_and_counts_every_image_once(webdataset, tmp_path, pro
 def test_webdataset_epoch_that_is_done_has_no_batches_left(webdataset):
     """Its last step takes the batches that are left, fewer than the others."""
     args = settings(*SMALL, *WEBDATASET, "--data-path", webdataset, "--batch-size", 8, "--accum-steps", 4)
-    loader = build_train_loader(build_dataset(True, args), args)
+    loader = train_loader(args)
     assert len(loader) == 6
     assert list(epoch_batches(loader, 0, 2, 4, print)) == []
 
@@ -434,7 +452,7 @@ def test_webdataset_goes_on_bit_for_bit(webdataset, tmp_path):
     shutil.copy(tmp_path / "whole/checkpoint-00000008.pth", other)
     result = command(*arguments, "--num_workers", 1, "--output_dir", other)
     assert result.returncode == 2
-    assert "which 1 processes read with 2 workers each, not 1 with 1; take as many" in result.stderr
+    assert "which 1 processes read with 2 workers each, not 1 with 1; use as many" in result.stderr
     succeed(*arguments, "--output_dir", other)
     a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (tmp_path / "whole", other))
     assert a["epoch"] == b["epoch"] == 1
@@ -456,7 +474,7 @@ def test_validation_images_whose_storage_does_not_answer(workers, few_digits, tm
     monkeypatch.setattr(samples, "PAUSES", ())
     shutil.copytree(few_digits, tmp_path / "data")
     args = settings("--data-path", tmp_path / "data", "--input-size", 32, "--num_workers", workers)
-    loader = build_val_loader(build_dataset(False, args), args)
+    loader = val_loader(args)
     (tmp_path / "data").rename(tmp_path / "away")
     assert run_command("main.py", lambda: list(loader)) == 75
     message = capsys.readouterr().err
@@ -480,7 +498,7 @@ def test_webdataset_with_a_broken_image(webdataset, tmp_path):
         assert len(events) == 1
         assert events[0]["unreadable_image"].startswith(name)
     assert read_log(tmp_path / "skip")[0]["unreadable_images"] == 1
-    assert "--on-bad-image fail: 1 of 48 training images cannot be read" in result.stderr
+    assert "--on-bad-image fail: 1 of 48 training images are unreadable" in result.stderr
     result = command(*arguments, "--eval")
     assert result.returncode == 2
     line = result.stderr.strip().splitlines()[-1]
@@ -528,7 +546,8 @@ def test_damaged_shards_count_in_training(how, policy, status, webdataset, tmp_p
         assert read_log(tmp_path / "run")[0]["unreadable_images"] == 1
     else:
         assert (
-            f"--on-bad-image fail: 1 of 48 training images cannot be read, 0 may be ({path}" in capsys.readouterr().err
+            f"--on-bad-image fail: 1 of 48 training images are unreadable (limit 0), e.g. {path}"
+            in capsys.readouterr().err
         )
 
 
@@ -543,7 +562,7 @@ def test_a_damaged_shard_as_a_command(webdataset, tmp_path):
 def test_timms_pipeline_is_the_one_that_is_known(webdataset, monkeypatch):
     """Or it is refused: its own way is to skip what it cannot read."""
     args = settings(*SMALL, *WEBDATASET, "--data-path", webdataset)
-    loader = build_val_loader(build_dataset(False, args), args)
+    loader = val_loader(args)
     assert sum(len(targets) for _, targets in loader) == 31
     for other in ("_decode", "wds"):
         with monkeypatch.context() as another_version:
@@ -551,8 +570,8 @@ def test_timms_pipeline_is_the_one_that_is_known(webdataset, monkeypatch):
                 another_version.setattr(reader_wds.wds, "tarfile_to_samples", lambda **_: lambda stream: iter(()))
             else:
                 another_version.setattr(reader_wds, "partial", lambda function, **_: lambda sample: function(sample))
-            with pytest.raises(UserError, match="reads webdatasets in a way unknown here"):
-                list(build_val_loader(build_dataset(False, args), args))
+            with pytest.raises(UserError, match="reads webdatasets differently from the versions supported"):
+                list(val_loader(args))
 
 
 def test_webdataset_mistakes(webdataset):
@@ -568,14 +587,14 @@ def test_labels_beyond_the_classes_are_refused(webdataset, workers):
     result = command(*SMALL, *arguments, "--data-path", webdataset, "--eval", "--num_workers", workers)
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if line.startswith("main.py: ")]
-    assert lines == ["main.py: --num-classes 2: an image is labelled 2; labels are numbered from 0"]
+    assert lines == ["main.py: --num-classes 2: an image is labelled 2; labels start at 0"]
     assert "Traceback" not in result.stderr
 
 
 def test_loader_settings(few_digits):
     args = settings(*SMALL, "--data-path", few_digits, "--num_workers", 2)
-    loader = build_train_loader(build_dataset(True, args), args)
+    loader = train_loader(args)
     assert isinstance(loader, DataLoader)
     assert loader.num_workers == 2
     args = settings(*SMALL, "--data-path", few_digits, "--num_workers", 0, "--batch-size", 20, "--mixup", 0)
-    assert len(build_train_loader(build_dataset(True, args), args)) == 2  # 48 = 2 · 20 + 8
+    assert len(train_loader(args)) == 2  # 48 = 2 · 20 + 8

@@ -13,7 +13,7 @@ from mmengine.logging import MMLogger
 
 import dense.backbone
 from sepvit import create_dense
-from utils import UserError
+from training.errors import UserError
 
 
 def build(variant="SepViT_Lite", **kwargs):
@@ -98,7 +98,7 @@ def test_frozen_stages_out_of_range():
 
 @pytest.fixture
 def report(caplog):
-    """What the backbone logged; mmengine's logger hands its records to its own handlers alone."""
+    """Read what the backbone logged. mmengine's logger passes its records to its own handlers only."""
     logger = MMLogger.get_instance("report")
     logger.addHandler(caplog.handler)
     yield lambda: "\n".join(record.getMessage() for record in caplog.records)
@@ -140,17 +140,18 @@ def test_pretrained_forms(classifier, form, argument, tmp_path, report):
     assert set(loaded) | set(not_in_it) == fresh.keys()
     assert all(torch.equal(fresh[name], model.state_dict()[name]) for name in not_in_it)
     text = report()
-    assert f"loaded {len(fresh) - len(not_in_it)} of SepViT_Lite's {len(fresh)} entries" in text
+    assert f"pretrained {path}: SepViT_Lite" in text
+    assert f": loaded {len(fresh) - len(not_in_it)} of {len(fresh)} entries; " in text
     assert f"fresh {len(not_in_it)}: " in text
     assert all(name in text for name in not_in_it)
     assert "norm_list.0.weight" in not_in_it
-    assert "head.weight" in text.split("left out")[1]
+    assert "head.weight" in text.split("dropped")[1]
     assert ("averaged weights" in text) == (form == "averaged")
 
 
-def test_nothing_pretrained_is_said(report):
+def test_missing_pretrained_weights_are_reported(report):
     build().init_weights()
-    assert "SepViT_Lite: random weights, nothing pretrained" in report()
+    assert "SepViT_Lite: randomly initialised, no pretrained weights" in report()
 
 
 def test_pretrained_refusals(classifier, tmp_path):
@@ -175,7 +176,7 @@ def test_other_initialisations_of_mmengine():
 
 
 def test_no_loader_runs_code(tmp_path):
-    """Also mmengine's own loader, which falls back to running it."""
+    """Not even mmengine's own, which would fall back to running it."""
     from mmengine.runner import load_checkpoint
 
     torch.save({"state_dict": {}, "meta": Code(tmp_path / "ran")}, tmp_path / "code.pth")
@@ -190,7 +191,7 @@ def test_no_loader_runs_code(tmp_path):
 
 
 def test_libraries_of_a_host_program_stay_visible(tmp_path):
-    """Hugging Face's `datasets`, whose name a file here has, too."""
+    """Hugging Face's `datasets` stays importable, although a file of this project has the same name."""
     host = tmp_path / "host.py"
     host.write_text(
         "import importlib, sys\n"
@@ -212,14 +213,44 @@ def test_libraries_of_a_host_program_stay_visible(tmp_path):
     assert "function load_dataset" in text
 
 
+OWN_MODULES = (
+    "import importlib, sys\n"
+    "sys.path.append({root!r})\n"
+    "from mmengine.config import Config\n"
+    "from mmengine.registry import MODELS\n"
+    "import dense.backbone\n"
+    "print(type(MODELS.build(dict(type='SepViT_Lite'))))\n"
+    "for name in ('flops', 'loading', 'predict', 'runner', 'settings', 'test', 'train'):\n"
+    "    importlib.import_module(f'dense.{{name}}')\n"
+    "cfg = Config.fromfile({config!r})\n"
+    "print(type(MODELS.build(cfg.model.backbone)))\n"
+    "import datasets, utils\n"
+    "print(datasets.__file__, utils.__file__)\n"
+)
+
+
+def test_host_program_with_its_own_utils_and_datasets(tmp_path):
+    """The backbones, the shared commands and the configs import neither `utils` nor `datasets` of this project."""
+    for name in ("utils", "datasets"):
+        (tmp_path / f"{name}.py").write_text("")
+    host = tmp_path / "host.py"
+    config = ROOT / "segmentation/configs/fpn_sepvit_t_512x512_80k_ade20k.py"
+    host.write_text(OWN_MODULES.format(root=str(ROOT), config=str(config)))
+    lite, tiny, files = succeed(script=host, cwd=tmp_path).splitlines()[-3:]
+    assert "SepViT_Lite" in lite
+    assert "SepViT_Tiny" in tiny
+    assert files == f"{tmp_path / 'datasets.py'} {tmp_path / 'utils.py'}"
+
+
 def test_configs_find_the_backbones_by_themselves(tmp_path):
-    """This folder goes to the end of the path, once."""
+    """The repository is appended to the path, once, unless the package is installed."""
     host = tmp_path / "host.py"
     host.write_text(
-        "import sys\n"
+        "import importlib.util, sys\n"
         "before = list(sys.path)\n"
+        "is_installed = importlib.util.find_spec('dense') is not None\n"
         "from mmengine.config import Config\n"
         f"for _ in range(2): Config.fromfile({str(ROOT / 'detection/configs/mask_rcnn_sepvit_lite_fpn_demo.py')!r})\n"
-        f"assert sys.path == [*before, {str(ROOT)!r}], sys.path\n"
+        f"assert sys.path == before + [{str(ROOT)!r}] * (not is_installed), sys.path\n"
     )
     succeed(script=host, cwd=tmp_path)

@@ -23,7 +23,8 @@ from pycocotools.coco import COCO
 
 import detection.predict
 import detection.test
-from dense.runner import DenseRunner, read_checkpoint
+from dense.mmengine_adapter import read_checkpoint
+from dense.runner import DenseRunner
 from dense.settings import read_config
 from dense.train import build_train_parser, run_training
 
@@ -99,7 +100,7 @@ def test_optimizer(detector, schedule, variant):
     lr = 2e-4 if (detector, schedule) == ("mask_rcnn", 1) else 1e-4
     undecayed = undecayed_names(model) if schedule == 3 else set()
     assert len([name for name in undecayed if ".pos_block." in name]) == (8 if schedule == 3 else 0)
-    if schedule == 3:  # there are norms in the backbone alone, and all have it in their names
+    if schedule == 3:  # only the backbone has norms, and all have the word in their names
         kinds = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.modules.batchnorm._BatchNorm)
         norms = {f"{where}.{name}" for where, module in model.named_modules() if isinstance(module, kinds)
                  for name, _ in module.named_parameters()}  # fmt: skip
@@ -115,7 +116,7 @@ def test_optimizer(detector, schedule, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_static_loss_scale(variant, monkeypatch):
-    """Neither gradients that are finite nor others change it."""
+    """The loss scale stays the same, with finite gradients and with others."""
     monkeypatch.setattr(amp_optimizer_wrapper, "is_cuda_available", lambda: True)
     monkeypatch.setattr(amp_optimizer_wrapper, "GradScaler", partial(torch.amp.GradScaler, device="cpu"))
     layer = torch.nn.Linear(1, 1)
@@ -179,7 +180,7 @@ def test_data(detector, schedule, variant):
 
 @pytest.mark.parametrize("detector", ["retinanet", "mask_rcnn"])
 def test_every_parameter_gets_a_gradient(detector):
-    """So that data parallelism needs no find_unused_parameters."""
+    """Data parallelism therefore needs no find_unused_parameters."""
     from mmdet.testing import demo_mm_inputs
 
     model = model_of(detector, 1, "t").train()
@@ -197,7 +198,7 @@ def test_every_parameter_gets_a_gradient(detector):
 
 
 def test_demo_scenes(demo_data):
-    """pycocotools reads them; boxes and masks agree with each other and with the segmentation demo's labels."""
+    """pycocotools reads the scenes. Boxes and masks agree with each other and with the segmentation demo's labels."""
     for name, split, count in (("train2017", "training", 600), ("val2017", "validation", 100)):
         coco = COCO(str(demo_data / f"coco/annotations/instances_{name}.json"))
         assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == list("0123456789")
@@ -239,7 +240,7 @@ def scenes(demo_data, tmp_path_factory) -> Path:
 
 
 def small(scenes: Path, epochs: int = 1) -> list[str]:
-    """Options that make a run small: two iterations an epoch on one process."""
+    """Options that make a run small: two iterations per epoch on one process."""
     return ["--cfg-options", f"data_root={scenes}", f"train_cfg.max_epochs={epochs}", "train_cfg.val_interval=1",
             "default_hooks.checkpoint.interval=1", "train_dataloader.batch_size=4", "train_dataloader.num_workers=0",
             "val_dataloader.num_workers=0", "test_dataloader.num_workers=0",
@@ -250,8 +251,8 @@ def run(name: str, *arguments, **kwargs) -> str:
     return succeed(*arguments, script=f"detection/{name}", cwd=ROOT / "detection", **kwargs)
 
 
-def figures(text: str) -> list[str]:
-    """The last figures of the evaluation, of boxes and of masks."""
+def figures(text: str) -> list[list[str]]:
+    """The last figures of the evaluation, for boxes and for masks."""
     return [re.findall(rf"coco/{kind}_mAP_50: ([\d.-]+)", text)[-1:] for kind in ("bbox", "segm")]
 
 
@@ -264,7 +265,7 @@ def retinanet(tmp_path_factory) -> Path:
         "model = dict(backbone=dict(_delete_=True, type='SepViT_Lite', drop_path_rate=0.1),\n"
         "             neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),\n"
         "             bbox_head=dict(in_channels=64, feat_channels=64, stacked_convs=1, num_classes=10))\n"
-        "model['test_cfg'] = dict(score_thr=0.0)\n"  # else there is nothing to evaluate
+        "model['test_cfg'] = dict(score_thr=0.0)\n"  # otherwise there is nothing to evaluate
         "scale = dict(type='Resize', scale=(160, 128), keep_ratio=True)\n"
         "meta = dict(classes=tuple('0123456789'))\n"
         "load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True), scale]\n"
@@ -282,7 +283,7 @@ def trained(scenes, tmp_path_factory) -> Path:
     """The work dir of a small run of Mask R-CNN."""
     work_dir = tmp_path_factory.mktemp("trained")
     text = run("train.py", DEMO, "--work-dir", work_dir, "--seed", "0", "--auto-scale-lr", *small(scenes))
-    assert "SepViT_Lite: random weights, nothing pretrained" in text
+    assert "SepViT_Lite: randomly initialised, no pretrained weights" in text
     assert "current batch size is 4. Scaling the original LR by 0.25" in text
     assert f"trained: checkpoints and logs are in {work_dir}" in text
     assert all(figures(text))
@@ -308,7 +309,7 @@ def test_evaluation_detections_and_pictures(trained, scenes, tmp_path):
     assert {"bboxes", "scores", "labels", "masks"} <= results[0]["pred_instances"].keys()
     assert sorted(path.name for path in pictures.iterdir()) == ["000000000001.jpg", "000000000002.jpg"]
     assert Image.open(pictures / "000000000001.jpg").size == (320, 128)  # truth and detections
-    # in COCO's format, alone
+    # only write COCO's format
     text = run("test.py", DEMO, trained / "epoch_1.pth", "--format-only", "--work-dir", tmp_path / "f", *small(scenes))
     assert not any(figures(text))
     written = json.loads((tmp_path / "f/results.segm.json").read_text())
@@ -317,7 +318,7 @@ def test_evaluation_detections_and_pictures(trained, scenes, tmp_path):
 
 
 def test_half_precision_in_evaluation(scenes, tmp_path):
-    """Of Mask R-CNN 3x, here with the demo's sizes; a CPU evaluates in float32 and says so."""
+    """Mask R-CNN 3x evaluates in half precision, here with the demo's sizes. A CPU uses float32 and reports it."""
     path = tmp_path / "lite.py"
     name, own = (str(CONFIGS / f"{NAMES['mask_rcnn', schedule].format('t')}.py") for schedule in (1, 3))
     path.write_text(DEMO.read_text().replace(Path(name).name, own))
@@ -337,7 +338,7 @@ def test_half_precision_in_evaluation(scenes, tmp_path):
 
 @pytest.mark.parametrize("detector", ["mask_rcnn", pytest.param("retinanet", marks=pytest.mark.slow)])
 def test_commands_of_the_page_on_two_processes(detector, retinanet, scenes, tmp_path):
-    """Train and evaluate by the scripts; same figures as on one process."""
+    """Train and evaluate with the scripts. The figures are the same as on one process."""
     path, work_dir, port = retinanet if detector == "retinanet" else DEMO, tmp_path / "work dir", {"PORT": free_port()}
     text = script("dist_train.sh", path, 2, "--work-dir", work_dir, *small(scenes), environment=port)
     assert text.count("trained: ") == 1
@@ -354,7 +355,7 @@ def test_commands_of_the_page_on_two_processes(detector, retinanet, scenes, tmp_
 @pytest.mark.parametrize(("detector", "schedule"), [("retinanet", 1), ("mask_rcnn", 3)])
 def test_paper_configs_on_two_processes(detector, schedule, scenes, tmp_path):
     path, port = f"configs/{NAMES[detector, schedule].format('t')}.py", {"PORT": free_port()}
-    # the digits take the places of the first ten of COCO's classes
+    # the digits replace the first ten classes of COCO
     categories = [dict(id=i, name=name) for i, name in enumerate(CocoDataset.METAINFO["classes"], start=1)]
     (tmp_path / "coco/annotations").mkdir(parents=True)
     for split in ("train2017", "val2017"):
@@ -364,7 +365,7 @@ def test_paper_configs_on_two_processes(detector, schedule, scenes, tmp_path):
         (tmp_path / f"coco/annotations/instances_{split}.json").write_text(json.dumps(content))
     options = [*small(tmp_path / "coco"), "train_dataloader.batch_size=1"]
     if detector == "retinanet":
-        options.append("model.test_cfg.score_thr=0.0")  # else there is nothing to evaluate
+        options.append("model.test_cfg.score_thr=0.0")  # otherwise there is nothing to evaluate
     text = script("dist_train.sh", path, 2, "--from-scratch", "--work-dir", tmp_path, *options, environment=port)
     assert "Epoch(val)" in text
     text = script("dist_test.sh", path, tmp_path / "epoch_1.pth", 2, "--eval", "mAP", "--work-dir", tmp_path, *options,
@@ -372,9 +373,9 @@ def test_paper_configs_on_two_processes(detector, schedule, scenes, tmp_path):
     assert figures(text)[0]
 
 
-@pytest.mark.slow  # segmentation's, in the short form, are the same but for the names
+@pytest.mark.slow  # segmentation's quick test covers the same script with other names
 def test_slurm_script(scenes, tmp_path):
-    """srun itself is played by a script that starts the tasks as it would."""
+    """A script takes the place of srun, and starts the tasks as it would."""
     environment = {**play_srun(tmp_path), "GPUS": "2"}
     text = script("slurm_train.sh", "gpu", "job", DEMO, "--no-validate", "--work-dir", tmp_path, *small(scenes),
                   environment=environment)  # fmt: skip
@@ -383,9 +384,9 @@ def test_slurm_script(scenes, tmp_path):
 
 
 def test_own_tools_of_mmdet(scenes, tmp_path):
-    """Our configs from mmdet's train.py and test.py, from any folder, with nothing on the path."""
+    """mmdet's train.py and test.py run our configs from any folder, without a change of the path."""
     tools = Path(mmdet.__file__).parent / ".mim/tools"
-    (tmp_path / "scenes").symlink_to(scenes)  # mmdet's options lose spaces, and data_root alone moves nothing there
+    (tmp_path / "scenes").symlink_to(scenes)  # mmdet's options drop spaces, and its data_root does not move the data
     roots = [f"{split}_dataloader.dataset.data_root={tmp_path}/scenes" for split in ("train", "val", "test")]
     roots += [
         f"{split}_evaluator.ann_file={tmp_path}/scenes/annotations/instances_val2017.json" for split in ("val", "test")
@@ -417,7 +418,7 @@ def test_get_flops():
 
 @pytest.fixture(scope="module")
 def files(trained, tmp_path_factory) -> Path:
-    """Checkpoints to stumble over."""
+    """Write checkpoints, most of them faulty."""
     root = tmp_path_factory.mktemp("bad")
     checkpoint = read_checkpoint(str(trained / "epoch_1.pth"), "checkpoint")
     torch.save(checkpoint, root / "good.pth")
@@ -439,10 +440,10 @@ MISTAKES = {
     "nothing to do": ("test", GOOD, "nothing to do: give --eval bbox, --out FILE.pkl, --format-only or --show-dir DIR"),
     "unknown metric": ("test", [*GOOD, "--eval", "mIoU"], "--eval mIoU: unknown; choose from bbox, segm, mAP"),
     "masks of RetinaNet": ("test", ["{tiny}", "{files}/good.pth", "--eval", "segm"],
-                           "--eval segm: RetinaNet gives no masks; choose bbox"),
+                           "--eval segm: RetinaNet predicts no masks; choose bbox"),
     "two at once": ("test", [*GOOD, "--eval", "bbox", "--format-only"], "--eval and --format-only: choose one"),
     "out that is no pickle": ("test", [*GOOD, "--out", "a.json"], "--out a.json: takes the name of a .pkl file"),
-    "flag of mmdet 2.8": ("test", [*GOOD, "--show"], "--show: pictures are written by --show-dir DIR"),
+    "flag of mmdet 2.8": ("test", [*GOOD, "--show"], "--show: use --show-dir DIR, which writes the pictures"),
     "no TTA": ("test", [*GOOD, "--eval", "bbox", "--aug-test"], "--aug-test: CONFIG"),
     "score beyond one": ("test", [*GOOD, "--show-dir", "a", "--show-score-thr", "30"], "--show-score-thr: 30"),
     "missing checkpoint": ("test", ["{demo}", "none.pth", *EVALUATE], "CHECKPOINT none.pth: no such file"),

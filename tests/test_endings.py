@@ -20,17 +20,15 @@ from types import SimpleNamespace
 import commands
 import pytest
 import torch
-from conftest import ROOT, SMALL, command
+from conftest import ROOT, SMALL, command, refusal
 from torch._utils import ExceptionWrapper
 
-import checkpoints
-import datasets
 import engine
-import faults
 import main
-import runs
-import utils
-from training.commands import out_of_memory, out_of_shared_memory, run_command
+from training import checkpoints, output, storage, watchdog
+from training.commands import run_command
+from training.errors import UserError, out_of_memory, out_of_shared_memory
+from training.watchdog import Heartbeat, Preemption, RankState, Watchdog
 
 sys.path.append(str(ROOT / "tests/faults"))
 from harness import LIMIT, RESUME_STATUS, STARTED, Run, differences, end_all
@@ -78,9 +76,10 @@ def start_real(
     folder.mkdir(exist_ok=True)
     whole = ["bash", "-c", f'exec "$@" {redirection}', "bash", *before, sys.executable, ROOT / "main.py", *arguments]
     with (folder / "errors.txt").open("w") as errors:
-        STARTED.append(subprocess.Popen(list(map(str, whole)), cwd=folder, stdout=stdout, stderr=errors, text=True,
-                                        env=real_environment(**variables), start_new_session=True))  # fmt: skip
-    return STARTED[-1]
+        process = subprocess.Popen(list(map(str, whole)), cwd=folder, stdout=stdout, stderr=errors, text=True,
+                                   env=real_environment(**variables), start_new_session=True)  # fmt: skip
+    STARTED.append(process)
+    return process
 
 
 def errors_of(folder: Path) -> str:
@@ -93,15 +92,6 @@ def run_here(arguments: list[str | Path], capsys: pytest.CaptureFixture) -> tupl
     printed, errors = capsys.readouterr()
     lines = [line for line in errors.splitlines() if "Warning" not in line and not line.startswith(" ")]
     return status, printed, lines
-
-
-def the_line(arguments: list[str | Path], capsys: pytest.CaptureFixture) -> str:
-    """Run the command in this process, expect a user's mistake, return the one line it leaves."""
-    status, _, lines = run_here(arguments, capsys)
-    assert status == 2, lines
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("main.py: ")
-    return lines[0]
 
 
 def scripted(folder: Path, body: str) -> Path:
@@ -151,13 +141,15 @@ def unprinted(few_digits, tmp_path_factory) -> dict[str, SimpleNamespace]:
     root, processes = tmp_path_factory.mktemp("unprinted"), {}
     folder = root / "reader that leaves/run"
     folder.mkdir(parents=True)
-    lock = runs.lock_folder(folder, patience=1)  # the run says so, and waits until its reader has left
+    lock = output.lock_folder(folder, heartbeat_timeout=1)  # the run says so, and waits until its reader has left
     for name, redirection in OUTPUTS.items():
         stdout = subprocess.DEVNULL if redirection else subprocess.PIPE
         processes[name] = start_real([*CPU, "--print-freq", "1", "--data-path", few_digits, "--output_dir", "run"],
                                      root / name, redirection=redirection, stdout=stdout)  # fmt: skip
     processes["mistake"] = start_real(["--epochs", "0"], root / "mistake", redirection=">/dev/full 2>&1")
     reader = processes["reader that leaves"].stdout
+    assert reader is not None
+    assert lock is not None
     first = reader.readline().rstrip("\n")
     reader.close()
     os.close(lock)
@@ -165,21 +157,21 @@ def unprinted(few_digits, tmp_path_factory) -> dict[str, SimpleNamespace]:
                                   read=first) for name, process in processes.items()}  # fmt: skip
 
 
-@pytest.mark.parametrize("output", OUTPUTS)
-def test_printing_never_ends_a_run(output, unprinted):
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_printing_never_ends_a_run(kind, unprinted):
     """It trains to its end, and what it could not print is in log.txt."""
-    ended = unprinted[output]
+    ended = unprinted[kind]
     assert ended.status == 0, ended.errors
     assert "Exception ignored" not in ended.errors
     assert "Traceback" not in ended.errors
-    log = utils.read_log(ended.run / "log.txt")
+    log = output.read_log(ended.run / "log.txt")
     lines = [line for entry in log for line in entry.get("not_printed", [])]
     assert any(line.startswith("epoch 0 [3/3] loss") for line in lines)
     assert lines[-1].startswith("trained in")
-    assert len(utils.epochs_of(log)) == 1
+    assert len(output.epoch_entries(log)) == 1
     assert checkpoints.damage(ended.run / "checkpoint.pth") is None
-    if output == "reader that leaves":
-        assert ended.read.startswith("--output_dir run: another run writes there; waiting")
+    if kind == "reader that leaves":
+        assert ended.read.startswith("output folder run: another run writes to it; waiting")
         assert ended.read not in lines
 
 
@@ -200,7 +192,7 @@ def test_help_in_ascii(monkeypatch):
     assert not end.value.code
     printed = stream.buffer.getvalue().decode("ascii")
     assert printed.startswith("usage: ")
-    assert "timm's readers: wds/\\u2026" in " ".join(printed.split())
+    assert "a timm reader: wds/\\u2026" in " ".join(printed.split())
 
 
 def test_names_in_ascii(few_digits, tmp_path, capsys, monkeypatch):
@@ -273,8 +265,10 @@ def test_too_many_open_files_are_a_mistake_with_advice(error, capsys):
     def fail() -> None:
         raise error
 
-    assert run_command("main.py", fail) == 2
-    assert capsys.readouterr().err.startswith("main.py: too many open files; raise the limit (ulimit -n), or use fewer")
+    assert run_command("main.py", fail, main.build_parser()) == 2
+    assert capsys.readouterr().err.startswith(
+        "main.py: too many open files; raise the limit (ulimit -n), or use fewer --num_workers"
+    )
 
 
 @pytest.mark.parametrize("error", [of_worker(RuntimeError(FULL)), RuntimeError(BUS_ERROR)], ids=["full", "bus error"])
@@ -282,7 +276,7 @@ def test_little_shared_memory_is_a_mistake_with_advice(error, capsys):
     def fail() -> None:
         raise error
 
-    assert run_command("main.py", fail) == 2
+    assert run_command("main.py", fail, main.build_parser()) == 2
     line = capsys.readouterr().err
     assert line.startswith("main.py: /dev/shm")
     assert line.count("\n") == 1
@@ -323,7 +317,7 @@ def test_out_of_memory(memory, few_digits, tmp_path, capsys, monkeypatch):
         raise OUT_OF_MEMORY[memory]
 
     monkeypatch.setattr(engine.DistillationLoss, "forward", fail)
-    line = the_line([*CPU, "--data-path", few_digits, "--output_dir", tmp_path / "run"], capsys)
+    line = refusal(main.run, "main", [*CPU, "--data-path", few_digits, "--output_dir", tmp_path / "run"], capsys)
     assert line.startswith("main.py: out of memory (")
     assert all(setting in line for setting in MEMORY_SETTINGS)
 
@@ -379,24 +373,24 @@ def test_a_process_alone_that_hangs(few_digits, tmp_path):
     throughput = start_script(scripted(tmp_path / "throughput", STUCK), "--throughput", *SMALL_BATCHES, "--timeout",
                               "10", "--data-path", few_digits)  # fmt: skip
     for process, text, place, advice in (
-        (training, run.text, "epoch 0, step 3", faults.RESUME_ADVICE),
+        (training, run.text, "epoch 0, step 3", main.RESUME),
         (evaluation.process, evaluation.text, "batch 1 of validation", "run the same command again"),
         (throughput.process, throughput.text, "throughput, warm-up", "run the same command again"),
     ):
         assert process.wait(LIMIT) == RESUME_STATUS, text()
         last = text().splitlines()[-1]
-        pattern = rf"main\.py: process 0: hangs at {place}: nothing has moved for \d+ s; {advice}"
+        pattern = rf"main\.py: process 0: hangs at {place}: no progress for \d+ s; {advice}"
         assert re.fullmatch(pattern, last), last
-    assert "--auto-resume" in faults.RESUME_ADVICE
+    assert "--auto-resume" in main.RESUME
 
 
 def test_before_the_first_step_a_process_may_rest(monkeypatch):
     """While it looks through its images, half an hour; and no longer than `--timeout` where that is more."""
-    watch = faults.Watch(10, "env://", faults.Preemption())
-    assert watch._limit() == faults.SETUP
-    watch.preemption.has_progress = True
-    assert watch._limit() == 10
-    assert faults.longest_rest(7200) == 7200
+    dog = Watchdog(10, "env://", Preemption("main.py"), main.RESUME)
+    assert dog._hang_timeout() == watchdog.STARTUP_TIMEOUT
+    dog.preemption.has_progress = True
+    assert dog._hang_timeout() == 10
+    assert watchdog.startup_timeout(7200) == 7200
 
 
 class EndedError(Exception):
@@ -414,23 +408,24 @@ def no_exit(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "status", "way_out"),
+    ("state", "cause", "status", "way_out"),
     [
-        ("failed (RuntimeError: size mismatch)", 1, "; mend the cause that it printed, then run the same command with"),
-        ("was lost (MachineError: storage)", RESUME_STATUS, "(MachineError: storage); run the same command with"),
+        (RankState.FAILED, "RuntimeError: size mismatch", 1, "; fix the cause that it printed, then run the same"),
+        (RankState.LOST, "MachineError: storage", RESUME_STATUS, "(MachineError: storage); run the same command with"),
     ],
     ids=["failed", "lost"],
 )
-def test_advice_where_another_process_ended(state, status, way_out, no_exit, capsys):
+def test_advice_where_another_process_ended(state, cause, status, way_out, no_exit, capsys):
     """One that failed by an error of its own would fail again."""
-    beats = [dict(state=state, ticks=[0, 4], place="epoch 0, step 3", host="there", preempted=False) for _ in range(2)]
-    beats[0]["state"] = "lives"
-    watch = faults.Watch(10, "env://", faults.Preemption())
+    beats = [Heartbeat(s, cause, (0, 4), "epoch 0, step 3", "there", False, 0.0) for s in (RankState.RUNNING, state)]
+    beats = [Heartbeat.from_json(beat.to_json()) for beat in beats]  # as they arrive
     with pytest.raises(EndedError) as end:
-        watch._judge(beats, [0.0, 2.0], 0.0)
+        Watchdog(10, "env://", Preemption("main.py"), main.RESUME)._judge(beats, [0.0, 2.0], 0.0)
     assert end.value.args == (status,)
     line = capsys.readouterr().err
-    assert line.startswith(f"main.py: process 0: process 1 (there), last seen at epoch 0, step 3, {state}")
+    assert line.startswith(
+        f"main.py: process 0: process 1 (there), last seen at epoch 0, step 3, {state.value} ({cause})"
+    )
     assert way_out in line
     assert line.count("\n") == 1
 
@@ -450,17 +445,17 @@ class Polls:
                          ids=["hangs", "was stopped"])  # fmt: skip
 def test_a_process_that_was_stopped_does_not_hang(seconds, ends, no_exit, monkeypatch, capsys):
     """As by Ctrl-Z: the watch stood still, too."""
-    preemption = faults.Preemption()
+    preemption = Preemption("main.py")
     preemption.has_progress = True
-    watch = faults.Watch(10, "env://", preemption)
-    watch._ended = Polls(seconds)
-    monkeypatch.setattr(faults.time, "monotonic", lambda: watch._ended.now)
+    dog = Watchdog(10, "env://", preemption, main.RESUME)
+    dog._ended = Polls(seconds)
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: dog._ended.now)
     if ends:
         with pytest.raises(EndedError):
-            watch._run_alone()
-        assert "hangs at the start: nothing has moved for 11 s" in capsys.readouterr().err
+            dog._watch_alone()
+        assert "hangs at the start: no progress for 11 s" in capsys.readouterr().err
     else:
-        watch._run_alone()
+        dog._watch_alone()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -494,11 +489,11 @@ def test_interrupted_training_goes_on_where_it_was(few_digits, tmp_path):
     assert process.wait(LIMIT) == INTERRUPT_STATUS, run.text()
     assert run.text().count("main.py: interrupted: finishing the step and saving") == 1
     last = run.text().splitlines()[-1]
-    assert last.startswith("main.py: ended by a signal before epoch 0, step 3; the same command with --auto-resume")
+    assert last.startswith("main.py: stopped by a signal before epoch 0, step 3; the same command with --auto-resume")
     assert "Traceback" not in run.text()
     assert [path.name for path in checkpoints.numbered(run.output)] == ["checkpoint-00000003.pth"]
     run.command[1] = script
-    assert "going on with epoch 0, step 3" in run.finish()
+    assert "resuming at epoch 0, step 3" in run.finish()
     a, b = (torch.load(output / "checkpoint.pth", weights_only=True) for output in (run.output, undisturbed.output))
     assert differences(a["model"], b["model"]) == []
     assert differences(a["optimizer"], b["optimizer"]) == []
@@ -510,7 +505,7 @@ def test_second_interrupt_ends_at_once(few_digits, tmp_path):
     process = run.start()
     run.wait_for(process, "] loss", 2)
     os.killpg(process.pid, signal.SIGINT)
-    run.wait_for(process, "Ctrl-C again ends it at once")
+    run.wait_for(process, "press Ctrl-C again to end at once")
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(LIMIT) == INTERRUPT_STATUS
@@ -615,18 +610,18 @@ def open_data(few_digits) -> Iterator[Path]:
 def test_folder_without_permission(name, open_data):
     closed = open_data / name
     args = main.build_parser().parse_args([*CPU, "--data-path", str(open_data)])
-    assert datasets.build_dataset(False, args).num_classes == 3
+    assert main.build_data(args, is_train=False).num_classes == 3
     closed.chmod(0)
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
     try:
-        with pytest.raises(utils.UserError) as error:
-            datasets.build_dataset(False, args)
+        with pytest.raises(UserError) as error:
+            main.build_data(args, is_train=False)
     finally:
         os.seteuid(user)
     line = str(error.value)
-    assert line.startswith(f"--data-path {open_data}: ")
+    assert line.startswith(f"`data_path` {open_data}: ")
     assert f"{closed}" in line
     assert "Permission denied" in line
 
@@ -644,9 +639,9 @@ def test_names_with_line_breaks_and_other_bytes(few_digits, tmp_path, capsys, mo
     status, printed, lines = run_here([*CPU, "--data-path", "data", "--output_dir", "run"], capsys)
     assert (status, lines) == (0, [])
     name = os.fsdecode(b"data/train/caf\xe9/a\nb.png")
-    log = utils.read_log(tmp_path / "run/log.txt")
+    log = output.read_log(tmp_path / "run/log.txt")
     assert [entry["unreadable_image"] for entry in log if "unreadable_image" in entry] == [name]
-    assert utils.epochs_of(log)[-1]["unreadable_images"] == 1
+    assert output.epoch_entries(log)[-1]["unreadable_images"] == 1
     named = [line for line in printed.splitlines() if "unreadable_image " in line]
     assert len(named) == 1
     assert named[0].endswith(r"unreadable_image data/train/caf\udce9/a\nb.png")
@@ -670,7 +665,7 @@ def test_folders_that_are_no_utf8(few_digits, tmp_path, capsys):
 def test_validation_image_whose_name_has_a_line_break(few_digits, tmp_path, capsys):
     data = copied(few_digits, tmp_path / "data")
     (data / "val/1/a\nb.png").write_text("no image")
-    line = the_line(["--eval", *CPU, "--data-path", data], capsys)
+    line = refusal(main.run, "main", ["--eval", *CPU, "--data-path", data], capsys)
     assert line.startswith(rf"main.py: image {data}/val/1/a\nb.png: cannot be read (UnidentifiedImageError")
 
 
@@ -681,7 +676,7 @@ def test_pipe_among_training_images(few_digits, tmp_path):
     arguments = [*CPU, "--num_workers", "1", "--batch-size", "14", "--epochs", "4", "--data-path", data]
     result = command(*arguments, "--output_dir", tmp_path / "run", timeout=LIMIT)
     assert result.returncode == 0, result.stdout + result.stderr
-    log = utils.read_log(tmp_path / "run/log.txt")
+    log = output.read_log(tmp_path / "run/log.txt")
     assert [entry["unreadable_image"] for entry in log if "unreadable_image" in entry] == [f"{data}/train/1/x.png"]
 
 
@@ -711,8 +706,8 @@ def test_evaluation_on_a_full_disk(before, few_digits, tmp_path, capsys, monkeyp
 
     if before:
         (tmp_path / "eval.json").write_text(before)
-    monkeypatch.setattr(utils.os, "fsync", fail)
-    line = the_line(["--eval", *CPU, "--data-path", few_digits, "--output_dir", tmp_path], capsys)
+    monkeypatch.setattr(storage.os, "fsync", fail)
+    line = refusal(main.run, "main", ["--eval", *CPU, "--data-path", few_digits, "--output_dir", tmp_path], capsys)
     assert line.startswith(f"main.py: --output_dir {tmp_path}: eval.json could not be written (No space left on device")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == ({"eval.json": before} if before else {})
 

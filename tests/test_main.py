@@ -23,13 +23,15 @@ from conftest import GOLDEN, PLAIN, ROOT, SMALL, command, free_port, read_log, s
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import checkpoints
 import main
-import runs
-import utils
-from checkpoints import load_optimizer, read_checkpoint
-from engine import DistillationLoss, Precision, Supervision, train_one_epoch
-from faults import Agreement, Preemption, Watch
+from engine import DistillationLoss, LoopSettings, train_one_epoch
+from training import checkpoints, output, resume
+from training.checkpoints import load_optimizer, read_checkpoint
+from training.devices import available_cores
+from training.errors import UserError
+from training.monitor import DelayedFlags, MonitorSettings, StepMonitor
+from training.state import Precision
+from training.watchdog import Preemption, Watchdog
 
 CHECKPOINT_KEYS = {"model", "optimizer", "lr_scheduler", "epoch", "scaler", "args"}
 
@@ -132,7 +134,7 @@ def test_dist_eval_is_exact_on_any_number_of_processes(trained, some_digits):
 def test_input_of_another_size_evaluates_with_resampled_tokens(trained, some_digits):
     printed = succeed("--eval", "--resume", trained[0] / "checkpoint.pth", "--model", "SepViT_Lite",
                       "--input-size", 96, "--data-path", some_digits, "--num_workers", 1)  # fmt: skip
-    assert "of another image size; resampled" in printed
+    assert "of another image size or form: resampled" in printed
     assert "blocks.0.0.win_tokens" in printed
     assert "100 images" in printed
 
@@ -140,7 +142,7 @@ def test_input_of_another_size_evaluates_with_resampled_tokens(trained, some_dig
 def test_defaults_are_the_reference_recipe():
     args = vars(main.build_parser().parse_args([]))
     expected = dict(
-        batch_size=64, epochs=300, seed=0, num_workers=min(10, utils.available_cores()), pin_mem=True,
+        batch_size=64, epochs=300, seed=0, num_workers=min(10, available_cores()), pin_mem=True,
         output_dir="", resume="", start_epoch=0,
         eval=False, dist_eval=False, throughput=False, finetune="", world_size=1, dist_url="env://",
         model="SepViT_Tiny", input_size=224, drop=0.0, drop_path=0.2,
@@ -168,10 +170,10 @@ def test_help_lists_every_setting():
 
 
 def test_learning_rates_are_those_of_the_reference_run(monkeypatch):
-    monkeypatch.setattr(utils, "get_world_size", lambda: 8)
+    monkeypatch.setattr(main, "get_world_size", lambda: 8)
     args = main.build_parser().parse_args(["--batch-size", "128", "--device", "cpu"])
     model = torch.nn.Linear(2, 2)
-    training = main.build_training(args, model, main.build_precision(args, torch.device("cpu")))
+    training = main.build_training(args, model, main.build_precision(args, torch.device("cpu")), args.accum_steps)
     rates = []
     for epoch in range(300):
         rates.append(training.optimizer.param_groups[0]["lr"])
@@ -227,7 +229,7 @@ def prepared(*arguments, model=None):
     args = main.build_parser().parse_args([*map(str, SMALL), "--device", "cpu", *map(str, arguments)])
     precision = main.build_precision(args, torch.device("cpu"))
     model = model or main.build_model(args, 3, precision)
-    return args, precision, main.build_training(args, model, precision)
+    return args, precision, main.build_training(args, model, precision, args.accum_steps)
 
 
 def one_epoch(args, precision, training, criterion=None, batches=1):
@@ -235,9 +237,12 @@ def one_epoch(args, precision, training, criterion=None, batches=1):
     batch = (torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), [""] * 4)
     loader = DataLoader([batch] * batches, batch_size=None, collate_fn=lambda batch: batch)
     criterion = criterion or DistillationLoss(torch.nn.CrossEntropyLoss())
-    watch, agreement = Watch(600, "env://", Preemption()), Agreement(precision.device, 0)
-    supervision = Supervision(args, watch, agreement, 100, None, print, lambda: None)
-    return train_one_epoch(training, loader, criterion, precision, args, None, supervision)
+    watchdog = Watchdog(600, "env://", Preemption("main.py"), main.RERUN)
+    limits = main.settings_from(args, MonitorSettings, unreadable_limit=1, dataset_size=100)
+    monitor = StepMonitor(limits, watchdog, DelayedFlags(precision.device, 0), Path(), print, lambda: None)
+    return train_one_epoch(
+        training, loader, criterion, precision, main.settings_from(args, LoopSettings), None, monitor
+    )
 
 
 @pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
@@ -281,12 +286,12 @@ def test_clip_grad_bounds_the_step():
     assert norms[1] == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_running_statistics_of_a_step_that_is_left_out_are_too():
+def test_a_skipped_step_restores_running_statistics():
     """SepViT has none; other networks of timm's do."""
     images = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3))
     args, precision, training = prepared("--model-ema", model=images)
     before = {name: value.clone() for name, value in images.state_dict().items()}
-    with pytest.raises(utils.UserError, match="loss or gradients were not finite in any step"):
+    with pytest.raises(UserError, match="loss or gradients were not finite in any step"):
         one_epoch(args, precision, training, criterion=lambda images, outputs, targets: outputs.sum() * torch.inf)
     assert training.bad_steps == 1
     assert all(torch.equal(value, before[name]) for name, value in images.state_dict().items())
@@ -347,20 +352,24 @@ def test_accumulation_equals_a_larger_batch(few_digits, tmp_path):
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_loop_does_not_wait_for_the_device(few_digits, tmp_path, monkeypatch):
-    """This code reads as many numbers off the device in an epoch of 24 steps as in one of 3: none a step.
+# Modules whose tensors are on the CPU, and whose reads wait for nothing: indices, flags one step old, loader workers.
+CPU_ONLY = ("samplers.py", "monitor.py", "samples.py")
 
-    As on GPUs, where AdamW is fused. Indices live on the CPU, and so do the copies of the last step's facts.
+
+def test_the_loop_does_not_wait_for_the_device(few_digits, tmp_path, monkeypatch):
+    """This code reads as many numbers off the device in an epoch of 24 steps as in one of 3: none per step.
+
+    AdamW is fused, as on GPUs. Indices live on the CPU, and so do the copies of the last step's flags.
     """
     cuda = Precision(torch.device("cuda"), torch.bfloat16)
-    assert main.reading_lag(main.build_parser().parse_args([]), cuda) == 1
+    assert main.flag_delay(main.build_parser().parse_args([]), cuda) == 1
     monkeypatch.setattr(main, "create_optimizer_v2", partial(main.create_optimizer_v2, fused=True))
     reads = []
 
     def watched(original, name):
         def read(tensor, *arguments, **kwargs):
             caller = sys._getframe(1).f_code.co_filename
-            own = Path(caller).parent == ROOT and Path(caller).name not in ("samplers.py", "faults.py")
+            own = Path(caller).parent in (ROOT, ROOT / "training") and Path(caller).name not in CPU_ONLY
             if own:  # an optimiser's own step counters live on the CPU: no wait there
                 reads.append((Path(caller).name, name))
             return original(tensor, *arguments, **kwargs)
@@ -382,7 +391,7 @@ def test_the_loop_does_not_wait_for_the_device(few_digits, tmp_path, monkeypatch
 # -------------------------------------------------------------------------------------------------- resume and finetune
 
 
-def test_resume_goes_on(few_digits, tmp_path):
+def test_resume_continues(few_digits, tmp_path):
     settings = [
         *SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--model-ema", "--warmup-epochs",
         1,
@@ -391,10 +400,10 @@ def test_resume_goes_on(few_digits, tmp_path):
     path = tmp_path / "run/checkpoint.pth"
     first = torch.load(path, weights_only=True)
     printed = succeed(*settings, "--epochs", 4, "--resume", path, "--lr", 1e-3)
-    assert "going on with epoch 2" in printed
+    assert "resuming at epoch 2" in printed
     log = read_log(tmp_path / "run")
     assert [entry["epoch"] for entry in log] == [0, 1, 2, 3]
-    base = 1e-3 * 16 / 512  # the rates of the command that goes on: cosine, stepped behind epochs 1 and 2 of 4
+    base = 1e-3 * 16 / 512  # the rates of the resuming command: cosine, stepped after epochs 1 and 2 of 4
     rates = [1e-5 + (base - 1e-5) * (1 + np.cos(np.pi * epoch / 4)) / 2 for epoch in (1, 2)]
     assert [entry["train_lr"] for entry in log[2:]] == pytest.approx(rates)
     second = torch.load(path, weights_only=True)
@@ -408,10 +417,10 @@ def test_resume_goes_on(few_digits, tmp_path):
 def test_resume_restores_what_the_checkpoint_holds(tmp_path):
     args, precision, training = prepared("--model-ema", "--epochs", 5)
     one_epoch(args, precision, training)
-    training.best_accuracy, training.epoch, training.step = 55.5, 3, 0
+    training.best_accuracy, training.epoch, training.epoch_step = 55.5, 3, 0
     args, _, resumed = prepared("--model-ema", "--epochs", 5)
-    runs.restore(args, resumed, runs.Source("--resume", "c.pth", training.checkpoint() | dict(args=vars(args))))
-    assert (resumed.epoch, resumed.best_accuracy, resumed.steps) == (3, 55.5, 1)
+    resume.restore(resumed, resume.Source("c.pth", False, training.checkpoint() | dict(args=vars(args))), vars(args))
+    assert (resumed.epoch, resumed.best_accuracy, resumed.global_step) == (3, 55.5, 1)
     for mine, theirs in ((resumed.model, training.model), (resumed.ema.module, training.ema.module)):
         assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters()))
     ours, others = (t.optimizer.state_dict()["state"] for t in (resumed, training))
@@ -435,7 +444,7 @@ def test_resume_takes_the_settings_of_the_command(tmp_path):
     one_epoch(args, precision, training)
     checkpoint = training.checkpoint() | dict(args=vars(args))
     args, _, resumed = prepared("--lr", "1e-4", "--warmup-epochs", 0, "--weight-decay", 0.3, "--opt-betas", 0.8, 0.9)
-    runs.restore(args, resumed, runs.Source("--resume", "c.pth", checkpoint))
+    resume.restore(resumed, resume.Source("c.pth", False, checkpoint), vars(args))
     groups, others = resumed.optimizer.param_groups, training.optimizer.param_groups
     assert [group["lr"] for group in groups] == pytest.approx([group["lr"] / 10 for group in others])
     assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
@@ -449,7 +458,7 @@ def test_resume_takes_the_settings_of_the_command(tmp_path):
     (["checkpoint_best.pth"], None, True),
     (["log.txt"], None, True),
     (["checkpoint.pth"], ("--resume", "elsewhere/checkpoint.pth"), True),
-    (["checkpoint.pth"], ("--resume", "checkpoint.pth"), False),  # as the published code's runs go on
+    (["checkpoint.pth"], ("--resume", "checkpoint.pth"), False),  # as the published code resumes
     (["checkpoint.pth", "weights.pth"], ("--resume", "weights.pth"), True),
     (["checkpoint.pth", "checkpoint-00000004.pth"], ("--resume", "checkpoint-00000004.pth"), False),
     (["checkpoint-00000004.pth", "checkpoint-00000008.pth"], ("--resume", "checkpoint-00000004.pth"), True),
@@ -458,12 +467,12 @@ def test_resume_takes_the_settings_of_the_command(tmp_path):
 def test_a_folder_that_holds_a_run_is_taken(files, source, taken, tmp_path):
     for name in files:
         (tmp_path / name).write_text('{"epoch": 0, "train_loss": 1.0}\n')
-    args, later = main.build_parser().parse_args([]), []
+    later = []
     if source:
-        source = runs.Source(source[0], str(tmp_path / source[1]), {})
+        source = resume.Source(str(tmp_path / source[1]), source[0] == "--auto-resume", {})
         later = [path for path in checkpoints.numbered(tmp_path) if path > Path(source.path)]
-        args.auto_resume = source.flag == "--auto-resume"
-    assert runs.is_taken(args, tmp_path, source, later) == taken
+    resumes = source is not None and source.is_automatic
+    assert output.is_taken(tmp_path, source, later, resumes) == taken
 
 
 def write_to_full_disk(*_) -> None:
@@ -474,11 +483,11 @@ def test_figures_that_could_not_be_written_come_later(tmp_path, monkeypatch, cap
     """And hide none of those before them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    scalars = utils.Scalars(tmp_path)
+    scalars = output.Scalars(tmp_path)
     for epoch in range(5):
         with monkeypatch.context() as full_disk:
             if epoch == 2:
-                full_disk.setattr(utils.SummaryWriter, "flush", write_to_full_disk)
+                full_disk.setattr(output.SummaryWriter, "flush", write_to_full_disk)
             scalars.add({"test_acc1": float(epoch)}, epoch)
     assert "TensorBoard's files" in capsys.readouterr().out
     events = EventAccumulator(str(tmp_path))
@@ -487,22 +496,22 @@ def test_figures_that_could_not_be_written_come_later(tmp_path, monkeypatch, cap
 
 
 def test_lines_of_the_log_that_could_not_be_written_come_later(tmp_path, monkeypatch, capsys):
-    log = utils.Log(tmp_path / "log.txt", 0, 0)
+    log = output.Log(tmp_path / "log.txt", 0, 0)
     with monkeypatch.context() as full_disk:
-        full_disk.setattr(utils.os, "fsync", write_to_full_disk)
+        full_disk.setattr(output.os, "fsync", write_to_full_disk)
         log.add({"epoch": 0})
         assert log.failure == "No space left on device"
-    assert "could not be written (No space left on device); training goes on" in capsys.readouterr().out
+    assert "could not be written (No space left on device); training continues" in capsys.readouterr().out
     log.flush()
     assert log.failure is None
-    assert utils.read_log(tmp_path / "log.txt") == [{"epoch": 0}]
+    assert output.read_log(tmp_path / "log.txt") == [{"epoch": 0}]
 
 
 def create_groups(model):
     return main.create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.05).param_groups
 
 
-def test_published_training_state_goes_on(few_digits, tmp_path):
+def test_published_training_state_is_resumed(few_digits, tmp_path):
     """The published code decays window tokens, so its optimiser numbers the parameters otherwise; and its settings are
     a Namespace."""
     model = timm.create_model("SepViT_Lite", img_size=32, num_classes=3)
@@ -521,14 +530,15 @@ def test_published_training_state_goes_on(few_digits, tmp_path):
     path = tmp_path / "published.pth"
     torch.save(published, path)
     args, _, training = prepared("--epochs", 300)
-    runs.restore(args, training, runs.Source("--resume", str(path), read_checkpoint(str(path), "--resume")))
+    source = resume.Source(str(path), False, read_checkpoint(str(path), f"--resume {path}"))
+    resume.restore(training, source, vars(args))
     assert training.epoch == 5
     for name, p in training.model.named_parameters():
         assert torch.equal(training.optimizer.state[p]["exp_avg"], moments[name]), name
     printed = succeed(
         *SMALL, "--data-path", few_digits, "--epochs", 6, "--resume", path, "--output_dir", tmp_path / "run"
     )
-    assert "going on with epoch 5" in printed
+    assert "resuming at epoch 5" in printed
 
 
 def test_bare_weights_and_prefixes(few_digits, tmp_path):
@@ -545,7 +555,7 @@ def test_finetune_says_what_it_did(trained, few_digits, tmp_path):
                       "--finetune", trained[0] / "checkpoint.pth", "--lr", 0)  # fmt: skip
     assert re.search(r"loaded \d+ of \d+ entries", printed)
     assert "resampled" in printed
-    assert "another number of classes; left out and fresh 2: head.weight, head.bias" in printed
+    assert "another number of classes: randomly initialised 2: head.weight, head.bias" in printed
     source = torch.load(trained[0] / "checkpoint.pth", weights_only=True)["model_ema"]
     tuned = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["model"]
     assert torch.allclose(tuned["blocks.2.0.mlp.fc1.weight"], source["blocks.2.0.mlp.fc1.weight"], atol=1e-3)

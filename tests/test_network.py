@@ -1,8 +1,10 @@
-"""The network: the published outputs, an independent implementation, sizes, modes of running, checkpoints."""
+"""The network: published outputs, an independent reference, sizes, execution modes, checkpoints."""
 
 import argparse
 import copy
 import logging
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ import torch
 from conftest import GOLDEN, VARIANTS, golden_images, golden_shapes, golden_weights, tiny_network
 
 import sepvit
-from sepvit import SepViT, SepViTDense, create_dense
-from tools.benchmark import count_multiply_adds
+from sepvit import SepViT, SepViTDense, adapt_state_dict, create_dense, mark_adapted
+from training.checkpoints import load_weights
+from training.measure import count_multiply_adds
 
 PARAMETERS = {"SepViT_Lite": 3.661, "SepViT_Tiny": 31.183, "SepViT_Small": 46.571, "SepViT_Base": 82.377}
 MULTIPLY_ADDS = {"SepViT_Lite": 0.573, "SepViT_Tiny": 4.533, "SepViT_Small": 7.476, "SepViT_Base": 13.082}
@@ -31,7 +34,7 @@ def test_classification_golden(variant):
     model = timm.create_model(variant).eval()
     shapes = golden_shapes(variant)
     own = {name: list(value.shape) for name, value in model.state_dict().items()}
-    assert list(own.items()) == list(shapes.items())  # in their order, too: optimisers number parameters by it
+    assert list(own.items()) == list(shapes.items())  # order matters too: optimisers number parameters by it
     model.load_state_dict(golden_weights(shapes))
     with torch.no_grad():
         logits = model(golden_images(2, 224, 224))
@@ -45,7 +48,7 @@ def test_dense_golden(height, width, batch):
     shapes = golden_shapes("SepViT_Tiny_dense")
     own = {name: list(value.shape) for name, value in model.state_dict().items()}
     assert own == {name: shape for name, shape in shapes.items() if not name.startswith(("norm.", "head."))}
-    model.load_state_dict(golden_weights(shapes))  # strictly: the unused norm and head are dropped
+    model.load_state_dict(golden_weights(shapes))  # strict: the unused norm and head are dropped
     with torch.no_grad():
         maps = model(golden_images(batch, height, width))
     golden = np.load(GOLDEN / f"SepViT_Tiny_dense_{height}x{width}_seed0.npz")
@@ -65,14 +68,14 @@ def test_parameters_and_multiply_adds(variant):
     assert total / 1e9 == pytest.approx(MULTIPLY_ADDS[variant], rel=0.005)
 
 
-# ------------------------------------------------------------------------------------------ independent implementation
+# ------------------------------------------------------------------------------------------ the independent reference
 
 SIZES = [(56, 56), (33, 47), (64, 120), (101, 30), (29, 29), (28, 28)]
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dense", [False, True], ids=["classification", "dense"])
-def test_equals_the_equations(size, dense):
+def test_equals_reference(size, dense):
     if dense:
         model = tiny_network(SepViTDense).double()
     else:
@@ -122,7 +125,7 @@ def test_stochastic_depth_rises_linearly():
     assert rates == pytest.approx([0.2 * i / 10 for i in range(11)])
 
 
-def test_dropout_rates_act():
+def test_dropout_rates_take_effect():
     model = tiny_network(SepViT, img_size=56, num_classes=4, drop_rate=0.3, attn_drop_rate=0.2)
     images = torch.randn(1, 3, 56, 56)
     assert largest_difference(model(images), model(images)) > 0
@@ -143,13 +146,13 @@ def test_any_image_size(size):
         assert tokens.shape[1] == -(-height // 28) * -(-width // 28)
 
 
-def test_another_input_size_is_refused_with_both_sizes():
+def test_wrong_input_size_error_names_both_sizes():
     model = timm.create_model("SepViT_Lite", img_size=(64, 96))
     with pytest.raises(AssertionError, match=r"96 × 64.*64 × 96"):
         model(torch.zeros(1, 3, 96, 64))
 
 
-def test_bad_arguments_are_refused():
+def test_invalid_arguments_are_rejected():
     with pytest.raises(ValueError, match="global_pool='mean'"):
         timm.create_model("SepViT_Lite", global_pool="mean")
     with pytest.raises(ValueError, match="img_size"):
@@ -165,12 +168,12 @@ def test_dense_out_indices():
     maps = model(torch.zeros(1, 3, 64, 96))
     assert [tuple(m.shape) for m in maps] == [(1, 128, 4, 6), (1, 64, 8, 12)]
     sum(m.sum() for m in maps).backward()
-    assert all(p.grad is not None for p in model.parameters())  # nothing is left that the maps do not need
+    assert all(p.grad is not None for p in model.parameters())  # every remaining parameter contributes to the maps
     full = create_dense("SepViT_Lite")
     model.load_state_dict(full.state_dict())
 
 
-# ---------------------------------------------------------------------------------------------------- modes of running
+# ----------------------------------------------------------------------------------------------------- execution modes
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +246,7 @@ def test_compiles_to_native_code():
         assert largest_difference(torch.compile(model, fullgraph=True)(images), model(images)) < 1e-5
 
 
-def test_exports(lite, lite_images):
+def test_export(lite, lite_images):
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(lite, (lite_images,), dynamic_shapes=({0: batch},))
     three = torch.randn(3, 3, 96, 64)
@@ -278,7 +281,7 @@ def test_checkpoint_of_another_size_resamples_window_tokens(caplog):
     assert "resampled" in caplog.text
     assert "blocks.0.0.win_tokens" in caplog.text
     resampled = target.blocks[0][0].win_tokens[0, :, 0].view(10, 7, -1)
-    assert (resampled[:, :, 0].diff(dim=0) > 0).all()  # rows still rise downwards, and only so
+    assert (resampled[:, :, 0].diff(dim=0) > 0).all()  # rows still increase downwards, and are constant across
     assert (resampled[:, :, 1].diff(dim=1) > 0).all()
     assert resampled[:, :, 0].diff(dim=1).abs().max() < 1e-4
     for name, value in source.state_dict().items():
@@ -286,7 +289,7 @@ def test_checkpoint_of_another_size_resamples_window_tokens(caplog):
             torch.testing.assert_close(target.state_dict()[name], value, rtol=0, atol=0)
 
 
-def test_checkpoint_that_lacks_or_has_too_much_pointwise_attention(caplog):
+def test_pointwise_attention_is_added_or_dropped_with_the_size(caplog):
     small, large = (timm.create_model("SepViT_Lite", img_size=size) for size in (224, 256))
     extra = large.state_dict().keys() - small.state_dict().keys()
     assert "blocks.3.0.attn.PSA_qk.weight" in extra
@@ -297,20 +300,20 @@ def test_checkpoint_that_lacks_or_has_too_much_pointwise_attention(caplog):
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         small.load_state_dict(large.state_dict())
-    assert "left out" in caplog.text
+    assert "dropped" in caplog.text
 
 
 @pytest.mark.parametrize("size", [224, 256])
-@pytest.mark.parametrize("hole", ["blocks.2.0.attn.PSA_qk.weight", "blocks.0.0.win_tokens", "blocks.2.2.win_tokens"])
-def test_checkpoints_with_holes_are_refused(size, hole):
+@pytest.mark.parametrize("missing", ["blocks.2.0.attn.PSA_qk.weight", "blocks.0.0.win_tokens", "blocks.2.2.win_tokens"])
+def test_checkpoints_with_missing_entries_are_rejected(size, missing):
     weights = timm.create_model("SepViT_Lite").state_dict()
-    del weights[hole]
+    del weights[missing]
     with pytest.raises(RuntimeError, match=r"blocks\."):
         timm.create_model("SepViT_Lite", img_size=size).load_state_dict(weights)
 
 
 @pytest.mark.parametrize(("old", "new"), [(224, (112, 448)), ((56, 224), 112), ((56, 224), (112, 448)), (28, 224)])
-def test_sizes_with_as_many_windows_but_another_grid(old, new):
+def test_sizes_with_equal_window_counts_but_other_grids(old, new):
     model = timm.create_model("SepViT_Lite", img_size=old, num_classes=3)
     weights = model.state_dict()
     with torch.no_grad():
@@ -328,12 +331,12 @@ def test_sizes_with_as_many_windows_but_another_grid(old, new):
     assert model(torch.zeros(1, 3, *size)).shape == (1, 3)
 
 
-def test_set_input_size_keeps_frozen_what_was(caplog):
+def test_set_input_size_keeps_frozen_parameters_frozen():
     model = timm.create_model("SepViT_Lite").requires_grad_(False)
     before = {name for name, _ in model.named_parameters()}
     model.set_input_size(256)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {name for name, _ in model.named_parameters()} - before  # what is fresh is to be trained
+    assert trainable == {name for name, _ in model.named_parameters()} - before  # fresh parameters are trainable
 
 
 def test_non_square_source_grid():
@@ -346,7 +349,7 @@ def test_non_square_source_grid():
     assert resampled.diff(dim=1).abs().max() < 1e-4
 
 
-# Window sides of each stage, repeated to its depth; of some, no block's windows divide another's.
+# Window sides of each stage, repeated up to its depth. In some, no block's window side divides another's.
 SIDES = {
     "5": ((5,), (5,), (5,), (5,)),
     "6 and 12": ((6,), (6, 12), (6, 12), (6,)),
@@ -357,7 +360,7 @@ SIDES = {
 }
 
 
-def all_blocks(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def all_blocks(model: Any) -> dict[str, Any]:
     return {f"blocks.{i}.{j}": block for i, blocks in enumerate(model.blocks) for j, block in enumerate(blocks)}
 
 
@@ -377,7 +380,7 @@ def test_window_sides_round_trip(sides, size, caplog):
     [((224, 224), (256, 192)), ((168, 280), (336, 560)), ((96, 96), (1024, 1024)), ((1024, 768), (256, 192))],
 )
 @pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
-def test_window_sides_resample_on_the_true_grids(sides, old, new):
+def test_window_sides_resample_from_the_true_grids(sides, old, new):
     source = tiny_network(SepViT, 0, img_size=old, num_classes=3, window_sizes=sides)
     target = tiny_network(SepViT, 1, img_size=new, num_classes=3, window_sizes=sides)
     target.load_state_dict(source.state_dict())
@@ -391,8 +394,8 @@ def test_window_sides_resample_on_the_true_grids(sides, old, new):
 
 
 @pytest.mark.parametrize(("old", "new"), [((32, 48), (64, 96)), ((48, 32), (96, 64))])
-def test_later_blocks_tell_grids_apart(old, new):
-    """2 × 2 windows in the first block, then 1 × 2 or 2 × 1: rows and columns follow the model's aspect."""
+def test_later_blocks_distinguish_grids(old, new):
+    """2 × 2 windows in the first block, then 1 × 2 or 2 × 1: the model's aspect ratio tells rows from columns."""
     sides = ((6,), (5,), (5,), (5,))
     source = tiny_network(SepViT, 0, img_size=old, num_classes=3, window_sizes=sides)
     target = tiny_network(SepViT, 1, img_size=new, num_classes=3, window_sizes=sides)
@@ -405,8 +408,8 @@ def test_later_blocks_tell_grids_apart(old, new):
 
 
 @pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
-def test_source_grids_are_found_among_few(sides, monkeypatch):
-    """Large images are no more work: a block of 1024 × 1024 pixels has thousands of windows, but few possible grids."""
+def test_search_for_source_grids_has_few_candidates(sides, monkeypatch):
+    """Large images cost no more: a block has thousands of windows at 1024 × 1024 pixels, but few possible grids."""
     windows_along, found = sepvit._windows_along, []
     monkeypatch.setattr(sepvit, "_windows_along", lambda *args: found.append(windows_along(*args)) or found[-1])
     source = tiny_network(SepViT, 0, img_size=1024, num_classes=3, window_sizes=sides)
@@ -419,7 +422,7 @@ def test_source_grids_are_found_among_few(sides, monkeypatch):
 
 
 @pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
-def test_dense_starts_from_classification_with_its_window_sides(sides):
+def test_dense_loads_classification_weights_with_any_window_sides(sides):
     source = tiny_network(SepViT, 0, img_size=(200, 304), num_classes=3, window_sizes=sides)
     dense = tiny_network(SepViTDense, 1, window_sizes=sides)
     dense.load_state_dict(source.state_dict())
@@ -428,7 +431,7 @@ def test_dense_starts_from_classification_with_its_window_sides(sides):
         if not name.startswith("norm_list.") and name in own:
             assert torch.equal(value, own[name]), name
     assert [tuple(y.shape[2:]) for y in dense(torch.zeros(1, 3, 97, 64))] == [(25, 16), (13, 8), (7, 4), (4, 2)]
-    source.load_state_dict(own)  # and has stayed one of the classification form
+    source.load_state_dict(own)  # loading did not change it
 
 
 def test_set_input_size_equals_building_and_loading():
@@ -446,7 +449,7 @@ def test_set_input_size_equals_building_and_loading():
     assert timm.models.get_model_input_config(model)["input_size"] == (3, 160, 160)
 
 
-def test_dense_starts_from_classification(caplog):
+def test_dense_loads_classification_weights(caplog):
     source = timm.create_model("SepViT_Lite")
     dense = create_dense("SepViT_Lite")
     with caplog.at_level(logging.WARNING):
@@ -455,16 +458,146 @@ def test_dense_starts_from_classification(caplog):
         assert name in caplog.text
     assert torch.equal(dense.blocks[1][1].attn.PSA_qk.weight, source.blocks[1][1].attn.PSA_qk.weight)
     incomplete = dense.state_dict()
-    del incomplete["blocks.3.0.attn.PSA_qk.weight"]  # a dense checkpoint has them all
+    del incomplete["blocks.3.0.attn.PSA_qk.weight"]  # dense checkpoints have it in every block
     with pytest.raises(RuntimeError, match="PSA_qk"):
         dense.load_state_dict(incomplete)
 
 
-def test_adaptation_works_below_a_prefix():
+def test_adaptation_under_a_prefix():
     source = timm.create_model("SepViT_Lite")
     wrapped = torch.nn.ModuleDict({"backbone": create_dense("SepViT_Lite")})
     wrapped.load_state_dict({f"backbone.{name}": value for name, value in source.state_dict().items()})
     assert torch.equal(wrapped["backbone"].blocks[0][0].mlp.fc1.weight, source.blocks[0][0].mlp.fc1.weight)
+
+
+@pytest.fixture
+def adaptations(monkeypatch) -> list[sepvit.Adaptation]:
+    """The adaptations of checkpoints of another size, in order, whoever called them."""
+    adapt, found = sepvit._adapt_to_size, []
+    monkeypatch.setattr(sepvit, "_adapt_to_size", lambda *args: found.append(adapt(*args)) or found[-1])  # type: ignore[func-returns-value]
+    return found
+
+
+def load_directly(source: SepViT, target: SepViT, path: Path) -> SepViT:
+    target.load_state_dict(source.state_dict())
+    return target
+
+
+def load_by_timm(source: SepViT, target: SepViT, path: Path) -> Any:
+    torch.save(source.state_dict(), path)
+    return timm.create_model("SepViT_Lite", num_classes=3, img_size=target.img_size, checkpoint_path=str(path))
+
+
+def load_marked(source: SepViT, target: SepViT, path: Path) -> SepViT:
+    weights = source.state_dict()
+    adapt_state_dict(weights, target)
+    target.load_state_dict(mark_adapted(weights))
+    return target
+
+
+def load_marked_under_a_prefix(source: SepViT, target: SepViT, path: Path) -> SepViT:
+    weights = source.state_dict()
+    adapt_state_dict(weights, target)
+    whole = torch.nn.ModuleDict({"backbone": target})
+    whole.load_state_dict(mark_adapted({f"backbone.{name}": value for name, value in weights.items()}, "backbone"))
+    return target
+
+
+def load_by_command(source: SepViT, target: SepViT, path: Path) -> SepViT:
+    load_weights(target, source.state_dict(), "weights", variant_hint="")
+    return target
+
+
+def load_by_command_under_a_prefix(source: SepViT, target: SepViT, path: Path) -> SepViT:
+    weights = {f"backbone.{name}": value for name, value in source.state_dict().items()}
+    load_weights(torch.nn.ModuleDict({"backbone": target}), weights, "weights", variant_hint="", network="backbone")
+    return target
+
+
+ROUTES = [load_directly, load_by_timm, load_marked, load_marked_under_a_prefix, load_by_command,
+          load_by_command_under_a_prefix]  # fmt: skip
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_route_adapts_once(route, adaptations, tmp_path):
+    source = timm.create_model("SepViT_Lite", img_size=224, num_classes=3)
+    with torch.no_grad():
+        source.blocks[0][0].win_tokens.normal_()
+    target = route(source, timm.create_model("SepViT_Lite", img_size=160, num_classes=3), tmp_path / "weights.pth")
+    assert len(adaptations) == 1
+    assert adaptations[0].resampled[0].endswith("blocks.0.0.win_tokens")
+    expected = sepvit.resample_window_tokens(source.blocks[0][0].win_tokens.data, (8, 8), (6, 6))
+    assert torch.equal(target.blocks[0][0].win_tokens, expected)
+    assert torch.equal(target.head.weight, source.head.weight)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone", "backbone."])
+def test_hook_skips_marked_state_dicts(prefix, adaptations, caplog):
+    source, target = (timm.create_model("SepViT_Lite", img_size=size) for size in (224, 160))
+    below = f"{prefix.removesuffix('.')}." if prefix else ""
+    whole = torch.nn.ModuleDict({"backbone": target}) if prefix else target
+    weights = {below + name: value for name, value in source.state_dict().items()}
+    with pytest.raises(RuntimeError, match="size mismatch"), caplog.at_level(logging.WARNING):
+        whole.load_state_dict(mark_adapted(weights, prefix))
+    assert not adaptations
+    assert not caplog.text
+    assert not hasattr(weights, "_metadata")
+    whole.load_state_dict(weights)  # marking made a copy: the original still adapts
+    assert len(adaptations) == 1
+
+
+def test_mark_keeps_other_metadata():
+    weights = torch.nn.ModuleDict({"norm": torch.nn.BatchNorm2d(2), "backbone": torch.nn.ReLU()}).state_dict()
+    before = copy.deepcopy(weights._metadata)
+    marked = mark_adapted(weights, "backbone")
+    assert weights._metadata == before
+    assert marked._metadata["norm"] == before["norm"] == {"version": 2}
+    assert marked._metadata["backbone"].items() > before["backbone"].items()
+    assert list(marked.items()) == list(weights.items())
+
+
+def test_entries_under_a_prefix():
+    weights = {name: torch.zeros(1) for name in ("head.weight", "backbone.head.weight", "backbone2.head.weight")}
+    assert sepvit.entries_under(weights, "backbone") == {"head.weight": weights["backbone.head.weight"]}
+    assert sepvit.entries_under(weights, "backbone.") == sepvit.entries_under(weights, "backbone")
+    assert sepvit.entries_under(weights, "") == weights
+
+
+# Model sizes for which the search alone misreads a checkpoint of 168 × 280 pixels, since 280 × 168 pixels give equal
+# numbers of window tokens. For the first it picks the transposed grids, for the second the model's own.
+MISLEADING = [(560, 336), (280, 168)]
+
+
+def adapted_tokens(source: SepViT, target: SepViT, img_size: tuple[int, int] | None) -> dict[str, torch.Tensor]:
+    weights = source.state_dict()
+    adapt_state_dict(weights, target, img_size)
+    target.load_state_dict(mark_adapted(weights))
+    return {name: block.win_tokens.data.clone() for name, block in all_blocks(target).items()}
+
+
+@pytest.mark.parametrize("new", MISLEADING)
+def test_given_image_size_decides_the_source_grids(new):
+    source = tiny_network(SepViT, 0, img_size=(168, 280), num_classes=3)
+    target = tiny_network(SepViT, 1, img_size=new, num_classes=3)
+    given, searched = (adapted_tokens(source, target, img_size) for img_size in ((168, 280), None))
+    for (name, block), other in zip(all_blocks(target).items(), all_blocks(source).values()):
+        rows, columns = other.grid
+        assert rows < columns
+        true, transposed = (sepvit.resample_window_tokens(other.win_tokens.data, grid, block.grid)
+                            for grid in ((rows, columns), (columns, rows)))  # fmt: skip
+        assert torch.equal(given[name], true), name
+        assert largest_difference(searched[name], transposed) < 1e-5, name
+        assert largest_difference(true, transposed) > 1e-3, name
+
+
+@pytest.mark.parametrize("new", [*MISLEADING, (336, 560)])
+@pytest.mark.parametrize("img_size", [(224, 224), (168, 252), (28, 28), (0, 0), (-168, -280)])
+def test_wrong_image_size_falls_back_to_the_search(img_size, new):
+    source = tiny_network(SepViT, 0, img_size=(168, 280), num_classes=3)
+    target = tiny_network(SepViT, 1, img_size=new, num_classes=3)
+    given, searched = (adapted_tokens(source, target, size) for size in (img_size, None))
+    for name, tokens in searched.items():
+        assert torch.equal(given[name], tokens), name
 
 
 def test_variant_of():
@@ -473,7 +606,7 @@ def test_variant_of():
     assert sepvit.variant_of({"conv.weight": torch.zeros(1)}) is None
 
 
-def test_published_checkpoint_loads_by_timm(tmp_path):
+def test_timm_loads_published_checkpoint(tmp_path):
     model = timm.create_model("SepViT_Lite", num_classes=4)
     path = tmp_path / "published.pth"
     torch.save({"model": model.state_dict(), "epoch": 299, "args": argparse.Namespace(model="SepViT_Lite")}, path)

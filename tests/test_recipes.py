@@ -8,8 +8,8 @@ import yaml
 from conftest import ROOT, SMALL, command, differences, read_log, succeed
 
 import main
+from training.errors import UserError
 from training.recipes import parse_with_recipe, write_recipe
-from utils import UserError
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -60,7 +60,7 @@ MISTAKES = {
     "scale: 0.5": r"line 1: scale: takes a list of 2 values, such as \[0.1, 0.9\], not 0.5",
     "scale: [0.5]": "line 1: scale: takes a list of 2 values",
     "amp: bf16": "line 1: amp: takes one of auto, bfloat16, float16, off, not bf16",
-    "lr: 1\nseed: 1\nlr: 2": "line 3: lr: the second one; leave one out",
+    "lr: 1\nseed: 1\nlr: 2": "line 3: lr: set twice; remove one",
     "lr: 1: 2": "line 1: not YAML",
     "lr: 1\n\tseed: 2": "line 2: not YAML",
     "- lr": "holds no settings; expected lines such as `lr: 5e-4`",
@@ -72,7 +72,7 @@ MISTAKES = {
 def test_mistakes_are_named_with_their_line(text, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match=f"^--config {path}[,:] {MISTAKES[text]}"):
+    with pytest.raises(UserError, match=f"^`config` {path}[,:] {MISTAKES[text]}"):
         parse("--config", path)
 
 
@@ -122,7 +122,7 @@ def test_a_run_is_repeated_from_its_args(few_digits, tmp_path):
     assert read_log(tmp_path / "first") == read_log(tmp_path / "second")
     result = command("--config", tmp_path / "first/args.yaml")
     assert result.returncode == 2
-    assert "first: holds a run already" in result.stderr
+    assert "first: already holds a run" in result.stderr
 
 
 def test_readmes_results_are_the_published_ones():

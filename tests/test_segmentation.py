@@ -23,9 +23,9 @@ from PIL import Image
 import segmentation.predict
 import segmentation.test
 from dense.flops import run_count
-from dense.runner import read_checkpoint
+from dense.mmengine_adapter import read_checkpoint
 from dense.train import build_train_parser, run_training, set_starting_point
-from utils import UserError
+from training.errors import UserError
 
 CONFIGS = ROOT / "segmentation/configs"
 script = partial(shell, "segmentation")
@@ -58,14 +58,14 @@ def model_of(read, variant: str) -> torch.nn.Module:
     return MODELS.build(read(variant).model)
 
 
-def parameters_of(model: torch.nn.Module, kind: type) -> set[str]:
-    """Names of the parameters of all modules of a kind."""
+def parameters_of(model: torch.nn.Module, kind: type[torch.nn.Module]) -> set[str]:
+    """Return the names of the parameters of all modules of a kind."""
     return {f"{where}.{name}" for where, module in model.named_modules() if isinstance(module, kind)
             for name, _ in module.named_parameters()}  # fmt: skip
 
 
 def learning_rates(cfg: Config, iterations: int) -> np.ndarray:
-    """The learning rate of each iteration, by the built schedule."""
+    """Return the learning rate of each iteration, from the built schedule."""
     lr = cfg.optim_wrapper.optimizer.lr
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     schedulers = [PARAM_SCHEDULERS.build(dict(setting), default_args=dict(optimizer=optimizer))
@@ -194,7 +194,7 @@ def _transform(pipeline, name):
 
 @pytest.mark.parametrize("read", [fpn, upernet], ids=["fpn", "upernet"])
 def test_every_parameter_gets_a_gradient(read):
-    """So that data parallelism needs no find_unused_parameters."""
+    """Data parallelism therefore needs no find_unused_parameters."""
     from mmengine.model import revert_sync_batchnorm
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
@@ -271,7 +271,7 @@ def trained(scenes, tmp_path_factory) -> Path:
     """The work dir of a small run of two iterations."""
     work_dir = tmp_path_factory.mktemp("trained")
     text = run("train.py", DEMO, "--work-dir", work_dir, "--seed", "0", "--deterministic", *small(scenes))
-    assert "SepViT_Lite: random weights, nothing pretrained" in text
+    assert "SepViT_Lite: randomly initialised, no pretrained weights" in text
     assert f"trained: checkpoints and logs are in {work_dir}" in text
     assert "Iter(val) [2/2]" in text
     return work_dir
@@ -284,7 +284,7 @@ def log_of(work_dir: Path) -> list[dict]:
 
 
 def test_resume(trained, scenes, tmp_path):
-    """Behind a given checkpoint, and behind the work dir's newest; the schedule goes on, too."""
+    """From a given checkpoint, and from the newest in the work dir. The schedule continues, too."""
     shutil.copy(trained / "iter_2.pth", tmp_path / "iter_2.pth")
     (tmp_path / "last_checkpoint").write_text(str(tmp_path / "iter_2.pth"))
     options = small(scenes, 4)
@@ -299,18 +299,18 @@ def test_resume(trained, scenes, tmp_path):
     assert "resumed epoch: 0, iter: 2" in named
 
 
-def test_resume_without_a_checkpoint_starts_afresh(tmp_path, capsys):
+def test_resume_without_a_checkpoint_starts_a_fresh_run(tmp_path, capsys):
     cfg = Config.fromfile(DEMO)
     cfg.work_dir = str(tmp_path)
     assert set_starting_point(cfg, build_train_parser("").parse_args([str(DEMO), "--resume"])) == {}
     assert (cfg.resume, cfg.load_from) == (False, None)
-    assert f"no checkpoint in {tmp_path}, starting afresh" in capsys.readouterr().out
+    assert f"no checkpoint in {tmp_path}, starting a fresh run" in capsys.readouterr().out
 
 
 def test_load_from_starts_with_a_fresh_head_for_other_classes(trained, scenes, tmp_path):
     text = run("train.py", DEMO, "--work-dir", tmp_path, "--load-from", trained / "iter_2.pth", *small(scenes, 1),
                "model.decode_head.num_classes=12", "model.decode_head.loss_decode.class_weight=None")  # fmt: skip
-    assert "fresh 2: decode_head.conv_seg.weight, decode_head.conv_seg.bias" in text
+    assert "randomly initialised 2: decode_head.conv_seg.weight, decode_head.conv_seg.bias" in text
     assert "Iter(train) [1/1]" in text
 
 
@@ -322,7 +322,7 @@ def test_pretrained_backbone_by_command(scenes, tmp_path):
     text = run("train.py", DEMO, "--work-dir", tmp_path, "--amp", *small(scenes, 1),
                "model.backbone.init_cfg.type=Pretrained", f"model.backbone.init_cfg.checkpoint={path}",
                "optim_wrapper.optimizer.lr=0")  # fmt: skip
-    assert f"pretrained {path}: loaded 180 of SepViT_Lite's 208 entries" in text
+    assert f"pretrained {path}: SepViT_Lite: loaded 180 of 208 entries; " in text
     if not torch.cuda.is_available():
         assert "mixed precision: no GPU here, training in float32" in text
     saved = read_checkpoint(str(tmp_path / "iter_1.pth"), "checkpoint")["state_dict"]
@@ -343,7 +343,7 @@ def test_evaluation_metrics_predictions_and_pictures(trained, scenes, tmp_path):
     assert sorted(path.name for path in pictures.iterdir()) == [f"{name}.png" for name in names]
     picture = Image.open(pictures / f"{names[0]}.png")
     assert picture.width > 3 * 2 * 160  # image, truth, prediction, each enlarged to 320 × 256
-    # pictures alone take no truth and evaluate nothing
+    # drawing without evaluation
     text = run("test.py", DEMO, trained / "iter_2.pth", "--show-dir", tmp_path / "alone", "--work-dir", tmp_path,
                *small(scenes))  # fmt: skip
     assert "mIoU" not in text.split("Iter(test)")[-1]
@@ -351,7 +351,7 @@ def test_evaluation_metrics_predictions_and_pictures(trained, scenes, tmp_path):
 
 
 def test_commands_of_the_page_on_two_processes(scenes, tmp_path):
-    """Train, evaluate, evaluate multi-scale; same figures as on one process."""
+    """Train, evaluate, evaluate multi-scale. The figures are the same as on one process."""
     config, work_dir = tmp_path / "my config.py", tmp_path / "work dir"
     config.write_text(f"_base_ = {str(DEMO)!r}\nmodel = dict(decode_head=dict(norm_cfg=dict(type='SyncBN')))\n")
     port = {"PORT": free_port()}
@@ -384,7 +384,7 @@ def test_paper_configs_on_two_processes(name, scenes, tmp_path):
 
 
 def test_slurm_scripts(trained, scenes, tmp_path):
-    """srun itself is played by a script that starts the tasks as it would."""
+    """A script takes the place of srun, and starts the tasks as it would."""
     environment = {**play_srun(tmp_path), "GPUS": "2", "SRUN_ARGS": "--quiet --time=1"}
     work_dir = tmp_path / "work dir"
     text = script("slurm_train.sh", "gpu", "job", DEMO, "--work-dir", work_dir, *small(scenes, 1),
@@ -398,9 +398,9 @@ def test_slurm_scripts(trained, scenes, tmp_path):
 
 
 def test_own_tools_of_mmseg(scenes, tmp_path):
-    """Our configs from mmseg's train.py and test.py, from any folder, with nothing on the path."""
+    """mmseg's train.py and test.py run our configs from any folder, without a change of the path."""
     tools = Path(mmseg.__file__).parent / ".mim/tools"
-    (tmp_path / "scenes").symlink_to(scenes)  # mmseg's options lose spaces, and data_root alone moves nothing there
+    (tmp_path / "scenes").symlink_to(scenes)  # mmseg's options drop spaces, and its data_root does not move the data
     roots = [f"{split}_dataloader.dataset.data_root={tmp_path}/scenes" for split in ("train", "val", "test")]
     workers = [f"{split}_dataloader.persistent_workers=False" for split in ("train", "val", "test")]
     for name, *arguments in (("train.py", "--work-dir", tmp_path), ("test.py", tmp_path / "iter_1.pth")):
@@ -408,7 +408,7 @@ def test_own_tools_of_mmseg(scenes, tmp_path):
 
 
 def test_broken_training_image(scenes, tmp_path, caplog):
-    """Another one is taken in its place, and it is named once; two of them are too many."""
+    """Another image replaces it, and it is named once. Two are too many."""
     shutil.copytree(scenes, tmp_path / "scenes")
     broken, another = sorted((tmp_path / "scenes/images/training").iterdir())[2:4]
     broken.unlink()  # not the file it links to
@@ -422,8 +422,10 @@ def test_broken_training_image(scenes, tmp_path, caplog):
     assert all(sample["data_samples"].img_path != str(broken) for sample in samples)
     assert caplog.text.count(f"image {broken}: cannot be read") == 1
     another.unlink()
-    with pytest.raises(UserError, match=r"cannot be read \(.*\), the 2\. of them; repair them"):
+    words = r"LoadReadableImage: 2 training images are unreadable \(limit 1\), e\.g\. (.*) \(.+\); repair the images"
+    with pytest.raises(UserError, match=words) as raised:
         dataset[3]
+    assert str(another) in str(raised.value)
 
 
 def test_predict(trained, scenes, tmp_path):
@@ -454,7 +456,7 @@ def test_get_flops(capsys):
 
 @pytest.fixture(scope="module")
 def files(trained, scenes, tmp_path_factory) -> Path:
-    """Configs and checkpoints to stumble over."""
+    """Write configs and checkpoints, most of them faulty."""
     root = tmp_path_factory.mktemp("bad")
     checkpoint = read_checkpoint(str(trained / "iter_2.pth"), "checkpoint")
     shutil.copy(trained / "iter_2.pth", root / "good.pth")
@@ -490,13 +492,13 @@ MISTAKES = {
     "option into nothing": ("train", ["{demo}", "--cfg-options", "model.type.x=1"], "cannot be read"),
     "missing data": ("train", ["{demo}", "--cfg-options", NO_DATA], "train data {files}/nothing: no such folder"),
     "missing pretrained": ("train", ["{files}/pretrained.py", "--cfg-options", DATA],
-                           "pretrained none.pth: no such file; put there what main.py saved"),
+                           "pretrained none.pth: no such file; put a checkpoint of main.py there"),
     "way out of it": ("train", ["{files}/pretrained.py", "--cfg-options", DATA], "train without one: --from-scratch"),
     "resume and load": ("train", ["{demo}", "--resume", "a.pth", "--load-from", "b.pth", "--cfg-options", DATA],
                         "--resume and --load-from: choose one"),
     "missing resume": ("train", ["{demo}", "--resume", "none.pth", "--cfg-options", DATA], "--resume none.pth: no"),
     "resume from weights": ("train", ["{demo}", "--resume", "{files}/weights.pth", "--cfg-options", DATA],
-                            "holds weights alone, no training to resume; --load-from starts from them"),
+                            "holds weights only, so it cannot be resumed; use --load-from to start"),
     "resume that runs code": ("train", ["{demo}", "--resume", "{files}/code.pth", "--cfg-options", DATA], "run code"),
     "load-from that runs code": ("train", ["{demo}", "--load-from", "{files}/code.pth", "--cfg-options", DATA],
                                  "could run code"),
@@ -505,7 +507,7 @@ MISTAKES = {
     "load-from another variant": ("train", ["{demo}", "--load-from", "{files}/tiny.pth", "--cfg-options", DATA],
                                   "holds SepViT_Tiny, not SepViT_Lite"),
     "load-from a backbone": ("train", ["{demo}", "--load-from", "{files}/backbone.pth", "--cfg-options", DATA],
-                             "holds a backbone alone, SepViT_Lite; to train from it, name it as"),
+                             "holds a backbone only, SepViT_Lite; to train from it, set model.backbone"),
     "launcher without processes": ("train", ["{demo}", "--launcher", "pytorch", "--cfg-options", DATA],
                                    "--launcher pytorch: RANK is not set"),
     "work dir that is a file": ("train", ["{demo}", "--work-dir", "{files}/good.pth", "--cfg-options", DATA],
@@ -520,7 +522,7 @@ MISTAKES = {
                            "CHECKPOINT none.pth: no such file"),
     "truncated": ("test", ["{demo}", "{files}/truncated.pth", "--eval", "mIoU", "--cfg-options", DATA], "truncated"),
     "another variant": ("test", ["{demo}", "{files}/tiny.pth", "--eval", "mIoU", "--cfg-options", DATA],
-                        "holds SepViT_Tiny, not SepViT_Lite; take the config of that variant"),
+                        "holds SepViT_Tiny, not SepViT_Lite; use that variant's config"),
     "a backbone": ("test", ["{demo}", "{files}/backbone.pth", "--eval", "mIoU", "--cfg-options", DATA], "a backbone"),
     "incomplete": ("test", ["{demo}", "{files}/incomplete.pth", "--eval", "mIoU", "--cfg-options", DATA],
                    "1 entries are missing (decode_head.conv_seg.weight, …)"),
@@ -553,29 +555,29 @@ def test_mistakes(mistake, files, scenes, tmp_path, capsys, monkeypatch):
     arguments = [argument.format(**places) for argument in arguments]
     assert words.format(**places) in refusal(RUN[command], command, arguments, capsys)
     assert sorted(files.rglob("*")) == before
-    assert not (tmp_path / "work_dirs").exists() or mistake == "incomplete"  # found out with the model built
+    assert not (tmp_path / "work_dirs").exists() or mistake == "incomplete"  # noticed only after the model is built
 
 
 FORMER = {
-    "--resume-from=a.pth": ("train", "--resume-from: the name here is --resume PATH"),
-    "--resume_from a.pth": ("train", "--resume-from: the name here is --resume PATH"),
-    "--options a=1": ("train", "--options: the name here is --cfg-options KEY=VALUE"),
-    "--gpus 8": ("train", "--gpus: bash dist_train.sh CONFIG N trains on N GPUs"),
-    "--gpu-ids 0 1": ("train", "--gpu-ids: CUDA_VISIBLE_DEVICES chooses the GPUs, and bash dist_train.sh CONFIG N"),
-    "--options b=1": ("test", "--options: the name here is --cfg-options KEY=VALUE"),
-    "--eval-options a=1": ("test", "--eval-options: the name here is --cfg-options test_evaluator.KEY=VALUE"),
-    "--show": ("test", "--show: pictures are written by --show-dir DIR"),
-    "--gpu-collect": ("test", "--gpu-collect: leave it out"),
-    "--tmpdir=a": ("test", "--tmpdir: leave it out"),
-    "--fuse-conv-bn": ("test", "--fuse-conv-bn: not available, leave it out"),
-    "--format-only": ("test", "--format-only: the predicted labels are written by --out DIR"),
-    "--options c=1": ("predict", "--options: the name here is --cfg-options KEY=VALUE"),
+    "--resume-from=a.pth": ("train", "--resume-from: use --resume PATH"),
+    "--resume_from a.pth": ("train", "--resume-from: use --resume PATH"),
+    "--options a=1": ("train", "--options: use --cfg-options KEY=VALUE"),
+    "--gpus 8": ("train", "--gpus: use bash dist_train.sh CONFIG N, which trains on N GPUs"),
+    "--gpu-ids 0 1": ("train", "--gpu-ids: use CUDA_VISIBLE_DEVICES to choose GPUs, and bash dist_train.sh CONFIG N"),
+    "--options b=1": ("test", "--options: use --cfg-options KEY=VALUE"),
+    "--eval-options a=1": ("test", "--eval-options: use --cfg-options test_evaluator.KEY=VALUE"),
+    "--show": ("test", "--show: use --show-dir DIR, which writes the pictures"),
+    "--gpu-collect": ("test", "--gpu-collect: not needed, results of all processes are always collected"),
+    "--tmpdir=a": ("test", "--tmpdir: not needed, results of all processes are always collected"),
+    "--fuse-conv-bn": ("test", "--fuse-conv-bn: not available; remove it"),
+    "--format-only": ("test", "--format-only: use --out DIR, which writes the predicted labels"),
+    "--options c=1": ("predict", "--options: use --cfg-options KEY=VALUE"),
 }
 
 
 @pytest.mark.parametrize("arguments", FORMER)
 def test_flags_of_mmseg_0_10(arguments, tmp_path, capsys, monkeypatch):
-    """Whatever else is in the command."""
+    """They are answered before anything else in the command is checked."""
     monkeypatch.chdir(tmp_path)
     command, words = FORMER[arguments]
     assert words in refusal(RUN[command], command, ["config.py", *arguments.split()], capsys)
@@ -584,7 +586,7 @@ def test_flags_of_mmseg_0_10(arguments, tmp_path, capsys, monkeypatch):
 
 def test_flags_that_stay():
     args = build_train_parser("").parse_args(["config.py", "--local_rank", "1", "--cfg-options", "a=1", "--res"])
-    assert (args.local_rank, args.cfg_options, args.resume) == (1, {"a": 1}, "")  # --res is short for --resume
+    assert (args.local_rank, args.cfg_options, args.resume) == (1, {"a": 1}, "")  # --res abbreviates --resume
     assert segmentation.test.build_segmentation_test_parser().parse_args(["a", "b", "--local_rank=1"]).local_rank == 1
 
 

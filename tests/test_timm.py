@@ -1,4 +1,4 @@
-"""timm's model interface, tested as timm tests its own models (its tests/test_models.py and test_model_input.py)."""
+"""timm's model interface, tested like timm's own models (its tests/test_models.py and test_model_input.py)."""
 
 import pytest
 import timm
@@ -80,7 +80,7 @@ def test_features_only_of_some_stages_at_another_size():
 
 
 @pytest.mark.parametrize("kind", ["hook", "fx"])
-def test_features_by_module_names(kind):
+def test_features_by_module_name(kind):
     model = timm.create_model("SepViT_Lite").eval()
     images = torch.randn(1, 3, 224, 224)
     expected = model.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)

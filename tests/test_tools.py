@@ -1,4 +1,4 @@
-"""The tools as commands: what they print, and users' mistakes, which are one line and exit status 2."""
+"""The tools as commands: what they print, and users' mistakes, each with one line and exit status 2."""
 
 import errno
 import json
@@ -14,14 +14,14 @@ from conftest import ROOT, command, succeed
 
 from tools import benchmark, benchmark_checkpoint, make_demo_data
 from training.devices import check_device
-from utils import UserError
+from training.errors import UserError
 
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 RUN = {"settings": {"model": "SepViT_Lite", "epochs": 2}, "versions": {"torch": "2.0"}}
 
 
 def epoch(number: int, top1: float) -> dict:
-    """An epoch's line of log.txt."""
+    """Make an epoch's entry of log.txt."""
     return {"train_loss": 0.5, "train_lr": 1e-3, "test_loss": 0.25, "test_acc1": top1, "test_acc5": 100.0,
             "epoch": number, "n_parameters": 3_600_000, "bad_steps": 0, "unreadable_images": 0}  # fmt: skip
 
@@ -33,7 +33,7 @@ def lines(*entries: dict) -> str:
 EVALUATION = lines({"test_loss": 0.25, "test_acc1": 96.25, "test_acc5": 100.0})
 LOG = lines(RUN, epoch(0, 40.5), epoch(1, 96.25), {"not_printed": ["epoch 1 [89/89] loss 0.5"]})
 
-# Run folders to stumble over: log.txt and eval.json, None where there is none.
+# Run folders, most of them faulty: content of log.txt and eval.json, None for a missing file.
 RUNS = {
     "good": (LOG, EVALUATION),
     "unevaluated": (LOG, None),
@@ -51,7 +51,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Folders of runs, and a file."""
+    """Write the run folders, and a file."""
     root = tmp_path_factory.mktemp("tools")
     (root / "a_file").write_text("")
     for run, contents in RUNS.items():
@@ -63,8 +63,8 @@ def root(tmp_path_factory):
 
 
 MISTAKES = {
-    "no GPU": ("benchmark", ["--device", "cuda"], ["--device cuda: not available here; choose"]),
-    "fewer GPUs": ("benchmark", ["--device", "cuda:99"], ["--device cuda:99: not available here; choose"]),
+    "no GPU": ("benchmark", ["--device", "cuda"], ["--device cuda: not available; choose"]),
+    "fewer GPUs": ("benchmark", ["--device", "cuda:99"], ["--device cuda:99: not available; choose"]),
     "unknown device": ("benchmark", ["--device", "foo"], ["--device foo: unknown; choose cuda, mps or cpu"]),
     "no batch": ("benchmark", ["--batch-size", "0"], ["--batch-size", "0", "at least 1"]),
     "text for a batch": ("benchmark", ["--batch-size", "1", "many"], ["--batch-size", "many"]),
@@ -72,7 +72,7 @@ MISTAKES = {
     "unknown model": ("benchmark", ["--model", "SepViT_Huge"], ["--model", "SepViT_Huge", "SepViT_Tiny"]),
     "unknown setting": ("benchmark", ["--sped"], ["--sped"]),
     "no times": ("benchmark_checkpoint", ["--times", "0"], ["--times", "0", "at least 1"]),
-    "no GPU for checkpoints": ("benchmark_checkpoint", ["--device", "cuda"], ["--device cuda: not available here"]),
+    "no GPU for checkpoints": ("benchmark_checkpoint", ["--device", "cuda"], ["--device cuda: not available; choose"]),
     "missing disk": ("benchmark_checkpoint", ["--out", "{root}/nope"], ["--out {root}/nope: no such folder; name one"]),
     "file for a disk": ("benchmark_checkpoint", ["--out", "{root}/a_file"], ["--out {root}/a_file: no such folder"]),
     "unwritable disk": ("benchmark_checkpoint", ["--out", "/proc"], ["--out /proc: cannot be written", "another"]),
@@ -113,10 +113,10 @@ def test_devices_that_are_there(monkeypatch):
     for device in ("cuda", "cuda:0", "cuda:1", "mps", "mps:0", "cpu", "cpu:0"):
         check_device(device)
     for device in ("cuda:2", "mps:1", "cpu:1"):
-        with pytest.raises(UserError, match=f"--device {device}: not available here"):
+        with pytest.raises(UserError, match=f"`device` {device}: not available"):
             check_device(device)
     for device in ("", "cuda:", "cuda:-1", "cuda:01", "cuda 0", "gpu"):
-        with pytest.raises(UserError, match=f"--device {device}: unknown"):
+        with pytest.raises(UserError, match=f"`device` {device}: unknown"):
             check_device(device)
 
 
@@ -135,7 +135,7 @@ def test_show_demo(root):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [(["--run", "{root}/worse"], "the two figures differ"),
-     (["--run", "{root}/good", "--least", "96.5"], "below the 96.5 % that the demo is to reach")],
+     (["--run", "{root}/good", "--least", "96.5"], "below the 96.5 % that the demo has to reach")],
     ids=["differ", "below"],
 )  # fmt: skip
 def test_demo_that_failed(arguments, expected, root):
@@ -161,7 +161,7 @@ def test_benchmark_of_checkpoints(tmp_path):
     arguments = ["--model", "SepViT_Lite", "--times", "1", "--out", tmp_path]
     *saved, last = succeed(*arguments, script="tools/benchmark_checkpoint.py").splitlines()
     assert [line.partition(" ")[0] for line in saved] == ["saved", "saved"]
-    assert re.match(r"SepViT_Lite, \d+ MB: training stands still for .+ ratio [\d.]+$", last)
+    assert re.match(r"SepViT_Lite, \d+ MB: training stops for [\d.]+ s if .+, for [\d.]+ s if .+; ratio [\d.]+$", last)
     assert os.listdir(tmp_path) == []
 
 
@@ -202,7 +202,7 @@ def test_interrupted_while_a_checkpoint_is_written(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in a background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the shell ignores it for background jobs
     )
     try:
         assert process.stdout.readline().startswith("saved ")

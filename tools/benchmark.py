@@ -1,74 +1,39 @@
-"""Parameters, multiply-adds and speed of a model, the speed also as a ratio to that of matrix products in the same run.
+"""Parameters, multiply-adds and speed of a model. Speed is also given relative to matrix products in the same run.
 
     python tools/benchmark.py [--model SepViT_Tiny] [--batch-size 1 8] [--dtype float32 bfloat16] [--device cpu]
 
-The ratio is the time of the forward pass over the time that its multiply-adds take at the rate of a large matrix
-product of the same number format, measured before and after each timing: 1 would be large matrix products alone.
+The ratio is the time of the forward pass, divided by the time of the same number of multiply-adds in large matrix
+products of the same number format, which are timed before and after the model. A ratio of 1 is the speed of large
+matrix products.
 """
 
 import argparse
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import timm
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:
+    import _repository  # noqa: F401
 import sepvit
 from training.commands import Parser, positive_int, run_command
 from training.devices import check_device
+from training.measure import count_multiply_adds, median_time
 
 SIDE = 2048  # of the matrices
 
 
-def count_multiply_adds(model: nn.Module, *inputs: Any) -> int:
-    """Multiply-adds of a forward pass, as fvcore counts: matrix products, convolutions, linear and LayerNorm layers."""
-    normalised = []
-    hooks = [
-        module.register_forward_hook(lambda *call: normalised.append(call[2].numel()))
-        for module in model.modules()
-        if isinstance(module, nn.LayerNorm)
-    ]
-    # The counter knows the products that attention is made of, not the CPU's fused kernel.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(*inputs)
-    for hook in hooks:
-        hook.remove()
-    return counter.get_total_flops() // 2 + 5 * sum(normalised)
-
-
-def seconds(function: Callable[[], object], device: torch.device, least: float = 1.0) -> float:
-    """Median time of a call, over at least `least` seconds after one to warm up."""
-
-    def call() -> float:
-        start = time.perf_counter()
-        function()
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
-        return time.perf_counter() - start
-
-    call()
-    times = [call()]
-    while sum(times) < least:
-        times.append(call())
-    return statistics.median(times)
-
-
 def matrix_product_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Multiply-adds a second of a large matrix product."""
+    """Measure the multiply-adds per second of a large matrix product."""
     a, b = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
-    return SIDE**3 / seconds(lambda: a @ b, device)
+    return SIDE**3 / median_time(lambda: a @ b, device)
 
 
 def profile(model: nn.Module, images: torch.Tensor) -> None:
-    """Print which operations a forward pass spends its time in."""
+    """Print the operations that a forward pass spends most time in."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if images.is_cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -82,7 +47,7 @@ def profile(model: nn.Module, images: torch.Tensor) -> None:
 
 
 def build_parser() -> Parser:
-    """The command's settings."""
+    """Make the command's parser."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="SepViT_Tiny", choices=list(sepvit.VARIANTS))
     parser.add_argument("--batch-size", type=positive_int, nargs="+", default=[1, 8])
@@ -91,12 +56,16 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--input-size", type=positive_int, default=224)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--profile", action="store_true", help="list the operations a pass spends its time in")
+    parser.add_argument("--profile", action="store_true", help="list the operations that take most of the time")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Count, measure and print."""
+    """Count, measure and print.
+
+    Raises:
+        UserError: the device is not available.
+    """
     check_device(args.device)
     device = torch.device(args.device)
     model = timm.create_model(args.model, img_size=args.input_size).eval()
@@ -113,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
             enabled = dtype != torch.float32
             with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
                 before = matrix_product_rate(dtype, device)
-                duration = seconds(lambda images=images: model(images), device, least=3.0)
+                duration = median_time(partial(model, images), device, least=3.0)
                 rate = statistics.mean([before, matrix_product_rate(dtype, device)])
                 ratio = duration * rate / (batch_size * multiply_adds)
                 print(
@@ -125,9 +94,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 2 for a user's mistake, 130 when interrupted."""
-    advice = "take a smaller --batch-size or --input-size"
-    return run_command("benchmark.py", lambda: main(build_parser().parse_args(arguments)), advice)
+    """Run the command. Returns its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    parser = build_parser()
+    advice = "use a smaller --batch-size or --input-size"
+    return run_command("benchmark.py", lambda: main(parser.parse_args(arguments)), parser, advice)
 
 
 if __name__ == "__main__":

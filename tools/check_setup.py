@@ -1,9 +1,9 @@
-"""Refuse an unsuitable Python or a missing compiler in one line, before minutes of installing.
+"""Check the Python version and the compiler before minutes of installing. A problem is reported in one line.
 
 python tools/check_setup.py [--compiler]
 """
 
-# Runs on any Python, whatever its age: hence the old-fashioned code.
+# Has to run on every Python that it refuses, hence the old-fashioned code.
 from __future__ import print_function
 
 import os
@@ -13,11 +13,11 @@ import sys
 OLDEST, NEWEST = (3, 10), (3, 12)
 
 
-def problem(needs_compiler):
-    """What is wrong, in one line; None where nothing is."""
+def problem(needs_compiler):  # type: (bool) -> str | None
+    """Describe the problem in one line; None if there is none."""
     version = sys.version_info[:2]
     if not OLDEST <= version <= NEWEST:
-        return "Python %d.%d (%s) does not suit: choose 3.10 to 3.12, e.g. PYTHON=python3.11 (and a fresh VENV)" % (
+        return "Python %d.%d (%s) is not supported: use 3.10 to 3.12, e.g. PYTHON=python3.11 (and a new VENV)" % (
             version + (sys.executable,)
         )
     try:

@@ -1,13 +1,13 @@
-"""Write small real data sets in the layouts of the big ones, to try everything without a download.
+"""Write small data sets in the layouts of ImageNet, ADE20K and COCO, to try everything without a download.
 
     python tools/make_demo_data.py --out DIR
 
 DIR/imagenet/{train,val}/<class>/*.png: scikit-learn's 1,797 handwritten digits (the test part of the UCI set of
-Alpaydin and Kaynak) in ImageNet's layout, a fifth of each class in val/.
+Alpaydin and Kaynak) in ImageNet's layout, with a fifth of each class in val/.
 
-DIR/ade/ADEChallengeData2016/{images,annotations}/{training,validation}: scenes of those digits on photographs that
-scikit-image and scikit-learn bring along, in ADE20K's layout and numbering: 1 to 10 are the digits 0 to 9, 11 is the
-background, and 0 ("other", not evaluated) are the digits' soft edges. Training and validation share no digit and no
+DIR/ade/ADEChallengeData2016/{images,annotations}/{training,validation}: scenes of these digits on photographs
+from scikit-image and scikit-learn, in ADE20K's layout and numbering: 1 to 10 are the digits 0 to 9, 11 is the
+background, and 0 ("other", not evaluated) marks the digits' soft edges. Training and validation share no digit and no
 photograph.
 
 DIR/coco/{train2017,val2017,annotations}: the same scenes in COCO's layout, with a box and a mask for each digit.
@@ -24,9 +24,10 @@ import skimage
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:
+    import _repository  # noqa: F401
 from training.commands import Parser, path, run_command
-from utils import UserError
+from training.errors import UserError
 
 DIGITS = 10
 SCENE_SIZE = (128, 160)  # rows and columns, in pixels
@@ -38,40 +39,40 @@ PHOTOGRAPHS = {
 
 
 class Instance(NamedTuple):
-    """A digit in a scene: which one, and where it is (H × W, 0 to 1, soft at the edges)."""
+    """A digit in a scene: its value, and its opacity at each pixel (H × W, 0 to 1, soft at the edges)."""
 
     digit: int
     opacity: np.ndarray
 
 
 class Scene(NamedTuple):
-    """An image, H × W × 3, RGB, 0 to 255, and the digits in it, which do not overlap."""
+    """An image (H × W × 3, RGB, 0 to 255) and the digits in it, which do not overlap."""
 
     image: np.ndarray
     instances: list[Instance]
 
 
-def held_back(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the digits for training and of those held back for validation, every fifth of a class."""
+def split_digits(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of the digits for training, and for validation (every fifth of each class, shuffled)."""
     targets = load_digits().target
     order = np.random.default_rng(seed).permutation(len(targets))
-    is_held_back = np.zeros(len(targets), dtype=bool)
+    is_validation = np.zeros(len(targets), dtype=bool)
     for label in range(DIGITS):
-        is_held_back[[index for index in order if targets[index] == label][::5]] = True
-    return np.flatnonzero(~is_held_back), np.flatnonzero(is_held_back)
+        is_validation[[index for index in order if targets[index] == label][::5]] = True
+    return np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
 
 
 def write_imagenet(folder: Path) -> dict[str, int]:
     """Write the digits as an ImageNet-style folder.
 
     Args:
-        folder: gets train/<class>/*.png and val/<class>/*.png; images that are there already are written again.
+        folder: where to write train/<class>/*.png and val/<class>/*.png. Existing images are overwritten.
 
     Returns:
-        number of images of each split.
+        number of images by split.
     """
     digits = load_digits()
-    splits = dict(zip(("train", "val"), held_back()))
+    splits = dict(zip(("train", "val"), split_digits()))
     for split, indices in splits.items():
         for index in indices:
             image = folder / split / str(digits.target[index]) / f"{index:04}.png"
@@ -82,7 +83,7 @@ def write_imagenet(folder: Path) -> dict[str, int]:
 
 
 def photographs(split: str) -> list[np.ndarray]:
-    """The photographs of a split, H × W × 3, RGB, 0 to 255."""
+    """Load the photographs of a split, H × W × 3, RGB, 0 to 255."""
     images = []
     for name in PHOTOGRAPHS[split]:
         image = load_sample_image(name) if name.endswith(".jpg") else getattr(skimage.data, name)()
@@ -91,9 +92,9 @@ def photographs(split: str) -> list[np.ndarray]:
 
 
 def compose_scenes() -> dict[str, list[Scene]]:
-    """Compose the scenes of each split, always the same ones."""
+    """Compose the scenes of each split. Each call composes the same ones."""
     digits, scenes = load_digits(), {}
-    for seed, ((split, count), indices) in enumerate(zip(SCENES.items(), held_back())):
+    for seed, ((split, count), indices) in enumerate(zip(SCENES.items(), split_digits())):
         rng, backgrounds = np.random.default_rng(seed), photographs(split)
         images, labels = digits.images[indices], digits.target[indices]
         scenes[split] = [compose_scene(rng, images, labels, backgrounds) for _ in range(count)]
@@ -103,7 +104,14 @@ def compose_scenes() -> dict[str, list[Scene]]:
 def compose_scene(
     rng: np.random.Generator, digits: np.ndarray, labels: np.ndarray, backgrounds: list[np.ndarray]
 ) -> Scene:
-    """Put one to four bright digits of random place, size and colour on a random part of a darkened photograph."""
+    """Put one to four bright digits on a random part of a darkened photograph, at random places, sizes and colours.
+
+    Args:
+        rng: the random number generator.
+        digits: images of digits, N × 8 × 8, 0 to 16.
+        labels: their values, N.
+        backgrounds: photographs, H × W × 3, RGB, 0 to 255.
+    """
     height, width = SCENE_SIZE
     photograph = backgrounds[rng.integers(len(backgrounds))]
     least = max(height / photograph.shape[0], width / photograph.shape[1])
@@ -113,7 +121,8 @@ def compose_scene(
     part = Image.fromarray(photograph[top : top + rows, left : left + columns])
     image = 0.6 * np.asarray(part.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
     most = rng.integers(1, 5)
-    instances, taken = [], np.zeros(SCENE_SIZE, dtype=bool)
+    instances: list[Instance] = []
+    taken = np.zeros(SCENE_SIZE, dtype=bool)
     for _ in range(2 * DIGITS):  # attempts
         index, side = rng.integers(len(digits)), int(rng.integers(56, 97))
         top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
@@ -135,8 +144,8 @@ def write_ade(folder: Path, scenes: dict[str, list[Scene]]) -> None:
     """Write scenes in ADE20K's layout.
 
     Args:
-        folder: gets images/<split>/*.jpg and annotations/<split>/*.png; those that are there are written again.
-        scenes: those of each split.
+        folder: where to write images/<split>/*.jpg and annotations/<split>/*.png. Existing files are overwritten.
+        scenes: scenes by split.
     """
     for split in scenes:
         for kind in ("images", "annotations"):
@@ -155,17 +164,19 @@ def write_coco(folder: Path, scenes: dict[str, list[Scene]]) -> dict[str, int]:
     """Write scenes in COCO's layout.
 
     Args:
-        folder: gets train2017/*.jpg, val2017/*.jpg and annotations/instances_*2017.json, written again where there.
-        scenes: those of each split.
+        folder: where to write train2017/*.jpg, val2017/*.jpg and annotations/instances_*2017.json. Existing files are
+            overwritten.
+        scenes: scenes by split.
 
     Returns:
-        number of digits of each split.
+        number of digits by split.
     """
     counts = {}
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     for split, name in (("training", "train2017"), ("validation", "val2017")):
         (folder / name).mkdir(exist_ok=True)
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for number, scene in enumerate(scenes[split], start=1):
             images.append(dict(id=number, file_name=f"{number:012}.jpg", height=SCENE_SIZE[0], width=SCENE_SIZE[1]))
             Image.fromarray(scene.image).save(folder / name / images[-1]["file_name"], quality=95)
@@ -181,30 +192,30 @@ def write_coco(folder: Path, scenes: dict[str, list[Scene]]) -> dict[str, int]:
 
 
 def annotation(mask: np.ndarray) -> dict[str, Any]:
-    """COCO's annotation of a mask (H × W): box (x, y, width, height), area and run lengths in column order."""
+    """Return COCO's annotation of a mask (H × W): box (x, y, width, height), area, run lengths in column order."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
     pixels = mask.ravel(order="F")
     changes = np.flatnonzero(np.diff(pixels)) + 1
     counts = np.diff([0, *changes, pixels.size]).tolist()
     if pixels[0]:
-        counts.insert(0, 0)  # run lengths begin with the background's
+        counts.insert(0, 0)  # the first run is of background
     segmentation = dict(size=list(mask.shape), counts=counts)
     return dict(bbox=[int(value) for value in box], area=int(mask.sum()), segmentation=segmentation)
 
 
 def build_parser() -> Parser:
-    """The command's settings."""
+    """Make the command's parser."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder to write to")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the data sets and say what they are.
+    """Write the data sets, and print a summary of each.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: the folder is not writable.
     """
     imagenet, ade, coco = (Path(args.out) / name for name in ("imagenet", "ade/ADEChallengeData2016", "coco"))
     try:
@@ -220,8 +231,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 2 for a user's mistake, 130 when interrupted."""
-    return run_command("make_demo_data.py", lambda: main(build_parser().parse_args(arguments)))
+    """Run the command. Returns its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    parser = build_parser()
+    return run_command("make_demo_data.py", lambda: main(parser.parse_args(arguments)), parser)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What all commands share: settings from the command line, errors as one line, and output that cannot end a run."""
+"""What all commands share: parsing settings, reporting errors in one line, and output that cannot end a run."""
 
 import argparse
 import difflib
-import errno
 import gc
 import math
 import multiprocessing
@@ -13,29 +12,33 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-import torch
 import torch.distributed as dist
 
-from utils import (
+from training.errors import (
     INTERRUPT_STATUS,
     RESUME_STATUS,
+    USER_ERROR_STATUS,
     LocalError,
     MachineError,
     Preempted,
     UserError,
-    get_rank,
-    is_main_process,
+    is_transient,
     one_line,
-    print_main,
+    out_of_files,
+    out_of_memory,
+    out_of_shared_memory,
+    setting,
+    with_flags,
 )
+from training.processes import get_rank, is_main_process, print_main
 
 SHARED_MEMORY = Path("/dev/shm")
-MOST_UNPRINTED = 10_000  # lines that are kept for log.txt
+MOST_UNPRINTED = 10_000  # lines kept for log.txt
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -43,21 +46,25 @@ MOST_UNPRINTED = 10_000  # lines that are kept for log.txt
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a command. In the names of settings `-` and `_` are the same."""
+    """Parse settings, report mistakes in one line. `-` and `_` are the same in the names of settings.
+
+    Three private parts of argparse (Python 3.10 to 3.12) are used here and nowhere else: `_actions`,
+    `_option_string_actions` and `_negative_number_matcher`. argparse has no public way to list its settings.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # argparse's own pattern knows no exponents: it would take the -1e-3 of `--lr -1e-3` for a setting
+        # argparse's own pattern has no exponents: it would take the -1e-3 of `--lr -1e-3` for a setting.
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         """Parse a command line; see argparse.
 
         Raises:
-            UserError: a setting is unknown, missing, or has a wrong value.
+            UserError: a setting is unknown, missing, or has an invalid value.
         """
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -65,8 +72,8 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{flag}: unknown setting{self.suggestion(flag)}; --help lists all")
         return known
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """Parse what is known of a command line, however its settings are spelled; see argparse."""
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse the known settings of a command line, in either spelling; see argparse."""
         spellings = {option.replace("_", "-"): option for option in self._option_string_actions}
 
         def spelled(argument: str) -> str:
@@ -77,15 +84,34 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args([spelled(argument) for argument in arguments], namespace)
 
     def suggestion(self, flag: str) -> str:
-        """The settings that an unknown one may stand for, as the end of a message; "" where none is like it."""
-        like = difflib.get_close_matches(
-            flag, [option for option in self._option_string_actions if "--" in option], 2, 0.75
-        )
-        return f"; did you mean {' or '.join(like)}?" if like else ""
+        """Known settings similar to an unknown one, as the end of a message; "" if there are none."""
+        options = [option for option in self._option_string_actions if "--" in option]
+        similar = difflib.get_close_matches(flag, options, 2, 0.75)
+        return f"; did you mean {' or '.join(similar)}?" if similar else ""
+
+    def actions(self) -> dict[str, argparse.Action]:
+        """argparse's actions by the names of their options, with `_`, without leading dashes."""
+        return {option.lstrip("-").replace("-", "_"): action for action in self._actions
+                for option in action.option_strings if not option.startswith("--no-")}  # fmt: skip
+
+    def flags(self) -> dict[str, str]:
+        """What the user types for each setting: its flag, or the placeholder of a positional argument."""
+        flags: dict[str, str] = {}
+        for action in self._actions:
+            flags[action.dest] = action.option_strings[0] if action.option_strings else str(action.metavar)
+            flags |= {option[2:].replace("-", "_"): option for option in action.option_strings if "--no-" in option}
+        return flags
 
 
-def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Any:
-    """Type of a setting: a finite number in [low, high], or (`open_low`) in (low, high]."""
+def number(kind: type[int] | type[float], low: float, high: float = math.inf, open_low: bool = False) -> Any:
+    """Make the type of a setting: a finite number from low to high, both included.
+
+    Args:
+        kind: int or float.
+        low: lowest value.
+        high: highest value.
+        open_low: exclude `low` itself.
+    """
 
     def parse(text: str) -> Any:
         value = kind(text)
@@ -109,7 +135,7 @@ seconds = number(float, 0, 30 * 24 * 3600, open_low=True)  # process groups over
 
 
 def path(text: str) -> str:
-    """Type of a setting that is a path: a leading ~ is the home folder, which shells leave in `--flag=~/…`."""
+    """Type of a setting that is a path. Expands a leading ~, which shells do not do in `--flag=~/…`."""
     return os.path.expanduser(text)
 
 
@@ -118,48 +144,54 @@ def path(text: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def run_command(name: str, command: Callable[[], None], memory_advice: str = "take fewer images at a time") -> int:
-    """Run a command; a user's mistake is one line, of one process.
+def run_command(
+    name: str,
+    command: Callable[[], None],
+    parser: Parser | None = None,
+    memory_advice: str = "use smaller batches",
+) -> int:
+    """Run a command. A user's mistake is reported in one line, by one process.
 
     Args:
-        name: of the script, in front of the line.
+        name: the script's name, which starts the line.
         command: what to run.
+        parser: the command's parser, which knows the flags of the settings that errors mention.
         memory_advice: the way out when memory runs out.
 
     Returns:
-        the exit status: 0, 2 for a user's mistake, 75 for a run that was preempted or met an error of the machine, 130
-        when interrupted.
+        the exit status: 0, 2 for a user's mistake, 75 for a preempted run or a transient error, 130 after Ctrl-C.
     """
     with unfailing_output():
         try:
-            return _run(name, command, memory_advice)
+            return _run(name, command, parser.flags() if parser else {}, memory_advice)
         finally:
-            end_loader_workers()
+            kill_child_processes()
             if dist.is_initialized():
-                gc.collect()  # what refers to the group in circles would outlive it, and end the process by an abort
+                gc.collect()  # reference cycles would keep the group alive, which aborts Python at its exit
                 dist.destroy_process_group()
 
 
-def _run(name: str, command: Callable[[], None], memory_advice: str) -> int:
+def _run(name: str, command: Callable[[], None], flags: Mapping[str, str], memory_advice: str) -> int:
     try:
         command()
     except UserError as error:
-        return _refuse(name, str(error), is_local=isinstance(error, LocalError))
+        return _refuse(name, with_flags(str(error), flags), is_local=isinstance(error, LocalError))
     except Preempted as place:
-        print_main(f"{name}: ended by a signal {place}")
+        print_main(f"{name}: stopped by a signal {place}")
         return place.status
     except (MachineError, RuntimeError, MemoryError, OSError) as error:
         if out_of_shared_memory(error):
-            return _refuse(name, shared_memory_advice())
+            return _refuse(name, with_flags(shared_memory_advice(), flags))
+        workers = with_flags(setting("num_workers"), flags)
         if out_of_memory(error):
-            return _refuse(name, f"out of memory ({last_line(error)}); {memory_advice}")
+            return _refuse(name, f"out of memory ({first_line(error)}); {memory_advice}")
         if out_of_files(error):
-            return _refuse(name, "too many open files; raise the limit (ulimit -n), or use fewer --num_workers")
-        if not is_of_machine(error):
+            return _refuse(name, f"too many open files; raise the limit (ulimit -n), or use fewer {workers}")
+        if not is_transient(error):
             raise
-        hint = "" if isinstance(error, MachineError) else ", with fewer --num_workers if memory ran out"
-        print(f"{name}: process {get_rank()}: {last_line(error)}; run the same command again{hint}", file=sys.stderr,
-              flush=True)  # fmt: skip
+        hint = "" if isinstance(error, MachineError) else f", with fewer {workers} if memory ran out"
+        print(f"{name}: process {get_rank()}: {with_flags(first_line(error), flags)}; run the same command again{hint}",
+              file=sys.stderr, flush=True)  # fmt: skip
         return RESUME_STATUS
     except KeyboardInterrupt:
         if is_main_process():
@@ -169,66 +201,39 @@ def _run(name: str, command: Callable[[], None], memory_advice: str) -> int:
 
 
 def _refuse(name: str, message: str, is_local: bool = False) -> int:
-    """Print a user's mistake, once where all processes make it; returns the exit status."""
+    """Report a user's mistake, once if all processes make it. Returns the exit status."""
     if is_main_process() or is_local:
         print(f"{name}: {message}", file=sys.stderr, flush=True)
     elif dist.is_initialized():
-        time.sleep(5)  # where all processes refuse, the main one's line is enough, and ends the others meanwhile
+        time.sleep(5)  # if all processes make the mistake, rank 0 reports it and ends the others meanwhile
         print(f"{name}: process {get_rank()}: {message}", file=sys.stderr, flush=True)
-    return 2
+    return USER_ERROR_STATUS
 
 
-def last_line(error: BaseException) -> str:
-    """What an error says, in one line. Messages of a loader's worker, and of PyTorch, have more."""
+def first_line(error: BaseException) -> str:
+    """The informative line of an error's text: the last line of a loader worker's traceback, otherwise the first."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    in_worker = str(error).startswith("Caught ")
-    return one_line(lines[-1] if in_worker else lines[0])
-
-
-def is_of_machine(error: BaseException | None) -> bool:
-    """Whether an error is transient: running the same command again may succeed. Includes a loader's worker that was
-    killed, as the system does where memory runs out."""
-    is_lost_worker = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
-    return is_lost_worker or isinstance(error, MachineError)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the machine or of its accelerator did not suffice, here or in a loader's worker."""
-    texts = ("DefaultCPUAllocator", "MPS backend out of memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED",
-             "Cannot allocate memory")  # fmt: skip
-    in_words = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    return in_words or isinstance(error, (MemoryError, torch.OutOfMemoryError))
-
-
-def out_of_shared_memory(error: BaseException) -> bool:
-    """Whether the memory through which loader workers hand over their batches did not suffice."""
-    pattern = r"shared memory\(shm\)|</torch_\w+>: No space left|Bus error"
-    return isinstance(error, RuntimeError) and bool(re.search(pattern, str(error)))
-
-
-def out_of_files(error: BaseException) -> bool:
-    """Whether the process may not open more files, of which loader workers take some each."""
-    return (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)) or (
-        isinstance(error, RuntimeError) and "Too many open files" in str(error)
-    )
+    is_traceback = str(error).startswith("Caught ")
+    return one_line(lines[-1] if is_traceback else lines[0])
 
 
 def shared_memory_advice() -> str:
-    """What to do where shared memory runs out, in one line."""
+    """What to do when shared memory runs out, in one line."""
     size = f" ({shutil.disk_usage(SHARED_MEMORY).total / 2**20:.0f} MiB in all)" if SHARED_MEMORY.is_dir() else ""
     return (
-        f"{SHARED_MEMORY}{size} is full, through which loader workers hand over their batches; enlarge it "
-        "(docker run --shm-size=8g), or use fewer --num_workers (0 needs none) or a smaller --batch-size"
+        f"{SHARED_MEMORY}{size} is full; loader workers pass their batches through it; enlarge it "
+        f"(docker run --shm-size=8g), or use fewer {setting('num_workers')} (0 uses none) or a smaller "
+        f"{setting('batch_size')}"
     )
 
 
-def end_loader_workers() -> None:
-    """Kill the loaders' workers: they ignore the signal by which Python ends them."""
-    if workers := multiprocessing.active_children():
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would take their end for an accident
-        for worker in workers:
-            worker.kill()
-            worker.join()
+def kill_child_processes() -> None:
+    """Kill the children that multiprocessing started. Loader workers ignore the signal that Python ends them with."""
+    if children := multiprocessing.active_children():
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a crashed worker
+        for child in children:
+            child.kill()
+            child.join()
         signal.signal(signal.SIGCHLD, handler)
 
 
@@ -238,35 +243,35 @@ def end_loader_workers() -> None:
 
 
 class UnfailingStream:
-    """A text stream that printing to never fails: a full disk or a reader that left must not end a run.
+    """A text stream that never fails. A full disk or a closed pipe must not end a run.
 
     Args:
-        stream: the stream underneath; None where the process was started without one.
+        stream: the stream to print to; None if the process has none.
 
     Attributes:
-        unprinted: whole lines that could not be printed, until they are taken (`take_unprinted`).
-        has_failed: whether anything could not be printed.
+        unprinted: whole lines that could not be printed, until `take_unprinted` takes them.
+        has_failed: whether printing has failed.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
         self.has_failed = stream is None
         self.unprinted: list[str] = []
         self._is_missing = stream is None
-        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115 it lives as long as this
-        self._begun = threading.local()  # each thread's line
+        self._stream: TextIO = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115 as long-lived as this object
+        self._begun = threading.local()  # each thread's unfinished line
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Print a text, a line at a time."""
+        """Print a text, line by line."""
         self._begun.text = getattr(self._begun, "text", "") + text
         if "\n" in text:
             self.flush()
         return len(text)
 
     def flush(self) -> None:
-        """Print what was written so far, also the begin of a line, as progress bars do."""
+        """Print what was written so far, including an unfinished line, as of a progress bar."""
         text, self._begun.text = getattr(self._begun, "text", ""), ""
         if not text:
             return
@@ -275,14 +280,14 @@ class UnfailingStream:
                 self._stream.write(text)
                 self._stream.flush()
                 return
-        except (OSError, ValueError):  # ValueError: it was closed
+        except (OSError, ValueError):  # ValueError: the stream is closed
             self.has_failed = True
         lines = [line for line in text.split("\n") if line.strip()] if "\n" in text else []
         self.unprinted += lines[: MOST_UNPRINTED - len(self.unprinted)]
 
     def give_up(self) -> None:
-        """Let what the stream still holds go nowhere: Python would print it at its end, and fail."""
-        with suppress(OSError, ValueError):  # no descriptor, or closed
+        """Discard what the stream still buffers. Python would print it at exit, and fail."""
+        with suppress(OSError, ValueError):  # it has no descriptor, or is closed
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -290,7 +295,7 @@ class UnfailingStream:
 
 @contextmanager
 def unfailing_output() -> Iterator[None]:
-    """Make printing safe: to streams that fail, and in encodings that lack a character (it is printed as \\u…)."""
+    """Make printing safe: for streams that fail, and for characters that the encoding lacks (printed as \\u…)."""
     before = sys.stdout, sys.stderr
     for stream in before:
         if hasattr(stream, "reconfigure"):
@@ -307,7 +312,7 @@ def unfailing_output() -> Iterator[None]:
 
 
 def take_unprinted() -> list[str]:
-    """The lines that could not be printed since this was called last."""
+    """Return the lines that could not be printed since the last call."""
     lines: list[str] = []
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, UnfailingStream):

@@ -1,24 +1,45 @@
-"""The devices that a command can be asked to run on."""
+"""Devices: which there are, and waiting for one."""
 
+import os
 import re
 
 import torch
 
-from utils import UserError, best_device
+from training.errors import UserError, setting
+
+
+def best_device() -> str:
+    """The best kind of device available: 'cuda', 'mps' or 'cpu'."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def available_cores() -> int:
+    """Number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is not there.
+    """Refuse a device that is not available.
 
     Args:
-        device: what `--device` names.
+        device: PyTorch's name of the device.
 
     Raises:
-        UserError: PyTorch's name of a device is another one, or this machine has no such device.
+        UserError: the name is unknown, or the machine has no such device.
     """
     if not re.fullmatch(r"(cuda|mps|cpu)(:(0|[1-9][0-9]*))?", device):
-        raise UserError(f"--device {device}: unknown; choose cuda, mps or cpu")
+        raise UserError(f"{setting('device', device)}: unknown; choose cuda, mps or cpu")
     kind, _, index = device.partition(":")
     counts = dict(cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()), cpu=1)
     if int(index or 0) >= counts[kind]:
-        raise UserError(f"--device {device}: not available here; choose {best_device()}")
+        raise UserError(f"{setting('device', device)}: not available; choose {best_device()}")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all its work, before a time is taken."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

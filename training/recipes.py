@@ -1,4 +1,4 @@
-"""Recipes: settings of main.py in a YAML file (`--config`), and the one that each run leaves of its own (args.yaml)."""
+"""Recipes: YAML files of settings. Each run writes its own as args.yaml, which repeats it."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,17 +8,18 @@ from typing import Any
 import yaml
 
 from training.commands import Parser
-from utils import UserError, write_file
+from training.errors import UserError, setting
+from training.storage import write_file
 
 ARGS = "args.yaml"
-PERSONAL = ("config", "local_rank")  # settings of one start, not of a recipe
+PERSONAL = ("config", "local_rank")  # settings of a single start, which a recipe does not have
 
 
 def parse_with_recipe(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command line; settings that it leaves out are those of its `--config`, or else the defaults.
+    """Parse a command line. Settings it does not have come from its recipe (`config`), then from the defaults.
 
     Raises:
-        UserError: a setting is wrong, in the command line or in the recipe.
+        UserError: a setting is invalid, in the command line or in the recipe.
     """
     args = parser.parse_args(arguments)
     if args.config is not None:
@@ -31,19 +32,18 @@ def read_recipe(path: Path, parser: Parser) -> dict[str, Any]:
     """Read a recipe.
 
     Args:
-        path: YAML file of a mapping from settings, spelled with `-` or `_`, to their values.
-        parser: knows the settings and their types.
+        path: YAML file, a mapping from settings, spelled with `-` or `_`, to values.
+        parser: has the settings and their types.
 
     Returns:
-        values by the names that `parser` gives them.
+        values by the names of the settings in a Namespace.
 
     Raises:
-        UserError: it cannot be read, is no such mapping, or has a setting that is unknown, repeated or of a wrong type;
-            names the line.
+        UserError: the file cannot be read, is not such a mapping, or has an unknown, repeated or invalid setting. The
+            message names the line.
     """
-    what = f"--config {path}"
-    actions = {option.lstrip("-").replace("-", "_"): action for action in parser._actions
-               for option in action.option_strings if not option.startswith("--no-")}  # fmt: skip
+    what = setting("config", path)
+    actions = parser.actions()
     values: dict[str, Any] = {}
     for key, node in _entries(path, what):
         line = f"{what}, line {key.start_mark.line + 1}"
@@ -51,7 +51,7 @@ def read_recipe(path: Path, parser: Parser) -> dict[str, Any]:
         if action is None or action.dest in (*PERSONAL, "help"):
             raise UserError(f"{line}: {key.value}: unknown setting{parser.suggestion(f'--{key.value}')}")
         if action.dest in values:
-            raise UserError(f"{line}: {key.value}: the second one; leave one out")
+            raise UserError(f"{line}: {key.value}: set twice; remove one")
         try:
             values[action.dest] = _value(action, node)
         except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
@@ -60,11 +60,11 @@ def read_recipe(path: Path, parser: Parser) -> dict[str, Any]:
 
 
 def _entries(path: Path, what: str) -> list[tuple[yaml.Node, yaml.Node]]:
-    """Keys and values of a YAML mapping, as nodes, which know their lines."""
+    """Read the keys and values of a YAML mapping as nodes, which know their lines."""
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
-        raise UserError(f"{what}: cannot be read ({error.strerror}); recipes/ has those of the paper") from None
+        raise UserError(f"{what}: cannot be read ({error.strerror}); recipes/ has the paper's recipes") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{what}: not UTF-8 ({error})") from None
     except yaml.YAMLError as error:
@@ -77,11 +77,11 @@ def _entries(path: Path, what: str) -> list[tuple[yaml.Node, yaml.Node]]:
 
 
 def _value(action: argparse.Action, node: yaml.Node) -> Any:
-    """The value of a setting. Numbers are read from their text, as YAML takes 5e-4 for a word and `off` for false.
+    """Convert a setting's value. Numbers are read from their text: YAML takes 5e-4 for a string and `off` for false.
 
     Raises:
-        ValueError: it is of another type than the setting's.
-        argparse.ArgumentTypeError: it is out of the setting's range.
+        ValueError: the value has the wrong type.
+        argparse.ArgumentTypeError: the value is out of range.
     """
     if node.tag == "tag:yaml.org,2002:null" and action.default is None:
         return None
@@ -100,10 +100,11 @@ def _value(action: argparse.Action, node: yaml.Node) -> Any:
 def _scalar(action: argparse.Action, node: yaml.Node) -> Any:
     if not isinstance(node, yaml.ScalarNode) or node.tag == "tag:yaml.org,2002:null":
         raise ValueError(f"takes a value, not {_text(node)}")
+    convert: Any = action.type or str  # argparse's stub also allows names of registered types
     try:
-        value = action.type(node.value) if action.type else node.value
+        value = convert(node.value)
     except ValueError:
-        kind = {"int": "a whole number", "float": "a number"}.get(action.type.__name__, "another value")
+        kind = {"int": "a whole number", "float": "a number"}.get(convert.__name__, "another value")
         raise ValueError(f"takes {kind}, not {_text(node)}") from None
     if action.choices is not None and value not in action.choices:
         raise ValueError(f"takes one of {', '.join(map(str, action.choices))}, not {_text(node)}")
@@ -111,15 +112,15 @@ def _scalar(action: argparse.Action, node: yaml.Node) -> Any:
 
 
 def _text(node: yaml.Node) -> str:
-    """A value as it stands in the file, more or less."""
+    """A value as text, for messages."""
     return (node.value or "nothing") if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
 
 
 def write_recipe(path: Path, settings: dict[str, Any]) -> None:
-    """Write a run's settings as a recipe that repeats it.
+    """Write a run's settings as a recipe that repeats the run.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()
               if name not in PERSONAL}  # fmt: skip

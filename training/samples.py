@@ -1,7 +1,7 @@
-"""Images and labels as loader workers read them: data sets, samples, and what happens to images that are unreadable.
+"""Data sets and samples as loader workers read them.
 
-All that travels to the workers is here or in `training.streams`. Where workers are spawned (macOS, Windows), they
-import its classes by name, and the name `datasets` may be Hugging Face's library's there (`import_hugging_face`).
+Everything that is pickled for the workers is here or in `training.streams`. Spawned workers (macOS, Windows) import the
+classes by name, and there the name `datasets` may belong to Hugging Face's library (`import_hugging_face`).
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from PIL import Image
 from timm.data.dataset import ImageDataset
@@ -27,39 +27,34 @@ from torchvision.datasets import CIFAR100, ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from samplers import Draw
-from utils import (
-    PAUSES,
-    MachineError,
-    Stream,
-    UserError,
-    derived_seed,
-    is_of_storage,
-    patiently,
-    seed_everything,
-)
+from training.errors import MachineError, UserError, setting
+from training.storage import PAUSES, is_storage_error, with_retries
+from training.unreadable import Replacements, UnreadableImageError
+from utils import Stream, derived_seed, seed_everything
 
-REPLACEMENTS = 10  # images tried in place of one that cannot be read
-NAMES_END = "\0"  # between the names of a batch's unreadable images: a name may hold any other character
 OWN_DATASETS = Path(__file__).resolve().parent.parent / "datasets.py"
 
 
-@dataclass
+@dataclass(frozen=True)
 class ImageData:
-    """A data set of images and what is to be done with them.
+    """A data set of images, its classes, and the transform of its images.
 
     Attributes:
-        dataset: the images as they are, and their labels.
+        dataset: images without transform, and their labels.
         num_classes: number of classes.
-        classes: names of the classes, where the data set has any.
-        transform: of the images.
+        classes: names of the classes, None if the data set has none.
+        transform: transform of the images.
         is_hugging_face: whether Hugging Face's library reads the images.
     """
 
-    dataset: Dataset
+    dataset: Any
     num_classes: int
     classes: list[str] | None = None
     transform: Any = None
     is_hugging_face: bool = False
+
+    def __len__(self) -> int:
+        return len(self.dataset)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -71,7 +66,7 @@ def load_image(path: str) -> Image.Image:
     """Load an image file, RGB.
 
     Raises:
-        OSError: it cannot be read; or it is a pipe or a device, where reading would wait for ever.
+        OSError: the image is unreadable, or is a pipe or a device, which could block for ever.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("not a regular file")
@@ -79,14 +74,14 @@ def load_image(path: str) -> Image.Image:
 
 
 class ClassFolders(ImageFolder):
-    """A folder of class folders of images, as torchvision reads it, but for folders that cannot be read: it skips them.
+    """A folder of class folders of images. Unlike torchvision's, it does not skip unreadable folders.
 
     Args:
         root: the folder.
 
     Raises:
-        FileNotFoundError: there is no class folder.
-        UserError: a class folder holds no images.
+        FileNotFoundError: the folder has no class folder.
+        UserError: a class folder has no images.
         OSError: a folder cannot be read.
     """
 
@@ -94,13 +89,14 @@ class ClassFolders(ImageFolder):
         super().__init__(root, loader=load_image)
 
     @staticmethod
-    def make_dataset(directory: str, class_to_idx: dict[str, int], *_: Any, **__: Any) -> list[tuple[str, int]]:
-        """Paths and labels of all images, in torchvision's order."""
+    def make_dataset(directory: str, class_to_idx: dict[str, int], *unused: Any, **also_unused: Any) -> list[tuple[str, int]]:
+        """List paths and labels of all images, in torchvision's order."""
 
         def refuse(error: OSError) -> None:
             raise error
 
-        samples, empty = [], []
+        samples: list[tuple[str, int]] = []
+        empty: list[str] = []
         for name, label in sorted(class_to_idx.items()):
             before = len(samples)
             for folder, _, files in sorted(os.walk(os.path.join(directory, name), onerror=refuse, followlinks=True)):
@@ -110,25 +106,25 @@ class ClassFolders(ImageFolder):
                 empty.append(name)
         if empty:
             more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
-            raise UserError(f"--data-path {directory}: no image in the class folders {', '.join(empty[:3])}{more} "
-                            f"(images end in {', '.join(IMG_EXTENSIONS)})")  # fmt: skip
+            raise UserError(f"{setting('data_path', directory)}: no image in the class folders "
+                            f"{', '.join(empty[:3])}{more} (images end in {', '.join(IMG_EXTENSIONS)})")  # fmt: skip
         return samples
 
 
 class INaturalist(VisionDataset):
     """iNaturalist 2018 and 2019 at one level of the taxonomy.
 
-    Classes are numbered in the order in which the training annotations first name them. The images lie at the JSON's
-    `<split>/<kingdom>/<category id>/<file>`, or without the kingdom folder.
+    Classes are numbered in the order of their first appearance in the training annotations. Images are at the path in
+    the JSON, `<split>/<kingdom>/<category id>/<file>`, or at that path without the kingdom folder.
 
     Args:
         root: folder with train<year>.json, val<year>.json, categories.json and the images.
-        train: training or validation images.
+        train: whether to read the training or the validation images.
         year: 2018 or 2019.
         category: level of the taxonomy, one of `datasets.INAT_CATEGORIES`.
 
     Raises:
-        UserError: a file is missing or no JSON, or the images are not there.
+        UserError: a file is missing or is not JSON, or the images are missing.
     """
 
     def __init__(self, root: Path, train: bool, year: int, category: str) -> None:
@@ -136,9 +132,10 @@ class INaturalist(VisionDataset):
         try:
             self._read_annotations(root, train, year, category)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"--data-path {root}: annotations are not as iNaturalist's ({error!r})") from None
+            raise UserError(f"{setting('data_path', root)}: annotations are not iNaturalist's ({error!r})") from None
         if not self.samples or not Path(self.samples[0][0]).is_file():
-            raise UserError(f"--data-path {root}: no image at {self.samples[0][0] if self.samples else 'all'}")
+            place = self.samples[0][0] if self.samples else "all"
+            raise UserError(f"{setting('data_path', root)}: no image at {place}")
 
     def _read_annotations(self, root: Path, train: bool, year: int, category: str) -> None:
         taxonomy = {entry.get("id", i): entry for i, entry in enumerate(_read_json(root / "categories.json"))}
@@ -169,23 +166,23 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--data-path {path.parent}: {path.name} cannot be read ({error.strerror})") from None
+        raise UserError(f"{setting('data_path', path.parent)}: {path.name} cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise UserError(f"--data-path {path.parent}: {path.name} is not JSON ({error})") from None
+        raise UserError(f"{setting('data_path', path.parent)}: {path.name} is not JSON ({error})") from None
 
 
 def check_label(label: int, num_classes: int) -> int:
-    """Refuse a label that is no class's."""
+    """Refuse a label without a class."""
     if not 0 <= label < num_classes:
-        raise UserError(f"--num-classes {num_classes}: an image is labelled {label}; labels are numbered from 0")
+        raise UserError(f"{setting('num_classes', num_classes)}: an image is labelled {label}; labels start at 0")
     return label
 
 
 def import_hugging_face() -> None:
-    """Import Hugging Face's package `datasets`, which timm's reader needs, in place of this project's file of its name.
+    """Make the name `datasets` mean Hugging Face's package, which timm's reader needs, not this project's file.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the package is not installed.
     """
     own = sys.modules.get("datasets")
     if own is not None and getattr(own, "__file__", None) != str(OWN_DATASETS):
@@ -196,14 +193,16 @@ def import_hugging_face() -> None:
     try:
         importlib.import_module("datasets")
     except ImportError as error:
-        sys.modules["datasets"] = own
-        raise UserError(f"--data-set hfds/…: needs Hugging Face's library ({error}): pip install datasets") from None
+        if own is not None:
+            sys.modules["datasets"] = own
+        needs = f"needs Hugging Face's library ({error}): pip install datasets"
+        raise UserError(f"{setting('data_set', 'hfds/…')}: {needs}") from None
     finally:
         sys.path = path
 
 
 def fingerprint(data: ImageData) -> str:
-    """A hash of which images a data set holds and what they show, of names and labels, not of pixels."""
+    """Hash the names and labels of a data set's images, not their pixels."""
     dataset = data.dataset
     digest = hashlib.sha256(json.dumps(data.classes).encode())
     if hasattr(dataset, "samples"):
@@ -226,33 +225,38 @@ def fingerprint(data: ImageData) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# Subclasses of tarfile.HeaderError that its documentation does not list (Python 3.10 to 3.12).
+END_OF_ARCHIVE = tarfile.EOFHeaderError  # type: ignore[attr-defined]
+TRUNCATED = (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError)  # type: ignore[attr-defined]
+
+
 class CheckedTarInfo(tarfile.TarInfo):
-    """Member of a tar archive that has to be whole. Python takes a broken header, or none, for the archive's end."""
+    """Member of a tar archive that must be complete. Python takes a broken or missing header for the archive's end."""
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "CheckedTarInfo":
         """Read the next member's header.
 
         Raises:
-            tarfile.ReadError: there is neither one nor the mark of the archive's end.
+            tarfile.ReadError: there is no intact header and no end-of-archive mark.
         """
         try:
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
+        except END_OF_ARCHIVE:
             raise
-        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
-            raise tarfile.ReadError("truncated: it has no mark of its end") from None
+        except TRUNCATED:
+            raise tarfile.ReadError("truncated: it has no end-of-archive mark") from None
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"damaged: {error}") from None
 
 
 def archive_damage(reader: ReaderImageInTar) -> str | None:
-    """What is wrong with a tar archive after the last image that timm found in it; None where it is whole.
+    """Describe the damage to a tar archive after the last image that timm found in it; None if there is none.
 
-    The part before that was walked through from header to header, and an image's own bytes are decoded in reading.
+    timm has read all headers before that image, and the images themselves are decoded when they are read.
     """
     images = [sample[0] for sample in reader.samples if sample[2] is None]
-    inner: dict[int, list[tarfile.TarInfo]] = {}  # images of archives inside the archive, by where these begin
+    inner: dict[int, list[tarfile.TarInfo]] = {}  # images in nested archives, by the offset of these
     archives = {}
     for image, _, archive in reader.samples:
         if archive is not None:
@@ -263,17 +267,18 @@ def archive_damage(reader: ReaderImageInTar) -> str | None:
             _check_rest(file, images + list(archives.values()))
         with tarfile.open(reader.root, "r:") as outer:
             for begin, members in inner.items():
-                _check_rest(outer.extractfile(archives[begin]), members)
+                if inside := outer.extractfile(archives[begin]):
+                    _check_rest(inside, members)
     except (tarfile.TarError, OSError) as error:
         return str(error)
     return None
 
 
-def _check_rest(file: BinaryIO, members: Sequence[tarfile.TarInfo]) -> None:
-    """Walk through an archive from its last known member to the mark of its end.
+def _check_rest(file: IO[bytes], members: Sequence[tarfile.TarInfo]) -> None:
+    """Read the headers of an archive from its last known member to its end-of-archive mark.
 
     Raises:
-        tarfile.ReadError: it does not come to that.
+        tarfile.ReadError: the archive is truncated or damaged.
     """
     last = max(members, key=lambda member: member.offset_data)
     blocks = -(-last.size // tarfile.BLOCKSIZE)
@@ -288,39 +293,20 @@ def _check_rest(file: BinaryIO, members: Sequence[tarfile.TarInfo]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class UnreadableImageError(UserError):
-    """An image, or an archive of them, is missing or broken.
+def read_sample(dataset: Any, index: int, pauses: Sequence[int]) -> tuple[Any, int]:
+    """Read an image, RGB and without transform, and its label. Retries while the storage does not respond.
 
-    Attributes:
-        name: of the image, its path where it has one.
-        is_of_storage: it may be neither, as the storage does not answer.
-    """
-
-    name: str
-    is_of_storage: bool
-
-    @classmethod
-    def of(
-        cls, name: str, error: Exception, is_of_storage: bool = False, kind: str = "image"
-    ) -> "UnreadableImageError":
-        """That of an image or a shard, by what reading it raised."""
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        way_out = "" if is_of_storage else "; repair it or take it out"
-        unreadable = cls(f"{kind} {name}: cannot be read ({reason}){way_out}")
-        unreadable.name = name
-        unreadable.is_of_storage = is_of_storage
-        return unreadable
-
-
-def read_sample(dataset: Dataset, index: int, pauses: Sequence[int]) -> tuple[Any, int]:
-    """An image as it is, RGB, and its label; storage that does not answer is tried again after pauses (in seconds).
+    Args:
+        dataset: the data set.
+        index: the image's index in it.
+        pauses: seconds between the attempts.
 
     Raises:
-        UnreadableImageError: it cannot be read.
+        UnreadableImageError: the image is unreadable.
     """
 
     def read() -> tuple[Any, int]:
-        if isinstance(dataset, ImageDataset):  # timm's, which would take the next image
+        if isinstance(dataset, ImageDataset):  # timm's own __getitem__ would replace an unreadable image silently
             file, target = dataset.reader[index]
             image = Image.open(file).convert("RGB")
             return image, dataset.target_transform(target) if dataset.target_transform else target
@@ -328,34 +314,36 @@ def read_sample(dataset: Dataset, index: int, pauses: Sequence[int]) -> tuple[An
 
     folder = getattr(dataset, "root", ".")
     try:
-        return patiently(read, folder, pauses)
+        return with_retries(read, folder, pauses)
     except UserError:
         raise
-    except Exception as error:  # what broken images raise depends on their format, and how they are broken
+    except Exception as error:  # the type depends on the image format and on the damage
         if hasattr(dataset, "samples"):
             name = dataset.samples[index][0]
         else:
             name = dataset.filename(index) if hasattr(dataset, "filename") else f"number {index}"
-        raise UnreadableImageError.of(name, error, is_of_storage(error, folder)) from None
+        raise UnreadableImageError.of(name, error, is_storage_error(error, folder)) from None
 
 
 class Samples(Dataset):
-    """What samples are made of.
+    """Base of all samples.
 
     Args:
-        data: the images and their transform.
+        data: images and transform.
+        seed: the run's, which augmentation follows from.
     """
 
-    def __init__(self, data: ImageData) -> None:
-        self.dataset = data.dataset
+    def __init__(self, data: ImageData, seed: int = 0) -> None:
+        self.dataset: Any = data.dataset
         self.transform = data.transform
         self.is_hugging_face = data.is_hugging_face
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getstate__(self) -> dict[str, Any]:
-        """State for a spawned worker, in which Hugging Face's library has to be imported before its classes are."""
+        """State for a spawned worker, which must import Hugging Face's library before it unpickles its classes."""
         state = dict(self.__dict__)
         if self.is_hugging_face:
             state["dataset"] = bytes(ForkingPickler.dumps(self.dataset))
@@ -369,59 +357,53 @@ class Samples(Dataset):
 
 
 class ValSamples(Samples):
-    """Validation samples; one that cannot be read is named."""
+    """Validation samples. An unreadable image is an error."""
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Image and label.
+        """Return image and label.
 
         Raises:
-            UnreadableImageError: the image cannot be read.
-            MachineError: the storage does not answer.
+            UnreadableImageError: the image is unreadable.
+            MachineError: the storage does not respond.
         """
         try:
             image, target = read_sample(self.dataset, index, PAUSES)
         except UnreadableImageError as error:
-            raise (MachineError(str(error)) if error.is_of_storage else error) from None
+            raise (MachineError(str(error)) if error.is_storage_error else error) from None
         return self.transform(image), target
 
 
-class TrainSamples(ValSamples):
-    """Training samples, augmented by random numbers that follow from the seed and the sample's place in the epoch.
-
-    Args:
-        data: the images and their transform.
-        seed: the run's.
-    """
-
-    def __init__(self, data: ImageData, seed: int) -> None:
-        super().__init__(data)
-        self.seed = seed
+class TrainSamples(Samples):
+    """Training samples. Augmentation follows from the seed and the sample's place in the epoch."""
 
     def __getitem__(self, draw: Draw) -> tuple[Any, int, str]:
-        """Image, label, and the names of images that could not be read: another one of the set is in their place.
+        """Return image, label, and the names of unreadable images that this one replaces.
 
         Raises:
-            UserError: none of several images can be read.
-            MachineError: that is as the storage does not answer.
+            UserError: too many images are unreadable.
+            MachineError: likewise, because the storage does not respond.
         """
-        index, unreadable, pauses = draw.index, [], PAUSES
-        for attempt in range(REPLACEMENTS + 1):
+        replacements, index, attempt = Replacements(), draw.index, 0
+        pauses: Sequence[int] = PAUSES
+        while True:
             try:
                 image, target = read_sample(self.dataset, index, pauses)
                 break
             except UnreadableImageError as error:
-                unreadable.append(error.name)
-                kind, pauses = (MachineError, ()) if error.is_of_storage else (UserError, pauses)
+                replacements.add(error)
+                pauses = () if error.is_storage_error else pauses  # it was waited for already
                 index = derived_seed(Stream.REPLACEMENT, self.seed, draw.epoch, draw.place, attempt) % len(self)
-        else:
-            raise kind(f"image {unreadable[0]}: cannot be read, nor can {REPLACEMENTS} others taken in its place")
+                attempt += 1
         seed_everything(Stream.AUGMENTATION, self.seed, draw.epoch, draw.place)
-        return self.transform(image), target, NAMES_END.join(unreadable)
+        return self.transform(image), target, replacements.take()
 
 
 def collate(samples: list[Any]) -> list[Any]:
-    """Make a batch of samples. A loader's worker puts all of it into shared memory here, where running out of that is
-    an error of its own: in the thread that sends the batch it would be printed, and the batch lost."""
+    """Collate samples into a batch.
+
+    A loader worker moves the whole batch to shared memory here, where running out of shared memory raises an error. In
+    the thread that sends the batch, the error would only be printed, and the batch lost.
+    """
     batch = default_collate(samples)
     if get_worker_info() is not None:
         for part in batch:

@@ -1,16 +1,18 @@
-# The first base of every config: makes the backbones known, also to mmsegmentation's and mmdetection's own tools, and
-# the bases that follow as `mmseg::…` and `mmdet::…`.
+# The first base of every config. It makes the backbones available, in mmsegmentation's and mmdetection's own tools too,
+# and enables the bases that follow it to be `mmseg::…` and `mmdet::…`.
 import importlib
+import importlib.util
 import os
 import sys
 
-# At the end, where it hides no library of a host program's: this folder's datasets.py has the name of Hugging Face's.
-sys.path += {os.path.realpath("{{ fileDirname }}/../..")}.difference(sys.path)
+# Unless this project is installed. At the end of the path, where it hides no module of a host program.
+if importlib.util.find_spec("dense") is None:
+    sys.path.append(os.path.realpath("{{ fileDirname }}/../.."))
 importlib.import_module("dense.backbone")
 custom_imports = dict(imports=["dense.backbone", "dense.loading"], allow_failed_imports=False)
 
-# The variants with the published code's stochastic depth, their weights as main.py saves them. A summary of the paper
-# has 0.2, 0.3 and 0.4 for Semantic FPN, and 0.3, 0.3 and 0.5 for UPerNet.
+# The variants, with the published code's stochastic depth and weights that main.py saved. A summary of the paper has
+# stochastic depths of 0.2, 0.3 and 0.4 for Semantic FPN, and of 0.3, 0.3 and 0.5 for UPerNet.
 sepvit_tiny = dict(
     type="SepViT_Tiny",
     drop_path_rate=0.2,
@@ -26,6 +28,6 @@ sepvit_base = dict(
     drop_path_rate=0.5,
     init_cfg=dict(type="Pretrained", checkpoint="pretrained/SepViT_Base.pth"),
 )
-# For optim_wrapper.paramwise_cfg, as published: no weight decay on what has one of these words in its name. These are
-# the backbone's norms and positional encodings; the batch norms of UPerNet's heads are named `bn`, and are decayed.
+# For optim_wrapper.paramwise_cfg, as published: parameters with one of these words in their names are not decayed, that
+# is, the backbone's norms and positional encodings. The batch norms of UPerNet's heads are named `bn`, and are decayed.
 no_weight_decay = dict(custom_keys={"norm": dict(decay_mult=0.0), "pos_block": dict(decay_mult=0.0)})

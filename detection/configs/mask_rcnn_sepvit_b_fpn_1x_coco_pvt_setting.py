@@ -1,4 +1,4 @@
-# This project's own, S's settings with B's widths: the published code has no Base detectors.
+# S's settings with B's widths. The published code has no Base detectors.
 _base_ = "mask_rcnn_sepvit_t_fpn_1x_coco_pvt_setting.py"
 
 model = dict(

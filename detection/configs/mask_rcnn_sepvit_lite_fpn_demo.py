@@ -1,5 +1,5 @@
-# Scenes of digits, as tools/make_demo_data.py writes them, from random weights on a CPU; also the pattern for a data
-# set of your own.
+# The demo: scenes of digits from tools/make_demo_data.py, trained from random weights on a CPU. A template for your own
+# data set, too.
 _base_ = "mask_rcnn_sepvit_t_fpn_1x_coco_pvt_setting.py"
 
 data_root = "../demo/coco/"

@@ -21,7 +21,7 @@ train_dataloader = dict(
         ]
     )
 )
-# Half precision in training and evaluation. As a number the loss scale stays what it is; a dict's would adapt.
+# Half precision in training and evaluation. The loss scale is static, since it is a number and not a dict.
 optim_wrapper = dict(type="AmpOptimWrapper", loss_scale=512.0, paramwise_cfg=_base_.no_weight_decay)
 val_cfg = dict(fp16=True)
 test_cfg = dict(fp16=True)

@@ -1,5 +1,5 @@
-# Scenes of digits, as tools/make_demo_data.py writes them, from random weights on a CPU; also the pattern for a data
-# set of your own.
+# The demo: scenes of digits from tools/make_demo_data.py, trained from random weights on a CPU. A template for your own
+# data set, too.
 _base_ = "fpn_sepvit_t_512x512_80k_ade20k.py"
 
 data_root = "../demo/ade/ADEChallengeData2016"
@@ -47,7 +47,7 @@ model = dict(
         in_channels=[64, 64, 64, 64],
         channels=64,
         num_classes=11,
-        loss_decode=dict(class_weight=[1.0] * 10 + [0.1]),  # nine in ten pixels are background
+        loss_decode=dict(class_weight=[1.0] * 10 + [0.1]),  # nine of ten pixels are background
     ),
 )
 optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05))

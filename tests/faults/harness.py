@@ -102,7 +102,7 @@ class Run:
         assert status == 0, printed
         return printed
 
-    def wait_for(self, process: subprocess.Popen, words: str, count: int = 1, timeout: float = LIMIT) -> None:
+    def wait_for(self, process: subprocess.Popen | Command, words: str, count: int = 1, timeout: float = LIMIT) -> None:
         """Wait until words were printed `count` times, by all starts together, or the command ended."""
         end = time.monotonic() + timeout
         while self.text().count(words) < count and process.poll() is None:

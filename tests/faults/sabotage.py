@@ -1,8 +1,8 @@
-"""main.py, but with steps that go wrong.
+"""main.py with steps that fail.
 
-BAD_LOSS, BAD_GRADIENTS, HANG, FAIL and CUT_OFF say where, by process:batch,batch,…, counted from 1 in each start.
-LAG=1 makes the processes read what happened in a step one step later, as on GPUs; PAUSES=1,1 has them wait twice, for a
-second each, for storage that does not answer.
+BAD_LOSS, BAD_GRADIENTS, HANG, FAIL and CUT_OFF name rank and batches as rank:batch,batch,…, counted from 1 in each
+start. LAG=1 makes the ranks read the flags of a step one step later, as on GPUs. PAUSES=1,1 makes them retry twice,
+after a second each, when the storage does not respond.
 """
 
 import os
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import engine
 import main
 from training import samples
-from utils import get_rank
+from training.processes import get_rank
 
 calls = 0
 forward = engine.DistillationLoss.forward
@@ -44,9 +44,9 @@ def sabotaged(self, images: torch.Tensor, outputs: torch.Tensor, targets: torch.
     return loss * torch.inf if is_meant("BAD_LOSS") else loss
 
 
-engine.DistillationLoss.forward = sabotaged
+engine.DistillationLoss.forward = sabotaged  # type: ignore[method-assign]
 if "LAG" in os.environ:
-    main.reading_lag = lambda *_: int(os.environ["LAG"])
+    main.flag_delay = lambda *_: int(os.environ["LAG"])
 if "PAUSES" in os.environ:
-    samples.PAUSES = [int(seconds) for seconds in os.environ["PAUSES"].split(",")]
+    samples.PAUSES = tuple(map(int, os.environ["PAUSES"].split(",")))  # type: ignore[assignment]
 sys.exit(main.run())

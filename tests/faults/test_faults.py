@@ -16,10 +16,9 @@ from conftest import ROOT, Code, command, differences, free_port
 from harness import LIMIT, RECIPE, RESUME_STATUS, Run, assert_same, damage, descendants, end_all
 from PIL import Image
 
-import checkpoints
-import runs
-import utils
-from training.commands import is_of_machine
+from training import checkpoints, output
+from training.errors import UserError, is_transient
+from training.storage import is_storage_error
 
 LAST = "checkpoint-00000018.pth"  # 48 images, 8 a batch, three epochs
 
@@ -137,9 +136,9 @@ def test_damaged_checkpoint(how, few_digits, tmp_path, peaceful, table):
     printed = run.finish()
     what = "truncated" if how == "truncated" else "wrong checksum"
     assert f"WARNING: run/{newest.name} is damaged ({what}" in printed
-    assert f"--auto-resume run/{before.name}: going on with epoch 0, step 4" in printed
+    assert f"checkpoint run/{before.name}: resuming at epoch 0, step 4" in printed
     assert_same(run.output, peaceful)
-    table.add("newest checkpoint cut short or changed")
+    table.add("newest checkpoint truncated or changed")
 
 
 def test_no_whole_checkpoint(few_digits, tmp_path, peaceful, capsys, monkeypatch):
@@ -147,7 +146,7 @@ def test_no_whole_checkpoint(few_digits, tmp_path, peaceful, capsys, monkeypatch
     shutil.copytree(peaceful, tmp_path / "run")
     for path in (tmp_path / "run").glob("checkpoint*.pth"):
         damage(path, "truncated", random.Random(0))
-    with pytest.raises(utils.UserError, match="no checkpoint in run is whole; empty the folder to start afresh"):
+    with pytest.raises(UserError, match="no checkpoint in run is intact; empty the folder to start a fresh run"):
         checkpoints.newest_good(Path("run"))
 
 
@@ -158,7 +157,7 @@ def is_mountable(folder: Path) -> bool:
 
 
 def test_full_disk(few_digits, tmp_path, peaceful, table):
-    """A file system that is full for a while: every write fails, training goes on, nothing that was there is lost."""
+    """A file system that is full for a while: every write fails, training continues, nothing that was there is lost."""
     output = tmp_path / "run"
     output.mkdir()
     if not is_mountable(output):
@@ -167,7 +166,7 @@ def test_full_disk(few_digits, tmp_path, peaceful, table):
     try:
         run = Run(tmp_path, few_digits)
         process = run.start()
-        run.wait_for(process, "No space left on device): the checkpoint before it is kept, training goes on")
+        run.wait_for(process, "No space left on device): the previous checkpoint is kept, training continues")
         held = checkpoints.numbered(output)
         assert held
         assert all(checkpoints.damage(path) is None for path in held)
@@ -191,7 +190,7 @@ def test_failed_write(few_digits, tmp_path, peaceful, table):
     assert last.startswith("main.py: --output_dir run: the last checkpoint could not be written (File too large)")
     assert not list(run.output.glob("*.pth*"))
     assert (run.output / "log.txt").read_text() == (peaceful / "log.txt").read_text()
-    table.add("writes that fail", 12)
+    table.add("failed writes", 12)
 
 
 @pytest.mark.slow
@@ -223,7 +222,7 @@ def test_preempted(number, few_digits, tmp_path, peaceful, table):
     run.wait_for(process, "] loss", 4 if number == signal.SIGTERM else 9)
     os.killpg(process.pid, number)  # schedulers signal whole groups: the loaders' workers get it, too
     assert process.wait(LIMIT) == RESUME_STATUS
-    assert "main.py: ended by a signal before epoch" in run.text()
+    assert "main.py: stopped by a signal before epoch" in run.text()
     assert_nothing_saved_is_lost(run)
     run.command += ["--num_workers", "0"]
     run.finish()
@@ -259,7 +258,7 @@ def test_one_process_of_two_preempted(few_digits, tmp_path, peaceful_pair, table
     run.wait_for(tasks[0], "] loss", 3)
     tasks[1].send_signal(signal.SIGUSR1)
     assert [task.wait(LIMIT) for task in tasks] == [RESUME_STATUS] * 2
-    assert run.text().count("ended by a signal before") == 1
+    assert run.text().count("stopped by a signal before") == 1
     tasks = run.start_tasks(2)
     assert [task.wait(LIMIT) for task in tasks] == [0, 0]
     assert_same(run.output, peaceful_pair)
@@ -275,7 +274,7 @@ def test_torchrun_preempted(number, few_digits, tmp_path, peaceful_pair, table):
     run.wait_for(process, "] loss", 3)
     process.send_signal(number)
     assert process.wait(LIMIT) == 1
-    assert "ended by a signal before" in run.text()
+    assert "stopped by a signal before" in run.text()
     run.finish()
     assert_same(run.output, peaceful_pair)
     table.add("SIGTERM or SIGUSR1 to torchrun")
@@ -286,8 +285,8 @@ def test_torchrun_preempted(number, few_digits, tmp_path, peaceful_pair, table):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-LOST = [(1, signal.SIGKILL), (0, signal.SIGSTOP)]
-LOST += [pytest.param(*other, marks=pytest.mark.slow) for other in ((0, signal.SIGKILL), (1, signal.SIGSTOP))]
+LONG_FORM = [pytest.param(*other, marks=pytest.mark.slow) for other in ((0, signal.SIGKILL), (1, signal.SIGSTOP))]
+LOST = [(1, signal.SIGKILL), (0, signal.SIGSTOP), *LONG_FORM]
 
 
 @pytest.mark.parametrize(("process", "number"), LOST)
@@ -299,14 +298,14 @@ def test_lost_process(process, number, few_digits, tmp_path, peaceful_pair, tabl
     lost, other = tasks[process], tasks[1 - process]
     lost.send_signal(number)
     assert other.wait(LIMIT) == RESUME_STATUS
-    what = {0: "does not answer", 1: r"\(.*\), last seen at .*, has given no sign of life"}[process]
+    what = {0: "does not respond", 1: r"\(.*\), last seen at .*, has sent no heartbeat"}[process]
     assert re.search(rf"main\.py: process {1 - process}: process {process} {what}", run.text())
     lost.kill()
     lost.wait()
     tasks = run.start_tasks(2)
     assert [task.wait(LIMIT) for task in tasks] == [0, 0]
     assert_same(run.output, peaceful_pair)
-    table.add("process lost by SIGKILL or SIGSTOP")
+    table.add("process lost to SIGKILL or SIGSTOP")
 
 
 @pytest.mark.parametrize("process", [0, 1])
@@ -316,7 +315,7 @@ def test_failing_process(process, few_digits, tmp_path, table):
     assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [1, 1]
     other = f"process {1 - process}: process {process} "
     assert re.search(rf"{other}\(.*\), last seen at .*, failed \(RuntimeError: out of memory\)", run.text())
-    table.add("process that fails by an error of its own")
+    table.add("process that fails with an error of the program")
 
 
 @pytest.mark.slow
@@ -345,7 +344,7 @@ def test_lost_loader_worker(few_digits, tmp_path, peaceful, table):
     run.finish()
     a, b = (torch.load(folder / "checkpoint.pth", weights_only=True)["model"] for folder in (run.output, peaceful))
     assert differences(a, b) == []
-    table.add("loader's worker killed")
+    table.add("loader worker killed")
 
 
 def test_hanging_process(few_digits, tmp_path, table):
@@ -354,9 +353,9 @@ def test_hanging_process(few_digits, tmp_path, table):
     tasks = run.start_tasks(2)
     assert [task.wait(LIMIT) for task in tasks] == [RESUME_STATUS] * 2
     assert re.search(
-        r"process 0: process 1 \([^)]*\) hangs at epoch 0, step 3: nothing has moved for \d+ s", run.text()
+        r"process 0: process 1 \([^)]*\) hangs at epoch 0, step 3: no progress for \d+ s", run.text()
     )
-    table.add("process that hangs")
+    table.add("hanging process")
 
 
 def test_torchrun_restarts_by_itself(few_digits, tmp_path, peaceful_pair, table):
@@ -365,14 +364,14 @@ def test_torchrun_restarts_by_itself(few_digits, tmp_path, peaceful_pair, table)
     run.wait_for(process, "] loss", 4)
     os.kill(descendants(process.pid)[-1], signal.SIGKILL)
     assert process.wait(LIMIT) == 0
-    assert run.text().count("--auto-resume run/checkpoint-") == 1
+    assert run.text().count("checkpoint run/checkpoint-") == 1
     assert_same(run.output, peaceful_pair)
     table.add("process killed under torchrun --max-restarts, on one node and on two")
 
 
 @pytest.mark.slow
 def test_torchrun_on_two_nodes_restarts_by_itself(few_digits, tmp_path, peaceful_pair, table):
-    """The README's settings; both nodes are this machine."""
+    """The settings of docs/training.md; both nodes are this machine."""
     launcher = ("--nnodes=2", "--max-restarts=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}")
     run = Run(tmp_path, few_digits, "--batch-size", "4", processes=1, launcher=launcher,
               environment=dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OMP_NUM_THREADS="1"))  # fmt: skip
@@ -380,7 +379,7 @@ def test_torchrun_on_two_nodes_restarts_by_itself(few_digits, tmp_path, peaceful
     run.wait_for(nodes[0], "] loss", 4)
     os.kill(descendants(nodes[1].pid)[0], signal.SIGKILL)
     assert [node.wait(LIMIT) for node in nodes] == [0, 0]
-    assert run.text().count("--auto-resume run/checkpoint-") == 1
+    assert run.text().count("checkpoint run/checkpoint-") == 1
     assert_same(run.output, peaceful_pair)
     table.add("process killed under torchrun --max-restarts, on one node and on two")
 
@@ -394,18 +393,18 @@ def test_elastic(few_digits, tmp_path, table):
         task.kill()
         task.wait()
     assert [task.wait(LIMIT) for task in run.start_tasks(3)] == [2, 2, 2]
-    assert "its steps are 4 batches of 2 images, which 3 processes with these settings cannot share" in run.text()
+    assert "its steps have 4 batches of 2 images, which 3 processes with these settings cannot share" in run.text()
     assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [0, 0]
     assert "4 batches of 2 images a step, as before: 2 processes accumulate 2 each" in run.text()
     pair = Run(tmp_path / "pair", few_digits, "--batch-size", "2", "--accum-steps", "2")
     assert [task.wait(LIMIT) for task in pair.start_tasks(2)] == [0, 0]
-    log, other = (utils.epochs_of(utils.read_log(folder / "log.txt")) for folder in (run.output, pair.output))
+    log, other = (output.epoch_entries(output.read_log(folder / "log.txt")) for folder in (run.output, pair.output))
     assert [entry["epoch"] for entry in log] == [0, 1, 2]
     checkpoint = torch.load(run.output / "checkpoint.pth", weights_only=True)
     assert (checkpoint["steps"], checkpoint["batches_per_step"]) == (18, 4)
     losses, others = ([entry["train_loss"] for entry in entries] for entries in (log, other))
     assert losses == pytest.approx(others, rel=1e-3)
-    table.add("four processes, continued by two")
+    table.add("four processes, resumed by two")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -416,9 +415,9 @@ def test_elastic(few_digits, tmp_path, table):
 def test_bad_loss_on_one_process_of_two(few_digits, tmp_path, table):
     run = sabotaged(Run(tmp_path, few_digits, "--batch-size", "4", "--dump-bad-batch"), BAD_LOSS="1:3,8")
     assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [0, 0]
-    events = [entry for entry in utils.read_log(run.output / "log.txt") if "not_finite" in entry]
+    events = [entry for entry in output.read_log(run.output / "log.txt") if "not_finite" in entry]
     assert events == [dict(epoch=epoch, step=step, not_finite="loss", in_row=1) for epoch, step in ((0, 3), (1, 2))]
-    assert utils.epochs_of(utils.read_log(run.output / "log.txt"))[-1]["bad_steps"] == 2
+    assert output.epoch_entries(output.read_log(run.output / "log.txt"))[-1]["bad_steps"] == 2
     checkpoint = torch.load(run.output / "checkpoint.pth", weights_only=True)
     assert checkpoint["steps"] == 18
     assert checkpoint["optimizer"]["state"][0]["step"] == 16
@@ -426,7 +425,7 @@ def test_bad_loss_on_one_process_of_two(few_digits, tmp_path, table):
     batch = torch.load(run.output / "bad_batch-00000003-process1.pth", weights_only=True)
     assert batch["images"].shape == (4, 3, 32, 32)
     assert (batch["epoch"], batch["step"]) == (0, 3)
-    table.add("losses that are not finite, for a step", 2)
+    table.add("non-finite losses, for one step", 2)
 
 
 def test_bad_losses_are_known_a_step_later_on_gpus(few_digits, tmp_path, table):
@@ -437,19 +436,19 @@ def test_bad_losses_are_known_a_step_later_on_gpus(few_digits, tmp_path, table):
         run.finish()
         outputs.append(run.output)
     assert_same(*outputs)
-    assert utils.epochs_of(utils.read_log(outputs[1] / "log.txt"))[-1]["bad_steps"] == 3
-    table.add("losses that are not finite, for a step", 3)
+    assert output.epoch_entries(output.read_log(outputs[1] / "log.txt"))[-1]["bad_steps"] == 3
+    table.add("non-finite losses, for one step", 3)
 
 
 def test_too_many_bad_losses(few_digits, tmp_path, table):
     steps = ",".join(map(str, range(8, 19)))
     run = sabotaged(Run(tmp_path, few_digits, "--max-bad-steps", "4"), BAD_LOSS=f"0:{steps}")
     assert run.start().wait(LIMIT) == 2
-    assert "\nmain.py: --max-bad-steps 4: so many steps in a row were not finite" in run.text()
+    assert "\nmain.py: --max-bad-steps 4: that many steps in a row were not finite" in run.text()
     newest = checkpoints.numbered(run.output)[0]
     assert newest.name == "checkpoint-00000006.pth"
     assert checkpoints.damage(newest) is None
-    table.add("losses that are not finite, for good")
+    table.add("non-finite losses, for good")
 
 
 @pytest.mark.slow
@@ -459,10 +458,10 @@ def test_gradients_that_never_become_finite_with_float16(few_digits, tmp_path, t
     run = sabotaged(Run(tmp_path, few_digits, "--amp", "float16", "--batch-size", "2", "--max-bad-steps", "4"),
                     BAD_GRADIENTS=f"0:{steps}")  # fmt: skip
     assert run.start().wait(LIMIT) == 2
-    assert "main.py: --max-bad-steps 4: so many steps in a row were not finite" in run.text()
-    events = [entry["not_finite"] for entry in utils.read_log(run.output / "log.txt") if "not_finite" in entry]
+    assert "main.py: --max-bad-steps 4: that many steps in a row were not finite" in run.text()
+    events = [entry["not_finite"] for entry in output.read_log(run.output / "log.txt") if "not_finite" in entry]
     assert events == ["gradients"] * 4
-    table.add("gradients that are not finite, for good")
+    table.add("non-finite gradients, for good")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -480,18 +479,18 @@ def test_unreadable_images(few_digits, tmp_path, table):
     run = Run(tmp_path / "two", data, "--num_workers", "1")
     assert run.start().wait(LIMIT) == 2
     last = run.text().strip().splitlines()[-1]
-    assert last.startswith("main.py: --on-bad-image skip: 2 of 48 training images cannot be read, 1 may be (")
+    assert last.startswith("main.py: --on-bad-image skip: 2 of 48 training images are unreadable (limit 1), e.g. ")
     second.unlink()
     run = Run(tmp_path / "one", data)
     printed = run.finish()
     assert printed.count(str(first)) == 1
-    log = utils.read_log(run.output / "log.txt")
+    log = output.read_log(run.output / "log.txt")
     assert [entry["unreadable_image"] for entry in log if "unreadable_image" in entry] == [str(first)]
-    assert utils.epochs_of(log)[-1]["unreadable_images"] == 1
+    assert output.epoch_entries(log)[-1]["unreadable_images"] == 1
     run = Run(tmp_path / "fail", data, "--on-bad-image", "fail")
     assert run.start().wait(LIMIT) == 2
-    assert f"--on-bad-image fail: 1 of 47 training images cannot be read, 0 may be ({first}, …)" in run.text()
-    table.add("images that cannot be read", 3)
+    assert f"--on-bad-image fail: 1 of 47 training images are unreadable (limit 0), e.g. {first}; " in run.text()
+    table.add("unreadable images", 3)
 
 
 def test_unreadable_validation_image(few_digits, tmp_path, table):
@@ -503,7 +502,7 @@ def test_unreadable_validation_image(few_digits, tmp_path, table):
         assert result.returncode == 2
         line = result.stderr.strip().splitlines()[-1]
         assert line.startswith(f"main.py: image {broken}: cannot be read (UnidentifiedImageError")
-    table.add("images that cannot be read", 2)
+    table.add("unreadable images", 2)
 
 
 def test_validation_that_fails_costs_no_epoch(few_digits, tmp_path, peaceful, table):
@@ -516,23 +515,23 @@ def test_validation_that_fails_costs_no_epoch(few_digits, tmp_path, peaceful, ta
     assert run.start().wait(LIMIT) == 2
     assert run.text().splitlines()[-1].startswith(f"main.py: image {broken}: cannot be read")
     broken.write_bytes(whole)
-    assert "going on with epoch 0, step 6" in run.finish()
+    assert "resuming at epoch 0, step 6" in run.finish()
     a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, peaceful))
     for key in ("model", "optimizer", "model_ema", "best_accuracy"):
         assert differences(a[key], b[key]) == []
-    table.add("images that cannot be read")
+    table.add("unreadable images")
 
 
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_storage_that_does_not_answer(workers, few_digits, tmp_path, peaceful, table):
-    """For a moment, which the run waits for, then for good, which is no mistake: the same command goes on."""
+    """For a moment, which the run waits for, then for good, which is not a mistake: the same command resumes."""
     data, away = tmp_path / "data", tmp_path / "away"
     shutil.copytree(few_digits, data)
     run = sabotaged(Run(tmp_path, data, "--num_workers", workers), PAUSES="1,1,1")
     process = run.start()
     run.wait_for(process, "] loss", 2)
     data.rename(away)
-    run.wait_for(process, "trying again for 3 seconds")
+    run.wait_for(process, "retrying for 3 seconds")
     away.rename(data)
     run.wait_for(process, "] loss", 9)
     data.rename(away)
@@ -542,10 +541,10 @@ def test_storage_that_does_not_answer(workers, few_digits, tmp_path, peaceful, t
     assert_nothing_saved_is_lost(run)
     away.rename(data)
     run.finish()
-    assert not any("unreadable_image" in entry for entry in utils.read_log(run.output / "log.txt"))
+    assert not any("unreadable_image" in entry for entry in output.read_log(run.output / "log.txt"))
     a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, peaceful))
     assert differences(a["model"], b["model"]) == []
-    table.add("storage that does not answer, for a moment and for good", 2)
+    table.add("storage that does not respond, briefly and for good", 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -568,17 +567,17 @@ def test_other_settings_are_refused_by_name(few_digits, tmp_path, peaceful):
     run = Run(tmp_path, few_digits)
     run.command.remove("--auto-resume")
     assert run.start().wait(LIMIT) == 2
-    assert "holds a run already; go on with --auto-resume, or name another folder" in run.text()
+    assert "already holds a run; resume it with --auto-resume, or name another folder" in run.text()
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
 
 
 def test_a_folder_another_run_writes_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "LOCK_WAIT", 1)
-    lock = runs.lock_folder(tmp_path, patience=1)
-    with pytest.raises(utils.UserError, match="another run writes there; end it, or name another folder"):
-        runs.lock_folder(tmp_path, patience=1)
+    monkeypatch.setattr(output, "LOCK_TIMEOUT", 1)
+    lock = output.lock_folder(tmp_path, heartbeat_timeout=1)
+    with pytest.raises(UserError, match="another run writes to it; end that run, or name another folder"):
+        output.lock_folder(tmp_path, heartbeat_timeout=1)
     os.close(lock)
-    os.close(runs.lock_folder(tmp_path, patience=1))
+    os.close(output.lock_folder(tmp_path, heartbeat_timeout=1))
 
 
 @pytest.mark.parametrize("source", ["checkpoint-00000014.pth", "weights.pth"])
@@ -590,7 +589,7 @@ def test_a_run_is_not_overwritten_from_its_middle(source, few_digits, tmp_path, 
     run = Run(tmp_path, few_digits, "--resume", f"run/{source}")
     run.command.remove("--auto-resume")
     assert run.start().wait(LIMIT) == 2
-    assert "--output_dir run: holds a run already; go on with --auto-resume, or name another folder" in run.text()
+    assert "--output_dir run: already holds a run; resume it with --auto-resume, or name another folder" in run.text()
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
 
 
@@ -598,7 +597,7 @@ def test_a_run_at_its_end_stays_as_it_is(few_digits, tmp_path, peaceful):
     shutil.copytree(peaceful, tmp_path / "run")
     shutil.copyfile(tmp_path / "run/checkpoint-00000016.pth", tmp_path / "run/checkpoint.pth")  # killed before its name
     (tmp_path / "run/curves.png").unlink()
-    assert "the run in run is at its end, epoch 2" in Run(tmp_path, few_digits).finish()
+    assert "the run in run is complete: 3 epochs are done" in Run(tmp_path, few_digits).finish()
     assert_same(tmp_path / "run", peaceful)
     assert (tmp_path / "run/curves.png").exists()
 
@@ -610,15 +609,15 @@ def test_a_broken_log_is_refused_by_name(few_digits, tmp_path, peaceful):
     (tmp_path / "run/log.txt").write_text('{"epoch": 0')
     run = Run(tmp_path, few_digits)
     assert run.start().wait(LIMIT) == 2
-    assert run.text().splitlines()[-1].startswith("main.py: run/log.txt: not as a run writes it (")
+    assert run.text().splitlines()[-1].startswith("main.py: run/log.txt: not a run's log (")
     assert (tmp_path / "run/log.txt").read_text() == '{"epoch": 0'
     (tmp_path / "run/log.txt").unlink()
     run.finish()
-    assert [entry["epoch"] for entry in utils.epochs_of(utils.read_log(run.output / "log.txt"))] == [2]
+    assert [entry["epoch"] for entry in output.epoch_entries(output.read_log(run.output / "log.txt"))] == [2]
 
 
 def test_log_begins_with_what_it_takes_to_repeat_the_run(peaceful, few_digits):
-    run = utils.read_log(peaceful / "log.txt")[0]
+    run = output.read_log(peaceful / "log.txt")[0]
     assert run["settings"]["lr"] == 5e-3
     assert run["versions"]["torch"] == torch.__version__
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", run["revision"])
@@ -665,7 +664,7 @@ def test_slurm_script_goes_back_to_the_queue(few_digits, tmp_path, peaceful, tab
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"  # not at the end
     a, b = (torch.load(folder / "checkpoint.pth", weights_only=True)["model"] for folder in (run.output, peaceful))
     assert differences(a, b) == []
-    table.add("SIGUSR1 by SLURM, back to the queue")
+    table.add("SIGUSR1 from SLURM, requeued")
 
 
 def test_fused_optimizer_leaves_bad_steps_out_on_the_device():
@@ -683,8 +682,8 @@ def test_fused_optimizer_leaves_bad_steps_out_on_the_device():
 def test_whose_error_it_is(tmp_path):
     killed = "DataLoader worker (pid 7) is killed by signal: Killed. "
     own = "Caught RuntimeError in DataLoader worker process 0.\nTraceback …\nRuntimeError: size mismatch"
-    assert is_of_machine(RuntimeError(killed))
-    assert not is_of_machine(RuntimeError(own))
+    assert is_transient(RuntimeError(killed))
+    assert not is_transient(RuntimeError(own))
     for error, folder, expected in (
         (OSError(errno.EIO, "Input/output error"), tmp_path, True),
         (OSError(errno.ESTALE, "Stale file handle"), tmp_path, True),
@@ -694,7 +693,7 @@ def test_whose_error_it_is(tmp_path):
         (OSError("image file is truncated"), tmp_path / "away", False),
         (ValueError("not an image"), tmp_path, False),
     ):
-        assert utils.is_of_storage(error, folder) == expected
+        assert is_storage_error(error, folder) == expected
 
 
 def test_pictures_are_whole(peaceful):

@@ -1,4 +1,4 @@
-# The augmentation of the 3x schedules: flip; then a resize, or a resize, a crop and the first resize again.
+# Augmentation of the 3x schedules: a flip, then either a resize, or a coarser resize, a crop and the same resize.
 scales = [(side, 1333) for side in range(480, 801, 32)]
 multi_scale = [
     dict(type="RandomFlip", prob=0.5),

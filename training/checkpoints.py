@@ -1,4 +1,4 @@
-"""Checkpoints: fetching, reading and checking them, loading what they hold, writing them so that none is ever lost."""
+"""Checkpoints: download, read, check, load, and write without ever losing one."""
 
 import argparse
 import glob
@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -15,6 +16,7 @@ import urllib.request
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +27,27 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sepvit import Adaptation, SepViTStages, adapt_state_dict, variant_of
-from utils import UserError, flush_folder, is_main_process, on_processes, print_line, write_file
+from sepvit import Adaptation, SepViTStages, adapt_state_dict, entries_under, mark_adapted, variant_of
+from training.errors import UserError
+from training.processes import is_main_process, on_processes, print_line
+from training.storage import flush_folder, write_file
 
 NEWEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
-MODEL_KEYS, EMA_KEYS = ("model", "state_dict"), ("model_ema", "state_dict_ema")  # the latter ones are timm's
-NUMBERED = "checkpoint-{:08}.pth"  # by the steps taken
-STALL = 30  # seconds without a byte, after which a download begins again
+MODEL_KEYS, EMA_KEYS = ("model", "state_dict"), ("model_ema", "state_dict_ema")  # the latter of each are timm's
+NUMBERED = "checkpoint-{:08}.pth"  # by global step
+STALL = 30  # seconds without a byte after which a download reconnects
 ATTEMPTS = 5
 PART = 1 << 20  # bytes read at a time
 DIRECTORY = 0x10  # attribute of a zip file's entry
-BEGINNING = 512  # bytes of a file by which it is told what it is
+BEGINNING = 512  # bytes of a file that show its format
 
-# Files that are taken for checkpoints, by how they begin, and what to do about each.
+# Files often mistaken for checkpoints, by their first bytes, and what to do with each.
 FOREIGN_FILES = {
-    rb"\s*<(!doctype|html|head|body|\?xml|!--)": "an HTML page, not the file; download that by its direct address",
-    rb"version https://git-lfs": "a pointer of git-lfs, not the file; fetch that by `git lfs pull`",
+    rb"\s*<(!doctype|html|head|body|\?xml|!--)": "an HTML page, not the file; download the file by its direct address",
+    rb"version https://git-lfs": "a git-lfs pointer, not the file; fetch the file by `git lfs pull`",
     rb"\x1f\x8b": "compressed by gzip; unpack it",
     rb"BZh|\xfd7zXZ|\x28\xb5\x2f\xfd": "compressed; unpack it",
-    rb"\x89HDF": "an HDF5 file, as of Keras; convert it to a state dict of PyTorch",
+    rb"\x89HDF": "an HDF5 file, as Keras writes; convert it to a state dict of PyTorch",
     rb"\x93NUMPY": "a NumPy array; convert it to a state dict of PyTorch",
     rb"\x89PNG|\xff\xd8\xff": "an image",
     rb".{257}ustar": "a tar archive; unpack it",
@@ -55,37 +59,36 @@ FOREIGN_FILES = {
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path: str, flag: str, data_classes: Sequence[Any] = ()) -> dict[str, Any]:
-    """Read a checkpoint from a path or an https address, without running anything it holds.
+def read_checkpoint(path: str, what: str, data_classes: Sequence[Any] = ()) -> dict[str, Any]:
+    """Read a checkpoint from a path or an https address, without running any code it contains.
 
     Args:
         path: path or https address.
-        flag: the command's flag that named it, for messages.
-        data_classes: what it may hold beside tensors and Python's own containers, as for
-            `torch.serialization.safe_globals`. Checkpoints of the published code hold their settings as a Namespace,
-            which is always taken.
+        what: flag and path, for messages.
+        data_classes: classes allowed besides tensors and Python's containers, as for
+            `torch.serialization.safe_globals`. A Namespace, in which the published checkpoints hold their settings, is
+            always allowed.
 
     Raises:
-        UserError: it is missing, truncated, no checkpoint, or would run code.
+        UserError: the file is missing, truncated, not a checkpoint, or contains code.
     """
-    what = f"{flag} {path}"
     if re.match(r"[a-z][a-z0-9+.-]*://", path) and not path.startswith("https://"):
         raise UserError(f"{what}: takes a path or an https address; download it, or name its https address")
     try:
-        # named at each reading: timm and mmengine also allow classes, and take them back for all behind their own
+        # Pass the allow-list on every read: timm and mmengine reset the global one.
         with torch.serialization.safe_globals([argparse.Namespace, *data_classes]):
             checkpoint = _fetch(path)
     except UserError as error:
-        raise UserError(f"{flag} {error}") from None
+        raise UserError(f"{what}: {error}") from None
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{what}: no such file") from None
     except zipfile.BadZipFile as error:
-        raise UserError(f"{what}: damaged, {error}; take another one") from None
+        raise UserError(f"{what}: damaged, {error}; use another copy") from None
     except PermissionError:
         raise UserError(f"{what}: cannot be read (permission denied)") from None
-    except Exception as error:  # what torch.load raises on files that are no checkpoints is not documented, and varied
+    except Exception as error:  # torch.load does not document what it raises for files that are not checkpoints
         if match := re.search(r"nsupported (?:global|class)\W+(?:GLOBAL )?([\w.]+)", str(error), re.I):
-            raise UserError(f"{what}: refused, it holds {match[1]}, which could run code; save tensors only") from None
+            raise UserError(f"{what}: refused, it holds {match[1]}, which could run code; save only tensors") from None
         raise UserError(f"{what}: not a checkpoint, or a truncated one") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{what}: not a checkpoint, it holds a {type(checkpoint).__name__}")
@@ -96,14 +99,14 @@ def _fetch(path: str) -> Any:
     is_download = path.startswith("https://")
     file = _downloaded(path) if is_download else Path(path)
     if file.exists() and not file.is_file() and not file.is_dir():
-        raise UserError(f"{path}: a pipe or a device, no file; name a file")
+        raise UserError("a pipe or a device, not a file; name a file")
     if kind := foreign_kind(file):
-        raise UserError(f"{path}: no checkpoint, but {kind}")
+        raise UserError(f"not a checkpoint, but {kind}")
     if not is_download and has_checks(file) and (problem := damage(file)):
         raise zipfile.BadZipFile(problem)
     if _is_safetensors(file):
         return safetensors.torch.load(file.read_bytes())
-    with file.open("rb") as content:  # PyTorch opens no file whose name is not UTF-8
+    with file.open("rb") as content:  # torch.load cannot open a path that is not UTF-8
         return torch.load(content, map_location="cpu", weights_only=True)
 
 
@@ -113,17 +116,17 @@ def _beginning(path: Path) -> bytes:
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether a file begins as torch.save's do, and not as those of its first years, which have no checksums."""
+    """Whether a file is a zip archive, which torch.save writes since 1.6. Older formats have no checksums."""
     return _beginning(path).startswith(b"PK")
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file is one of safetensors, by its name, or as it begins with the length of a JSON object, and that."""
+    """Whether a file has safetensors' format, by its name or its start: a length, then a JSON object."""
     return path.suffix == ".safetensors" or re.match(rb".{6}\0\0\{\s*[\"}]", _beginning(path), re.DOTALL) is not None
 
 
 def foreign_kind(path: Path) -> str | None:
-    """What a file is that is no checkpoint, and what to do about it; None where it may be one."""
+    """Describe a file that is not a checkpoint, and what to do with it; None if it may be a checkpoint."""
     beginning = _beginning(path)
     for pattern, kind in FOREIGN_FILES.items():
         if re.match(pattern, beginning, re.DOTALL | re.IGNORECASE):
@@ -144,13 +147,15 @@ def foreign_kind(path: Path) -> str | None:
 
 
 def has_checks(path: Path) -> bool:
-    """Whether a checkpoint's file tells if it is whole. Those of PyTorch's first years do not."""
+    """Whether a checkpoint's format can show damage. PyTorch's format before 1.6 cannot."""
     return _is_archive(path) or _is_safetensors(path)
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's file, by the checksums (CRC-32) that torch.save's hold, or the lengths of the
-    entries of safetensors' file; None where it is whole."""
+    """Describe the damage to a checkpoint's file; None if there is none.
+
+    Files of torch.save have checksums (CRC-32), files of safetensors the lengths of their entries.
+    """
     if _is_safetensors(path):
         try:
             with safetensors.safe_open(path, framework="pt"):
@@ -159,19 +164,20 @@ def damage(path: Path) -> str | None:
             return " ".join(str(error).split())[:100]
     try:
         with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():  # not testzip(), which takes entries by names, and of two alike the last
+            for entry in archive.infolist():  # testzip() would look entries up by name, and miss duplicates
                 if not _is_whole(archive, entry):
                     return f"wrong checksum of {entry.filename.partition('/')[2]}"
-        if reader := getattr(torch._C, "PyTorchFileReader", None):  # PyTorch's own, of whatever version
+        # torch.load's own reader checks the zip directory more strictly. It is private: torch 2.x may drop it.
+        if reader := getattr(torch._C, "PyTorchFileReader", None):
             with path.open("rb") as file:
-                reader(file)  # what torch.load opens it by; its demands on a directory are higher
+                reader(file)
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, ValueError) as error:
         return "truncated" if "not a zip file" in str(error) else " ".join(str(error).split())[:100]
     return None
 
 
 def _is_whole(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
-    """Whether an entry is of the kind that torch writes, with the content its checksum is of."""
+    """Whether a zip entry is stored as torch.save does it, and its content matches its checksum."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & DIRECTORY:
         return False
     try:
@@ -184,10 +190,10 @@ def _is_whole(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
 
 
 def _downloaded(url: str) -> Path:
-    """The path of a file from the web, kept among torch.hub's, by its address; one process of a node downloads it.
+    """Download a file to torch.hub's folder, once per address and by one process per node. Returns its path.
 
     Raises:
-        UserError: it cannot be downloaded, or does not have the hash in its name.
+        UserError: the download fails, or the file does not have the hash in its name.
     """
     address = hashlib.sha256(url.encode()).hexdigest()[:16]  # many files have the name checkpoint.pth
     path = Path(torch.hub.get_dir()) / "checkpoints" / address / Path(urllib.parse.urlparse(url).path).name
@@ -201,9 +207,9 @@ def _downloaded(url: str) -> Path:
 
 
 def _has_wrong_hash(path: Path, name: str) -> bool:
-    """Whether a name carries a hash, as in weights-0a1b2c3d.pth, that does not begin the file's SHA-256."""
+    """Whether a name contains a hash, as in weights-0a1b2c3d.pth, that the file's SHA-256 does not start with."""
     match = re.search(r"-([0-9a-f]{8,})\.\w+$", name)
-    if match is None or re.fullmatch(r"checkpoint-\d{8}\.pth", name):  # the number of steps
+    if match is None or re.fullmatch(r"checkpoint-\d{8}\.pth", name):  # that number is the global step
         return False
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -213,22 +219,23 @@ def _has_wrong_hash(path: Path, name: str) -> bool:
 
 
 def download(url: str, path: Path, stall: float = STALL, attempts: int = ATTEMPTS) -> None:
-    """Download a file. A connection that breaks or stalls is taken up where it ended; no part of a file is left.
+    """Download a file. Reconnects when a connection breaks or stalls. Leaves no partial file.
 
     Args:
         url: https address.
-        path: of the file; its folder is made.
-        stall: seconds without a byte after which a connection is given up.
-        attempts: connections in a row that may bring nothing.
+        path: where to write the file. Its folder is made.
+        stall: seconds without a byte after which to reconnect.
+        attempts: failed connections in a row after which to give up.
 
     Raises:
-        UserError: it cannot be downloaded, is damaged, or does not have the hash in its name.
+        UserError: the download fails, or the file is damaged or does not have the hash in its name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     _delete_abandoned(path)
     try:
-        in_vain = 0
+        failures = 0
+        problem: Exception
         while True:
             before = _size(partial)
             try:
@@ -238,21 +245,21 @@ def download(url: str, path: Path, stall: float = STALL, attempts: int = ATTEMPT
                 problem, is_final = error, error.code < 500
             except (OSError, http.client.HTTPException) as error:
                 problem, is_final = error, False
-            in_vain = 0 if _size(partial) > before else in_vain + 1
-            if is_final or in_vain == attempts:
-                raise UserError(f"{url}: download failed ({problem}), tried {in_vain} times in vain")
-            time.sleep((in_vain + 1) / 2)
+            failures = 0 if _size(partial) > before else failures + 1
+            if is_final or failures == attempts:
+                raise UserError(f"{url}: download failed ({problem}) after {failures} attempts")
+            time.sleep((failures + 1) / 2)
         if _has_wrong_hash(partial, path.name):
-            raise UserError(f"{url}: the file that came does not have the hash in its name; try again")
-        if has_checks(partial) and (problem := damage(partial)):
-            raise UserError(f"{url}: the file that came is damaged ({problem}); try again")
+            raise UserError(f"{url}: the downloaded file does not have the hash in its name; try again")
+        if has_checks(partial) and (found := damage(partial)):
+            raise UserError(f"{url}: the downloaded file is damaged ({found}); try again")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _delete_abandoned(path: Path) -> None:
-    """Delete what processes of this host that were killed have left of a file."""
+    """Delete partial files of processes that were killed on this host."""
     for partial in path.parent.glob(f"{glob.escape(path.name)}.{socket.gethostname()}-*.partial"):
         try:
             os.kill(int(partial.stem.rpartition("-")[2]), 0)
@@ -267,7 +274,7 @@ def _size(path: Path) -> int:
 
 
 def _fetch_rest(url: str, partial: Path, stall: float) -> None:
-    """Append to a part of a file what is missing.
+    """Download the missing rest of a partial file.
 
     Raises:
         OSError: the connection breaks or stalls.
@@ -276,9 +283,9 @@ def _fetch_rest(url: str, partial: Path, stall: float) -> None:
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=stall) as response:
         if not response.geturl().startswith("https://"):
-            raise UserError(f"{url}: leads to {response.geturl()}, which is not https")
+            raise UserError(f"{url}: redirects to {response.geturl()}, which is not https")
         if response.status != 206:
-            have = 0  # a server that does not send parts
+            have = 0  # the server does not support ranges
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=partial.name.split(".")[0],
@@ -295,16 +302,70 @@ def _fetch_rest(url: str, partial: Path, stall: float) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class LoadReport:
+    """What `load_weights` loaded.
+
+    Attributes:
+        total: entries of the model.
+        adaptation: entries adapted to another image size or form.
+        classifier: entries of a classifier with another number of classes, which keep their random initialisation.
+        reinitialised: entries outside the SepViT that keep their random initialisation.
+        dropped: entries of the checkpoint that the model does not have.
+    """
+
+    total: int
+    adaptation: Adaptation = field(default_factory=Adaptation)
+    classifier: list[str] = field(default_factory=list)
+    reinitialised: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    @property
+    def loaded(self) -> int:
+        """Entries loaded unchanged."""
+        adapted = len(self.adaptation.resampled) + len(self.adaptation.fresh)
+        return self.total - adapted - len(self.classifier) - len(self.reinitialised)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether any entry keeps its random initialisation."""
+        return bool(self.adaptation.fresh or self.classifier or self.reinitialised)
+
+    def __str__(self) -> str:
+        parts = [f"loaded {self.loaded} of {self.total} entries"]
+        if self.adaptation:
+            parts.append(f"of another image size or form: {self.adaptation}")
+        listed = (
+            ("another number of classes: randomly initialised", self.classifier),
+            ("randomly initialised", self.reinitialised),
+            ("dropped", self.dropped),
+        )
+        parts += [f"{what} {len(names)}: {', '.join(names)}" for what, names in listed if names]
+        return "; ".join(parts)
+
+
+def settings_in(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The settings saved in a checkpoint. Published checkpoints hold them as a Namespace."""
+    settings = checkpoint.get("args", {})
+    return settings if isinstance(settings, dict) else dict(vars(settings))
+
+
+def img_size_of(checkpoint: dict[str, Any]) -> tuple[int, int] | None:
+    """Image size (H, W) in a checkpoint's settings; None if it has none."""
+    size = settings_in(checkpoint).get("input_size")
+    return (size, size) if isinstance(size, int) else None
+
+
 def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) -> dict[str, Tensor]:
-    """The model's state dict in a checkpoint, which may be one itself; prefixes of wrappers are taken off.
+    """Return the model's state dict in a checkpoint, which may be one itself, without the prefixes of wrappers.
 
     Args:
-        checkpoint: as `read_checkpoint` gives it.
+        checkpoint: returned by `read_checkpoint`.
         what: flag and path, for messages.
-        prefer_ema: take the averaged weights where the checkpoint has them.
+        prefer_ema: return the averaged weights if the checkpoint has them.
 
     Raises:
-        UserError: there are no weights in it.
+        UserError: the checkpoint has no weights.
     """
     keys = (*EMA_KEYS, *MODEL_KEYS) if prefer_ema else (*MODEL_KEYS, *EMA_KEYS)
     weights = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
@@ -319,7 +380,7 @@ def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) 
 
 
 def has_both_weights(checkpoint: dict[str, Any]) -> bool:
-    """Whether a checkpoint holds averaged weights beside the network's."""
+    """Whether a checkpoint holds averaged weights besides the network's."""
     return all(any(isinstance(checkpoint.get(key), dict) for key in keys) for keys in (MODEL_KEYS, EMA_KEYS))
 
 
@@ -327,58 +388,99 @@ def load_weights(
     model: nn.Module,
     weights: dict[str, Tensor],
     what: str,
-    variant_hint: str = "name it with --model",
+    *,
+    variant_hint: str,
+    classes_hint: str = "use the data set with its classes",
     network: str = "",
+    new_classifier: bool = False,
     partly: bool = False,
-    classes_hint: str = "take the data set of its classes",
-) -> Adaptation:
-    """Load a state dict, strictly but for what another image size or form needs; says what was adapted.
+    img_size: tuple[int, int] | None = None,
+) -> LoadReport:
+    """Load a state dict strictly, except for what another image size or form requires.
 
     Args:
-        model: the model, a SepViT, one with a SepViT inside, or another.
+        model: a SepViT, a model with a SepViT inside, or any other model.
         weights: the state dict.
         what: flag and path, for messages.
-        variant_hint: the way out when the weights are of another variant, for messages.
-        network: name of the SepViT inside `model`; "" where it is the model itself.
-        partly: outside the SepViT, leave fresh what the weights do not have or have in another shape.
-        classes_hint: the way out when the weights are of another number of classes, for messages.
+        variant_hint: the way out if the weights are of another variant, for messages.
+        classes_hint: the way out if the weights have another number of classes, for messages.
+        network: name of the SepViT inside `model`; "" if it is the model itself.
+        new_classifier: keep the random initialisation of the classifier if the weights have another number of classes.
+        partly: outside the SepViT, keep the random initialisation of entries that the weights lack or have in another
+            shape.
+        img_size: image size (H, W) of the weights, None if unknown.
 
     Raises:
-        UserError: it is of another variant, another number of classes, or another architecture, or not finite.
+        UserError: the weights are of another variant, number of classes or architecture, or are not finite.
     """
     _check_finite(weights, model, what)
     prefix = f"{network}." if network else ""
     expected = model.state_dict()
-    adaptation = Adaptation()
+    report = LoadReport(len(expected))
     inner = model.get_submodule(network)
+    weights = dict(weights)
     if isinstance(inner, SepViTStages):
-        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        own = entries_under(weights, network)
         held, wanted = variant_of(own), variant_of(inner.state_dict())
         if held != wanted:
             raise UserError(f"{what}: holds {held or 'no SepViT'}, not {wanted}; {variant_hint}")
-        adaptation = adapt_state_dict(own, inner)
+        report.adaptation = adaptation = adapt_state_dict(own, inner, img_size)
         for names in (adaptation.resampled, adaptation.fresh, adaptation.dropped):
             names[:] = [prefix + name for name in names]
         weights = {name: value for name, value in weights.items() if not name.startswith(prefix)}
         weights |= {prefix + name: value for name, value in own.items()}
-    weights = dict(weights)
+    elif _shapes(weights) != _shapes(expected):
+        weights, report.adaptation.resampled = _resized_by_timm(weights, model)
+    classifier = getattr(model, "default_cfg", {}).get("classifier")
+    if new_classifier:
+        report.classifier = _replace_classifier(weights, expected, classifier)
     if partly:
-        _fill_up(weights, expected, prefix, adaptation)
-    _check_entries(weights, expected, what, getattr(model, "default_cfg", {}).get("classifier"), classes_hint)
-    model.load_state_dict(weights)
-    return adaptation
+        _fill_up(weights, expected, prefix, report)
+    _check_entries(weights, expected, what, classifier, classes_hint)
+    model.load_state_dict(mark_adapted(weights, network))
+    return report
 
 
-def _fill_up(weights: dict[str, Tensor], expected: dict[str, Tensor], prefix: str, adaptation: Adaptation) -> None:
-    """Outside the SepViT, take the model's entries where the weights have none that fits, and drop the surplus."""
+def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in weights.items()}
+
+
+def _resized_by_timm(weights: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """Resize the weights of one of timm's other models (ViT, Swin, …) to the model's image size, if timm can.
+
+    Returns:
+        the weights, and the names of resized entries.
+    """
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if adapt is None:
+        return weights, []
+    try:
+        adapted = adapt(dict(weights), model)
+    except Exception:  # undocumented, for weights of another network, which `_check_entries` reports
+        return weights, []
+    return adapted, [name for name, value in adapted.items()
+                     if name in weights and value.shape != weights[name].shape]  # fmt: skip
+
+
+def _replace_classifier(weights: dict[str, Tensor], expected: dict[str, Tensor], classifier: str | None) -> list[str]:
+    """Take the model's classifier if that of the weights does not fit. Returns the names of its entries then."""
+    names = [name for name in expected if classifier and name.startswith(f"{classifier}.")]
+    if all(name in weights and weights[name].shape == expected[name].shape for name in names):
+        return []
+    weights |= {name: expected[name] for name in names}
+    return names
+
+
+def _fill_up(weights: dict[str, Tensor], expected: dict[str, Tensor], prefix: str, report: LoadReport) -> None:
+    """Outside the SepViT, take the model's entries where the weights have no fitting one, and drop surplus entries."""
     outside = [name for name in expected if not name.startswith(prefix)]
-    fresh = [name for name in outside if name not in weights or weights[name].shape != expected[name].shape]
-    dropped = [name for name in weights if not name.startswith(prefix) and name not in expected]
-    for name in dropped:
+    report.reinitialised = [
+        name for name in outside if name not in weights or weights[name].shape != expected[name].shape
+    ]
+    report.dropped = [name for name in weights if not name.startswith(prefix) and name not in expected]
+    for name in report.dropped:
         del weights[name]
-    weights |= {name: expected[name] for name in fresh}
-    adaptation.fresh += fresh
-    adaptation.dropped += dropped
+    weights |= {name: expected[name] for name in report.reinitialised}
 
 
 def _check_finite(weights: dict[str, Tensor], model: nn.Module, what: str) -> None:
@@ -387,13 +489,14 @@ def _check_finite(weights: dict[str, Tensor], model: nn.Module, what: str) -> No
         value = weights.get(name, parameter)
         if value is not parameter and not value.float().isfinite().all():
             count = int((~value.float().isfinite()).sum())
-            raise UserError(f"{what}: {name} is not finite ({count} of {value.numel()} values); take a checkpoint from "
-                            "before the training broke")  # fmt: skip
+            raise UserError(f"{what}: {name} is not finite ({count} of {value.numel()} values); use a checkpoint from "
+                            "before training diverged")  # fmt: skip
 
 
 def _check_entries(
     weights: dict[str, Tensor], expected: dict[str, Tensor], what: str, classifier: str | None, classes_hint: str
 ) -> None:
+    """Refuse missing and unexpected entries, and entries of another shape."""
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unexpected:
         parts = [f"{len(names)} {kind} ({names[0]}, …)" for kind, names in
@@ -411,23 +514,23 @@ def _check_entries(
 def load_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any], with_lr: bool = False
 ) -> None:
-    """Load an optimiser's state, however its parameters were grouped: by other weight decay, or by the published code,
-    which decays the window tokens like matrices.
+    """Load an optimiser's state, however its parameters were grouped.
 
-    Its settings (weight decay, betas, …) stay as they are.
+    Groups differ with the weight decay, and in the published code, which decays the window tokens like matrices. The
+    optimiser keeps its settings (weight decay, betas, …).
 
     Args:
         optimizer: the optimiser.
-        model: whose parameters it steps.
-        state: its state dict.
+        model: the model whose parameters it steps.
+        state: state dict of an optimiser.
         with_lr: take the learning rate from the state, too.
 
     Raises:
-        ValueError: the state is of other parameters.
+        ValueError: the state has other parameters.
     """
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     number = {parameter: i for i, parameter in enumerate(parameters)}
-    spared = getattr(model, "no_weight_decay", set)()
+    spared: set[str] = getattr(model, "no_weight_decay", set)()
     groupings = (
         optimizer.param_groups,
         param_groups_weight_decay(model, weight_decay=1.0, no_weight_decay_list=spared),
@@ -439,7 +542,7 @@ def load_optimizer(
     grouping = next((groups for groups in groupings if [len(group["params"]) for group in groups] == sizes), None)
     if grouping is None:
         raise ValueError(f"its optimiser has {sum(sizes)} parameters, in groups of {sizes}, not {len(number)}")
-    # parameters are numbered through the groups; give each its number in this optimiser's
+    # A state numbers parameters through its groups. Translate to this optimiser's numbers.
     numbers = [number[parameter] for group in grouping for parameter in group["params"]]
     state = {**state, "state": {numbers[i]: value for i, value in state["state"].items()}}
     own_keys = optimizer.defaults.keys() - ({"lr"} if with_lr else set())
@@ -450,7 +553,7 @@ def load_optimizer(
         groups.append({**saved[min(i, len(saved) - 1)], **kept, "params": indices})
         start += len(indices)
     optimizer.load_state_dict({**state, "param_groups": groups})
-    for parameter, values in optimizer.state.items():  # in the parameters' memory format, which fused steps ask for
+    for parameter, values in optimizer.state.items():  # fused steps need the parameters' memory format
         for name, value in values.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and name != "step":
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
@@ -462,29 +565,30 @@ def load_optimizer(
 
 
 def name_also(path: Path, name: str) -> None:
-    """Give a file a second name in its folder, in place of the file that has it; a copy where there are no links."""
+    """Give a file a second name in its folder, replacing the file of that name. Copies if links are not supported."""
     temporary = path.with_name(name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)
-    except OSError:  # a file system without hard links
+    except OSError:  # the file system has no hard links
         shutil.copyfile(path, temporary)
     os.replace(temporary, path.with_name(name))
-    temporary.unlink(missing_ok=True)  # where it had the name already, that moved nothing
+    temporary.unlink(missing_ok=True)  # os.replace does nothing if both names already link to the file
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints beside the training: the loop waits for a copy in memory, not for the disk.
+    """Write a run's checkpoints in the background. Training waits for a copy in memory, not for the disk.
 
-    Each is a file `checkpoint-<steps>.pth`; the newest is also `checkpoint.pth`, the one of the highest top-1
-    `checkpoint_best.pth` (the same files, no copies). What cannot be written is said, and training goes on.
+    Each checkpoint is a file `checkpoint-<global step>.pth`. The newest is also `checkpoint.pth`, the one with the
+    highest top-1 `checkpoint_best.pth` (links, not copies). If writing fails, a warning is printed and training
+    continues.
 
     Args:
         folder: the output folder.
-        keep: how many of the numbered ones stay.
+        keep: number of numbered checkpoints to keep.
 
     Attributes:
-        failure: why the last one could not be written, None where it was.
+        failure: why the last checkpoint could not be written, None if it was.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -492,23 +596,23 @@ class CheckpointWriter:
         self.keep = keep
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
-        self._best: dict[str, Any] | None = None  # that could not be written yet
+        self._best: dict[str, Any] | None = None  # the best checkpoint, while it could not be written
         self.failure: str | None = None
 
     def save(self, checkpoint: dict[str, Any], is_best: bool = False) -> None:
-        """Copy a checkpoint and write it in the background, once the one before it is written."""
+        """Copy a checkpoint, and write it in the background after the previous one."""
         self.wait()
         self._pending = self._executor.submit(self._write, copied(checkpoint), is_best)
 
     def wait(self) -> None:
-        """Wait until all is written."""
+        """Wait until everything is written."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
     def _write(self, checkpoint: dict[str, Any], is_best: bool) -> None:
         path = self.folder / NUMBERED.format(checkpoint["steps"])
-        # the best first: killed before the numbered one is there, the run does that epoch again, and finds it again
+        # The best comes first: if the run is killed before the numbered one exists, it repeats the epoch and the best.
         first, *others = [BEST] * is_best + [path.name, NEWEST]
         place = f"epoch {checkpoint['epoch'] + 1}, step {checkpoint['epoch_step']}"
         self._best = checkpoint if is_best else self._best
@@ -526,13 +630,13 @@ class CheckpointWriter:
         except OSError as error:
             self.failure = error.strerror
             print_line(f"WARNING: {path} could not be written ({error.strerror}): "
-                     "the checkpoint before it is kept, training goes on")  # fmt: skip
+                     "the previous checkpoint is kept, training continues")  # fmt: skip
         else:
             print_line(f"saved {path} (before {place})")
 
 
 def copied(value: Any) -> Any:
-    """A copy of nested containers with their tensors on the CPU, which later steps do not change."""
+    """Copy nested containers, and their tensors to the CPU, so that later steps do not change them."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -543,22 +647,22 @@ def copied(value: Any) -> Any:
 
 
 def numbered(folder: Path) -> list[Path]:
-    """A run's checkpoints, the newest first."""
+    """List a run's numbered checkpoints, newest first."""
     return sorted(folder.glob(NUMBERED.format(0).replace("0" * 8, "[0-9]" * 8)), reverse=True)
 
 
 def newest_good(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole, None where there is none at all; names those that are not.
+    """Return the newest intact checkpoint of a run, None if it has no checkpoint. Warns about damaged ones.
 
     Raises:
-        UserError: there are some, and none is whole.
+        UserError: all checkpoints are damaged.
     """
     candidates = numbered(folder) + [path for path in (folder / NEWEST, folder / BEST) if path.exists()]
     for path in candidates:
         problem = damage(path)
         if problem is None:
             return path
-        print_line(f"WARNING: {path} is damaged ({problem}): going back to the one before it")
+        print_line(f"WARNING: {path} is damaged ({problem}): using the one before it")
     if candidates:
-        raise UserError(f"--auto-resume: no checkpoint in {folder} is whole; empty the folder to start afresh")
+        raise UserError(f"no checkpoint in {folder} is intact; empty the folder to start a fresh run")
     return None

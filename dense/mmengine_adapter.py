@@ -1,0 +1,67 @@
+"""Private and undocumented parts of mmengine (onedl-mmengine 0.10.x) and NumPy (2.x), used here and nowhere else.
+
+`tests/test_private_parts_dense.py` exercises each of them, and fails if a library changes.
+"""
+
+import pickle
+from typing import Any
+
+import numpy as np
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.logging import HistoryBuffer
+from mmengine.utils import is_installed
+
+from training import checkpoints
+
+
+def register_distributions() -> None:
+    """Tell mmengine the distributions that contain mmseg and mmdet.
+
+    mmengine finds the configs of `mmseg::…` and `mmdet::…` by the name of the distribution. It knows the original
+    names, not those of the maintained `onedl` releases.
+    """
+    for module, distribution in (("mmseg", "onedl-mmsegmentation"), ("mmdet", "onedl-mmdetection")):
+        if is_installed(distribution):
+            MODULE2PACKAGE[module] = distribution
+
+
+def log_statistic(owner: type, name: str) -> Any:
+    """Replacement for `getattr` in checkpoints, where mmengine's log refers to methods of `HistoryBuffer`.
+
+    Raises:
+        pickle.UnpicklingError: anything else is requested.
+    """
+    if owner is HistoryBuffer and name in ("min", "max", "current", "mean"):
+        return getattr(owner, name)
+    raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr of {name}")
+
+
+# Besides tensors, checkpoints of mmengine contain its log, made of NumPy's arrays and numbers. The functions that
+# rebuild these are private; the pickle protocol returns them. None of the classes can run code.
+LOG_CLASSES = (
+    HistoryBuffer,
+    (log_statistic, "builtins.getattr"),
+    np.empty(0).__reduce__()[0],
+    np.float64(0).__reduce__()[0],
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float64", "int64", "uint32", "int32", "bool")),
+)
+
+
+def read_checkpoint(path: str, what: str) -> dict[str, Any]:
+    """Read a checkpoint of mmengine or main.py without running any code it contains.
+
+    Args:
+        path: path or https address.
+        what: flag and path, for messages.
+
+    Raises:
+        UserError: the file is missing, truncated, not a checkpoint, or contains code.
+    """
+    return checkpoints.read_checkpoint(path, what, LOG_CLASSES)
+
+
+def mark_loaded(runner: Any) -> None:
+    """Tell a runner that its checkpoint is loaded, as its own `load_checkpoint` does, so that it loads no other."""
+    runner._has_loaded = True

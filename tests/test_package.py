@@ -1,0 +1,93 @@
+"""`pip install .` and `pip install -e .`: the network and the backbones in a host program of another project.
+
+The host has a `utils` and a `datasets` of its own, first on its path.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# Without the network: with this environment's setuptools, and without the dependencies, which are installed.
+PIP = [
+    sys.executable,
+    "-m",
+    "pip",
+    "--disable-pip-version-check",
+    "install",
+    "--quiet",
+    "--no-deps",
+    "--no-build-isolation",
+]
+HOST = """
+import site, sys
+site.addsitedir(sys.argv[1])  # processes .pth files, as Python does for its own site-packages
+import datasets, utils
+assert (datasets.OWNER, utils.OWNER) == ("host", "host")
+import timm, torch
+import sepvit
+assert sepvit.__file__.startswith(sys.argv[2]), sepvit.__file__
+assert timm.create_model("SepViT_Lite", num_classes=10, img_size=64)(torch.randn(1, 3, 64, 64)).shape == (1, 10)
+from mmengine.registry import MODELS
+import dense.backbone, dense.loading
+backbone = MODELS.build(dict(type="SepViT_Lite"))
+backbone.init_weights()
+assert [tuple(y.shape[1:]) for y in backbone(torch.randn(1, 3, 64, 96))][0] == (32, 16, 24)
+assert sys.modules["utils"].OWNER == sys.modules["datasets"].OWNER == "host"
+"""
+HUGGING_FACE = """
+import site, sys
+site.addsitedir(sys.argv[1])
+import timm, sepvit
+timm.create_model("SepViT_Lite")
+import datasets
+assert hasattr(datasets, "load_dataset"), datasets.__file__
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what is packaged: building leaves files in the folder."""
+    folder = tmp_path_factory.mktemp("source") / "sepvit"
+    skipped = shutil.ignore_patterns(".*", "demo", "work_dirs", "runs", "build", "*.egg-info", "__pycache__", "tests")
+    shutil.copytree(ROOT, folder, ignore=skipped)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["whole", "editable"])
+def site(request, source, tmp_path_factory) -> tuple[Path, Path]:
+    """A site folder with the package installed, and the folder its modules are in."""
+    prefix = tmp_path_factory.mktemp(request.param)
+    editable = ["-e"] if request.param == "editable" else []
+    subprocess.run([*PIP, "--prefix", str(prefix), *editable, str(source)], check=True, cwd=prefix)
+    folder = next(prefix.glob("lib*/python*/site-packages"))
+    return folder, source if editable else folder
+
+
+def run(code: str, folder: Path, *arguments: Path) -> subprocess.CompletedProcess:
+    """Run a program in a folder, as users do: without this repository on the path."""
+    (folder / "program.py").write_text(code)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run([sys.executable, "program.py", *map(str, arguments)], cwd=folder, capture_output=True,
+                          text=True, env=environment)  # fmt: skip
+
+
+def test_a_host_with_its_own_utils_and_datasets(site, tmp_path):
+    for name in ("utils", "datasets"):
+        (tmp_path / f"{name}.py").write_text("OWNER = 'host'\n")
+    result = run(HOST, tmp_path, *site)
+    assert result.returncode == 0, result.stderr
+
+
+def test_hugging_faces_library_is_imported(site, tmp_path):
+    result = run(HUGGING_FACE, tmp_path, *site)
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_is_installed(site):
+    folder, _ = site
+    assert not {"utils.py", "datasets.py", "main.py", "tests"} & {path.name for path in folder.iterdir()}

@@ -1,0 +1,205 @@
+"""Private parts of other libraries that this project uses. A failure here means: the library has changed, adapt it.
+
+The ranges of versions are in pyproject.toml, the places of use in docs/design.md. Those of mmengine and its kin are in
+test_private_parts_dense.py.
+"""
+
+import argparse
+import importlib.metadata
+import io
+import multiprocessing
+import os
+import re
+import signal
+import tarfile
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from PIL import Image
+from torch._utils import ExceptionWrapper
+
+import sepvit  # noqa: F401 registers the models
+from training import streams
+from training.commands import Parser
+from training.errors import UserError, is_communication_error, is_transient, out_of_files, out_of_shared_memory
+from training.state import reads_found_inf
+
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")  # tomllib came with Python 3.11
+RANGES = re.findall(r'^    "([^"]+)"', PROJECT.partition("\ndependencies = [")[2].partition("\n]")[0], re.MULTILINE)
+
+
+def version_tuple(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text.partition("+")[0]))
+
+
+@pytest.mark.parametrize("requirement", RANGES)
+def test_installed_versions_are_in_the_stated_ranges(requirement):
+    name, bounds = re.fullmatch(r"([\w-]+)(.*)", requirement).groups()
+    installed = version_tuple(importlib.metadata.version(name))
+    for relation, bound in re.findall(r"(>=|<)([\d.]+)", bounds):
+        assert installed >= version_tuple(bound) if relation == ">=" else installed < version_tuple(bound), requirement
+
+
+# ---------------------------------------------------------------------------------------------------------------- timm
+
+
+def test_timm_chooses_features():
+    from timm.models._features import feature_take_indices
+
+    assert feature_take_indices(4, [1, 3]) == ([1, 3], 3)
+    assert feature_take_indices(4, 2) == ([2, 3], 3)
+    assert feature_take_indices(4, None) == ([0, 1, 2, 3], 3)
+
+
+def test_timm_records_a_models_input_size():
+    from timm.models._input import get_model_traits, update_model_input_size
+
+    model = timm.create_model("SepViT_Lite", img_size=64)
+    update_model_input_size(model, (96, 64))
+    assert get_model_traits(model)["img_size"] == (96, 64)
+
+
+def test_timm_asserts():
+    from timm.layers import _assert
+
+    _assert(True, "fine")
+    with pytest.raises(AssertionError, match="wrong"):
+        _assert(False, "wrong")
+
+
+def test_timms_webdataset_reader_has_the_known_pipeline(tmp_path):
+    """`open_webdataset` finds the stages it replaces, and refuses a pipeline it does not know."""
+    with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
+        for name, content in (("a.png", png()), ("a.cls", b"1")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    dataset = timm.data.create_dataset("wds/x", root=str(tmp_path), split="train-{0..0}.tar|1", is_training=True)
+    streams.open_webdataset(dataset.reader, lambda error: False, seed=7)
+    assert dataset.reader.worker_seed == 7
+    ours = [stage for stage in dataset.reader.ds.pipeline if getattr(stage, "func", None) is streams._samples_of_shards]
+    assert len(ours) == 1
+    dataset.reader.ds.pipeline = []
+    dataset.reader._lazy_init = lambda: None
+    with pytest.raises(UserError, match=rf"timm {re.escape(timm.__version__)} reads webdatasets differently"):
+        streams.open_webdataset(dataset.reader, lambda error: False, seed=7)
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(file, "png")
+    return file.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------------- torch
+
+
+@pytest.mark.parametrize(("fused", "expected"), [(True, True), (False, False)])
+def test_fused_optimisers_read_found_inf(fused, expected):
+    """A fused step skips itself by `found_inf`, without a read of the device."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+    assert reads_found_inf(optimizer) == expected
+    if fused:
+        weight.grad = torch.ones(3)
+        optimizer.found_inf = torch.ones(())
+        optimizer.step()
+        assert torch.equal(weight, torch.ones(3))
+
+
+def test_torch_reads_zip_archives_from_files(tmp_path):
+    """`PyTorchFileReader` refuses what torch.load would; without it, `damage` does without."""
+    torch.save({"a": torch.ones(3)}, tmp_path / "whole.pth")
+    with (tmp_path / "whole.pth").open("rb") as file:
+        assert torch._C.PyTorchFileReader(file) is not None
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:-40])
+    with (tmp_path / "cut.pth").open("rb") as file, pytest.raises(RuntimeError):
+        torch._C.PyTorchFileReader(file)
+
+
+def raised_by_worker(error: Exception) -> Exception:
+    """A loader worker's error, as torch raises it again."""
+    try:
+        raise error
+    except Exception:
+        wrapper = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(type(error)) as raised:
+        wrapper.reraise()
+    return raised.value
+
+
+def test_a_workers_user_error_keeps_its_line():
+    assert str(raised_by_worker(UserError("`num_classes` 3: an image is labelled 7"))) == (
+        "`num_classes` 3: an image is labelled 7"
+    )
+
+
+class Exits(torch.utils.data.Dataset):
+    """A data set whose worker is killed, as where memory runs out."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_lost_worker_is_transient():
+    with pytest.raises(RuntimeError) as raised:
+        list(torch.utils.data.DataLoader(Exits(), num_workers=1))
+    assert is_transient(raised.value)
+    assert not out_of_shared_memory(raised.value)
+    assert not out_of_files(raised.value)
+
+
+def lose_connection(rank: int, store: Path, verdicts) -> None:
+    """Join a group of two. Rank 1 exits at once, rank 0 reports what a collective call raises."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2,
+                                         timeout=timedelta(seconds=60))  # fmt: skip
+    if rank == 1:
+        os._exit(0)
+    try:
+        while True:
+            torch.distributed.all_reduce(torch.ones(1000))
+    except RuntimeError as error:
+        verdicts.put((is_communication_error(error), str(error)))
+
+
+def test_a_broken_connection_is_known(tmp_path):
+    """gloo raises a RuntimeError whose text names it."""
+    assert is_communication_error(torch.distributed.DistBackendError("NCCL error"))
+    assert not is_communication_error(RuntimeError("size mismatch"))
+    assert not is_communication_error(None)
+    context = multiprocessing.get_context("fork")
+    verdicts = context.Queue()
+    ranks = [context.Process(target=lose_connection, args=(rank, tmp_path / "store", verdicts)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    is_known, text = verdicts.get(timeout=300)
+    for process in ranks:
+        process.join()
+    assert is_known, text
+
+
+# ------------------------------------------------------------------------------------------------------------ argparse
+
+
+def test_argparse_lists_its_settings():
+    parser = Parser()
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("--data-path", "--dp")
+    parser.add_argument("--pin_mem", action=argparse.BooleanOptionalAction)
+    assert parser.flags() == {"help": "-h", "config": "CONFIG", "data_path": "--data-path", "pin_mem": "--pin_mem",
+                              "no_pin_mem": "--no-pin_mem"}  # fmt: skip
+    assert {"data_path", "dp", "pin_mem", "help"} <= parser.actions().keys()
+
+
+def test_argparse_takes_negative_numbers_with_exponents():
+    parser = Parser()
+    parser.add_argument("--lr", type=float)
+    assert parser.parse_args(["--lr", "-1e-3"]).lr == -1e-3

@@ -1,0 +1,6 @@
+"""Makes the repository importable when a script of this folder is run by its path: `python FOLDER/SCRIPT.py`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

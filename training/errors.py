@@ -1,0 +1,119 @@
+"""Errors that end a command, its exit statuses, and the errors of libraries that are recognised by their texts."""
+
+import errno
+import re
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+RESUME_STATUS = 75  # exit status for "run the same command again" (EX_TEMPFAIL of sysexits.h)
+INTERRUPT_STATUS = 130  # exit status after Ctrl-C
+USER_ERROR_STATUS = 2
+
+SETTING = re.compile(r"`(\w+)`")
+
+
+def setting(name: str, *values: object) -> str:
+    """Mention a setting in a message, with its values.
+
+    Only commands know flags. `with_flags` replaces the name with the flag of the command that prints the message.
+
+    Args:
+        name: the setting's name, e.g. 'data_path'.
+        values: its values.
+    """
+    return " ".join([f"`{name}`", *map(str, values)])
+
+
+def with_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Replace the names of settings in a message (see `setting`) with a command's flags.
+
+    Args:
+        message: the message.
+        flags: flags by setting, e.g. '--data-path' by 'data_path'. Other names stay as they are.
+    """
+    return SETTING.sub(lambda match: flags.get(match[1], match[0]), message)
+
+
+def one_line(text: str) -> str:
+    """Escape the unprintable characters of a text. File names may contain line breaks and invalid UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+class OneLineError(Exception):
+    """An error that is reported to the user in one line.
+
+    Args:
+        message: the line. Settings are mentioned by name, see `setting`.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        # A loader worker's error is raised again as its class, called with the whole traceback as text.
+        if message.startswith("Caught ") and "\nOriginal Traceback" in message:
+            message = message.strip().splitlines()[-1].partition("Error: ")[2]
+        super().__init__(one_line(message))
+
+
+class UserError(OneLineError):
+    """A user's mistake. The line names the setting, its value and the way out. The exit status is 2."""
+
+
+class LocalError(UserError):
+    """A user's mistake that may occur on one rank only. The rank prints it, even if it is not rank 0."""
+
+
+class MachineError(OneLineError):
+    """A transient error of the machine, its storage or its network: rerunning may succeed. The exit status is 75."""
+
+
+class Preempted(Exception):  # noqa: N818 not an error
+    """The run was asked to stop, and all ranks have stopped at the same step.
+
+    Args:
+        place: where the run stopped, for the last line.
+        status: the exit status.
+    """
+
+    def __init__(self, place: str = "", status: int = RESUME_STATUS) -> None:
+        super().__init__(place)
+        self.status = status
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors of libraries. PyTorch raises RuntimeError for most of them, so only the text tells them apart. Each function is
+# tested with texts of the pinned versions (tests/test_private_parts.py and tests/test_endings.py).
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Whether an error is transient: rerunning may succeed. Includes an OOM-killed loader worker."""
+    is_lost_worker = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+    return is_lost_worker or isinstance(error, MachineError)
+
+
+def is_communication_error(error: BaseException | None) -> bool:
+    """Whether a collective call failed, usually because another rank is gone."""
+    is_backend = isinstance(error, RuntimeError) and bool(re.search("gloo|nccl", str(error), re.IGNORECASE))
+    return is_backend or isinstance(error, dist.DistError)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or of its accelerator ran out, here or in a loader worker."""
+    texts = ("DefaultCPUAllocator", "MPS backend out of memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED",
+             "Cannot allocate memory")  # fmt: skip
+    by_text = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return by_text or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def out_of_shared_memory(error: BaseException) -> bool:
+    """Whether the shared memory that loader workers pass their batches through ran out."""
+    pattern = r"shared memory\(shm\)|</torch_\w+>: No space left|Bus error"
+    return isinstance(error, RuntimeError) and bool(re.search(pattern, str(error)))
+
+
+def out_of_files(error: BaseException) -> bool:
+    """Whether the process has too many open files. Each loader worker takes some."""
+    return (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)) or (
+        isinstance(error, RuntimeError) and "Too many open files" in str(error)
+    )
