@@ -1,7 +1,6 @@
 """Data sets, transforms and loaders for training and validation."""
 
 import logging
-import math
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +19,13 @@ from torchvision.datasets import CIFAR100
 from samplers import DistributedEvalSampler, TrainBatchSampler
 from training.errors import MachineError, UserError, setting
 from training.processes import get_rank, get_world_size
+from training.readers import archive_classes, archive_damage, read_exactly_once, shards_of
 from training.samples import (
     ClassFolders,
     ImageData,
     INaturalist,
     TrainSamples,
     ValSamples,
-    archive_damage,
     check_label,
     collate,
     import_hugging_face,
@@ -37,7 +36,7 @@ from training.watchdog import ignore_preemption
 
 IMAGENET_FOLDERS = {True: ("train", "ILSVRC2012_img_train"), False: ("val", "ILSVRC2012_img_val")}
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19")
-READERS = ("wds", "hfds", "hfids", "tfds", "torch")  # of timm
+READERS = ("wds", "hfds", "hfids", "tfds", "torch")  # prefixes that choose a reader of timm
 # Sections of an automatic augmentation's name, by its policy. timm ignores unknown ones silently.
 AUGMENTATIONS = {
     "rand": r"(m|n|mmax)\d+|mstd\d+(\.\d+)?|p\d+(\.\d+)?|inc[01]|t[a-z0-9]+",
@@ -60,7 +59,7 @@ class DataSettings:
         val_split: name of the validation split.
         train_num_samples: number of training images, for readers that do not know it.
         val_num_samples: number of validation images.
-        batch_size: images per batch, which timm's readers divide shards by.
+        batch_size: images per batch, to which timm's readers round each worker's share.
         seed: the run's seed.
     """
 
@@ -209,9 +208,9 @@ def _archive(path: Path) -> ImageData:
     what = setting("data_path", path)
     try:
         dataset = create_dataset("", root=str(path))
-        classes = sorted(dataset.reader.class_name_to_idx)
-        # timm sorts numbers in names by value. Reading a large archive twice is slow, so only if the order differs.
-        if classes != list(dataset.reader.class_name_to_idx):
+        classes = sorted(archive_classes(dataset.reader))
+        # timm sorts numbers in names by value. Reading an archive again is slow: only if the order differs.
+        if classes != archive_classes(dataset.reader):
             dataset = create_dataset("", root=str(path), class_map={name: i for i, name in enumerate(classes)})
     except (tarfile.TarError, ValueError, AssertionError, OSError) as error:
         raise UserError(f"{what}: not an archive of class folders, or damaged ({error})") from None
@@ -244,7 +243,7 @@ def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
         )
     except Exception as error:  # each reader's library raises its own types
         raise UserError(f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
-    shards = dataset.reader.split_info.filenames if name.startswith("wds/") else ()
+    shards = shards_of(dataset) or () if name.startswith("wds/") else ()
     missing = [shard for shard in shards if ":" not in shard and not (Path(root) / shard).is_file()]
     if missing:
         raise UserError(f"{what}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}, …)")
@@ -257,7 +256,7 @@ def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
 
 
 def check_same_classes(train: ImageData, val: ImageData) -> None:
-    """Refuse training and validation sets with different classes: their labels would not mean the same.
+    """Refuse training and validation sets with different classes: a label would mean different things in them.
 
     Raises:
         UserError: the classes differ.
@@ -338,7 +337,7 @@ def build_train_loader(data: ImageData, settings: LoaderSettings) -> DataLoader:
     """Build a loader of this rank's training batches, shuffled and augmented. An incomplete last step is dropped.
 
     Raises:
-        UserError: there is not one complete step.
+        UserError: an epoch has no complete step.
     """
     if isinstance(data.dataset, IterableDataset):
         _check_shards(data.dataset, settings)
@@ -363,7 +362,7 @@ def build_train_loader(data: ImageData, settings: LoaderSettings) -> DataLoader:
 
 
 def _no_step(images: int, processes: int, settings: LoaderSettings) -> str:
-    """Say why an epoch has not one complete step, with the settings that make a step large."""
+    """Explain why an epoch has no complete step, and name the settings that make a step large."""
     step_size = settings.batch_size * settings.accum_steps * processes
     factors = [setting("batch_size", settings.batch_size)]
     factors += [setting("accum_steps", settings.accum_steps)] if settings.accum_steps > 1 else []
@@ -377,12 +376,12 @@ def _no_step(images: int, processes: int, settings: LoaderSettings) -> str:
 
 def _check_shards(dataset: Any, settings: LoaderSettings) -> None:
     """Refuse a webdataset with fewer shards than readers: a reader without a shard would wait for ever."""
-    shards = len(dataset.reader.split_info.filenames) if hasattr(dataset.reader, "split_info") else None
+    shards = shards_of(dataset)
     readers = get_world_size() * max(1, settings.num_workers)
-    if shards is not None and shards < readers:
+    if shards is not None and len(shards) < readers:
         raise UserError(
-            f"{setting('num_workers', settings.num_workers)}: {settings.data_set} has {shards} training shards, fewer "
-            f"than the {readers} loader workers of all processes; choose fewer workers or write more shards"
+            f"{setting('num_workers', settings.num_workers)}: {settings.data_set} has {len(shards)} training shards, "
+            f"fewer than the {readers} loader workers of all processes; choose fewer workers or write more shards"
         )
 
 
@@ -393,7 +392,7 @@ def build_val_loader(data: ImageData, settings: LoaderSettings) -> DataLoader:
     """
     dataset, sampler = data.dataset, None
     if isinstance(dataset, IterableImageDataset):
-        _read_exactly_once(dataset, settings.dist_eval)
+        read_exactly_once(dataset, settings.dist_eval)
         dataset.set_loader_cfg(num_workers=settings.num_workers)
         dataset = ValStream(data)
     else:
@@ -401,22 +400,6 @@ def build_val_loader(data: ImageData, settings: LoaderSettings) -> DataLoader:
         if settings.dist_eval:
             sampler = DistributedEvalSampler(dataset, get_world_size(), get_rank())
     return _loader(dataset, settings, batch_size=int(1.5 * settings.batch_size), sampler=sampler)
-
-
-def _read_exactly_once(dataset: IterableImageDataset, split_shards: bool) -> None:
-    """Make a timm reader yield each validation sample exactly once.
-
-    With several ranks, timm's readers make all shares equally long, which repeats and loses samples. Here each rank
-    reads as if it were alone: its own shards of a webdataset, or everything from other readers.
-    """
-    reader = dataset.reader
-    if getattr(reader, "dist_num_replicas", 1) == 1:
-        return
-    if split_shards and hasattr(reader, "split_info"):
-        shards = reader.split_info.filenames[reader.dist_rank :: reader.dist_num_replicas]
-        reader.split_info = replace(reader.split_info, filenames=shards)
-        reader.num_samples = math.ceil((reader.num_samples or 0) / reader.dist_num_replicas)
-    reader.dist_rank, reader.dist_num_replicas = 0, 1
 
 
 def _loader(dataset: Dataset, settings: LoaderSettings, **batches: Any) -> DataLoader:
@@ -441,7 +424,7 @@ def epoch_batches(
         epoch: the epoch.
         step: step in the epoch to start from.
         accum_steps: batches that each rank accumulates per step.
-        tick: told about progress while a streaming data set skips to the step.
+        tick: called with the place while a streaming data set skips to the step.
     """
     if isinstance(loader.batch_sampler, TrainBatchSampler):
         loader.batch_sampler.set_epoch(epoch, step)

@@ -124,8 +124,8 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train from the run's current step to the end of its epoch.
 
-    The loop waits for a GPU only when it reports the mean loss. With batches of bad steps to keep, or with an optimiser
-    that has no fused form, it waits at every step.
+    The loop waits for a GPU only when it reports the mean loss. It waits at every step if it has to save the batches of
+    bad steps, or if the optimiser has no fused form.
 
     Args:
         training: the run.
@@ -185,7 +185,7 @@ def _progress(training: Training, loader: DataLoader, settings: LoopSettings, wa
 
 
 def reporter() -> Callable[[str], None] | None:
-    """What reports progress: `print_main` on rank 0, None on others."""
+    """Function that reports progress: `print_main` on rank 0, None on other ranks."""
     return print_main if is_main_process() else None
 
 
@@ -248,7 +248,7 @@ def evaluate(
     """
     model.eval()
     for buffer in model.buffers():
-        broadcast(buffer)  # the checkpoint has rank 0's
+        broadcast(buffer)  # validate with rank 0's, which the checkpoint holds
     kind = torch.float32 if precision.device.type == "mps" else torch.float64  # MPS has no float64
     sums = torch.zeros(3, dtype=kind, device=precision.device)  # loss, top-1, top-5
     count = 0

@@ -1,4 +1,4 @@
-"""Train and evaluate SepViT on ImageNet and its kind. `python main.py --help` lists the settings."""
+"""Train and evaluate SepViT as an image classifier. `python main.py --help` lists the settings."""
 
 import signal
 
@@ -90,7 +90,8 @@ from utils import Stream, seed_everything
 RERUN = "run the same command again"
 RESUME = "run the same command with --auto-resume to resume from the last checkpoint"
 MEMORY_ADVICE = (
-    "lower --batch-size (--accum-steps keeps the images a step), use --grad-checkpointing, or a smaller --input-size"
+    "lower --batch-size (--accum-steps keeps the number of images per step), use --grad-checkpointing, or a smaller "
+    "--input-size"
 )
 
 T = TypeVar("T")
@@ -109,16 +110,16 @@ def main(args: argparse.Namespace) -> None:
     is_training = not (args.throughput or args.eval)
     advice = RESUME if is_training else RERUN
     with (
+        Output(Path(args.output_dir or args.model)) as output,
         Preemption("main.py", saves=is_training) as preemption,
-        Watchdog(args.timeout, args.dist_url, preemption, advice) as watchdog,
+        Watchdog(args.timeout, args.dist_url, preemption, advice, build_parser().flags()) as watchdog,
     ):
         if args.throughput:
             run_throughput(args, watchdog, precision)
         elif args.eval:
             run_evaluation(args, watchdog, precision)
         else:
-            with Output(Path(args.output_dir or args.model)) as output:
-                run_training(args, output, watchdog, precision)
+            run_training(args, output, watchdog, precision)
 
 
 def run_throughput(args: argparse.Namespace, watchdog: Watchdog, precision: Precision) -> None:
@@ -200,7 +201,7 @@ class Parts:
         precision: device and number format.
         loop: settings of the loop.
         evaluation: settings of validation.
-        ema_on_cpu: whether the averaged weights are kept in the CPU's memory.
+        ema_on_cpu: whether the averaged weights are kept in CPU memory.
     """
 
     training: Training
@@ -260,7 +261,7 @@ def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Calla
     except Preempted:
         raise stop_preempted(training, output, save, watchdog.preemption.status) from None
     on_main_process(output.close)
-    on_main_process(output.complete)
+    on_main_process(lambda: complete_output(output))
     check_outputs(stats, f"epoch {training.epoch - 1} validation")
     if is_main_process():
         duration = timedelta(seconds=round(time.perf_counter() - start))
@@ -317,12 +318,21 @@ def end_finished_run(output: Output, source: Source | None, training: Training, 
     """Complete the folder of a run that has no epoch left to train.
 
     Raises:
-        UserError: the user named the checkpoint, and expected more epochs.
+        UserError: the user did not ask to resume automatically, and expects more epochs.
     """
     if source is None or not source.is_automatic:
         raise UserError(f"--epochs {epochs}: all {training.epoch} epochs are done; nothing left to train")
-    on_main_process(output.complete)
+    on_main_process(lambda: complete_output(output))
     print_main(f"--auto-resume: the run in {output.folder} is complete: {training.epoch} epochs are done")
+
+
+def complete_output(output: Output) -> None:
+    """Write what a run writes at its end. On failure, warn: the run itself is complete."""
+    try:
+        output.complete()
+    except OSError as error:
+        print_main(f"WARNING: {output.folder}: checkpoint.pth or curves.png could not be written ({error.strerror}); "
+                   "make room and run the command again with --auto-resume")  # fmt: skip
 
 
 def save_checkpoint(
@@ -333,7 +343,7 @@ def save_checkpoint(
     Args:
         training: the run.
         output: its files.
-        run: settings and data, which the checkpoint also holds.
+        run: settings and description of the data, also saved.
         accum_steps: batches that each rank accumulates per step.
         is_best: whether the last epoch has the highest top-1.
 
@@ -355,7 +365,7 @@ def settings_from(args: argparse.Namespace, kind: type[T], **values: Any) -> T:
     Args:
         args: the command's settings.
         kind: the dataclass.
-        **values: fields that are not, or should not be, those of the command.
+        **values: fields whose values do not come from the command.
     """
     taken = {field.name: getattr(args, field.name) for field in fields(kind) if field.name not in values}  # type: ignore[arg-type]
     return kind(**taken, **values)
@@ -392,7 +402,7 @@ def build_parts(
 
 
 def build_monitor_settings(args: argparse.Namespace, train: ImageData) -> MonitorSettings:
-    """Limits of a run on its training images."""
+    """Build the monitor's settings. The limit of unreadable images follows from the size of the training set."""
     limit = unreadable_limit(args.on_bad_image, len(train))
     return settings_from(args, MonitorSettings, unreadable_limit=limit, dataset_size=len(train))
 
@@ -491,7 +501,7 @@ def settle_buckets(wrapped: DistributedDataParallel, batch_size: int, input_size
 
 
 def flag_delay(args: argparse.Namespace, precision: Precision) -> int:
-    """Steps until the flags of a step are read: one on GPUs, so that the loop does not wait for them."""
+    """Number of steps after which a step's flags are read: one on GPUs, so that the loop does not wait for them."""
     return 1 if precision.device.type == "cuda" and not args.dump_bad_batch else 0
 
 
@@ -547,7 +557,7 @@ def load_from(
     prefer_ema: bool = False,
     new_classifier: bool = False,
 ) -> dict[str, Any]:
-    """Load a checkpoint's weights, and print what was not loaded as it is. Returns the checkpoint.
+    """Load a checkpoint's weights, and print what was adapted or reinitialised. Returns the checkpoint.
 
     Args:
         model: the model.
@@ -623,7 +633,7 @@ def add_run_settings(group: Any) -> None:
         type=natural,
         default=0,
         metavar="STEPS",
-        help="save within epochs, too; 0: only at their ends",
+        help="also save within epochs, every STEPS steps; 0: only at the end of each epoch",
     )
     add("--keep-checkpoints", type=positive_int, default=2, metavar="N", help="number of checkpoints to keep")
     add("--finetune", type=path, default="", help="checkpoint to start from, with any number of classes and image size")
@@ -633,8 +643,8 @@ def add_run_settings(group: Any) -> None:
     add("--print-freq", type=positive_int, default=20, help="batches between two reports")
     add("--deterministic", **SWITCH, help="reproduce weights bit for bit; slower on GPUs")
     add("--max-bad-steps", type=positive_int, default=10, metavar="N",
-        help="end after this many steps in a row with a loss or gradients that are not finite")  # fmt: skip
-    add("--dump-bad-batch", **SWITCH, help="keep the batches of such steps, which are skipped")
+        help="end the run after N skipped steps in a row, with a non-finite loss or non-finite gradients")  # fmt: skip
+    add("--dump-bad-batch", **SWITCH, help="save the batches of such steps")
 
 
 def add_device_settings(group: Any) -> None:
@@ -646,7 +656,7 @@ def add_device_settings(group: Any) -> None:
     add("--channels-last", **SWITCH, help="keep images channels last in memory")
     add("--grad-checkpointing", **SWITCH, help="recompute activations to save memory")
     add("--timeout", type=seconds, default=600.0, metavar="SECONDS",
-        help="hang timeout, after which all processes end; a dead one is noticed in a tenth of it")  # fmt: skip
+        help="hang timeout, after which all processes exit; a dead one is noticed after a tenth of it")  # fmt: skip
     add("--num_workers", type=natural, default=min(10, available_cores()),
         help="loader workers per process; by default the number of cores, at most 10")  # fmt: skip
     add("--pin-mem", action=argparse.BooleanOptionalAction, default=True, help="load images into pinned memory")
@@ -664,7 +674,7 @@ def add_model_settings(group: Any) -> None:
     add("--drop", type=fraction, default=0.0, help="dropout rate")
     add("--drop-path", type=fraction, default=0.2, help="stochastic depth rate of the last block")
     add("--model-ema", **SWITCH, help="average the weights; validate and save the average, too")
-    add("--model-ema-force-cpu", **SWITCH, help="keep the averaged weights in the CPU's memory")
+    add("--model-ema-force-cpu", **SWITCH, help="keep the averaged weights in CPU memory")
     add("--model-ema-decay", type=fraction, default=0.9999)
     add("--model-ema-warmup", **SWITCH, help="raise the decay with the steps, for short runs")
 
@@ -684,7 +694,13 @@ def add_schedule_settings(group: Any) -> None:
     add = group.add_argument
     add("--sched", choices=("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant"), default="cosine")
     add("--lr", type=non_negative, default=5e-4, help="learning rate for 512 images a step; scaled to the run's step")
-    add("--lr-noise", type=fraction, nargs="+", default=None, help="parts of the schedule that get noise")
+    add(
+        "--lr-noise",
+        type=fraction,
+        nargs="+",
+        default=None,
+        help="start, or start and end, of noise on the learning rate, as fractions of all epochs",
+    )
     add("--lr-noise-pct", type=positive, default=0.67)
     add("--lr-noise-std", type=positive, default=1.0)
     add("--warmup-lr", type=non_negative, default=1e-6)
@@ -733,7 +749,7 @@ def add_mixing_settings(group: Any) -> None:
         type=fraction,
         nargs=2,
         default=None,
-        help="smallest and largest share of the image cut, instead of alpha",
+        help="smallest and largest share of the image's sides to cut, instead of --cutmix",
     )
     add("--mixup-prob", type=fraction, default=1.0, help="probability that a batch is mixed")
     add("--mixup-switch-prob", type=fraction, default=0.5, help="probability of CutMix if both are on")
@@ -755,13 +771,20 @@ def add_data_settings(group: Any) -> None:
     add("--data-set", default="IMNET", help="IMNET (a folder of class folders), CIFAR, INAT, INAT19, or the name of "
         "a timm reader: wds/…, hfds/…, tfds/…, torch/…")  # fmt: skip
     add("--inat-category", choices=INAT_CATEGORIES, default="name")
-    add("--num-classes", type=positive_int, default=None, help="for timm readers that do not know it")
-    add("--on-bad-image", choices=("skip", "fail"), default="skip", help="replace unreadable training images, up to "
-        "0.1 %% of them; or end the run")  # fmt: skip
-    add("--train-split", default="train", help="for timm readers; for webdatasets also shards{00..99}.tar|samples")
-    add("--val-split", default="validation", help="see above")
-    add("--train-num-samples", type=positive_int, default=None, help="for timm readers that do not know it")
-    add("--val-num-samples", type=positive_int, default=None, help="see above")
+    add("--num-classes", type=positive_int, default=None, help="number of classes, if a timm reader does not know it")
+    add("--on-bad-image", choices=("skip", "fail"), default="skip", help="skip: replace unreadable training "
+        "images, up to 0.1 %% of the set; fail: end the run at the first one")  # fmt: skip
+    add(
+        "--train-split", default="train", help="split of a timm reader; of a webdataset also SHARDS{00..99}.tar|SAMPLES"
+    )
+    add("--val-split", default="validation", help="likewise, for validation")
+    add(
+        "--train-num-samples",
+        type=positive_int,
+        default=None,
+        help="number of images, if a timm reader does not know it",
+    )
+    add("--val-num-samples", type=positive_int, default=None, help="likewise, for validation")
 
 
 def check_settings(args: argparse.Namespace) -> None:
@@ -795,7 +818,7 @@ def check_names(args: argparse.Namespace) -> None:
 
 
 def check_ranges(args: argparse.Namespace) -> None:
-    """Refuse pairs of numbers in the wrong order or number.
+    """Refuse numbers in the wrong order, or too few or too many of them.
 
     Raises:
         UserError: the first one found.
@@ -818,7 +841,7 @@ def check_combinations(args: argparse.Namespace) -> None:
     """Refuse settings that exclude or require each other.
 
     Raises:
-        UserError: the first ones found.
+        UserError: the first one found.
     """
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2 and not (args.eval or args.throughput):

@@ -1,4 +1,4 @@
-"""Random numbers that follow from the seed, and progress of a loop. Imports nothing else of this project."""
+"""Random numbers derived from the seed, and progress reports. Imports nothing else of this project."""
 
 import random
 import sys
@@ -20,8 +20,8 @@ from tqdm import tqdm
 class Stream(IntEnum):
     """Uses of random numbers.
 
-    Random numbers have no state that a run would have to save. They follow from the seed, their use, and the place in
-    the run where they are drawn. A resumed run draws the same numbers, also with other processes and workers.
+    No generator's state is saved. Random numbers are derived from the seed, their use, and the place in the run where
+    they are drawn. A resumed run draws the same ones, also with another number of processes or workers.
     """
 
     WEIGHTS = 0
@@ -58,7 +58,7 @@ class Progress:
         every: batches between two reports. Values on a GPU are read only for reports.
         total: number of batches, including those done before; 0 if unknown.
         done: number of batches done before, in a resumed epoch.
-        later: number of epochs after this one, to estimate the run's time left.
+        later: number of epochs after this one, to estimate the time left of the run.
         print_line: prints a line; None on ranks that do not report.
     """
 

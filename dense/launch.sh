@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Start a script on several processes of one or several nodes: launch.sh SCRIPT PROCESSES ARGUMENT…
-# PORT (29500), NNODES (1), NODE_RANK (0) and MASTER_ADDR (127.0.0.1) say where the processes meet.
+# Start a script in several processes on one or more nodes: launch.sh SCRIPT PROCESSES ARGUMENT…
+# PORT (29500), NNODES (1), NODE_RANK (0) and MASTER_ADDR (127.0.0.1) set the rendezvous.
 set -euo pipefail
 script=$1 processes=$2
 shift 2

@@ -1,6 +1,6 @@
-"""Runs scripts as commands, each in a process of its own that has the big libraries imported already.
+"""Run scripts as commands, in forked processes that have already imported the large libraries.
 
-Importing them takes a command five to ten seconds, and the tests run more than a hundred commands.
+Importing them takes five to ten seconds per command, and the tests run more than a hundred commands.
 """
 
 import multiprocessing
@@ -25,16 +25,16 @@ _server.set_forkserver_preload(LIBRARIES)
 
 
 class Command:
-    """A script that runs, in a process with the interface of `subprocess.Popen`'s, as far as the tests need it.
+    """A running script, with the part of the `subprocess.Popen` interface that the tests need.
 
     Args:
         script: the script.
-        arguments: of the command.
-        folder: to run in.
-        environment: all its variables.
-        stdout: file to which it appends what it prints.
-        stderr: likewise.
-        start_new_session: whether it and what it starts can be signalled together, by `os.killpg`.
+        arguments: the script's arguments.
+        folder: working folder.
+        environment: all environment variables.
+        stdout: file that standard output is appended to.
+        stderr: file that standard error is appended to.
+        start_new_session: start a new session, so that `os.killpg` reaches the script and its children.
     """
 
     def __init__(
@@ -52,17 +52,17 @@ class Command:
             target=_work, args=(script, arguments, folder, environment, (stdout, stderr), start_new_session)
         )
         self._process.start()
-        self.pid = self._process.pid or 0  # not None any more: it has started
+        self.pid = self._process.pid or 0  # not None once started
 
     def poll(self) -> int | None:
-        """The exit status, negative for a signal; None while it runs."""
+        """The exit status, negative if a signal ended the process; None while it is running."""
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end; returns the exit status.
+        """Wait until the process ends. Return its exit status.
 
         Raises:
-            TimeoutExpired: it takes too long.
+            TimeoutExpired: it is still running after `timeout` seconds.
         """
         self._process.join(timeout)
         if self._process.exitcode is None:
@@ -70,12 +70,12 @@ class Command:
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, if it has not ended."""
+        """Send a signal, unless the process has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Send it SIGKILL."""
+        """Send SIGKILL, unless the process has ended."""
         self.send_signal(signal.SIGKILL)
 
 
@@ -87,8 +87,8 @@ def _work(
     printed: tuple[Path, Path],
     start_new_session: bool,
 ) -> None:
-    """The command's process: as if the script had been started by itself."""
-    multiprocessing.set_start_method(None, force=True)  # the server handed down its own, which is slower for loaders
+    """Run the script in the forked process as if it had been started directly."""
+    multiprocessing.set_start_method(None, force=True)  # forkserver, inherited, slows data loaders down
     if start_new_session:
         os.setsid()
     for descriptor, path in zip((1, 2), printed):
@@ -96,25 +96,31 @@ def _work(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    if "OMP_NUM_THREADS" in environment:  # which is read when torch is imported
+    if "OMP_NUM_THREADS" in environment:  # torch reads it only when imported
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = [str(script), *arguments]
-    own = [str(ROOT), str(ROOT / "tests"), ""]  # what the tests themselves see, scripts have to find by themselves
+    own = [str(ROOT), str(ROOT / "tests"), ""]  # scripts must not rely on the tests' path
     sys.path[:] = [str(script.parent), *(entry for entry in sys.path if entry not in own)]
     runpy.run_path(str(script), run_name="__main__")
 
 
 def start_tasks(
-    count: int, script: Path, arguments: list[str], folder: Path, environment: dict[str, str], stdout: Path, stderr: Path
+    count: int,
+    script: Path,
+    arguments: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    stdout: Path,
+    stderr: Path,
 ) -> list[Command]:
-    """Start processes that find each other by the variables that torchrun sets."""
+    """Start the ranks of a distributed run with the environment variables that torchrun would set."""
     tasks = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), OMP_NUM_THREADS="1")
     return [Command(script, arguments, folder, {**environment, **tasks, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout, stderr, start_new_session=True) for rank in range(count)]  # fmt: skip
 
 
 def free_port() -> str:
-    """A port that nobody listens at."""
+    """A free TCP port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return str(listener.getsockname()[1])
@@ -123,12 +129,12 @@ def free_port() -> str:
 def run(
     script: Path, arguments: list[str], folder: Path, environment: dict[str, str], timeout: float, count: int = 0
 ) -> CompletedProcess:
-    """Run a script, on one process or (`count`) on several; returns the finished process with what it printed.
+    """Run a script in one process, or in `count` processes. Return the finished process with its output.
 
-    Its status is the first process's that fails, as torchrun's would be.
+    The exit status is that of the first rank that failed.
 
     Raises:
-        TimeoutExpired: it took too long, and was killed.
+        TimeoutExpired: it took too long and was killed.
     """
     with tempfile.TemporaryDirectory() as place:
         printed = [Path(place, name) for name in ("stdout", "stderr")]

@@ -1,4 +1,4 @@
-"""What the tests share: the published weights' recipe, the demo's data, and the scripts as commands."""
+"""Shared by the tests: golden weights and images, the demo data, scripts as commands, and the table of faults."""
 
 import json
 import os
@@ -27,7 +27,7 @@ torch.set_num_threads(2)
 
 
 def golden_weights(shapes: dict) -> dict[str, torch.Tensor]:
-    """The weights the golden outputs were computed with: normal values by name, scaled by the entry's kind."""
+    """Weights the golden outputs were computed with: normal values seeded by entry name, scaled by entry type."""
     weights = {}
     for name, shape in shapes.items():
         z = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tuple(shape)).astype(np.float32)
@@ -44,7 +44,7 @@ def golden_weights(shapes: dict) -> dict[str, torch.Tensor]:
 
 
 def golden_images(batch: int, height: int, width: int) -> torch.Tensor:
-    """The images the golden outputs were computed on."""
+    """Images the golden outputs were computed on."""
     images = np.random.default_rng(0).standard_normal((batch, 3, height, width)).astype(np.float32)
     return torch.from_numpy(images)
 
@@ -54,7 +54,7 @@ def golden_shapes(name: str) -> dict[str, list[int]]:
 
 
 def tiny_network(form: type, seed: int = 0, **kwargs) -> torch.nn.Module:
-    """A network small enough for slow comparisons, with random weights everywhere."""
+    """A network small enough for slow comparisons, with noise added to every parameter."""
     sizes = dict(embed_dims=(32, 64, 64, 96), num_heads=(1, 2, 2, 3), depths=(1, 2, 2, 1))
     torch.manual_seed(seed)
     model = form(**{**sizes, **kwargs})
@@ -66,7 +66,7 @@ def tiny_network(form: type, seed: int = 0, **kwargs) -> torch.nn.Module:
 
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory) -> Path:
-    """The demo's data, written by the command."""
+    """The demo data, written by tools/make_demo_data.py."""
     out = tmp_path_factory.mktemp("demo")
     subprocess.run([sys.executable, ROOT / "tools/make_demo_data.py", "--out", out], check=True)
     return out
@@ -74,24 +74,24 @@ def demo_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits(demo_data) -> Path:
-    """The demo's digits in ImageNet's layout."""
+    """The demo's digits in ImageNet layout."""
     return demo_data / "imagenet"
 
 
 @pytest.fixture(scope="session")
 def few_digits(digits, tmp_path_factory) -> Path:
-    """Three classes of the digits with 16 training and 7 validation images each: 48 and 21 in all."""
-    return choose_digits(digits, tmp_path_factory.mktemp("few"), "012", train=16, val=7)
+    """Three classes of digits, with 16 training and 7 validation images each (48 and 21 in total)."""
+    return link_digits(digits, tmp_path_factory.mktemp("few"), "012", train=16, val=7)
 
 
 @pytest.fixture(scope="session")
 def some_digits(digits, tmp_path_factory) -> Path:
-    """All classes of the digits, with 300 training and 100 validation images in all."""
-    return choose_digits(digits, tmp_path_factory.mktemp("some"), "0123456789", train=30, val=10)
+    """All ten classes of digits, with 300 training and 100 validation images in total."""
+    return link_digits(digits, tmp_path_factory.mktemp("some"), "0123456789", train=30, val=10)
 
 
-def choose_digits(digits: Path, root: Path, labels: str, train: int, val: int) -> Path:
-    """Links to the first training and validation images of some classes."""
+def link_digits(digits: Path, root: Path, labels: str, train: int, val: int) -> Path:
+    """Link the first training and validation images of some classes into a new folder."""
     for split, count in (("train", train), ("val", val)):
         for label in labels:
             (root / split / label).mkdir(parents=True)
@@ -108,35 +108,35 @@ def command(
     cwd: Path = ROOT,
     timeout: int = 600,
 ) -> subprocess.CompletedProcess:
-    """Run a script, on one process or on several; returns the finished process."""
+    """Run a script in one process, or in several (`processes`). Return the finished process."""
     variables = {**os.environ, **(environment or {})}
     return commands.run(ROOT / script, list(map(str, arguments)), Path(cwd), variables, timeout, processes)
 
 
 def succeed(*arguments, **kwargs) -> str:
-    """Run a script, expect it to succeed, return what it printed."""
+    """Run a script and require that it succeeds. Return its standard output."""
     result = command(*arguments, **kwargs)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
-# Settings that make a run of the recipe small: three steps of 16 images of 32 × 32 pixels an epoch.
+# A small run: with `few_digits`, three steps per epoch of 16 images of 32 × 32 pixels.
 SMALL = ["--model", "SepViT_Lite", "--input-size", "32", "--batch-size", "16", "--num_workers", "0", "--epochs", "1"]
 
 
-# Settings without anything random but the shuffle, and a step whose size the gradients alone decide.
+# Nothing random except the shuffle, and a step size that depends on the gradients alone.
 PLAIN = ["--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--drop-path", "0", "--aa=", "--reprob", "0",
          "--color-jitter", "0", "--hflip", "0", "--scale", "1", "1", "--opt", "sgd", "--lr", "1", "--sched", "constant",
          "--warmup-epochs", "0"]  # fmt: skip
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of log.txt that sum up an epoch."""
+    """Read the epoch entries of log.txt."""
     return output.epoch_entries(output.read_log(folder / "log.txt"))
 
 
 def shell(folder: str, script: str, *arguments, environment: dict | None = None) -> str:
-    """Run one of the shell scripts from segmentation/ or detection/, expect it to succeed, return what it printed."""
+    """Run a shell script of segmentation/ or detection/ and require that it succeeds. Return its output."""
     result = subprocess.run(
         ["bash", script, *map(str, arguments)],
         cwd=ROOT / folder,
@@ -150,9 +150,10 @@ def shell(folder: str, script: str, *arguments, environment: dict | None = None)
 
 
 def play_srun(folder: Path) -> dict[str, str]:
-    """Put a script into a folder that starts the tasks of a command as srun would; returns the variables to run by it.
+    """Write a fake `srun`, which starts all tasks on this machine and appends its arguments to srun.txt.
 
-    It leaves what it was given in srun.txt.
+    Returns:
+        environment variables that put it on the path.
     """
     srun = folder / "srun"
     srun.write_text(
@@ -168,7 +169,7 @@ def play_srun(folder: Path) -> dict[str, str]:
 
 
 def optimizer_groups(cfg, model: torch.nn.Module) -> dict[str, dict]:
-    """The settings of each parameter in the optimiser that a config of mmengine's builds, by name."""
+    """Each parameter's group in the optimiser that an mmengine config builds, by the parameter's name."""
     from mmengine.optim import build_optim_wrapper
 
     settings = {key: value for key, value in cfg.optim_wrapper.items() if key != "loss_scale"}
@@ -181,12 +182,12 @@ def optimizer_groups(cfg, model: torch.nn.Module) -> dict[str, dict]:
 
 
 def undecayed_names(model: torch.nn.Module) -> set[str]:
-    """Names of the parameters without weight decay in the published configs: those with these words in their names."""
+    """Names of the parameters without weight decay in the published configs, which match words in the names."""
     return {name for name, _ in model.named_parameters() if "norm" in name or "pos_block" in name}
 
 
 def refusal(run: Callable[[list[str]], int], name: str, arguments: Sequence[object], capsys) -> str:
-    """Run a command in this process that is a user's mistake. Returns the one line that it prints.
+    """Run a command with a user's mistake in this process. Return the one line that it prints.
 
     Args:
         run: the command.
@@ -204,7 +205,7 @@ def refusal(run: Callable[[list[str]], int], name: str, arguments: Sequence[obje
 
 
 def differences(a: Any, b: Any, place: str = "") -> list[str]:
-    """Where two nested structures differ, tensors bit by bit."""
+    """List where two nested structures differ. Tensors are compared bit by bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         same = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
         return [] if same else [place]
@@ -217,7 +218,7 @@ def differences(a: Any, b: Any, place: str = "") -> list[str]:
 
 
 class Code:
-    """Would make a file when it is unpickled."""
+    """An object that creates a file when unpickled, like malicious code in a checkpoint."""
 
     def __init__(self, path) -> None:
         self.path = str(path)
@@ -234,13 +235,13 @@ TRIED = pytest.StashKey[Counter]()
 
 
 class Table:
-    """Counts faults that a run came through: they are entered once all comparisons behind them have passed."""
+    """Count of the faults that runs survived. A test adds a fault after its last comparison."""
 
     def __init__(self, tried: Counter) -> None:
         self.tried = tried
 
     def add(self, fault: str, times: int = 1) -> None:
-        """Enter a fault that was tried and cost nothing."""
+        """Count a fault that was tried and lost nothing."""
         self.tried[fault] += times
 
 
@@ -255,7 +256,7 @@ def table(request: pytest.FixtureRequest) -> Table:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the table; a test that failed is a loss."""
+    """Print the table. Each failed fault test counts as a loss."""
     tried = config.stash[TRIED]
     if not tried:
         return

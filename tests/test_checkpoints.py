@@ -1,4 +1,4 @@
-"""Checkpoints from the web, from a server that stalls, truncates and redirects; and files that are damaged."""
+"""Checkpoints from a server that stalls, truncates or redirects, and damaged checkpoint files."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ from training.errors import UserError
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves one file at every path, in the way its last folder says; counts requests by path."""
+    """Serve one file at every path and count requests by path. The first folder of the path selects the behaviour."""
 
     content = b""
     requests: dict[str, int]
@@ -69,7 +69,7 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def server(weights, tmp_path, monkeypatch):
-    """Address of a server with a certificate of its own, which the process trusts."""
+    """A server with a self-signed certificate that this process trusts: its address and its handler."""
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
@@ -97,7 +97,7 @@ def test_download(way, server, weights, tmp_path):
     checkpoints.download(f"{address}/{way}/{path.name}", path, stall=1 if way == "stalled" else 60)
     assert path.read_bytes() == weights.read_bytes()
     assert list(path.parent.iterdir()) == [path]
-    expected = dict(whole=1, redirect=1, pieces=8)  # more than would be tried in vain
+    expected = dict(whole=1, redirect=1, pieces=8)  # pieces: more than the failures allowed in a row
     assert handler.requests[f"/{way}/{path.name}"] == expected.get(way, 3)
 
 
@@ -115,7 +115,7 @@ def test_download_that_fails_leaves_nothing(way, words, server, tmp_path):
     assert not list(path.parent.iterdir())
 
 
-def test_what_a_killed_download_left_is_deleted(server, tmp_path):
+def test_leftovers_of_a_killed_download_are_deleted(server, tmp_path):
     address, _ = server
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -128,7 +128,7 @@ def test_what_a_killed_download_left_is_deleted(server, tmp_path):
     assert not left.exists()
 
 
-def test_a_server_that_ever_breaks_off(server, tmp_path):
+def test_download_that_is_never_complete(server, tmp_path):
     address, handler = server
     handler.requests = type("Ever", (dict,), dict(get=lambda *_: 0))()
     path = tmp_path / "out/weights.pth"
@@ -140,7 +140,7 @@ def test_a_server_that_ever_breaks_off(server, tmp_path):
 
 
 def test_resume_from_the_web(server, few_digits, tmp_path):
-    """By the command; a second time without a download, but not another file of the same name."""
+    """A second run reuses the download. Another file of the same name is downloaded separately."""
     address, handler = server
     for place in ("whole", "whole", "whole/elsewhere"):
         result = command("--eval", "--resume", f"{address}/{place}/weights.pth", *SMALL, "--data-path", few_digits)
@@ -160,8 +160,8 @@ def test_code_in_a_checkpoint_never_runs(flag, few_digits, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_changed_byte_anywhere_is_found(tmp_path):
-    """Or the file is read as it was: some bits mean nothing. Each bit of the zip file's directory, some of the rest."""
+def test_a_flipped_bit_anywhere_is_detected(tmp_path):
+    """Or it changes nothing that is read. Covers each bit of the zip directory and a sample of the others."""
     checkpoint = {"model": {"weight": torch.arange(64.0), "bias": torch.ones(64)}, "steps": 2}
     older, newer = (tmp_path / checkpoints.NUMBERED.format(steps) for steps in (1, 2))
     for path in (older, newer):
@@ -186,8 +186,8 @@ def test_a_changed_byte_anywhere_is_found(tmp_path):
     assert found > len(bits) / 2
 
 
-def test_the_best_is_written_before_it_is_known(tmp_path, monkeypatch):
-    """Killed between a file and its other names, a run comes to the same epoch again, and to the same best."""
+def test_the_best_checkpoint_is_written_first(tmp_path, monkeypatch):
+    """A run killed before the checkpoint gets its other names repeats the epoch and finds the same best."""
     monkeypatch.setattr(checkpoints, "name_also", lambda *_: sys.exit())
     writer = checkpoints.CheckpointWriter(tmp_path, 2)
     writer.save(dict(steps=3, epoch=0, epoch_step=0), is_best=True)
@@ -196,8 +196,8 @@ def test_the_best_is_written_before_it_is_known(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_best.pth"]
 
 
-def test_optimizer_state_takes_the_parameters_memory_format():
-    """Fused steps refuse another one."""
+def test_optimizer_state_gets_the_parameters_memory_format():
+    """Fused optimiser steps refuse any other."""
     network = torch.nn.Conv2d(3, 4, 3)
     network(torch.ones(1, 3, 8, 8)).sum().backward()
     before = torch.optim.AdamW(network.parameters())

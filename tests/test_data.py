@@ -44,7 +44,7 @@ from training.errors import UserError
 from training.output import read_log as read_whole_log
 from training.samples import INaturalist, fingerprint
 
-settings_of_hypothesis = hypothesis.settings(max_examples=200, deadline=None)
+hypothesis_settings = hypothesis.settings(max_examples=200, deadline=None)
 
 
 def settings(*arguments):
@@ -52,17 +52,17 @@ def settings(*arguments):
 
 
 def transform(is_train, args):
-    """The transform of a command's settings."""
+    """The transform for a command's settings."""
     return build_transform(is_train, main.settings_from(args, TransformSettings))
 
 
 def train_loader(args):
-    """The training loader of a command's settings."""
+    """The training loader for a command's settings."""
     return build_train_loader(main.build_data(args, is_train=True), main.settings_from(args, LoaderSettings))
 
 
 def val_loader(args):
-    """The validation loader of a command's settings."""
+    """The validation loader for a command's settings."""
     return build_val_loader(main.build_data(args, is_train=False), main.settings_from(args, LoaderSettings))
 
 
@@ -71,7 +71,7 @@ def val_loader(args):
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7, 64, 101])
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
-def test_eval_sampler_deals_every_index_once(size, processes):
+def test_eval_sampler_yields_every_index_once(size, processes):
     shares = [list(DistributedEvalSampler(range(size), processes, rank)) for rank in range(processes)]
     assert sorted(index for share in shares for index in share) == list(range(size))
     assert [len(share) for share in shares] == [
@@ -80,7 +80,7 @@ def test_eval_sampler_deals_every_index_once(size, processes):
 
 
 def epoch_of(size, batch_size, accum_steps, processes, epoch=0, start_step=0, **kwargs):
-    """An epoch's draws, by step, of all processes in the order of their batches."""
+    """All ranks' draws in an epoch: a list of steps, each a list of its batches over all ranks."""
     samplers = [TrainBatchSampler(range(size), batch_size, accum_steps, processes, rank, seed=1, **kwargs)
                 for rank in range(processes)]  # fmt: skip
     for sampler in samplers:
@@ -91,7 +91,7 @@ def epoch_of(size, batch_size, accum_steps, processes, epoch=0, start_step=0, **
     return [[share[batch] for batch in step for share in shares] for step in steps]
 
 
-@settings_of_hypothesis
+@hypothesis_settings
 @given(
     size=st.integers(1, 300),
     batch_size=st.integers(1, 9),
@@ -100,8 +100,8 @@ def epoch_of(size, batch_size, accum_steps, processes, epoch=0, start_step=0, **
     epoch=st.integers(0, 3),
     data=st.data(),
 )
-def test_train_sampler_deals_every_index_once(size, batch_size, processes, accum_steps, epoch, data):
-    """For every size, number of processes and resume point; but for those of the last, incomplete step."""
+def test_train_sampler_yields_every_index_once(size, batch_size, processes, accum_steps, epoch, data):
+    """For any data-set size, number of processes and resume point. The last, incomplete step is dropped."""
     whole = epoch_of(size, batch_size, accum_steps, processes, epoch)
     draws = [draw for step in whole for batch in step for draw in batch]
     per_step = batch_size * accum_steps * processes
@@ -111,13 +111,13 @@ def test_train_sampler_deals_every_index_once(size, batch_size, processes, accum
         assert {draw.index for draw in draws} == set(range(size))
     start = data.draw(st.integers(0, len(whole)))
     assert epoch_of(size, batch_size, accum_steps, processes, epoch, start) == whole[start:]
-    # other processes, as many batches a step: the same batches
+    # another number of processes with as many batches per step draws the same batches
     others = data.draw(st.sampled_from([n for n in range(1, 25) if accum_steps * processes % n == 0]))
     shared = epoch_of(size, batch_size, accum_steps * processes // others, others, epoch, start)
     assert shared == whole[start:]
 
 
-@settings_of_hypothesis
+@hypothesis_settings
 @given(size=st.integers(256, 1500), batch_size=st.integers(1, 64), processes=st.integers(1, 4))
 def test_repeated_augmentation(size, batch_size, processes):
     draws = [draw for step in epoch_of(size, batch_size, 1, processes, repeated_augmentation=True)
@@ -126,8 +126,8 @@ def test_repeated_augmentation(size, batch_size, processes):
     assert len(draws) == size // 256 * 256 // per_step * per_step
     order = [draw.index for draw in sorted(draws, key=lambda draw: draw.place)]
     groups = [order[i : i + 3] for i in range(0, len(order) - 2, 3)]
-    assert all(len(set(group)) == 1 for group in groups)  # three times in a row,
-    assert len({group[0] for group in groups}) == len(groups)  # each sample once
+    assert all(len(set(group)) == 1 for group in groups)  # each sample three times in a row,
+    assert len({group[0] for group in groups}) == len(groups)  # and only there
 
 
 def test_repeated_augmentation_shows_an_image_to_several_processes():
@@ -147,8 +147,8 @@ def test_train_loader_shuffles_by_epoch(few_digits):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_augmentation_follows_from_seed_epoch_and_place(few_digits, workers):
-    """Not from workers or from where the epoch is begun."""
+def test_augmentation_depends_only_on_seed_epoch_and_place(few_digits, workers):
+    """Not on the loader workers, nor on the step at which the epoch starts."""
     args = settings(*SMALL, "--data-path", few_digits, "--num_workers", 0, "--epochs", 2)
     images = {}
     for epoch in (0, 1):
@@ -203,7 +203,7 @@ def test_imagenet_folder(few_digits, tmp_path):
     assert len(main.build_data(args, is_train=False).dataset) == 21
 
 
-def test_validation_batches_are_larger_by_half(few_digits):
+def test_validation_batches_are_half_as_large_again(few_digits):
     args = settings(*SMALL, "--data-path", few_digits)
     loader = val_loader(args)
     assert [len(targets) for _, targets in loader] == [21]
@@ -229,17 +229,18 @@ def members_of(path: Path) -> list[tarfile.TarInfo]:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("how", ["in an image", "between images", "in a header", "before its end", "junk in between"])
+@pytest.mark.parametrize("how", ["truncated in an image", "truncated between images", "truncated in a header",
+                                 "without its end", "junk inside"])  # fmt: skip
 def test_damaged_archives_are_named(how, split, few_digits, tmp_path, capsys):
-    """Python, and timm, take a broken header, or none, for the end of the archive."""
+    """Python and timm take a damaged or missing header for the end of the archive."""
     for name in ("train", "val"):
         write_archive(few_digits / name, tmp_path / f"{name}.tar")
     path = tmp_path / f"{split}.tar"
     content, members = path.read_bytes(), members_of(path)
     middle = [member for member in members if member.isfile()][len(members) // 2]
     end = max(member.offset_data + -(-member.size // 512) * 512 for member in members)
-    cuts = {"in an image": middle.offset_data + 10, "between images": middle.offset, "in a header": middle.offset + 99,
-            "before its end": end}  # fmt: skip
+    cuts = {"truncated in an image": middle.offset_data + 10, "truncated between images": middle.offset,
+            "truncated in a header": middle.offset + 99, "without its end": end}  # fmt: skip
     if how in cuts:
         path.write_bytes(content[: cuts[how]])
     else:
@@ -253,7 +254,7 @@ def test_damaged_archives_are_named(how, split, few_digits, tmp_path, capsys):
     assert not list((tmp_path).glob("run/*"))
 
 
-def test_archives_of_archives_are_checked_inside(few_digits, tmp_path):
+def test_nested_archives_are_checked(few_digits, tmp_path):
     for label in "012":
         write_archive(few_digits / "val" / label, tmp_path / f"{label}.tar")
     for name in ("whole", "broken"):
@@ -294,7 +295,7 @@ def test_fingerprints_tell_archives_apart(tmp_path):
 
 
 def test_hugging_face_data_set(few_digits, tmp_path):
-    """Hugging Face's library is called `datasets`, like the file of this repository: both are found."""
+    """Hugging Face's library and a module of this repository are both called `datasets`. Both are found."""
     printed = succeed(*SMALL, "--data-set", f"hfds/{few_digits}", "--data-path", tmp_path / "cache", "--num-classes", 3,
                       "--output_dir", tmp_path / "run", environment={"HF_HUB_OFFLINE": "1"})  # fmt: skip
     assert "21 images" in printed
@@ -302,7 +303,7 @@ def test_hugging_face_data_set(few_digits, tmp_path):
 
 @pytest.mark.parametrize("reader", ["hfds", *(pytest.param(name, marks=pytest.mark.slow) for name in ("imnet", "wds"))])
 def test_spawned_workers(reader, few_digits, webdataset, tmp_path):
-    """As on macOS and Windows: what travels to them is found there, Hugging Face's library in the name's place too."""
+    """As on macOS and Windows, workers unpickle what they are sent, even where `datasets` is Hugging Face's library."""
     script = tmp_path / "spawned.py"
     script.write_text(
         "import multiprocessing, sys\n"
@@ -346,7 +347,7 @@ def inat_folder(root, with_kingdom: bool):
 def test_inaturalist(with_kingdom, tmp_path):
     inat_folder(tmp_path, with_kingdom)
     train, val = (INaturalist(tmp_path, is_train, 2018, "name") for is_train in (True, False))
-    assert train.classes == val.classes == ["c", "b", "a"]  # as the training annotations first name them
+    assert train.classes == val.classes == ["c", "b", "a"]  # in order of appearance in the training annotations
     assert [target for _, target in train] == [0, 1, 2, 1]
     assert [target for _, target in val] == [2, 0]
     assert train[3][0].size == (8, 8)
@@ -432,16 +433,16 @@ def test_webdataset_trains_and_counts_every_image_once(webdataset, tmp_path, pro
     assert np.isfinite(read_log(tmp_path / "run")[0]["train_loss"])
 
 
-def test_webdataset_epoch_that_is_done_has_no_batches_left(webdataset):
-    """Its last step takes the batches that are left, fewer than the others."""
+def test_webdataset_complete_epoch_has_no_batches_left(webdataset):
+    """The last step is smaller: it takes the remaining batches."""
     args = settings(*SMALL, *WEBDATASET, "--data-path", webdataset, "--batch-size", 8, "--accum-steps", 4)
     loader = train_loader(args)
     assert len(loader) == 6
     assert list(epoch_batches(loader, 0, 2, 4, print)) == []
 
 
-def test_webdataset_goes_on_bit_for_bit(webdataset, tmp_path):
-    """From the middle of its second epoch, with readers that never read the first."""
+def test_webdataset_resumes_bit_for_bit(webdataset, tmp_path):
+    """From the middle of the second epoch, with readers that never read the first one."""
     arguments = [*SMALL, *WEBDATASET, "--data-path", webdataset, "--batch-size", 8, "--epochs", 2, "--num_workers", 2,
                  "--auto-resume", "--checkpoint-every", 4, "--keep-checkpoints", 9]  # fmt: skip
     succeed(*arguments, "--output_dir", tmp_path / "whole")
@@ -459,7 +460,7 @@ def test_webdataset_goes_on_bit_for_bit(webdataset, tmp_path):
     assert all(torch.equal(a["model"][name], value) for name, value in b["model"].items())
 
 
-def test_webdataset_evaluates_the_same_on_any_number_of_processes(webdataset, tmp_path):
+def test_webdataset_accuracy_is_the_same_on_any_number_of_processes(webdataset, tmp_path):
     weights = tmp_path / "weights.pth"
     torch.manual_seed(0)
     torch.save(timm.create_model("SepViT_Lite", img_size=32, num_classes=3).state_dict(), weights)
@@ -470,7 +471,7 @@ def test_webdataset_evaluates_the_same_on_any_number_of_processes(webdataset, tm
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_validation_images_whose_storage_does_not_answer(workers, few_digits, tmp_path, monkeypatch, capsys):
+def test_storage_outage_in_validation(workers, few_digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(samples, "PAUSES", ())
     shutil.copytree(few_digits, tmp_path / "data")
     args = settings("--data-path", tmp_path / "data", "--input-size", 32, "--num_workers", workers)
@@ -482,7 +483,7 @@ def test_validation_images_whose_storage_does_not_answer(workers, few_digits, tm
                         r"command again\n", message)  # fmt: skip
 
 
-def test_webdataset_with_a_broken_image(webdataset, tmp_path):
+def test_webdataset_with_an_unreadable_image(webdataset, tmp_path):
     for shard in webdataset.iterdir():
         content = shard.read_bytes()
         broken = "train-2" in shard.name or "val-1" in shard.name
@@ -507,18 +508,20 @@ def test_webdataset_with_a_broken_image(webdataset, tmp_path):
 
 
 def damaged_shard(webdataset: Path, folder: Path, name: str, how: str) -> Path:
-    """A copy of the shards of which one is damaged; returns that one's path."""
+    """Copy the shards and damage one of them. Return its path."""
     shutil.copytree(webdataset, folder)
     path = folder / name
     content, members = path.read_bytes(), members_of(path)
-    damaged = {"junk": b"junk" * 2000, "empty": b"", "cut in an image": content[: members[4].offset_data + 9],
-               "cut between images": content[: members[4].offset], "cut within a sample": content[: members[5].offset],
+    damaged = {"junk": b"junk" * 2000, "empty": b"", "truncated in an image": content[: members[4].offset_data + 9],
+               "truncated between images": content[: members[4].offset],
+               "truncated within a sample": content[: members[5].offset],
                "without its end": content[: members[-1].offset_data + 512]}  # fmt: skip
     path.write_bytes(damaged[how])
     return path
 
 
-SHARD_DAMAGES = ["junk", "empty", "cut in an image", "cut between images", "cut within a sample", "without its end"]
+SHARD_DAMAGES = ["junk", "empty", "truncated in an image", "truncated between images", "truncated within a sample",
+                 "without its end"]  # fmt: skip
 
 
 @pytest.mark.parametrize("how", SHARD_DAMAGES)
@@ -529,13 +532,13 @@ def test_damaged_shards_are_named_in_evaluation(how, webdataset, tmp_path, capsy
     captured = capsys.readouterr()
     assert captured.err.startswith(f"main.py: shard {path}: cannot be read (ReadError: ")
     assert captured.err.count("\n") == 1
-    assert "images" not in captured.out  # no accuracy of part of them
+    assert "images" not in captured.out  # no accuracy on some of the images
 
 
-@pytest.mark.parametrize("how", ["junk", "cut within a sample"])
+@pytest.mark.parametrize("how", ["junk", "truncated within a sample"])
 @pytest.mark.parametrize(("policy", "status"), [("skip", 0), ("fail", 2)])
 def test_damaged_shards_count_in_training(how, policy, status, webdataset, tmp_path, capsys):
-    """As unreadable images do, each as one; the half of a sample that it ends with is no image."""
+    """Each counts as one unreadable image. A partial sample at its end is not counted."""
     path = damaged_shard(webdataset, tmp_path / "data", "digits-train-2.tar", how)
     arguments = [*SMALL, *WEBDATASET, "--data-path", tmp_path / "data", "--output_dir", tmp_path / "run",
                  "--on-bad-image", policy, "--batch-size", 8]  # fmt: skip
@@ -552,15 +555,15 @@ def test_damaged_shards_count_in_training(how, policy, status, webdataset, tmp_p
 
 
 def test_a_damaged_shard_as_a_command(webdataset, tmp_path):
-    path = damaged_shard(webdataset, tmp_path / "data", "digits-val-1.tar", "cut between images")
+    path = damaged_shard(webdataset, tmp_path / "data", "digits-val-1.tar", "truncated between images")
     result = command(*SMALL, *WEBDATASET, "--data-path", tmp_path / "data", "--eval", "--num_workers", 2)
     assert result.returncode == 2
     assert result.stderr.startswith(f"main.py: shard {path}: ")
     assert result.stderr.count("\n") == 1
 
 
-def test_timms_pipeline_is_the_one_that_is_known(webdataset, monkeypatch):
-    """Or it is refused: its own way is to skip what it cannot read."""
+def test_unknown_timm_pipelines_are_refused(webdataset, monkeypatch):
+    """timm's own stages skip unreadable samples, so a pipeline whose stages cannot be replaced is refused."""
     args = settings(*SMALL, *WEBDATASET, "--data-path", webdataset)
     loader = val_loader(args)
     assert sum(len(targets) for _, targets in loader) == 31
@@ -582,7 +585,7 @@ def test_webdataset_mistakes(webdataset):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_labels_beyond_the_classes_are_refused(webdataset, workers):
+def test_labels_out_of_range_are_refused(webdataset, workers):
     arguments = [2 if argument == 3 else argument for argument in WEBDATASET]
     result = command(*SMALL, *arguments, "--data-path", webdataset, "--eval", "--num_workers", workers)
     assert result.returncode == 2

@@ -1,6 +1,7 @@
-"""How a command prints, is interrupted and ends: whatever happens, in one line and with a status that says what to do.
+"""How commands print, react to signals and end: with one line and an exit status that says what to do.
 
-Commands that need an interpreter's own start or end are real ones; the others run in forked processes (`commands`).
+Commands that depend on the interpreter's start-up or shutdown run in new processes, the others in forked ones
+(`commands`).
 """
 
 import errno
@@ -31,27 +32,28 @@ from training.errors import UserError, out_of_memory, out_of_shared_memory
 from training.watchdog import Heartbeat, Preemption, RankState, Watchdog
 
 sys.path.append(str(ROOT / "tests/faults"))
-from harness import LIMIT, RESUME_STATUS, STARTED, Run, differences, end_all
+from harness import LIMIT, RESUME_STATUS, STARTED, Run, differences, kill_started
 
 INTERRUPT_STATUS = 130
+FLAGS = main.build_parser().flags()
 CPU = [*SMALL, "--device", "cpu"]
-# Six steps of eight images, and nothing saved between them.
+# Six steps of eight images, without checkpoints in between.
 SIX_STEPS = ["--epochs", "1", "--checkpoint-every", "0", "--timeout", "600"]
 
 
 @pytest.fixture(autouse=True)
-def nothing_runs_on(monkeypatch) -> Iterator[None]:
-    """A test that fails leaves no process behind; each process has one thread, as many start at a time."""
+def kill_leftovers(monkeypatch) -> Iterator[None]:
+    """Use one thread per process, as many run at once. Kill the processes that a failed test left running."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    end_all()
+    kill_started()
 
 
 def real_environment(**variables: str) -> dict[str, str]:
-    """Variables of a command as a user's shell has them: with buffered output."""
+    """Environment variables as in a user's shell, with buffered output."""
     return {**os.environ, "OMP_NUM_THREADS": "1", **variables, "PYTHONUNBUFFERED": ""}
 
 
@@ -63,15 +65,15 @@ def start_real(
     stdout: int = subprocess.DEVNULL,
     **variables: str,
 ) -> subprocess.Popen:
-    """Start main.py by the shell, in a folder and a session of its own; it leaves errors in errors.txt.
+    """Start main.py through the shell in a new session. Its errors go to errors.txt.
 
     Args:
-        arguments: of the command.
-        folder: to run in.
-        before: a command that runs it, with its own arguments.
-        redirection: of the shell.
-        stdout: where it prints without one.
-        variables: of its environment.
+        arguments: arguments of main.py.
+        folder: working folder.
+        before: a command that runs main.py, with its own arguments.
+        redirection: redirection of the shell.
+        stdout: standard output, unless redirected.
+        variables: environment variables to add.
     """
     folder.mkdir(exist_ok=True)
     whole = ["bash", "-c", f'exec "$@" {redirection}', "bash", *before, sys.executable, ROOT / "main.py", *arguments]
@@ -87,15 +89,15 @@ def errors_of(folder: Path) -> str:
 
 
 def run_here(arguments: list[str | Path], capsys: pytest.CaptureFixture) -> tuple[int, str, list[str]]:
-    """Run the command in this process; returns its status, what it printed, and the lines of its errors."""
+    """Run main.py in this process. Return its status, its output and the lines of its errors."""
     status = main.run(list(map(str, arguments)))
     printed, errors = capsys.readouterr()
     lines = [line for line in errors.splitlines() if "Warning" not in line and not line.startswith(" ")]
     return status, printed, lines
 
 
-def scripted(folder: Path, body: str) -> Path:
-    """A script that is main.py but for what some lines change in it."""
+def write_script(folder: Path, body: str) -> Path:
+    """Write a script that changes main.py by some lines and runs it."""
     folder.mkdir(exist_ok=True)
     script = folder / "scripted.py"
     script.write_text(
@@ -106,7 +108,7 @@ def scripted(folder: Path, body: str) -> Path:
 
 
 def start_script(script: Path, *arguments: str | Path) -> SimpleNamespace:
-    """Start a script in its folder and a session of its own; `text()` is what it has printed so far."""
+    """Start a script in its folder and a new session. `text()` returns what it has printed so far."""
     printed = script.parent / "printed.txt"
     process = commands.Command(script, list(map(str, arguments)), script.parent, dict(os.environ), printed, printed,
                                start_new_session=True)  # fmt: skip
@@ -115,15 +117,15 @@ def start_script(script: Path, *arguments: str | Path) -> SimpleNamespace:
 
 
 def wait_for(fact: Callable[[], object], process: subprocess.Popen | commands.Command) -> None:
-    """Wait until something is so, or a process has ended."""
+    """Wait until a condition holds or a process has ended."""
     end = time.monotonic() + LIMIT
     while not fact() and process.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
-def copied(few_digits: Path, folder: Path) -> Path:
-    """A copy of the images, to be changed."""
+def copy_images(few_digits: Path, folder: Path) -> Path:
+    """Copy the images, so that a test can change them."""
     shutil.copytree(few_digits, folder)
     return folder
 
@@ -132,22 +134,22 @@ def copied(few_digits: Path, folder: Path) -> Path:
 # Printing
 # ----------------------------------------------------------------------------------------------------------------------
 
-OUTPUTS = {"full disk": ">/dev/full", "closed": ">&-", "reader that leaves": ""}
+OUTPUTS = {"full disk": ">/dev/full", "closed": ">&-", "broken pipe": ""}
 
 
 @pytest.fixture(scope="module")
 def unprinted(few_digits, tmp_path_factory) -> dict[str, SimpleNamespace]:
-    """Training runs whose output fails, all at a time, and a user's mistake whose errors fail as well."""
+    """Training runs that cannot print, started together, and a user's mistake whose error cannot be printed either."""
     root, processes = tmp_path_factory.mktemp("unprinted"), {}
-    folder = root / "reader that leaves/run"
+    folder = root / "broken pipe/run"
     folder.mkdir(parents=True)
-    lock = output.lock_folder(folder, heartbeat_timeout=1)  # the run says so, and waits until its reader has left
+    lock = output.lock_folder(folder, heartbeat_timeout=1)  # the run prints that it waits, until its reader has gone
     for name, redirection in OUTPUTS.items():
         stdout = subprocess.DEVNULL if redirection else subprocess.PIPE
         processes[name] = start_real([*CPU, "--print-freq", "1", "--data-path", few_digits, "--output_dir", "run"],
                                      root / name, redirection=redirection, stdout=stdout)  # fmt: skip
     processes["mistake"] = start_real(["--epochs", "0"], root / "mistake", redirection=">/dev/full 2>&1")
-    reader = processes["reader that leaves"].stdout
+    reader = processes["broken pipe"].stdout
     assert reader is not None
     assert lock is not None
     first = reader.readline().rstrip("\n")
@@ -158,8 +160,8 @@ def unprinted(few_digits, tmp_path_factory) -> dict[str, SimpleNamespace]:
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)
-def test_printing_never_ends_a_run(kind, unprinted):
-    """It trains to its end, and what it could not print is in log.txt."""
+def test_a_run_survives_failed_printing(kind, unprinted):
+    """The run completes, and log.txt holds what it could not print."""
     ended = unprinted[kind]
     assert ended.status == 0, ended.errors
     assert "Exception ignored" not in ended.errors
@@ -170,17 +172,17 @@ def test_printing_never_ends_a_run(kind, unprinted):
     assert lines[-1].startswith("trained in")
     assert len(output.epoch_entries(log)) == 1
     assert checkpoints.damage(ended.run / "checkpoint.pth") is None
-    if kind == "reader that leaves":
+    if kind == "broken pipe":
         assert ended.read.startswith("output folder run: another run writes to it; waiting")
         assert ended.read not in lines
 
 
-def test_a_mistake_that_cannot_be_printed_has_its_status(unprinted):
+def test_a_mistake_that_cannot_be_printed_keeps_its_status(unprinted):
     assert unprinted["mistake"].status == 2
 
 
 def ascii_stream() -> io.TextIOWrapper:
-    """A stream as standard output is in an ASCII environment: strict."""
+    """A strict ASCII stream, like standard output in an ASCII environment."""
     return io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict", write_through=True)
 
 
@@ -196,7 +198,7 @@ def test_help_in_ascii(monkeypatch):
 
 
 def test_names_in_ascii(few_digits, tmp_path, capsys, monkeypatch):
-    """A folder's name is printed as it can be, and used as it is."""
+    """A folder's name is escaped in output and used unchanged."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ü").symlink_to(few_digits)
     out, err = ascii_stream(), ascii_stream()
@@ -215,7 +217,7 @@ def test_names_in_ascii(few_digits, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_names_in_the_c_locale(few_digits, tmp_path):
-    """Where not even names of files are taken for UTF-8. "×" is in what `--throughput` prints, "ü" in the name."""
+    """File names are not UTF-8 in the C locale. `--throughput` prints "×", and the folder is called "ü"."""
     (tmp_path / "ü").symlink_to(few_digits)
     process = start_real([*CPU, "--batch-size", "2", "--throughput", "--data-path", "ü"], tmp_path,
                          redirection=">printed.txt", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")  # fmt: skip
@@ -229,8 +231,8 @@ def test_names_in_the_c_locale(few_digits, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def of_worker(error: Exception) -> RuntimeError:
-    """A loader worker's error, as PyTorch raises it again."""
+def worker_error(error: Exception) -> RuntimeError:
+    """A loader worker's error, as PyTorch re-raises it."""
     try:
         raise error
     except RuntimeError:
@@ -247,12 +249,12 @@ BUS_ERROR = (
 )
 
 
-def test_which_errors_are_of_shared_memory():
-    assert out_of_shared_memory(of_worker(RuntimeError(FULL)))
+def test_shared_memory_errors_are_recognised():
+    assert out_of_shared_memory(worker_error(RuntimeError(FULL)))
     assert out_of_shared_memory(RuntimeError(FULL))
     assert out_of_shared_memory(RuntimeError(BUS_ERROR))
     assert not out_of_shared_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not out_of_shared_memory(of_worker(RuntimeError("size mismatch")))
+    assert not out_of_shared_memory(worker_error(RuntimeError("size mismatch")))
     assert not out_of_shared_memory(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
     assert out_of_shared_memory(RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)"))
     assert not out_of_shared_memory(RuntimeError("OutOfResources: out of resource: shared memory, Required: 131072"))
@@ -260,8 +262,8 @@ def test_which_errors_are_of_shared_memory():
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"),
-                                   of_worker(RuntimeError("unable to open: Too many open files (24)"))])  # fmt: skip
-def test_too_many_open_files_are_a_mistake_with_advice(error, capsys):
+                                   worker_error(RuntimeError("unable to open: Too many open files (24)"))])  # fmt: skip
+def test_too_many_open_files_give_advice(error, capsys):
     def fail() -> None:
         raise error
 
@@ -271,8 +273,9 @@ def test_too_many_open_files_are_a_mistake_with_advice(error, capsys):
     )
 
 
-@pytest.mark.parametrize("error", [of_worker(RuntimeError(FULL)), RuntimeError(BUS_ERROR)], ids=["full", "bus error"])
-def test_little_shared_memory_is_a_mistake_with_advice(error, capsys):
+@pytest.mark.parametrize("error", [worker_error(RuntimeError(FULL)), RuntimeError(BUS_ERROR)],
+                         ids=["full", "bus error"])  # fmt: skip
+def test_full_shared_memory_gives_advice(error, capsys):
     def fail() -> None:
         raise error
 
@@ -284,11 +287,11 @@ def test_little_shared_memory_is_a_mistake_with_advice(error, capsys):
     assert "--num_workers" in line
 
 
-def test_little_shared_memory(few_digits, tmp_path):
-    """A batch is larger than /dev/shm, as in containers."""
+def test_small_shared_memory(few_digits, tmp_path):
+    """A batch is larger than /dev/shm, as may happen in containers."""
     small = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "bash", "-c", small]).returncode != 0:
-        pytest.skip("no right to mount a small /dev/shm in a mount namespace")
+        pytest.skip("mounting a small /dev/shm in a mount namespace is not permitted")
     arguments = [*CPU, "--input-size", "64", "--batch-size", "24", "--num_workers", "2", "--data-path", few_digits]
     process = start_real(arguments, tmp_path, ("unshare", "-m", "bash", "-c", f'{small} && exec "$@"', "bash"))
     assert process.wait(LIMIT) == 2
@@ -322,15 +325,15 @@ def test_out_of_memory(memory, few_digits, tmp_path, capsys, monkeypatch):
     assert all(setting in line for setting in MEMORY_SETTINGS)
 
 
-def test_which_errors_are_of_memory():
+def test_memory_errors_are_recognised():
     assert all(out_of_memory(error) for error in OUT_OF_MEMORY.values())
     assert not out_of_memory(RuntimeError("size mismatch"))
 
 
 @pytest.mark.slow
-def test_memory_that_does_not_suffice(few_digits, tmp_path):
-    """A limit of 400 MB beyond what is taken before: the first stage alone needs more for images of 1024 × 1024."""
-    script = scripted(tmp_path, """
+def test_memory_limit(few_digits, tmp_path):
+    """The limit leaves 400 MB. The first stage alone needs more for images of 1024 × 1024 pixels."""
+    script = write_script(tmp_path, """
 import resource
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + 400_000_000,) * 2)""")  # fmt: skip
@@ -346,7 +349,7 @@ resource.setrlimit(resource.RLIMIT_AS, (taken + 400_000_000,) * 2)""")  # fmt: s
 # Hanging
 # ----------------------------------------------------------------------------------------------------------------------
 
-# The second report of how far it is never comes back.
+# The second progress report never returns.
 STUCK = """
 report, reports = utils.Progress.report, []
 
@@ -363,14 +366,14 @@ utils.Progress.report = stuck
 SMALL_BATCHES = [*CPU, "--batch-size", "4", "--print-freq", "1"]
 
 
-def test_a_process_alone_that_hangs(few_digits, tmp_path):
-    """It ends by itself, says where it was and how to start it again, in training and without."""
+def test_a_hanging_single_process(few_digits, tmp_path):
+    """It ends itself and prints where it hung and how to restart: training, evaluation and throughput."""
     run = Run(tmp_path / "train", few_digits, *SIX_STEPS, "--timeout", "10", environment=dict(HANG="0:4"))
     run.command[1] = str(ROOT / "tests/faults/sabotage.py")
     training = run.start()
-    evaluation = start_script(scripted(tmp_path / "eval", STUCK), "--eval", *SMALL_BATCHES, "--timeout", "10",
+    evaluation = start_script(write_script(tmp_path / "eval", STUCK), "--eval", *SMALL_BATCHES, "--timeout", "10",
                               "--data-path", few_digits)  # fmt: skip
-    throughput = start_script(scripted(tmp_path / "throughput", STUCK), "--throughput", *SMALL_BATCHES, "--timeout",
+    throughput = start_script(write_script(tmp_path / "throughput", STUCK), "--throughput", *SMALL_BATCHES, "--timeout",
                               "10", "--data-path", few_digits)  # fmt: skip
     for process, text, place, advice in (
         (training, run.text, "epoch 0, step 3", main.RESUME),
@@ -384,9 +387,9 @@ def test_a_process_alone_that_hangs(few_digits, tmp_path):
     assert "--auto-resume" in main.RESUME
 
 
-def test_before_the_first_step_a_process_may_rest(monkeypatch):
-    """While it looks through its images, half an hour; and no longer than `--timeout` where that is more."""
-    dog = Watchdog(10, "env://", Preemption("main.py"), main.RESUME)
+def test_startup_has_a_longer_hang_timeout(monkeypatch):
+    """Half an hour, since finding the images may take long, or `--timeout` if that is longer."""
+    dog = Watchdog(10, "env://", Preemption("main.py"), main.RESUME, FLAGS)
     assert dog._hang_timeout() == watchdog.STARTUP_TIMEOUT
     dog.preemption.has_progress = True
     assert dog._hang_timeout() == 10
@@ -394,12 +397,12 @@ def test_before_the_first_step_a_process_may_rest(monkeypatch):
 
 
 class EndedError(Exception):
-    """What the process's end is in these tests."""
+    """Raised instead of ending the process."""
 
 
 @pytest.fixture
 def no_exit(monkeypatch) -> None:
-    """The process's end becomes an error that holds its status."""
+    """Raise an error with the exit status instead of ending the process."""
 
     def end(status: int) -> None:
         raise EndedError(status)
@@ -410,17 +413,23 @@ def no_exit(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("state", "cause", "status", "way_out"),
     [
-        (RankState.FAILED, "RuntimeError: size mismatch", 1, "; fix the cause that it printed, then run the same"),
+        (
+            RankState.FAILED,
+            "UserError: --data-path /x: no such folder",
+            1,
+            "; fix the cause that it printed, then run the same",
+        ),
         (RankState.LOST, "MachineError: storage", RESUME_STATUS, "(MachineError: storage); run the same command with"),
     ],
     ids=["failed", "lost"],
 )
-def test_advice_where_another_process_ended(state, cause, status, way_out, no_exit, capsys):
-    """One that failed by an error of its own would fail again."""
-    beats = [Heartbeat(s, cause, (0, 4), "epoch 0, step 3", "there", False, 0.0) for s in (RankState.RUNNING, state)]
-    beats = [Heartbeat.from_json(beat.to_json()) for beat in beats]  # as they arrive
+def test_advice_when_another_process_has_ended(state, cause, status, way_out, no_exit, capsys):
+    """A process that failed with an error of the program would fail again."""
+    sent = cause.replace("--data-path", "`data_path`")  # a rank's error names the setting
+    beats = [Heartbeat(s, sent, (0, 4), "epoch 0, step 3", "there", False, 0.0) for s in (RankState.RUNNING, state)]
+    beats = [Heartbeat.from_json(beat.to_json()) for beat in beats]  # as received
     with pytest.raises(EndedError) as end:
-        Watchdog(10, "env://", Preemption("main.py"), main.RESUME)._judge(beats, [0.0, 2.0], 0.0)
+        Watchdog(10, "env://", Preemption("main.py"), main.RESUME, FLAGS)._judge(beats, [0.0, 2.0], 0.0)
     assert end.value.args == (status,)
     line = capsys.readouterr().err
     assert line.startswith(
@@ -431,7 +440,7 @@ def test_advice_where_another_process_ended(state, cause, status, way_out, no_ex
 
 
 class Polls:
-    """The event that a watch waits for between two looks, and the clock: seconds pass by the list."""
+    """Stands in for the watchdog's event and clock. Each wait takes the next number of seconds from a list."""
 
     def __init__(self, seconds: list[float]) -> None:
         self.seconds, self.now = seconds, 0.0
@@ -442,12 +451,12 @@ class Polls:
 
 
 @pytest.mark.parametrize(("seconds", "ends"), [([1.0] * 14, True), ([1.0, 1.0, 60.0, *[1.0] * 9], False)],
-                         ids=["hangs", "was stopped"])  # fmt: skip
-def test_a_process_that_was_stopped_does_not_hang(seconds, ends, no_exit, monkeypatch, capsys):
-    """As by Ctrl-Z: the watch stood still, too."""
+                         ids=["hangs", "suspended"])  # fmt: skip
+def test_a_suspended_process_does_not_hang(seconds, ends, no_exit, monkeypatch, capsys):
+    """Ctrl-Z suspends the watchdog, too."""
     preemption = Preemption("main.py")
     preemption.has_progress = True
-    dog = Watchdog(10, "env://", preemption, main.RESUME)
+    dog = Watchdog(10, "env://", preemption, main.RESUME, FLAGS)
     dog._ended = Polls(seconds)
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: dog._ended.now)
     if ends:
@@ -463,7 +472,7 @@ def test_a_process_that_was_stopped_does_not_hang(seconds, ends, no_exit, monkey
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# Ctrl-C in the third step, as a terminal sends it: to the whole group; and SIGTERM, as launchers send it behind.
+# In the third step, SIGINT to the whole process group, as terminals send it, then SIGTERM, as launchers send it.
 INTERRUPTED = """
 forward, steps = engine.DistillationLoss.forward, []
 
@@ -480,11 +489,11 @@ engine.DistillationLoss.forward = interrupted
 """
 
 
-def test_interrupted_training_goes_on_where_it_was(few_digits, tmp_path):
+def test_interrupted_training_resumes(few_digits, tmp_path):
     undisturbed = Run(tmp_path / "undisturbed", few_digits, *SIX_STEPS)
     undisturbed.finish()
     run = Run(tmp_path / "run", few_digits, *SIX_STEPS, "--num_workers", "1")
-    script, run.command[1] = run.command[1], str(scripted(tmp_path / "script", INTERRUPTED))
+    script, run.command[1] = run.command[1], str(write_script(tmp_path / "script", INTERRUPTED))
     process = run.start()
     assert process.wait(LIMIT) == INTERRUPT_STATUS, run.text()
     assert run.text().count("main.py: interrupted: finishing the step and saving") == 1
@@ -514,16 +523,16 @@ def test_second_interrupt_ends_at_once(few_digits, tmp_path):
 
 
 def test_interrupt_before_the_first_step(few_digits, tmp_path):
-    """There is nothing to save."""
+    """Nothing is saved."""
     body = "build = main.build_model\nmain.build_model = lambda *built: (os.killpg(0, signal.SIGINT), build(*built))[1]"
-    started = start_script(scripted(tmp_path, body), *CPU, "--data-path", few_digits, "--output_dir", "run")
+    started = start_script(write_script(tmp_path, body), *CPU, "--data-path", few_digits, "--output_dir", "run")
     assert started.process.wait(LIMIT) == INTERRUPT_STATUS
     assert started.text() == "main.py: interrupted before the first step; run the same command again\n"
     assert not (tmp_path / "run").exists()
 
 
 def test_interrupted_evaluation(few_digits, tmp_path):
-    started = start_script(scripted(tmp_path, STUCK), "--eval", *SMALL_BATCHES, "--num_workers", "1", "--data-path",
+    started = start_script(write_script(tmp_path, STUCK), "--eval", *SMALL_BATCHES, "--num_workers", "1", "--data-path",
                            few_digits)  # fmt: skip
     wait_for(lambda: "validation [2/4]" in started.text(), started.process)
     os.killpg(started.process.pid, signal.SIGINT)
@@ -533,7 +542,7 @@ def test_interrupted_evaluation(few_digits, tmp_path):
     assert "Traceback" not in started.text()
 
 
-# Python runs it at its start: the import of a module never comes back.
+# Python runs this sitecustomize.py at start-up. The import of one module then never returns.
 STUCK_IMPORT = """
 import sys, time
 from pathlib import Path
@@ -552,7 +561,7 @@ sys.meta_path.insert(0, Stuck())
 
 @pytest.mark.parametrize("module", ["torch", "training.devices"])
 def test_interrupt_while_importing(module, tmp_path):
-    """Early and late."""
+    """Early and late in start-up."""
     (tmp_path / "sitecustomize.py").write_text(STUCK_IMPORT.format(module=module))
     process = start_real(["--help"], tmp_path, PYTHONPATH=str(tmp_path))
     wait_for((tmp_path / "reached").exists, process)
@@ -566,8 +575,8 @@ def test_interrupt_while_importing(module, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def without_override() -> tuple[str, ...]:
-    """What runs a command without root's right to read whatever there is; nothing for another user."""
+def without_root_rights() -> tuple[str, ...]:
+    """A command prefix that drops root's right to read every file. Empty for other users."""
     if os.geteuid() != 0:
         return ()
     if shutil.which("setpriv") is None:
@@ -577,9 +586,9 @@ def without_override() -> tuple[str, ...]:
 
 
 def test_class_folder_without_permission(few_digits, tmp_path):
-    data = copied(few_digits, tmp_path / "data")
+    data = copy_images(few_digits, tmp_path / "data")
     closed = data / "val/1"
-    before = without_override()
+    before = without_root_rights()
     closed.chmod(0)
     try:
         process = start_real(["--eval", *CPU, "--data-path", data], tmp_path, before)
@@ -593,8 +602,8 @@ def test_class_folder_without_permission(few_digits, tmp_path):
 
 @pytest.fixture
 def open_data(few_digits) -> Iterator[Path]:
-    """Images where any user may read them."""
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # the folder of the tests' own is closed to others
+    """Images in a folder that every user may read."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own folder is closed to other users
     try:
         shutil.copytree(few_digits / "val", folder / "data/val")
         for path in (folder, *folder.rglob("*")):
@@ -626,10 +635,10 @@ def test_folder_without_permission(name, open_data):
     assert "Permission denied" in line
 
 
-def test_names_with_line_breaks_and_other_bytes(few_digits, tmp_path, capsys, monkeypatch):
-    """Training takes them, names an image that cannot be read once and whole, and prints no line break of a name."""
+def test_names_with_line_breaks_and_invalid_utf8(few_digits, tmp_path, capsys, monkeypatch):
+    """Training accepts them, reports an unreadable image once with its full name, and escapes line breaks."""
     monkeypatch.chdir(tmp_path)
-    data = copied(few_digits, tmp_path / "data")
+    data = copy_images(few_digits, tmp_path / "data")
     for split in ("train", "val"):
         os.rename(os.fsencode(data / split / "1"), os.fsencode(data / split) + b"/caf\xe9")
     folder = os.fsencode(data / "train") + b"/caf\xe9"
@@ -648,8 +657,8 @@ def test_names_with_line_breaks_and_other_bytes(few_digits, tmp_path, capsys, mo
     assert "\nb.png" not in printed
 
 
-def test_folders_that_are_no_utf8(few_digits, tmp_path, capsys):
-    """They are read from; TensorBoard cannot write there."""
+def test_folder_names_that_are_not_utf8(few_digits, tmp_path, capsys):
+    """Checkpoints can be read from them, but TensorBoard cannot write to them."""
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     arguments = [*CPU, "--data-path", str(few_digits)]
     assert main.run([*arguments, "--output_dir", str(folder)]) == 2
@@ -663,15 +672,15 @@ def test_folders_that_are_no_utf8(few_digits, tmp_path, capsys):
 
 
 def test_validation_image_whose_name_has_a_line_break(few_digits, tmp_path, capsys):
-    data = copied(few_digits, tmp_path / "data")
+    data = copy_images(few_digits, tmp_path / "data")
     (data / "val/1/a\nb.png").write_text("no image")
     line = refusal(main.run, "main", ["--eval", *CPU, "--data-path", data], capsys)
     assert line.startswith(rf"main.py: image {data}/val/1/a\nb.png: cannot be read (UnidentifiedImageError")
 
 
 def test_pipe_among_training_images(few_digits, tmp_path):
-    """It counts as an image that cannot be read; reading it would wait for ever."""
-    data = copied(few_digits, tmp_path / "data")
+    """It counts as an unreadable image. Reading it would block forever."""
+    data = copy_images(few_digits, tmp_path / "data")
     os.mkfifo(data / "train/1/x.png")
     arguments = [*CPU, "--num_workers", "1", "--batch-size", "14", "--epochs", "4", "--data-path", data]
     result = command(*arguments, "--output_dir", tmp_path / "run", timeout=LIMIT)
@@ -681,7 +690,7 @@ def test_pipe_among_training_images(few_digits, tmp_path):
 
 
 def test_pipe_among_validation_images(few_digits, tmp_path):
-    data = copied(few_digits, tmp_path / "data")
+    data = copy_images(few_digits, tmp_path / "data")
     os.mkfifo(data / "val/1/x.png")
     result = command("--eval", *CPU, "--data-path", data, timeout=LIMIT)
     assert result.returncode == 2
@@ -689,7 +698,7 @@ def test_pipe_among_validation_images(few_digits, tmp_path):
     assert last.startswith(f"main.py: image {data}/val/1/x.png: cannot be read (OSError: not a regular file)")
 
 
-def test_pipe_for_a_checkpoint(few_digits, tmp_path):
+def test_pipe_as_a_checkpoint(few_digits, tmp_path):
     os.mkfifo(tmp_path / "x.pth")
     result = command("--eval", *CPU, "--data-path", few_digits, "--resume", tmp_path / "x.pth", timeout=LIMIT)
     assert result.returncode == 2
@@ -697,9 +706,9 @@ def test_pipe_for_a_checkpoint(few_digits, tmp_path):
     assert last.startswith(f"main.py: --resume {tmp_path}/x.pth: a pipe or a device")
 
 
-@pytest.mark.parametrize("before", [None, '{"test_acc1": 50.0}\n'], ids=["first figures", "figures of before"])
+@pytest.mark.parametrize("before", [None, '{"test_acc1": 50.0}\n'], ids=["first results", "earlier results"])
 def test_evaluation_on_a_full_disk(before, few_digits, tmp_path, capsys, monkeypatch):
-    """Its figures are the old ones or whole, never empty."""
+    """eval.json is absent or keeps the earlier results. It is never empty."""
 
     def fail(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -719,21 +728,21 @@ def test_evaluation_on_a_full_disk(before, few_digits, tmp_path, capsys, monkeyp
 LAUNCHER_VARIABLES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS",
                       "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST",
                       "OMPI_COMM_WORLD_RANK"]  # fmt: skip
-PLACE = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29512")
-WRONG_VARIABLES = [
+ADDRESS = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29512")
+INVALID_VARIABLES = [
     (dict(RANK="0"), "RANK=0 is set, MASTER_ADDR and MASTER_PORT not"),
     (dict(RANK="x"), "RANK=x"),
-    (dict(RANK="5", WORLD_SIZE="2", **PLACE), "RANK=5: takes a whole number from 0 to 1"),
-    (dict(RANK="0", WORLD_SIZE="two", **PLACE), "WORLD_SIZE=two"),
-    (dict(RANK="0", WORLD_SIZE="2", **PLACE | dict(MASTER_PORT="abc")), "MASTER_PORT=abc"),
-    (dict(RANK="1", WORLD_SIZE="2", **PLACE | dict(MASTER_PORT="99999")), "MASTER_PORT=99999"),
+    (dict(RANK="5", WORLD_SIZE="2", **ADDRESS), "RANK=5: takes a whole number from 0 to 1"),
+    (dict(RANK="0", WORLD_SIZE="two", **ADDRESS), "WORLD_SIZE=two"),
+    (dict(RANK="0", WORLD_SIZE="2", **ADDRESS | dict(MASTER_PORT="abc")), "MASTER_PORT=abc"),
+    (dict(RANK="1", WORLD_SIZE="2", **ADDRESS | dict(MASTER_PORT="99999")), "MASTER_PORT=99999"),
     (dict(SLURM_PROCID="0", SLURM_NTASKS="two"), "SLURM_NTASKS=two"),
     (dict(SLURM_PROCID="0", SLURM_NTASKS="2", SLURM_JOB_NODELIST="localhost", SLURM_JOB_ID="q"), "SLURM_JOB_ID=q"),
 ]
 
 
-@pytest.mark.parametrize(("variables", "named"), WRONG_VARIABLES, ids=[named for _, named in WRONG_VARIABLES])
-def test_wrong_variables_of_a_launcher(variables, named, few_digits, tmp_path):
+@pytest.mark.parametrize(("variables", "named"), INVALID_VARIABLES, ids=[named for _, named in INVALID_VARIABLES])
+def test_invalid_launcher_variables(variables, named, few_digits, tmp_path):
     others = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     arguments = [*CPU, "--data-path", str(few_digits)]
     result = commands.run(ROOT / "main.py", arguments, tmp_path, others | variables, timeout=LIMIT)

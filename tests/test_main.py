@@ -1,4 +1,4 @@
-"""main.py as users run it: training, resuming, evaluating, finetuning, distillation, on one process and on several."""
+"""The main.py command: training, resuming, evaluation, finetuning and distillation, in one process and in several."""
 
 import argparse
 import fcntl
@@ -42,7 +42,7 @@ def accuracy(printed: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
-    """A short real training: SepViT_Lite on all digits, 64 × 64 pixels, two epochs, with averaged weights."""
+    """A short real training run: SepViT_Lite on all digits at 64 × 64 pixels, two epochs, with averaged weights."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     printed = succeed(
         "--model", "SepViT_Lite", "--data-path", digits, "--output_dir", folder, "--input-size", 64, "--epochs", 2,
@@ -53,7 +53,7 @@ def trained(digits, tmp_path_factory):
     return folder, printed
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 def test_training_learns(trained):
@@ -82,13 +82,13 @@ def test_output_folder(trained):
     assert best["epoch"] == int(np.argmax(accuracies))
     with Image.open(folder / "curves.png") as picture:
         assert picture.width > 800
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50  # curves, not an empty sheet
-    assert "\r" not in printed  # plain lines in a file
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50  # curves, not a blank image
+    assert "\r" not in printed  # plain lines unless on a terminal
     assert re.search(r"epoch 1 \[20/44\] loss \d\.\d+, lr 0\.002000, images/s [\d.]+, left \d", printed)
     assert "run left" in printed
 
 
-def test_tensorboard_has_the_figures(trained):
+def test_tensorboard_scalars_match_the_log(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder, _ = trained
@@ -99,7 +99,7 @@ def test_tensorboard_has_the_figures(trained):
     assert values == pytest.approx([entry["test_acc1"] for entry in read_log(folder)])
 
 
-def test_eval_gives_the_accuracy_of_training(trained, digits, tmp_path):
+def test_eval_reproduces_the_accuracy_of_training(trained, digits, tmp_path):
     folder, _ = trained
     printed = succeed(
         "--eval", "--resume", folder / "checkpoint.pth", "--model", "SepViT_Lite", "--input-size", 64,
@@ -128,10 +128,10 @@ def test_dist_eval_is_exact_on_any_number_of_processes(trained, some_digits):
                 "--batch-size", 8, "--data-path", some_digits, "--num_workers", 0, "--dist-eval"]  # fmt: skip
     outputs = [succeed(*settings, processes=n) for n in (0, 2, 3)]
     assert accuracy(outputs[0]) == accuracy(outputs[1]) == accuracy(outputs[2])
-    assert all(printed.count("100 images") == 2 for printed in outputs)  # once for each kind of weights
+    assert all(printed.count("100 images") == 2 for printed in outputs)  # once each for trained and averaged weights
 
 
-def test_input_of_another_size_evaluates_with_resampled_tokens(trained, some_digits):
+def test_eval_at_another_input_size_resamples_window_tokens(trained, some_digits):
     printed = succeed("--eval", "--resume", trained[0] / "checkpoint.pth", "--model", "SepViT_Lite",
                       "--input-size", 96, "--data-path", some_digits, "--num_workers", 1)  # fmt: skip
     assert "of another image size or form: resampled" in printed
@@ -158,7 +158,7 @@ def test_defaults_are_the_reference_recipe():
 
 
 def test_throughput_is_measured_in_float32_as_published():
-    """Unless a number format is asked for; training defaults to half of it on GPUs."""
+    """Unless --amp names a format. Training on GPUs defaults to mixed precision."""
     for flags, dtype in (([], None), (["--amp", "bfloat16"], torch.bfloat16)):
         args = main.build_parser().parse_args(["--throughput", *flags])
         assert main.build_precision(args, torch.device("cuda")).dtype == dtype
@@ -169,7 +169,7 @@ def test_help_lists_every_setting():
     assert all(flag in printed for flag in ("--repeated-aug", "--no-repeated-aug", "--pin-mem", "--opt-betas"))
 
 
-def test_learning_rates_are_those_of_the_reference_run(monkeypatch):
+def test_learning_rates_match_the_reference_run(monkeypatch):
     monkeypatch.setattr(main, "get_world_size", lambda: 8)
     args = main.build_parser().parse_args(["--batch-size", "128", "--device", "cpu"])
     model = torch.nn.Linear(2, 2)
@@ -182,28 +182,28 @@ def test_learning_rates_are_those_of_the_reference_run(monkeypatch):
     assert rates == pytest.approx(golden, rel=1e-9)
 
 
-# ------------------------------------------------------------------------------------------------- settings as commands
+# ---------------------------------------------------------------------------------------------- settings of the command
 
 VARIATIONS = {
     "recipe": [],
     "plain loss": ["--mixup", 0, "--cutmix", 0, "--smoothing", 0],
     "smoothed loss": ["--mixup", 0, "--cutmix", 0],
-    "cutmix by element": ["--mixup-mode", "elem", "--cutmix-minmax", 0.2, 0.5, "--mixup-prob", 0.9],
+    "elementwise cutmix": ["--mixup-mode", "elem", "--cutmix-minmax", 0.2, 0.5, "--mixup-prob", 0.9],
     "repeated augmentation, averaged weights": ["--repeated-aug", "--model-ema", "--input-size", 32],
     "bfloat16, channels last, accumulation": ["--amp", "bfloat16", "--channels-last", "--accum-steps", 2],
-    "float16, recomputed activations": ["--amp", "float16", "--grad-checkpointing", "--no-pin-mem"],
+    "float16, activation checkpointing": ["--amp", "float16", "--grad-checkpointing", "--no-pin-mem"],
     "sgd, step schedule, dropout": ["--opt", "sgd", "--sched", "step", "--drop", 0.1, "--clip-grad", 0],
     "noisy plateau": ["--sched", "plateau", "--lr-noise", 0.1, 0.9, "--warmup-epochs", 0, "--opt-betas", 0.9, 0.95],
     "augmentation": ["--aa", "augmix-m3-w2", "--remode", "const", "--recount", 2, "--train-interpolation", "random",
                      "--resplit", "--color-jitter", 0.2],
     "workers": ["--num_workers", 2],
-    "averaged weights in the CPU's memory": ["--model-ema", "--model-ema-force-cpu", "--input-size", 32],
+    "averaged weights in CPU memory": ["--model-ema", "--model-ema-force-cpu", "--input-size", 32],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VARIATIONS)
 def test_variations_train(name, few_digits, some_digits, tmp_path):
-    data = some_digits if "repeated" in name else few_digits  # repeated augmentation counts in 256s
+    data = some_digits if "repeated" in name else few_digits  # repeated augmentation needs 256 images
     arguments = [*SMALL, "--data-path", data, "--output_dir", tmp_path / "run", "--device", "cpu", *VARIATIONS[name]]
     assert main.run([str(argument) for argument in arguments]) == 0
     assert np.isfinite(read_log(tmp_path / "run")[-1]["train_loss"])
@@ -216,7 +216,7 @@ def test_variations_train(name, few_digits, some_digits, tmp_path):
     if name.startswith("float16"):
         assert checkpoint["scaler"]["scale"] > 0
     if "accumulation" in name:
-        assert checkpoint["steps"] == 1  # three batches: a step of two
+        assert checkpoint["steps"] == 1  # of three batches, a step takes two and the last is dropped
     if name == "noisy plateau":
         assert group["betas"] == (0.9, 0.95)
     if name.startswith("sgd"):
@@ -225,7 +225,7 @@ def test_variations_train(name, few_digits, some_digits, tmp_path):
 
 
 def prepared(*arguments, model=None):
-    """Settings, precision and a small training run as main.py builds them."""
+    """Build the settings, precision and training state of a small run as main.py does."""
     args = main.build_parser().parse_args([*map(str, SMALL), "--device", "cpu", *map(str, arguments)])
     precision = main.build_precision(args, torch.device("cpu"))
     model = model or main.build_model(args, 3, precision)
@@ -237,7 +237,7 @@ def one_epoch(args, precision, training, criterion=None, batches=1):
     batch = (torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), [""] * 4)
     loader = DataLoader([batch] * batches, batch_size=None, collate_fn=lambda batch: batch)
     criterion = criterion or DistillationLoss(torch.nn.CrossEntropyLoss())
-    watchdog = Watchdog(600, "env://", Preemption("main.py"), main.RERUN)
+    watchdog = Watchdog(600, "env://", Preemption("main.py"), main.RERUN, {})
     limits = main.settings_from(args, MonitorSettings, unreadable_limit=1, dataset_size=100)
     monitor = StepMonitor(limits, watchdog, DelayedFlags(precision.device, 0), Path(), print, lambda: None)
     return train_one_epoch(
@@ -249,7 +249,7 @@ def one_epoch(args, precision, training, criterion=None, batches=1):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_precision_and_memory_format_reach_the_network(amp, channels_last):
     flags = ["--channels-last"] if channels_last else []
-    args, precision, training = prepared("--amp", amp, "--epochs", 2, *flags)  # float16's scale may take the first
+    args, precision, training = prepared("--amp", amp, "--epochs", 2, *flags)  # float16 may skip an epoch
     seen = []
     training.model.patch_embeds[0].proj.register_forward_hook(lambda _, inputs, y: seen.append((inputs[0], y)))
     one_epoch(args, precision, training)
@@ -271,7 +271,7 @@ def test_grad_checkpointing_computes_blocks_twice():
 
 
 def test_clip_grad_bounds_the_step():
-    """With plain SGD at learning rate 1, the step is the clipped gradient."""
+    """With plain SGD at a learning rate of 1, the step is the clipped gradient."""
     norms = []
     for clip in (0, 1e-3):
         torch.manual_seed(0)
@@ -287,7 +287,7 @@ def test_clip_grad_bounds_the_step():
 
 
 def test_a_skipped_step_restores_running_statistics():
-    """SepViT has none; other networks of timm's do."""
+    """SepViT has none, but other timm networks do."""
     images = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3))
     args, precision, training = prepared("--model-ema", model=images)
     before = {name: value.clone() for name, value in images.state_dict().items()}
@@ -321,7 +321,7 @@ def test_compile_flag_compiles():
     assert prepared()[2].model._compiled_call_impl is None
 
 
-def test_weight_decay_spares_window_tokens():
+def test_window_tokens_have_no_weight_decay():
     _, _, training = prepared()
     names = {id(p): name for name, p in training.model.named_parameters()}
     spared = [names[id(p)] for g in training.optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]]
@@ -330,7 +330,7 @@ def test_weight_decay_spares_window_tokens():
 
 @pytest.mark.slow
 def test_compiled_training(few_digits, tmp_path):
-    """Forward and backward through native code, on all variants of the loop's calls."""
+    """Training, validation and validation of the averaged weights with compiled code."""
     succeed(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--compile", "--model-ema")
     assert np.isfinite(read_log(tmp_path / "run")[0]["test_ema_loss"])
 
@@ -342,7 +342,7 @@ def test_compiled_throughput(few_digits):
 
 
 def test_accumulation_equals_a_larger_batch(few_digits, tmp_path):
-    """Two batches of 8 make the step of one batch of 16: the same weights, but for the order of additions."""
+    """Two accumulated batches of 8 give the same weights as one batch of 16, up to rounding."""
     weights = []
     for name, batch in (("whole", ["--batch-size", "16"]), ("parts", ["--batch-size", "8", "--accum-steps", "2"])):
         arguments = [*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / name, "--device", "cpu", *PLAIN]
@@ -352,14 +352,14 @@ def test_accumulation_equals_a_larger_batch(few_digits, tmp_path):
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
 
 
-# Modules whose tensors are on the CPU, and whose reads wait for nothing: indices, flags one step old, loader workers.
+# These modules read only CPU tensors, which never blocks: indices, flags of the previous step, loaded samples.
 CPU_ONLY = ("samplers.py", "monitor.py", "samples.py")
 
 
-def test_the_loop_does_not_wait_for_the_device(few_digits, tmp_path, monkeypatch):
-    """This code reads as many numbers off the device in an epoch of 24 steps as in one of 3: none per step.
+def test_training_steps_do_not_wait_for_the_device(few_digits, tmp_path, monkeypatch):
+    """An epoch of 24 steps reads as many values from the device as an epoch of 3 steps, so none per step.
 
-    AdamW is fused, as on GPUs. Indices live on the CPU, and so do the copies of the last step's flags.
+    AdamW is fused, as on GPUs. Indices and the copies of the previous step's flags are on the CPU.
     """
     cuda = Precision(torch.device("cuda"), torch.bfloat16)
     assert main.flag_delay(main.build_parser().parse_args([]), cuda) == 1
@@ -370,7 +370,7 @@ def test_the_loop_does_not_wait_for_the_device(few_digits, tmp_path, monkeypatch
         def read(tensor, *arguments, **kwargs):
             caller = sys._getframe(1).f_code.co_filename
             own = Path(caller).parent in (ROOT, ROOT / "training") and Path(caller).name not in CPU_ONLY
-            if own:  # an optimiser's own step counters live on the CPU: no wait there
+            if own:  # not the optimiser's step counters, which are on the CPU
                 reads.append((Path(caller).name, name))
             return original(tensor, *arguments, **kwargs)
 
@@ -391,7 +391,7 @@ def test_the_loop_does_not_wait_for_the_device(few_digits, tmp_path, monkeypatch
 # -------------------------------------------------------------------------------------------------- resume and finetune
 
 
-def test_resume_continues(few_digits, tmp_path):
+def test_resume_continues_training(few_digits, tmp_path):
     settings = [
         *SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--model-ema", "--warmup-epochs",
         1,
@@ -403,7 +403,7 @@ def test_resume_continues(few_digits, tmp_path):
     assert "resuming at epoch 2" in printed
     log = read_log(tmp_path / "run")
     assert [entry["epoch"] for entry in log] == [0, 1, 2, 3]
-    base = 1e-3 * 16 / 512  # the rates of the resuming command: cosine, stepped after epochs 1 and 2 of 4
+    base = 1e-3 * 16 / 512  # the second command's rates: cosine over 4 epochs, stepped after epochs 1 and 2
     rates = [1e-5 + (base - 1e-5) * (1 + np.cos(np.pi * epoch / 4)) / 2 for epoch in (1, 2)]
     assert [entry["train_lr"] for entry in log[2:]] == pytest.approx(rates)
     second = torch.load(path, weights_only=True)
@@ -414,7 +414,7 @@ def test_resume_continues(few_digits, tmp_path):
     succeed(*settings, "--epochs", 4, "--resume", path, "--start_epoch", 0, "--eval")
 
 
-def test_resume_restores_what_the_checkpoint_holds(tmp_path):
+def test_resume_restores_the_training_state(tmp_path):
     args, precision, training = prepared("--model-ema", "--epochs", 5)
     one_epoch(args, precision, training)
     training.best_accuracy, training.epoch, training.epoch_step = 55.5, 3, 0
@@ -427,8 +427,8 @@ def test_resume_restores_what_the_checkpoint_holds(tmp_path):
     assert all(torch.equal(ours[i]["exp_avg"], others[i]["exp_avg"]) for i in others)
 
 
-def test_resume_keeps_how_this_run_computes_its_steps(tmp_path):
-    """A checkpoint of a run with another kind of AdamW does not change this one's."""
+def test_resume_keeps_the_optimiser_fused(tmp_path):
+    """A checkpoint written with unfused AdamW leaves this run's AdamW fused."""
     args, precision, training = prepared("--amp", "float16", "--epochs", 2)
     one_epoch(args, precision, training)
     state = training.optimizer.state_dict()
@@ -438,8 +438,8 @@ def test_resume_keeps_how_this_run_computes_its_steps(tmp_path):
     assert all(group["fused"] for group in fused.param_groups)
 
 
-def test_resume_takes_the_settings_of_the_command(tmp_path):
-    """Also within the first epoch, before any step of the schedule; the moments are the checkpoint's."""
+def test_resume_uses_the_settings_of_the_new_command(tmp_path):
+    """Also within the first epoch, before the schedule's first step. The moments come from the checkpoint."""
     args, precision, training = prepared("--lr", "1e-3", "--warmup-epochs", 0)
     one_epoch(args, precision, training)
     checkpoint = training.checkpoint() | dict(args=vars(args))
@@ -464,7 +464,7 @@ def test_resume_takes_the_settings_of_the_command(tmp_path):
     (["checkpoint-00000004.pth", "checkpoint-00000008.pth"], ("--resume", "checkpoint-00000004.pth"), True),
     (["checkpoint-00000004.pth", "checkpoint-00000008.pth"], ("--auto-resume", "checkpoint-00000004.pth"), False),
 ])  # fmt: skip
-def test_a_folder_that_holds_a_run_is_taken(files, source, taken, tmp_path):
+def test_which_output_folders_are_taken(files, source, taken, tmp_path):
     for name in files:
         (tmp_path / name).write_text('{"epoch": 0, "train_loss": 1.0}\n')
     later = []
@@ -479,8 +479,8 @@ def write_to_full_disk(*_) -> None:
     Path("/dev/full").write_text("x")
 
 
-def test_figures_that_could_not_be_written_come_later(tmp_path, monkeypatch, capsys):
-    """And hide none of those before them."""
+def test_failed_tensorboard_writes_are_retried(tmp_path, monkeypatch, capsys):
+    """A failed write loses none of the values."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     scalars = output.Scalars(tmp_path)
@@ -495,7 +495,7 @@ def test_figures_that_could_not_be_written_come_later(tmp_path, monkeypatch, cap
     assert [event.value for event in events.Scalars("test/acc1")] == [0, 1, 2, 3, 4]
 
 
-def test_lines_of_the_log_that_could_not_be_written_come_later(tmp_path, monkeypatch, capsys):
+def test_failed_log_writes_are_retried(tmp_path, monkeypatch, capsys):
     log = output.Log(tmp_path / "log.txt", 0, 0)
     with monkeypatch.context() as full_disk:
         full_disk.setattr(output.os, "fsync", write_to_full_disk)
@@ -512,8 +512,8 @@ def create_groups(model):
 
 
 def test_published_training_state_is_resumed(few_digits, tmp_path):
-    """The published code decays window tokens, so its optimiser numbers the parameters otherwise; and its settings are
-    a Namespace."""
+    """The published code decays window tokens, so its optimiser numbers the parameters differently. Its settings are a
+    Namespace."""
     model = timm.create_model("SepViT_Lite", img_size=32, num_classes=3)
     named = list(model.named_parameters())
     groups = [[(n, p) for n, p in named if p.ndim <= 1], [(n, p) for n, p in named if p.ndim > 1]]
@@ -550,7 +550,7 @@ def test_bare_weights_and_prefixes(few_digits, tmp_path):
     assert main.run([*settings, "--output_dir", str(tmp_path / "run")]) == 0
 
 
-def test_finetune_says_what_it_did(trained, few_digits, tmp_path):
+def test_finetune_reports_what_it_loaded(trained, few_digits, tmp_path):
     printed = succeed(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--input-size", 96,
                       "--finetune", trained[0] / "checkpoint.pth", "--lr", 0)  # fmt: skip
     assert re.search(r"loaded \d+ of \d+ entries", printed)
@@ -571,7 +571,7 @@ def test_distillation_trains(kind, trained, some_digits, tmp_path):
     assert np.isfinite(read_log(tmp_path / "run")[0]["train_loss"])
 
 
-# ----------------------------------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------------------------------------------ processes
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -592,7 +592,7 @@ def test_two_processes_train(accumulate, few_digits, tmp_path):
         "cpu",
         processes=2,
     )
-    assert printed.count("trained in") == 1  # the main process alone prints
+    assert printed.count("trained in") == 1  # only the main process prints
     assert printed.count("epoch 0 validation: top-1") == 1
     assert len(read_log(tmp_path / "run")) == 1
     assert torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["steps"] == 3 // accumulate
@@ -600,7 +600,7 @@ def test_two_processes_train(accumulate, few_digits, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--use_env"], pytest.param([], marks=pytest.mark.slow)])
 def test_torch_distributed_launch(flags, few_digits, tmp_path):
-    """The paper's command, on two processes. Without --use_env each gets --local-rank as a setting."""
+    """The paper's command, with two processes. Without --use_env, each process gets a --local-rank argument."""
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", *flags,
          f"--master_port={free_port()}",
@@ -612,7 +612,7 @@ def test_torch_distributed_launch(flags, few_digits, tmp_path):
     assert (tmp_path / "SepViT_Lite/checkpoint.pth").exists()  # the output folder is the model's name by default
 
 
-def test_two_nodes_by_torchruns_own_flags(few_digits, tmp_path):
+def test_torchrun_on_two_nodes(few_digits, tmp_path):
     port = free_port()
 
     def node(rank: int):
@@ -631,8 +631,8 @@ def test_two_nodes_by_torchruns_own_flags(few_digits, tmp_path):
     assert "epoch" not in results[1].stdout
 
 
-@pytest.mark.parametrize("meeting", ["env://", "tcp://127.0.0.1:{port}"])
-def test_slurm_variables(meeting, few_digits, tmp_path):
+@pytest.mark.parametrize("address", ["env://", "tcp://127.0.0.1:{port}"])
+def test_slurm_variables(address, few_digits, tmp_path):
     port = free_port()
     settings = [
         *SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--device", "cpu", "--batch-size",
@@ -642,7 +642,7 @@ def test_slurm_variables(meeting, few_digits, tmp_path):
     def task(rank: int):
         environment = dict(SLURM_PROCID=str(rank), SLURM_NTASKS="2", SLURM_LOCALID=str(rank), MASTER_PORT=str(port),
                            SLURM_JOB_NODELIST="127.0.0.1", OMP_NUM_THREADS="1")  # fmt: skip
-        return command(*settings, "--dist_url", meeting.format(port=port), environment=environment)
+        return command(*settings, "--dist_url", address.format(port=port), environment=environment)
 
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(task, range(2)))
@@ -651,9 +651,9 @@ def test_slurm_variables(meeting, few_digits, tmp_path):
     assert results[1].stdout == ""
 
 
-def test_processes_keep_the_same_weights(few_digits, tmp_path):
-    """Two processes with half the batch each take the step of one process with the whole batch."""
-    data = ["--data-path", few_digits, "--device", "cpu", "--input-size", 40]  # up to 32, crops are random
+def test_two_processes_match_one_with_the_whole_batch(few_digits, tmp_path):
+    """Two processes with half the batch each take the same steps as one process with the whole batch."""
+    data = ["--data-path", few_digits, "--device", "cpu", "--input-size", 40]  # crops are random up to 32
     succeed(*SMALL, *PLAIN, *data, "--output_dir", tmp_path / "one")
     succeed(*SMALL, *PLAIN, *data, "--output_dir", tmp_path / "two", "--batch-size", 8, processes=2)
     one, two = (torch.load(tmp_path / n / "checkpoint.pth", weights_only=True)["model"] for n in ("one", "two"))
@@ -661,11 +661,11 @@ def test_processes_keep_the_same_weights(few_digits, tmp_path):
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------ terminal
+# ------------------------------------------------------------------------------------------------------------- terminal
 
 
 def test_progress_bar_on_a_terminal(few_digits, tmp_path):
-    """Where the output is a terminal there is a bar, with loss, learning rate, speed and time left."""
+    """A bar with loss, learning rate, speed and time left."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))  # rows and columns
     process = subprocess.Popen(
@@ -687,7 +687,7 @@ def test_progress_bar_on_a_terminal(few_digits, tmp_path):
     try:
         while chunk := os.read(leader, 65536):
             output += chunk
-    except OSError:  # the terminal is gone with the process
+    except OSError:  # the process has ended and closed the terminal
         pass
     assert process.wait() == 0
     text = output.decode()

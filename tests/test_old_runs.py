@@ -1,8 +1,8 @@
 """Checkpoints and run folders of version 0.1.0 still work.
 
-`fixtures/run.tar.xz` was written by the commit before `training/` took over a run's machinery. It holds a run of
-`fixtures/small_main.py` on `few_digits`, stopped by SIGTERM in the middle of its second epoch of three (`run`), and the
-end of the same run left alone (`undisturbed`).
+`fixtures/run.tar.xz` was written by the last commit before `training/` was added. It holds a run of
+`fixtures/small_main.py` on `few_digits` that SIGTERM stopped in the second of three epochs (`run`), and the same run
+completed without interruption (`undisturbed`).
 """
 
 import json
@@ -17,7 +17,7 @@ from conftest import ROOT, command, differences
 from training.output import EntryKind, kind_of, read_log
 
 FIXTURES = ROOT / "tests/fixtures"
-# Kernels are chosen by the processor. On others than the fixture's, the last bits may differ.
+# PyTorch's kernels depend on the processor. On another than the fixture's, the last bits may differ.
 MACHINE = dict(machine="x86_64", capability="AVX512")
 SETTINGS = ["--model", "sepvit_fixture", "--input-size", 64, "--batch-size", 8, "--epochs", 3, "--model-ema",
             "--model-ema-warmup", "--warmup-epochs", 1, "--lr", 5e-3, "--device", "cpu", "--checkpoint-every", 2,
@@ -26,14 +26,14 @@ SETTINGS = ["--model", "sepvit_fixture", "--input-size", 64, "--batch-size", 8, 
 
 @pytest.fixture
 def old(tmp_path) -> Path:
-    """The folders of the fixture."""
+    """The unpacked fixture."""
     with tarfile.open(FIXTURES / "run.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     return tmp_path
 
 
 def run(old: Path, few_digits: Path, *arguments: object):
-    """Run small_main.py in the fixture's folder, with one thread, as the fixture was made."""
+    """Run small_main.py in the fixture's folder with one thread, as when the fixture was written."""
     (old / "few").symlink_to(few_digits)
     script = FIXTURES / "small_main.py"
     return command(*SETTINGS, "--data-path", "few", *arguments, script=script, cwd=old,
@@ -75,7 +75,7 @@ def test_an_old_checkpoint_is_evaluated(old, few_digits):
     assert {"test_acc1", "test_ema_acc1"} <= figures.keys()
 
 
-def test_an_old_checkpoint_starts_a_run_of_another_size(old, few_digits):
+def test_an_old_checkpoint_is_finetuned_at_another_size(old, few_digits):
     finetune = ["--finetune", "undisturbed/checkpoint-00000018.pth", "--input-size", 96, "--epochs", 1]
     result = run(old, few_digits, *finetune, "--output_dir", "tuned")
     assert result.returncode == 0, result.stderr
@@ -83,7 +83,7 @@ def test_an_old_checkpoint_starts_a_run_of_another_size(old, few_digits):
     assert "of another image size or form: resampled " in result.stdout
 
 
-def test_settings_of_an_old_run_repeat_it(old, few_digits):
+def test_an_old_run_is_repeated_from_its_args(old, few_digits):
     result = run(
         old, few_digits, "--config", "run/args.yaml", "--output_dir", "again", "--no-auto-resume", "--epochs", 1
     )

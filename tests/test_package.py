@@ -1,6 +1,6 @@
-"""`pip install .` and `pip install -e .`: the network and the backbones in a host program of another project.
+"""`pip install .` and `pip install -e .`: using the network and the backbones in another project.
 
-The host has a `utils` and a `datasets` of its own, first on its path.
+That project, the host, has its own `utils` and `datasets`, first on its path.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# Without the network: with this environment's setuptools, and without the dependencies, which are installed.
+# Works offline: builds with this environment's setuptools, and the dependencies are already installed.
 PIP = [
     sys.executable,
     "-m",
@@ -51,16 +51,16 @@ assert hasattr(datasets, "load_dataset"), datasets.__file__
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of what is packaged: building leaves files in the folder."""
+    """A copy of the project, as building leaves files in its folder."""
     folder = tmp_path_factory.mktemp("source") / "sepvit"
     skipped = shutil.ignore_patterns(".*", "demo", "work_dirs", "runs", "build", "*.egg-info", "__pycache__", "tests")
     shutil.copytree(ROOT, folder, ignore=skipped)
     return folder
 
 
-@pytest.fixture(scope="module", params=["whole", "editable"])
+@pytest.fixture(scope="module", params=["regular", "editable"])
 def site(request, source, tmp_path_factory) -> tuple[Path, Path]:
-    """A site folder with the package installed, and the folder its modules are in."""
+    """A site folder with the package installed, and the folder that holds its modules."""
     prefix = tmp_path_factory.mktemp(request.param)
     editable = ["-e"] if request.param == "editable" else []
     subprocess.run([*PIP, "--prefix", str(prefix), *editable, str(source)], check=True, cwd=prefix)
@@ -69,7 +69,7 @@ def site(request, source, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def run(code: str, folder: Path, *arguments: Path) -> subprocess.CompletedProcess:
-    """Run a program in a folder, as users do: without this repository on the path."""
+    """Run a program as users do, without this repository on the path."""
     (folder / "program.py").write_text(code)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run([sys.executable, "program.py", *map(str, arguments)], cwd=folder, capture_output=True,
@@ -83,11 +83,11 @@ def test_a_host_with_its_own_utils_and_datasets(site, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_hugging_faces_library_is_imported(site, tmp_path):
+def test_hugging_face_datasets_is_imported(site, tmp_path):
     result = run(HUGGING_FACE, tmp_path, *site)
     assert result.returncode == 0, result.stderr
 
 
-def test_what_is_installed(site):
+def test_top_level_modules_and_tests_are_not_installed(site):
     folder, _ = site
     assert not {"utils.py", "datasets.py", "main.py", "tests"} & {path.name for path in folder.iterdir()}

@@ -1,7 +1,7 @@
-"""Private parts of other libraries that this project uses. A failure here means: the library has changed, adapt it.
+"""Private parts of other libraries that this project uses. A failure means that a library has changed: adapt the use.
 
-The ranges of versions are in pyproject.toml, the places of use in docs/design.md. Those of mmengine and its kin are in
-test_private_parts_dense.py.
+Supported versions are in pyproject.toml, the places of use in docs/design.md. test_private_parts_dense.py covers
+mmengine and its companions.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import importlib.metadata
 import io
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import tarfile
@@ -24,12 +25,20 @@ from PIL import Image
 from torch._utils import ExceptionWrapper
 
 import sepvit  # noqa: F401 registers the models
-from training import streams
+from training import readers
+from training.checkpoints import refused_class
 from training.commands import Parser
-from training.errors import UserError, is_communication_error, is_transient, out_of_files, out_of_shared_memory
+from training.errors import (
+    UserError,
+    is_communication_error,
+    is_transient,
+    is_worker_traceback,
+    out_of_files,
+    out_of_shared_memory,
+)
 from training.state import reads_found_inf
 
-PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")  # tomllib came with Python 3.11
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")  # tomllib needs Python 3.11
 RANGES = re.findall(r'^    "([^"]+)"', PROJECT.partition("\ndependencies = [")[2].partition("\n]")[0], re.MULTILINE)
 
 
@@ -73,21 +82,45 @@ def test_timm_asserts():
 
 
 def test_timms_webdataset_reader_has_the_known_pipeline(tmp_path):
-    """`open_webdataset` finds the stages it replaces, and refuses a pipeline it does not know."""
+    """`open_webdataset` finds the stages that it replaces, and refuses an unknown pipeline."""
     with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
         for name, content in (("a.png", png()), ("a.cls", b"1")):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     dataset = timm.data.create_dataset("wds/x", root=str(tmp_path), split="train-{0..0}.tar|1", is_training=True)
-    streams.open_webdataset(dataset.reader, lambda error: False, seed=7)
+    readers.open_webdataset(dataset.reader, lambda error: False, seed=7)
     assert dataset.reader.worker_seed == 7
-    ours = [stage for stage in dataset.reader.ds.pipeline if getattr(stage, "func", None) is streams._samples_of_shards]
+    ours = [stage for stage in dataset.reader.ds.pipeline if getattr(stage, "func", None) is readers._samples_of_shards]
     assert len(ours) == 1
     dataset.reader.ds.pipeline = []
     dataset.reader._lazy_init = lambda: None
     with pytest.raises(UserError, match=rf"timm {re.escape(timm.__version__)} reads webdatasets differently"):
-        streams.open_webdataset(dataset.reader, lambda error: False, seed=7)
+        readers.open_webdataset(dataset.reader, lambda error: False, seed=7)
+
+
+def test_timms_archive_reader_has_classes_and_labels(tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for name in ("a/1.png", "b/2.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(png())
+            archive.addfile(member, io.BytesIO(png()))
+    reader = timm.data.create_dataset("", root=str(tmp_path / "train.tar")).reader
+    assert readers.archive_classes(reader) == ["a", "b"]
+    assert list(readers.archive_labels(reader)) == [("a/1.png", 0), ("b/2.png", 1)]
+    assert readers.archive_damage(reader) is None
+    assert readers.shards_of(reader) is None
+
+
+def test_timms_streams_are_shared_among_ranks(tmp_path):
+    """Each rank's share of the shards, read as by a single rank."""
+    (tmp_path / "info.json").write_text("{}")
+    dataset = timm.data.create_dataset("wds/x", root=str(tmp_path), split="val-{0..4}.tar|10")
+    assert list(readers.shards_of(dataset)) == [f"val-{i}.tar" for i in range(5)]
+    dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 1, 2
+    readers.read_exactly_once(dataset, split_shards=True)
+    assert list(readers.shards_of(dataset)) == ["val-1.tar", "val-3.tar"]
+    assert (dataset.reader.dist_rank, dataset.reader.dist_num_replicas, dataset.reader.num_samples) == (0, 1, 5)
 
 
 def png() -> bytes:
@@ -101,7 +134,7 @@ def png() -> bytes:
 
 @pytest.mark.parametrize(("fused", "expected"), [(True, True), (False, False)])
 def test_fused_optimisers_read_found_inf(fused, expected):
-    """A fused step skips itself by `found_inf`, without a read of the device."""
+    """A fused step reads `found_inf` on the device and skips itself."""
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
     assert reads_found_inf(optimizer) == expected
@@ -113,7 +146,7 @@ def test_fused_optimisers_read_found_inf(fused, expected):
 
 
 def test_torch_reads_zip_archives_from_files(tmp_path):
-    """`PyTorchFileReader` refuses what torch.load would; without it, `damage` does without."""
+    """`PyTorchFileReader` refuses what torch.load would refuse. `damage` skips this check if it is missing."""
     torch.save({"a": torch.ones(3)}, tmp_path / "whole.pth")
     with (tmp_path / "whole.pth").open("rb") as file:
         assert torch._C.PyTorchFileReader(file) is not None
@@ -122,8 +155,19 @@ def test_torch_reads_zip_archives_from_files(tmp_path):
         torch._C.PyTorchFileReader(file)
 
 
+def test_torch_names_a_refused_class(tmp_path):
+    """Of a checkpoint that holds one, and of a plain pickle."""
+    torch.save({"args": Path("x")}, tmp_path / "class.pth")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Path("x"), protocol=2))
+    for name in ("class.pth", "pickle.pth"):
+        with pytest.raises(pickle.UnpicklingError) as raised:
+            torch.load(tmp_path / name, weights_only=True)
+        assert refused_class(raised.value) == "pathlib.PosixPath"
+    assert refused_class(RuntimeError("size mismatch")) is None
+
+
 def raised_by_worker(error: Exception) -> Exception:
-    """A loader worker's error, as torch raises it again."""
+    """A loader worker's error, as torch re-raises it."""
     try:
         raise error
     except Exception:
@@ -134,13 +178,14 @@ def raised_by_worker(error: Exception) -> Exception:
 
 
 def test_a_workers_user_error_keeps_its_line():
+    assert is_worker_traceback(str(raised_by_worker(RuntimeError("size mismatch"))))
     assert str(raised_by_worker(UserError("`num_classes` 3: an image is labelled 7"))) == (
         "`num_classes` 3: an image is labelled 7"
     )
 
 
-class Exits(torch.utils.data.Dataset):
-    """A data set whose worker is killed, as where memory runs out."""
+class KillsWorker(torch.utils.data.Dataset):
+    """A data set that kills its loader worker, as the kernel does when memory runs out."""
 
     def __len__(self):
         return 4
@@ -151,14 +196,14 @@ class Exits(torch.utils.data.Dataset):
 
 def test_a_lost_worker_is_transient():
     with pytest.raises(RuntimeError) as raised:
-        list(torch.utils.data.DataLoader(Exits(), num_workers=1))
+        list(torch.utils.data.DataLoader(KillsWorker(), num_workers=1))
     assert is_transient(raised.value)
     assert not out_of_shared_memory(raised.value)
     assert not out_of_files(raised.value)
 
 
 def lose_connection(rank: int, store: Path, verdicts) -> None:
-    """Join a group of two. Rank 1 exits at once, rank 0 reports what a collective call raises."""
+    """Join a group of two. Rank 1 exits at once, and rank 0 reports the error of a collective call."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2,
                                          timeout=timedelta(seconds=60))  # fmt: skip
     if rank == 1:
@@ -170,8 +215,8 @@ def lose_connection(rank: int, store: Path, verdicts) -> None:
         verdicts.put((is_communication_error(error), str(error)))
 
 
-def test_a_broken_connection_is_known(tmp_path):
-    """gloo raises a RuntimeError whose text names it."""
+def test_a_broken_connection_is_recognised(tmp_path):
+    """gloo raises a RuntimeError that is recognised by its text."""
     assert is_communication_error(torch.distributed.DistBackendError("NCCL error"))
     assert not is_communication_error(RuntimeError("size mismatch"))
     assert not is_communication_error(None)
@@ -199,7 +244,7 @@ def test_argparse_lists_its_settings():
     assert {"data_path", "dp", "pin_mem", "help"} <= parser.actions().keys()
 
 
-def test_argparse_takes_negative_numbers_with_exponents():
+def test_argparse_accepts_negative_numbers_with_exponents():
     parser = Parser()
     parser.add_argument("--lr", type=float)
     assert parser.parse_args(["--lr", "-1e-3"]).lr == -1e-3

@@ -1,4 +1,4 @@
-"""Recipes: settings of main.py in YAML files, and the one that each run leaves."""
+"""Recipes: YAML files with settings of main.py, and the args.yaml that each run writes."""
 
 from pathlib import Path
 
@@ -29,15 +29,15 @@ def test_recipes_of_the_repository_are_valid(path):
 @pytest.mark.parametrize(("variant", "drop_path", "weight_decay", "warmup_epochs"), [
     ("Lite", 0.1, 0.05, 5), ("Tiny", 0.2, 0.05, 5), ("Small", 0.3, 0.05, 5), ("Base", 0.5, 0.1, 20),
 ])  # fmt: skip
-def test_recipes_are_the_published_ones(variant, drop_path, weight_decay, warmup_epochs):
-    """The defaults, but for what is the variant's."""
+def test_recipes_match_the_published_ones(variant, drop_path, weight_decay, warmup_epochs):
+    """The defaults, except for each variant's own settings."""
     args = parse("--config", ROOT / f"recipes/sepvit_{variant.lower()}_imagenet.yaml")
     own = dict(model=f"SepViT_{variant}", drop_path=drop_path, weight_decay=weight_decay, warmup_epochs=warmup_epochs,
                batch_size=128, dist_eval=True, config=args["config"])  # fmt: skip
     assert args == parse() | own
 
 
-def test_the_command_line_goes_before_the_recipe(tmp_path):
+def test_the_command_line_overrides_the_recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("lr: 1e-3\nbatch-size: 8\ndist_eval: true\npin_mem: no\nopt_betas: [0.9, 0.95]\namp: off\naa: ''\n")
     args = parse("--config", path, "--batch-size", 16, "--no-dist-eval")
@@ -76,7 +76,7 @@ def test_mistakes_are_named_with_their_line(text, tmp_path):
         parse("--config", path)
 
 
-def test_mistakes_of_files(tmp_path):
+def test_invalid_recipe_files(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9")
     for name, words in (("latin.yaml", "not UTF-8"), ("nowhere.yaml", "No such file"), (".", "Is a directory")):
         with pytest.raises(UserError, match=words):
@@ -92,8 +92,8 @@ def test_a_mistake_as_a_command(tmp_path):
     )
 
 
-def test_every_setting_comes_through_a_recipe(tmp_path):
-    """Also those that YAML would read as something else."""
+def test_every_setting_survives_a_recipe(tmp_path):
+    """Including texts that YAML would read as another type."""
     settings = vars(main.build_parser().parse_args([])) | dict(
         lr_noise=[0.1, 0.9], opt_betas=[0.9, 0.999], cutmix_minmax=[0.2, 0.8], amp="off", aa="", output_dir="off",
         data_path="1e3", data_set="null", num_classes=5, opt_eps=1e-12, model_ema=True, seed=0, train_split="a: b # c",
@@ -106,8 +106,8 @@ def test_every_setting_comes_through_a_recipe(tmp_path):
     assert args == settings
 
 
-def test_a_run_is_repeated_from_its_args(few_digits, tmp_path):
-    """Bit for bit, by the recipe it left."""
+def test_a_run_is_repeated_from_its_args_yaml(few_digits, tmp_path):
+    """Bit for bit."""
     recipe = "batch_size: 16\nepochs: 2\nnum_workers: 0\nmodel_ema: true\nlr: 5e-3\nmixup: 0.3\n"
     (tmp_path / "recipe.yaml").write_text(recipe)
     succeed(*SMALL[:4], "--config", tmp_path / "recipe.yaml", "--data-path", few_digits, "--seed", 7,
@@ -125,8 +125,8 @@ def test_a_run_is_repeated_from_its_args(few_digits, tmp_path):
     assert "first: already holds a run" in result.stderr
 
 
-def test_readmes_results_are_the_published_ones():
-    """Top-1, throughput and latency are the paper's; the settings those of the recipes."""
+def test_readme_has_the_published_results():
+    """Top-1, throughput and latency match the paper, and the settings match the recipes."""
     rows = [[cell.strip("`* ") for cell in line.strip("|").split("|")] for line in README.splitlines()
             if line.startswith("| `SepViT_")]  # fmt: skip
     paper = {"SepViT_Lite": ("72.3 ¹", "–", "–"), "SepViT_Tiny": ("82.7", "729", "24.5"),

@@ -1,4 +1,4 @@
-"""The structure of the code: imports point one way, and only commands know flags."""
+"""The structure of the code: imports point one way, and only commands name flags."""
 
 import ast
 import re
@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# From the top to the bottom. A module may import those of lower layers, and of its own without a cycle.
+# From top to bottom. A module may import from lower layers, and from its own layer without a cycle.
 COMMANDS = ("main", "tools", "segmentation", "detection", *(f"dense.{name}" for name in
             ("flops", "predict", "settings", "test", "train")))  # fmt: skip
 LAYERS = (COMMANDS, ("engine", "datasets"), ("training", "dense"), ("samplers", "sepvit", "utils"))
-# What `pip install .` brings to a host program, which may have a `utils` and a `datasets` of its own.
+# What a host program imports after `pip install .`. It may have its own `utils` and `datasets`.
 INSTALLED = ("sepvit", "dense.backbone", "dense.loading", "dense.runner")
 NOT_INSTALLED = ("utils", "datasets", "samplers", "engine", "main")
 
 
 def modules() -> dict[str, Path]:
-    """All modules of this project but the tests, by name."""
+    """All modules of this project except the tests, by name."""
     paths = [*ROOT.glob("*.py")]
     for folder in ("training", "dense", "tools", "segmentation", "detection"):
         paths += [path for path in (ROOT / folder).glob("*.py")]
@@ -33,7 +33,7 @@ def imports_of(path: Path, at_import: bool = False) -> set[str]:
 
     Args:
         path: the module's file.
-        at_import: only those imported with the module itself, not within functions.
+        at_import: only imports at module level, not those in functions.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = tree.body if at_import else list(ast.walk(tree))
@@ -50,14 +50,14 @@ GRAPH = {name: imports_of(path) for name, path in MODULES.items()}
 
 
 def layer_of(name: str) -> int:
-    """The layer of a module: that of the longest matching entry."""
+    """The layer of a module, by its longest matching entry."""
     matches = [(len(entry), layer) for layer, entries in enumerate(LAYERS) for entry in entries
                if name == entry or name.startswith(f"{entry}.")]  # fmt: skip
     return max(matches)[1]
 
 
 def reached(name: str) -> set[str]:
-    """All modules that importing a module brings along."""
+    """A module and all modules that it imports, directly or not."""
     seen, rest = set(), [name]
     while rest:
         module = rest.pop()
@@ -67,7 +67,7 @@ def reached(name: str) -> set[str]:
     return seen
 
 
-def test_the_project_is_found():
+def test_modules_and_imports_are_found():
     assert {"main", "engine", "training.state", "dense.backbone", "tools.benchmark"} <= MODULES.keys()
     assert "training.state" in GRAPH["engine"]
 
@@ -79,13 +79,13 @@ def test_imports_point_down(name):
     assert name not in {module for other in GRAPH[name] for module in reached(other)}, "it imports itself in a circle"
 
 
-def test_shared_code_imports_no_tool():
+def test_only_tools_import_tools():
     importers = [name for name, others in GRAPH.items() if any(other.startswith("tools.") for other in others)]
     assert [name for name in importers if not name.startswith("tools.")] == []
 
 
 @pytest.mark.parametrize("name", INSTALLED)
-def test_installed_modules_need_nothing_that_hosts_may_shadow(name):
+def test_installed_modules_import_nothing_that_hosts_may_shadow(name):
     assert reached(name) & set(NOT_INSTALLED) == set()
 
 
@@ -93,7 +93,7 @@ BELOW_COMMANDS = sorted(name for name in MODULES if layer_of(name) > 0)
 
 
 def texts_of(path: Path) -> list[str]:
-    """All string literals of a module but its docstrings."""
+    """All string literals of a module except docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     docstrings = {id(node.body[0].value) for node in ast.walk(tree)
                   if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body
@@ -117,8 +117,8 @@ def test_only_commands_name_flags(name):
     assert named & known == set(), "write setting('name'), see training/errors.py"
 
 
-def test_settings_in_messages_are_settings():
-    """A name that `setting` mentions is one that main.py knows, so that it becomes a flag."""
+def test_messages_mention_existing_settings():
+    """Names passed to `setting` are settings of main.py, so they become flags."""
     import main
 
     known = main.build_parser().flags()
@@ -131,17 +131,17 @@ def test_settings_in_messages_are_settings():
 
 
 def test_no_namespace_below_the_commands():
-    """Only main.py's builders, and the code that parses, see argparse's Namespace."""
+    """Only main.py's builders and the parsing code use argparse.Namespace."""
     users = [name for name in BELOW_COMMANDS if "argparse.Namespace" in MODULES[name].read_text(encoding="utf-8")]
     parsing = ["training.commands", "training.recipes"]
-    assert [name for name in users if name not in parsing] == ["training.checkpoints"]  # published files contain one
+    assert [name for name in users if name not in parsing] == ["training.checkpoints"]  # published files have one
 
 
-def test_readme_fits():
+def test_readme_length():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
 
 
-def test_links_of_the_documents_lead_somewhere():
+def test_links_in_the_documents_exist():
     for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
             if "://" not in link:

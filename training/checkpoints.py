@@ -87,12 +87,18 @@ def read_checkpoint(path: str, what: str, data_classes: Sequence[Any] = ()) -> d
     except PermissionError:
         raise UserError(f"{what}: cannot be read (permission denied)") from None
     except Exception as error:  # torch.load does not document what it raises for files that are not checkpoints
-        if match := re.search(r"nsupported (?:global|class)\W+(?:GLOBAL )?([\w.]+)", str(error), re.I):
-            raise UserError(f"{what}: refused, it holds {match[1]}, which could run code; save only tensors") from None
+        if refused := refused_class(error):
+            raise UserError(f"{what}: refused, it holds {refused}, which could run code; save only tensors") from None
         raise UserError(f"{what}: not a checkpoint, or a truncated one") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{what}: not a checkpoint, it holds a {type(checkpoint).__name__}")
     return checkpoint
+
+
+def refused_class(error: Exception) -> str | None:
+    """Return the class that unpickling refused, which only the error's text names; None for other errors."""
+    match = re.search(r"nsupported (?:global|class)\W+(?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE)
+    return match[1] if match else None
 
 
 def _fetch(path: str) -> Any:
@@ -172,8 +178,16 @@ def damage(path: Path) -> str | None:
             with path.open("rb") as file:
                 reader(file)
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, ValueError) as error:
-        return "truncated" if "not a zip file" in str(error) else " ".join(str(error).split())[:100]
+        return " ".join(str(error).split())[:100] if _has_directory(path) else "truncated"
     return None
+
+
+def _has_directory(path: Path) -> bool:
+    """Whether a zip file has its directory, which is at the end."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # it has one, with an unsupported entry
+        return True
 
 
 def _is_whole(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
@@ -247,12 +261,12 @@ def download(url: str, path: Path, stall: float = STALL, attempts: int = ATTEMPT
                 problem, is_final = error, False
             failures = 0 if _size(partial) > before else failures + 1
             if is_final or failures == attempts:
-                raise UserError(f"{url}: download failed ({problem}) after {failures} attempts")
+                raise UserError(f"download failed ({problem}) after {failures} attempts")
             time.sleep((failures + 1) / 2)
         if _has_wrong_hash(partial, path.name):
-            raise UserError(f"{url}: the downloaded file does not have the hash in its name; try again")
+            raise UserError("the downloaded file does not have the hash in its name; try again")
         if has_checks(partial) and (found := damage(partial)):
-            raise UserError(f"{url}: the downloaded file is damaged ({found}); try again")
+            raise UserError(f"the downloaded file is damaged ({found}); try again")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -265,7 +279,7 @@ def _delete_abandoned(path: Path) -> None:
             os.kill(int(partial.stem.rpartition("-")[2]), 0)
         except ProcessLookupError:
             partial.unlink(missing_ok=True)
-        except PermissionError:  # another user's that lives
+        except PermissionError:  # another user's process, which is running
             continue
 
 
@@ -283,7 +297,7 @@ def _fetch_rest(url: str, partial: Path, stall: float) -> None:
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=stall) as response:
         if not response.geturl().startswith("https://"):
-            raise UserError(f"{url}: redirects to {response.geturl()}, which is not https")
+            raise UserError(f"redirects to {response.geturl()}, which is not https")
         if response.status != 206:
             have = 0  # the server does not support ranges
         length = response.headers.get("Content-Length")
@@ -347,7 +361,9 @@ class LoadReport:
 def settings_in(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The settings saved in a checkpoint. Published checkpoints hold them as a Namespace."""
     settings = checkpoint.get("args", {})
-    return settings if isinstance(settings, dict) else dict(vars(settings))
+    if isinstance(settings, argparse.Namespace):
+        return dict(vars(settings))
+    return settings if isinstance(settings, dict) else {}
 
 
 def img_size_of(checkpoint: dict[str, Any]) -> tuple[int, int] | None:
@@ -413,7 +429,6 @@ def load_weights(
     Raises:
         UserError: the weights are of another variant, number of classes or architecture, or are not finite.
     """
-    _check_finite(weights, model, what)
     prefix = f"{network}." if network else ""
     expected = model.state_dict()
     report = LoadReport(len(expected))
@@ -436,6 +451,7 @@ def load_weights(
         report.classifier = _replace_classifier(weights, expected, classifier)
     if partly:
         _fill_up(weights, expected, prefix, report)
+    _check_finite(weights, model, what)
     _check_entries(weights, expected, what, classifier, classes_hint)
     model.load_state_dict(mark_adapted(weights, network))
     return report
@@ -456,14 +472,14 @@ def _resized_by_timm(weights: dict[str, Tensor], model: nn.Module) -> tuple[dict
         return weights, []
     try:
         adapted = adapt(dict(weights), model)
-    except Exception:  # undocumented, for weights of another network, which `_check_entries` reports
+    except Exception:  # of any type, for weights of another network, which `_check_entries` reports
         return weights, []
     return adapted, [name for name, value in adapted.items()
                      if name in weights and value.shape != weights[name].shape]  # fmt: skip
 
 
 def _replace_classifier(weights: dict[str, Tensor], expected: dict[str, Tensor], classifier: str | None) -> list[str]:
-    """Take the model's classifier if that of the weights does not fit. Returns the names of its entries then."""
+    """Use the model's own classifier if the checkpoint's does not fit. Returns the names of its entries, if used."""
     names = [name for name in expected if classifier and name.startswith(f"{classifier}.")]
     if all(name in weights and weights[name].shape == expected[name].shape for name in names):
         return []
@@ -596,7 +612,7 @@ class CheckpointWriter:
         self.keep = keep
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
-        self._best: dict[str, Any] | None = None  # the best checkpoint, while it could not be written
+        self._best: dict[str, Any] | None = None  # the best checkpoint, until it is written
         self.failure: str | None = None
 
     def save(self, checkpoint: dict[str, Any], is_best: bool = False) -> None:

@@ -28,6 +28,7 @@ from training.errors import (
     Preempted,
     UserError,
     is_transient,
+    is_worker_traceback,
     one_line,
     out_of_files,
     out_of_memory,
@@ -46,7 +47,7 @@ MOST_UNPRINTED = 10_000  # lines kept for log.txt
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse settings, report mistakes in one line. `-` and `_` are the same in the names of settings.
+    """Parse settings, and report mistakes in one line. Names of settings may be spelled with `-` or `_`.
 
     Three private parts of argparse (Python 3.10 to 3.12) are used here and nowhere else: `_actions`,
     `_option_string_actions` and `_negative_number_matcher`. argparse has no public way to list its settings.
@@ -213,8 +214,7 @@ def _refuse(name: str, message: str, is_local: bool = False) -> int:
 def first_line(error: BaseException) -> str:
     """The informative line of an error's text: the last line of a loader worker's traceback, otherwise the first."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    is_traceback = str(error).startswith("Caught ")
-    return one_line(lines[-1] if is_traceback else lines[0])
+    return one_line(lines[-1] if is_worker_traceback(str(error)) else lines[0])
 
 
 def shared_memory_advice() -> str:
@@ -271,7 +271,7 @@ class UnfailingStream:
         return len(text)
 
     def flush(self) -> None:
-        """Print what was written so far, including an unfinished line, as of a progress bar."""
+        """Print what was written so far, including an unfinished line, such as a progress bar."""
         text, self._begun.text = getattr(self._begun, "text", ""), ""
         if not text:
             return

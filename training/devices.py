@@ -1,4 +1,4 @@
-"""Devices: which there are, and waiting for one."""
+"""Devices and processor cores: what is available, and synchronisation."""
 
 import os
 import re
@@ -38,7 +38,7 @@ def check_device(device: str) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all its work, before a time is taken."""
+    """Wait until a device has finished its work, so that a measured time includes it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -50,7 +50,7 @@ class OneLineError(Exception):
 
     def __init__(self, message: str = "") -> None:
         # A loader worker's error is raised again as its class, called with the whole traceback as text.
-        if message.startswith("Caught ") and "\nOriginal Traceback" in message:
+        if is_worker_traceback(message):
             message = message.strip().splitlines()[-1].partition("Error: ")[2]
         super().__init__(one_line(message))
 
@@ -86,6 +86,11 @@ class Preempted(Exception):  # noqa: N818 not an error
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def is_worker_traceback(text: str) -> bool:
+    """Whether an error's text is the traceback of a loader worker. Its last line is the error itself."""
+    return text.startswith("Caught ") and "\nOriginal Traceback" in text
+
+
 def is_transient(error: BaseException | None) -> bool:
     """Whether an error is transient: rerunning may succeed. Includes an OOM-killed loader worker."""
     is_lost_worker = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
@@ -99,7 +104,7 @@ def is_communication_error(error: BaseException | None) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the machine or of its accelerator ran out, here or in a loader worker."""
+    """Whether the machine or its accelerator ran out of memory, here or in a loader worker."""
     texts = ("DefaultCPUAllocator", "MPS backend out of memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED",
              "Cannot allocate memory")  # fmt: skip
     by_text = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
@@ -107,13 +112,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_shared_memory(error: BaseException) -> bool:
-    """Whether the shared memory that loader workers pass their batches through ran out."""
+    """Whether shared memory ran out, through which loader workers pass their batches."""
     pattern = r"shared memory\(shm\)|</torch_\w+>: No space left|Bus error"
     return isinstance(error, RuntimeError) and bool(re.search(pattern, str(error)))
 
 
 def out_of_files(error: BaseException) -> bool:
-    """Whether the process has too many open files. Each loader worker takes some."""
+    """Whether the process has too many open files. Each loader worker opens some."""
     return (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)) or (
         isinstance(error, RuntimeError) and "Too many open files" in str(error)
     )

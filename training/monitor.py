@@ -70,7 +70,7 @@ class DelayedFlags:
         self._pending.append((place, counts, event))
 
     def read(self, to_the_last: bool = False) -> Iterator[StepFlags]:
-        """Yield the flags of steps at least `lag` steps ago, in order.
+        """Yield the flags of steps that are at least `lag` steps old, in order.
 
         Args:
             to_the_last: yield the flags of all steps, and wait for the device.
@@ -88,7 +88,7 @@ class MonitorSettings:
 
     Attributes:
         max_bad_steps: steps skipped in a row that end the run.
-        dump_bad_batch: keep the batches of such steps.
+        dump_bad_batch: save the batches of such steps.
         checkpoint_every: global steps between checkpoints within epochs; 0 for none.
         on_bad_image: 'skip' or 'fail', for messages.
         unreadable_limit: how many training images may be unreadable.
@@ -166,7 +166,8 @@ class StepMonitor:
             Preempted: the run is to stop.
         """
         every = self.settings.checkpoint_every
-        is_due = is_last or (every > 0 and training.global_step % every == 0)  # after the last: validation may fail
+        # Validation, which may fail, follows the epoch's last step.
+        is_due = is_last or (every > 0 and training.global_step % every == 0)
         self.flags.post(dict(epoch=training.epoch, step=training.epoch_step), self._bad_loss, bad_gradients,
                         self.preemption.requested, bool(self._unreadable))  # fmt: skip
         known = list(self.flags.read(to_the_last=is_due))
@@ -204,7 +205,7 @@ class StepMonitor:
             )
 
     def _dump_batch(self, training: Training, flags: StepFlags) -> None:
-        """Keep the batch of a bad step, if asked for."""
+        """Save the batch of a bad step, if the settings ask for it."""
         if self._batch is None:
             return
         batch = {**flags.place, **self._batch}

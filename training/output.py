@@ -97,7 +97,7 @@ class Log:
             print_line(f"WARNING: {self.path} could not be written ({error.strerror}); training continues")
 
     def flush(self) -> None:
-        """Retry to write lines that could not be written."""
+        """Retry to write the lines that failed."""
         if self.failure:
             with suppress(OSError):
                 self._write()
@@ -178,9 +178,11 @@ def plot_curves(log: Path, picture: Path) -> None:
 
 
 class Output:
-    """The files of a run on rank 0. On other ranks, and before `open`, all methods do nothing.
+    """The files of a run. Only rank 0 calls `lock`, `open` and `complete`.
 
-    The order of writes makes sure that log.txt has everything up to the newest checkpoint: see docs/design.md.
+    On other ranks, and before `open`, the other methods do nothing.
+
+    The order of writes ensures that log.txt covers the newest checkpoint; see docs/design.md.
 
     Args:
         folder: the output folder.
@@ -220,7 +222,7 @@ class Output:
             run: description of the run, the first line of log.txt.
             training: the run, where it starts or resumes.
             source: checkpoint that it resumes from, None for a fresh run.
-            resumes: whether it was asked to resume from whatever checkpoint the folder has.
+            resumes: whether the run was asked to resume from the folder's newest checkpoint, if it has any.
             keep: number of checkpoints to keep.
             heartbeat_timeout: see `lock_folder`.
 
@@ -284,14 +286,14 @@ class Output:
                                 f"room and run it again with {setting('auto_resume')}")  # fmt: skip
 
     def complete(self) -> None:
-        """At the end of the run, name the newest checkpoint checkpoint.pth, and plot the curves."""
-        try:
-            if saved := numbered(self.folder):
-                name_also(saved[0], NEWEST)
-            plot_curves(self.folder / LOG, self.folder / CURVES)
-        except OSError as error:
-            print_main(f"WARNING: {self.folder / NEWEST} or {CURVES} could not be written ({error.strerror}); "
-                       "make room and resume the run, which writes them")  # fmt: skip
+        """At the end of the run, name the newest checkpoint checkpoint.pth, and plot the curves.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        if saved := numbered(self.folder):
+            name_also(saved[0], NEWEST)
+        plot_curves(self.folder / LOG, self.folder / CURVES)
 
 
 class _Files:
@@ -346,7 +348,7 @@ def check_free(folder: Path, source: Source | None, global_step: int, resumes: b
         folder: the output folder.
         source: checkpoint that the run resumes from, None for a fresh run.
         global_step: global step of that checkpoint.
-        resumes: whether the run was asked to resume from whatever checkpoint the folder has.
+        resumes: whether the run was asked to resume from the folder's newest checkpoint, if it has any.
 
     Raises:
         UserError: the folder holds another run.
@@ -366,7 +368,7 @@ def is_taken(folder: Path, source: Source | None, later: list[Path], resumes: bo
         folder: the output folder.
         source: checkpoint that the run resumes from, None for a fresh run.
         later: the folder's checkpoints of later steps.
-        resumes: whether the run was asked to resume from whatever checkpoint the folder has.
+        resumes: whether the run was asked to resume from the folder's newest checkpoint, if it has any.
     """
     if source is None or Path(source.path).resolve().parent != folder.resolve():
         has_checkpoint = any((folder / name).exists() for name in (NEWEST, BEST)) or bool(numbered(folder))

@@ -1,6 +1,6 @@
 """The processes of a run: joining the process group, printing, and collective calls.
 
-A collective call has to be made by all ranks. With a single process, each returns at once.
+Every rank has to make a collective call. With a single process, it returns at once.
 """
 
 import os
@@ -24,7 +24,7 @@ from training.errors import LocalError, MachineError, UserError, one_line, setti
 
 
 def environment_number(name: str, default: int, least: int = 0, most: int | None = None) -> int:
-    """Read a whole number from an environment variable, such as launchers set.
+    """Read a whole number from an environment variable, such as a launcher sets.
 
     Args:
         name: the variable.
@@ -138,7 +138,7 @@ def _check_address(dist_url: str, rank: int) -> None:
 
 def _rendezvous(dist_url: str, timeout: timedelta) -> dict[str, Any]:
     """How the processes meet, as arguments of `init_process_group`."""
-    is_one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"  # nodes may have restarted different numbers of times
+    is_one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"  # nodes may differ in their restart counts
     if dist_url == "env://" and is_one_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun keeps its store across restarts, with the addresses of dead processes in it.
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
@@ -194,8 +194,8 @@ def on_processes(function: Callable[[], None], here: bool) -> None:
         here: whether this rank runs it.
 
     Raises:
-        UserError: raised by the function.
-        Exception: likewise; other ranks raise a RuntimeError with its text.
+        UserError: raised by the function; raised on all ranks.
+        Exception: any other error of the function; other ranks raise a RuntimeError with its text.
     """
     failure: Exception | None = None
     if here:

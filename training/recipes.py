@@ -12,11 +12,11 @@ from training.errors import UserError, setting
 from training.storage import write_file
 
 ARGS = "args.yaml"
-PERSONAL = ("config", "local_rank")  # settings of a single start, which a recipe does not have
+PERSONAL = ("config", "local_rank")  # settings of a single start, not part of a recipe
 
 
 def parse_with_recipe(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command line. Settings it does not have come from its recipe (`config`), then from the defaults.
+    """Parse a command line. Settings that it lacks come from its recipe (`config`), then from the defaults.
 
     Raises:
         UserError: a setting is invalid, in the command line or in the recipe.

@@ -254,7 +254,7 @@ def restore(training: Training, source: Source, settings: Mapping[str, Any]) -> 
         load_optimizer(training.optimizer, training.model, checkpoint["optimizer"], with_lr=is_plateau)
         if checkpoint.get("scaler") and training.scaler.is_enabled():
             training.scaler.load_state_dict(checkpoint["scaler"])
-        if is_plateau:  # the only schedule with a memory; the others follow from the settings
+        if is_plateau:  # the only schedule with a state; the others follow from the settings
             training.restore_schedule(checkpoint["lr_scheduler"])
         elif checkpoint["epoch"] >= 0:
             training.lr_scheduler.step(checkpoint["epoch"])

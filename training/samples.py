@@ -11,12 +11,11 @@ import os
 import pickle
 import stat
 import sys
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from PIL import Image
 from timm.data.dataset import ImageDataset
@@ -28,6 +27,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from samplers import Draw
 from training.errors import MachineError, UserError, setting
+from training.readers import archive_labels, shards_of
 from training.storage import PAUSES, is_storage_error, with_retries
 from training.unreadable import Replacements, UnreadableImageError
 from utils import Stream, derived_seed, seed_everything
@@ -89,7 +89,9 @@ class ClassFolders(ImageFolder):
         super().__init__(root, loader=load_image)
 
     @staticmethod
-    def make_dataset(directory: str, class_to_idx: dict[str, int], *unused: Any, **also_unused: Any) -> list[tuple[str, int]]:
+    def make_dataset(
+        directory: str, class_to_idx: dict[str, int], *unused: Any, **also_unused: Any
+    ) -> list[tuple[str, int]]:
         """List paths and labels of all images, in torchvision's order."""
 
         def refuse(error: OSError) -> None:
@@ -211,81 +213,13 @@ def fingerprint(data: ImageData) -> str:
     elif isinstance(dataset, CIFAR100):
         digest.update(dataset.data.tobytes())
     elif isinstance(getattr(dataset, "reader", None), ReaderImageInTar):
-        for sample, target in zip(dataset.reader.samples, dataset.reader.targets):
-            digest.update(os.fsencode(f"{sample[0].path}\0{target}\n"))
+        for name, target in archive_labels(dataset.reader):
+            digest.update(os.fsencode(f"{name}\0{target}\n"))
     else:
         reader = getattr(dataset, "reader", dataset)
-        files = getattr(getattr(reader, "split_info", None), "filenames", ())
+        files = shards_of(dataset) or ()
         digest.update(json.dumps([type(reader).__name__, len(dataset), *files]).encode())
     return digest.hexdigest()[:16]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Archives
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-# Subclasses of tarfile.HeaderError that its documentation does not list (Python 3.10 to 3.12).
-END_OF_ARCHIVE = tarfile.EOFHeaderError  # type: ignore[attr-defined]
-TRUNCATED = (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError)  # type: ignore[attr-defined]
-
-
-class CheckedTarInfo(tarfile.TarInfo):
-    """Member of a tar archive that must be complete. Python takes a broken or missing header for the archive's end."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> "CheckedTarInfo":
-        """Read the next member's header.
-
-        Raises:
-            tarfile.ReadError: there is no intact header and no end-of-archive mark.
-        """
-        try:
-            return super().fromtarfile(archive)
-        except END_OF_ARCHIVE:
-            raise
-        except TRUNCATED:
-            raise tarfile.ReadError("truncated: it has no end-of-archive mark") from None
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"damaged: {error}") from None
-
-
-def archive_damage(reader: ReaderImageInTar) -> str | None:
-    """Describe the damage to a tar archive after the last image that timm found in it; None if there is none.
-
-    timm has read all headers before that image, and the images themselves are decoded when they are read.
-    """
-    images = [sample[0] for sample in reader.samples if sample[2] is None]
-    inner: dict[int, list[tarfile.TarInfo]] = {}  # images in nested archives, by the offset of these
-    archives = {}
-    for image, _, archive in reader.samples:
-        if archive is not None:
-            inner.setdefault(archive.offset_data, []).append(image)
-            archives[archive.offset_data] = archive
-    try:
-        with open(reader.root, "rb") as file:
-            _check_rest(file, images + list(archives.values()))
-        with tarfile.open(reader.root, "r:") as outer:
-            for begin, members in inner.items():
-                if inside := outer.extractfile(archives[begin]):
-                    _check_rest(inside, members)
-    except (tarfile.TarError, OSError) as error:
-        return str(error)
-    return None
-
-
-def _check_rest(file: IO[bytes], members: Sequence[tarfile.TarInfo]) -> None:
-    """Read the headers of an archive from its last known member to its end-of-archive mark.
-
-    Raises:
-        tarfile.ReadError: the archive is truncated or damaged.
-    """
-    last = max(members, key=lambda member: member.offset_data)
-    blocks = -(-last.size // tarfile.BLOCKSIZE)
-    file.seek(last.offset_data + blocks * tarfile.BLOCKSIZE)
-    with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedTarInfo) as rest:
-        for _ in rest:
-            pass
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -326,11 +260,11 @@ def read_sample(dataset: Any, index: int, pauses: Sequence[int]) -> tuple[Any, i
 
 
 class Samples(Dataset):
-    """Base of all samples.
+    """Base class of samples.
 
     Args:
         data: images and transform.
-        seed: the run's, which augmentation follows from.
+        seed: the run's seed, from which augmentation is derived.
     """
 
     def __init__(self, data: ImageData, seed: int = 0) -> None:
@@ -381,7 +315,7 @@ class TrainSamples(Samples):
 
         Raises:
             UserError: too many images are unreadable.
-            MachineError: likewise, because the storage does not respond.
+            MachineError: too many are, because the storage does not respond.
         """
         replacements, index, attempt = Replacements(), draw.index, 0
         pauses: Sequence[int] = PAUSES
@@ -391,7 +325,7 @@ class TrainSamples(Samples):
                 break
             except UnreadableImageError as error:
                 replacements.add(error)
-                pauses = () if error.is_storage_error else pauses  # it was waited for already
+                pauses = () if error.is_storage_error else pauses  # do not wait again
                 index = derived_seed(Stream.REPLACEMENT, self.seed, draw.epoch, draw.place, attempt) % len(self)
                 attempt += 1
         seed_everything(Stream.AUGMENTATION, self.seed, draw.epoch, draw.place)

@@ -23,7 +23,7 @@ class Precision:
     Attributes:
         device: the process's device.
         dtype: bfloat16 or float16 for autocast, None for float32.
-        memory_format: of the images.
+        memory_format: memory format of the images.
     """
 
     device: torch.device
@@ -45,7 +45,7 @@ class Precision:
 
 @dataclass
 class Training:
-    """A training run: all that changes with its steps.
+    """A training run: everything that changes from step to step.
 
     Attributes:
         model: the network.

@@ -13,7 +13,7 @@ from training.processes import print_line
 T = TypeVar("T")
 
 PAUSES = (1, 2, 4, 8, 15, 30)  # seconds between attempts to read from storage that does not respond
-# Errors of the file itself. All others are of the storage or the machine.
+# Errors caused by the file itself. All others come from the storage or the machine.
 FILE_ERRORS = {errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR,
                errno.EPERM}  # fmt: skip
 
@@ -43,7 +43,7 @@ def with_retries(read: Callable[[], T], folder: str | Path, pauses: Sequence[int
         pauses: seconds between the attempts.
 
     Raises:
-        Exception: raised by the last attempt, or by the file itself.
+        Exception: raised by the last attempt, or caused by the file itself, which is not retried.
     """
     for attempt, pause in enumerate(pauses):
         try:
@@ -70,7 +70,7 @@ def make_folder(folder: Path, what: str) -> None:
         what: setting and value, for messages.
 
     Raises:
-        UserError: it is not, or its name is not UTF-8.
+        UserError: the folder is not writable, or its name is not UTF-8.
     """
     try:
         str(folder).encode()

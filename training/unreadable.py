@@ -1,4 +1,4 @@
-"""The policy for unreadable images: what counts as one, how many others replace it, and how many a run may have."""
+"""The policy for unreadable images: how they are reported and replaced, and how many a run may have."""
 
 from training.errors import MachineError, UserError
 
@@ -39,7 +39,7 @@ class UnreadableImageError(UserError):
 
 
 class Replacements:
-    """Unreadable images that others replace, up to a limit in a row.
+    """Unreadable images in a row, which the next readable one replaces. Their number is limited.
 
     Attributes:
         names: the images.
@@ -53,7 +53,7 @@ class Replacements:
 
         Raises:
             UserError: there are too many in a row.
-            MachineError: likewise, because the storage does not respond.
+            MachineError: there are too many, because the storage does not respond.
         """
         self.names.append(error.name)
         if len(self.names) > REPLACEMENTS:

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -27,12 +28,13 @@ from training.errors import (
     is_communication_error,
     is_transient,
     one_line,
+    with_flags,
 )
 from training.processes import get_rank, get_world_size, is_main_process
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLLS = 5  # polls of the watchdog within a heartbeat timeout
-STARTUP_TIMEOUT = 1800.0  # seconds; looking through the images before the first step may take long
+STARTUP_TIMEOUT = 1800.0  # seconds; scanning the data sets before the first step may take long
 
 
 class Preemption:
@@ -116,7 +118,7 @@ class RankState(str, Enum):
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank shows the others.
+    """What a rank reports to the others.
 
     Attributes:
         state: its state.
@@ -125,7 +127,7 @@ class Heartbeat:
         place: where it is, for messages.
         host: its machine.
         preempted: whether it got a signal to stop.
-        time: when it was sent, which makes each heartbeat a different text.
+        time: when it was sent, which makes each heartbeat unique.
     """
 
     state: RankState
@@ -154,7 +156,7 @@ class Heartbeat:
 class Watchdog:
     """End this process, and say why, when it hangs or when another rank is lost.
 
-    Each rank sends heartbeats to a store that rank 0 keeps. A rank without a heartbeat for the heartbeat timeout (a
+    Each rank sends heartbeats to a store on rank 0. A rank without a heartbeat for the heartbeat timeout (a
     tenth of `timeout`, at least 5 seconds) is dead or stopped. If this process makes no progress for `timeout` (before
     the first step, at least half an hour), the ranks with the fewest ticks hang. If torchrun is gone, that counts as a
     signal to stop, and as a loss if stopping takes longer than the heartbeat timeout. A single process is only watched
@@ -165,14 +167,18 @@ class Watchdog:
         dist_url: rendezvous address.
         preemption: told when another rank got a signal.
         advice: how to start the command again.
+        flags: the command's flags by setting, for other ranks' errors.
     """
 
-    def __init__(self, timeout: float, dist_url: str, preemption: Preemption, advice: str) -> None:
+    def __init__(
+        self, timeout: float, dist_url: str, preemption: Preemption, advice: str, flags: Mapping[str, str]
+    ) -> None:
         self.timeout = timeout
         self.heartbeat_timeout = heartbeat_timeout(timeout)
         self.dist_url = dist_url
         self.preemption = preemption
         self.advice = advice
+        self.flags = flags
         self.sync_points = 0
         self.ticks = 0
         self.place = "the start"
@@ -209,7 +215,7 @@ class Watchdog:
         self._thread.join()
         if error is None or isinstance(error, Preempted):
             self._send(RankState.ENDED)
-            dist.barrier()  # rank 0 keeps the store
+            dist.barrier()  # rank 0 holds the store
             return
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         with suppress(RuntimeError):  # rank 0 may have ended for the same reason
@@ -232,7 +238,7 @@ class Watchdog:
         dist.barrier()
 
     def _wait_for_failures(self) -> None:
-        """On rank 0, which keeps the store: give the others time to see there that it failed."""
+        """On rank 0, which holds the store, give the other ranks time to read that it failed."""
         end = time.monotonic() + 4 * self.heartbeat_timeout / POLLS
         others = [str(rank) for rank in range(1, get_world_size())]
         while get_rank() == 0 and time.monotonic() < end:
@@ -266,7 +272,7 @@ class Watchdog:
         ranks = [str(rank) for rank in range(get_world_size())]
         seen = [("", time.monotonic())] * len(ranks)  # each rank's last heartbeat, and when it was first seen
         progress, since = (self.sync_points, self.ticks), time.monotonic()
-        orphaned = math.inf  # since when
+        orphaned = math.inf  # when torchrun was first found gone
         while not self._ended.wait(self.heartbeat_timeout / POLLS):
             now = time.monotonic()
             if launcher is not None and os.getppid() != launcher:
@@ -326,8 +332,8 @@ class Watchdog:
             self._end(what)
 
     def _end(self, what: str, status: int = RESUME_STATUS) -> NoReturn:
-        """End this process, with status 1 where the lost rank would fail again."""
+        """End this process, with status 1 if the lost rank would fail again."""
         cause = "" if status == RESUME_STATUS else "fix the cause that it printed, then "
-        line = one_line(f"process {get_rank()}: {what}; {cause}{self.advice}")
+        line = one_line(f"process {get_rank()}: {with_flags(what, self.flags)}; {cause}{self.advice}")
         print(f"{self.preemption.command}: {line}", file=sys.stderr, flush=True)
         os._exit(status)  # the main thread may be waiting for the lost rank in native code

@@ -1,4 +1,4 @@
-"""What the fault tests share: real training runs that are killed, and the comparison with one that never was."""
+"""Harness of the fault tests: real training runs that are killed and compared with an undisturbed run."""
 
 import os
 import random
@@ -14,8 +14,8 @@ from commands import Command, start_tasks
 from conftest import ROOT, differences
 
 RESUME_STATUS = 75
-LIMIT = 900  # seconds that a test waits for anything: more than the slowest machine takes
-# All that is random or has a state: shuffle, augmentation, mixup, drop path, averaged weights, a best checkpoint.
+LIMIT = 900  # seconds that a test waits for anything, enough for slow machines
+# Everything random or stateful: shuffle, augmentation, mixup, drop path, averaged weights, a best checkpoint.
 RECIPE = [
     "--model", "SepViT_Lite", "--input-size", "32", "--batch-size", "8", "--epochs", "3", "--model-ema",
     "--model-ema-warmup", "--warmup-epochs", "1", "--lr", "5e-3", "--output_dir", "run", "--device", "cpu",
@@ -26,8 +26,8 @@ RECIPE = [
 STARTED: list[subprocess.Popen | Command] = []
 
 
-def end_all() -> None:
-    """Kill whatever was started and still runs, with all it started itself."""
+def kill_started() -> None:
+    """Kill all processes that a test started and left running, with their descendants."""
     for process in STARTED:
         if process.poll() is None:
             for number in (*descendants(process.pid), process.pid):
@@ -38,15 +38,15 @@ def end_all() -> None:
 
 
 class Run:
-    """A training run in a folder of its own, started again and again by the same command.
+    """A training run in its own folder, restarted with the same command.
 
     Args:
-        folder: to run in.
-        data: images in ImageNet's layout.
-        settings: beyond those of the recipe; later ones win.
-        processes: of torchrun; 0 for one without it.
+        folder: working folder.
+        data: images in ImageNet layout.
+        settings: settings added to `RECIPE`; later ones win.
+        processes: number of processes for torchrun; 0 runs one process without torchrun.
         launcher: torchrun's own settings.
-        environment: variables.
+        environment: environment variables to add.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Run:
         self.environment = {**os.environ, **(environment or {})}
 
     def start(self) -> subprocess.Popen | Command:
-        """Start the command in a session of its own, so that all its processes can be killed together."""
+        """Start the command in a new session, so that all its processes can be killed together."""
         printed = self.folder / "printed.txt"
         if self.command[0] == sys.executable and self.command[1].endswith(".py"):
             script, *arguments = self.command[1:]
@@ -81,7 +81,7 @@ class Run:
         return STARTED[-1]
 
     def start_tasks(self, count: int) -> list[Command]:
-        """Start the command as processes that find each other by themselves, without torchrun."""
+        """Start the command on several ranks without torchrun."""
         printed = self.folder / "printed.txt"
         tasks = start_tasks(count, Path(self.command[1]), self.command[2:], self.folder, self.environment, printed,
                             printed)  # fmt: skip
@@ -89,12 +89,12 @@ class Run:
         return tasks
 
     def text(self) -> str:
-        """All that was printed so far, by all starts."""
+        """Everything printed so far, by all starts of the command."""
         printed = self.folder / "printed.txt"
         return printed.read_text() if printed.exists() else ""
 
     def finish(self, timeout: float = LIMIT) -> str:
-        """Start the command and wait for its end, which has to be a success; returns what it printed."""
+        """Run the command to its end and require that it succeeds. Return what it printed."""
         before = len(self.text())
         process = self.start()
         status = process.wait(timeout)
@@ -103,31 +103,31 @@ class Run:
         return printed
 
     def wait_for(self, process: subprocess.Popen | Command, words: str, count: int = 1, timeout: float = LIMIT) -> None:
-        """Wait until words were printed `count` times, by all starts together, or the command ended."""
+        """Wait until all starts together have printed `words` `count` times, or the command has ended."""
         end = time.monotonic() + timeout
         while self.text().count(words) < count and process.poll() is None:
             assert time.monotonic() < end, self.text()
             time.sleep(0.02)
 
     def start_and_wait(self, rng: random.Random) -> subprocess.Popen | Command:
-        """Start the command and let it come to a random moment of its work."""
+        """Start the command and wait until a random moment."""
         lines = self.text().count("] loss")
         process = self.start()
-        if rng.random() < 0.8:  # now and then while it starts; that takes long enough to be met too often
+        if rng.random() < 0.8:  # start-up takes long and would be hit too often
             self.wait_for(process, "] loss", lines + 1)
         time.sleep(rng.uniform(0, 4))
         return process
 
     def kill(self, rng: random.Random) -> bool:
-        """Start the command, kill all its processes at a random moment of its work; false if it ended before that."""
+        """Start the command and kill all its processes at a random moment. Return False if it had already ended."""
         process = self.start_and_wait(rng)
         if process.poll() is not None:
             return False
-        # torchrun's workers are in sessions of their own: now and then they survive it, for a while
+        # torchrun's workers have their own sessions: sometimes let them outlive it for a while
         workers = descendants(process.pid) if rng.random() < 0.7 else []
         try:
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it ended a moment ago
+        except ProcessLookupError:  # it has just ended
             return False
         for worker in workers:
             with suppress(ProcessLookupError):
@@ -137,13 +137,13 @@ class Run:
 
 
 def descendants(parent: int) -> list[int]:
-    """Numbers of all processes that a process started, and those they started."""
+    """Process IDs of all descendants of a process."""
     listed = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()
     return [number for child in map(int, listed) for number in (child, *descendants(child))]
 
 
 def assert_same(output: Path, other: Path) -> None:
-    """Checkpoints and log.txt of two runs are the same, bit by bit."""
+    """Require that checkpoints and log.txt of two runs are identical, bit by bit."""
     for name in ("checkpoint.pth", "checkpoint_best.pth"):
         a, b = (torch.load(folder / name, weights_only=True) for folder in (output, other))
         found = differences(a, b)
@@ -153,11 +153,11 @@ def assert_same(output: Path, other: Path) -> None:
 
 
 def damage(path: Path, how: str, rng: random.Random) -> None:
-    """Break a file: cut it short, or change one byte of a tensor."""
+    """Damage a file: truncate it, or flip one bit of a tensor."""
     content = bytearray(path.read_bytes())
     if how == "truncated":
         content = content[: rng.randrange(len(content) // 2, len(content) - 1)]
     else:
         content[rng.randrange(len(content) // 4, len(content) // 2)] ^= 0x40
-    path.unlink()  # a hard link's other name keeps its content
+    path.unlink()  # its other hard links keep their content
     path.write_bytes(content)

@@ -1,8 +1,8 @@
-"""main.py with steps that fail.
+"""Run main.py with faults in its training steps.
 
-BAD_LOSS, BAD_GRADIENTS, HANG, FAIL and CUT_OFF name rank and batches as rank:batch,batch,…, counted from 1 in each
-start. LAG=1 makes the ranks read the flags of a step one step later, as on GPUs. PAUSES=1,1 makes them retry twice,
-after a second each, when the storage does not respond.
+BAD_LOSS, BAD_GRADIENTS, HANG, FAIL and CUT_OFF select a rank and batches as rank:batch,batch,…, counted from 1 after
+each start. LAG=1 makes the ranks read the flags of a step one step later, as on GPUs. PAUSES=1,1 makes them retry
+twice, after one second each, when the storage does not respond.
 """
 
 import os
@@ -23,28 +23,28 @@ calls = 0
 forward = engine.DistillationLoss.forward
 
 
-def is_meant(variable: str) -> bool:
-    """Whether a variable names this process and batch."""
+def is_selected(variable: str) -> bool:
+    """Whether an environment variable selects this rank and batch."""
     process, _, batches = os.environ.get(variable, ":").partition(":")
     return process == str(get_rank()) and str(calls) in batches.split(",")
 
 
-def sabotaged(self, images: torch.Tensor, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def forward_with_faults(self, images: torch.Tensor, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     global calls
     calls += 1
-    while is_meant("HANG"):
+    while is_selected("HANG"):
         time.sleep(1)
-    if is_meant("FAIL"):
+    if is_selected("FAIL"):
         raise RuntimeError("out of memory")
-    if is_meant("CUT_OFF"):
+    if is_selected("CUT_OFF"):
         raise dist.DistBackendError("NCCL error: unhandled system error, remote process or network")
     loss = forward(self, images, outputs, targets)
-    if is_meant("BAD_GRADIENTS"):
+    if is_selected("BAD_GRADIENTS"):
         loss.register_hook(lambda gradient: gradient * torch.inf)
-    return loss * torch.inf if is_meant("BAD_LOSS") else loss
+    return loss * torch.inf if is_selected("BAD_LOSS") else loss
 
 
-engine.DistillationLoss.forward = sabotaged  # type: ignore[method-assign]
+engine.DistillationLoss.forward = forward_with_faults  # type: ignore[method-assign]
 if "LAG" in os.environ:
     main.flag_delay = lambda *_: int(os.environ["LAG"])
 if "PAUSES" in os.environ:

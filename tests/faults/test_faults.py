@@ -1,4 +1,4 @@
-"""Training runs that are killed, preempted, starved and lied to, each compared with one that was left in peace."""
+"""Training runs that are killed, preempted or given bad data, each compared with an undisturbed run."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, Code, command, differences, free_port
-from harness import LIMIT, RECIPE, RESUME_STATUS, Run, assert_same, damage, descendants, end_all
+from harness import LIMIT, RECIPE, RESUME_STATUS, Run, assert_same, damage, descendants, kill_started
 from PIL import Image
 
 from training import checkpoints, output
@@ -24,42 +24,42 @@ LAST = "checkpoint-00000018.pth"  # 48 images, 8 a batch, three epochs
 
 
 @pytest.fixture(scope="module")
-def peaceful(few_digits, tmp_path_factory) -> Path:
-    """The output folder of a run that nothing happened to."""
-    run = Run(tmp_path_factory.mktemp("peaceful"), few_digits)
+def undisturbed(few_digits, tmp_path_factory) -> Path:
+    """The output folder of an undisturbed run."""
+    run = Run(tmp_path_factory.mktemp("undisturbed"), few_digits)
     assert "trained in" in run.finish()
     return run.output
 
 
 @pytest.fixture(scope="module")
-def peaceful_pair(few_digits, tmp_path_factory) -> Path:
-    """Likewise, of two processes."""
+def undisturbed_pair(few_digits, tmp_path_factory) -> Path:
+    """The output folder of an undisturbed run on two processes."""
     run = Run(tmp_path_factory.mktemp("pair"), few_digits, "--batch-size", "4")
     assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [0, 0]
     return run.output
 
 
 @pytest.fixture(autouse=True)
-def nothing_runs_on():
-    """A test that fails leaves no process behind."""
+def kill_leftovers():
+    """Kill the processes that a failed test left running."""
     yield
-    end_all()
+    kill_started()
 
 
 def sabotaged(run: Run, **variables: str) -> Run:
-    """A run of sabotage.py in main.py's place."""
+    """Make a run start sabotage.py instead of main.py, with these environment variables."""
     run.command[run.command.index(str(ROOT / "main.py"))] = str(ROOT / "tests/faults/sabotage.py")
     run.environment |= variables
     return run
 
 
 def assert_nothing_saved_is_lost(run: Run) -> None:
-    """The newest checkpoint that was reported saved is there, and so are all that are to be kept."""
+    """Require that the newest checkpoint reported as saved exists, and that every kept checkpoint is intact."""
     reported = re.findall(r"saved run/(checkpoint-\d+\.pth)", run.text())
     if reported:
         newest = checkpoints.numbered(run.output)
         assert newest[0].name >= max(reported)
-        # processes whose torchrun was killed save once more, and delete the oldest
+        # processes that outlive torchrun save once more and delete the oldest
         assert all(checkpoints.damage(path) is None or not path.exists() for path in newest)
 
 
@@ -67,7 +67,7 @@ def assert_nothing_saved_is_lost(run: Run) -> None:
 # Killed
 # ----------------------------------------------------------------------------------------------------------------------
 
-KILLED = {  # settings, processes, kills in the long form
+KILLED = {  # name: settings, processes, kills in the long form
     "one process": ([], 0, 25),
     "one process, two workers": (["--num_workers", "2"], 0, 10),
     "two processes": (["--batch-size", "4"], 2, 10),
@@ -77,7 +77,7 @@ KILLED = {  # settings, processes, kills in the long form
 }
 
 
-def kill_often(name: str, kills: int, data: Path, folder: Path, peaceful: Path, table) -> None:
+def kill_repeatedly(name: str, kills: int, data: Path, folder: Path, undisturbed: Path, table) -> None:
     settings, processes, _ = KILLED[name]
     rng = random.Random(name)
     run = Run(folder / "run", data, *settings, processes=processes)
@@ -85,17 +85,17 @@ def kill_often(name: str, kills: int, data: Path, folder: Path, peaceful: Path, 
     while done < kills:
         done += run.kill(rng)
         assert_nothing_saved_is_lost(run)
-        if (run.output / LAST).exists() or "trained in" in run.text():  # another run for the kills that are left
+        if (run.output / LAST).exists() or "trained in" in run.text():  # complete: kill another run
             run.finish()
-            assert_same(run.output, peaceful)
+            assert_same(run.output, undisturbed)
             run = Run(folder / f"run{len(list(folder.iterdir()))}", data, *settings, processes=processes)
     run.finish()
-    assert_same(run.output, peaceful)
+    assert_same(run.output, undisturbed)
     table.add(f"killed at a random moment, {name}", kills)
 
 
-def test_killed(few_digits, tmp_path, peaceful, table):
-    kill_often("one process", 2, few_digits, tmp_path, peaceful, table)
+def test_killed(few_digits, tmp_path, undisturbed, table):
+    kill_repeatedly("one process", 2, few_digits, tmp_path, undisturbed, table)
 
 
 @pytest.mark.slow
@@ -104,16 +104,16 @@ def test_killed_many_times(name, few_digits, tmp_path, table):
     settings, processes, kills = KILLED[name]
     if "cuda" in settings and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    left_alone = Run(tmp_path / "peaceful", few_digits, *settings, processes=processes)
-    left_alone.finish()
-    kill_often(name, kills, few_digits, tmp_path, left_alone.output, table)
+    undisturbed = Run(tmp_path / "undisturbed", few_digits, *settings, processes=processes)
+    undisturbed.finish()
+    kill_repeatedly(name, kills, few_digits, tmp_path, undisturbed.output, table)
 
 
 @pytest.mark.slow
-def test_workers_change_nothing(few_digits, tmp_path, peaceful):
+def test_loader_workers_do_not_change_results(few_digits, tmp_path, undisturbed):
     run = Run(tmp_path, few_digits, "--num_workers", "2")
     run.finish()
-    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, peaceful))
+    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, undisturbed))
     a["args"]["num_workers"] = 0
     assert differences(a, b) == []
 
@@ -124,7 +124,7 @@ def test_workers_change_nothing(few_digits, tmp_path, peaceful):
 
 
 @pytest.mark.parametrize("how", ["truncated", pytest.param("changed", marks=pytest.mark.slow)])
-def test_damaged_checkpoint(how, few_digits, tmp_path, peaceful, table):
+def test_damaged_checkpoint(how, few_digits, tmp_path, undisturbed, table):
     rng = random.Random(how)
     run = Run(tmp_path, few_digits)
     process = run.start()
@@ -137,13 +137,13 @@ def test_damaged_checkpoint(how, few_digits, tmp_path, peaceful, table):
     what = "truncated" if how == "truncated" else "wrong checksum"
     assert f"WARNING: run/{newest.name} is damaged ({what}" in printed
     assert f"checkpoint run/{before.name}: resuming at epoch 0, step 4" in printed
-    assert_same(run.output, peaceful)
+    assert_same(run.output, undisturbed)
     table.add("newest checkpoint truncated or changed")
 
 
-def test_no_whole_checkpoint(few_digits, tmp_path, peaceful, capsys, monkeypatch):
+def test_no_intact_checkpoint(few_digits, tmp_path, undisturbed, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(peaceful, tmp_path / "run")
+    shutil.copytree(undisturbed, tmp_path / "run")
     for path in (tmp_path / "run").glob("checkpoint*.pth"):
         damage(path, "truncated", random.Random(0))
     with pytest.raises(UserError, match="no checkpoint in run is intact; empty the folder to start a fresh run"):
@@ -151,13 +151,13 @@ def test_no_whole_checkpoint(few_digits, tmp_path, peaceful, capsys, monkeypatch
 
 
 def is_mountable(folder: Path) -> bool:
-    """Whether a small file system can be mounted; unmounts it again."""
+    """Whether this user may mount a small file system at a folder. Unmounts it again."""
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
     return mount.returncode == 0 and subprocess.run(["umount", folder]).returncode == 0
 
 
-def test_full_disk(few_digits, tmp_path, peaceful, table):
-    """A file system that is full for a while: every write fails, training continues, nothing that was there is lost."""
+def test_full_disk(few_digits, tmp_path, undisturbed, table):
+    """While a file system is full, every write fails, training continues, and no existing checkpoint is lost."""
     output = tmp_path / "run"
     output.mkdir()
     if not is_mountable(output):
@@ -173,14 +173,14 @@ def test_full_disk(few_digits, tmp_path, peaceful, table):
         subprocess.run(["mount", "-o", "remount,size=400m", output], check=True)
         assert process.wait(LIMIT) == 0
         assert not list(output.glob("*.tmp"))
-        assert_same(output, peaceful)
+        assert_same(output, undisturbed)
     finally:
         subprocess.run(["umount", output], check=True)
     table.add("full file system")
 
 
-def test_failed_write(few_digits, tmp_path, peaceful, table):
-    """No file may become as large as a checkpoint."""
+def test_failed_write(few_digits, tmp_path, undisturbed, table):
+    """The file size limit is below the size of a checkpoint."""
     run = Run(tmp_path, few_digits)
     run.command = ["prlimit", "--fsize=20000000", *run.command]
     assert run.start().wait(LIMIT) == 2
@@ -189,12 +189,12 @@ def test_failed_write(few_digits, tmp_path, peaceful, table):
     last = printed.strip().splitlines()[-1]
     assert last.startswith("main.py: --output_dir run: the last checkpoint could not be written (File too large)")
     assert not list(run.output.glob("*.pth*"))
-    assert (run.output / "log.txt").read_text() == (peaceful / "log.txt").read_text()
+    assert (run.output / "log.txt").read_text() == (undisturbed / "log.txt").read_text()
     table.add("failed writes", 12)
 
 
 @pytest.mark.slow
-def test_preempted_when_writes_fail(few_digits, tmp_path, peaceful, table):
+def test_preempted_when_writes_fail(few_digits, tmp_path, undisturbed, table):
     run = Run(tmp_path, few_digits)
     whole = run.command
     run.command = ["prlimit", "--fsize=20000000", *whole]
@@ -206,7 +206,7 @@ def test_preempted_when_writes_fail(few_digits, tmp_path, peaceful, table):
     assert "the same command with --auto-resume resumes from the last checkpoint" in run.text()
     run.command = whole
     run.finish()
-    assert_same(run.output, peaceful)
+    assert_same(run.output, undisturbed)
     table.add("SIGTERM when writes fail")
 
 
@@ -216,24 +216,24 @@ def test_preempted_when_writes_fail(few_digits, tmp_path, peaceful, table):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
-def test_preempted(number, few_digits, tmp_path, peaceful, table):
+def test_preempted(number, few_digits, tmp_path, undisturbed, table):
     run = Run(tmp_path, few_digits, "--num_workers", "1")
     process = run.start()
     run.wait_for(process, "] loss", 4 if number == signal.SIGTERM else 9)
-    os.killpg(process.pid, number)  # schedulers signal whole groups: the loaders' workers get it, too
+    os.killpg(process.pid, number)  # schedulers signal the process group, with its loader workers
     assert process.wait(LIMIT) == RESUME_STATUS
     assert "main.py: stopped by a signal before epoch" in run.text()
     assert_nothing_saved_is_lost(run)
     run.command += ["--num_workers", "0"]
     run.finish()
-    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, peaceful))
+    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, undisturbed))
     assert differences(a, b) == []
     table.add("SIGTERM or SIGUSR1 to the run")
 
 
 @pytest.mark.slow
-def test_preempted_many_times(few_digits, tmp_path, peaceful, table):
-    """At random moments, while it starts and evaluates too."""
+def test_preempted_many_times(few_digits, tmp_path, undisturbed, table):
+    """At random moments, including start-up and validation."""
     rng = random.Random("preempted")
     done = 0
     run = Run(tmp_path / "run0", few_digits)
@@ -241,18 +241,18 @@ def test_preempted_many_times(few_digits, tmp_path, peaceful, table):
         process = run.start_and_wait(rng)
         process.send_signal(rng.choice([signal.SIGTERM, signal.SIGUSR1]))
         status = process.wait(LIMIT)
-        assert status in (RESUME_STATUS, 0, -signal.SIGTERM, -signal.SIGUSR1), run.text()  # the last two: importing
+        assert status in (RESUME_STATUS, 0, -signal.SIGTERM, -signal.SIGUSR1), run.text()  # killed while importing
         assert_nothing_saved_is_lost(run)
         done += status != 0
         if status == 0:
-            assert_same(run.output, peaceful)
+            assert_same(run.output, undisturbed)
             run = Run(tmp_path / f"run{len(list(tmp_path.iterdir()))}", few_digits)
     run.finish()
-    assert_same(run.output, peaceful)
+    assert_same(run.output, undisturbed)
     table.add("SIGTERM or SIGUSR1 at a random moment", done)
 
 
-def test_one_process_of_two_preempted(few_digits, tmp_path, peaceful_pair, table):
+def test_one_of_two_processes_preempted(few_digits, tmp_path, undisturbed_pair, table):
     run = Run(tmp_path, few_digits, "--batch-size", "4")
     tasks = run.start_tasks(2)
     run.wait_for(tasks[0], "] loss", 3)
@@ -261,13 +261,13 @@ def test_one_process_of_two_preempted(few_digits, tmp_path, peaceful_pair, table
     assert run.text().count("stopped by a signal before") == 1
     tasks = run.start_tasks(2)
     assert [task.wait(LIMIT) for task in tasks] == [0, 0]
-    assert_same(run.output, peaceful_pair)
+    assert_same(run.output, undisturbed_pair)
     table.add("SIGUSR1 to one process of two")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_torchrun_preempted(number, few_digits, tmp_path, peaceful_pair, table):
+def test_torchrun_preempted(number, few_digits, tmp_path, undisturbed_pair, table):
     launcher = ("--standalone", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     run = Run(tmp_path, few_digits, "--batch-size", "4", processes=2, launcher=launcher)
     process = run.start()
@@ -276,7 +276,7 @@ def test_torchrun_preempted(number, few_digits, tmp_path, peaceful_pair, table):
     assert process.wait(LIMIT) == 1
     assert "stopped by a signal before" in run.text()
     run.finish()
-    assert_same(run.output, peaceful_pair)
+    assert_same(run.output, undisturbed_pair)
     table.add("SIGTERM or SIGUSR1 to torchrun")
 
 
@@ -290,8 +290,8 @@ LOST = [(1, signal.SIGKILL), (0, signal.SIGSTOP), *LONG_FORM]
 
 
 @pytest.mark.parametrize(("process", "number"), LOST)
-def test_lost_process(process, number, few_digits, tmp_path, peaceful_pair, table):
-    """Without torchrun, the processes have to notice by themselves."""
+def test_lost_process(process, number, few_digits, tmp_path, undisturbed_pair, table):
+    """Without torchrun, the remaining process has to notice the loss."""
     run = Run(tmp_path, few_digits, "--batch-size", "4")
     tasks = run.start_tasks(2)
     run.wait_for(tasks[0], "] loss", 4)
@@ -304,13 +304,13 @@ def test_lost_process(process, number, few_digits, tmp_path, peaceful_pair, tabl
     lost.wait()
     tasks = run.start_tasks(2)
     assert [task.wait(LIMIT) for task in tasks] == [0, 0]
-    assert_same(run.output, peaceful_pair)
+    assert_same(run.output, undisturbed_pair)
     table.add("process lost to SIGKILL or SIGSTOP")
 
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_failing_process(process, few_digits, tmp_path, table):
-    """By an error of its own, which it would meet again: the status does not ask for another start."""
+    """The error would occur again, so the exit status does not ask for a restart."""
     run = sabotaged(Run(tmp_path, few_digits, "--batch-size", "4"), FAIL=f"{process}:4")
     assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [1, 1]
     other = f"process {1 - process}: process {process} "
@@ -319,21 +319,21 @@ def test_failing_process(process, few_digits, tmp_path, table):
 
 
 @pytest.mark.slow
-def test_network_error(few_digits, tmp_path, peaceful_pair, table):
-    """All processes live; another start may find the network whole."""
+def test_network_error(few_digits, tmp_path, undisturbed_pair, table):
+    """All processes are alive, and a restart may succeed."""
     run = sabotaged(Run(tmp_path, few_digits, "--batch-size", "4"), CUT_OFF="1:4")
     assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [RESUME_STATUS] * 2
     assert "main.py: process 1: DistBackendError: NCCL error: unhandled system error" in run.text()
     run.environment.pop("CUT_OFF")
     assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [0, 0]
-    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, peaceful_pair))
+    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, undisturbed_pair))
     assert differences(a["model"], b["model"]) == []
     table.add("network error")
 
 
 @pytest.mark.slow
-def test_lost_loader_worker(few_digits, tmp_path, peaceful, table):
-    """As the system kills where memory runs out."""
+def test_lost_loader_worker(few_digits, tmp_path, undisturbed, table):
+    """SIGKILL, as the kernel sends it when memory runs out."""
     run = Run(tmp_path, few_digits, "--num_workers", "1")
     process = run.start()
     run.wait_for(process, "] loss", 4)
@@ -342,36 +342,34 @@ def test_lost_loader_worker(few_digits, tmp_path, peaceful, table):
     assert re.search(r"main\.py: process 0: DataLoader worker .*; run the same command again", run.text())
     assert "Traceback" not in run.text()
     run.finish()
-    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True)["model"] for folder in (run.output, peaceful))
+    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True)["model"] for folder in (run.output, undisturbed))
     assert differences(a, b) == []
     table.add("loader worker killed")
 
 
 def test_hanging_process(few_digits, tmp_path, table):
-    """It lives, but does not come to the next step."""
+    """The process is alive but makes no progress."""
     run = sabotaged(Run(tmp_path, few_digits, "--batch-size", "4", "--timeout", "20"), HANG="1:4")
     tasks = run.start_tasks(2)
     assert [task.wait(LIMIT) for task in tasks] == [RESUME_STATUS] * 2
-    assert re.search(
-        r"process 0: process 1 \([^)]*\) hangs at epoch 0, step 3: no progress for \d+ s", run.text()
-    )
+    assert re.search(r"process 0: process 1 \([^)]*\) hangs at epoch 0, step 3: no progress for \d+ s", run.text())
     table.add("hanging process")
 
 
-def test_torchrun_restarts_by_itself(few_digits, tmp_path, peaceful_pair, table):
+def test_torchrun_restarts(few_digits, tmp_path, undisturbed_pair, table):
     run = Run(tmp_path, few_digits, "--batch-size", "4", processes=2, launcher=("--standalone", "--max-restarts=1"))
     process = run.start()
     run.wait_for(process, "] loss", 4)
     os.kill(descendants(process.pid)[-1], signal.SIGKILL)
     assert process.wait(LIMIT) == 0
     assert run.text().count("checkpoint run/checkpoint-") == 1
-    assert_same(run.output, peaceful_pair)
+    assert_same(run.output, undisturbed_pair)
     table.add("process killed under torchrun --max-restarts, on one node and on two")
 
 
 @pytest.mark.slow
-def test_torchrun_on_two_nodes_restarts_by_itself(few_digits, tmp_path, peaceful_pair, table):
-    """The settings of docs/training.md; both nodes are this machine."""
+def test_torchrun_restarts_on_two_nodes(few_digits, tmp_path, undisturbed_pair, table):
+    """With the settings from docs/training.md. Both nodes are this machine."""
     launcher = ("--nnodes=2", "--max-restarts=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}")
     run = Run(tmp_path, few_digits, "--batch-size", "4", processes=1, launcher=launcher,
               environment=dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OMP_NUM_THREADS="1"))  # fmt: skip
@@ -380,12 +378,15 @@ def test_torchrun_on_two_nodes_restarts_by_itself(few_digits, tmp_path, peaceful
     os.kill(descendants(nodes[1].pid)[0], signal.SIGKILL)
     assert [node.wait(LIMIT) for node in nodes] == [0, 0]
     assert run.text().count("checkpoint run/checkpoint-") == 1
-    assert_same(run.output, peaceful_pair)
+    assert_same(run.output, undisturbed_pair)
     table.add("process killed under torchrun --max-restarts, on one node and on two")
 
 
 def test_elastic(few_digits, tmp_path, table):
-    """Four processes, then three, which cannot share four batches a step, then two: as two all the time would."""
+    """Start on four processes, fail on three, which cannot share four batches per step, and finish on two.
+
+    The losses match a run on two processes throughout.
+    """
     run = Run(tmp_path, few_digits, "--batch-size", "2")
     tasks = run.start_tasks(4)
     run.wait_for(tasks[0], "saved ", 2)
@@ -408,11 +409,11 @@ def test_elastic(few_digits, tmp_path, table):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Bad numbers
+# Non-finite losses and gradients
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_bad_loss_on_one_process_of_two(few_digits, tmp_path, table):
+def test_bad_loss_on_one_of_two_processes(few_digits, tmp_path, table):
     run = sabotaged(Run(tmp_path, few_digits, "--batch-size", "4", "--dump-bad-batch"), BAD_LOSS="1:3,8")
     assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [0, 0]
     events = [entry for entry in output.read_log(run.output / "log.txt") if "not_finite" in entry]
@@ -428,8 +429,8 @@ def test_bad_loss_on_one_process_of_two(few_digits, tmp_path, table):
     table.add("non-finite losses, for one step", 2)
 
 
-def test_bad_losses_are_known_a_step_later_on_gpus(few_digits, tmp_path, table):
-    """Here too, by LAG; the last step's and those before a checkpoint included: nothing else changes."""
+def test_bad_losses_may_be_read_one_step_late(few_digits, tmp_path, table):
+    """GPUs read flags one step late, which LAG imitates. Results are identical, also at checkpoints and at the end."""
     outputs = []
     for lag in ("0", "1"):
         run = sabotaged(Run(tmp_path / lag, few_digits), BAD_LOSS="0:3,8,18", LAG=lag)
@@ -452,8 +453,8 @@ def test_too_many_bad_losses(few_digits, tmp_path, table):
 
 
 @pytest.mark.slow
-def test_gradients_that_never_become_finite_with_float16(few_digits, tmp_path, table):
-    """Halving the loss scale from 65,536 on does not help: from 1 on it is no search any more."""
+def test_float16_gradients_that_stay_non_finite(few_digits, tmp_path, table):
+    """Halving the loss scale from 65,536 does not help. Once it is below 1, skipped steps count as bad."""
     steps = ",".join(map(str, range(3, 60)))
     run = sabotaged(Run(tmp_path, few_digits, "--amp", "float16", "--batch-size", "2", "--max-bad-steps", "4"),
                     BAD_GRADIENTS=f"0:{steps}")  # fmt: skip
@@ -470,7 +471,7 @@ def test_gradients_that_never_become_finite_with_float16(few_digits, tmp_path, t
 
 
 def test_unreadable_images(few_digits, tmp_path, table):
-    """Two of 48 images are more than 0.1 %, for which one may always be broken."""
+    """The limit is 0.1 % of the images, and at least one image. Two of 48 exceed it."""
     data = tmp_path / "broken"
     shutil.copytree(few_digits, data)
     first, second, *_ = sorted((data / "train/1").iterdir())
@@ -505,7 +506,7 @@ def test_unreadable_validation_image(few_digits, tmp_path, table):
     table.add("unreadable images", 2)
 
 
-def test_validation_that_fails_costs_no_epoch(few_digits, tmp_path, peaceful, table):
+def test_failed_validation_loses_no_epoch(few_digits, tmp_path, undisturbed, table):
     data = tmp_path / "data"
     shutil.copytree(few_digits, data)
     broken = next((data / "val/1").iterdir())
@@ -516,15 +517,15 @@ def test_validation_that_fails_costs_no_epoch(few_digits, tmp_path, peaceful, ta
     assert run.text().splitlines()[-1].startswith(f"main.py: image {broken}: cannot be read")
     broken.write_bytes(whole)
     assert "resuming at epoch 0, step 6" in run.finish()
-    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, peaceful))
+    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, undisturbed))
     for key in ("model", "optimizer", "model_ema", "best_accuracy"):
         assert differences(a[key], b[key]) == []
     table.add("unreadable images")
 
 
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_storage_that_does_not_answer(workers, few_digits, tmp_path, peaceful, table):
-    """For a moment, which the run waits for, then for good, which is not a mistake: the same command resumes."""
+def test_storage_outage(workers, few_digits, tmp_path, undisturbed, table):
+    """The run waits out a short outage. A long one ends it with a transient error, and the same command resumes."""
     data, away = tmp_path / "data", tmp_path / "away"
     shutil.copytree(few_digits, data)
     run = sabotaged(Run(tmp_path, data, "--num_workers", workers), PAUSES="1,1,1")
@@ -542,18 +543,18 @@ def test_storage_that_does_not_answer(workers, few_digits, tmp_path, peaceful, t
     away.rename(data)
     run.finish()
     assert not any("unreadable_image" in entry for entry in output.read_log(run.output / "log.txt"))
-    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, peaceful))
+    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, undisturbed))
     assert differences(a["model"], b["model"]) == []
     table.add("storage that does not respond, briefly and for good", 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Going on with the right run
+# Resuming the right run
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_other_settings_are_refused_by_name(few_digits, tmp_path, peaceful):
-    shutil.copytree(peaceful, tmp_path / "run")
+def test_resuming_with_other_settings_or_images_is_refused(few_digits, tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "run")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
     run = Run(tmp_path, few_digits, "--lr", "1e-3", "--smoothing", "0.2")
     assert run.start().wait(LIMIT) == 2
@@ -571,7 +572,7 @@ def test_other_settings_are_refused_by_name(few_digits, tmp_path, peaceful):
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_a_folder_another_run_writes_to(tmp_path, monkeypatch):
+def test_folder_in_use_by_another_run(tmp_path, monkeypatch):
     monkeypatch.setattr(output, "LOCK_TIMEOUT", 1)
     lock = output.lock_folder(tmp_path, heartbeat_timeout=1)
     with pytest.raises(UserError, match="another run writes to it; end that run, or name another folder"):
@@ -581,10 +582,10 @@ def test_a_folder_another_run_writes_to(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["checkpoint-00000014.pth", "weights.pth"])
-def test_a_run_is_not_overwritten_from_its_middle(source, few_digits, tmp_path, peaceful):
-    """Nor from other weights that lie in its folder."""
-    shutil.copytree(peaceful, tmp_path / "run")
-    torch.save(torch.load(peaceful / "checkpoint.pth", weights_only=True)["model"], tmp_path / "run/weights.pth")
+def test_resuming_from_an_older_checkpoint_does_not_overwrite_a_run(source, few_digits, tmp_path, undisturbed):
+    """Nor does resuming from other weights in the run's folder."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    torch.save(torch.load(undisturbed / "checkpoint.pth", weights_only=True)["model"], tmp_path / "run/weights.pth")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
     run = Run(tmp_path, few_digits, "--resume", f"run/{source}")
     run.command.remove("--auto-resume")
@@ -593,17 +594,18 @@ def test_a_run_is_not_overwritten_from_its_middle(source, few_digits, tmp_path, 
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_a_run_at_its_end_stays_as_it_is(few_digits, tmp_path, peaceful):
-    shutil.copytree(peaceful, tmp_path / "run")
-    shutil.copyfile(tmp_path / "run/checkpoint-00000016.pth", tmp_path / "run/checkpoint.pth")  # killed before its name
+def test_restarting_a_complete_run_only_adds_missing_files(few_digits, tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    # as if the run was killed before it updated checkpoint.pth
+    shutil.copyfile(tmp_path / "run/checkpoint-00000016.pth", tmp_path / "run/checkpoint.pth")
     (tmp_path / "run/curves.png").unlink()
     assert "the run in run is complete: 3 epochs are done" in Run(tmp_path, few_digits).finish()
-    assert_same(tmp_path / "run", peaceful)
+    assert_same(tmp_path / "run", undisturbed)
     assert (tmp_path / "run/curves.png").exists()
 
 
-def test_a_broken_log_is_refused_by_name(few_digits, tmp_path, peaceful):
-    shutil.copytree(peaceful, tmp_path / "run")
+def test_damaged_log_is_refused(few_digits, tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "run")
     for path in (tmp_path / "run").glob("checkpoint-0000001[68].pth"):
         path.unlink()
     (tmp_path / "run/log.txt").write_text('{"epoch": 0')
@@ -616,8 +618,8 @@ def test_a_broken_log_is_refused_by_name(few_digits, tmp_path, peaceful):
     assert [entry["epoch"] for entry in output.epoch_entries(output.read_log(run.output / "log.txt"))] == [2]
 
 
-def test_log_begins_with_what_it_takes_to_repeat_the_run(peaceful, few_digits):
-    run = output.read_log(peaceful / "log.txt")[0]
+def test_log_starts_with_settings_versions_and_data(undisturbed, few_digits):
+    run = output.read_log(undisturbed / "log.txt")[0]
     assert run["settings"]["lr"] == 5e-3
     assert run["versions"]["torch"] == torch.__version__
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", run["revision"])
@@ -627,8 +629,8 @@ def test_log_begins_with_what_it_takes_to_repeat_the_run(peaceful, few_digits):
     assert run["device"].startswith("cpu")
 
 
-def test_code_in_the_newest_checkpoint_never_runs(few_digits, tmp_path, peaceful, table):
-    shutil.copytree(peaceful, tmp_path / "run")
+def test_code_in_the_newest_checkpoint_never_runs(few_digits, tmp_path, undisturbed, table):
+    shutil.copytree(undisturbed, tmp_path / "run")
     newest = checkpoints.numbered(tmp_path / "run")[0]
     newest.unlink()
     torch.save({"model": {}, "args": Code(tmp_path / "ran")}, newest)
@@ -639,8 +641,8 @@ def test_code_in_the_newest_checkpoint_never_runs(few_digits, tmp_path, peaceful
     table.add("newest checkpoint would run code")
 
 
-def test_slurm_script_goes_back_to_the_queue(few_digits, tmp_path, peaceful, table):
-    """srun and scontrol are played by scripts: one task, and a note of what was asked."""
+def test_slurm_script_requeues_the_job(few_digits, tmp_path, undisturbed, table):
+    """Scripts stand in for srun, which runs one task, and scontrol, which records its arguments."""
     port = free_port()
     (tmp_path / "srun").write_text(
         f'#!/usr/bin/env bash\nexport SLURM_NTASKS=1 MASTER_PORT={port}\n"$@" &\necho $! > {tmp_path}/task\nwait $!\n'
@@ -661,14 +663,14 @@ def test_slurm_script_goes_back_to_the_queue(few_digits, tmp_path, peaceful, tab
     assert process.wait(LIMIT) == RESUME_STATUS
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"
     run.finish()
-    assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"  # not at the end
-    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True)["model"] for folder in (run.output, peaceful))
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"  # not requeued at the end
+    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True)["model"] for folder in (run.output, undisturbed))
     assert differences(a, b) == []
     table.add("SIGUSR1 from SLURM, requeued")
 
 
-def test_fused_optimizer_leaves_bad_steps_out_on_the_device():
-    """What GPUs do, on the CPU's form of the same optimiser."""
+def test_fused_optimizer_skips_bad_steps_on_the_device():
+    """As on GPUs, here with the CPU version of the fused optimiser."""
     weights = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weights], lr=0.1, fused=True)
     for value, moved in ((torch.nan, False), (1.0, True)):
@@ -679,7 +681,7 @@ def test_fused_optimizer_leaves_bad_steps_out_on_the_device():
         assert torch.equal(weights, before) != moved
 
 
-def test_whose_error_it_is(tmp_path):
+def test_transient_and_storage_errors(tmp_path):
     killed = "DataLoader worker (pid 7) is killed by signal: Killed. "
     own = "Caught RuntimeError in DataLoader worker process 0.\nTraceback …\nRuntimeError: size mismatch"
     assert is_transient(RuntimeError(killed))
@@ -696,6 +698,6 @@ def test_whose_error_it_is(tmp_path):
         assert is_storage_error(error, folder) == expected
 
 
-def test_pictures_are_whole(peaceful):
-    with Image.open(peaceful / "curves.png") as picture:
+def test_curves_are_a_valid_image(undisturbed):
+    with Image.open(undisturbed / "curves.png") as picture:
         picture.verify()

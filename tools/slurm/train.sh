@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains on several nodes, one task a GPU, and goes on by itself after preemption, the time limit or a lost process:
+# Train on several nodes, one task per GPU. Resumes automatically after preemption, the time limit or a lost process:
 #
 #     sbatch --nodes=4 tools/slurm/train.sh --model SepViT_Tiny --batch-size 64 --data-path imagenet --output_dir tiny
 #
-# from this repository's folder; settings of sbatch before the script, of main.py behind it. PYTHON names the Python.
-# SLURM warns with SIGUSR1 two minutes before the end: the run saves, ends with 75, and the job goes back to the queue,
-# MAX_REQUEUES (100) times at most. A mistake or an error of the run's own ends the job.
+# Run it from the repository's folder, with sbatch's settings before the script and main.py's after it. PYTHON is the
+# Python to use. SLURM sends SIGUSR1 two minutes before the time limit: the run saves and exits with status 75, and the
+# job is requeued, at most MAX_REQUEUES (100) times. A user's mistake or an error of the program ends the job.
 #SBATCH --job-name=sepvit
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -18,11 +18,11 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # which srun no longer takes from the job
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun no longer inherits it from the job
 srun "${PYTHON:-python3}" main.py --auto-resume --num_workers "${SLURM_CPUS_PER_TASK:-10}" "$@"
 status=$?
 case $status in
-    # it saved and ended, lost a process, or was killed (128 + ABRT, BUS, KILL, USR1, SEGV, TERM)
+    # saved and stopped, lost a process, or was killed (128 + ABRT, BUS, KILL, USR1, SEGV, TERM)
     75 | 134 | 135 | 137 | 138 | 139 | 143)
         if ((${SLURM_RESTART_COUNT:-0} < ${MAX_REQUEUES:-100})); then
             scontrol requeue "$SLURM_JOB_ID"

@@ -1,0 +1,238 @@
+"""Adapters for timm's readers of archives and webdatasets.
+
+All attributes of timm's readers that this project uses are used here, for timm 1.0.31 and later 1.0 versions. They are
+tested in tests/test_private_parts.py.
+"""
+
+import math
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import IO, Any
+
+import timm
+from timm.data.readers import reader_wds
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data.readers.reader_wds import ReaderWds, WdsTargetKeyError
+from webdataset.gopen import gopen
+from webdataset.tariterators import base_plus_ext, tarfile_samples
+
+from training.errors import MachineError, UserError, setting
+from training.storage import is_storage_error
+from training.unreadable import UnreadableImageError
+
+METADATA = re.compile(r"__[^/]*__($|/)")  # by webdataset's convention, members with these names belong to no sample
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Archives
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Subclasses of tarfile.HeaderError that its documentation does not list (Python 3.10 to 3.12).
+END_OF_ARCHIVE = tarfile.EOFHeaderError  # type: ignore[attr-defined]
+TRUNCATED = (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError)  # type: ignore[attr-defined]
+
+
+class CheckedTarInfo(tarfile.TarInfo):
+    """Member of a tar archive that must be complete. Python takes a broken or missing header for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "CheckedTarInfo":
+        """Read the next member's header.
+
+        Raises:
+            tarfile.ReadError: there is no intact header and no end-of-archive mark.
+        """
+        try:
+            return super().fromtarfile(archive)
+        except END_OF_ARCHIVE:
+            raise
+        except TRUNCATED:
+            raise tarfile.ReadError("truncated: it has no end-of-archive mark") from None
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"damaged: {error}") from None
+
+
+def archive_damage(reader: ReaderImageInTar) -> str | None:
+    """Describe the damage to a tar archive after the last image that timm found in it; None if there is none.
+
+    timm has read all headers before that image, and the images themselves are decoded when they are read.
+    """
+    images = [sample[0] for sample in reader.samples if sample[2] is None]
+    inner: dict[int, list[tarfile.TarInfo]] = {}  # images in nested archives, by the archive's offset
+    archives = {}
+    for image, _, archive in reader.samples:
+        if archive is not None:
+            inner.setdefault(archive.offset_data, []).append(image)
+            archives[archive.offset_data] = archive
+    try:
+        with open(reader.root, "rb") as file:
+            _check_rest(file, images + list(archives.values()))
+        with tarfile.open(reader.root, "r:") as outer:
+            for begin, members in inner.items():
+                if inside := outer.extractfile(archives[begin]):
+                    _check_rest(inside, members)
+    except (tarfile.TarError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _check_rest(file: IO[bytes], members: Sequence[tarfile.TarInfo]) -> None:
+    """Read the headers of an archive from its last known member to its end-of-archive mark.
+
+    Raises:
+        tarfile.ReadError: the archive is truncated or damaged.
+    """
+    last = max(members, key=lambda member: member.offset_data)
+    blocks = -(-last.size // tarfile.BLOCKSIZE)
+    file.seek(last.offset_data + blocks * tarfile.BLOCKSIZE)
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedTarInfo) as rest:
+        for _ in rest:
+            pass
+
+
+def archive_classes(reader: ReaderImageInTar) -> list[str]:
+    """Names of an archive's classes, in the order of their labels."""
+    return list(reader.class_name_to_idx)
+
+
+def archive_labels(reader: ReaderImageInTar) -> Iterator[tuple[str, int]]:
+    """Names and labels of an archive's images."""
+    for sample, target in zip(reader.samples, reader.targets):
+        yield sample[0].path, target
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Webdatasets
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def open_webdataset(reader: ReaderWds, skip: Callable[[UnreadableImageError], bool], seed: int) -> None:
+    """Restart timm's reader of a webdataset with a seed, and make it report unreadable images and shards.
+
+    timm's reader seeds its shuffle once per worker and continues it through the epochs, so a resumed run would see
+    other images. It also skips unreadable images silently, and takes a damaged shard for a short one.
+
+    This uses private parts of timm 1.0 (`ReaderWds._lazy_init`, `reader_wds._decode`, and the order of the pipeline's
+    stages), and no other function does.
+
+    Args:
+        reader: timm's reader.
+        skip: called with each unreadable image or shard; returns whether to skip it.
+        seed: seed of the shuffle.
+
+    Raises:
+        UserError: this version of timm builds another pipeline.
+    """
+    if reader.worker_info is None:
+        reader._lazy_init()  # finds out which worker it is
+    reader.worker_seed = seed
+    reader._lazy_init()
+    pipeline: list[Any] = reader.ds.pipeline  # type: ignore[attr-defined]
+    expanding = [i for i, stage in enumerate(pipeline) if getattr(stage, "f", None) is tarfile_samples]
+    decoding = [i for i, stage in enumerate(pipeline) if _function_of(stage) is reader_wds._decode]
+    if not (len(expanding) == len(decoding) == 1 and expanding < decoding):
+        raise UserError(f"{setting('data_set', 'wds/…')}: timm {timm.__version__} reads webdatasets differently from "
+                        "the versions supported; install the version in requirements.txt")  # fmt: skip
+    decoder = pipeline[decoding[0]]
+    decoder.args = (partial(_decoded, decoder.args[0]),)
+    decoder.kw["handler"] = partial(_handle_unreadable, skip)
+    pipeline[expanding[0]] = partial(_samples_of_shards, skip, reader.root)
+
+
+def _function_of(stage: Any) -> Any:
+    """The function that a pipeline stage applies to each sample, if it is a `functools.partial`."""
+    arguments = getattr(stage, "args", ())
+    return arguments[0].func if arguments and isinstance(arguments[0], partial) else None
+
+
+def _samples_of_shards(
+    skip: Callable[[UnreadableImageError], bool], root: str, shards: Iterable[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the samples of shards, undecoded, in order.
+
+    Raises:
+        UnreadableImageError: a shard is damaged and must not be skipped.
+        MachineError: the storage does not respond.
+    """
+    for shard in shards:
+        try:
+            yield from _samples_of_shard(shard["url"])
+        except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+            unreadable = UnreadableImageError.of(shard["url"], error, is_storage_error(error, root), kind="shard")
+            if unreadable.is_storage_error:
+                raise MachineError(str(unreadable)) from None
+            if not skip(unreadable):
+                raise unreadable from None
+
+
+def _samples_of_shard(url: str) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a shard. Members that share a name up to its extension form a sample: contents by extension.
+
+    Raises:
+        tarfile.TarError: the shard is damaged. Its last, incomplete sample is not yielded.
+        ValueError: two members have the same name.
+        OSError: the shard cannot be read.
+    """
+    sample: dict[str, Any] = {}
+    with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=CheckedTarInfo) as archive:
+        for member in archive:
+            key, ending = base_plus_ext(member.name)
+            if key is None or not member.isreg() or METADATA.match(member.name):
+                continue
+            if key != sample.get("__key__"):
+                if sample:
+                    yield sample
+                sample = dict(__key__=key, __url__=url)
+            if ending.lower() in sample:
+                raise ValueError(f"it holds {member.name} twice")
+            if content := archive.extractfile(member):
+                sample[ending.lower()] = content.read()
+            archive.members = []  # type: ignore[attr-defined] # tarfile would keep all of them in memory
+    if sample:
+        yield sample
+
+
+def _decoded(decode: Callable[[dict], dict], sample: dict[str, Any]) -> dict[str, Any]:
+    """Decode a sample."""
+    try:
+        return decode(sample)
+    except (TypeError, WdsTargetKeyError):  # a wrong setting, not an unreadable image
+        raise
+    except Exception as error:  # the type depends on the image format and on the damage
+        raise UnreadableImageError.of(f"{sample['__url__']}: {sample['__key__']}", error) from None
+
+
+def _handle_unreadable(skip: Callable[[UnreadableImageError], bool], error: Exception) -> bool:
+    if isinstance(error, UnreadableImageError) and skip(error):
+        return True
+    raise error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shares of streaming data sets
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def shards_of(dataset: Any) -> Sequence[str] | None:
+    """Names of the shards of a webdataset; None for other data sets."""
+    info = getattr(getattr(dataset, "reader", dataset), "split_info", None)
+    return None if info is None else info.filenames
+
+
+def read_exactly_once(dataset: Any, split_shards: bool) -> None:
+    """Make a timm reader yield each validation sample exactly once.
+
+    With several ranks, timm's readers make all shares equally long, which repeats and loses samples. Here each rank
+    reads as if it were alone: its own shards of a webdataset, or everything from other readers.
+    """
+    reader = dataset.reader
+    if getattr(reader, "dist_num_replicas", 1) == 1:
+        return
+    if split_shards and hasattr(reader, "split_info"):
+        shards = reader.split_info.filenames[reader.dist_rank :: reader.dist_num_replicas]
+        reader.split_info = replace(reader.split_info, filenames=shards)
+        reader.num_samples = math.ceil((reader.num_samples or 0) / reader.dist_num_replicas)
+    reader.dist_rank, reader.dist_num_replicas = 0, 1
