@@ -219,7 +219,7 @@ def _handle_unreadable(skip: Callable[[UnreadableImageError], bool], error: Exce
 def shards_of(dataset: Any) -> Sequence[str] | None:
     """Names of the shards of a webdataset; None for other data sets."""
     info = getattr(getattr(dataset, "reader", dataset), "split_info", None)
-    return None if info is None else info.filenames
+    return getattr(info, "filenames", None)  # Hugging Face's have other information on a split
 
 
 def read_exactly_once(dataset: Any, split_shards: bool) -> None:
@@ -231,8 +231,9 @@ def read_exactly_once(dataset: Any, split_shards: bool) -> None:
     reader = dataset.reader
     if getattr(reader, "dist_num_replicas", 1) == 1:
         return
-    if split_shards and hasattr(reader, "split_info"):
-        shards = reader.split_info.filenames[reader.dist_rank :: reader.dist_num_replicas]
+    all_shards = shards_of(dataset)
+    if split_shards and all_shards is not None:
+        shards = all_shards[reader.dist_rank :: reader.dist_num_replicas]
         reader.split_info = replace(reader.split_info, filenames=shards)
         reader.num_samples = math.ceil((reader.num_samples or 0) / reader.dist_num_replicas)
     reader.dist_rank, reader.dist_num_replicas = 0, 1
