@@ -217,3 +217,8 @@ def test_a_damaged_checkpoint_is_named(weights, few_digits, tmp_path):
     (tmp_path / "changed.pth").write_bytes(content)
     with pytest.raises(UserError, match=r"changed\.pth: damaged, wrong checksum of data/"):
         checkpoints.read_checkpoint(str(tmp_path / "changed.pth"), "--resume changed.pth")
+
+
+def test_a_deleted_checkpoint_is_reported(tmp_path):
+    """Processes that outlive torchrun may delete the oldest checkpoint while another run checks the folder."""
+    assert "No such file" in checkpoints.damage(tmp_path / "checkpoint-00000008.pth")

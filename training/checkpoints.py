@@ -162,12 +162,12 @@ def damage(path: Path) -> str | None:
 
     Files of torch.save have checksums (CRC-32), files of safetensors the lengths of their entries.
     """
-    if _is_safetensors(path):
-        try:
+    try:
+        if _is_safetensors(path):
             with safetensors.safe_open(path, framework="pt"):
                 return None
-        except (safetensors.SafetensorError, OSError) as error:
-            return " ".join(str(error).split())[:100]
+    except (safetensors.SafetensorError, OSError) as error:  # or the file is gone: another process may delete it
+        return " ".join(str(error).split())[:100]
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():  # testzip() would look entries up by name, and miss duplicates
