@@ -1,4 +1,4 @@
-"""Private parts of mmengine and NumPy that `dense/` uses. A failure here means: the library has changed, adapt it.
+"""Private parts of mmengine and NumPy that `dense/` uses. A failure means that a library has changed: adapt the use.
 
 They are used in `dense/mmengine_adapter.py`. The ranges of versions are in pyproject.toml.
 """
