@@ -83,7 +83,6 @@ from training.resume import Source, check_source, describe_data, describe_run, f
 from training.samples import ImageData
 from training.state import Precision, Training
 from training.storage import make_folder, write_file
-from training.unreadable import unreadable_limit
 from training.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
 from utils import Stream, seed_everything
 
@@ -110,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
     is_training = not (args.throughput or args.eval)
     advice = RESUME if is_training else RERUN
     with (
-        Output(Path(args.output_dir or args.model)) as output,
+        Output(Path(args.output_dir or args.model), heartbeat_timeout(args.timeout)) as output,
         Preemption("main.py", saves=is_training) as preemption,
         Watchdog(args.timeout, args.dist_url, preemption, advice, build_parser().flags()) as watchdog,
     ):
@@ -222,7 +221,7 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     check_same_classes(train, val)
     model = build_model(args, train.num_classes, precision)
     data = describe_data(train, val)
-    on_main_process(lambda: output.lock(heartbeat_timeout(args.timeout)))
+    on_main_process(output.lock)
     source = find_checkpoint(args.resume, args.auto_resume, output.folder)
     is_stream = isinstance(train.dataset, IterableDataset)
     accum_steps = check_source(source, settings, data, is_stream) if source else args.accum_steps
@@ -236,11 +235,11 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
         end_finished_run(output, source, training, args.epochs)
         return
     run = describe_run(settings, data, precision)
-    resumes, keep = args.auto_resume, args.keep_checkpoints
-    on_main_process(lambda: output.open(run, training, source, resumes, keep, heartbeat_timeout(args.timeout)))
+    on_main_process(lambda: output.open(run, training, source, args.auto_resume, args.keep_checkpoints))
     save = partial(save_checkpoint, training, output, dict(args=settings, data=data), accum_steps)
     flags = DelayedFlags(precision.device, flag_delay(args, precision))
-    monitor = StepMonitor(build_monitor_settings(args, train), watchdog, flags, output.folder, output.log_event, save)
+    limits = settings_from(args, MonitorSettings, dataset_size=len(train))
+    monitor = StepMonitor(limits, watchdog, flags, output.folder, output.log_event, save)
     train_epochs(parts, output, monitor, save)
 
 
@@ -259,7 +258,7 @@ def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Calla
             stats = prefixed("train", loss) | validate(parts, watchdog)
             finish_epoch(training, output, save, stats)
     except Preempted:
-        raise stop_preempted(training, output, save, watchdog.preemption.status) from None
+        raise stop_preempted(training, output, save, watchdog) from None
     on_main_process(output.close)
     on_main_process(lambda: complete_output(output))
     check_outputs(stats, f"epoch {training.epoch - 1} validation")
@@ -302,14 +301,15 @@ def finish_epoch(training: Training, output: Output, save: Callable[..., None], 
     save(is_best=is_best)
 
 
-def stop_preempted(training: Training, output: Output, save: Callable[..., None], status: int) -> Preempted:
+def stop_preempted(training: Training, output: Output, save: Callable[..., None], watchdog: Watchdog) -> Preempted:
     """Save a run that was asked to stop. Returns the exception that ends the command."""
     save()
+    status = watchdog.preemption.status
     place = f"before epoch {training.epoch}, step {training.epoch_step}; the same command with --auto-resume resumes"
     try:
         on_main_process(output.close)
     except UserError as error:
-        print_main(f"WARNING: {with_flags(str(error), build_parser().flags())}")
+        print_main(f"WARNING: {with_flags(str(error), watchdog.flags)}")
         return Preempted(f"{place} from the last checkpoint", status)
     return Preempted(f"{place} there", status)
 
@@ -399,12 +399,6 @@ def build_parts(
         settings_from(args, EvaluationSettings),
         args.model_ema_force_cpu,
     )
-
-
-def build_monitor_settings(args: argparse.Namespace, train: ImageData) -> MonitorSettings:
-    """Build the monitor's settings. The limit of unreadable images follows from the size of the training set."""
-    limit = unreadable_limit(args.on_bad_image, len(train))
-    return settings_from(args, MonitorSettings, unreadable_limit=limit, dataset_size=len(train))
 
 
 def build_precision(args: argparse.Namespace, device: torch.device) -> Precision:

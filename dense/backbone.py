@@ -18,7 +18,7 @@ from torch import nn
 
 from dense.mmengine_adapter import read_checkpoint, register_distributions
 from sepvit import VARIANTS, SepViTDense, entries_under
-from training.checkpoints import EMA_KEYS, load_weights, weights_of
+from training.checkpoints import has_averaged_weights, load_weights, weights_of
 
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # overrides weights_only=False in calls of torch.load
 register_distributions()
@@ -96,7 +96,7 @@ class SepViTBackbone(SepViTDense):
         checkpoint = read_checkpoint(path, what)
         weights = entries_under(weights_of(checkpoint, what, prefer_ema=True), prefix)
         report = load_weights(self, weights, what, variant_hint="use that variant's config, or this variant's weights")
-        averaged = ", averaged weights" if any(isinstance(checkpoint.get(key), dict) for key in EMA_KEYS) else ""
+        averaged = ", averaged weights" if has_averaged_weights(checkpoint) else ""
         print_log(f"{what}: {self.variant}{averaged}: {report}", "current")
 
 

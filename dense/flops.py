@@ -30,7 +30,7 @@ def count(args: argparse.Namespace, samples: Callable[[int, int], list[Any]] | N
     for name, part in model.named_children():
         if any(True for _ in part.parameters()):
             print(f"{name + ':':20} {sum(p.numel() for p in part.parameters()) / 1e6:8.3f} M parameters")
-    print(f"{'backbone':20} {count_multiply_adds(model.backbone, images) / 1e9:8.3f} G multiply-adds")
+    print(f"{'backbone:':20} {count_multiply_adds(model.backbone, images) / 1e9:8.3f} G multiply-adds")
     print(f"{cfg.model.type}, {args.shape[0]} × {args.shape[1]} pixels: {total / 1e6:.3f} M parameters, "
           f"{count_multiply_adds(model, *inputs) / 1e9:.3f} G multiply-adds")  # fmt: skip
 

@@ -238,7 +238,7 @@ def one_epoch(args, precision, training, criterion=None, batches=1):
     loader = DataLoader([batch] * batches, batch_size=None, collate_fn=lambda batch: batch)
     criterion = criterion or DistillationLoss(torch.nn.CrossEntropyLoss())
     watchdog = Watchdog(600, "env://", Preemption("main.py"), main.RERUN, {})
-    limits = main.settings_from(args, MonitorSettings, unreadable_limit=1, dataset_size=100)
+    limits = main.settings_from(args, MonitorSettings, dataset_size=100)
     monitor = StepMonitor(limits, watchdog, DelayedFlags(precision.device, 0), Path(), print, lambda: None)
     return train_one_epoch(
         training, loader, criterion, precision, main.settings_from(args, LoopSettings), None, monitor

@@ -395,9 +395,14 @@ def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) 
     return weights
 
 
+def has_averaged_weights(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint holds averaged weights."""
+    return any(isinstance(checkpoint.get(key), dict) for key in EMA_KEYS)
+
+
 def has_both_weights(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint holds averaged weights besides the network's."""
-    return all(any(isinstance(checkpoint.get(key), dict) for key in keys) for keys in (MODEL_KEYS, EMA_KEYS))
+    return has_averaged_weights(checkpoint) and any(isinstance(checkpoint.get(key), dict) for key in MODEL_KEYS)
 
 
 def load_weights(

@@ -13,7 +13,7 @@ from training.errors import Preempted, UserError, setting
 from training.processes import all_gather, all_reduce, get_rank, print_line
 from training.state import Training
 from training.storage import write_file
-from training.unreadable import NAMES_END, check_unreadable
+from training.unreadable import NAMES_END, check_unreadable, unreadable_limit
 from training.watchdog import Watchdog
 
 
@@ -90,8 +90,7 @@ class MonitorSettings:
         max_bad_steps: steps skipped in a row that end the run.
         dump_bad_batch: save the batches of such steps.
         checkpoint_every: global steps between checkpoints within epochs; 0 for none.
-        on_bad_image: 'skip' or 'fail', for messages.
-        unreadable_limit: how many training images may be unreadable.
+        on_bad_image: policy for unreadable images, 'skip' or 'fail'.
         dataset_size: number of training images.
     """
 
@@ -99,7 +98,6 @@ class MonitorSettings:
     dump_bad_batch: bool
     checkpoint_every: int
     on_bad_image: str
-    unreadable_limit: int
     dataset_size: int
 
 
@@ -222,7 +220,6 @@ class StepMonitor:
                 training.unreadable_images.append(name)
                 self.log({**flags.place, "unreadable_image": name})
         self._unreadable.clear()
-        names, settings = training.unreadable_images, self.settings
-        what = setting("on_bad_image", settings.on_bad_image)
-        check_unreadable(len(names), settings.unreadable_limit, names[-1], what, settings.dataset_size,
+        names, policy, size = training.unreadable_images, self.settings.on_bad_image, self.settings.dataset_size
+        check_unreadable(len(names), unreadable_limit(policy, size), names[-1], setting("on_bad_image", policy), size,
                          "see `unreadable_image` in log.txt")  # fmt: skip

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from training.checkpoints import BEST, NEWEST, NUMBERED, CheckpointWriter, name_also, numbered
 from training.commands import take_unprinted
-from training.errors import UserError, one_line, setting
+from training.errors import UserError, setting
 from training.processes import print_line, print_main
 from training.recipes import ARGS, write_recipe
 from training.resume import Source
@@ -186,10 +186,12 @@ class Output:
 
     Args:
         folder: the output folder.
+        heartbeat_timeout: see `lock_folder`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, heartbeat_timeout: float) -> None:
         self.folder = folder
+        self.heartbeat_timeout = heartbeat_timeout
         self._files: _Files | None = None
         self._lock: int | None = None
 
@@ -202,20 +204,12 @@ class Output:
         if self._lock is not None:
             os.close(self._lock)
 
-    def lock(self, heartbeat_timeout: float) -> None:
+    def lock(self) -> None:
         """Keep other runs out of the folder, if it exists; see `lock_folder`."""
         if self._lock is None:
-            self._lock = lock_folder(self.folder, heartbeat_timeout)
+            self._lock = lock_folder(self.folder, self.heartbeat_timeout)
 
-    def open(
-        self,
-        run: dict[str, Any],
-        training: Training,
-        source: Source | None,
-        resumes: bool,
-        keep: int,
-        heartbeat_timeout: float,
-    ) -> None:
+    def open(self, run: dict[str, Any], training: Training, source: Source | None, resumes: bool, keep: int) -> None:
         """Prepare the folder and open the files.
 
         Args:
@@ -224,14 +218,13 @@ class Output:
             source: checkpoint that it resumes from, None for a fresh run.
             resumes: whether the run was asked to resume from the folder's newest checkpoint, if it has any.
             keep: number of checkpoints to keep.
-            heartbeat_timeout: see `lock_folder`.
 
         Raises:
             UserError: the folder cannot be written, or holds another run.
         """
         what = setting("output_dir", self.folder)
         make_folder(self.folder, what)
-        self.lock(heartbeat_timeout)
+        self.lock()
         check_free(self.folder, source, training.global_step, resumes)
         for unfinished in (*self.folder.glob("checkpoint*.pth.tmp"), *self.folder.glob("bad_batch-*.pth.tmp")):
             unfinished.unlink()
@@ -259,7 +252,7 @@ class Output:
         """Add an event to log.txt, and print it."""
         if self._files is not None:
             self._files.log.add(entry)
-            print_main(one_line(", ".join(f"{name} {value}" for name, value in entry.items())))
+            print_main(", ".join(f"{name} {value}" for name, value in entry.items()))
 
     def save(self, checkpoint: dict[str, Any], is_best: bool) -> None:
         """Write a checkpoint, and before it the lines of log.txt that lead up to it."""

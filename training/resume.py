@@ -87,7 +87,12 @@ class Source:
     @property
     def what(self) -> str:
         """Setting and path, for messages."""
-        return setting("auto_resume" if self.is_automatic else "resume", self.path)
+        return _what(self.path, self.is_automatic)
+
+
+def _what(path: str, is_automatic: bool) -> str:
+    """Setting and path of a checkpoint, for messages."""
+    return setting("auto_resume" if is_automatic else "resume", path)
 
 
 def find_checkpoint(path: str, automatic: bool, folder: Path) -> Source | None:
@@ -108,8 +113,7 @@ def find_checkpoint(path: str, automatic: bool, folder: Path) -> Source | None:
         if automatic:
             print_main(f"no checkpoint in {folder} to resume from; starting a fresh run")
         return None
-    what = setting("auto_resume" if newest else "resume", path)
-    return Source(path, bool(newest), read_checkpoint(path, what))
+    return Source(path, bool(newest), read_checkpoint(path, _what(path, bool(newest))))
 
 
 def _newest_checkpoint(folder: Path) -> str:
