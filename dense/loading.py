@@ -1,55 +1,280 @@
-"""Loading of training images that tolerates a few unreadable ones."""
+"""Loading of images and labels that names what cannot be read, and does not fit.
 
-import logging
+`use_checked_loading` puts these transforms into the pipelines of a config. They raise `UnreadableImageError`, which the
+training loop counts, and which ends validation and tests.
+"""
+
+import importlib
+import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-from mmcv.transforms import LoadImageFromFile
-from mmengine.logging import print_log
-from mmengine.registry import TRANSFORMS
+import cv2
+import mmcv
+import numpy as np
+from mmcv.transforms import BaseTransform, LoadImageFromFile
+from mmengine import fileio
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.registry import DATASETS, METRICS, TRANSFORMS, Registry
+from PIL import UnidentifiedImageError
 
-from training.storage import with_retries
-from training.unreadable import check_unreadable
+from dense.parts import LOADERS, class_name, classes_of, data_sets, dicts, is_remote, resolve
+from training.errors import UserError, setting
+from training.storage import is_storage_error, with_retries
+from training.unreadable import UnreadableImageError
 
-SLOTS = 1 << 20  # more than any of the data sets has training images
+T = TypeVar("T")
+
+NO_IMAGE = "not an image, or a damaged one"
+LARGEST = 255  # largest label: mmseg's label maps are of 8 bits
+ORIENTED = ("cv2", "pillow")  # backends of mmcv that would turn an image by its EXIF orientation
+
+
+def read_or_name(path: str, kind: str, read: Callable[[], T]) -> T:
+    """Read a file. Retries while the storage does not respond.
+
+    Args:
+        path: the file.
+        kind: what it is: 'image', 'label'.
+        read: reads it.
+
+    Raises:
+        UnreadableImageError: it cannot be read. The line has the file's name.
+    """
+    folder = Path(path).parent
+    try:
+        if not is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("not a regular file")  # a pipe or a device could block for ever
+        return with_retries(read, folder)
+    except Exception as error:  # the type depends on the image format and on the damage
+        plain = ValueError(NO_IMAGE) if isinstance(error, (AssertionError, UnidentifiedImageError)) else error
+        raise UnreadableImageError.of(path, plain, is_storage_error(error, folder), kind) from None
 
 
 @TRANSFORMS.register_module()
 class LoadReadableImage(LoadImageFromFile):
-    """Load images as mmcv's `LoadImageFromFile` does, but name and skip unreadable ones.
+    """Load an image as mmcv's `LoadImageFromFile` does, but with its pixels as stored, and name it if it is unreadable.
 
-    In training, mmengine's data sets then choose another image at random. In testing, they raise an error.
+    An EXIF orientation is ignored: labels and boxes have none. If the annotations state the image's size, it has to be
+    theirs.
 
     Args:
-        max_unreadable: how many images may be unreadable, for all loader workers of a process together.
         **kwargs: arguments of `LoadImageFromFile`.
     """
 
-    def __init__(self, max_unreadable: int = 1, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.max_unreadable = max_unreadable
-        self.unreadable = torch.zeros(SLOTS, dtype=torch.bool).share_memory_()  # by image, shared by all workers
+        if self.imdecode_backend in ORIENTED and self.color_type in ("color", "grayscale"):
+            self.color_type += "_ignore_orientation"
 
-    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
-        """Load an image into `results`. Returns None if it is unreadable.
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Load an image into `results`.
 
         Raises:
-            UserError: too many images are unreadable.
+            UnreadableImageError: the image is unreadable, or its annotations are of another size.
         """
-        load = super().transform
+        path, load = results["img_path"], super().transform
+        loaded = read_or_name(path, "image", lambda: load(results))
+        if loaded is None:  # mmcv's option `ignore_empty`
+            raise UnreadableImageError.of(path, ValueError(NO_IMAGE))
+        height, width = loaded["img_shape"]
+        stated = results.get("height", height), results.get("width", width)
+        if stated != (height, width):
+            words = f"it has {height} × {width} pixels, its annotations are for {stated[0]} × {stated[1]}"
+            turned = "; an EXIF orientation is ignored" if stated == (width, height) else ""
+            raise UnreadableImageError.of(path, ValueError(words + turned))
+        return loaded
+
+
+@TRANSFORMS.register_module()
+class LoadReadableLabels(BaseTransform):
+    """Load a label map as mmseg's `LoadAnnotations` does, and name it if it is unreadable or does not fit.
+
+    Args:
+        num_classes: number of classes, None if it is unknown.
+        ignore_index: label of pixels that belong to no class.
+        reduce_zero_label: see mmseg's transform; None follows the data set.
+        imdecode_backend: see mmseg's transform.
+        backend_args: see mmseg's transform.
+    """
+
+    def __init__(
+        self,
+        num_classes: int | None = None,
+        ignore_index: int = 255,
+        reduce_zero_label: bool | None = None,
+        imdecode_backend: str = "pillow",
+        backend_args: dict[str, Any] | None = None,
+    ) -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.reduce_zero_label = reduce_zero_label
+        self.imdecode_backend = imdecode_backend
+        self.backend_args = backend_args
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Load a label map into `results`.
+
+        Raises:
+            UnreadableImageError: it is unreadable, of another size than the image, or has values without a class.
+        """
+        path = results["seg_map_path"]
+        stored = read_or_name(path, "label", lambda: self._read(path))
+        size = tuple(results.get("ori_shape", stored.shape))
+        if stored.shape != size:
+            rows, columns = stored.shape
+            words = f"it has {rows} × {columns} pixels, its image {size[0]} × {size[1]}"
+            raise UnreadableImageError.of(path, ValueError(words), kind="label")
+        labels = self._numbering(results)[np.clip(stored, 0, LARGEST)]
+        self._check_values(path, stored, labels)
+        results["gt_seg_map"] = labels
+        results.setdefault("seg_fields", []).append("gt_seg_map")
+        return results
+
+    def _read(self, path: str) -> np.ndarray:
+        """Read a label map, H × W, in the numbering of the file."""
+        content = fileio.get(path, backend_args=self.backend_args)
+        if content.startswith(b"\xff\xd8"):
+            raise ValueError("a JPEG, which changes values; label maps are PNGs")
+        stored = mmcv.imfrombytes(content, flag="unchanged", backend=self.imdecode_backend)
+        if stored is None:
+            raise ValueError(NO_IMAGE)
+        if stored.ndim == 3 and stored.shape[2] == 1:
+            stored = stored[..., 0]
+        if stored.ndim != 2:
+            raise ValueError(f"it has {stored.shape[2]} channels; a label map has one, with the number of the class")
+        if stored.dtype.kind == "f":
+            raise ValueError("its values are no whole numbers")
+        return stored.astype(np.uint8) if stored.dtype == bool else stored
+
+    def _numbering(self, results: dict[str, Any]) -> np.ndarray:
+        """Return the label of each value of a file, as mmseg numbers them."""
+        table: np.ndarray = np.arange(LARGEST + 1, dtype=np.uint8)
+        reduced = results.get("reduce_zero_label", False)
+        if self.reduce_zero_label not in (None, reduced):
+            raise UserError(f"LoadAnnotations reduce_zero_label={self.reduce_zero_label}: the data set has {reduced}; "
+                            "remove it from the transform")  # fmt: skip
+        if reduced:
+            table[1:-1] -= 1
+            table[0] = LARGEST
+        if (mapping := results.get("label_map")) is not None:
+            chosen = np.arange(LARGEST + 1, dtype=np.uint8)
+            chosen[list(mapping.keys())] = list(mapping.values())
+            table = chosen[table]
+        return table
+
+    def _check_values(self, path: str, stored: np.ndarray, labels: np.ndarray) -> None:
+        """Refuse values without a class."""
+        wrong = (stored < 0) | (stored > LARGEST)
+        if self.num_classes is not None:
+            wrong |= (labels >= self.num_classes) & (labels != self.ignore_index)
+        if wrong.any():
+            values, counts = np.unique(stored[wrong], return_counts=True)
+            found = ", ".join(map(str, values[:5].tolist())) + (", …" if len(values) > 5 else "")
+            classes = f"the {self.num_classes} classes" if self.num_classes is not None else f"{LARGEST}, the largest"
+            words = f"it has the value {found} in {counts.sum()} pixels, beyond {classes}"
+            raise UnreadableImageError.of(path, ValueError(words), kind="label")
+
+
+@TRANSFORMS.register_module()
+class NamedSteps(BaseTransform):
+    """Run a pipeline. If OpenCV fails in it, as it does on images of one pixel's height, the image is named.
+
+    Args:
+        transforms: the pipeline.
+    """
+
+    def __init__(self, transforms: list[dict[str, Any]]) -> None:
+        self.steps = Compose(transforms)
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        """Run the pipeline on an image.
+
+        Raises:
+            UnreadableImageError: a step cannot process the image.
+        """
+        path = results.get("img_path")
         try:
-            return with_retries(lambda: load(results), Path(results["img_path"]).parent)
-        except Exception as error:  # the type depends on the image format and on the damage
-            slot, image = results["sample_idx"] % SLOTS, results["img_path"]
-            if not self.unreadable[slot]:
-                self.unreadable[slot] = True
-                check_unreadable(
-                    int(self.unreadable.sum()),
-                    self.max_unreadable,
-                    f"{image} ({error})",
-                    "max_unreadable of LoadReadableImage",
-                    hint="repair the images, or raise max_unreadable in the config",
-                )
-                print_log(f"image {image}: cannot be read ({error}); another replaces it", "current", logging.WARNING)
-            return None
+            return self.steps(results)
+        except cv2.error as error:
+            if not isinstance(path, str):
+                raise
+            size = " × ".join(map(str, results.get("ori_shape", ())))
+            reason = ValueError(f"a transform fails on its {size} pixels: {error}")
+            raise UnreadableImageError.of(path, reason) from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configs
+# ----------------------------------------------------------------------------------------------------------------------
+
+# What is replaced, by class and registry, and what replaces it.
+REPLACED = {
+    "mmcv.transforms.loading.LoadImageFromFile": "LoadReadableImage",
+    "mmseg.datasets.transforms.loading.LoadAnnotations": "LoadReadableLabels",
+    "mmdet.datasets.transforms.loading.LoadAnnotations": "LoadReadableInstances",
+    "mmdet.datasets.coco.CocoDataset": "CompleteCocoDataset",
+    "mmdet.evaluation.metrics.coco_metric.CocoMetric": "CompleteCocoMetric",
+}
+OF_MMDET = {"LoadReadableInstances", "CompleteCocoDataset", "CompleteCocoMetric"}  # registered by dense.coco
+
+
+def use_checked_loading(cfg: Config) -> None:
+    """Let the data sets of a config load images, labels and annotations by the checked transforms and classes.
+
+    The pipeline of test-time augmentation is included. Other transforms and data sets stay. A second call changes
+    nothing.
+
+    Args:
+        cfg: the config.
+
+    Raises:
+        UserError: a pipeline has a setting that no longer exists.
+    """
+    head = cfg.model.get("module", cfg.model).get("decode_head") or {}
+    ignored = (head[0] if isinstance(head, (list, tuple)) else head).get("ignore_index", 255)
+    names: tuple[str, ...] | None = None
+    for loader in LOADERS:
+        found = [*data_sets(cfg, loader)]
+        names = next((classes_of(node, kind) for node, kind in found), names)
+        places = [cfg[loader].dataset] if found else []
+        if loader == "test_dataloader" and cfg.get("tta_pipeline"):
+            places.append(cfg.tta_pipeline)
+        for node in dicts(places):
+            _replace(node, TRANSFORMS)
+            _check_transform(node, len(names) if names else None, ignored)
+        for node, _ in found:
+            _replace(node, DATASETS)
+            if not any(step.get("type") == "NamedSteps" for step in node.get("pipeline", ())):
+                node.pipeline = [dict(type="NamedSteps", transforms=node.get("pipeline", []))]
+    for node in dicts([cfg.get("val_evaluator"), cfg.get("test_evaluator")]):
+        if not node.get("sort_categories"):
+            _replace(node, METRICS)
+    if any(node.get("type") in OF_MMDET for node in dicts(cfg)):
+        _import_with(cfg, "dense.coco")
+
+
+def _replace(node: Any, registry: Registry) -> None:
+    """Replace a transform, data set or metric by the one that checks."""
+    if kind := resolve(registry, node):
+        node["type"] = REPLACED.get(class_name(kind), node["type"])
+
+
+def _check_transform(node: Any, num_classes: int | None, ignore_index: int) -> None:
+    """Complete the settings of a checked transform, and refuse a former one."""
+    if node.get("type") == "LoadReadableLabels":
+        node.setdefault("num_classes", num_classes)
+        node.setdefault("ignore_index", ignore_index)
+    if node.get("type") == "LoadReadableImage" and "max_unreadable" in node:
+        raise UserError(f"LoadReadableImage max_unreadable={node['max_unreadable']}: no longer a setting; remove it "
+                        f"from the config, {setting('on_bad_image')} takes its place")  # fmt: skip
+
+
+def _import_with(cfg: Config, module: str) -> None:
+    """Import a module, here and wherever the config is read again."""
+    importlib.import_module(module)
+    imports = cfg.setdefault("custom_imports", dict(imports=[], allow_failed_imports=False)).imports
+    cfg.custom_imports.imports = [*dict.fromkeys([*imports, module])]

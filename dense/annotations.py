@@ -1,0 +1,167 @@
+"""Checks of COCO's annotation files, before a data set is built from one."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from training.errors import UserError
+
+MOST_NAMES = 12  # in a message
+
+# What mmdet and pycocotools need of each entry, by the name of its list.
+REQUIRED = {
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
+
+
+def listed(names: Sequence[Any]) -> str:
+    """List names for a message. Of many, only the first are shown."""
+    shown = ", ".join(map(str, names[:MOST_NAMES]))
+    return shown if len(names) <= MOST_NAMES else f"{shown}, … ({len(names)} in all)"
+
+
+def read_annotations(path: str, what: str) -> dict[str, Any]:
+    """Read an annotation file.
+
+    Args:
+        path: the file.
+        what: what it is and its path, for messages.
+
+    Raises:
+        UserError: it is missing, truncated or not COCO's format.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except OSError as error:
+        raise UserError(f"{what}: cannot be read ({error.strerror})") from None
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{what}: not JSON, or truncated ({error})") from None
+    if not isinstance(content, dict):
+        kind = "a list" if isinstance(content, list) else f"a {type(content).__name__}"
+        raise UserError(f"{what}: {kind}, not COCO's format, an object with images, annotations and categories")
+    return content
+
+
+def check_annotations(
+    what: str,
+    content: Mapping[str, Any],
+    classes: Sequence[str],
+    needs_masks: bool,
+    needs_objects: bool,
+    filters: Mapping[str, Any],
+) -> list[str]:
+    """Refuse annotations that are incomplete or do not fit the classes.
+
+    Args:
+        what: the file, for messages.
+        content: the file's content.
+        classes: names of the data set's classes.
+        needs_masks: whether the model or its evaluation needs a mask of each object.
+        needs_objects: whether there have to be objects, for training or evaluation.
+        filters: which images mmdet leaves out, its `filter_cfg`.
+
+    Returns:
+        warnings.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    _check_entries(what, content, needs_objects)
+    _check_categories(what, content, classes)
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    marks = content.get("annotations") or []
+    if unknown := [mark for mark in marks if mark["category_id"] not in names]:
+        raise UserError(f"{what}: {len(unknown)} annotations are of category {unknown[0]['category_id']!r}, which its "
+                        f"categories have not: {listed([*names])}")  # fmt: skip
+    chosen = [mark for mark in marks if names[mark["category_id"]] in classes]
+    if needs_objects and not chosen:
+        raise UserError(f"{what}: none of its {len(marks)} annotations is of the classes {listed(classes)}")
+    images = {image["id"] for image in content["images"]}
+    lost = [mark["image_id"] for mark in marks if mark["image_id"] not in images]
+    if lost and len(lost) == len(marks):
+        raise UserError(f"{what}: no annotation is of its images, the first is of image_id {lost[0]!r}; image_id is "
+                        "the id of an image")  # fmt: skip
+    if needs_masks and (bare := [mark for mark in chosen if not mark.get("segmentation")]):
+        raise UserError(f"{what}: {len(bare)} of {len(chosen)} annotations have no segmentation, the first is "
+                        f"{bare[0]['id']}; a model with masks needs it, RetinaNet does not")  # fmt: skip
+    _check_kept_images(what, content, chosen, filters)
+    left_out = Counter(names[mark["category_id"]] for mark in marks) - Counter(dict.fromkeys(classes, len(marks)))
+    warnings = [f"{len(lost)} annotations are of no image, the first of image_id {lost[0]!r}"] if lost else []
+    if left_out:
+        warnings.append(f"{left_out.total()} annotations are left out, of categories that are not classes: "
+                        f"{listed(sorted(left_out))}")  # fmt: skip
+    if chosen and not any(_is_used(mark) for mark in chosen):
+        warnings.append(f"all {len(chosen)} annotations are crowds or empty boxes, from which nothing is learned")
+    return warnings
+
+
+def _check_entries(what: str, content: Mapping[str, Any], needs_objects: bool) -> None:
+    """Refuse lists that are missing, and entries without a required key."""
+    for key, required in REQUIRED.items():
+        entries = content.get(key)
+        if entries is None and key == "annotations" and not needs_objects:
+            continue
+        if not isinstance(entries, list) or not entries:
+            state = "has no" if entries is None or isinstance(entries, list) else "has, but not as a list,"
+            raise UserError(f"{what}: {state} {key}; COCO's format is an object with {', '.join(REQUIRED)}")
+        for number, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise UserError(f"{what}: {key}[{number}] is {entry!r:.40}, not an object with {', '.join(required)}")
+            if missing := [name for name in required if name not in entry]:
+                raise UserError(f"{what}: {key}[{number}] has no {' and no '.join(missing)}")
+        _check_ids(what, key, [entry["id"] for entry in entries])
+    for mark in content.get("annotations") or []:
+        box = mark["bbox"]
+        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)):
+            raise UserError(f"{what}: annotation {mark['id']} has bbox {box!r:.60}, not four numbers: "
+                            "x, y, width and height")  # fmt: skip
+
+
+def _check_ids(what: str, key: str, ids: list[Any]) -> None:
+    """Refuse ids that are not whole numbers, or not unique. Those of images may be texts."""
+    allowed = (int, str) if key == "images" else (int,)
+    if others := [value for value in ids if not isinstance(value, allowed)]:
+        raise UserError(f"{what}: {key} have ids such as {others[0]!r}; ids are whole numbers")
+    if len(set(ids)) < len(ids):
+        twice = next(value for value, count in Counter(ids).items() if count > 1)
+        raise UserError(f"{what}: several of its {key} have the id {twice!r}; ids are unique")
+
+
+def _check_categories(what: str, content: Mapping[str, Any], classes: Sequence[str]) -> None:
+    """Refuse categories that do not fit the classes. The line has both lists."""
+    names = [category["name"] for category in content["categories"]]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{what}: has several categories named {listed(twice)}")
+    both = f"the classes are {listed(classes)}; the file's categories are {listed(names)}"
+    if missing := [name for name in classes if name not in names]:
+        raise UserError(f"{what}: no category is named {listed(missing)}: {both}; set metainfo = dict(classes=…) to "
+                        "names of the file")  # fmt: skip
+    # mmdet numbers labels in the file's order, and names them in the classes' order.
+    if (ordered := [name for name in names if name in classes]) != list(classes):
+        raise UserError(f"{what}: the classes are in another order than the file's categories, and would be mixed up: "
+                        f"{both}; write them as {listed(ordered)}")  # fmt: skip
+
+
+def _check_kept_images(
+    what: str, content: Mapping[str, Any], chosen: Iterable[Mapping[str, Any]], filters: Mapping[str, Any]
+) -> None:
+    """Refuse a file of which mmdet's filters leave no image."""
+    with_objects = {mark["image_id"] for mark in chosen}
+    least = filters.get("min_size", 0)
+    large = [image for image in content["images"] if min(image["width"], image["height"]) >= least]
+    if not large:
+        raise UserError(f"{what}: all {len(content['images'])} images are smaller than {least} pixels, and filter_cfg "
+                        f"leaves them out; set train_dataloader.dataset.filter_cfg.min_size=0")  # fmt: skip
+    if filters.get("filter_empty_gt") and not any(image["id"] in with_objects for image in large):
+        raise UserError(f"{what}: no image has annotations of the classes; image_id of an annotation is an image's id")
+
+
+def _is_used(mark: Mapping[str, Any]) -> bool:
+    """Whether mmdet learns from an annotation. It leaves out crowds and boxes smaller than a pixel."""
+    _, _, width, height = mark["bbox"]
+    is_empty = width < 1 or height < 1 or mark.get("area", 1) <= 0
+    return not (mark.get("iscrowd") or mark.get("ignore") or is_empty)

@@ -1,0 +1,94 @@
+"""Checks that a config's data sets, heads, class weights and palettes agree on the classes."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmengine.config import Config
+
+from dense.annotations import listed
+from dense.parts import SEGMENTATION, classes_of, data_sets, heads_of, is_kind, weighted_losses
+from training.errors import UserError
+
+
+def checked_names(names: Any, where: str) -> tuple[str, ...]:
+    """Return names of classes as a tuple. A text is the path of a file with a name in each line, as in mmengine.
+
+    Args:
+        names: the names.
+        where: what states them, for messages.
+
+    Raises:
+        UserError: they are not a list of different texts.
+    """
+    if isinstance(names, str) and os.path.isfile(names):
+        with open(names, encoding="utf-8") as file:
+            names = file.read().splitlines()
+    if isinstance(names, str):
+        raise UserError(f"{where} classes={names!r}: a text, neither names nor a file of names; a tuple of one name "
+                        f"has a comma: classes=({names!r},)")  # fmt: skip
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where} classes={names!r}: takes the names of the classes, texts, as in "
+                        "classes=('road', 'sky')")  # fmt: skip
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{where} classes: has {listed(twice)} several times; names are different")
+    return tuple(names)
+
+
+def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
+    """Refuse a config whose parts disagree on the classes.
+
+    Args:
+        cfg: the config.
+        loaders: names of the data loaders that will be used.
+
+    Raises:
+        UserError: they disagree. The line has both sides.
+    """
+    names: tuple[str, ...] | None = None
+    first = ""
+    for loader in loaders:
+        for node, kind in data_sets(cfg, loader):
+            own = _names_of(f"{loader}.dataset", node, kind)
+            if own is None:
+                continue
+            if names is not None and own != names:
+                raise UserError(f"{loader}.dataset has the classes {listed(own)}, {first} {listed(names)}; set "
+                                "metainfo at the top of the config, for all of them")  # fmt: skip
+            names, first = own, f"{loader}.dataset"
+    if names is not None:
+        for place, head in heads_of(cfg):
+            _check_head(place, head, names)
+
+
+def _names_of(place: str, node: Mapping[str, Any], kind: Any) -> tuple[str, ...] | None:
+    """Return a data set's classes, and refuse those that do not fit its own class or palette."""
+    meta = node.get("metainfo") or {}
+    if "classes" in meta:
+        checked_names(meta["classes"], f"{place}.metainfo")
+    names, known = classes_of(node, kind), kind.METAINFO.get("classes")
+    if names is None and is_kind(kind, SEGMENTATION):
+        raise UserError(f"{place}: {kind.__name__} has no classes; set metainfo = dict(classes=('road', 'sky', …))")
+    if names and known and is_kind(kind, SEGMENTATION) and (others := [name for name in names if name not in known]):
+        raise UserError(f"{place}.metainfo: {listed(others)} are none of the classes of {kind.__name__}, "
+                        f"{listed(known)}; for data of your own, set metainfo at the top of the config")  # fmt: skip
+    palette = meta.get("palette")
+    if names and palette is not None and len(palette) != len(names):
+        raise UserError(f"{place}.metainfo: palette has {len(palette)} colours for the {len(names)} classes "
+                        f"{listed(names)}; state as many, or none")  # fmt: skip
+    return names
+
+
+def _check_head(place: str, head: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse a head with another number of classes or class weights."""
+    count = head.get("num_classes", len(names))
+    if count != len(names):
+        raise UserError(f"{place}.num_classes={count}: the data set has {len(names)} classes, {listed(names)}; state "
+                        "as many, or set metainfo = dict(classes=…) to those of the data set")  # fmt: skip
+    for name, loss in weighted_losses(head):
+        # Detectors that do not decide each class by itself have a class for the background.
+        background = int(name == "loss_cls" and not loss.get("use_sigmoid", False))
+        if len(loss["class_weight"]) != len(names) + background:
+            extra = " and the background" if background else ""
+            raise UserError(f"{place}.{name}.class_weight has {len(loss['class_weight'])} weights for the {len(names)} "
+                            f"classes {listed(names)}{extra}; state as many, or None")  # fmt: skip
