@@ -16,7 +16,7 @@ from training.errors import Preempted, UserError, setting
 from training.measure import timed
 from training.monitor import StepMonitor
 from training.processes import all_reduce, any_rank, broadcast, get_rank, get_world_size, is_main_process, print_main
-from training.state import Precision, Training
+from training.state import Precision, Training, buffers_of
 from training.watchdog import Watchdog
 from utils import Progress, Stream, seed_everything
 
@@ -147,7 +147,7 @@ def train_one_epoch(
     watchdog.sync_point()
     first_step, skipped, bad_steps = training.epoch_step, monitor.skipped, training.bad_steps
     training.wrapped.train()
-    buffers = [(buffer, buffer.clone()) for buffer in training.model.buffers()]  # running statistics; SepViT has none
+    buffers = buffers_of(training.model)  # SepViT has none
     lr = training.optimizer.param_groups[0]["lr"]
     progress = _progress(training, loader, settings, watchdog)
     for (images, targets, unreadable), share, number, is_last in _accumulated(progress, settings.accum_steps):
@@ -162,7 +162,7 @@ def train_one_epoch(
                 loss = criterion(images, training.wrapped(images), targets)
             watchdog.tick(f"epoch {training.epoch}, step {training.epoch_step}, backward")  # may wait for other ranks
             finite = training.backward(loss, share)
-        monitor.see_batch(finite, images, targets, unreadable)
+        monitor.see_batch(finite, dict(images=images, targets=targets), unreadable)
         if progress.advance(len(images) * get_world_size()):
             progress.report(loss=f"{training.mean_loss():.4f}", lr=f"{lr:.6f}")
         if is_last:

@@ -74,14 +74,15 @@ from training.commands import (
     seconds,
 )
 from training.devices import available_cores, best_device, check_device
-from training.errors import Preempted, UserError, with_flags
+from training.errors import Preempted, UserError
 from training.monitor import DelayedFlags, MonitorSettings, StepMonitor
-from training.output import Output
+from training.naming import StepNames
+from training.output import Output, stopped
 from training.processes import get_world_size, init_distributed, is_main_process, on_main_process, print_main
-from training.recipes import parse_with_recipe
+from training.recipes import ARGS, parse_with_recipe, write_recipe
 from training.resume import Source, check_source, describe_data, describe_run, find_checkpoint, restore
 from training.samples import ImageData
-from training.state import Precision, Training
+from training.state import DIVERGENCE_ADVICE, Precision, Training
 from training.storage import make_folder, write_file
 from training.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
 from utils import Stream, seed_everything
@@ -108,8 +109,9 @@ def main(args: argparse.Namespace) -> None:
     precision = build_precision(args, device)
     is_training = not (args.throughput or args.eval)
     advice = RESUME if is_training else RERUN
+    names = StepNames(args.keep_checkpoints)
     with (
-        Output(Path(args.output_dir or args.model), heartbeat_timeout(args.timeout)) as output,
+        Output(Path(args.output_dir or args.model), heartbeat_timeout(args.timeout), names) as output,
         Preemption("main.py", saves=is_training) as preemption,
         Watchdog(args.timeout, args.dist_url, preemption, advice, build_parser().flags()) as watchdog,
     ):
@@ -222,7 +224,7 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     model = build_model(args, train.num_classes, precision)
     data = describe_data(train, val)
     on_main_process(output.lock)
-    source = find_checkpoint(args.resume, args.auto_resume, output.folder)
+    source = find_checkpoint(args.resume, args.auto_resume, output.folder, output.names)
     is_stream = isinstance(train.dataset, IterableDataset)
     accum_steps = check_source(source, settings, data, is_stream) if source else args.accum_steps
     if args.finetune and not source:
@@ -234,13 +236,26 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     if training.epoch >= args.epochs:
         end_finished_run(output, source, training, args.epochs)
         return
-    run = describe_run(settings, data, precision)
-    on_main_process(lambda: output.open(run, training, source, args.auto_resume, args.keep_checkpoints))
+    run = describe_run(settings, data, precision.device)
+    on_main_process(lambda: open_output(output, run, training, source, args.auto_resume))
     save = partial(save_checkpoint, training, output, dict(args=settings, data=data), accum_steps)
     flags = DelayedFlags(precision.device, flag_delay(args, precision))
-    limits = settings_from(args, MonitorSettings, dataset_size=len(train))
+    limits = settings_from(args, MonitorSettings, dataset_size=len(train), advice=DIVERGENCE_ADVICE)
     monitor = StepMonitor(limits, watchdog, flags, output.folder, output.log_event, save)
     train_epochs(parts, output, monitor, save)
+
+
+def open_output(output: Output, run: dict[str, Any], training: Training, source: Source | None, resumes: bool) -> None:
+    """Prepare the output folder, and write the settings there as a recipe. See `Output.open`.
+
+    Raises:
+        UserError: the folder cannot be written, or holds another run.
+    """
+    output.open(run, training.covers, source, resumes)
+    try:
+        write_recipe(output.folder / ARGS, run["settings"])
+    except OSError as error:
+        raise UserError(f"{output.what}: cannot be written ({error.strerror}); name another folder") from None
 
 
 def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Callable[..., None]) -> None:
@@ -258,7 +273,9 @@ def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Calla
             stats = prefixed("train", loss) | validate(parts, watchdog)
             finish_epoch(training, output, save, stats)
     except Preempted:
-        raise stop_preempted(training, output, save, watchdog) from None
+        save()
+        place = f"before epoch {training.epoch}, step {training.epoch_step}"
+        raise stopped(output, place, watchdog.preemption.status, watchdog.flags) from None
     on_main_process(output.close)
     on_main_process(lambda: complete_output(output))
     check_outputs(stats, f"epoch {training.epoch - 1} validation")
@@ -299,19 +316,6 @@ def finish_epoch(training: Training, output: Output, save: Callable[..., None], 
     training.lr_scheduler.step(training.epoch, stats["test_acc1"])
     training.end_epoch()
     save(is_best=is_best)
-
-
-def stop_preempted(training: Training, output: Output, save: Callable[..., None], watchdog: Watchdog) -> Preempted:
-    """Save a run that was asked to stop. Returns the exception that ends the command."""
-    save()
-    status = watchdog.preemption.status
-    place = f"before epoch {training.epoch}, step {training.epoch_step}; the same command with --auto-resume resumes"
-    try:
-        on_main_process(output.close)
-    except UserError as error:
-        print_main(f"WARNING: {with_flags(str(error), watchdog.flags)}")
-        return Preempted(f"{place} from the last checkpoint", status)
-    return Preempted(f"{place} there", status)
 
 
 def end_finished_run(output: Output, source: Source | None, training: Training, epochs: int) -> None:

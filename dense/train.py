@@ -2,33 +2,43 @@
 
 import argparse
 import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.runner import find_latest_checkpoint
 
-from dense.runner import DenseRunner
+from dense.data import check_data
+from dense.loops import Schedule
+from dense.run import ADVICE, DenseNames, Run, TrainingRunner, is_finished, read_schedule, settings_of
 from dense.settings import (
     FORMER_OF_TRAINING,
     CommandParser,
     build_parser,
-    check_data,
     drop_pretrained,
     join_processes,
     read_config,
     read_model_checkpoint,
 )
-from training.commands import run_command
-from training.errors import UserError
-from training.processes import on_main_process, print_main
-from training.storage import make_folder
+from training.commands import natural, positive_int, run_command, seconds
+from training.errors import Preempted, UserError
+from training.monitor import MonitorSettings
+from training.output import Output, stopped
+from training.processes import is_main_process, on_main_process, print_main
+from training.resume import Source, find_checkpoint
+from training.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
+
+RESUME = "run the same command with --auto-resume to resume from the last checkpoint"
 
 
 def build_train_parser(description: str | None) -> CommandParser:
     """Make the parser of train.py."""
     parser = build_parser(description, former=FORMER_OF_TRAINING)
     add = parser.add_argument
+    add("--auto-resume", action="store_true",
+        help="resume from the work dir's newest checkpoint, if there is one, as if the run never stopped")  # fmt: skip
     add("--resume", nargs="?", const="", metavar="PATH",
         help="resume from a checkpoint; without PATH, from the newest in the work dir, if there is one")  # fmt: skip
     add("--load-from", metavar="PATH", help="start from the weights of a whole segmentor or detector")
@@ -36,22 +46,63 @@ def build_train_parser(description: str | None) -> CommandParser:
     add("--amp", action="store_true", help="mixed precision (float16 with loss scaling)")
     add("--auto-scale-lr", action="store_true", help="scale the learning rate to the number of images per step")
     add("--no-validate", action="store_true", help="do not validate during training")
-    add("--seed", type=int, default=None)
+    add("--seed", type=natural, default=None, help="default 0")
     add("--deterministic", action="store_true")
+    add("--checkpoint-every", type=natural, default=0, metavar="ITERATIONS",
+        help="also save every ITERATIONS iterations; 0: only as the config says, and before validation")  # fmt: skip
+    add("--keep-checkpoints", type=positive_int, default=2, metavar="N",
+        help="number of checkpoints to keep besides those at the config's interval, default 2")  # fmt: skip
+    add("--on-bad-image", choices=("skip", "fail"), default="skip", help="skip: replace unreadable training images and "
+        "labels, up to 0.1 %% of the set; fail: end the run at the first one")  # fmt: skip
+    add("--max-bad-steps", type=positive_int, default=10, metavar="N", help="end the run after N skipped steps in a "
+        "row, with a non-finite loss or non-finite gradients, default 10")  # fmt: skip
+    add("--timeout", type=seconds, default=600.0, metavar="SECONDS",
+        help="seconds without progress after which a process counts as hanging, default 600")  # fmt: skip
     return parser
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, flags: Mapping[str, str]) -> None:
     """Train a segmentor or detector.
 
     Args:
         args: the command line.
+        flags: the command's flags by setting.
     """
     cfg = read_config(args)
-    join_processes(args)
+    join_processes(args, 2 * startup_timeout(args.timeout))
+    apply_options(cfg, args)
+    schedule = read_schedule(cfg)
+    hook = cfg.checkpoint_hook
+    names = DenseNames(schedule.save_interval, args.keep_checkpoints, hook.get("max_keep_ckpts", -1))
+    folder = Path(cfg.work_dir)
+    with (
+        Output(folder, heartbeat_timeout(args.timeout), names, "work_dir") as output,
+        Preemption("train.py") as preemption,
+        Watchdog(args.timeout, "env://", preemption, RESUME, flags) as watchdog,
+        nothing_left(folder, preemption),
+    ):
+        on_main_process(output.lock)
+        source = find_source(cfg, args, output)
+        if source is not None and is_finished(schedule, source.checkpoint):
+            end_finished_run(source, cfg, schedule)
+            return
+        on_main_process(lambda: output.check_free(source, resumes(args)))
+        checkpoints = set_starting_point(cfg, args, source)
+        runner = TrainingRunner.from_config(cfg, checkpoints)
+        runner.run = build_run(cfg, args, schedule, output, watchdog, source)
+        run_to_the_end(runner)
+
+
+def apply_options(cfg: Config, args: argparse.Namespace) -> None:
+    """Apply the options of a command line to a config, and check it.
+
+    Raises:
+        UserError: an option does not fit the config.
+    """
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
-    cfg.randomness = dict(seed=args.seed, deterministic=args.deterministic)
+    seed = args.seed if args.seed is not None else cfg.get("randomness", {}).get("seed") or 0
+    cfg.randomness = dict(seed=seed, deterministic=args.deterministic)
     if args.amp and cfg.optim_wrapper.type != "AmpOptimWrapper":
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.loss_scale = "dynamic"
@@ -61,44 +112,125 @@ def train(args: argparse.Namespace) -> None:
         cfg.auto_scale_lr.enable = True
     if args.no_validate:
         cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
-    check_data(cfg, *(["train_dataloader"] if args.no_validate else ["train_dataloader", "val_dataloader"]))
-    checkpoints = set_starting_point(cfg, args)
-    on_main_process(lambda: make_folder(Path(cfg.work_dir), f"--work-dir {cfg.work_dir}"))
-    runner = DenseRunner.from_config(cfg, checkpoints)
-    runner.train()
-    print_main(f"trained: checkpoints and logs are in {cfg.work_dir}")
+    accumulated = cfg.optim_wrapper.get("accumulative_counts", 1)
+    if args.checkpoint_every % accumulated:
+        raise UserError(f"--checkpoint-every {args.checkpoint_every}: takes a multiple of optim_wrapper."
+                        f"accumulative_counts={accumulated}, since checkpoints hold no gradients")  # fmt: skip
+    check_data(cfg, "train_dataloader", *(["val_dataloader"] if cfg.get("val_dataloader") else []))
+    # This project's own hook takes the place of mmengine's, which it follows.
+    hooks = cfg.setdefault("default_hooks", {})
+    cfg.checkpoint_hook = hooks.get("checkpoint") or {}
 
 
-def set_starting_point(cfg: Config, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def resumes(args: argparse.Namespace) -> bool:
+    """Whether a command line asks to resume from the work dir's newest checkpoint, if there is one."""
+    return args.auto_resume or args.resume == ""
+
+
+def find_source(cfg: Config, args: argparse.Namespace, output: Output) -> Source | None:
+    """Find the checkpoint to resume from; None for a fresh run. Its seed becomes the run's, unless one is given.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or holds weights only, or settings exclude each other.
+    """
+    chosen = [flag for flag, value in (("--resume", args.resume), ("--load-from", args.load_from),
+                                       ("--from-scratch", args.from_scratch)) if value]  # fmt: skip
+    if len(chosen) > 1 and chosen != ["--resume", "--from-scratch"]:
+        raise UserError(f"{' and '.join(chosen)}: choose one")
+
+    def read(path: str, what: str) -> dict[str, Any]:
+        checkpoint = read_model_checkpoint(cfg, path, what.removesuffix(f" {path}"))
+        if not {"meta", "optimizer", "message_hub"} <= checkpoint.keys():
+            raise UserError(f"{what}: holds weights only, so it cannot be resumed; use --load-from to start from them")
+        return checkpoint
+
+    source = find_checkpoint(args.resume or "", resumes(args), output.folder, output.names, read)
+    if source is not None and args.seed is None and source.checkpoint["meta"].get("seed") is not None:
+        cfg.randomness.seed = source.checkpoint["meta"]["seed"]
+    return source
+
+
+def end_finished_run(source: Source, cfg: Config, schedule: Schedule) -> None:
+    """End a run that has nothing left to train.
+
+    Raises:
+        UserError: the user named the checkpoint, and expects more training.
+    """
+    done = f"all {schedule.length} {'epochs' if schedule.by_epoch else 'iterations'} are done"
+    if not source.is_automatic:
+        setting_name = "train_cfg.max_epochs" if schedule.by_epoch else "train_cfg.max_iters"
+        raise UserError(f"{source.what}: {done}; nothing left to train; raise {setting_name} to train longer")
+    print_main(f"{source.what}: the run in {cfg.work_dir} is complete: {done}")
+
+
+def build_run(
+    cfg: Config, args: argparse.Namespace, schedule: Schedule, output: Output, watchdog: Watchdog, source: Source | None
+) -> Run:
+    """Gather what a training run is, besides its config."""
+    settings = settings_of(cfg, validate=not args.no_validate)
+    limits = MonitorSettings(args.max_bad_steps, False, args.checkpoint_every, args.on_bad_image, 0, ADVICE)
+    return Run(schedule, output, watchdog, source, args.auto_resume, resumes(args), settings, limits)
+
+
+def run_to_the_end(runner: TrainingRunner) -> None:
+    """Train a run from its current iteration to its end.
+
+    Raises:
+        Preempted: the run was asked to stop, and has saved.
+    """
+    output, watchdog = runner.output, runner.run.watchdog
+    try:
+        runner.train()
+    except Preempted:
+        runner.save()
+        place = f"before iteration {runner.state.global_step + 1}"
+        raise stopped(output, place, watchdog.preemption.status, watchdog.flags) from None
+    on_main_process(output.close)
+    state = runner.state
+    best = f", best score {state.best:.4g}" if state.best is not None else ""
+    skipped = f", {state.bad_steps} steps skipped" if state.bad_steps else ""
+    print_main(f"trained{best}{skipped}: checkpoints and logs are in {output.folder}")
+
+
+@contextmanager
+def nothing_left(folder: Path, preemption: Preemption) -> Iterator[None]:
+    """If a command fails before its first step, delete what it has written to the work dir."""
+    before = set(folder.iterdir()) if folder.is_dir() else None
+    try:
+        yield
+    except Exception:
+        if not preemption.has_progress and is_main_process():
+            for path in set(folder.iterdir()) - (before or set()) if folder.is_dir() else ():
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            if before is None:
+                with suppress(OSError):
+                    folder.rmdir()
+        raise
+
+
+def set_starting_point(cfg: Config, args: argparse.Namespace, source: Source | None) -> dict[str, dict[str, Any]]:
     """Set what training starts from: a checkpoint, a pretrained backbone, or (only on request) random weights.
+
+    Args:
+        cfg: the config.
+        args: the command line.
+        source: checkpoint that the run resumes from, None for a fresh run.
 
     Returns:
         the checkpoint that was read, by its path; empty if none was.
 
     Raises:
-        UserError: the checkpoint is missing or of another variant, or several starting points are requested.
+        UserError: the checkpoint is missing or of another variant.
     """
-    chosen = [flag for flag, value in (("--resume", args.resume is not None), ("--load-from", args.load_from),
-                                       ("--from-scratch", args.from_scratch)) if value]  # fmt: skip
-    if len(chosen) > 1 and chosen != ["--resume", "--from-scratch"]:
-        raise UserError(f"{' and '.join(chosen)}: choose one")
-    path, flag = args.load_from or cfg.get("load_from"), "--load-from"
-    cfg.resume = False
-    if args.resume is not None:
-        path, flag = args.resume or find_latest_checkpoint(cfg.work_dir), "--resume"
-        cfg.resume = path is not None
-        if path is None:
-            print_main(f"--resume: no checkpoint in {cfg.work_dir}, starting a fresh run")
-    cfg.load_from = path
+    cfg.resume = source is not None
+    cfg.load_from = source.path if source else args.load_from or cfg.get("load_from")
     backbone = cfg.model.backbone
-    if path or args.from_scratch:
+    if cfg.load_from or args.from_scratch:
         drop_pretrained(cfg)
-    if path:
-        checkpoint = read_model_checkpoint(cfg, path, flag)
-        if cfg.resume and not {"meta", "optimizer", "message_hub"} <= checkpoint.keys():
-            raise UserError(f"{flag} {path}: holds weights only, so it cannot be resumed; use --load-from to start "
-                            "from them")  # fmt: skip
-        return {path: checkpoint}
+    if source:
+        return {source.path: source.checkpoint}
+    if cfg.load_from:
+        return {cfg.load_from: read_model_checkpoint(cfg, cfg.load_from, "--load-from")}
     key = "pretrained" if backbone.get("pretrained") else "init_cfg.checkpoint"
     pretrained = backbone.get("pretrained") or (backbone.get("init_cfg") or {}).get("checkpoint")
     if pretrained and "://" not in pretrained and not Path(pretrained).is_file():
@@ -111,4 +243,4 @@ def set_starting_point(cfg: Config, args: argparse.Namespace) -> dict[str, dict[
 
 def run_training(parser: CommandParser, arguments: list[str] | None = None) -> int:
     """Run train.py. Returns its exit status."""
-    return run_command("train.py", lambda: train(parser.parse_args(arguments)), parser)
+    return run_command("train.py", lambda: train(parser.parse_args(arguments), parser.flags()), parser)

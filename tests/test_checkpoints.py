@@ -19,6 +19,7 @@ from conftest import SMALL, Code, command
 
 from training import checkpoints
 from training.errors import UserError
+from training.naming import StepNames
 
 
 class Server(BaseHTTPRequestHandler):
@@ -163,7 +164,7 @@ def test_code_in_a_checkpoint_never_runs(flag, few_digits, tmp_path):
 def test_a_flipped_bit_anywhere_is_detected(tmp_path):
     """Or it changes nothing that is read. Covers each bit of the zip directory and a sample of the others."""
     checkpoint = {"model": {"weight": torch.arange(64.0), "bias": torch.ones(64)}, "steps": 2}
-    older, newer = (tmp_path / checkpoints.NUMBERED.format(steps) for steps in (1, 2))
+    older, newer = (tmp_path / StepNames.FORMAT.format(steps) for steps in (1, 2))
     for path in (older, newer):
         torch.save(checkpoint, path)
     content = newer.read_bytes()
@@ -175,7 +176,7 @@ def test_a_flipped_bit_anywhere_is_detected(tmp_path):
         changed = bytearray(content)
         changed[bit // 8] ^= 1 << bit % 8
         newer.write_bytes(changed)
-        good = checkpoints.newest_good(tmp_path)
+        good = checkpoints.newest_good(tmp_path, StepNames(2))
         if good == newer:
             same = checkpoints.read_checkpoint(str(newer), "--resume")
             assert same["steps"] == 2
@@ -189,7 +190,7 @@ def test_a_flipped_bit_anywhere_is_detected(tmp_path):
 def test_the_best_checkpoint_is_written_first(tmp_path, monkeypatch):
     """A run killed before the checkpoint gets its other names repeats the epoch and finds the same best."""
     monkeypatch.setattr(checkpoints, "name_also", lambda *_: sys.exit())
-    writer = checkpoints.CheckpointWriter(tmp_path, 2)
+    writer = checkpoints.CheckpointWriter(tmp_path, StepNames(2))
     writer.save(dict(steps=3, epoch=0, epoch_step=0), is_best=True)
     with pytest.raises(SystemExit):
         writer.wait()

@@ -29,6 +29,7 @@ import main
 from training import checkpoints, output, storage, watchdog
 from training.commands import run_command
 from training.errors import UserError, out_of_memory, out_of_shared_memory
+from training.naming import StepNames
 from training.watchdog import Heartbeat, Preemption, RankState, Watchdog
 
 sys.path.append(str(ROOT / "tests/faults"))
@@ -143,7 +144,9 @@ def unprinted(few_digits, tmp_path_factory) -> dict[str, SimpleNamespace]:
     root, processes = tmp_path_factory.mktemp("unprinted"), {}
     folder = root / "broken pipe/run"
     folder.mkdir(parents=True)
-    lock = output.lock_folder(folder, heartbeat_timeout=1)  # the run prints that it waits, until its reader has gone
+    lock = output.lock_folder(
+        folder, heartbeat_timeout=1, what="--output_dir run"
+    )  # the run prints that it waits, until its reader has gone
     for name, redirection in OUTPUTS.items():
         stdout = subprocess.DEVNULL if redirection else subprocess.PIPE
         processes[name] = start_real([*CPU, "--print-freq", "1", "--data-path", few_digits, "--output_dir", "run"],
@@ -500,7 +503,7 @@ def test_interrupted_training_resumes(few_digits, tmp_path):
     last = run.text().splitlines()[-1]
     assert last.startswith("main.py: stopped by a signal before epoch 0, step 3; the same command with --auto-resume")
     assert "Traceback" not in run.text()
-    assert [path.name for path in checkpoints.numbered(run.output)] == ["checkpoint-00000003.pth"]
+    assert [path.name for path in StepNames(1).numbered(run.output)] == ["checkpoint-00000003.pth"]
     run.command[1] = script
     assert "resuming at epoch 0, step 3" in run.finish()
     a, b = (torch.load(output / "checkpoint.pth", weights_only=True) for output in (run.output, undisturbed.output))

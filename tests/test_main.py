@@ -25,11 +25,12 @@ from torch.utils.data import DataLoader
 
 import main
 from engine import DistillationLoss, LoopSettings, train_one_epoch
-from training import checkpoints, output, resume
+from training import output, resume
 from training.checkpoints import load_optimizer, read_checkpoint
 from training.devices import available_cores
 from training.errors import UserError
 from training.monitor import DelayedFlags, MonitorSettings, StepMonitor
+from training.naming import StepNames
 from training.state import Precision
 from training.watchdog import Preemption, Watchdog
 
@@ -238,7 +239,7 @@ def one_epoch(args, precision, training, criterion=None, batches=1):
     loader = DataLoader([batch] * batches, batch_size=None, collate_fn=lambda batch: batch)
     criterion = criterion or DistillationLoss(torch.nn.CrossEntropyLoss())
     watchdog = Watchdog(600, "env://", Preemption("main.py"), main.RERUN, {})
-    limits = main.settings_from(args, MonitorSettings, dataset_size=100)
+    limits = main.settings_from(args, MonitorSettings, dataset_size=100, advice="a lower --lr")
     monitor = StepMonitor(limits, watchdog, DelayedFlags(precision.device, 0), Path(), print, lambda: None)
     return train_one_epoch(
         training, loader, criterion, precision, main.settings_from(args, LoopSettings), None, monitor
@@ -467,12 +468,11 @@ def test_resume_uses_the_settings_of_the_new_command(tmp_path):
 def test_which_output_folders_are_taken(files, source, taken, tmp_path):
     for name in files:
         (tmp_path / name).write_text('{"epoch": 0, "train_loss": 1.0}\n')
-    later = []
     if source:
-        source = resume.Source(str(tmp_path / source[1]), source[0] == "--auto-resume", {})
-        later = [path for path in checkpoints.numbered(tmp_path) if path > Path(source.path)]
+        steps = {"steps": int(source[1][11:19])} if "checkpoint-" in source[1] else {}
+        source = resume.Source(str(tmp_path / source[1]), source[0] == "--auto-resume", steps)
     resumes = source is not None and source.is_automatic
-    assert output.is_taken(tmp_path, source, later, resumes) == taken
+    assert output.is_taken(tmp_path, StepNames(2), source, resumes) == taken
 
 
 def write_to_full_disk(*_) -> None:
@@ -496,7 +496,7 @@ def test_failed_tensorboard_writes_are_retried(tmp_path, monkeypatch, capsys):
 
 
 def test_failed_log_writes_are_retried(tmp_path, monkeypatch, capsys):
-    log = output.Log(tmp_path / "log.txt", 0, 0)
+    log = output.Log(tmp_path / "log.txt", lambda entry: False)
     with monkeypatch.context() as full_disk:
         full_disk.setattr(output.os, "fsync", write_to_full_disk)
         log.add({"epoch": 0})

@@ -21,10 +21,11 @@ from timm.utils import ModelEmaV3
 if not __package__:
     import _repository  # noqa: F401
 import sepvit
-from training.checkpoints import CheckpointWriter, numbered
+from training.checkpoints import CheckpointWriter
 from training.commands import Parser, path, positive_int, run_command
 from training.devices import check_device
 from training.errors import UserError
+from training.naming import StepNames
 from training.state import Precision, Training
 from training.storage import make_folder
 
@@ -73,7 +74,8 @@ def main(args: argparse.Namespace) -> None:
     state = trained_once(args.model, torch.device(args.device))
     stalls: dict[str, list[float]] = {"background": [], "loop": []}
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
-        writer = CheckpointWriter(Path(folder), keep=1)
+        names = StepNames(keep=1)
+        writer = CheckpointWriter(Path(folder), names)
         try:
             for _ in range(args.times):
                 for way, times in stalls.items():
@@ -89,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
                         raise UserError(f"{where}: cannot be written ({writer.failure}); name a folder with more space")
         finally:
             writer.wait()  # after Ctrl-C, too: the folder is deleted next
-        size = numbered(Path(folder))[0].stat().st_size
+        size = names.numbered(Path(folder))[0].stat().st_size
     background, loop = (statistics.median(times) for times in stalls.values())
     print(f"{args.model}, {size / 1e6:.0f} MB: training stops for {background:.2f} s if written in the background, "
           f"for {loop:.2f} s if written in the loop; ratio {loop / background:.1f}")  # fmt: skip

@@ -29,12 +29,11 @@ from tqdm import tqdm
 
 from sepvit import Adaptation, SepViTStages, adapt_state_dict, entries_under, mark_adapted, variant_of
 from training.errors import UserError
+from training.naming import CheckpointNames
 from training.processes import is_main_process, on_processes, print_line
 from training.storage import flush_folder, write_file
 
-NEWEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 MODEL_KEYS, EMA_KEYS = ("model", "state_dict"), ("model_ema", "state_dict_ema")  # the latter of each are timm's
-NUMBERED = "checkpoint-{:08}.pth"  # by global step
 STALL = 30  # seconds without a byte after which a download reconnects
 ATTEMPTS = 5
 PART = 1 << 20  # bytes read at a time
@@ -600,21 +599,20 @@ def name_also(path: Path, name: str) -> None:
 class CheckpointWriter:
     """Write a run's checkpoints in the background. Training waits for a copy in memory, not for the disk.
 
-    Each checkpoint is a file `checkpoint-<global step>.pth`. The newest is also `checkpoint.pth`, the one with the
-    highest top-1 `checkpoint_best.pth` (links, not copies). If writing fails, a warning is printed and training
-    continues.
+    The newest numbered checkpoint and the best one may have several names (links, not copies). If writing fails, a
+    warning is printed and training continues.
 
     Args:
         folder: the output folder.
-        keep: number of numbered checkpoints to keep.
+        names: names of the checkpoints.
 
     Attributes:
         failure: why the last checkpoint could not be written, None if it was.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, names: CheckpointNames) -> None:
         self.folder = folder
-        self.keep = keep
+        self.names = names
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._best: dict[str, Any] | None = None  # the best checkpoint, until it is written
@@ -632,20 +630,22 @@ class CheckpointWriter:
             self._pending = None
 
     def _write(self, checkpoint: dict[str, Any], is_best: bool) -> None:
-        path = self.folder / NUMBERED.format(checkpoint["steps"])
+        names = self.names
+        path = self.folder / names.name(checkpoint)
         # The best comes first: if the run is killed before the numbered one exists, it repeats the epoch and the best.
-        first, *others = [BEST] * is_best + [path.name, NEWEST]
-        place = f"epoch {checkpoint['epoch'] + 1}, step {checkpoint['epoch_step']}"
+        first, *others = [names.best] * is_best + [path.name] + [names.newest] * bool(names.newest)
         self._best = checkpoint if is_best else self._best
         try:
             write_file(self.folder / first, lambda file: torch.save(checkpoint, file))
             for name in others:
                 name_also(self.folder / first, name)
             if not is_best and self._best is not None:
-                write_file(self.folder / BEST, lambda file: torch.save(self._best, file))
+                write_file(self.folder / names.best, lambda file: torch.save(self._best, file))
             self._best = None
+            if names.pointer:
+                write_file(self.folder / names.pointer, lambda file: file.write(str(path).encode()))
             flush_folder(self.folder)
-            for old in numbered(self.folder)[self.keep :]:
+            for old in names.outdated(names.numbered(self.folder)):
                 old.unlink()
             self.failure = None
         except OSError as error:
@@ -653,7 +653,7 @@ class CheckpointWriter:
             print_line(f"WARNING: {path} could not be written ({error.strerror}): "
                      "the previous checkpoint is kept, training continues")  # fmt: skip
         else:
-            print_line(f"saved {path} (before {place})")
+            print_line(f"saved {path} (before {names.place(checkpoint)})")
 
 
 def copied(value: Any) -> Any:
@@ -667,18 +667,14 @@ def copied(value: Any) -> Any:
     return value
 
 
-def numbered(folder: Path) -> list[Path]:
-    """List a run's numbered checkpoints, newest first."""
-    return sorted(folder.glob(NUMBERED.format(0).replace("0" * 8, "[0-9]" * 8)), reverse=True)
-
-
-def newest_good(folder: Path) -> Path | None:
+def newest_good(folder: Path, names: CheckpointNames) -> Path | None:
     """Return the newest intact checkpoint of a run, None if it has no checkpoint. Warns about damaged ones.
 
     Raises:
         UserError: all checkpoints are damaged.
     """
-    candidates = numbered(folder) + [path for path in (folder / NEWEST, folder / BEST) if path.exists()]
+    others = [folder / name for name in (names.newest, names.best) if name]
+    candidates = names.numbered(folder) + [path for path in others if path.exists()]
     for path in candidates:
         problem = damage(path)
         if problem is None:

@@ -11,7 +11,7 @@ RESUME_STATUS = 75  # exit status for "run the same command again" (EX_TEMPFAIL 
 INTERRUPT_STATUS = 130  # exit status after Ctrl-C
 USER_ERROR_STATUS = 2
 
-SETTING = re.compile(r"`(\w+)`")
+SETTING = re.compile(r"`([\w.]+)`")
 
 
 def setting(name: str, *values: object) -> str:
@@ -31,9 +31,10 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
 
     Args:
         message: the message.
-        flags: flags by setting, e.g. '--data-path' by 'data_path'. Other names stay as they are.
+        flags: flags by setting, e.g. '--data-path' by 'data_path'. Other names stay as they are. Those with dots are
+            settings of a config, which the user types without quotes.
     """
-    return SETTING.sub(lambda match: flags.get(match[1], match[0]), message)
+    return SETTING.sub(lambda match: flags.get(match[1], match[1] if "." in match[1] else match[0]), message)
 
 
 def one_line(text: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from training.errors import Preempted, UserError, setting
 from training.processes import all_gather, all_reduce, get_rank, print_line
-from training.state import Training
+from training.state import RunState
 from training.storage import write_file
 from training.unreadable import NAMES_END, check_unreadable, unreadable_limit
 from training.watchdog import Watchdog
@@ -92,6 +92,7 @@ class MonitorSettings:
         checkpoint_every: global steps between checkpoints within epochs; 0 for none.
         on_bad_image: policy for unreadable images, 'skip' or 'fail'.
         dataset_size: number of training images.
+        advice: what may help against steps that are not finite, for messages.
     """
 
     max_bad_steps: int
@@ -99,6 +100,7 @@ class MonitorSettings:
     checkpoint_every: int
     on_bad_image: str
     dataset_size: int
+    advice: str
 
 
 class StepMonitor:
@@ -137,89 +139,87 @@ class StepMonitor:
         self._batch: dict[str, Any] | None = None
         self._unreadable: list[str] = []
 
-    def see_batch(self, finite: Tensor, images: Tensor, targets: Tensor, unreadable: Iterable[str]) -> None:
+    def see_batch(self, finite: Tensor, batch: dict[str, Any], unreadable: Iterable[str]) -> None:
         """Note a batch of the current step.
 
         Args:
             finite: whether its loss is finite, a boolean scalar on the device.
-            images: its images, B × C × H × W.
-            targets: its targets.
+            batch: what is saved of it if it is bad: images and targets.
             unreadable: for each image, the names of unreadable images that it replaces.
         """
         self._bad_loss |= ~finite
         self._unreadable += [name for names in unreadable if names for name in names.split(NAMES_END)]
         if self.settings.dump_bad_batch and (self._batch is None or not finite):
-            self._batch = dict(images=images, targets=targets)
+            self._batch = batch
 
-    def after_step(self, training: Training, bad_gradients: Tensor, is_last: bool) -> None:
+    def after_step(self, state: RunState, bad_gradients: Tensor, is_last: bool) -> None:
         """Share this step's flags, act on those of earlier steps, and save if a checkpoint is due.
 
         Args:
-            training: the run.
+            state: the run's state.
             bad_gradients: whether the gradients were not finite, a boolean scalar on the device.
-            is_last: whether this was the epoch's last step.
+            is_last: whether a checkpoint is due in any case, such as at the end of an epoch.
 
         Raises:
             UserError: too many bad steps in a row, or too many unreadable images.
             Preempted: the run is to stop.
         """
         every = self.settings.checkpoint_every
-        # Validation, which may fail, follows the epoch's last step.
-        is_due = is_last or (every > 0 and training.global_step % every == 0)
-        self.flags.post(dict(epoch=training.epoch, step=training.epoch_step), self._bad_loss, bad_gradients,
-                        self.preemption.requested, bool(self._unreadable))  # fmt: skip
+        # Validation, which may fail, may follow.
+        is_due = is_last or (every > 0 and state.global_step % every == 0)
+        self.flags.post(state.place(), self._bad_loss, bad_gradients, self.preemption.requested, bool(self._unreadable))
         known = list(self.flags.read(to_the_last=is_due))
         is_preempted = any(flags.preempted for flags in known)
         if is_preempted:  # a checkpoint follows, which needs the flags of all its steps
             known += self.flags.read(to_the_last=True)
         for flags in known:
-            self._act(training, flags)
+            self._act(state, flags)
         self._bad_loss = torch.zeros_like(self._bad_loss)
         self._batch = None
         if is_preempted:
             raise Preempted
-        if is_due and not training.bad_in_row:
+        if is_due and not state.bad_in_row:
             self.save()
 
-    def _act(self, training: Training, flags: StepFlags) -> None:
+    def _act(self, state: RunState, flags: StepFlags) -> None:
         """Act on a step's flags, on all ranks alike."""
         # float16 finds its loss scale by steps with infinite gradients, down to a scale of 1.
-        is_search = training.scaler.is_enabled() and flags.bad_gradients and training.scaler.get_scale() >= 1
+        is_search = flags.bad_gradients and state.searches_scale()
         is_bad = flags.bad_loss or (flags.bad_gradients and not is_search)
         self.skipped += flags.bad_loss or flags.bad_gradients
-        training.bad_in_row = training.bad_in_row + 1 if is_bad else 0
+        state.bad_in_row = state.bad_in_row + 1 if is_bad else 0
         if is_bad:
-            training.bad_steps += 1
+            state.bad_steps += 1
             what = "loss" if flags.bad_loss else "gradients"
-            self.log({**flags.place, "not_finite": what, "in_row": training.bad_in_row})
-            self._dump_batch(training, flags)
+            self.log({**flags.place, "not_finite": what, "in_row": state.bad_in_row})
+            self._dump_batch(state, flags)
         if flags.has_unreadable:
-            self._note_unreadable(training, flags)
-        if training.bad_in_row >= self.settings.max_bad_steps:
+            self._note_unreadable(state, flags)
+        if state.bad_in_row >= self.settings.max_bad_steps:
             raise UserError(
                 f"{setting('max_bad_steps', self.settings.max_bad_steps)}: that many steps in a row were not finite "
-                f"and were skipped; the checkpoints in {self.folder} are older than these steps; try a lower "
-                f"{setting('lr')}, or {setting('amp', 'off')}"
+                f"and were skipped; the checkpoints in {self.folder} are older than these steps; try "
+                f"{self.settings.advice}"
             )
 
-    def _dump_batch(self, training: Training, flags: StepFlags) -> None:
+    def _dump_batch(self, state: RunState, flags: StepFlags) -> None:
         """Save the batch of a bad step, if the settings ask for it."""
         if self._batch is None:
             return
         batch = {**flags.place, **self._batch}
-        path = self.folder / f"bad_batch-{training.global_step:08}-process{get_rank()}.pth"
+        path = self.folder / f"bad_batch-{state.global_step:08}-process{get_rank()}.pth"
         try:
             write_file(path, lambda file: torch.save(batch, file))
         except OSError as error:
             print_line(f"WARNING: {path} could not be written ({error.strerror}); training continues")
 
-    def _note_unreadable(self, training: Training, flags: StepFlags) -> None:
+    def _note_unreadable(self, state: RunState, flags: StepFlags) -> None:
         """Log new unreadable images, and refuse too many."""
         for name in dict.fromkeys(all_gather(self._unreadable)):
-            if name not in training.unreadable_images:
-                training.unreadable_images.append(name)
+            if name not in state.unreadable_images:
+                state.unreadable_images.append(name)
                 self.log({**flags.place, "unreadable_image": name})
         self._unreadable.clear()
-        names, policy, size = training.unreadable_images, self.settings.on_bad_image, self.settings.dataset_size
+        names, policy, size = state.unreadable_images, self.settings.on_bad_image, self.settings.dataset_size
         check_unreadable(len(names), unreadable_limit(policy, size), names[-1], setting("on_bad_image", policy), size,
                          "see `unreadable_image` in log.txt")  # fmt: skip

@@ -1,10 +1,10 @@
 """The files of a run: log.txt, TensorBoard's files, curves.png, checkpoints, and the lock on the output folder."""
 
-import fcntl
 import json
 import math
 import os
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -12,14 +12,18 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from training.checkpoints import BEST, NEWEST, NUMBERED, CheckpointWriter, name_also, numbered
+from training.checkpoints import CheckpointWriter, name_also
 from training.commands import take_unprinted
-from training.errors import UserError, setting
-from training.processes import print_line, print_main
-from training.recipes import ARGS, write_recipe
+from training.errors import Preempted, UserError, setting, with_flags
+from training.naming import CheckpointNames
+from training.processes import on_main_process, print_line, print_main
 from training.resume import Source
-from training.state import Training
 from training.storage import make_folder, write_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 LOG, CURVES = "log.txt", "curves.png"
 LOCK_TIMEOUT = 60  # seconds, at least, to wait for the processes of a killed run to end
@@ -67,8 +71,7 @@ class Log:
 
     Args:
         path: the file.
-        epoch: epoch in which the run starts or resumes. Later lines are removed.
-        step: step in that epoch.
+        covers: whether the run, where it starts or resumes, includes a line. Other lines are removed.
 
     Attributes:
         failure: why the last lines could not be written, None if they were.
@@ -77,14 +80,10 @@ class Log:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, epoch: int, step: int) -> None:
+    def __init__(self, path: Path, covers: Callable[[dict[str, Any]], bool]) -> None:
         self.path = path
         self.failure: str | None = None
-        self.entries: list[dict[str, Any]] = []
-        for entry in read_log(path) if (epoch, step) != (0, 0) else []:
-            # An epoch's line comes after all its steps.
-            if "epoch" not in entry or (entry["epoch"], entry.get("step", math.inf)) <= (epoch, step):
-                self.entries.append(entry)
+        self.entries = [entry for entry in read_log(path) if covers(entry)]
         self._write()
 
     def add(self, entry: dict[str, Any]) -> None:
@@ -187,11 +186,17 @@ class Output:
     Args:
         folder: the output folder.
         heartbeat_timeout: see `lock_folder`.
+        names: names of the checkpoints.
+        what: the setting of the folder.
     """
 
-    def __init__(self, folder: Path, heartbeat_timeout: float) -> None:
+    def __init__(
+        self, folder: Path, heartbeat_timeout: float, names: CheckpointNames, what: str = "output_dir"
+    ) -> None:
         self.folder = folder
         self.heartbeat_timeout = heartbeat_timeout
+        self.names = names
+        self.what = setting(what, folder)
         self._files: _Files | None = None
         self._lock: int | None = None
 
@@ -207,34 +212,56 @@ class Output:
     def lock(self) -> None:
         """Keep other runs out of the folder, if it exists; see `lock_folder`."""
         if self._lock is None:
-            self._lock = lock_folder(self.folder, self.heartbeat_timeout)
+            self._lock = lock_folder(self.folder, self.heartbeat_timeout, self.what)
 
-    def open(self, run: dict[str, Any], training: Training, source: Source | None, resumes: bool, keep: int) -> None:
-        """Prepare the folder and open the files.
+    def check_free(self, source: Source | None, resumes: bool) -> None:
+        """Refuse a folder that holds a run which this one would overwrite.
+
+        Args:
+            source: checkpoint that the run resumes from, None for a fresh run.
+            resumes: whether the run was asked to resume from the folder's newest checkpoint, if it has any.
+
+        Raises:
+            UserError: the folder holds another run.
+        """
+        if is_taken(self.folder, self.names, source, resumes):
+            raise UserError(f"{self.what}: already holds a run; resume it with "
+                            f"{setting('auto_resume')}, or name another folder")  # fmt: skip
+
+    def open(
+        self,
+        run: dict[str, Any],
+        covers: Callable[[dict[str, Any]], bool],
+        source: Source | None,
+        resumes: bool,
+        scalars: bool = True,
+    ) -> None:
+        """Prepare the folder and open the files. Renames damaged checkpoints.
 
         Args:
             run: description of the run, the first line of log.txt.
-            training: the run, where it starts or resumes.
+            covers: whether the run, where it starts or resumes, includes a line of log.txt.
             source: checkpoint that it resumes from, None for a fresh run.
             resumes: whether the run was asked to resume from the folder's newest checkpoint, if it has any.
-            keep: number of checkpoints to keep.
+            scalars: write TensorBoard's files, too.
 
         Raises:
             UserError: the folder cannot be written, or holds another run.
         """
-        what = setting("output_dir", self.folder)
-        make_folder(self.folder, what)
+        make_folder(self.folder, self.what)
         self.lock()
-        check_free(self.folder, source, training.global_step, resumes)
-        for unfinished in (*self.folder.glob("checkpoint*.pth.tmp"), *self.folder.glob("bad_batch-*.pth.tmp")):
+        self.check_free(source, resumes)
+        for damaged in self.names.later(self.folder, source.checkpoint) if source else []:
+            damaged.rename(f"{damaged}.damaged")
+        for unfinished in self.folder.glob("*.pth.tmp"):
             unfinished.unlink()
         try:
-            log = Log(self.folder / LOG, training.epoch, training.epoch_step)
-            write_recipe(self.folder / ARGS, run["settings"])
+            log = Log(self.folder / LOG, covers)
         except OSError as error:
-            raise UserError(f"{what}: cannot be written ({error.strerror}); name another folder") from None
+            raise UserError(f"{self.what}: cannot be written ({error.strerror}); name another folder") from None
         log.add_run(run)
-        self._files = _Files(log, Scalars(self.folder), CheckpointWriter(self.folder, keep))
+        writer = CheckpointWriter(self.folder, self.names)
+        self._files = _Files(log, Scalars(self.folder) if scalars else None, writer)
 
     def log_epoch(self, entry: dict[str, Any], stats: dict[str, float], epoch: int) -> None:
         """Add an epoch to log.txt and to TensorBoard's files.
@@ -246,7 +273,13 @@ class Output:
         """
         if self._files is not None:
             self._files.log.add(entry)
-            self._files.scalars.add(stats, epoch)
+            if self._files.scalars is not None:
+                self._files.scalars.add(stats, epoch)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Add a line to log.txt."""
+        if self._files is not None:
+            self._files.log.add(entry)
 
     def log_event(self, entry: dict[str, Any]) -> None:
         """Add an event to log.txt, and print it."""
@@ -275,24 +308,24 @@ class Output:
         failures = {"the last checkpoint": self._files.checkpoints.failure, LOG: self._files.log.failure}
         for what, failure in failures.items():
             if failure:
-                raise UserError(f"{setting('output_dir', self.folder)}: {what} could not be written ({failure}); make "
-                                f"room and run it again with {setting('auto_resume')}")  # fmt: skip
+                raise UserError(f"{self.what}: {what} could not be written ({failure}); make room and run it again "
+                                f"with {setting('auto_resume')}")  # fmt: skip
 
     def complete(self) -> None:
-        """At the end of the run, name the newest checkpoint checkpoint.pth, and plot the curves.
+        """At the end of the run, give the newest checkpoint its second name, and plot the curves.
 
         Raises:
             OSError: a file cannot be written.
         """
-        if saved := numbered(self.folder):
-            name_also(saved[0], NEWEST)
+        if saved := self.names.numbered(self.folder):
+            name_also(saved[0], self.names.newest)
         plot_curves(self.folder / LOG, self.folder / CURVES)
 
 
 class _Files:
     """Open files of a run."""
 
-    def __init__(self, log: Log, scalars: Scalars, checkpoints: CheckpointWriter) -> None:
+    def __init__(self, log: Log, scalars: Scalars | None, checkpoints: CheckpointWriter) -> None:
         self.log = log
         self.scalars = scalars
         self.checkpoints = checkpoints
@@ -303,23 +336,41 @@ class _Files:
             self.log.add({"not_printed": lines})
 
 
-def lock_folder(folder: Path, heartbeat_timeout: float) -> int | None:
+def stopped(output: Output, place: str, status: int, flags: Mapping[str, str]) -> Preempted:
+    """Close the files of a run that was asked to stop and has saved. Returns the exception that ends the command.
+
+    Args:
+        output: the files.
+        place: where the run stopped, for the last line.
+        status: the exit status.
+        flags: the command's flags by setting.
+    """
+    resume = f"{place}; {with_flags('the same command with `auto_resume` resumes', flags)}"
+    try:
+        on_main_process(output.close)
+    except UserError as error:
+        print_main(f"WARNING: {with_flags(str(error), flags)}")
+        return Preempted(f"{resume} from the last checkpoint", status)
+    return Preempted(f"{resume} there", status)
+
+
+def lock_folder(folder: Path, heartbeat_timeout: float, what: str) -> int | None:
     """Keep other runs from writing to a folder until this process ends.
 
     Args:
         folder: the folder.
         heartbeat_timeout: seconds. Processes whose launcher was killed train on for up to twice as long, and the lock
             waits for them.
+        what: the folder's setting and value, for messages.
 
     Returns:
-        descriptor that holds the lock; None if the folder does not exist or its file system has no locks.
+        descriptor that holds the lock; None if the folder does not exist or the system has no locks.
 
     Raises:
         UserError: another run writes to the folder.
     """
-    if not folder.is_dir():
+    if fcntl is None or not folder.is_dir():
         return None
-    what = setting("output_dir", folder)
     lock = os.open(folder, os.O_RDONLY)
     for second in range(max(LOCK_TIMEOUT, math.ceil(2 * heartbeat_timeout))):
         try:
@@ -334,40 +385,21 @@ def lock_folder(folder: Path, heartbeat_timeout: float) -> int | None:
     raise UserError(f"{what}: another run writes to it; end that run, or name another folder")
 
 
-def check_free(folder: Path, source: Source | None, global_step: int, resumes: bool) -> None:
-    """Refuse a folder that holds a run which this one would overwrite. Renames damaged checkpoints.
-
-    Args:
-        folder: the output folder.
-        source: checkpoint that the run resumes from, None for a fresh run.
-        global_step: global step of that checkpoint.
-        resumes: whether the run was asked to resume from the folder's newest checkpoint, if it has any.
-
-    Raises:
-        UserError: the folder holds another run.
-    """
-    later = [path for path in numbered(folder) if path.name > NUMBERED.format(global_step)]
-    if is_taken(folder, source, later, resumes):
-        raise UserError(f"{setting('output_dir', folder)}: already holds a run; resume it with "
-                        f"{setting('auto_resume')}, or name another folder")  # fmt: skip
-    for damaged in later:
-        damaged.rename(f"{damaged}.damaged")
-
-
-def is_taken(folder: Path, source: Source | None, later: list[Path], resumes: bool) -> bool:
+def is_taken(folder: Path, names: CheckpointNames, source: Source | None, resumes: bool) -> bool:
     """Whether a folder holds a run that resuming from a checkpoint would overwrite.
 
     Args:
         folder: the output folder.
+        names: names of its checkpoints.
         source: checkpoint that the run resumes from, None for a fresh run.
-        later: the folder's checkpoints of later steps.
         resumes: whether the run was asked to resume from the folder's newest checkpoint, if it has any.
     """
+    saved = names.numbered(folder)
     if source is None or Path(source.path).resolve().parent != folder.resolve():
-        has_checkpoint = any((folder / name).exists() for name in (NEWEST, BEST)) or bool(numbered(folder))
+        has_checkpoint = any((folder / name).exists() for name in (names.newest, names.best) if name) or bool(saved)
         return has_checkpoint or (not resumes and bool(epoch_entries(read_log(folder / LOG))))
     if source.is_automatic:  # later ones are damaged
         return False
     # The published code resumes from its only checkpoint, `run/checkpoint.pth`, in the same folder.
-    is_other = Path(source.path).name != NEWEST and (folder / NEWEST).exists()
-    return bool(later) or (is_other and not numbered(folder))
+    is_other = bool(names.newest) and Path(source.path).name != names.newest and (folder / names.newest).exists()
+    return bool(names.later(folder, source.checkpoint)) or (is_other and not saved)

@@ -3,7 +3,7 @@
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -22,9 +22,10 @@ from training.checkpoints import (
     weights_of,
 )
 from training.errors import UserError, setting
+from training.naming import CheckpointNames
 from training.processes import all_gather, get_world_size, on_main_process, print_main
 from training.samples import ImageData, fingerprint
-from training.state import Precision, Training
+from training.state import Training
 
 # Settings that do not change what a run computes. A run may be resumed with other values.
 FREE_SETTINGS = {
@@ -55,13 +56,24 @@ def git_revision() -> str:
     return git.stdout.strip() or "unknown"
 
 
-def describe_run(settings: Mapping[str, Any], data: dict[str, Any], precision: Precision) -> dict[str, Any]:
-    """Everything needed to repeat a run: settings, versions, revision, device, processes and data."""
-    packages = dict(python=platform.python_version(), torch=torch.__version__)
-    packages |= {name: version(name) for name in ("torchvision", "timm", "numpy", "pillow")}
-    is_gpu = precision.device.type == "cuda"
-    device = torch.cuda.get_device_name() if is_gpu else f"{precision.device.type} ({platform.machine()})"
-    return dict(settings=dict(settings), versions=packages, revision=git_revision(), device=device,
+def describe_run(
+    settings: Mapping[str, Any],
+    data: dict[str, Any],
+    device: torch.device,
+    packages: Sequence[str] = ("torchvision", "timm", "numpy", "pillow"),
+) -> dict[str, Any]:
+    """Everything needed to repeat a run: settings, versions, revision, device, processes and data.
+
+    Args:
+        settings: the run's settings by name.
+        data: size and fingerprint of its data sets.
+        device: the process's device.
+        packages: distributions whose versions are recorded, besides torch.
+    """
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    versions |= {name: version(name) for name in packages}
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+    return dict(settings=dict(settings), versions=versions, revision=git_revision(), device=name,
                 processes=get_world_size(), data=data)  # fmt: skip
 
 
@@ -95,34 +107,42 @@ def _what(path: str, is_automatic: bool) -> str:
     return setting("auto_resume" if is_automatic else "resume", path)
 
 
-def find_checkpoint(path: str, automatic: bool, folder: Path) -> Source | None:
+def find_checkpoint(
+    path: str,
+    automatic: bool,
+    folder: Path,
+    names: CheckpointNames,
+    read: Callable[[str, str], dict[str, Any]] = read_checkpoint,
+) -> Source | None:
     """Find the checkpoint to resume from; None for a fresh run. A collective call.
 
     Args:
         path: checkpoint named by the user, "" for none.
         automatic: prefer the newest intact checkpoint in the output folder, if it has any.
         folder: the output folder.
+        names: names of its checkpoints.
+        read: reads a checkpoint, from its path and a description for messages.
 
     Raises:
         UserError: the checkpoint cannot be read.
     """
-    newest = _newest_checkpoint(folder) if automatic else ""
+    newest = _newest_checkpoint(folder, names) if automatic else ""
     if newest:
         path = newest
     elif not path:
         if automatic:
             print_main(f"no checkpoint in {folder} to resume from; starting a fresh run")
         return None
-    return Source(path, bool(newest), read_checkpoint(path, _what(path, bool(newest))))
+    return Source(path, bool(newest), read(path, _what(path, bool(newest))))
 
 
-def _newest_checkpoint(folder: Path) -> str:
+def _newest_checkpoint(folder: Path, names: CheckpointNames) -> str:
     """Path of a folder's newest intact checkpoint, "" if there is none. The same on all ranks."""
     found: list[str] = []
 
     def find() -> None:
         try:
-            found.append(str(newest_good(folder) or ""))
+            found.append(str(newest_good(folder, names) or ""))
         except UserError as error:
             raise UserError(f"{setting('auto_resume')}: {error}") from None
 
@@ -160,25 +180,50 @@ def check_source(source: Source, settings: Mapping[str, Any], data: dict[str, An
     return accum_steps
 
 
-def check_same_run(source: Source, settings: Mapping[str, Any], data: dict[str, Any]) -> None:
+def check_same_run(
+    source: Source,
+    settings: Mapping[str, Any],
+    data: dict[str, Any],
+    free: Collection[str] = FREE_SETTINGS,
+    folder: str = "output_dir",
+    images: str = "data_path",
+) -> None:
     """Refuse a checkpoint of a run with other settings or other images.
+
+    Args:
+        source: the checkpoint.
+        settings: the run's settings by name.
+        data: size and fingerprint of its data sets.
+        free: settings that may differ.
+        folder: the setting of the output folder.
+        images: the setting of the data set.
 
     Raises:
         UserError: names what differs.
     """
     before = settings_in(source.checkpoint)
-    differing = [f"{setting(name, settings[name])} (was {before[name]})" for name in sorted(before.keys() & settings)
-                 if name not in FREE_SETTINGS and json.dumps(before[name]) != json.dumps(settings[name])]  # fmt: skip
-    if differing:
+    if before and (differing := differences(before, settings, free)):
         raise UserError(f"{source.what}: of a run with other settings: {', '.join(differing)}; use those, or "
-                        f"another {setting('output_dir')}, or resume with these by "
+                        f"another {setting(folder)}, or resume with these by "
                         f"{setting('resume', source.path)}")  # fmt: skip
     data_before = source.checkpoint.get("data", data)
-    if differing := [_data_difference(split, data_before[split], data[split]) for split in data
+    if different := [_data_difference(split, data_before[split], data[split]) for split in data
                      if data_before[split] != data[split]]:  # fmt: skip
-        path = setting("data_path", settings["data_path"])
-        raise UserError(f"{source.what}: of a run on other images than {path}: {', '.join(differing)}; name the run's "
-                        f"images, or another {setting('output_dir')}")  # fmt: skip
+        path = setting(images, settings.get(images) or "")
+        raise UserError(f"{source.what}: of a run on other images than {path}: {', '.join(different)}; name the run's "
+                        f"images, or another {setting(folder)}")  # fmt: skip
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> list[str]:
+    """Settings that differ between a run before and now, each with both values.
+
+    Args:
+        before: the settings before.
+        now: the settings now.
+        free: settings that may differ.
+    """
+    return [f"{setting(name, now[name])} (was {before[name]})" for name in sorted(before.keys() & now)
+            if name not in free and json.dumps(before[name]) != json.dumps(now[name])]  # fmt: skip
 
 
 def _data_difference(split: str, before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from training.errors import UserError, setting
 from training.processes import all_reduce, get_rank, get_world_size
 
+DIVERGENCE_ADVICE = (
+    f"a lower {setting('lr')}, or {setting('amp', 'off')}"  # what helps when main.py's training diverges
+)
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -43,8 +47,37 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
 
+@dataclass(kw_only=True)
+class RunState:
+    """How far a run is, and what happened in it: what every kind of training has.
+
+    Attributes:
+        global_step: optimiser steps done in the run.
+        bad_steps: steps skipped so far because of a loss or gradients that are not finite.
+        bad_in_row: how many of the last steps were skipped in a row.
+        unreadable_images: names of unreadable training images.
+    """
+
+    global_step: int = 0
+    bad_steps: int = 0
+    bad_in_row: int = 0
+    unreadable_images: list[str] = field(default_factory=list)
+
+    def place(self) -> dict[str, int]:
+        """Where the run is, as log.txt names it."""
+        raise NotImplementedError
+
+    def covers(self, entry: dict[str, Any]) -> bool:
+        """Whether a line of log.txt comes before this place. At the start of a run, none does."""
+        raise NotImplementedError
+
+    def searches_scale(self) -> bool:
+        """Whether float16 may be searching for its loss scale, by steps with infinite gradients."""
+        return False
+
+
 @dataclass
-class Training:
+class Training(RunState):
     """A training run: everything that changes from step to step.
 
     Attributes:
@@ -56,12 +89,8 @@ class Training:
         ema: averaged weights, or None.
         epoch: the current epoch.
         epoch_step: steps done in it.
-        global_step: optimiser steps done in the run.
         best_accuracy: highest top-1 so far (%).
         losses: sum of this rank's losses in the epoch, and number of its batches.
-        bad_steps: steps skipped so far because of a loss or gradients that are not finite.
-        bad_in_row: how many of the last steps were skipped in a row.
-        unreadable_images: names of unreadable training images.
     """
 
     model: nn.Module
@@ -72,12 +101,22 @@ class Training:
     ema: ModelEmaV3 | None = None
     epoch: int = 0
     epoch_step: int = 0
-    global_step: int = 0
     best_accuracy: float = 0.0
     losses: Tensor = field(default_factory=lambda: torch.zeros(2))
-    bad_steps: int = 0
-    bad_in_row: int = 0
-    unreadable_images: list[str] = field(default_factory=list)
+
+    def place(self) -> dict[str, int]:
+        """Where the run is, as log.txt names it."""
+        return dict(epoch=self.epoch, step=self.epoch_step)
+
+    def covers(self, entry: dict[str, Any]) -> bool:
+        """Whether a line of log.txt comes before this place. At the start of a run, none does."""
+        now = (self.epoch, self.epoch_step)
+        # An epoch's line comes after all its steps.
+        return now != (0, 0) and ("epoch" not in entry or (entry["epoch"], entry.get("step", math.inf)) <= now)
+
+    def searches_scale(self) -> bool:
+        """Whether float16 may be searching for its loss scale, down to a scale of 1."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
     # ------------------------------------------------------------------------------------------------------------------
     # Steps
@@ -96,7 +135,7 @@ class Training:
             whether the loss is finite, a boolean scalar on the device.
         """
         finite = loss.detach().isfinite()
-        self.scaler.scale(loss * torch.where(finite, 1.0, math.nan) / share).backward()
+        self.scaler.scale(poisoned(loss, finite) / share).backward()
         self.losses += torch.stack([torch.where(finite, loss.detach(), 0.0), finite]).to(self.losses)
         return finite
 
@@ -124,8 +163,7 @@ class Training:
             self.optimizer.step()
         elif not bad:
             self.optimizer.step()
-        for buffer, before in buffers:
-            before.copy_(buffer.copy_(torch.where(bad, before, buffer)))
+        settle_buffers(buffers, bad)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.global_step += 1
@@ -151,11 +189,7 @@ class Training:
         Raises:
             UserError: the weights are not finite.
         """
-        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()])
-        if not finite.all():
-            raise UserError(f"epoch {self.epoch}, step {self.epoch_step}: the weights are no longer finite and are not "
-                            f"saved; resume from the last checkpoint with a lower {setting('lr')}, or with "
-                            f"{setting('amp', 'off')}")  # fmt: skip
+        check_finite(self.model, self, DIVERGENCE_ADVICE)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Checkpoints
@@ -226,3 +260,47 @@ def reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
     `_step_supports_amp_scaling` is the attribute by which torch's own GradScaler (torch 2.x) finds out.
     """
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def poisoned(loss: Tensor, finite: Tensor) -> Tensor:
+    """A loss that is NaN unless it is finite, so that all ranks get NaN gradients and skip the step.
+
+    Args:
+        loss: the loss, a scalar.
+        finite: whether it is finite, a boolean scalar.
+    """
+    return loss * torch.where(finite, 1.0, math.nan)
+
+
+def buffers_of(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """A network's buffers (running statistics, for example), each with a copy of its values."""
+    return [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+
+def settle_buffers(buffers: list[tuple[Tensor, Tensor]], bad: Tensor) -> None:
+    """After a step, keep a network's buffers, or restore them if the step was skipped.
+
+    Args:
+        buffers: each buffer with a copy of its values before the step. The copies are updated.
+        bad: whether the step was skipped, a boolean scalar on the device.
+    """
+    for buffer, before in buffers:
+        before.copy_(buffer.copy_(torch.where(bad, before, buffer)))
+
+
+def check_finite(model: nn.Module, state: RunState, advice: str) -> None:
+    """Refuse weights that are not finite. They are neither saved nor validated.
+
+    Args:
+        model: the network.
+        state: the run's state.
+        advice: what may help, for the message.
+
+    Raises:
+        UserError: the weights are not finite.
+    """
+    finite = torch.stack([parameter.detach().isfinite().all() for parameter in model.parameters()])
+    if not finite.all():
+        place = ", ".join(f"{name} {number}" for name, number in state.place().items())
+        raise UserError(f"{place}: the weights are no longer finite and are not saved; resume from the last checkpoint "
+                        f"with {advice}")  # fmt: skip

@@ -32,7 +32,8 @@ from training.errors import (
 )
 from training.processes import get_rank, get_world_size, is_main_process
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Windows has no SIGUSR1.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 POLLS = 5  # polls of the watchdog within a heartbeat timeout
 STARTUP_TIMEOUT = 1800.0  # seconds; scanning the data sets before the first step may take long
 

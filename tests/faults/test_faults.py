@@ -18,6 +18,7 @@ from PIL import Image
 
 from training import checkpoints, output
 from training.errors import UserError, is_transient
+from training.naming import StepNames
 from training.storage import is_storage_error
 
 LAST = "checkpoint-00000018.pth"  # 48 images, 8 a batch, three epochs
@@ -57,7 +58,7 @@ def assert_nothing_saved_is_lost(run: Run) -> None:
     """Require that the newest checkpoint reported as saved exists, and that every kept checkpoint is intact."""
     reported = re.findall(r"saved run/(checkpoint-\d+\.pth)", run.text())
     if reported:
-        newest = checkpoints.numbered(run.output)
+        newest = StepNames(1).numbered(run.output)
         assert newest[0].name >= max(reported)
         # processes that outlive torchrun save once more and delete the oldest
         assert all(checkpoints.damage(path) is None or not path.exists() for path in newest)
@@ -131,7 +132,7 @@ def test_damaged_checkpoint(how, few_digits, tmp_path, undisturbed, table):
     run.wait_for(process, "saved ", 3)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    newest, before, *_ = checkpoints.numbered(run.output)
+    newest, before, *_ = StepNames(1).numbered(run.output)
     damage(newest, how, rng)
     printed = run.finish()
     what = "truncated" if how == "truncated" else "wrong checksum"
@@ -147,7 +148,7 @@ def test_no_intact_checkpoint(few_digits, tmp_path, undisturbed, capsys, monkeyp
     for path in (tmp_path / "run").glob("checkpoint*.pth"):
         damage(path, "truncated", random.Random(0))
     with pytest.raises(UserError, match="no checkpoint in run is intact; empty the folder to start a fresh run"):
-        checkpoints.newest_good(Path("run"))
+        checkpoints.newest_good(Path("run"), StepNames(1))
 
 
 def is_mountable(folder: Path) -> bool:
@@ -167,7 +168,7 @@ def test_full_disk(few_digits, tmp_path, undisturbed, table):
         run = Run(tmp_path, few_digits)
         process = run.start()
         run.wait_for(process, "No space left on device): the previous checkpoint is kept, training continues")
-        held = checkpoints.numbered(output)
+        held = StepNames(1).numbered(output)
         assert held
         assert all(checkpoints.damage(path) is None for path in held)
         subprocess.run(["mount", "-o", "remount,size=400m", output], check=True)
@@ -446,7 +447,7 @@ def test_too_many_bad_losses(few_digits, tmp_path, table):
     run = sabotaged(Run(tmp_path, few_digits, "--max-bad-steps", "4"), BAD_LOSS=f"0:{steps}")
     assert run.start().wait(LIMIT) == 2
     assert "\nmain.py: --max-bad-steps 4: that many steps in a row were not finite" in run.text()
-    newest = checkpoints.numbered(run.output)[0]
+    newest = StepNames(1).numbered(run.output)[0]
     assert newest.name == "checkpoint-00000006.pth"
     assert checkpoints.damage(newest) is None
     table.add("non-finite losses, for good")
@@ -631,7 +632,7 @@ def test_log_starts_with_settings_versions_and_data(undisturbed, few_digits):
 
 def test_code_in_the_newest_checkpoint_never_runs(few_digits, tmp_path, undisturbed, table):
     shutil.copytree(undisturbed, tmp_path / "run")
-    newest = checkpoints.numbered(tmp_path / "run")[0]
+    newest = StepNames(1).numbered(tmp_path / "run")[0]
     newest.unlink()
     torch.save({"model": {}, "args": Code(tmp_path / "ran")}, newest)
     run = Run(tmp_path, few_digits)

@@ -1,0 +1,381 @@
+"""A training run of segmentation or detection: its runner, its checkpoints, and what it resumes from."""
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.optim import OptimWrapper
+from mmengine.runner import BaseLoop
+
+from dense.loops import (
+    DenseState,
+    Schedule,
+    SkippingAmpOptimWrapper,
+    SkippingOptimWrapper,
+    TrainLoop,
+    WatchedBatches,
+    is_better,
+)
+from dense.runner import DenseRunner, has_half_precision, unwrapped, without_mixed_precision
+from dense.samples import describe_samples, shield_workers
+from training.commands import first_line
+from training.errors import UserError, setting
+from training.monitor import DelayedFlags, MonitorSettings, StepMonitor
+from training.naming import CheckpointNames
+from training.output import Output
+from training.processes import all_gather, is_main_process, on_main_process, print_main
+from training.resume import Source, check_same_run, describe_run
+from training.state import check_finite
+from training.watchdog import Watchdog
+
+ADVICE = "a lower `optim_wrapper.optimizer.lr`, or training without half precision"
+PACKAGES = ("torchvision", "timm", "numpy", "onedl-mmengine", "onedl-mmcv")  # whose versions log.txt records
+# Parts of a config that decide what a run computes.
+COMPUTED = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr",
+            "val_dataloader", "val_evaluator", "val_cfg", "randomness")  # fmt: skip
+# Of these, what does not: where things are, and how they are read. The images' fingerprint is compared by itself.
+FREE_NAMES = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "data_root", "data_prefix",
+              "ann_file", "init_cfg", "pretrained", "with_cp", "outfile_prefix", "backend_args")  # fmt: skip
+FREE = re.compile(rf"(^|\.)({'|'.join(FREE_NAMES)})(\.|$)")
+
+
+class DenseNames(CheckpointNames):
+    """Names of checkpoints as in mmengine: `iter_<iterations>.pth` or `epoch_<epochs>.pth`.
+
+    Checkpoints within epochs are `epoch_<epochs>_iter_<iterations>.pth`. Those at the config's interval are kept, of
+    the others the newest.
+
+    Args:
+        interval: the config's interval, in epochs or iterations.
+        keep: number of other checkpoints to keep.
+        keep_regular: number of checkpoints at the config's interval to keep, -1 for all.
+    """
+
+    best = "best.pth"
+    pointer = "last_checkpoint"  # mmengine's tools read it
+
+    def __init__(self, interval: int, keep: int, keep_regular: int) -> None:
+        self.interval = interval
+        self.keep = keep
+        self.keep_regular = keep_regular
+
+    def position(self, name: str) -> tuple[int, ...] | None:
+        """Epochs and iterations in a file name."""
+        match = re.fullmatch(r"(?:epoch_(\d+))?_?(?:iter_(\d+))?\.pth", name)
+        return (int(match[1] or 0), int(match[2] or 0)) if match and (match[1] or match[2]) else None
+
+    def name(self, checkpoint: dict[str, Any]) -> str:
+        """File name of a checkpoint."""
+        state = DenseState.from_checkpoint(checkpoint)
+        if not (state.epoch or state.epoch_step):
+            return f"iter_{state.global_step}.pth"
+        return f"epoch_{state.epoch}" + (f"_iter_{state.epoch_step}" if state.epoch_step else "") + ".pth"
+
+    def place(self, checkpoint: dict[str, Any]) -> str:
+        """What follows a checkpoint."""
+        state = DenseState.from_checkpoint(checkpoint)
+        return f"iteration {state.global_step + 1}" + ("" if state.validated else " and its validation")
+
+    def outdated(self, saved: list[Path]) -> list[Path]:
+        """All but those at the config's interval and the newest others."""
+        regular = [path for path in saved if self._is_regular(path)]
+        surplus = regular[self.keep_regular :] if self.keep_regular > 0 else []
+        return [path for path in saved[self.keep :] if path in surplus or path not in regular]
+
+    def _is_regular(self, path: Path) -> bool:
+        match = re.fullmatch(r"(?:epoch|iter)_(\d+)", path.stem)  # not within an epoch
+        return match is not None and self.interval > 0 and int(match[1]) % self.interval == 0
+
+
+def settings_of(cfg: Config, **others: Any) -> dict[str, Any]:
+    """The settings that decide what a run computes, by their dotted names.
+
+    Args:
+        cfg: the config.
+        **others: further settings.
+    """
+    found: dict[str, Any] = {}
+
+    def add(name: str, value: Any) -> None:
+        if FREE.search(name):
+            return
+        if isinstance(value, (list, tuple)):
+            value = dict(enumerate(value))
+        if not isinstance(value, Mapping):
+            found[name] = value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+            return
+        for key, child in value.items():
+            add(f"{name}.{key}", child)
+
+    for part in COMPUTED:
+        if cfg.get(part) is not None:
+            add(part, cfg[part])
+    return found | others
+
+
+def read_schedule(cfg: Config) -> Schedule:
+    """Read the length of a run, and when it validates and saves, from its config.
+
+    Raises:
+        UserError: the config's loop is neither iteration-based nor epoch-based.
+    """
+    loop, hooks = cfg.train_cfg, cfg.get("default_hooks", {})
+    kinds = {"EpochBasedTrainLoop": True, "IterBasedTrainLoop": False}
+    by_epoch = kinds.get(loop.type) if "type" in loop else loop.get("by_epoch")
+    if by_epoch is None:
+        raise UserError(f"train_cfg.type={loop.get('type')}: unknown; choose {' or '.join(kinds)}")
+    saving = hooks.get("checkpoint") or {}
+    return Schedule(
+        by_epoch=by_epoch,
+        length=loop["max_epochs" if by_epoch else "max_iters"],
+        val_begin=loop.get("val_begin", 1),
+        val_intervals=((0, loop.get("val_interval", 1 if by_epoch else 1000)), *(loop.get("dynamic_intervals") or ())),
+        save_interval=saving.get("interval", -1) if saving.get("by_epoch", True) == by_epoch else -1,
+        log_interval=(hooks.get("logger") or {}).get("interval", 10),
+    )
+
+
+def is_finished(schedule: Schedule, checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint is of the end of a run."""
+    state = DenseState.from_checkpoint(checkpoint)
+    return state.validated and (state.epoch if schedule.by_epoch else state.global_step) >= schedule.length
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run is, besides its config.
+
+    Attributes:
+        schedule: its length, and when it validates and saves.
+        output: its files.
+        watchdog: watches its processes.
+        source: checkpoint that it resumes from, None for a fresh run.
+        auto_resume: whether the checkpoint has to be of a run with the same settings and images.
+        resumes: whether it was asked to resume from the newest checkpoint in its folder.
+        settings: settings that decide what it computes.
+        limits: limits of the monitor, for a data set of unknown size.
+    """
+
+    schedule: Schedule
+    output: Output
+    watchdog: Watchdog
+    source: Source | None
+    auto_resume: bool
+    resumes: bool
+    settings: dict[str, Any]
+    limits: MonitorSettings
+
+
+class TrainingRunner(DenseRunner):
+    """Train a segmentor or detector so that the run can be killed, preempted and resumed at any iteration.
+
+    Attributes:
+        run: what is trained. Set before `train`.
+    """
+
+    run: Run
+
+    @property
+    def output(self) -> Output:
+        """Files of the run."""
+        return self.run.output
+
+    @property
+    def state(self) -> DenseState:
+        """Where the run is."""
+        return self.train_loop.state
+
+    @staticmethod
+    def build_dataloader(*args: Any, **kwargs: Any) -> Any:
+        """Build a loader whose workers ignore the signals that stop a run."""
+        return shield_workers(DenseRunner.build_dataloader(*args, **kwargs))
+
+    def build_train_loop(self, loop: Any) -> BaseLoop:
+        """Build the training loop."""
+        del loop  # the schedule was read from it
+        return TrainLoop(self, self.cfg.train_dataloader, self.run.schedule, self._make_monitor, self.after_validation)
+
+    def _make_monitor(self, dataset_size: int) -> StepMonitor:
+        is_gpu = get_device() == "cuda"
+        # One step late on GPUs, so that the loop does not wait for them.
+        flags = DelayedFlags(self.device, lag=1 if is_gpu else 0)
+        limits = replace(self.run.limits, dataset_size=dataset_size)
+        return StepMonitor(limits, self.run.watchdog, flags, self.output.folder, self.output.log_event, self.save)
+
+    @property
+    def device(self) -> torch.device:
+        """The process's device."""
+        is_gpu = get_device() == "cuda"
+        return torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device(get_device())
+
+    def build_val_loop(self, loop: Any) -> BaseLoop:
+        """Build the validation loop, which ends when the run is to stop."""
+        built = super().build_val_loop(loop)
+        built.dataloader = WatchedBatches(built.dataloader, self.run.watchdog, self.device)
+        return built
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
+        """Build the optimiser, which skips steps that are not finite."""
+        if not isinstance(optim_wrapper, dict):
+            return super().build_optim_wrapper(optim_wrapper)
+        kinds = {"OptimWrapper": SkippingOptimWrapper, "AmpOptimWrapper": SkippingAmpOptimWrapper}
+        settings = optim_wrapper if has_half_precision() else without_mixed_precision(optim_wrapper)
+        if settings is not optim_wrapper:
+            self.logger.warning("mixed precision: no GPU here, training in float32")
+        name = settings.get("type", "OptimWrapper")
+        if name not in kinds:
+            raise UserError(f"optim_wrapper.type={name}: unknown; choose {' or '.join(kinds)}")
+        self._scale_is_static = isinstance(settings.get("loss_scale", "dynamic"), float)
+        return super().build_optim_wrapper({**settings, "type": kinds[name]})
+
+    def searches_scale(self) -> bool:
+        """Whether float16 may be searching for its loss scale, down to a scale of 1. A static one is not searched."""
+        scaler = getattr(self.optim_wrapper, "loss_scaler", None)
+        return scaler is not None and not self._scale_is_static and scaler.get_scale() >= 1
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Resuming
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def load_or_resume(self) -> None:
+        """Restore the run, or load the weights that it starts from. Then open its files.
+
+        Raises:
+            UserError: the checkpoint does not fit, or the folder holds another run.
+        """
+        run, source = self.run, self.run.source
+        self.data = self._describe_data()
+        if source is None:
+            super().load_or_resume()
+        else:
+            if run.auto_resume:
+                check_same_run(source, run.settings, self.data, (), "work_dir", "train_dataloader.dataset.data_root")
+            self.restore(source)
+        described = describe_run(run.settings, self.data, self.device, PACKAGES)
+        on_main_process(lambda: self.output.open(described, self.state.covers, source, run.resumes, scalars=False))
+
+    def _describe_data(self) -> dict[str, Any]:
+        """Describe the data sets. Rank 0 reads them for all."""
+        described = []
+        if is_main_process():
+            loops = dict(train=self.train_loop) | (dict(val=self.val_loop) if self.val_loop is not None else {})
+            described = [json.dumps({name: describe_samples(loop.dataloader.dataset) for name, loop in loops.items()})]
+        return json.loads(all_gather(described)[0])
+
+    def restore(self, source: Source) -> None:
+        """Restore weights, optimiser, schedules, loss scale, log and place in the run.
+
+        Raises:
+            UserError: the checkpoint does not fit the config.
+        """
+        checkpoint, what = source.checkpoint, source.what
+        self.checkpoints[source.path] = checkpoint
+        self.load_checkpoint(source.path)
+        self.message_hub.load_state_dict(checkpoint["message_hub"])
+        check_optimizer(self.optim_wrapper.optimizer, checkpoint["optimizer"], what)
+        try:
+            self.optim_wrapper.load_state_dict(dict(checkpoint["optimizer"]))
+            for scheduler, state in zip(self.param_schedulers or (), checkpoint["param_schedulers"], strict=True):
+                scheduler.load_state_dict(state)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise UserError(f"{what}: its training state does not fit the config ({first_line(error)}); "
+                            f"{setting('load_from')} uses its weights alone") from None  # fmt: skip
+        self.train_loop.state = DenseState.from_checkpoint(checkpoint)
+        print_main(f"checkpoint {source.path}: resuming at {self.output.names.place(checkpoint)}")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Saving
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def after_validation(self, metrics: dict[str, Any]) -> None:
+        """Log a validation, and save, as the best if it is. A collective call."""
+        figures = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float, np.number))}
+        self.output.log({**self.state.place(), **{f"test_{name}": value for name, value in figures.items()}})
+        name, is_loss = self._score_name(figures)
+        is_new_best = name is not None and is_better(figures[name], self.state.best, is_loss)
+        if name is not None and is_new_best:
+            self.state.best = figures[name]
+        self.save(is_best=is_new_best)
+
+    def _score_name(self, figures: dict[str, float]) -> tuple[str | None, bool]:
+        """Name of the figure that decides what is best, and whether less of it is better."""
+        hook = self.cfg.get("checkpoint_hook") or {}
+        wanted = hook.get("save_best")
+        candidates = [name for name in (wanted, "mIoU", "coco/bbox_mAP", *figures) if name in figures]
+        name = candidates[0] if candidates else None
+        return name, hook.get("rule") == "less" or "loss" in (name or "")
+
+    def save(self, is_best: bool = False) -> None:
+        """Save a checkpoint. A collective call.
+
+        Raises:
+            UserError: the weights are not finite.
+        """
+        check_finite(unwrapped(self.model), self.state, ADVICE)
+        self.output.save(self.checkpoint(), is_best)
+
+    def checkpoint(self) -> dict[str, Any]:
+        """A checkpoint in mmengine's format, and what else a resumed run needs."""
+        state = self.state
+        meta = dict(
+            epoch=state.epoch,
+            iter=state.global_step,
+            cfg=self._config_text,
+            seed=self.seed,
+            experiment_name=self.experiment_name,
+            time=time.strftime("%Y%m%d_%H%M%S"),
+            mmengine_version=version("onedl-mmengine"),
+            dataset_meta=self.train_dataloader.dataset.metainfo,
+        )
+        checkpoint = dict(
+            meta=meta,
+            state_dict=unwrapped(self.model).state_dict(),
+            message_hub=deepcopy(self.message_hub.state_dict()),
+            optimizer=self.optim_wrapper.state_dict(),
+            param_schedulers=[scheduler.state_dict() for scheduler in self.param_schedulers or ()],
+            run=state.checkpoint(),
+            args=self.run.settings,
+            data=self.data,
+        )
+        self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
+        return checkpoint
+
+    @cached_property
+    def _config_text(self) -> str:
+        """The config as text. Formatting it takes a second."""
+        return self.cfg.pretty_text
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], what: str) -> None:
+    """Refuse a checkpoint whose optimiser is another one, or has another learning rate or weight decay.
+
+    Args:
+        optimizer: the config's optimiser, as built.
+        state: the state in the checkpoint.
+        what: the checkpoint, for messages.
+
+    Raises:
+        UserError: names what differs.
+    """
+    hint = f"use the run's, or {setting('load_from')} for its weights alone"
+    for now, before in zip(optimizer.param_groups, state["param_groups"]):
+        names = ("betas", "momentum", "alpha", "rho")  # which tell optimisers apart
+        if unknown := [name for name in names if (name in now) != (name in before)]:
+            has = "without" if unknown[0] in now else "with"
+            raise UserError(f"{what}: optim_wrapper.optimizer.type={type(optimizer).__name__}: its optimiser is "
+                            f"another one, {has} {unknown[0]}; {hint}")  # fmt: skip
+        for name, key in (("lr", "initial_lr"), ("weight_decay", "weight_decay")):
+            if key in now and key in before and now[key] != before[key]:
+                raise UserError(f"{what}: its run has optim_wrapper.optimizer.{name}={before[key]:g}, not "
+                                f"{now[key]:g}; {hint}")  # fmt: skip
