@@ -17,7 +17,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from dense.mmengine_adapter import read_checkpoint, register_distributions
-from sepvit import VARIANTS, SepViTDense, entries_under
+from sepvit import VARIANTS, SepViTDense, entries_under, variant_of
 from training.checkpoints import has_averaged_weights, load_weights, weights_of
 
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # overrides weights_only=False in calls of torch.load
@@ -39,7 +39,8 @@ class SepViTBackbone(SepViTDense):
         **kwargs: arguments of `sepvit.SepViTStages`.
 
     Raises:
-        ValueError: a stage does not exist, or both `init_cfg` and `pretrained` are given.
+        ValueError: a stage does not exist, the stochastic depth is out of range, or `init_cfg` has no type or is given
+            besides `pretrained`.
     """
 
     variant: str
@@ -54,11 +55,15 @@ class SepViTBackbone(SepViTDense):
         pretrained: str | None = None,
         **kwargs: Any,
     ) -> None:
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={drop_path_rate}: choose from 0 to below 1")
         super().__init__(out_indices, drop_path_rate=drop_path_rate, **{**VARIANTS[self.variant], **kwargs})
         if not -1 <= frozen_stages <= len(self.blocks):
             raise ValueError(f"frozen_stages={frozen_stages}: choose from -1 (none) to {len(self.blocks)} (all)")
         if init_cfg and pretrained:
             raise ValueError(f"pretrained={pretrained!r} and init_cfg={init_cfg}: give one of them")
+        if isinstance(init_cfg, dict) and "type" not in init_cfg:
+            raise ValueError(f"init_cfg={init_cfg} has no type; to load weights, give pretrained=PATH")
         self.init_cfg = dict(type="Pretrained", checkpoint=pretrained) if pretrained else init_cfg
         self.frozen_stages = frozen_stages
         self.set_grad_checkpointing(with_cp)
@@ -86,18 +91,36 @@ class SepViTBackbone(SepViTDense):
         """
         if not self.init_cfg:
             print_log(f"{self.variant}: randomly initialised, no pretrained weights", "current", logging.WARNING)
-        elif self.init_cfg["type"] == "Pretrained":
-            self._load_pretrained(self.init_cfg["checkpoint"], self.init_cfg.get("prefix", ""))
+        elif report := self.load_pretrained():
+            print_log(report, "current")
         else:
             initialize(self, self.init_cfg)
 
-    def _load_pretrained(self, path: str, prefix: str) -> None:
+    def load_pretrained(self) -> str | None:
+        """Load the pretrained weights, if there are any.
+
+        The file may hold a classifier, its bare weights, or a whole segmentor or detector with this backbone.
+
+        Returns:
+            what was loaded and what is fresh; None if the settings name no weights.
+
+        Raises:
+            UserError: the file is missing, would run code, or holds another variant.
+        """
+        settings = self.init_cfg
+        if not isinstance(settings, dict) or settings["type"] != "Pretrained":
+            return None
+        path = settings["checkpoint"]
         what = f"pretrained {path}"
         checkpoint = read_checkpoint(path, what)
-        weights = entries_under(weights_of(checkpoint, what, prefer_ema=True), prefix)
-        report = load_weights(self, weights, what, variant_hint="use that variant's config, or this variant's weights")
+        weights = weights_of(checkpoint, what, prefer_ema=True)
+        prefix, source = settings.get("prefix", ""), ""
+        if not prefix and variant_of(weights) is None and variant_of(entries_under(weights, "backbone")):
+            prefix, source = "backbone", ", the backbone of a whole segmentor or detector"
+        report = load_weights(self, entries_under(weights, prefix), what,
+                              variant_hint="use that variant's config, or this variant's weights")  # fmt: skip
         averaged = ", averaged weights" if has_averaged_weights(checkpoint) else ""
-        print_log(f"{what}: {self.variant}{averaged}: {report}", "current")
+        return f"{what}: {self.variant}{averaged}{source}: {report}"
 
 
 @MODELS.register_module()

@@ -12,6 +12,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
+from dense.loading import use_checked_loading
 from dense.mmengine_adapter import mark_loaded, read_checkpoint
 from training.checkpoints import load_weights, weights_of
 
@@ -33,6 +34,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def without_mixed_precision(optim_wrapper: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of an optimiser, for float32."""
+    if optim_wrapper.get("type") != "AmpOptimWrapper":
+        return optim_wrapper
+    scaling = ("loss_scale", "dtype", "use_fsdp")
+    return {**{key: value for key, value in optim_wrapper.items() if key not in scaling}, "type": "OptimWrapper"}
+
+
 class DenseRunner(Runner):
     """Train and test a segmentor or detector, on GPUs or on CPU processes.
 
@@ -50,6 +59,7 @@ class DenseRunner(Runner):
             cfg: the config.
             checkpoints: checkpoints that were read for it, by path.
         """
+        use_checked_loading(cfg)
         runner = cls.from_cfg(cfg)
         runner.checkpoints = checkpoints or {}
         return runner
@@ -71,9 +81,7 @@ class DenseRunner(Runner):
         is_mixed = isinstance(optim_wrapper, dict) and optim_wrapper.get("type") == "AmpOptimWrapper"
         if is_mixed and not has_half_precision():
             self.logger.warning("mixed precision: no GPU here, training in float32")
-            scaling = ("loss_scale", "dtype", "use_fsdp")
-            optim_wrapper = {key: value for key, value in optim_wrapper.items() if key not in scaling}
-            optim_wrapper["type"] = "OptimWrapper"
+            optim_wrapper = without_mixed_precision(optim_wrapper)
         return super().build_optim_wrapper(optim_wrapper)
 
     def build_val_loop(self, loop: Any) -> BaseLoop:

@@ -1,16 +1,23 @@
 """From a command line to a checked config: shared by the commands of segmentation and detection."""
 
 import argparse
+import copy
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from dense.mmengine_adapter import read_checkpoint
+from dense.console import import_quietly, without_noise
+from dense.mmengine_adapter import base_files, read_checkpoint
+from dense.options import KeyValueAction, check_numbers, merge_options
+from dense.own_data import Bases, apply_top_level
+from dense.parts import dicts
 from dense.runner import VARIANT_HINT
 from sepvit import entries_under, variant_of
 from training.checkpoints import weights_of
@@ -61,20 +68,6 @@ class CommandParser(Parser):
         return super().parse_args(arguments, namespace)
 
 
-class KeyValueAction(DictAction):
-    """Parse `--cfg-options key=value …`. Unlike mmengine's action, keeps spaces in texts and refuses other forms."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        for pair in values:
-            key, equals, value = pair.partition("=")
-            if not (key and equals):
-                parser.error(f"--cfg-options {pair}: takes key=value pairs, such as train_dataloader.batch_size=4")
-            if " " in value and not value.lstrip().startswith(("[", "(")):
-                setattr(namespace, self.dest, {**getattr(namespace, self.dest), key: value})
-            else:
-                super().__call__(parser, namespace, [pair], option_string)
-
-
 def build_parser(
     description: str | None, launchers: bool = True, former: Mapping[str, str] | None = None
 ) -> CommandParser:
@@ -98,50 +91,66 @@ def build_parser(
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    """Read the config of a command line, and apply its `--cfg-options`.
+    """Read the config of a command line, apply its `--cfg-options`, and check their names and values.
 
     Raises:
-        UserError: the file is missing or is not a config.
+        UserError: the file is missing or is not a config, or an option is refused.
     """
-    if not Path(args.config).is_file():
-        raise UserError(f"CONFIG {args.config}: no such file; configs/ has the paper's configs")
-    try:
-        cfg = Config.fromfile(args.config)
-        root = cfg.get("data_root")
-        cfg.merge_from_dict(args.cfg_options)
-    except Exception as error:  # a config is a program, which may raise anything
-        raise UserError(f"CONFIG {args.config}: cannot be read ({_one_line(error)})") from None
-    if "model" not in cfg or "backbone" not in cfg.model:
-        raise UserError(f"CONFIG {args.config}: not a config of a segmentor or detector, it has no model.backbone")
-    if "data_root" in args.cfg_options and root:
-        _move(cfg, str(root).rstrip("/"), str(args.cfg_options["data_root"]).rstrip("/"))
-    for node in _dicts(cfg):
+    where, options = where_of(args), args.cfg_options
+    cfg = _read_file(args.config, where)
+    _enter_scope(cfg)
+    apply_top_level(cfg, where, Bases(reversed(base_files(cfg)), partial(_read_file, where=where)))
+    before = copy.deepcopy(cfg)
+    merge_options(cfg, options, where)
+    if not isinstance(cfg.get("model"), dict) or not isinstance(cfg.model.get("backbone"), dict):
+        raise UserError(f"{where}: not a config of a segmentor or detector, it has no model.backbone")
+    check_numbers(cfg, where, options)
+    _complete_pretrained(cfg, options)
+    apply_top_level(cfg, where, [before])
+    for node in dicts(cfg):
         if node.get("num_workers") == 0:
             node.pop("persistent_workers", None)  # torch refuses the two together
     cfg.work_dir = getattr(args, "work_dir", None) or cfg.get("work_dir") or f"./work_dirs/{Path(args.config).stem}"
     cfg.launcher = getattr(args, "launcher", "none")
-    init_default_scope(cfg.get("default_scope", "mmengine"))
     return cfg
+
+
+def where_of(args: argparse.Namespace) -> str:
+    """Name the config of a command line, for messages."""
+    return f"CONFIG {args.config}"
+
+
+def _read_file(path: str, where: str) -> Config:
+    if not Path(path).is_file():
+        problem = "a folder; name a config in it" if Path(path).is_dir() else "no such file"
+        raise UserError(f"{where}: {problem}; configs/ has the paper's configs")
+    try:
+        with without_noise():
+            return Config.fromfile(path)
+    except Exception as error:  # a config is a program, which may raise anything
+        raise UserError(f"{where}: cannot be read ({_one_line(error)})") from None
+
+
+def _enter_scope(cfg: Config) -> None:
+    """Make the classes of the config's library known."""
+    scope = cfg.get("default_scope") or "mmengine"
+    if scope in ("mmseg", "mmdet"):
+        import_quietly(*(f"{scope}.{part}" for part in ("datasets", "engine", "evaluation", "models", "visualization")))
+    init_default_scope(scope)
+
+
+def _complete_pretrained(cfg: Config, options: Mapping[str, Any]) -> None:
+    """Complete the settings of pretrained weights: `pretrained` of an option replaces a config's `init_cfg`."""
+    backbone = cfg.model.backbone
+    settings = backbone.get("init_cfg")
+    if options.get("model.backbone.pretrained"):
+        backbone.pop("init_cfg", None)
+    elif isinstance(settings, dict) and "checkpoint" in settings:
+        settings.setdefault("type", "Pretrained")
 
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _dicts(node: Any) -> Iterator[Any]:
-    """Yield a config and all dicts inside it."""
-    if isinstance(node, (dict, Config)):
-        yield node
-    for child in node.values() if isinstance(node, (dict, Config)) else node if isinstance(node, (list, tuple)) else ():
-        yield from _dicts(child)
-
-
-def _move(cfg: Config, old: str, new: str) -> None:
-    """Replace the data root at the start of all paths. Base configs repeat it in data sets and evaluators."""
-    for node in _dicts(cfg):
-        for key, value in node.items():
-            if isinstance(value, str) and (value.rstrip("/") == old or value.startswith(f"{old}/")):
-                node[key] = new + value.removeprefix(old)
 
 
 def drop_pretrained(cfg: Config) -> None:
@@ -151,10 +160,14 @@ def drop_pretrained(cfg: Config) -> None:
     cfg.model.backbone.pop("init_cfg", None)
 
 
-def join_processes(args: argparse.Namespace) -> None:
+def join_processes(args: argparse.Namespace, timeout: float = 1800.0) -> None:
     """Join the process group of `--launcher`: nccl for GPUs, gloo for CPUs.
 
     mmengine could start the group too, but it calls CUDA even for gloo.
+
+    Args:
+        args: the command line.
+        timeout: seconds that a collective call waits for the other ranks.
 
     Raises:
         UserError: the launcher did not start this process.
@@ -164,43 +177,13 @@ def join_processes(args: argparse.Namespace) -> None:
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     device = "cuda" if best_device() == "cuda" else "cpu"
-    init_distributed(device, 1, "env://")
+    init_distributed(device, 1, "env://", timeout)
     if "RANK" not in os.environ:
         starter = dict(pytorch="torchrun, as dist_train.sh does", slurm="srun", mpi="mpirun")[args.launcher]
         raise UserError(
             f"--launcher {args.launcher}: RANK is not set; remove the flag, or start the processes with {starter}"
         )
     os.environ.setdefault("LOCAL_RANK", "0")
-
-
-def check_data(cfg: Config, *loaders: str) -> None:
-    """Refuse missing data before anything is built.
-
-    Args:
-        cfg: the config.
-        loaders: names of the data loaders that will be used: 'train_dataloader', ….
-
-    Raises:
-        UserError: a folder or an annotation file is missing, or the image folder is empty.
-    """
-    for loader in loaders:
-        for dataset in _dicts(cfg[loader].get("dataset", {})):
-            if "data_prefix" not in dataset:
-                continue
-            root = dataset.get("data_root") or ""
-            places = [value for value in dataset["data_prefix"].values() if value]
-            for place in [root, *(os.path.join(root, place) for place in places)]:
-                if place and not os.path.isdir(place):
-                    raise UserError(_no_data(loader, place, "no such folder"))
-            if dataset.get("ann_file") and not os.path.isfile(os.path.join(root, dataset["ann_file"])):
-                raise UserError(_no_data(loader, os.path.join(root, dataset["ann_file"]), "no such file"))
-            if places and not any(os.scandir(os.path.join(root, places[0]))):
-                raise UserError(_no_data(loader, os.path.join(root, places[0]), "an empty folder"))
-
-
-def _no_data(loader: str, place: str, problem: str) -> str:
-    hint = "put the data set there, or name its folder with --cfg-options data_root=DIR"
-    return f"{loader.removesuffix('_dataloader')} data {place}: {problem}; {hint}"
 
 
 def read_model_checkpoint(cfg: Config, path: str, flag: str) -> dict[str, Any]:
@@ -215,14 +198,26 @@ def read_model_checkpoint(cfg: Config, path: str, flag: str) -> dict[str, Any]:
         UserError: the file is missing, not a checkpoint, would run code, or holds another variant.
     """
     what = f"{flag} {path}"
+    if Path(path).is_dir():
+        raise UserError(f"{what}: a folder; {_checkpoints_in(Path(path))}")
     checkpoint = read_checkpoint(path, what)
     weights = weights_of(checkpoint, what)
     backbone = cfg.model.get("module", cfg.model).backbone  # test-time augmentation wraps the model
     held = variant_of(entries_under(weights, "backbone"))
     wanted = getattr(MODELS.get(backbone.type), "variant", None)
     if held is None and (alone := variant_of(weights)) is not None:
-        hint = "to train from it, set model.backbone.init_cfg.checkpoint in the config"
+        hint = f"to train from it, give --cfg-options model.backbone.pretrained={path}"
         raise UserError(f"{what}: holds a backbone only, {alone}; {hint}")
     if wanted is not None and held != wanted:
         raise UserError(f"{what}: holds {held or 'no SepViT'}, not {wanted}; {VARIANT_HINT}")
     return checkpoint
+
+
+def _checkpoints_in(folder: Path) -> str:
+    """Describe which checkpoints a folder holds, with the way out."""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in (".pth", ".pt", ".safetensors"))
+    names.sort(key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
+    if not names:
+        return "it holds no checkpoint; name a checkpoint"
+    shown = ", ".join(names[-5:]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"name one of its checkpoints: {shown}"

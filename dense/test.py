@@ -7,12 +7,12 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
+from dense.data import check_data
 from dense.runner import DenseRunner
 from dense.settings import (
     FORMER_OF_TESTING,
     CommandParser,
     build_parser,
-    check_data,
     join_processes,
     read_config,
     read_model_checkpoint,
