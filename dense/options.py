@@ -121,7 +121,7 @@ def _check_option(whole: Mapping[str, Any], key: str, value: Any) -> Any:
         elif part not in node:
             if any(name.isdigit() for name in parts[i + 1 :]):
                 raise UserError(f'{shown}: the config has no list {inner}; set all of it: {inner}="[{{…}}, …]"')
-            return
+            return None
         else:
             node = node[part]
     _check_kind(shown, key, node, value)

@@ -2,16 +2,20 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.evaluator import Evaluator
+from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
+from dense.console import console_filter, quiet
 from dense.loading import use_checked_loading
 from dense.mmengine_adapter import mark_loaded, read_checkpoint
 from training.checkpoints import load_weights, weights_of
@@ -62,7 +66,23 @@ class DenseRunner(Runner):
         use_checked_loading(cfg)
         runner = cls.from_cfg(cfg)
         runner.checkpoints = checkpoints or {}
+        console_filter(runner.logger).is_quiet = False
+        runner.logger.info(f"versions, config and hooks are in {runner.logger.log_file}")
         return runner
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """Build the log. Hundreds of lines come from building the runner; they go to the log file alone."""
+        logger = super().build_logger(*args, **kwargs)
+        console_filter(logger).is_quiet = True
+        return logger
+
+    def build_evaluator(self, evaluator: Any) -> Evaluator:
+        """Build an evaluator. Processes collect their results in the run's folder, not in the current one."""
+        built = super().build_evaluator(evaluator)
+        for i, metric in enumerate(built.metrics):
+            if metric.collect_device == "cpu" and metric.collect_dir is None:
+                metric.collect_dir = str(Path(self.log_dir) / f"collected_{i}")
+        return built
 
     def set_randomness(self, seed: int | None, diff_rank_seed: bool = False, deterministic: bool = False) -> None:
         """Seed everything. Operations without a deterministic form on GPUs warn instead of ending the run."""
@@ -82,7 +102,8 @@ class DenseRunner(Runner):
         if is_mixed and not has_half_precision():
             self.logger.warning("mixed precision: no GPU here, training in float32")
             optim_wrapper = without_mixed_precision(optim_wrapper)
-        return super().build_optim_wrapper(optim_wrapper)
+        with quiet(self.logger):  # it logs every parameter
+            return super().build_optim_wrapper(optim_wrapper)
 
     def build_val_loop(self, loop: Any) -> BaseLoop:
         """Build the validation loop, for float32 if there is no GPU."""

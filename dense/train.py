@@ -10,6 +10,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from dense.checks import check_training_parts, rehearse
 from dense.data import check_data
 from dense.loops import Schedule
 from dense.run import ADVICE, DenseNames, Run, TrainingRunner, is_finished, read_schedule, settings_of
@@ -21,6 +22,7 @@ from dense.settings import (
     join_processes,
     read_config,
     read_model_checkpoint,
+    where_of,
 )
 from training.commands import natural, positive_int, run_command, seconds
 from training.errors import Preempted, UserError
@@ -88,6 +90,7 @@ def train(args: argparse.Namespace, flags: Mapping[str, str]) -> None:
             return
         on_main_process(lambda: output.check_free(source, resumes(args)))
         checkpoints = set_starting_point(cfg, args, source)
+        rehearse(cfg, where_of(args), *used_loaders(cfg))
         runner = TrainingRunner.from_config(cfg, checkpoints)
         runner.run = build_run(cfg, args, schedule, output, watchdog, source)
         run_to_the_end(runner)
@@ -99,6 +102,7 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
     Raises:
         UserError: an option does not fit the config.
     """
+    check_training_parts(cfg, where_of(args))
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     seed = args.seed if args.seed is not None else cfg.get("randomness", {}).get("seed") or 0
@@ -116,10 +120,15 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
     if args.checkpoint_every % accumulated:
         raise UserError(f"--checkpoint-every {args.checkpoint_every}: takes a multiple of optim_wrapper."
                         f"accumulative_counts={accumulated}, since checkpoints hold no gradients")  # fmt: skip
-    check_data(cfg, "train_dataloader", *(["val_dataloader"] if cfg.get("val_dataloader") else []))
+    check_data(cfg, *used_loaders(cfg))
     # This project's own hook takes the place of mmengine's, which it follows.
     hooks = cfg.setdefault("default_hooks", {})
     cfg.checkpoint_hook = hooks.get("checkpoint") or {}
+
+
+def used_loaders(cfg: Config) -> list[str]:
+    """Names of the data loaders that training uses."""
+    return ["train_dataloader", *(["val_dataloader"] if cfg.get("val_dataloader") else [])]
 
 
 def resumes(args: argparse.Namespace) -> bool:
@@ -231,12 +240,11 @@ def set_starting_point(cfg: Config, args: argparse.Namespace, source: Source | N
         return {source.path: source.checkpoint}
     if cfg.load_from:
         return {cfg.load_from: read_model_checkpoint(cfg, cfg.load_from, "--load-from")}
-    key = "pretrained" if backbone.get("pretrained") else "init_cfg.checkpoint"
     pretrained = backbone.get("pretrained") or (backbone.get("init_cfg") or {}).get("checkpoint")
     if pretrained and "://" not in pretrained and not Path(pretrained).is_file():
         raise UserError(
             f"pretrained {pretrained}: no such file; put a checkpoint of main.py there, name one with --cfg-options "
-            f"model.backbone.{key}=PATH, or train without one: --from-scratch"
+            f"model.backbone.pretrained=PATH, or train without one: --from-scratch"
         )
     return {}
 
