@@ -177,6 +177,11 @@ class Run:
     limits: MonitorSettings
 
 
+def flag_delay() -> int:
+    """Number of steps after which a step's flags are read: one on GPUs, so that the loop does not wait for them."""
+    return 1 if get_device() == "cuda" else 0
+
+
 class TrainingRunner(DenseRunner):
     """Train a segmentor or detector so that the run can be killed, preempted and resumed at any iteration.
 
@@ -207,9 +212,7 @@ class TrainingRunner(DenseRunner):
         return TrainLoop(self, self.cfg.train_dataloader, self.run.schedule, self._make_monitor, self.after_validation)
 
     def _make_monitor(self, dataset_size: int) -> StepMonitor:
-        is_gpu = get_device() == "cuda"
-        # One step late on GPUs, so that the loop does not wait for them.
-        flags = DelayedFlags(self.device, lag=1 if is_gpu else 0)
+        flags = DelayedFlags(self.device, flag_delay())
         limits = replace(self.run.limits, dataset_size=dataset_size)
         return StepMonitor(limits, self.run.watchdog, flags, self.output.folder, self.output.log_event, self.save)
 

@@ -12,7 +12,7 @@ from mmengine.dist import get_dist_info
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from samplers import Draw
-from training.errors import UserError
+from training.errors import MachineError, UserError
 from training.unreadable import Replacements, UnreadableImageError
 from training.watchdog import ignore_preemption
 from utils import Stream, derived_seed, seed_everything
@@ -45,7 +45,7 @@ class SeededSamples(Dataset):
 
         Raises:
             UserError: too many images in a row are unreadable.
-            MachineError: too many are, because the storage does not respond.
+            MachineError: the storage does not respond.
         """
         replacements, index = Replacements(), draw.index
         for attempt in count():
@@ -54,6 +54,8 @@ class SeededSamples(Dataset):
             try:
                 return self.dataset[index], replacements.take()
             except UnreadableImageError as error:
+                if error.is_storage_error:  # after retries, which other images would only repeat
+                    raise MachineError(str(error)) from None
                 replacements.add(error)
                 index = derived_seed(Stream.REPLACEMENT, self.seed, draw.epoch, draw.place, attempt) % len(self)
         raise AssertionError("count() does not end")

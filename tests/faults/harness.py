@@ -8,10 +8,17 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from commands import Command, start_tasks
 from conftest import ROOT, differences
+
+from dense.mmengine_adapter import read_checkpoint
+from dense.run import DenseNames
+
+DENSE_NAMES = DenseNames(interval=0, keep=1, keep_regular=-1)  # to list checkpoints
 
 RESUME_STATUS = 75
 LIMIT = 900  # seconds that a test waits for anything, enough for slow machines
@@ -22,6 +29,7 @@ RECIPE = [
     "--checkpoint-every", "2", "--auto-resume", "--print-freq", "1", "--keep-checkpoints", "3", "--timeout", "100",
 ]  # fmt: skip
 
+DENSE_RECIPE = ["--from-scratch", "--auto-resume", "--work-dir", "run", "--checkpoint-every", "2", "--timeout", "100"]
 
 STARTED: list[subprocess.Popen | Command] = []
 
@@ -38,7 +46,11 @@ def kill_started() -> None:
 
 
 class Run:
-    """A training run in its own folder, restarted with the same command.
+    """A training run of main.py in its own folder, restarted with the same command.
+
+    Attributes:
+        script: the command's script.
+        step: words that each step prints.
 
     Args:
         folder: working folder.
@@ -48,6 +60,9 @@ class Run:
         launcher: torchrun's own settings.
         environment: environment variables to add.
     """
+
+    script = "main.py"
+    step = "] loss"
 
     def __init__(
         self,
@@ -64,9 +79,12 @@ class Run:
         start = [sys.executable]
         if processes:
             start += ["-m", "torch.distributed.run", *launcher, f"--nproc_per_node={processes}"]
-        self.command = [*start, str(ROOT / "main.py"), *RECIPE, "--num_workers", "0", "--data-path", str(data)]
-        self.command += map(str, settings)
+        self.command = [*start, str(ROOT / self.script), *self.arguments(data), *map(str, settings)]
         self.environment = {**os.environ, **(environment or {})}
+
+    def arguments(self, data: Path) -> list[str]:
+        """The command's arguments, to which a test adds others."""
+        return [*RECIPE, "--num_workers", "0", "--data-path", str(data)]
 
     def start(self) -> subprocess.Popen | Command:
         """Start the command in a new session, so that all its processes can be killed together."""
@@ -111,10 +129,10 @@ class Run:
 
     def start_and_wait(self, rng: random.Random) -> subprocess.Popen | Command:
         """Start the command and wait until a random moment."""
-        lines = self.text().count("] loss")
+        lines = self.text().count(self.step)
         process = self.start()
         if rng.random() < 0.8:  # start-up takes long and would be hit too often
-            self.wait_for(process, "] loss", lines + 1)
+            self.wait_for(process, self.step, lines + 1)
         time.sleep(rng.uniform(0, 4))
         return process
 
@@ -136,6 +154,33 @@ class Run:
         return True
 
 
+class DenseRun(Run):
+    """A training run of segmentation or detection.
+
+    Args:
+        kind: 'segmentation' or 'detection'.
+        folder: working folder.
+        config: the config.
+        *settings: settings added to `DENSE_RECIPE`.
+        **others: see `Run`.
+    """
+
+    step = "(train) ["  # of the line that mmengine prints
+
+    def __init__(self, kind: str, folder: Path, config: Path, *settings: str, **others: Any) -> None:
+        self.script = f"{kind}/train.py"
+        super().__init__(folder, config, *settings, **others)
+
+    def arguments(self, data: Path) -> list[str]:
+        """The command's arguments: the config comes first."""
+        return [str(data), *DENSE_RECIPE]
+
+    def start_tasks(self, count: int) -> list[Command]:
+        """Start the command on several ranks without torchrun."""
+        self.command += ["--launcher", "pytorch"] if "--launcher" not in self.command else []
+        return super().start_tasks(count)
+
+
 def descendants(parent: int) -> list[int]:
     """Process IDs of all descendants of a process."""
     listed = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()
@@ -148,6 +193,22 @@ def assert_same(output: Path, other: Path) -> None:
         a, b = (torch.load(folder / name, weights_only=True) for folder in (output, other))
         found = differences(a, b)
         assert not found, f"{name}: {found[:5]}"
+    ours, theirs = ((folder / "log.txt").read_text().splitlines() for folder in (output, other))
+    assert ours == theirs, [pair for pair in zip(ours, theirs) if pair[0] != pair[1]]
+
+
+def assert_same_dense(output: Path, other: Path) -> None:
+    """Require that the last and best checkpoints and log.txt of two runs are identical, bit by bit, but for times."""
+    last = DENSE_NAMES.numbered(other)[0].name
+    for name in (last, "best.pth"):
+        a, b = (read_checkpoint(str(folder / name), name) for folder in (output, other))
+        for part in ("state_dict", "optimizer", "param_schedulers", "run", "args", "data"):
+            found = differences(a[part], b[part])
+            assert not found, f"{name}: {part}: {found[:5]}"
+        logged, also = (dict(checkpoint["message_hub"]["log_scalars"]) for checkpoint in (a, b))
+        assert logged.keys() == also.keys()
+        for key in logged.keys() - {"train/time", "train/data_time", "val/time", "val/data_time"}:
+            assert np.array_equal(logged[key].data, also[key].data), f"{name}: {key}"
     ours, theirs = ((folder / "log.txt").read_text().splitlines() for folder in (output, other))
     assert ours == theirs, [pair for pair in zip(ours, theirs) if pair[0] != pair[1]]
 

@@ -4,8 +4,7 @@
 #     sbatch --nodes=4 tools/slurm/train.sh --model SepViT_Tiny --batch-size 64 --data-path imagenet --output_dir tiny
 #
 # Run it from the repository's folder, with sbatch's settings before the script and main.py's after it. PYTHON is the
-# Python to use. SLURM sends SIGUSR1 two minutes before the time limit: the run saves and exits with status 75, and the
-# job is requeued, at most MAX_REQUEUES (100) times. A user's mistake or an error of the program ends the job.
+# Python to use. SLURM sends SIGUSR1 two minutes before the time limit: the run saves, and the job is requeued.
 #SBATCH --job-name=sepvit
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -15,20 +14,7 @@
 #SBATCH --signal=USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
-
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun no longer inherits it from the job
-srun "${PYTHON:-python3}" main.py --auto-resume --num_workers "${SLURM_CPUS_PER_TASK:-10}" "$@"
-status=$?
-case $status in
-    # saved and stopped, lost a process, or was killed (128 + ABRT, BUS, KILL, USR1, SEGV, TERM)
-    75 | 134 | 135 | 137 | 138 | 139 | 143)
-        if ((${SLURM_RESTART_COUNT:-0} < ${MAX_REQUEUES:-100})); then
-            scontrol requeue "$SLURM_JOB_ID"
-        else
-            echo "train.sh: went back to the queue ${SLURM_RESTART_COUNT} times; MAX_REQUEUES allows more" >&2
-        fi
-        ;;
-esac
-exit "$status"
+exec bash tools/slurm/requeue.sh srun "${PYTHON:-python3}" main.py --auto-resume \
+    --num_workers "${SLURM_CPUS_PER_TASK:-10}" "$@"

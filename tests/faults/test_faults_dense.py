@@ -1,0 +1,591 @@
+"""Runs of segmentation and detection that are killed, preempted or given bad data; see test_faults.py.
+
+The segmentor trains by iterations, the detector by epochs. Both with everything that is random: multi-scale, crops,
+flips, photometric distortion, stochastic depth, sampling of boxes.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Code, free_port
+from harness import (
+    DENSE_NAMES,
+    LIMIT,
+    RESUME_STATUS,
+    DenseRun,
+    assert_same_dense,
+    damage,
+    descendants,
+    kill_started,
+)
+
+from training import checkpoints
+from training.output import read_log
+
+KINDS = ("segmentation", "detection")
+LAST = {"segmentation": "iter_12.pth", "detection": "epoch_2.pth"}
+EACH_STEP = "default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=6))"
+CONFIGS = {
+    "segmentation": """
+_base_ = "{root}/segmentation/configs/fpn_sepvit_lite_112x112_demo.py"
+data_root = "{data}/ade/ADEChallengeData2016"
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations"),
+    dict(type="RandomResize", scale=(64, 48), ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=(32, 32), cat_max_ratio=0.75),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PhotoMetricDistortion"),
+    dict(type="PackSegInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(64, 48), keep_ratio=True),
+    dict(type="LoadAnnotations"),
+    dict(type="PackSegInputs"),
+]
+train_dataloader = dict(
+    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(indices=12, pipeline=train_pipeline)
+)
+val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(indices=4, pipeline=test_pipeline))
+model = dict(data_preprocessor=dict(size=(32, 32)), backbone=dict(drop_path_rate=0.3))
+train_cfg = dict(max_iters=12, val_interval=6)
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=6))
+""",
+    "detection": """
+_base_ = "{root}/detection/configs/mask_rcnn_sepvit_lite_fpn_demo.py"
+data_root = "{data}/coco/"
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="RandomChoiceResize", scales=[(96, 64), (128, 96), (80, 80)], keep_ratio=True),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="RandomCrop", crop_type="absolute_range", crop_size=(32, 64), allow_negative_crop=True),
+    dict(type="PhotoMetricDistortion"),
+    dict(type="PackDetInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(96, 64), keep_ratio=True),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
+]
+train_dataloader = dict(
+    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(indices=12, pipeline=train_pipeline)
+)
+val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(indices=4, pipeline=test_pipeline))
+model = dict(backbone=dict(drop_path_rate=0.3))
+train_cfg = dict(max_epochs=2, val_interval=1)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-3, begin=0, end=4, by_epoch=False),
+    dict(type="MultiStepLR", begin=0, end=2, by_epoch=True, milestones=[1], gamma=0.1),
+]
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1))
+""",
+}
+# A row of the table that the short form tries with one kind only, since both take the same code.
+ONLY = {kind: [pytest.param(name, marks=() if name == kind else pytest.mark.slow) for name in KINDS] for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def configs(demo_data, tmp_path_factory) -> dict[str, Path]:
+    """The configs, by kind."""
+    return {kind: write_config(tmp_path_factory.mktemp("configs"), kind, demo_data) for kind in KINDS}
+
+
+def write_config(folder: Path, kind: str, data: Path) -> Path:
+    """Write the config of a kind, for data in the layout of the demo."""
+    path = folder / f"{kind}.py"
+    path.write_text(CONFIGS[kind].replace("{root}", str(ROOT)).replace("{data}", str(data)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(configs, tmp_path_factory) -> dict[str, Path]:
+    """The work dirs of undisturbed runs, by kind."""
+    runs = {kind: DenseRun(kind, tmp_path_factory.mktemp(kind), configs[kind]) for kind in KINDS}
+    return {kind: finished(run) for kind, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed_pair(configs, tmp_path_factory) -> dict[str, Path]:
+    """The same, on two processes each."""
+    runs = {kind: DenseRun(kind, tmp_path_factory.mktemp(f"{kind}-pair"), configs[kind]) for kind in KINDS}
+    return {kind: finished(run, 2) for kind, run in runs.items()}
+
+
+@pytest.fixture(autouse=True)
+def kill_leftovers():
+    """Kill the processes that a failed test left running."""
+    yield
+    kill_started()
+
+
+def finished(run: DenseRun, processes: int = 0) -> Path:
+    """Run the command to its end, and require that it succeeds. Returns the work dir."""
+    if processes:
+        assert [task.wait(LIMIT) for task in run.start_tasks(processes)] == [0] * processes, run.text()
+    else:
+        run.finish()
+    assert "trained" in run.text() or "is complete" in run.text()
+    return run.output
+
+
+def sabotaged(run: DenseRun, kind: str, **variables: str) -> DenseRun:
+    """Make a run start sabotage_dense.py instead of train.py, with these environment variables."""
+    run.command[run.command.index(str(ROOT / run.script))] = str(ROOT / "tests/faults/sabotage_dense.py")
+    run.environment |= dict(KIND=kind, **variables)
+    return run
+
+
+def assert_nothing_saved_is_lost(run: DenseRun) -> None:
+    """Require that the newest checkpoint reported as saved exists, and that every kept checkpoint is intact."""
+    reported = re.findall(r"saved run/(\w+\.pth)", run.text())
+    if reported:
+        kept = DENSE_NAMES.numbered(run.output)
+        assert DENSE_NAMES.position(kept[0].name) >= DENSE_NAMES.position(reported[-1])
+        assert all(checkpoints.damage(path) is None or not path.exists() for path in kept)
+
+
+def entries(folder: Path, name: str) -> list:
+    """The values of a name in log.txt, in the lines that have it."""
+    return [entry[name] for entry in read_log(folder / "log.txt") if name in entry]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Killed
+# ----------------------------------------------------------------------------------------------------------------------
+
+KILLED = {  # name: settings, processes, kills in the long form
+    "one process": ([], 0, 15),
+    "one process, two workers": (["train_dataloader.num_workers=2", "val_dataloader.num_workers=1"], 0, 10),
+    "two processes": ([], 2, 25),
+}
+
+
+def kill_repeatedly(kind: str, name: str, kills: int, config: Path, folder: Path, undisturbed: Path, table) -> None:
+    settings, processes, _ = KILLED[name]
+    options = ["--cfg-options", *settings] if settings else []
+    options += ["--launcher", "pytorch"] if processes else []
+    rng = random.Random(f"{kind} {name}")
+    number = 0
+
+    def fresh() -> DenseRun:
+        nonlocal number
+        number += 1
+        return DenseRun(kind, folder / f"run{number}", config, *options, processes=processes)
+
+    run, done = fresh(), 0
+    while done < kills:
+        done += run.kill(rng)
+        assert_nothing_saved_is_lost(run)
+        if "trained" in run.text():  # complete: kill another run
+            run.finish()
+            assert_same_dense(run.output, undisturbed)
+            run = fresh()
+    run.finish()
+    assert_same_dense(run.output, undisturbed)
+    table.add(f"killed at a random moment, {kind}, {name}", kills)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed(kind, configs, tmp_path, undisturbed, table):
+    kill_repeatedly(kind, "one process", 2, configs[kind], tmp_path, undisturbed[kind], table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KILLED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_many_times(kind, name, configs, tmp_path, undisturbed, undisturbed_pair, table):
+    _, processes, kills = KILLED[name]
+    expected = (undisturbed_pair if processes else undisturbed)[kind]
+    kill_repeatedly(kind, name, kills, configs[kind], tmp_path, expected, table)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ONLY["detection"])
+@pytest.mark.parametrize("how", ["truncated", pytest.param("changed", marks=pytest.mark.slow)])
+def test_damaged_checkpoint(how, kind, configs, tmp_path, undisturbed, table):
+    rng = random.Random(how)
+    run = DenseRun(kind, tmp_path, configs[kind])
+    process = run.start()
+    run.wait_for(process, "saved ", 2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    newest, before, *_ = DENSE_NAMES.numbered(run.output)
+    damage(newest, how, rng)
+    (run.output / "last_checkpoint").unlink()  # mmengine's pointer is not needed
+    moved = tmp_path / "moved"
+    run.output.rename(moved)
+    run.command[run.command.index("run")] = "moved"
+    run.output = moved
+    printed = run.finish()
+    what = "truncated" if how == "truncated" else "wrong checksum"
+    assert f"WARNING: moved/{newest.name} is damaged ({what}" in printed
+    assert f"checkpoint moved/{before.name}: resuming at " in printed
+    assert_same_dense(moved, undisturbed[kind])
+    table.add(f"newest checkpoint truncated or changed, {kind}")
+
+
+@pytest.mark.parametrize("kind", ONLY["segmentation"])
+def test_failed_write(kind, configs, tmp_path, undisturbed, table):
+    """The file size limit is below the size of a checkpoint."""
+    run = DenseRun(kind, tmp_path, configs[kind])
+    whole = run.command
+    run.command = ["prlimit", "--fsize=20000000", *whole]
+    assert run.start().wait(LIMIT) == 2
+    assert run.text().count("could not be written (File too large): the previous checkpoint is kept") >= 6
+    last = run.text().strip().splitlines()[-1]
+    assert last.startswith("train.py: --work-dir run: the last checkpoint could not be written (File too large)")
+    assert not list(run.output.glob("*.pth*"))
+    run.command = whole
+    assert_same_dense(finished(run), undisturbed[kind])
+    table.add(f"failed writes, {kind}", 6)
+
+
+@pytest.mark.parametrize("kind", ONLY["segmentation"])
+def test_code_in_the_newest_checkpoint_never_runs(kind, configs, tmp_path, undisturbed, table):
+    shutil.copytree(undisturbed[kind], tmp_path / "run")
+    torch.save({"state_dict": {}, "meta": Code(tmp_path / "ran")}, tmp_path / "run" / LAST[kind])
+    run = DenseRun(kind, tmp_path, configs[kind])
+    assert run.start().wait(LIMIT) == 2
+    assert "refused, it holds" in run.text()
+    assert not (tmp_path / "ran").exists()
+    table.add(f"newest checkpoint would run code, {kind}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Preempted
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_preempted(number, kind, configs, tmp_path, undisturbed, table):
+    workers = ["--cfg-options", "train_dataloader.num_workers=1", "val_dataloader.num_workers=1"]
+    run = DenseRun(kind, tmp_path, configs[kind], *workers)
+    process = run.start()
+    run.wait_for(process, run.step, 3 if number == signal.SIGTERM else 7)
+    os.killpg(process.pid, number)  # schedulers signal the process group, with its loader workers
+    assert process.wait(LIMIT) == RESUME_STATUS, run.text()
+    assert "train.py: stopped by a signal before iteration" in run.text()
+    assert_nothing_saved_is_lost(run)
+    assert_same_dense(finished(run), undisturbed[kind])
+    table.add(f"SIGTERM or SIGUSR1 to the run, {kind}")
+
+
+@pytest.mark.parametrize("kind", ONLY["detection"])
+def test_one_of_two_processes_preempted(kind, configs, tmp_path, undisturbed_pair, table):
+    run = DenseRun(kind, tmp_path, configs[kind])
+    tasks = run.start_tasks(2)
+    run.wait_for(tasks[0], run.step, 3)
+    tasks[1].send_signal(signal.SIGUSR1)
+    assert [task.wait(LIMIT) for task in tasks] == [RESUME_STATUS] * 2
+    assert run.text().count("stopped by a signal before") == 1
+    assert_same_dense(finished(run, 2), undisturbed_pair[kind])
+    table.add(f"SIGUSR1 to one process of two, {kind}")
+
+
+@pytest.mark.parametrize("kind", ONLY["segmentation"])
+def test_slurm_script_requeues_the_job(kind, configs, tmp_path, undisturbed, table):
+    """Scripts stand in for srun, which runs one task, and scontrol, which records its arguments."""
+    port = free_port()
+    (tmp_path / "srun").write_text(
+        f"#!/usr/bin/env bash\nexport SLURM_NTASKS=1 MASTER_PORT={port} RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1\n"
+        f'"$@" &\necho $! > {tmp_path}/task\nwait $!\n'
+    )
+    (tmp_path / "scontrol").write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/scontrol.txt\n')
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    run = DenseRun(kind, tmp_path / "job", configs[kind], environment=dict(
+        PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="77", PYTHON=sys.executable, SLURM_SUBMIT_DIR=str(ROOT),
+        OMP_NUM_THREADS="1",
+    ))  # fmt: skip
+    _, _, config, *settings = run.command
+    settings.remove("--auto-resume")  # the script's own
+    settings[settings.index("run")] = str(run.output)
+    run.command = ["bash", str(ROOT / "tools/slurm/dense.sh"), kind, config, *settings]
+    process = run.start()
+    run.wait_for(process, run.step, 3)
+    os.kill(int((tmp_path / "task").read_text()), signal.SIGUSR1)
+    assert process.wait(LIMIT) == RESUME_STATUS
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"
+    run.finish()
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"  # not requeued at the end
+    assert entries(run.output, "train_loss") == entries(undisturbed[kind], "train_loss")
+    table.add(f"SIGUSR1 from SLURM, requeued, {kind}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Lost processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+LOST = [
+    ("segmentation", 1, signal.SIGKILL),
+    ("detection", 0, signal.SIGSTOP),
+    *(
+        pytest.param(kind, process, number, marks=pytest.mark.slow)
+        for kind, process, number in (("detection", 1, signal.SIGKILL), ("segmentation", 0, signal.SIGSTOP))
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "process", "number"), LOST)
+def test_lost_process(kind, process, number, configs, tmp_path, undisturbed_pair, table):
+    """Without torchrun, the remaining process has to notice the loss."""
+    run = DenseRun(kind, tmp_path, configs[kind])
+    tasks = run.start_tasks(2)
+    run.wait_for(tasks[0], run.step, 3)
+    lost, other = tasks[process], tasks[1 - process]
+    lost.send_signal(number)
+    assert other.wait(LIMIT) == RESUME_STATUS
+    what = {0: "does not respond", 1: r"\(.*\), last seen at .*, has sent no heartbeat"}[process]
+    assert re.search(rf"train\.py: process {1 - process}: process {process} {what}", run.text())
+    lost.kill()
+    lost.wait()
+    assert_same_dense(finished(run, 2), undisturbed_pair[kind])
+    table.add(f"process lost to SIGKILL or SIGSTOP, {kind}")
+
+
+@pytest.mark.parametrize("kind", ONLY["segmentation"])
+def test_hanging_process(kind, configs, tmp_path, table):
+    """The process is alive but makes no progress."""
+    run = sabotaged(DenseRun(kind, tmp_path, configs[kind], "--timeout", "20"), kind, HANG="1:4")
+    assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [RESUME_STATUS] * 2
+    assert re.search(r"process 0: process 1 \([^)]*\) hangs at .*iter [23].*: no progress for \d+ s", run.text())
+    table.add(f"hanging process, {kind}")
+
+
+@pytest.mark.parametrize("kind", ONLY["detection"])
+def test_failing_process(kind, configs, tmp_path, table):
+    """The error would occur again, so the exit status does not ask for a restart."""
+    run = sabotaged(DenseRun(kind, tmp_path, configs[kind]), kind, FAIL="1:4")
+    assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [1, 1]
+    words = r"process 0: process 1 \(.*\), last seen at .*, failed \(RuntimeError: out of memory\)"
+    assert re.search(words, run.text())
+    table.add(f"process that fails with an error of the program, {kind}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_network_error(kind, configs, tmp_path, undisturbed_pair, table):
+    """All processes are alive, and a restart may succeed."""
+    run = sabotaged(DenseRun(kind, tmp_path, configs[kind]), kind, CUT_OFF="1:4")
+    assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [RESUME_STATUS] * 2
+    assert "train.py: process 1: DistBackendError: NCCL error: unhandled system error" in run.text()
+    run.environment.pop("CUT_OFF")
+    assert_same_dense(finished(run, 2), undisturbed_pair[kind])
+    table.add(f"network error, {kind}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_lost_loader_worker(kind, configs, tmp_path, undisturbed, table):
+    """SIGKILL, as the kernel sends it when memory runs out."""
+    run = DenseRun(kind, tmp_path, configs[kind], "--cfg-options", "train_dataloader.num_workers=1")
+    process = run.start()
+    run.wait_for(process, run.step, 3)
+    os.kill(descendants(process.pid)[0], signal.SIGKILL)
+    assert process.wait(LIMIT) == RESUME_STATUS
+    assert re.search(r"train\.py: process 0: DataLoader worker .*; run the same command again", run.text())
+    assert "Traceback" not in run.text()
+    assert_same_dense(finished(run), undisturbed[kind])
+    table.add(f"loader worker killed, {kind}")
+
+
+@pytest.mark.parametrize("kind", ONLY["segmentation"])
+def test_torchrun_restarts(kind, configs, tmp_path, undisturbed_pair, table):
+    launcher = ("--standalone", "--max-restarts=1")
+    run = DenseRun(kind, tmp_path, configs[kind], "--launcher", "pytorch", processes=2, launcher=launcher)
+    process = run.start()
+    run.wait_for(process, run.step, 4)
+    os.kill(descendants(process.pid)[-1], signal.SIGKILL)
+    assert process.wait(LIMIT) == 0, run.text()
+    assert len(re.findall(r"checkpoint run/\w+\.pth: resuming at", run.text())) == 1
+    assert_same_dense(run.output, undisturbed_pair[kind])
+    table.add(f"process killed under torchrun --max-restarts, {kind}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Non-finite losses and gradients
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_loss_on_one_of_two_processes(kind, configs, tmp_path, table):
+    run = sabotaged(DenseRun(kind, tmp_path, configs[kind]), kind, BAD_LOSS="1:3,8")
+    # Each process starts with a pass whose gradients are discarded.
+    finished(run, 2)
+    assert entries(run.output, "not_finite") == ["loss"] * 2
+    assert "2 steps skipped" in run.text()
+    checkpoint = torch.load(run.output / LAST[kind], weights_only=False)
+    steps = {int(value["step"]) for value in checkpoint["optimizer"]["state"].values()}
+    assert steps == {checkpoint["run"]["global_step"] - 2}
+    assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
+    table.add(f"non-finite losses, for one step, {kind}", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_losses_may_be_read_one_step_late(kind, configs, tmp_path, table):
+    """GPUs read flags one step late, which LAG imitates. Results are identical, also at checkpoints and at the end."""
+    runs = [sabotaged(DenseRun(kind, tmp_path / lag, configs[kind]), kind, BAD_LOSS="0:3,6,12", LAG=lag)
+            for lag in ("0", "1")]  # fmt: skip
+    assert_same_dense(*map(finished, runs))
+    assert entries(runs[1].output, "not_finite") == ["loss"] * 3
+    table.add(f"non-finite losses, for one step, {kind}", 3)
+
+
+@pytest.mark.parametrize("kind", ONLY["detection"])
+def test_too_many_bad_losses(kind, configs, tmp_path, table):
+    steps = ",".join(map(str, range(5, 13)))
+    run = sabotaged(DenseRun(kind, tmp_path, configs[kind], "--max-bad-steps", "4"), kind, BAD_LOSS=f"0:{steps}")
+    assert run.start().wait(LIMIT) == 2
+    assert "\ntrain.py: --max-bad-steps 4: that many steps in a row were not finite" in run.text()
+    newest = DENSE_NAMES.numbered(run.output)[0]
+    assert checkpoints.damage(newest) is None
+    assert json.loads(json.dumps(DENSE_NAMES.position(newest.name))) == [0, 4]
+    table.add(f"non-finite losses, for good, {kind}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_gradients(kind, configs, tmp_path, table):
+    run = sabotaged(DenseRun(kind, tmp_path, configs[kind]), kind, BAD_GRADIENTS="0:2")
+    finished(run)
+    assert entries(run.output, "not_finite") == ["gradients"]
+    table.add(f"non-finite gradients, for one step, {kind}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def copied_data(kind: str, data: Path, folder: Path) -> tuple[Path, list[Path]]:
+    """Copy the first scenes of the demo's data. Returns the copy and its training images."""
+    part = "ade" if kind == "segmentation" else "coco"
+    shutil.copytree(data / part, folder / part)
+    images = "ADEChallengeData2016/images/training" if kind == "segmentation" else "train2017"
+    return folder, sorted((folder / part / images).iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unreadable_images(kind, demo_data, tmp_path, table):
+    """The limit is 0.1 % of the images, and at least one image. Two of 12 exceed it."""
+    data, images = copied_data(kind, demo_data, tmp_path / "data")
+    config = write_config(tmp_path, kind, data)
+    images[0].write_bytes(images[0].read_bytes()[:60])
+    run = DenseRun(kind, tmp_path / "one", config, "--cfg-options", "train_dataloader.num_workers=1")
+    finished(run)
+    assert entries(run.output, "unreadable_image") == [str(images[0])]
+    images[1].write_text("no image")
+    run = DenseRun(kind, tmp_path / "two", config)
+    assert run.start().wait(LIMIT) == 2
+    last = run.text().strip().splitlines()[-1]
+    assert last.startswith("train.py: --on-bad-image skip: 2 of 12 training images are unreadable (limit 1), e.g. ")
+    run = DenseRun(kind, tmp_path / "fail", config, "--on-bad-image", "fail")
+    assert run.start().wait(LIMIT) == 2
+    assert "--on-bad-image fail: " in run.text().strip().splitlines()[-1]
+    table.add(f"unreadable images, {kind}", 3)
+
+
+@pytest.mark.parametrize("kind", ONLY["detection"])
+def test_storage_outage(kind, demo_data, tmp_path, table):
+    """The run waits out a short outage. A long one ends it with a transient error, and the same command resumes."""
+    data, _ = copied_data(kind, demo_data, tmp_path / "data")
+    config = write_config(tmp_path, kind, data)
+    undisturbed = finished(DenseRun(kind, tmp_path / "undisturbed", config))
+    away = tmp_path / "away"
+    run = sabotaged(DenseRun(kind, tmp_path, config), kind, PAUSES="1,1,1")
+    process = run.start()
+    run.wait_for(process, run.step, 2)
+    data.rename(away)
+    run.wait_for(process, "retrying for 3 seconds")
+    away.rename(data)
+    run.wait_for(process, run.step, 5)
+    data.rename(away)
+    assert process.wait(LIMIT) == RESUME_STATUS, run.text()
+    assert re.search(r"train\.py: process 0: image .*cannot be read.*; run the same command again", run.text())
+    assert "Traceback" not in run.text()
+    assert_nothing_saved_is_lost(run)
+    away.rename(data)
+    run.environment.pop("PAUSES")
+    assert_same_dense(finished(run), undisturbed)
+    assert not entries(run.output, "unreadable_image")
+    table.add(f"storage that does not respond, briefly and for good, {kind}", 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Resuming the right run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_settings_and_taken_folders_are_refused(kind, configs, tmp_path, undisturbed):
+    shutil.copytree(undisturbed[kind], tmp_path / "run")
+    for path in DENSE_NAMES.numbered(tmp_path / "run")[:1]:  # as if the run was not complete
+        path.unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+
+    def refused(*settings: str, without: tuple[str, ...] = ()) -> str:
+        run = DenseRun(kind, tmp_path, configs[kind], *settings)
+        run.command = [word for word in run.command if word not in without]
+        assert run.start().wait(LIMIT) == 2, run.text()
+        assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+        return run.text().strip().splitlines()[-1]
+
+    options = ["--cfg-options", "optim_wrapper.optimizer.lr=0.01", "model.backbone.drop_path_rate=0.2"]
+    line = refused(*options)
+    assert "model.backbone.drop_path_rate 0.2 (was 0.3), optim_wrapper.optimizer.lr 0.01 (was 0.001)" in line
+    assert "of a run on other images" in refused("--cfg-options", "train_dataloader.dataset.indices=11")
+    assert "--seed" in refused("--seed", "1") or "randomness.seed 1 (was 0)" in refused("--seed", "1")
+    taken = "train.py: --work-dir run: already holds a run; resume it with --auto-resume, or name another folder"
+    assert refused(without=("--auto-resume",)) == taken
+    line = refused("--resume", "--cfg-options", "optim_wrapper.optimizer.lr=0.01", without=("--auto-resume",))
+    assert "its run has optim_wrapper.optimizer.lr=0.001, not 0.01" in line
+    options = ["optim_wrapper.optimizer.type=SGD", "optim_wrapper.optimizer.momentum=0.9"]
+    line = refused("--resume", "--cfg-options", *options, without=("--auto-resume",))
+    assert "optim_wrapper.optimizer" in line
+
+
+@pytest.mark.parametrize("kind", ONLY["segmentation"])
+def test_complete_run(kind, configs, tmp_path, undisturbed):
+    shutil.copytree(undisturbed[kind], tmp_path / "run")
+    run = DenseRun(kind, tmp_path, configs[kind])
+    assert "the run in run is complete: all " in run.finish()
+    run.command.remove("--auto-resume")
+    run.command += ["--resume", f"run/{LAST[kind]}"]
+    assert run.start().wait(LIMIT) == 2
+    assert "are done; nothing left to train" in run.text()
+    assert_same_dense(tmp_path / "run", undisturbed[kind])
+
+
+def test_log_starts_with_settings_versions_and_data(undisturbed):
+    for kind, images in (("segmentation", 12), ("detection", 12)):
+        run = read_log(undisturbed[kind] / "log.txt")[0]
+        assert run["settings"]["optim_wrapper.optimizer.lr"] == 1e-3
+        assert run["versions"]["torch"] == torch.__version__
+        assert "onedl-mmengine" in run["versions"]
+        assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", run["revision"])
+        assert run["data"]["train"]["images"] == images
+        assert re.fullmatch(r"[0-9a-f]{16}", run["data"]["train"]["fingerprint"])
+        assert run["processes"] == 1
+
+
+def test_best_and_regular_checkpoints_are_kept(undisturbed):
+    names = {kind: {path.name for path in folder.glob("*.pth")} for kind, folder in undisturbed.items()}
+    assert names["segmentation"] == {"iter_6.pth", "iter_10.pth", "iter_12.pth", "best.pth"}
+    assert names["detection"] == {"epoch_1.pth", "epoch_1_iter_4.pth", "epoch_2.pth", "best.pth"}

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Run a training command in a job, and put the job back into the queue until the run is complete: requeue.sh COMMAND…
+#
+# The command exits with status 75 once it has saved and stopped, or has lost a process. A user's mistake or an error of
+# the program ends the job. The job is requeued at most MAX_REQUEUES (100) times.
+set -uo pipefail
+"$@"
+status=$?
+case $status in
+    # saved and stopped, lost a process, or was killed (128 + ABRT, BUS, KILL, USR1, SEGV, TERM)
+    75 | 134 | 135 | 137 | 138 | 139 | 143)
+        if ((${SLURM_RESTART_COUNT:-0} < ${MAX_REQUEUES:-100})); then
+            scontrol requeue "$SLURM_JOB_ID"
+        else
+            echo "requeue.sh: the job went back to the queue ${SLURM_RESTART_COUNT} times; MAX_REQUEUES allows more" >&2
+        fi
+        ;;
+esac
+exit "$status"
