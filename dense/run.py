@@ -29,13 +29,14 @@ from dense.loops import (
 )
 from dense.runner import DenseRunner, has_half_precision, unwrapped, without_mixed_precision
 from dense.samples import describe_samples, shield_workers
+from training.checkpoints import settings_in
 from training.commands import first_line
-from training.errors import UserError, setting
+from training.errors import UserError, setting, with_flags
 from training.monitor import DelayedFlags, MonitorSettings, StepMonitor
 from training.naming import CheckpointNames
 from training.output import Output
 from training.processes import all_gather, is_main_process, on_main_process, print_main
-from training.resume import Source, check_same_run, describe_run
+from training.resume import Source, check_same_run, describe_run, differences
 from training.state import check_finite
 from training.watchdog import Watchdog
 
@@ -98,13 +99,8 @@ class DenseNames(CheckpointNames):
         return match is not None and self.interval > 0 and int(match[1]) % self.interval == 0
 
 
-def settings_of(cfg: Config, **others: Any) -> dict[str, Any]:
-    """The settings that decide what a run computes, by their dotted names.
-
-    Args:
-        cfg: the config.
-        **others: further settings.
-    """
+def settings_of(cfg: Config) -> dict[str, Any]:
+    """The settings of a config that decide what a run computes, by their dotted names."""
     found: dict[str, Any] = {}
 
     def add(name: str, value: Any) -> None:
@@ -121,7 +117,7 @@ def settings_of(cfg: Config, **others: Any) -> dict[str, Any]:
     for part in COMPUTED:
         if cfg.get(part) is not None:
             add(part, cfg[part])
-    return found | others
+    return found
 
 
 def read_schedule(cfg: Config) -> Schedule:
@@ -262,11 +258,27 @@ class TrainingRunner(DenseRunner):
         if source is None:
             super().load_or_resume()
         else:
-            if run.auto_resume:
-                check_same_run(source, run.settings, self.data, (), "work_dir", "train_dataloader.dataset.data_root")
+            self._compare(source)
             self.restore(source)
         described = describe_run(run.settings, self.data, self.device, PACKAGES)
         on_main_process(lambda: self.output.open(described, self.state.covers, source, run.resumes, scalars=False))
+
+    def _compare(self, source: Source) -> None:
+        """Compare the run with that of a checkpoint. `--auto-resume` refuses what differs, `--resume` reports it.
+
+        Raises:
+            UserError: settings or images differ.
+        """
+        before = settings_in(source.checkpoint)
+        if not before:  # mmengine's own
+            return
+        settings = {**dict.fromkeys(before), **self.run.settings}
+        same_names = {**source.checkpoint, "args": {**dict.fromkeys(settings), **before}}
+        if self.run.auto_resume:
+            images = "train_dataloader.dataset.data_root"
+            check_same_run(replace(source, checkpoint=same_names), settings, self.data, (), "work_dir", images)
+        elif changed := differences(same_names["args"], settings, ()):
+            print_main(with_flags(f"checkpoint {source.path}: its run had other settings: {', '.join(changed)}", {}))
 
     def _describe_data(self) -> dict[str, Any]:
         """Describe the data sets. Rank 0 reads them for all."""

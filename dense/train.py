@@ -28,7 +28,7 @@ from training.commands import natural, positive_int, run_command, seconds
 from training.errors import Preempted, UserError
 from training.monitor import MonitorSettings
 from training.output import Output, stopped
-from training.processes import is_main_process, on_main_process, print_main
+from training.processes import get_world_size, is_main_process, on_main_process, print_main
 from training.resume import Source, find_checkpoint
 from training.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
 
@@ -176,7 +176,7 @@ def build_run(
     cfg: Config, args: argparse.Namespace, schedule: Schedule, output: Output, watchdog: Watchdog, source: Source | None
 ) -> Run:
     """Gather what a training run is, besides its config."""
-    settings = settings_of(cfg, validate=not args.no_validate)
+    settings = settings_of(cfg) | {"launcher.processes": get_world_size()}
     limits = MonitorSettings(args.max_bad_steps, False, args.checkpoint_every, args.on_bad_image, 0, ADVICE)
     return Run(schedule, output, watchdog, source, args.auto_resume, resumes(args), settings, limits)
 
@@ -196,6 +196,10 @@ def run_to_the_end(runner: TrainingRunner) -> None:
         raise stopped(output, place, watchdog.preemption.status, watchdog.flags) from None
     on_main_process(output.close)
     state = runner.state
+    if state.bad_steps == state.global_step:
+        raise UserError(
+            f"{output.folder}: the loss was not finite in any iteration, and nothing was learned; try {ADVICE}"
+        )
     best = f", best score {state.best:.4g}" if state.best is not None else ""
     skipped = f", {state.bad_steps} steps skipped" if state.bad_steps else ""
     print_main(f"trained{best}{skipped}: checkpoints and logs are in {output.folder}")
