@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from multiprocessing.context import ForkContext, ForkServerContext
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 
@@ -20,8 +21,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ["torchvision", "timm", "torch.utils.tensorboard", "mmengine.runner", "mmseg.apis", "mmdet.apis"]
 
-_server = multiprocessing.get_context("forkserver")
+_server: ForkServerContext | ForkContext = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(LIBRARIES)
+
+
+def fork_from_here() -> None:
+    """Fork scripts from this process, which has imported the libraries already, instead of from a server."""
+    global _server
+    _server = multiprocessing.get_context("fork")
 
 
 class Command:

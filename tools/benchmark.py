@@ -10,40 +10,53 @@ matrix products.
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import timm
 import torch
-from torch import nn
+from torch.autograd import DeviceType
 
 if not __package__:
     import _repository  # noqa: F401
 import sepvit
 from training.commands import Parser, positive_int, run_command
-from training.devices import check_device
+from training.devices import check_device, synchronize
 from training.measure import count_multiply_adds, median_time
 
-SIDE = 2048  # of the matrices
+SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices: a GPU multiplies 2048 × 2048 faster than one call starts
 
 
 def matrix_product_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Measure the multiply-adds per second of a large matrix product."""
-    a, b = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
-    return SIDE**3 / median_time(lambda: a @ b, device)
+    side = SIDES.get(device.type, SIDES["cpu"])
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return side**3 / median_time(lambda: a @ b, device)
 
 
-def profile(model: nn.Module, images: torch.Tensor) -> None:
-    """Print the operations that a forward pass spends most time in."""
+def operation_times(function: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Seconds that a call spends in each operation on a CPU, or in each kernel on a GPU."""
+    on_gpu = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if images.is_cuda:
+    if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
-        model(images)
-    averages = profiler.key_averages()
-    attribute = "self_device_time_total" if images.is_cuda else "self_cpu_time_total"
-    total = sum(getattr(event, attribute) for event in averages)
-    for event in sorted(averages, key=lambda event: -getattr(event, attribute))[:10]:
-        print(f"    {100 * getattr(event, attribute) / total:5.1f} %  {event.key}")
+        function()
+        synchronize(device)
+    times: dict[str, float] = {}
+    for event in profiler.key_averages():
+        # On a GPU, operations have times too: those of their kernels, which would count twice.
+        if on_gpu == (event.device_type == DeviceType.CUDA) and not event.is_user_annotation:
+            microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            times[event.key] = times.get(event.key, 0.0) + microseconds / 1e6
+    return times
+
+
+def print_profile(function: Callable[[], object], device: torch.device) -> None:
+    """Print the operations that a call spends most time in."""
+    times = operation_times(function, device)
+    for name, duration in sorted(times.items(), key=lambda entry: -entry[1])[:10]:
+        print(f"    {100 * duration / sum(times.values()):5.1f} %  {name}")
 
 
 def build_parser() -> Parser:
@@ -90,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
                     f"{ratio:.2f} × the time at the {rate / 1e9:.0f} G multiply-adds/s of a matrix product"
                 )
                 if args.profile:
-                    profile(model, images)
+                    print_profile(partial(model, images), device)
 
 
 def run(arguments: list[str] | None = None) -> int:
