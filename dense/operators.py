@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -257,8 +257,8 @@ def sigmoid_focal_loss_backward(
     """
     with torch.enable_grad():
         logits = input.detach().requires_grad_()
-        losses = _focal_loss("sigmoid_focal_loss_backward", logits, target, weight, gamma, alpha)
-    grad_input.copy_(torch.autograd.grad(losses.sum(), logits)[0])
+        loss = _focal_loss("sigmoid_focal_loss_backward", logits, target, weight, gamma, alpha).sum()
+    grad_input.copy_(torch.autograd.grad(loss, logits)[0])
 
 
 def _focal_loss(name: str, input: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Tensor:
@@ -333,6 +333,22 @@ class OperatorLoader(Loader):
         vars(module).update(OPERATORS, __getattr__=missing_operator)
 
 
+class CompiledLoader(ExtensionFileLoader):
+    """Loads mmcv's compiled operators."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Load the module.
+
+        Raises:
+            UserError: it was compiled for another torch.
+        """
+        try:
+            return super().create_module(spec)
+        except ImportError as error:
+            raise UserError(f"mmcv's compiled operators: do not load with torch {torch.__version__} ({error}); "
+                            f"set {CHOICE}={TORCHVISION}, or compile them again: {INSTALL}") from None  # fmt: skip
+
+
 class OperatorFinder(MetaPathFinder):
     """Finds the module of mmcv's operators: the compiled one or torchvision's. Logs which, once."""
 
@@ -359,6 +375,8 @@ class OperatorFinder(MetaPathFinder):
             self._log("torchvision's, as SEPVIT_OPERATORS asks" if compiled else "torchvision's, none are compiled")
             return ModuleSpec(name, OperatorLoader(), origin=torchvision.__file__)
         self._log(COMPILED)
+        if isinstance(compiled.loader, ExtensionFileLoader):
+            compiled.loader = CompiledLoader(name, compiled.loader.path)
         return compiled
 
     def _log(self, choice: str) -> None:
@@ -373,6 +391,12 @@ def offer() -> None:
     if not any(isinstance(finder, OperatorFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, OperatorFinder())
         _repeat_failed_imports()
+
+
+def in_use() -> str:
+    """Which operators mmcv uses, 'compiled' or 'torchvision'. Imports them."""
+    spec = importlib.import_module(MODULE).__spec__
+    return TORCHVISION if spec is not None and isinstance(spec.loader, OperatorLoader) else COMPILED
 
 
 def _repeat_failed_imports() -> None:

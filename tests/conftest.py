@@ -24,6 +24,7 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 VARIANTS = list(sepvit.VARIANTS)
 
 torch.set_num_threads(2)
+os.environ.setdefault("SEPVIT_OPERATORS", "torchvision")  # compiled ones may be installed, too
 
 
 def golden_weights(shapes: dict) -> dict[str, torch.Tensor]:

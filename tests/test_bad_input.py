@@ -258,14 +258,14 @@ def test_losses_that_stay_non_finite_end_the_run(few_digits, tmp_path, capsys):
 @pytest.mark.parametrize("version", [(2, 7), (3, 9), (3, 13), (4, 0)])
 def test_unsupported_pythons_are_named(version, monkeypatch):
     monkeypatch.setattr(check_setup.sys, "version_info", (*version, 1))
-    assert f"Python {version[0]}.{version[1]}" in check_setup.problem(needs_compiler=False)
-    assert "\n" not in check_setup.problem(needs_compiler=False)
+    assert f"Python {version[0]}.{version[1]}" in check_setup.problem()
+    assert "\n" not in check_setup.problem()
 
 
 @pytest.mark.parametrize("version", [(3, 10), (3, 11), (3, 12)])
 def test_supported_pythons_pass(version, monkeypatch):
     monkeypatch.setattr(check_setup.sys, "version_info", (*version, 1))
-    assert check_setup.problem(needs_compiler=False) is None
+    assert check_setup.problem() is None
 
 
 def test_make_refuses_an_unsupported_python_before_installing(tmp_path):
@@ -278,15 +278,6 @@ def test_make_refuses_an_unsupported_python_before_installing(tmp_path):
     assert result.returncode != 0
     assert "3.9 does not suit" in result.stderr
     assert not (tmp_path / "venv").exists()
-
-
-def test_missing_compiler_is_named(tmp_path):
-    result = subprocess.run(
-        [sys.executable, ROOT / "tools/check_setup.py", "--compiler"],
-        capture_output=True, text=True, env={"PATH": str(tmp_path), "CXX": "no-such-compiler"},
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert "no C++ compiler" in result.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- accepted input

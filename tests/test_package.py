@@ -3,7 +3,9 @@
 That project, the host, has its own `utils` and `datasets`, first on its path.
 """
 
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
 
 # Works offline: builds with this environment's setuptools, and the dependencies are already installed.
 PIP = [
@@ -37,6 +40,9 @@ import dense.backbone, dense.loading
 backbone = MODELS.build(dict(type="SepViT_Lite"))
 backbone.init_weights()
 assert [tuple(y.shape[1:]) for y in backbone(torch.randn(1, 3, 64, 96))][0] == (32, 16, 24)
+from mmcv.ops import batched_nms
+_, kept = batched_nms(torch.tensor([[0.0, 0, 9, 9]] * 2), torch.rand(2), torch.tensor([0, 1]), dict(iou_threshold=0.5))
+assert len(kept) == 2
 assert sys.modules["utils"].OWNER == sys.modules["datasets"].OWNER == "host"
 """
 HUGGING_FACE = """
@@ -91,3 +97,42 @@ def test_hugging_face_datasets_is_imported(site, tmp_path):
 def test_top_level_modules_and_tests_are_not_installed(site):
     folder, _ = site
     assert not {"utils.py", "datasets.py", "main.py", "tests"} & {path.name for path in folder.iterdir()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Requirements
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def pins(name: str) -> dict[str, str]:
+    """The versions that a file of requirements pins. It contains nothing else but the stand-in for opencv-python."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    lines = [line for line in lines if line not in ("", "./tools/opencv-python")]
+    assert all(re.fullmatch(r"[\w.-]+==[\d.]+", line) for line in lines), lines
+    return {name.lower(): version for name, _, version in (line.partition("==") for line in lines)}
+
+
+def test_the_package_admits_the_pinned_versions():
+    tables = (ROOT / "pyproject.toml").read_text()
+    ranges = [Requirement(text) for text in re.findall(r'^    "([\w-]+>=[\d.]+[^"]*)",$', tables, re.MULTILINE)]
+    assert {"torch", "torchvision", "timm", "onedl-mmcv", "onedl-mmdetection"} <= {line.name for line in ranges}
+    pinned = pins("requirements.txt") | pins("requirements-mm.txt")
+    for line in ranges:
+        assert line.specifier.contains(pinned[line.name]), line
+
+
+def test_the_stand_in_for_opencv_is_empty(tmp_path):
+    """It requires the headless build, of its own version. Nothing of it is in the folder that both would share."""
+    shutil.copytree(ROOT / "tools/opencv-python", tmp_path / "source", ignore=shutil.ignore_patterns("build", "*info"))
+    subprocess.run([*PIP, "--target", str(tmp_path / "site"), str(tmp_path / "source")], check=True)
+    (metadata,) = (tmp_path / "site").iterdir()
+    (found,) = importlib.metadata.distributions(path=[str(tmp_path / "site")])
+    version = pins("requirements-mm.txt")["opencv-python-headless"]
+    assert metadata.name == f"opencv_python-{version}.dist-info"
+    assert found.requires == [f"opencv-python-headless=={version}"]
+
+
+def test_opencv_is_the_headless_build():
+    for name, has_files in (("opencv-python", False), ("opencv-python-headless", True)):
+        files = importlib.metadata.files(name) or []
+        assert any(file.parts[0] == "cv2" for file in files) == has_files, name
