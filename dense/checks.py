@@ -42,6 +42,7 @@ from dense.options import (
     registered_names,
     text_for_number,
 )
+from dense.parts import resolve
 from dense.runner import VARIANT_HINT, unwrapped, without_mixed_precision
 from training.checkpoints import load_weights, weights_of
 from training.errors import OneLineError, UserError, out_of_memory
@@ -209,7 +210,7 @@ def rehearse(cfg: Config, where: str, *loaders: str) -> nn.Module:
             check_arguments(part, registry, where, place)
         with config_errors(cfg, where, "model"):
             model = build_model(cfg)
-        _try_shapes(model, where)
+        check_shapes(model, where)
         for name in loaders:
             with config_errors(cfg, where, name):
                 _build_loader(cfg[name])
@@ -248,7 +249,7 @@ def build_model(cfg: Config) -> nn.Module:
     return MODELS.build(model)
 
 
-def _try_shapes(model: nn.Module, where: str) -> None:
+def check_shapes(model: nn.Module, where: str) -> None:
     """Pass an image through a model with a SepViT: its parts may expect other numbers of channels from each other.
 
     Raises:
@@ -290,7 +291,7 @@ def _lazy(dataset: Any) -> Any:
     if not isinstance(dataset, dict):
         return dataset
     dataset = {key: _lazy(value) if key in ("dataset", "datasets") else value for key, value in dataset.items()}
-    kind = registered(DATASETS, dataset["type"]) if isinstance(dataset.get("type"), str) else None
+    kind = resolve(DATASETS, dataset)
     accepted = accepted_arguments(kind) if kind is not None else None
     return {**dataset, "lazy_init": True} if accepted is not None and "lazy_init" in accepted else dataset
 

@@ -27,6 +27,7 @@ NOISE = (
 WARNINGS = (
     r"Fail to import ``MultiScaleDeformableAttention``",
     r"Default ``avg_non_ignore`` is False",
+    r"faster_coco_eval is not installed",
     r"The draw is False, it means that the hook for visualization will not take effect",
 )
 noise = re.compile("|".join(NOISE))

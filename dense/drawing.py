@@ -1,8 +1,48 @@
-"""Shared by the pictures of segmentation and detection: small images are enlarged, so that class names are legible."""
+"""Shared by the pictures of segmentation and detection: how they are named, and how images are read and enlarged."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import numpy as np
+from mmengine import fileio
 
 MIN_HEIGHT = 256  # in pixels
 
 
 def enlargement(height: int) -> int:
-    """Return the factor by which an image of some height (in pixels) is enlarged for drawing."""
+    """Return the factor by which an image of some height (in pixels) is enlarged for drawing.
+
+    Small images are enlarged, so that class names are legible.
+    """
     return max(1, -(-MIN_HEIGHT // height))
+
+
+def read_stored(path: str) -> np.ndarray:
+    """Read an image of a data set, H × W × 3, RGB, 0 to 255, as its labels are: an EXIF orientation is ignored."""
+    return mmcv.imfrombytes(fileio.get(path), flag="color_ignore_orientation", channel_order="rgb")
+
+
+def place_in(dataset: Any, image: str) -> Path:
+    """Return an image's path relative to the folder of its data set's images.
+
+    Images of one name in several folders keep different paths.
+
+    Args:
+        dataset: the data set, which may consist of others.
+        image: the image's path.
+    """
+    path, folders = os.path.abspath(image), [os.path.abspath(folder) for folder in image_folders(dataset)]
+    relative = Path(os.path.relpath(path, os.path.commonpath(folders))) if folders else Path("..")
+    if ".." in relative.parts:  # annotations may name images elsewhere
+        relative = Path(path).relative_to(Path(path).anchor)
+    return relative
+
+
+def image_folders(dataset: Any) -> list[str]:
+    """Return the folders of a data set's images. A data set may consist of others."""
+    inner = getattr(dataset, "datasets", None) or [inner for inner in [getattr(dataset, "dataset", None)] if inner]
+    prefixes = getattr(dataset, "data_prefix", None) or {}
+    own = [str(folder) for kind in ("img_path", "img") if (folder := prefixes.get(kind))]
+    return own + [folder for part in inner for folder in image_folders(part)]

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS
 
-from dense.settings import build_parser, drop_pretrained, read_config
+from dense.checks import build_model, check_shapes, config_errors
+from dense.settings import build_parser, drop_pretrained, read_config, where_of
 from training.commands import positive_int, run_command
 from training.measure import count_multiply_adds
 
@@ -20,10 +20,12 @@ def count(args: argparse.Namespace, samples: Callable[[int, int], list[Any]] | N
         args: the command line.
         samples: makes what a detector's forward pass needs besides images, from their height and width in pixels.
     """
-    cfg = read_config(args)
+    cfg, where = read_config(args), where_of(args)
     drop_pretrained(cfg)
     torch.manual_seed(0)
-    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+    with config_errors(cfg, where, "model"):
+        model = revert_sync_batchnorm(build_model(cfg)).eval()
+    check_shapes(model, where)
     images = torch.zeros(1, 3, *args.shape)
     inputs = (images, samples(*args.shape)) if samples else (images,)
     total = sum(parameter.numel() for parameter in model.parameters())

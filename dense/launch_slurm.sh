@@ -5,6 +5,10 @@ set -euo pipefail
 script=$1 partition=$2 job_name=$3
 shift 3
 gpus=${GPUS:-8} gpus_per_node=${GPUS_PER_NODE:-8}
+if ! [[ $gpus =~ ^[1-9][0-9]*$ && $gpus_per_node =~ ^[1-9][0-9]*$ ]]; then
+    echo "$0: GPUS=$gpus GPUS_PER_NODE=$gpus_per_node: the numbers of GPUs have to be numbers from 1" >&2
+    exit 2
+fi
 if [ "$gpus" -lt "$gpus_per_node" ]; then gpus_per_node=$gpus; fi
 # shellcheck disable=SC2086 # SRUN_ARGS may hold several arguments
 exec srun --partition="$partition" --job-name="$job_name" --gres="gpu:$gpus_per_node" --ntasks="$gpus" \

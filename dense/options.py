@@ -45,15 +45,14 @@ class KeyValueAction(DictAction):
             if not (key and equals):
                 parser.error(f"{FLAG} {pair}: takes key=value pairs, such as train_dataloader.batch_size=4")
             options = getattr(namespace, self.dest)
+            if value.lstrip().startswith(("[", "(")) and any(value.count(a) != value.count(b) for a, b in ("[]", "()")):
+                raise UserError(f"{FLAG} {pair}: its brackets do not match")
             if re.match(r"\s*[\[(]*\s*{", value):
                 setattr(namespace, self.dest, {**options, key: _parse_literal(pair, value)})
             elif " " in value and not value.lstrip().startswith(("[", "(")):
                 setattr(namespace, self.dest, {**options, key: value})
             else:
-                try:
-                    super().__call__(parser, namespace, [pair], option_string)
-                except AssertionError:
-                    raise UserError(f"{FLAG} {pair}: its brackets do not match") from None
+                super().__call__(parser, namespace, [pair], option_string)
 
 
 def _parse_literal(pair: str, value: str) -> Any:
@@ -104,7 +103,7 @@ def _check_option(whole: Mapping[str, Any], key: str, value: Any) -> Any:
     for i, part in enumerate(parts):
         holder = node
         place, inner = ".".join(parts[:i]), ".".join(parts[: i + 1])
-        if node is None:
+        if node is None and i > 1:
             return None
         if isinstance(node, (list, tuple)):
             if not part.isdigit() or int(part) >= len(node):

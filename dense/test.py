@@ -2,28 +2,54 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
+from dense.checks import check_test_parts, check_weights, rehearse
+from dense.console import TestProgressHook
 from dense.data import check_data
+from dense.parts import data_sets
 from dense.runner import DenseRunner
 from dense.settings import (
     FORMER_OF_TESTING,
     CommandParser,
     build_parser,
+    drop_pretrained,
     join_processes,
     read_config,
     read_model_checkpoint,
+    where_of,
 )
 from training.commands import run_command
 from training.errors import UserError
 from training.processes import on_main_process
 from training.storage import make_folder
 
-# Sets in the config what is done with the predictions, and returns hooks of the runner for the rest.
-Prepare = Callable[[Config, argparse.Namespace], list[Hook]]
+
+@dataclass
+class Results:
+    """What is done with predictions besides evaluating them.
+
+    Attributes:
+        hooks: hooks of the runner.
+        folders: the folders that they write to, and what names each in messages.
+    """
+
+    hooks: list[Hook] = field(default_factory=list)
+    folders: list[tuple[Path, str]] = field(default_factory=list)
+
+    def add(self, hook: Hook | None, folder: Path, what: str) -> None:
+        """Add a hook that writes to a folder; None if something else does."""
+        self.hooks += [hook] if hook is not None else []
+        self.folders.append((folder, what))
+
+
+# Sets in the config what is evaluated, and returns what else is done with the predictions.
+Prepare = Callable[[Config, argparse.Namespace], Results]
 
 
 def build_test_parser(description: str | None, metrics: Sequence[str]) -> CommandParser:
@@ -60,21 +86,46 @@ def test(args: argparse.Namespace, prepare: Prepare) -> None:
         args: the command line.
         prepare: see `Prepare`.
     """
-    cfg = read_config(args)
+    cfg, where = read_config(args), where_of(args)
     join_processes(args)
-    hooks = prepare(cfg, args)
+    check_test_parts(cfg, where)
+    results = prepare(cfg, args)
+    drop_pretrained(cfg)
     if args.aug_test:
         augment(cfg, args.config)
     check_data(cfg, "test_dataloader")
+    what = f"CHECKPOINT {args.checkpoint}"
     checkpoint = read_model_checkpoint(cfg, args.checkpoint, "CHECKPOINT")
+    check_weights(rehearse(cfg, where, "test_dataloader"), checkpoint, what)
     cfg.train_dataloader = cfg.train_cfg = cfg.optim_wrapper = cfg.param_scheduler = None
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     cfg.load_from, cfg.resume = args.checkpoint, False
-    on_main_process(lambda: make_folder(Path(cfg.work_dir), f"--work-dir {cfg.work_dir}"))
+    folders = [*results.folders, (Path(cfg.work_dir), f"--work-dir {cfg.work_dir}")]
+    on_main_process(lambda: make_folders(folders))
     runner = DenseRunner.from_config(cfg, {args.checkpoint: checkpoint})
-    for hook in hooks:
+    for hook in (TestProgressHook(), *results.hooks):
         runner.register_hook(hook)
     runner.test()
+
+
+def make_folders(folders: Sequence[tuple[Path, str]]) -> None:
+    """Make folders and check that they are writable: all of them, or none.
+
+    Args:
+        folders: the folders, and what names each in messages.
+
+    Raises:
+        UserError: a folder is not writable.
+    """
+    new = [path for folder, _ in folders for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        for folder, what in folders:
+            make_folder(folder, what)
+    except UserError:
+        for path in sorted(new, key=lambda path: -len(path.parts)):
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def augment(cfg: Config, path: str) -> None:
@@ -90,7 +141,8 @@ def augment(cfg: Config, path: str) -> None:
     if not (cfg.get("tta_model") and cfg.get("tta_pipeline")):
         hint = "remove the flag, or set both as segmentation/configs/_base_/ade20k.py does"
         raise UserError(f"--aug-test: CONFIG {path} has no tta_model and tta_pipeline; {hint}")
-    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    for dataset, _ in data_sets(cfg, "test_dataloader"):
+        dataset["pipeline"] = cfg.tta_pipeline
     cfg.model = dict(**cfg.tta_model, module=cfg.model)
 
 

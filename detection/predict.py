@@ -1,14 +1,16 @@
 """Detect objects in single images and draw boxes, masks, class names and scores.
 
-python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--score-thr SCORE] [--cfg-options KEY=VALUE …]
+python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--overwrite] [--score-thr SCORE] [--cfg-options KEY=VALUE …]
+
+IMAGE is an image, or a folder of images. EXIF orientations are applied.
 """
 
 import sys
 from collections import Counter
 from typing import Any
 
+import mmcv
 import numpy as np
-from mmdet.apis import inference_detector
 from mmdet.visualization import DetLocalVisualizer
 from PIL import Image
 
@@ -24,14 +26,16 @@ def draw_detections(model: Any, path: str, image: np.ndarray, lowest: float) -> 
 
     Args:
         model: the detector, from `dense.predict.build_inference_model`.
-        path: the image's file.
+        path: the image's file, which is not read again.
         image: H × W × 3, RGB, 0 to 255.
         lowest: lowest score to draw.
 
     Returns:
         the picture, and a line with the number of objects of each class.
     """
-    sample = inference_detector(model, path)
+    from mmdet.apis import inference_detector  # prints lines of its own unless its parts are imported before
+
+    sample = inference_detector(model, mmcv.rgb2bgr(image))
     found = sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= lowest]
     scale = enlargement(len(image))
     found.bboxes *= scale

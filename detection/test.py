@@ -13,16 +13,14 @@ import sys
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.hooks import Hook
 
 if not __package__:
     import _repository  # noqa: F401
 from dense.settings import CommandParser
-from dense.test import build_test_parser, find_metric, run_testing
+from dense.test import Results, build_test_parser, find_metric, run_testing
+from detection.drawing import DrawingHook
 from training.commands import fraction
 from training.errors import UserError
-from training.processes import on_main_process
-from training.storage import make_folder
 
 METRICS = ("bbox", "segm", "mAP")
 
@@ -38,11 +36,11 @@ def build_detection_test_parser() -> CommandParser:
     return parser
 
 
-def prepare(cfg: Config, args: argparse.Namespace) -> list[Hook]:
-    """Set in the config what is done with the detections.
+def prepare(cfg: Config, args: argparse.Namespace) -> Results:
+    """Set in the config what is evaluated and written. Returns what else is done with the detections.
 
     Raises:
-        UserError: nothing is to be done, settings exclude each other, a metric is unknown, or a folder is not writable.
+        UserError: nothing is to be done, settings exclude each other, or a metric is unknown.
     """
     if not (args.eval or args.out or args.format_only or args.show_dir):
         raise UserError("nothing to do: give --eval bbox, --out FILE.pkl, --format-only or --show-dir DIR")
@@ -51,21 +49,22 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Hook]:
     if args.out and Path(args.out).suffix not in (".pkl", ".pickle"):
         raise UserError(f"--out {args.out}: takes the name of a .pkl file")
     metrics = requested_metrics(cfg, args.eval)
-    evaluators = []
+    evaluators, results = [], Results()
     if metrics or args.format_only:
+        if not isinstance(cfg.test_evaluator, dict):
+            flag = "--format-only" if args.format_only else f"--eval {' '.join(args.eval)}"
+            raise UserError(f"{flag}: needs one test_evaluator in the config, such as a CocoMetric")
         prefix = str(Path(cfg.work_dir) / "results") if args.format_only else None
         settings = dict(metric=metrics or possible_metrics(cfg), format_only=args.format_only, outfile_prefix=prefix)
         evaluators.append({**cfg.test_evaluator, **settings})
     if args.out:
-        on_main_process(lambda: make_folder(Path(args.out).parent, f"--out {args.out}"))
         evaluators.append(dict(type="DumpDetResults", out_file_path=args.out))
+        results.add(None, Path(args.out).parent, f"--out {args.out}")
     cfg.test_evaluator = evaluators  # drawing needs none
     if args.show_dir:
-        folder = Path(args.show_dir).resolve()
-        on_main_process(lambda: make_folder(folder, f"--show-dir {args.show_dir}"))
-        hook = dict(draw=True, test_out_dir=str(folder), score_thr=args.show_score_thr)
-        cfg.default_hooks.visualization = dict(type="DetVisualizationHook", **hook)
-    return []
+        hook = DrawingHook(Path(args.show_dir), args.show_score_thr)
+        results.add(hook, Path(args.show_dir), f"--show-dir {args.show_dir}")
+    return results
 
 
 def possible_metrics(cfg: Config) -> list[str]:

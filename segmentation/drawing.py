@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mmcv
 import numpy as np
 from mmengine.hooks import Hook
 from PIL import Image, ImageDraw, ImageFont
 
-from dense.drawing import enlargement
+from dense.drawing import enlargement, place_in, read_stored
 
 IGNORED = 255  # label of pixels that belong to no class
 MARGIN = 8
@@ -76,7 +75,7 @@ class DrawingHook(Hook):
     """Draw each test image with its truth, if it has one, and its prediction.
 
     Args:
-        folder: where to write one PNG per image, with the image's name.
+        folder: where to write one PNG per image, with the image's path inside its data set.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -87,15 +86,39 @@ class DrawingHook(Hook):
     ) -> None:
         """Draw the images of a batch."""
         dataset = runner.test_dataloader.dataset
-        root = Path(dataset.data_prefix["img_path"])
         for sample in outputs or ():
-            path = Path(sample.img_path)
             maps = {}
             if "gt_sem_seg" in sample:
                 maps["truth"] = sample.gt_sem_seg.data[0].cpu().numpy()
             maps["prediction"] = sample.pred_sem_seg.data[0].cpu().numpy()
-            image = mmcv.imread(str(path), channel_order="rgb")
+            image = read_stored(sample.img_path)
             picture = draw(image, maps, dataset.metainfo["classes"], dataset.metainfo["palette"])
-            out = self.folder / path.relative_to(root).with_suffix(".png")
-            out.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(out)
+            save(picture, self.folder / place_in(dataset, sample.img_path))
+
+
+class LabelsHook(Hook):
+    """Write the predicted labels of each test image, in the data set's numbering.
+
+    Args:
+        folder: where to write one PNG per image, with the image's path inside its data set.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def after_test_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
+    ) -> None:
+        """Write the labels of a batch."""
+        dataset = runner.test_dataloader.dataset
+        for sample in outputs or ():
+            labels = sample.pred_sem_seg.data[0].cpu().numpy()
+            if sample.metainfo.get("reduce_zero_label"):
+                labels = labels + 1  # the data set's 0 belongs to no class
+            save(Image.fromarray(labels.astype(np.uint8)), self.folder / place_in(dataset, sample.img_path))
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a picture as PNG, whatever the suffix of the path, and make its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path.with_suffix(".png"))

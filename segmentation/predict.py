@@ -1,13 +1,15 @@
 """Segment single images and draw the results with a legend.
 
-python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--cfg-options KEY=VALUE …]
+python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--overwrite] [--cfg-options KEY=VALUE …]
+
+IMAGE is an image, or a folder of images. EXIF orientations are applied.
 """
 
 import sys
 from typing import Any
 
+import mmcv
 import numpy as np
-from mmseg.apis import inference_model
 from PIL import Image
 
 if not __package__:
@@ -21,14 +23,16 @@ def draw_prediction(model: Any, path: str, image: np.ndarray) -> tuple[Image.Ima
 
     Args:
         model: the segmentor, from `dense.predict.build_inference_model`.
-        path: the image's file.
+        path: the image's file, which is not read again.
         image: H × W × 3, RGB, 0 to 255.
 
     Returns:
         the picture, and a line with the largest classes.
     """
+    from mmseg.apis import inference_model  # prints lines of its own unless its parts are imported before
+
     classes, palette = model.dataset_meta["classes"], model.dataset_meta["palette"]
-    labels = inference_model(model, path).pred_sem_seg.data[0].cpu().numpy()
+    labels = inference_model(model, mmcv.rgb2bgr(image)).pred_sem_seg.data[0].cpu().numpy()
     share = shares(labels, len(classes))
     largest = [f"{classes[index]} {100 * share[index]:.1f} %" for index in np.argsort(-share)[:5] if share[index] > 0]
     return draw(image, {"prediction": labels}, classes, palette), ", ".join(largest)

@@ -11,16 +11,13 @@ import sys
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.hooks import Hook
 
 if not __package__:
     import _repository  # noqa: F401
 from dense.settings import CommandParser
-from dense.test import build_test_parser, find_metric, run_testing
-from segmentation.drawing import DrawingHook
+from dense.test import Results, build_test_parser, find_metric, run_testing
+from segmentation.drawing import DrawingHook, LabelsHook
 from training.errors import UserError
-from training.processes import on_main_process
-from training.storage import make_folder
 
 METRICS = ("mIoU", "mDice", "mFscore")
 
@@ -35,28 +32,27 @@ def build_segmentation_test_parser() -> CommandParser:
     return parser
 
 
-def prepare(cfg: Config, args: argparse.Namespace) -> list[Hook]:
-    """Set in the config what is done with the predictions. Returns hooks of the runner for the rest.
+def prepare(cfg: Config, args: argparse.Namespace) -> Results:
+    """Set in the config what is evaluated. Returns what else is done with the predictions.
 
     Raises:
-        UserError: nothing is to be done, a metric is unknown, or a folder is not writable.
+        UserError: nothing is to be done, or a metric is unknown.
     """
     if not (args.eval or args.out or args.show_dir):
         raise UserError("nothing to do: give --eval mIoU, --out DIR or --show-dir DIR")
     if args.out and Path(args.out).suffix in (".pkl", ".pickle"):
         raise UserError(f"--out {args.out}: takes a folder of PNGs (the predicted labels); remove the ending")
     metrics = [find_metric(name, METRICS) for name in args.eval]
-    folders = {flag: folder for flag, folder in (("--out", args.out), ("--show-dir", args.show_dir)) if folder}
-
-    def make_folders() -> None:
-        for flag, folder in folders.items():
-            make_folder(Path(folder), f"{flag} {folder}")
-
-    on_main_process(make_folders)
-    evaluator = cfg.test_evaluator if cfg.test_evaluator.get("type") == "IoUMetric" else dict(type="IoUMetric")
-    evaluator |= dict(iou_metrics=metrics, output_dir=args.out, format_only=not metrics)
-    cfg.test_evaluator = evaluator if metrics or args.out else []  # drawing needs none
-    return [DrawingHook(Path(args.show_dir))] if args.show_dir else []
+    evaluator = cfg.test_evaluator
+    is_usual = isinstance(evaluator, dict) and evaluator.get("type") == "IoUMetric"
+    settings = dict(evaluator if is_usual else {}, type="IoUMetric", iou_metrics=metrics)
+    cfg.test_evaluator = settings if metrics else []  # drawing and writing need none
+    results = Results()
+    if args.out:
+        results.add(LabelsHook(Path(args.out)), Path(args.out), f"--out {args.out}")
+    if args.show_dir:
+        results.add(DrawingHook(Path(args.show_dir)), Path(args.show_dir), f"--show-dir {args.show_dir}")
+    return results
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,580 @@
+"""Options, outputs and messages of the segmentation and detection commands."""
+
+import fcntl
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT, command, free_port, refusal, succeed
+from mmengine.config import Config
+from PIL import Image
+
+import detection.predict
+import detection.test
+import segmentation.predict
+import segmentation.test
+from dense.checks import build_model, check_shapes, check_training_parts, rehearse
+from dense.options import NUMBERS, accepted_arguments, check_numbers, merge_options
+from dense.predict import read_image
+from dense.settings import build_parser, read_config
+from dense.train import build_train_parser, run_training
+from training.errors import UserError
+
+SEGMENTATION = ROOT / "segmentation/configs/fpn_sepvit_lite_112x112_demo.py"
+DETECTION = ROOT / "detection/configs/mask_rcnn_sepvit_lite_fpn_demo.py"
+WHERE = "CONFIG demo.py"
+
+
+@cache
+def demo(path: Path = SEGMENTATION) -> Config:
+    return read_config(build_parser("").parse_args([str(path)]))
+
+
+def merged(*options: str, path: Path = SEGMENTATION) -> Config:
+    """A demo's config with options, checked."""
+    args = build_parser("").parse_args([str(path), *(["--cfg-options", *options] if options else [])])
+    demo(path)  # registers the classes
+    cfg = Config(demo(path).to_dict())
+    merge_options(cfg, args.cfg_options, WHERE)
+    check_numbers(cfg, WHERE, args.cfg_options)
+    return cfg
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names and values of options
+# ----------------------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "max_iters=1": "the config has no max_iters; did you mean train_cfg.max_iters?",
+    "train_cfg.max_itres=5": "has no train_cfg.max_itres; did you mean train_cfg.max_iters?",
+    "lr=1": "the config has no lr; did you mean optim_wrapper.optimizer.lr?",
+    "foo=1": "the config has no foo; new names belong in the config file",
+    "optimiser.lr=1": "has no optimiser; did you mean optim_wrapper.optimizer.lr?",
+    "optim_wrapper.optimiser.type=SGD": "did you mean optim_wrapper.optimizer.type?",
+    "optimizer.lr=1": "has no effect, nothing reads optimizer; did you mean optim_wrapper.optimizer.lr?",
+    "train_pipeline.0.type=X": "has no effect, nothing reads train_pipeline; did you mean "
+    "train_dataloader.dataset.pipeline.0.type?",
+    "optim_wrapper.optimizer.lr=abc": "optim_wrapper.optimizer.lr=abc: takes a number, such as 0.001",
+    "optim_wrapper.optimizer.lr=-1": "takes a finite number from 0",
+    "optim_wrapper.optimizer.lr=nan": "takes a finite number from 0",
+    "optim_wrapper.optimizer.momentum=0.9": "has no optim_wrapper.optimizer.momentum",
+    "optim_wrapper.accumulative_counts=0": "takes a whole number from 1",
+    "model.backbone.drop_path=0.1": "did you mean model.backbone.drop_path_rate",
+    "model.backbone=5": "is a group of settings; set them one by one, model.backbone.KEY=VALUE",
+    "model.backbone={type:x}": "not a dict as Python writes it",
+    "model.type.x=1": "model.type is 'EncoderDecoder', which has no settings of its own",
+    "resume.x=1": "resume is False, which has no settings of its own",
+    "load_from.x=1": "load_from is None, which has no settings of its own",
+    "model.test_cfg.mod=slide": "did you mean model.test_cfg.mode?",
+    "train_dataloader.batch_size=0": "--cfg-options train_dataloader.batch_size=0: takes a whole number from 1",
+    "train_dataloader.batch_size=word": "train_dataloader.batch_size=word: takes a number, such as 16",
+    "train_dataloader.batch_size=2.5": "takes a whole number from 1",
+    "train_dataloader.batchsize=2": "did you mean train_dataloader.batch_size?",
+    "train_dataloader.num_workers=-1": "takes a whole number from 0",
+    "train_dataloader.dataset.pipeline.2.scales=3": "did you mean train_dataloader.dataset.pipeline.2.scale?",
+    "param_scheduler.7.end=5": "param_scheduler is a list of 2; name an entry: param_scheduler.0",
+    "param_scheduler=5": "param_scheduler is a list of groups of settings",
+    "train_cfg.max_iters=0": "takes a whole number from 1",
+    "default_hooks.logger.intervall=5": "did you mean default_hooks.logger.interval?",
+    "default_hooks.logger.interval=0": "takes a whole number from 1",
+    "custom_hooks.0.type=EMAHook": "has no list custom_hooks; set all of it",
+    "val_evaluator.iou_metrics=[mIoU": "its brackets do not match",
+    "env_cfg.cudnn_benchmark=fast": "takes True or False",
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_refused_options(option):
+    with pytest.raises(UserError) as raised:
+        merged(option)
+    line = str(raised.value)
+    assert REFUSED[option] in line
+    assert line.startswith("--cfg-options ")
+    assert option.partition("=")[0] in line
+
+
+TAKEN = {
+    "optim_wrapper.optimizer.lr=0.1": lambda cfg: cfg.optim_wrapper.optimizer.lr == 0.1,
+    "optim_wrapper.optimizer.fused=True": lambda cfg: cfg.optim_wrapper.optimizer.fused,  # an argument of AdamW
+    "optim_wrapper.optimizer.momentum=0.9 optim_wrapper.optimizer.type=SGD": lambda cfg: cfg.optim_wrapper.optimizer
+    == dict(type="SGD", lr=0.001, weight_decay=0.05, momentum=0.9),
+    "optim_wrapper.clip_grad.max_norm=1": lambda cfg: cfg.optim_wrapper.clip_grad == dict(max_norm=1),  # it was None
+    "model.backbone={'type':'SepViT_Tiny','with_cp':True}": lambda cfg: cfg.model.backbone
+    == dict(type="SepViT_Tiny", with_cp=True),
+    "model.backbone.drop_rate=0.1": lambda cfg: cfg.model.backbone.drop_rate == 0.1,  # of the class it is derived from
+    "model.backbone.init_cfg.checkpoint=a.pth": lambda cfg: cfg.model.backbone.init_cfg.checkpoint == "a.pth",
+    "train_dataloader.prefetch_factor=3": lambda cfg: cfg.train_dataloader.prefetch_factor == 3,
+    "param_scheduler.0.begin=10": lambda cfg: cfg.param_scheduler[0].begin == 10,
+    "custom_hooks=[{'type':'EMAHook'}]": lambda cfg: cfg.custom_hooks == [dict(type="EMAHook")],
+    "find_unused_parameters=True": lambda cfg: cfg.find_unused_parameters,
+    "randomness.seed=3": lambda cfg: cfg.randomness.seed == 3,
+    "val_dataloader=None": lambda cfg: cfg.val_dataloader is None,
+    "default_hooks.checkpoint.interval=-1": lambda cfg: cfg.default_hooks.checkpoint.interval == -1,  # never
+    "model.decode_head.norm_cfg.requires_grad=False": lambda cfg: not cfg.model.decode_head.norm_cfg.requires_grad,
+}
+
+
+@pytest.mark.parametrize("options", TAKEN)
+def test_taken_options(options):
+    assert TAKEN[options](merged(*options.split(" ")))
+
+
+def test_numbers_of_a_config_file_name_the_config():
+    cfg = Config(dict(train_cfg=dict(type="IterBasedTrainLoop", max_iters=0)))
+    with pytest.raises(UserError, match=r"^CONFIG demo\.py train_cfg\.max_iters=0: takes a whole number from 1$"):
+        check_numbers(cfg, WHERE, {})
+    assert all(len(entry) == 5 for entry in NUMBERS)
+
+
+def test_accepted_arguments_follow_the_classes():
+    from dense.backbone import SepViT_Lite
+
+    assert {"drop_path_rate", "frozen_stages", "drop_rate", "depths"} <= (accepted_arguments(SepViT_Lite) or set())
+    assert accepted_arguments(torch.nn.Linear) == {"in_features", "out_features", "bias", "device", "dtype"}
+    assert accepted_arguments(lambda **kwargs: None) is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rehearsal
+# ----------------------------------------------------------------------------------------------------------------------
+
+UNBUILDABLE = {
+    "model.backbone.type=SepVit_Lite": "model.backbone: unknown type SepVit_Lite; did you mean SepViT_Lite?",
+    "model.backbone.type=Foo": "model.backbone: unknown type Foo",
+    "model.backbone.drop_path_rate=1.5": "model.backbone: drop_path_rate=1.5: choose from 0 to below 1",
+    "model.backbone.drop_path_rate=word": "model.backbone: drop_path_rate=word: takes a number",
+    "model.backbone.frozen_stages=9": "model.backbone: frozen_stages=9: choose from -1 (none) to 4 (all)",
+    "model.neck.in_channels=[1,2,3,4]": "model.neck: Given groups=1, weight of size [64, 1, 1, 1]",
+    "model.decode_head.in_channels=[64,64]": "model.decode_head: `assert len(in_channels) == len(in_index)` does not",
+    "optim_wrapper.optimizer.type=SGDD": "optim_wrapper.optimizer: unknown type SGDD; did you mean SGD",
+    "optim_wrapper.optimizer.betas=3": "optim_wrapper.optimizer: 'int' object is not subscriptable (TypeError in",
+    "optim_wrapper.optimizer={'type':'SGD','betas':3}": "optim_wrapper.optimizer: SGD takes no betas",
+    "param_scheduler.0.type=PolyLRR": "param_scheduler.0: unknown type PolyLRR; did you mean PolyLR",
+    "param_scheduler.0.begin=90": "param_scheduler.0: end should be larger than begin",
+    "train_cfg.type=IterTrainLoop": "train_cfg: unknown type IterTrainLoop; did you mean IterBasedTrainLoop?",
+    "val_evaluator.type=IoUmetric": "val_evaluator: unknown type IoUmetric; did you mean IoUMetric?",
+    "default_hooks.checkpoint.type=CheckpointHok": "default_hooks.checkpoint: unknown type CheckpointHok",
+    "default_hooks.logger={'type':'LoggerHook','log_every':1}": "default_hooks.logger: LoggerHook takes no log_every",
+    "train_dataloader.sampler.type=Foo": "train_dataloader.sampler: unknown type Foo",
+    "train_dataloader.dataset.pipeline.0.type=LoadImage": "train_dataloader.dataset.pipeline.0: unknown type LoadImage",
+    "train_dataloader.num_workers=0 train_dataloader.prefetch_factor=3": "train_dataloader: prefetch_factor option",
+    "visualizer.vis_backends.0.type=Foo": "visualizer.vis_backends.0: unknown type Foo",
+}
+
+
+@pytest.mark.parametrize("options", UNBUILDABLE)
+def test_rehearsal_names_the_part(options):
+    """In one line, whatever the libraries raise."""
+    cfg = merged(*options.split(" "))
+    with pytest.raises(UserError) as raised:
+        rehearse(cfg, WHERE, "train_dataloader", "val_dataloader")
+    assert str(raised.value).startswith(f"{WHERE}: {UNBUILDABLE[options]}")
+
+
+@pytest.mark.parametrize("path", [SEGMENTATION, DETECTION], ids=["segmentation", "detection"])
+def test_rehearsal_of_the_demos(path, tmp_path, monkeypatch):
+    """It needs no data and leaves nothing."""
+    monkeypatch.chdir(tmp_path)
+    model = rehearse(merged("data_root=nowhere", path=path), WHERE, "train_dataloader", "val_dataloader")
+    assert type(model.backbone).__name__ == "SepViT_Lite"
+    assert not list(tmp_path.iterdir())
+
+
+def test_shapes_of_detectors():
+    cfg = merged("model.neck.in_channels=[1,2,3,4]", path=DETECTION)
+    words = r"model\.neck: .*; the backbone returns 4 maps, of 32, 64, 128, 256 channels"
+    with pytest.raises(UserError, match=words):
+        check_shapes(build_model(cfg), WHERE)
+
+
+def test_configs_without_validation_or_test_data():
+    cfg = merged()
+    for part in ("val_dataloader", "val_cfg", "test_evaluator"):
+        cfg[part] = None
+    with pytest.raises(UserError, match=r"has val_evaluator, but no val_dataloader and no val_cfg; set all three"):
+        check_training_parts(cfg, WHERE)
+    cfg.val_evaluator = None
+    check_training_parts(cfg, WHERE)
+    assert cfg.val_dataloader is cfg.val_cfg is cfg.val_evaluator is None
+    assert cfg.test_dataloader is cfg.test_cfg is None  # incomplete, and not used
+    cfg.optim_wrapper = None
+    with pytest.raises(UserError, match="has no optim_wrapper, which training needs"):
+        check_training_parts(cfg, WHERE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def draw_scene(path: Path, seed: int, **settings) -> Image.Image:
+    """Write a random image of 96 × 64 pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 255, (64, 96, 3), dtype=np.uint8))
+    image.save(path, **settings)
+    return image
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """Data for both tasks. Images of one name lie in two folders."""
+    root = tmp_path_factory.mktemp("scenes")
+    square = [[8, 8, 40, 8, 40, 40, 8, 40]]
+    for name, split in (("training", "train2017"), ("validation", "val2017")):
+        listing = dict(images=[], annotations=[], categories=[dict(id=i, name=str(i)) for i in range(10)])
+        for number, place in enumerate(("a/1", "b/1"), start=1):
+            draw_scene(root / f"images/{name}/{place}.jpg", number)
+            draw_scene(root / f"{split}/{place}.jpg", number)
+            label = root / f"annotations/{name}/{place}.png"
+            label.parent.mkdir(parents=True)
+            Image.fromarray(np.full((64, 96), number, np.uint8)).save(label)
+            listing["images"].append(dict(id=number, file_name=f"{place}.jpg", height=64, width=96))
+            listing["annotations"].append(dict(id=number, image_id=number, category_id=number, bbox=[8, 8, 32, 32],
+                                               area=1024, iscrowd=0, segmentation=square))  # fmt: skip
+        (root / f"annotations/instances_{split}.json").write_text(json.dumps(listing))
+    return root
+
+
+def small(scenes: Path, *options: str) -> list[str]:
+    return ["--cfg-options", f"data_root={scenes}", "train_dataloader.num_workers=0", "val_dataloader.num_workers=0",
+            "test_dataloader.num_workers=0", "train_dataloader.batch_size=2", "default_hooks.logger.interval=1",
+            *options]  # fmt: skip
+
+
+def save_model(config: Path, path: Path) -> Path:
+    """Write a checkpoint of a config's model with random weights."""
+    torch.manual_seed(0)
+    cfg = demo(config)
+    meta = dict(dataset_meta=dict(cfg.test_dataloader.dataset.metainfo))
+    torch.save(dict(state_dict=build_model(cfg).state_dict(), meta=meta), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def segmentor(tmp_path_factory) -> Path:
+    return save_model(SEGMENTATION, tmp_path_factory.mktemp("segmentor") / "iter_2.pth")
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory) -> Path:
+    return save_model(DETECTION, tmp_path_factory.mktemp("detector") / "epoch_1.pth")
+
+
+RUN = {
+    "train": lambda arguments: run_training(build_train_parser(""), arguments),
+    "test": segmentation.test.main,
+    "predict": segmentation.predict.main,
+}
+DATA = "data_root={scenes}"
+MISTAKES = {
+    "learning rate": ("train", ["{demo}", "--cfg-options", DATA, "optim_wrapper.optimizer.lr=abc"], "takes a number"),
+    "unknown backbone": ("train", ["{demo}", "--cfg-options", DATA, "model.backbone.type=Foo"],
+                         "CONFIG {demo}: model.backbone: unknown type Foo"),
+    "frozen stages": ("train", ["{demo}", "--cfg-options", DATA, "model.backbone.frozen_stages=9"], "frozen_stages=9"),
+    "seed": ("train", ["{demo}", "--seed", "-1", "--cfg-options", DATA], "--seed: -1 is out of range"),
+    "folder as config": ("train", ["{folder}"], "CONFIG {folder}: a folder; name a config in it"),
+    "folder to resume from": ("train", ["{demo}", "--resume", "{folder}", "--cfg-options", DATA],
+                              "--resume {folder}: a folder; name one of its checkpoints: iter_2.pth"),
+    "folder as checkpoint": ("test", ["{demo}", "{folder}", "--eval", "mIoU", "--cfg-options", DATA],
+                             "CHECKPOINT {folder}: a folder; name one of its checkpoints: iter_2.pth"),
+    "folder without checkpoints": ("test", ["{demo}", "{empty}", "--eval", "mIoU", "--cfg-options", DATA],
+                                   "CHECKPOINT {empty}: a folder; it holds no checkpoint"),
+    "pretrained of another variant": ("train", ["{demo}", "--cfg-options", DATA, "model.backbone.pretrained={tiny}"],
+                                      "pretrained {tiny}: holds SepViT_Tiny, not SepViT_Lite"),
+    "missing pretrained": ("train", ["{demo}", "--cfg-options", DATA, "model.backbone.pretrained=none.pth"],
+                           "name one with --cfg-options model.backbone.pretrained=PATH"),
+    "no test data": ("test", ["{untested}", "{checkpoint}", "--eval", "mIoU", "--cfg-options", DATA],
+                     "CONFIG {untested}: has no test_dataloader; set it: test_dataloader = val_dataloader"),
+    "no out": ("test", ["{demo}", "{checkpoint}", "--out", "new", "--show-dir", "{checkpoint}/pictures",
+                        "--cfg-options", DATA], "--show-dir {checkpoint}/pictures: cannot be written"),
+    "zero bytes": ("predict", ["{demo}", "{checkpoint}", "{nothing}", "--out", "new"],
+                   "IMAGE {nothing}: not an image, or a damaged one"),
+    "folder without images": ("predict", ["{demo}", "{checkpoint}", "{folder}", "--out", "new"],
+                              "IMAGE {folder}: a folder without images (files ending in .bmp, "),
+    "one picture for two": ("predict", ["{demo}", "{checkpoint}", "{scenes}/images/validation/a/1.jpg",
+                                        "{scenes}/images/validation/b/1.jpg", "--out", "new"],
+                            "IMAGE {scenes}/images/validation/b/1.jpg: would get the same picture as "),
+    "picture that exists": ("predict", ["{demo}", "{checkpoint}", "{scenes}/images/validation/a/1.jpg", "--out",
+                                        "{drawn}"], "--out {drawn}: {drawn}/1.png exists; name another folder, or "
+                            "replace it: --overwrite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake, scenes, segmentor, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = tmp_path / "given"
+    for name in ("empty", "drawn"):
+        (given / name).mkdir(parents=True)
+    (given / "drawn/1.png").write_bytes(b"mine")
+    (given / "nothing.jpg").touch()
+    (given / "untested.py").write_text(f"_base_ = {str(SEGMENTATION)!r}\ntest_dataloader = None\n")
+    torch.save(timm.create_model("SepViT_Tiny").state_dict(), given / "tiny.pth")
+    places = dict(demo=SEGMENTATION, scenes=scenes, checkpoint=segmentor, folder=segmentor.parent,
+                  empty=given / "empty", drawn=given / "drawn", nothing=given / "nothing.jpg",
+                  untested=given / "untested.py", tiny=given / "tiny.pth")  # fmt: skip
+    script, arguments, words = MISTAKES[mistake]
+    before = sorted(tmp_path.rglob("*"))
+    arguments = [argument.format(**places) for argument in arguments]
+    assert words.format(**places) in refusal(RUN[script], script, arguments, capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (given / "drawn/1.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("option", ["model.backbone.pretrained={}", "model.backbone.init_cfg.checkpoint={}"])
+@pytest.mark.parametrize("config", ["fpn_sepvit_lite_112x112_demo", "fpn_sepvit_t_512x512_80k_ade20k"])
+def test_pretrained_by_either_option(option, config, tmp_path):
+    """Whether the config names other weights or none."""
+    cfg = read_config(build_parser("").parse_args([str(ROOT / f"segmentation/configs/{config}.py"), "--cfg-options",
+                                                   option.format(tmp_path / "a.pth")]))  # fmt: skip
+    backbone = build_model(cfg).backbone
+    assert backbone.init_cfg == dict(type="Pretrained", checkpoint=str(tmp_path / "a.pth"))
+
+
+def test_backbone_of_a_segmentor_as_pretrained(segmentor):
+    backbone = build_model(merged(f"model.backbone.pretrained={segmentor}")).backbone
+    report = backbone.load_pretrained()
+    assert ": SepViT_Lite, the backbone of a whole segmentor or detector: loaded 208 of 208 entries" in report
+    saved = torch.load(segmentor, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[f"backbone.{name}"]) for name, value in backbone.state_dict().items())
+
+
+def run(task: str, name: str, *arguments, **kwargs) -> str:
+    return succeed(*arguments, script=f"{task}/{name}", cwd=ROOT / task, **kwargs)
+
+
+def test_training_without_validation(scenes, segmentor, tmp_path):
+    """From the weights of a segmentor's backbone, as the messages advise."""
+    config = tmp_path / "plain.py"
+    config.write_text(f"_base_ = {str(SEGMENTATION)!r}\nval_dataloader = val_cfg = val_evaluator = None\n")
+    text = run("segmentation", "train.py", config, "--work-dir", tmp_path / "run", "--cfg-options",
+               f"data_root={scenes}", "train_dataloader.num_workers=0", "train_dataloader.batch_size=2",
+               "train_cfg.max_iters=1", f"model.backbone.pretrained={segmentor}")  # fmt: skip
+    assert "the backbone of a whole segmentor or detector: loaded 208 of 208" in text
+    assert "Iter(val)" not in text
+    assert (tmp_path / "run/iter_1.pth").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Outputs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_outputs_of_segmentation_keep_the_folders(scenes, segmentor, tmp_path):
+    run("segmentation", "test.py", SEGMENTATION, segmentor, "--out", tmp_path / "out", "--show-dir", tmp_path / "shown",
+        "--work-dir", tmp_path / "work", *small(scenes))  # fmt: skip
+    for name in ("out", "shown"):
+        assert files_in(tmp_path / name) == ["a/1.png", "b/1.png"]
+    labels = np.asarray(Image.open(tmp_path / "out/a/1.png"))
+    assert labels.shape == (64, 96)
+    assert set(np.unique(labels)) <= set(range(1, 12))  # ADE20K's numbering: 0 is no class
+
+
+def test_outputs_of_detection_keep_the_folders(scenes, detector, tmp_path):
+    run("detection", "test.py", DETECTION, detector, "--show-dir", tmp_path / "shown", "--work-dir", tmp_path / "work",
+        *small(scenes))  # fmt: skip
+    assert files_in(tmp_path / "shown") == ["a/1.jpg", "b/1.jpg"]
+    assert Image.open(tmp_path / "shown/a/1.jpg").size == (2 * 96, 64)  # truth and detections
+
+
+ROTATED = 6  # of EXIF: to be turned clockwise by 90°
+
+
+def test_images_are_read_upright(tmp_path):
+    """A photograph and its copy whose pixels are turned look the same."""
+    exif = Image.Exif()
+    exif[0x0112] = ROTATED
+    image = draw_scene(tmp_path / "photo.png", 1, exif=exif)
+    upright = read_image(tmp_path / "photo.png")
+    np.testing.assert_array_equal(upright, np.asarray(image.rotate(-90, expand=True)))
+    draw_scene(tmp_path / "photo.jpg", 1, exif=exif)
+    assert read_image(tmp_path / "photo.jpg").shape == (96, 64, 3)
+
+
+def test_predict_images_of_all_kinds(scenes, segmentor, detector, tmp_path):
+    """Pictures of a folder's images keep its structure."""
+    image = draw_scene(tmp_path / "in/rgb.jpg", 3)
+    image.convert("CMYK").save(tmp_path / "in/cmyk.jpg")
+    image.convert("RGBA").save(tmp_path / "in/rgba.png")
+    image.convert("L").save(tmp_path / "in/grey.png")
+    image.quantize(16).save(tmp_path / "in/palette.png")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(tmp_path / "in/deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = ROTATED
+    draw_scene(tmp_path / "in/inner/rgb.jpg", 3, exif=exif)
+    (tmp_path / "in/notes.txt").write_text("no image")
+    names = ["cmyk", "deep", "grey", "inner/rgb", "palette", "rgb", "rgba"]
+    for task, config, checkpoint in (("segmentation", SEGMENTATION, segmentor), ("detection", DETECTION, detector)):
+        out = tmp_path / task
+        text = run(task, "predict.py", config, checkpoint, tmp_path / "in", "--out", out)
+        assert files_in(out) == [f"{name}.png" for name in names]
+        assert text.count("; drawn in ") == len(names)
+        turned, plain = (Image.open(out / f"{name}.png") for name in ("inner/rgb", "rgb"))  # thrice 96 × 64 pixels
+        assert turned.width < plain.width
+        assert turned.height in (288, 288 + 36)  # segmentation's have a title
+    first = (tmp_path / "segmentation/rgb.png").read_bytes()
+    assert np.asarray(Image.open(tmp_path / "segmentation/deep.png")).mean() > 50  # not black
+    run("segmentation", "predict.py", SEGMENTATION, segmentor, tmp_path / "in", "--out", tmp_path / "segmentation",
+        "--overwrite")  # fmt: skip
+    assert (tmp_path / "segmentation/rgb.png").read_bytes() == first
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Console
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def on_terminal(function) -> str:
+    """Run a function with a terminal as standard output. Returns what it printed."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 200, 0, 0))  # rows, columns
+    printed: list[bytes] = []
+
+    def read() -> None:
+        while True:
+            try:
+                part = os.read(ours, 1 << 16)
+            except OSError:  # the other end is closed
+                return
+            if not part:
+                return
+            printed.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    before, sys.stdout = sys.stdout, os.fdopen(theirs, "w")
+    try:
+        function()
+    finally:
+        sys.stdout.close()
+        sys.stdout = before
+        reader.join()
+        os.close(ours)
+    return b"".join(printed).decode()
+
+
+def test_progress_bar_of_predict(scenes, segmentor, tmp_path):
+    arguments = [str(SEGMENTATION), str(segmentor), str(scenes / "images/validation"), "--out", str(tmp_path / "out")]
+    text = on_terminal(lambda: segmentation.predict.main(arguments))
+    assert "predict 100%|" in text
+    assert "| 2/2 [" in text
+    assert text.count("drawn in") == 2
+
+
+def test_progress_bar_of_test(scenes, detector, tmp_path):
+    arguments = [str(DETECTION), str(detector), "--eval", "bbox", "--work-dir", str(tmp_path), *small(scenes)]
+    text = on_terminal(lambda: detection.test.main(arguments))
+    assert "test 100%|" in text
+    assert "| 2/2 [" in text
+    assert "Epoch(test) [1/2]" not in text  # in the log file instead
+    assert "Epoch(test) [1/2]" in next(tmp_path.glob("*/*.log")).read_text()
+    assert "bbox_mAP_copypaste" in text
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "first"),
+    [("segmentation", SEGMENTATION, "Iter(train) [1/"), ("detection", DETECTION, "Epoch(train) [1][1/")],
+)
+def test_few_lines_before_the_first_step(task, config, first, scenes, tmp_path):
+    """Of a real process: the tests' own have imported the libraries before."""
+    lengths = ["train_cfg.max_iters=1"] if task == "segmentation" else ["train_cfg.max_epochs=1"]
+    result = subprocess.run(
+        [sys.executable, "train.py", config, "--no-validate", "--work-dir", tmp_path, *small(scenes, *lengths)],
+        cwd=ROOT / task, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    before, _, _ = result.stdout.partition(first)
+    assert before != result.stdout
+    assert len(before.splitlines()) + len(result.stderr.splitlines()) <= 12, before + result.stderr
+    log = next(tmp_path.glob("*/*.log")).read_text()
+    assert all(words in log for words in ("System environment:", "Config:", "Hooks will be executed"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+WORKER = """
+import os, signal, sys, time
+mode, rank = sys.argv[1], os.environ["RANK"]
+if mode == "mistake" and rank == "0":
+    print("train.py: a mistake", file=sys.stderr)
+    sys.exit(2)
+if mode == "killed" and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode == "again":
+    print("start", os.environ["TORCHELASTIC_RESTART_COUNT"], flush=True)
+    sys.exit(75 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 0)
+if mode == "bug" and rank == "1":
+    raise ValueError("a bug")
+time.sleep(60)
+"""
+
+
+def launch(tmp_path: Path, mode: str, **environment: str) -> subprocess.CompletedProcess:
+    """Start two small processes as dist_train.sh does."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    variables = {**os.environ, "PYTHON": sys.executable, "PORT": free_port(), **environment}
+    return subprocess.run(["bash", ROOT / "dense/launch.sh", worker, "2", mode], capture_output=True, text=True,
+                          timeout=300, env=variables)  # fmt: skip
+
+
+def test_launcher_leaves_the_last_word_to_the_processes(tmp_path):
+    result = launch(tmp_path, "mistake")
+    assert (result.returncode, result.stderr, result.stdout) == (2, "train.py: a mistake\n", "")
+    result = launch(tmp_path, "killed")
+    assert result.returncode == 75
+    assert result.stderr == "launch.sh: process 1 was killed by SIGKILL; the others were stopped\n"
+    result = launch(tmp_path, "bug")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-2:] == [
+        "ValueError: a bug", "launch.sh: process 1 failed with status 1; the others were stopped"
+    ]  # fmt: skip
+
+
+def test_launcher_restarts(tmp_path):
+    result = launch(tmp_path, "again", MAX_RESTARTS="1")
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == ["start 0", "start 0", "start 1", "start 1"]
+    assert launch(tmp_path, "again").returncode == 75
+
+
+def test_launcher_names_the_port(tmp_path):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = launch(tmp_path, "mistake", PORT=str(port))
+    assert result.returncode == 2
+    words = f"launch.sh: PORT={port}: taken by another run or program; choose another, such as PORT={port + 1}\n"
+    assert result.stderr == words
+    result = launch(tmp_path, "mistake", PORT="high")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "PORT=high: takes a whole number from 1 to 65535" in result.stderr
+
+
+def test_two_processes_leave_nothing_in_the_current_folder(scenes, segmentor, tmp_path):
+    (tmp_path / "current").mkdir()
+    result = command(SEGMENTATION, segmentor, "--eval", "mIoU", "--launcher", "pytorch",
+                     "--work-dir", tmp_path / "work", *small(scenes), script="segmentation/test.py", processes=2,
+                     cwd=tmp_path / "current")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "mIoU" in result.stdout
+    assert not list((tmp_path / "current").iterdir())
+    assert not list((tmp_path / "work").rglob("collected*"))
