@@ -197,6 +197,10 @@ class TrainingRunner(DenseRunner):
         """Where the run is."""
         return self.train_loop.state
 
+    def register_default_hooks(self, hooks: dict[str, Any] | None = None) -> None:
+        """Register the hooks that every run has, but for the one that saves: the loop does that."""
+        super().register_default_hooks({**(hooks or {}), "checkpoint": None})
+
     @staticmethod
     def build_dataloader(*args: Any, **kwargs: Any) -> Any:
         """Build a loader whose workers ignore the signals that stop a run."""
@@ -325,7 +329,7 @@ class TrainingRunner(DenseRunner):
 
     def _score_name(self, figures: dict[str, float]) -> tuple[str | None, bool]:
         """Name of the figure that decides what is best, and whether less of it is better."""
-        hook = self.cfg.get("checkpoint_hook") or {}
+        hook = self.cfg.get("default_hooks", {}).get("checkpoint") or {}
         wanted = hook.get("save_best")
         candidates = [name for name in (wanted, "mIoU", "coco/bbox_mAP", *figures) if name in figures]
         name = candidates[0] if candidates else None

@@ -74,7 +74,7 @@ def train(args: argparse.Namespace, flags: Mapping[str, str]) -> None:
     join_processes(args, 2 * startup_timeout(args.timeout))
     apply_options(cfg, args)
     schedule = read_schedule(cfg)
-    hook = cfg.checkpoint_hook
+    hook = cfg.get("default_hooks", {}).get("checkpoint") or {}
     names = DenseNames(schedule.save_interval, args.keep_checkpoints, hook.get("max_keep_ckpts", -1))
     folder = Path(cfg.work_dir)
     with (
@@ -121,9 +121,6 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         raise UserError(f"--checkpoint-every {args.checkpoint_every}: takes a multiple of optim_wrapper."
                         f"accumulative_counts={accumulated}, since checkpoints hold no gradients")  # fmt: skip
     check_data(cfg, *used_loaders(cfg))
-    # This project's own hook takes the place of mmengine's, which it follows.
-    hooks = cfg.setdefault("default_hooks", {})
-    cfg.checkpoint_hook = hooks.get("checkpoint") or {}
 
 
 def used_loaders(cfg: Config) -> list[str]:

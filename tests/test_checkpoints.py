@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections import Counter, OrderedDict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -223,3 +224,14 @@ def test_a_damaged_checkpoint_is_named(weights, few_digits, tmp_path):
 def test_a_deleted_checkpoint_is_reported(tmp_path):
     """Processes that outlive torchrun may delete the oldest checkpoint while another run checks the folder."""
     assert "No such file" in checkpoints.damage(tmp_path / "checkpoint-00000008.pth")
+
+
+def test_copies_keep_the_class_and_share_no_tensor():
+    state = OrderedDict(weights=torch.ones(2), milestones=Counter([3, 3, 5]), nested=[{"a": torch.zeros(1)}])
+    twin = checkpoints.copied(state)
+    state["weights"].zero_()
+    state["nested"][0]["a"].add_(1)
+    assert type(twin) is OrderedDict
+    assert twin["milestones"] == Counter({3: 2, 5: 1})
+    assert torch.equal(twin["weights"], torch.ones(2))
+    assert torch.equal(twin["nested"][0]["a"], torch.zeros(1))

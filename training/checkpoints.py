@@ -1,6 +1,7 @@
 """Checkpoints: download, read, check, load, and write without ever losing one."""
 
 import argparse
+import copy
 import glob
 import hashlib
 import http.client
@@ -661,7 +662,10 @@ def copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return type(value)((key, copied(entry)) for key, entry in value.items())
+        twin = copy.copy(value)  # of the same class, which may be a Counter or have attributes
+        for key, entry in value.items():
+            twin[key] = copied(entry)
+        return twin
     if isinstance(value, (list, tuple)):
         return type(value)(copied(entry) for entry in value)
     return value
