@@ -88,12 +88,15 @@ def check_annotations(
     if needs_masks and (bare := [mark for mark in chosen if not mark.get("segmentation")]):
         raise UserError(f"{what}: {len(bare)} of {len(chosen)} annotations have no segmentation, the first is "
                         f"{bare[0]['id']}; a model with masks needs it, RetinaNet does not")  # fmt: skip
-    _check_kept_images(what, content, chosen, filters)
+    small = _check_kept_images(what, content, chosen, filters)
     left_out = Counter(names[mark["category_id"]] for mark in marks) - Counter(dict.fromkeys(classes, len(marks)))
     warnings = [f"{len(lost)} annotations are of no image, the first of image_id {lost[0]!r}"] if lost else []
     if left_out:
         warnings.append(f"{left_out.total()} annotations are left out, of categories that are not classes: "
                         f"{listed(sorted(left_out))}")  # fmt: skip
+    if small:
+        warnings.append(f"{small} of its {len(images)} images are smaller than {filters['min_size']} pixels, and left "
+                        "out by filter_cfg")  # fmt: skip
     if chosen and not any(_is_used(mark) for mark in chosen):
         warnings.append(f"all {len(chosen)} annotations are crowds or empty boxes, from which nothing is learned")
     return warnings
@@ -148,8 +151,8 @@ def _check_categories(what: str, content: Mapping[str, Any], classes: Sequence[s
 
 def _check_kept_images(
     what: str, content: Mapping[str, Any], chosen: Iterable[Mapping[str, Any]], filters: Mapping[str, Any]
-) -> None:
-    """Refuse a file of which mmdet's filters leave no image."""
+) -> int:
+    """Refuse a file of which mmdet's filters leave no image. Returns how many are left out because they are small."""
     with_objects = {mark["image_id"] for mark in chosen}
     least = filters.get("min_size", 0)
     large = [image for image in content["images"] if min(image["width"], image["height"]) >= least]
@@ -158,6 +161,7 @@ def _check_kept_images(
                         f"leaves them out; set train_dataloader.dataset.filter_cfg.min_size=0")  # fmt: skip
     if filters.get("filter_empty_gt") and not any(image["id"] in with_objects for image in large):
         raise UserError(f"{what}: no image has annotations of the classes; image_id of an annotation is an image's id")
+    return len(content["images"]) - len(large)
 
 
 def _is_used(mark: Mapping[str, Any]) -> bool:

@@ -35,6 +35,26 @@ def checked_names(names: Any, where: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def checked_palette(palette: Any, where: str) -> Any:
+    """Return a palette as mmdet needs it, with tuples as colours. Texts, such as 'random', stay.
+
+    Args:
+        palette: the palette.
+        where: what states it, for messages.
+
+    Raises:
+        UserError: it is not a list of colours.
+    """
+    if isinstance(palette, str):
+        return palette
+    for colour in palette if isinstance(palette, (list, tuple)) else [palette]:
+        parts = colour if isinstance(colour, (list, tuple)) else ()
+        if len(parts) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in parts):
+            raise UserError(f"{where} palette: has {colour!r}; a colour is three whole numbers from 0 to 255, and a "
+                            "palette a list of them")  # fmt: skip
+    return [tuple(colour) for colour in palette]
+
+
 def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
     """Refuse a config whose parts disagree on the classes.
 
@@ -73,7 +93,7 @@ def _names_of(place: str, node: Mapping[str, Any], kind: Any) -> tuple[str, ...]
         raise UserError(f"{place}.metainfo: {listed(others)} are none of the classes of {kind.__name__}, "
                         f"{listed(known)}; for data of your own, set metainfo at the top of the config")  # fmt: skip
     palette = meta.get("palette")
-    if names and palette is not None and len(palette) != len(names):
+    if names and palette is not None and not isinstance(palette, str) and len(palette) != len(names):
         raise UserError(f"{place}.metainfo: palette has {len(palette)} colours for the {len(names)} classes "
                         f"{listed(names)}; state as many, or none")  # fmt: skip
     return names

@@ -1,4 +1,4 @@
-"""COCO data sets whose annotations may lack `iscrowd` and `area`, and may be damaged. Registered in mmdet."""
+"""COCO data sets whose files may lack `info`, `iscrowd` and `area`, and may have damaged masks. Registered in mmdet."""
 
 from typing import Any
 
@@ -20,6 +20,8 @@ class CompleteCOCO(COCO):
     def createIndex(self) -> None:
         """Index the annotations, and complete them."""
         super().createIndex()
+        self.dataset.setdefault("info", {})  # copied into results
+        self.dataset.setdefault("licenses", [])
         for annotation in self.dataset.get("annotations", ()):
             annotation.setdefault("iscrowd", 0)
             if annotation.get("area") is None:

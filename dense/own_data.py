@@ -14,15 +14,12 @@ from typing import Any
 from mmengine.config import Config
 
 from dense.annotations import listed
-from dense.classes import checked_names
+from dense.classes import checked_names, checked_palette
 from dense.parts import LOADERS, SEGMENTATION, classes_of, data_sets, dicts, heads_of, is_kind, weighted_losses
 from training.errors import UserError
 
 DATA_SET_KEYS = ("img_suffix", "seg_map_suffix", "reduce_zero_label")  # of mmseg's data sets
 TOP_LEVEL = ("data_root", "metainfo", "classes", "num_classes", *DATA_SET_KEYS)
-# Heads that predict the classes of the data set. First stages predict one class, heads for stuff other ones.
-HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "roi_head.bbox_head", "roi_head.mask_head")
-LOSSES = ("loss_decode", "loss_cls")  # they may weight classes
 
 
 class Bases(Iterable[Config]):
@@ -68,8 +65,8 @@ def apply_top_level(cfg: Config, where: str, bases: Iterable[Config]) -> None:
     """
     follows = [*_following_evaluators(cfg, bases)]
     _move_root(cfg, where, bases)
-    has_changed = _move_metainfo(cfg, where, bases)
     _move_settings(cfg, bases)
+    has_changed = _move_metainfo(cfg, where, bases)
     _move_num_classes(cfg, where, bases, has_changed)
     for loader, evaluator in follows:
         if path := annotations_of(cfg, loader):
@@ -90,17 +87,21 @@ def annotations_of(cfg: Config, loader: str) -> str | None:
 
 
 def _following_evaluators(cfg: Config, bases: Iterable[Config]) -> Iterator[tuple[str, Any]]:
-    """Yield the evaluators whose annotations are those of their data set, or are inherited, with its loader."""
+    """Yield the evaluators whose annotations are those of their data set, with its loader.
+
+    Also those that are inherited from a base whose data set has others.
+    """
     for part in ("val", "test"):
-        path = annotations_of(cfg, f"{part}_dataloader")
+        loader = f"{part}_dataloader"
+        path = annotations_of(cfg, loader)
         for node in dicts(cfg.get(f"{part}_evaluator")):
             held = node.get("ann_file")
-            if (
-                isinstance(held, str)
-                and path
-                and (_same(held, path) or any(held in _evaluated(base) for base in bases))
+            if path is None or not isinstance(held, str):
+                continue
+            if _same(held, path) or any(
+                held in _evaluated(base) and annotations_of(base, loader) not in (None, path) for base in bases
             ):
-                yield f"{part}_dataloader", node
+                yield loader, node
 
 
 def _same(path: str, other: str) -> bool:
@@ -119,28 +120,28 @@ def _move_root(cfg: Config, where: str, bases: Iterable[Config]) -> None:
         return
     if not isinstance(root, str):
         raise UserError(f"{where} data_root={root!r}: takes the path of a folder, a text")
-    new, has_moved = root.rstrip("/") or root, False
+    new, is_named = root.rstrip("/") or root, False
     for base in bases if _elsewhere(cfg, new) else ():
-        old = str(base.get("data_root") or "").rstrip("/")
-        if old and old != new:
+        if old := str(base.get("data_root") or "").rstrip("/"):
+            is_named = True
             move(cfg, old, new)
-            has_moved = True
             if not _elsewhere(cfg, new):
                 return
-    places = _elsewhere(cfg, new)
-    if places and not has_moved:  # no base names its folder at its top
-        inherited = sorted({place.rstrip("/") for place in places if _is_inherited(place, "data_root", bases)})
-        if len(inherited) > 1:
-            raise UserError(f"{where} data_root={root}: the data sets of its base have several folders, "
-                            f"{listed(inherited)}; set data_root of each data set")  # fmt: skip
-        for place in inherited:
-            move(cfg, place, new)
+    if is_named:
+        return
+    inherited = sorted({place.rstrip("/") for place in _elsewhere(cfg, new)
+                        if _is_inherited(place, "data_root", bases)})  # fmt: skip
+    if len(inherited) > 1:
+        raise UserError(f"{where} data_root={root}: the data sets of its base have several folders, "
+                        f"{listed(inherited)}; set data_root of each data set")  # fmt: skip
+    for place in inherited:
+        move(cfg, place, new)
 
 
 def _elsewhere(cfg: Config, root: str) -> list[str]:
-    """Folders of data sets outside a folder."""
+    """Folders of data sets other than a folder."""
     places = [node.get("data_root") for loader in LOADERS for node, _ in data_sets(cfg, loader)]
-    return [place for place in places if place and not _is_below(place, root)]
+    return [place for place in places if place and place.rstrip("/") != root]
 
 
 def _is_below(path: str, folder: str) -> bool:
@@ -153,12 +154,14 @@ def move(cfg: Config, old: str, new: str) -> None:
     Args:
         cfg: the config.
         old: the folder, without a slash at its end.
-        new: what replaces it.
+        new: what replaces it. Paths in it stay.
     """
+    if old == new:
+        return
     for node in {id(node): node for node in dicts(cfg)}.values():  # parts may be shared
         for key, value in node.items():
             is_new = isinstance(value, str) and _is_below(new, old) and _is_below(value, new)
-            if isinstance(value, str) and old and not is_new and _is_below(value, old):
+            if isinstance(value, str) and not is_new and _is_below(value, old):
                 node[key] = new + value.removeprefix(old)
 
 
@@ -167,13 +170,13 @@ def move(cfg: Config, old: str, new: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def palette_of(count: int) -> list[list[int]]:
+def palette_of(count: int) -> list[tuple[int, ...]]:
     """Choose colours for classes, RGB, that differ from each other as neighbours in the list."""
     colours = []
     for number in range(count):
         hue = number * 0.618034 % 1  # the golden ratio spreads any number of hues
         value, saturation = (1.0, 0.65)[number % 2], (0.85, 1.0)[number // 2 % 2]
-        colours.append([round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value)])
+        colours.append(tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value)))
     return colours
 
 
@@ -192,12 +195,20 @@ def _stated_metainfo(cfg: Config, where: str, bases: Iterable[Config]) -> dict[s
             raise UserError(f"{where}: classes={names!r} and metainfo.classes={meta['classes']!r} disagree; set one")
     if "classes" in meta:
         meta["classes"] = checked_names(meta["classes"], f"{where} metainfo")
-        palette = meta.get("palette")
-        if palette is not None and len(palette) != len(meta["classes"]):
-            inherited = ((base.get("metainfo") or {}).get("palette") for base in bases)
-            if any(_plain(palette) == _plain(other) for other in inherited):
-                del meta["palette"]
+        _replace_palette(meta, bases)
+    if meta.get("palette"):
+        meta["palette"] = checked_palette(meta["palette"], f"{where} metainfo")
     return meta
+
+
+def _replace_palette(meta: Any, bases: Iterable[Config]) -> None:
+    """Choose colours if a `metainfo` has a base's for another number of classes."""
+    palette, number = meta.get("palette"), len(meta["classes"])
+    if palette is not None and len(palette) != number:
+        others = (node.get("palette") for base in bases
+                  for node in dicts([base.get("metainfo"), *(base.get(loader) for loader in LOADERS)]))  # fmt: skip
+        if any(_plain(palette) == _plain(other) for other in others):
+            meta["palette"] = palette_of(number)
 
 
 def _plain(value: Any) -> Any:
@@ -207,10 +218,11 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def _is_inherited(value: Any, key: str, bases: Iterable[Config]) -> bool:
-    """Whether a data set's value of a key is that of a data set of a base."""
+def _is_inherited(value: Any, key: str, bases: Iterable[Config], now: Any = None) -> bool:
+    """Whether a data set's value of a key is that of a data set of a base, whose top states another value than now."""
     return any(_plain(node.get(key)) == _plain(value)
-               for base in bases for loader in LOADERS for node, _ in data_sets(base, loader))  # fmt: skip
+               for base in bases if now is None or _plain(base.get(key)) != _plain(now)
+               for loader in LOADERS for node, _ in data_sets(base, loader))  # fmt: skip
 
 
 def _move_metainfo(cfg: Config, where: str, bases: Iterable[Config]) -> bool:
@@ -219,6 +231,9 @@ def _move_metainfo(cfg: Config, where: str, bases: Iterable[Config]) -> bool:
         for node, _ in data_sets(cfg, loader):
             if "classes" in (node.get("metainfo") or {}):
                 node.metainfo.classes = checked_names(node.metainfo.classes, f"{where} {loader}.dataset.metainfo")
+                _replace_palette(node.metainfo, bases)
+            if (node.get("metainfo") or {}).get("palette"):
+                node.metainfo.palette = checked_palette(node.metainfo.palette, f"{where} {loader}.dataset.metainfo")
     meta = _stated_metainfo(cfg, where, bases)
     if meta is None:
         return False
@@ -228,7 +243,7 @@ def _move_metainfo(cfg: Config, where: str, bases: Iterable[Config]) -> bool:
             held, is_same = node.get("metainfo"), _plain(meta.get("classes")) == _plain(classes_of(node, kind))
             if _plain(held) == _plain(meta) or (held is None and is_same):
                 continue
-            if held is not None and not _is_inherited(held, "metainfo", bases):
+            if held is not None and not _is_inherited(held, "metainfo", bases, meta):
                 continue
             if "classes" in meta:
                 meta.setdefault("palette", palette_of(len(meta["classes"])))
@@ -236,8 +251,7 @@ def _move_metainfo(cfg: Config, where: str, bases: Iterable[Config]) -> bool:
             if not is_same and is_kind(kind, SEGMENTATION) and kind.METAINFO.get("classes"):
                 _generalise(node, kind)
             has_changed |= not is_same
-    if has_changed and "metainfo" in cfg:
-        cfg.metainfo = dict(meta)
+    cfg.metainfo = dict(meta)
     return has_changed
 
 
@@ -256,7 +270,7 @@ def _move_settings(cfg: Config, bases: Iterable[Config]) -> None:
             for node, kind in data_sets(cfg, loader):
                 if node.get(key) == cfg[key] or not is_kind(kind, SEGMENTATION):
                     continue
-                if node.get(key) is None or _is_inherited(node[key], key, bases):
+                if node.get(key) is None or _is_inherited(node[key], key, bases, cfg[key]):
                     node[key] = cfg[key]
                     for step in dicts([node.get("pipeline"), cfg.get("tta_pipeline")]):
                         if key in step:  # mmseg's transform, which has to agree with its data set

@@ -1,9 +1,10 @@
-"""Private parts of mmengine and NumPy that `dense/` uses. A failure means that a library has changed: adapt the use.
+"""Private parts of mmengine, mmdet and NumPy that `dense/` uses. A failure means that a library has changed: adapt it.
 
-They are used in `dense/mmengine_adapter.py`. The ranges of versions are in pyproject.toml.
+They are used in `dense/mmengine_adapter.py`, mmdet's in `dense/coco.py`. The ranges of versions are in pyproject.toml.
 """
 
 import importlib.metadata
+import json
 import pickle
 import re
 
@@ -57,6 +58,41 @@ def test_mmengine_finds_configs_by_distribution(module, base, tmp_path, monkeypa
     mmengine_adapter.register_distributions()
     assert MODULE2PACKAGE[module] == {"mmseg": "onedl-mmsegmentation", "mmdet": "onedl-mmdetection"}[module]
     assert "train_cfg" in Config.fromfile(path)
+
+
+def test_texts_of_configs_name_their_bases(tmp_path):
+    """`Config.text` has the texts of all files that were read, each after the file's name, the config's own last."""
+    folder = tmp_path / "inner folder"
+    folder.mkdir()
+    (tmp_path / "first.py").write_text("a = 1")
+    (folder / "second.py").write_text("# ä\n_base_ = ['../first.py', 'mmseg::_base_/default_runtime.py']\n\nb = 2\n\n")
+    (tmp_path / "third.yml").write_text("c: 3\n")
+    (tmp_path / "last.py").write_text("_base_ = ['inner folder/second.py', 'third.yml']\nd = 4\n")
+    files = mmengine_adapter.base_files(Config.fromfile(tmp_path / "last.py"))
+    names = ["first.py", "default_runtime.py", "second.py", "third.yml"]
+    assert [file.rpartition("/")[2] for file in files] == names
+    assert all(Config.fromfile(file) for file in files)
+    assert mmengine_adapter.base_files(Config.fromfile(tmp_path / "first.py")) == []
+    assert mmengine_adapter.base_files(Config(dict(a=1))) == []
+
+
+def test_detection_metrics_keep_their_annotations(tmp_path):
+    """In `CocoMetric._coco_api`, which `CompleteCocoMetric` replaces."""
+    from mmdet.evaluation import CocoMetric
+
+    from dense.coco import CompleteCOCO, CompleteCocoMetric
+
+    path = tmp_path / "annotations.json"
+    mark = dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 2, 3])
+    content = dict(
+        images=[dict(id=1, file_name="a.jpg", height=9, width=9)], annotations=[mark], categories=[dict(id=1)]
+    )
+    path.write_text(json.dumps(content))
+    assert "area" not in CocoMetric(ann_file=str(path))._coco_api.anns[1]
+    complete = CompleteCocoMetric(ann_file=str(path))
+    assert type(complete._coco_api) is CompleteCOCO
+    assert complete._coco_api.anns[1] == {**mark, "area": 6, "iscrowd": 0}
+    assert CompleteCocoMetric()._coco_api is None
 
 
 class Network(torch.nn.Module):

@@ -15,9 +15,8 @@ import timm
 import torch
 from conftest import ROOT, Code, free_port, optimizer_groups, play_srun, refusal, shell, succeed, undecayed_names
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.registry import PARAM_SCHEDULERS, TRANSFORMS, init_default_scope
-from mmseg.registry import DATASETS, MODELS
+from mmseg.registry import MODELS
 from PIL import Image
 
 import segmentation.predict
@@ -25,7 +24,6 @@ import segmentation.test
 from dense.flops import run_count
 from dense.mmengine_adapter import read_checkpoint
 from dense.train import build_train_parser, run_training, set_starting_point
-from training.errors import UserError
 
 CONFIGS = ROOT / "segmentation/configs"
 script = partial(shell, "segmentation")
@@ -405,27 +403,6 @@ def test_own_tools_of_mmseg(scenes, tmp_path):
     workers = [f"{split}_dataloader.persistent_workers=False" for split in ("train", "val", "test")]
     for name, *arguments in (("train.py", "--work-dir", tmp_path), ("test.py", tmp_path / "iter_1.pth")):
         assert miou(succeed(DEMO, *arguments, *small("", 1), *roots, *workers, script=tools / name, cwd=tmp_path))
-
-
-def test_broken_training_image(scenes, tmp_path, caplog):
-    """Another image replaces it, and it is named once. Two are too many."""
-    shutil.copytree(scenes, tmp_path / "scenes")
-    broken, another = sorted((tmp_path / "scenes/images/training").iterdir())[2:4]
-    broken.unlink()  # not the file it links to
-    broken.write_text("no image")
-    cfg = Config.fromfile(DEMO).train_dataloader.dataset
-    init_default_scope("mmseg")
-    dataset = DATASETS.build({**cfg, "data_root": str(tmp_path / "scenes")})
-    MMLogger.get_current_instance().addHandler(caplog.handler)
-    samples = [dataset[2] for _ in range(2)]
-    MMLogger.get_current_instance().removeHandler(caplog.handler)
-    assert all(sample["data_samples"].img_path != str(broken) for sample in samples)
-    assert caplog.text.count(f"image {broken}: cannot be read") == 1
-    another.unlink()
-    words = r"LoadReadableImage: 2 training images are unreadable \(limit 1\), e\.g\. (.*) \(.+\); repair the images"
-    with pytest.raises(UserError, match=words) as raised:
-        dataset[3]
-    assert str(another) in str(raised.value)
 
 
 def test_predict(trained, scenes, tmp_path):

@@ -12,7 +12,7 @@ COMMANDS = ("main", "tools", "segmentation", "detection", *(f"dense.{name}" for 
             ("flops", "predict", "settings", "test", "train")))  # fmt: skip
 LAYERS = (COMMANDS, ("engine", "datasets"), ("training", "dense"), ("samplers", "sepvit", "utils"))
 # What a host program imports after `pip install .`. It may have its own `utils` and `datasets`.
-INSTALLED = ("sepvit", "dense.backbone", "dense.loading", "dense.runner")
+INSTALLED = ("sepvit", "dense.backbone", "dense.coco", "dense.loading", "dense.runner")
 NOT_INSTALLED = ("utils", "datasets", "samplers", "engine", "main")
 
 

@@ -1,5 +1,4 @@
-# The demo: scenes of digits from tools/make_demo_data.py, trained from random weights on a CPU. A template for your own
-# data set, too.
+# The demo: scenes of digits from tools/make_demo_data.py, trained from random weights on a CPU.
 _base_ = "fpn_sepvit_t_512x512_80k_ade20k.py"
 
 data_root = "../demo/ade/ADEChallengeData2016"
@@ -11,7 +10,7 @@ metainfo = dict(
     ],
 )  # fmt: skip
 train_pipeline = [
-    dict(type="LoadReadableImage"),
+    dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
     dict(type="RandomResize", scale=(160, 128), ratio_range=(0.8, 1.25), keep_ratio=True),
     dict(type="RandomCrop", crop_size=(112, 112)),
