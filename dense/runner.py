@@ -14,8 +14,9 @@ from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
-from dense.console import console_filter, quiet
+from dense.console import console_filter, quiet, without_noise
 from dense.loading import use_checked_loading
 from dense.mmengine_adapter import mark_loaded, read_checkpoint
 from training.checkpoints import load_weights, weights_of
@@ -76,9 +77,16 @@ class DenseRunner(Runner):
         console_filter(logger).is_quiet = True
         return logger
 
+    @staticmethod
+    def build_dataloader(*args: Any, **kwargs: Any) -> DataLoader:
+        """Build a data loader."""
+        with without_noise():
+            return Runner.build_dataloader(*args, **kwargs)
+
     def build_evaluator(self, evaluator: Any) -> Evaluator:
         """Build an evaluator. Processes collect their results in the run's folder, not in the current one."""
-        built = super().build_evaluator(evaluator)
+        with without_noise():
+            built = super().build_evaluator(evaluator)
         for i, metric in enumerate(built.metrics):
             if metric.collect_device == "cpu" and metric.collect_dir is None:
                 metric.collect_dir = str(Path(self.log_dir) / f"collected_{i}")

@@ -500,7 +500,7 @@ def test_few_lines_before_the_first_step(task, config, first, scenes, tmp_path):
     assert result.returncode == 0, result.stderr
     before, _, _ = result.stdout.partition(first)
     assert before != result.stdout
-    assert len(before.splitlines()) + len(result.stderr.splitlines()) <= 12, before + result.stderr
+    assert len(before.splitlines()) + len(result.stderr.splitlines()) <= 6, before + result.stderr
     log = next(tmp_path.glob("*/*.log")).read_text()
     assert all(words in log for words in ("System environment:", "Config:", "Hooks will be executed"))
 
