@@ -29,6 +29,8 @@ WARNINGS = (
     r"Default ``avg_non_ignore`` is False",
     r"faster_coco_eval is not installed",
     r"The draw is False, it means that the hook for visualization will not take effect",
+    r"Setting (OMP|MKL)_NUM_THREADS environment variable",
+    r"Grad strides do not match bucket view strides",  # of data parallelism, for layers of some shapes
 )
 noise = re.compile("|".join(NOISE))
 
