@@ -22,7 +22,7 @@ from mmengine.registry import DATASETS, METRICS, TRANSFORMS, Registry
 from PIL import UnidentifiedImageError
 
 from dense.parts import LOADERS, class_name, classes_of, data_sets, dicts, is_remote, resolve
-from training.errors import UserError, setting
+from training.errors import MachineError, UserError, setting
 from training.storage import is_storage_error, with_retries
 from training.unreadable import UnreadableImageError
 
@@ -45,10 +45,14 @@ def read_or_name(path: str, kind: str, read: Callable[[], T]) -> T:
         UnreadableImageError: it cannot be read. The line has the file's name.
     """
     folder = Path(path).parent
-    try:
+
+    def read_regular() -> T:
         if not is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError("not a regular file")  # a pipe or a device could block for ever
-        return with_retries(read, folder)
+        return read()
+
+    try:
+        return with_retries(read_regular, folder)
     except Exception as error:  # the type depends on the image format and on the damage
         plain = ValueError(NO_IMAGE) if isinstance(error, (AssertionError, UnidentifiedImageError)) else error
         raise UnreadableImageError.of(path, plain, is_storage_error(error, folder), kind) from None
@@ -185,20 +189,28 @@ class NamedSteps(BaseTransform):
 
     Args:
         transforms: the pipeline.
+        is_training: whether training replaces an image that cannot be read. Otherwise it ends the command, which may
+            succeed later if the storage did not respond.
     """
 
-    def __init__(self, transforms: list[dict[str, Any]]) -> None:
+    def __init__(self, transforms: list[dict[str, Any]], is_training: bool = False) -> None:
         self.steps = Compose(transforms)
+        self.is_training = is_training
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """Run the pipeline on an image.
 
         Raises:
-            UnreadableImageError: a step cannot process the image.
+            UnreadableImageError: the image cannot be read, or a step cannot process it.
+            MachineError: the storage does not respond. In training, the loop decides.
         """
         path = results.get("img_path")
         try:
             return self.steps(results)
+        except UnreadableImageError as error:
+            if error.is_storage_error and not self.is_training:
+                raise MachineError(str(error)) from None
+            raise
         except cv2.error as error:
             if not isinstance(path, str):
                 raise
@@ -249,7 +261,8 @@ def use_checked_loading(cfg: Config) -> None:
         for node, _ in found:
             _replace(node, DATASETS)
             if not any(step.get("type") == "NamedSteps" for step in node.get("pipeline", ())):
-                node.pipeline = [dict(type="NamedSteps", transforms=node.get("pipeline", []))]
+                steps = dict(type="NamedSteps", transforms=node.get("pipeline", []))
+                node.pipeline = [dict(**steps, is_training=loader == "train_dataloader")]
     for node in dicts([cfg.get("val_evaluator"), cfg.get("test_evaluator")]):
         if not node.get("sort_categories"):
             _replace(node, METRICS)

@@ -29,7 +29,7 @@ from dense.own_data import move, palette_of
 from dense.parts import dicts
 from dense.settings import read_config
 from dense.train import build_train_parser, run_training
-from training.errors import UserError
+from training.errors import MachineError, UserError
 from training.unreadable import UnreadableImageError
 
 SEGMENTATION, DETECTION = ROOT / "segmentation/configs", ROOT / "detection/configs"
@@ -291,6 +291,24 @@ def test_unreadable_files_are_named(kind, what, loader, segmentation):
     assert (error.name, error.is_storage_error) == (str(path), False)
     line = rf"{what} {re.escape(str(path))}: cannot be read \(.*({DAMAGES[kind]}).*\); repair or remove it"
     assert re.fullmatch(line, str(error))
+
+
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
+def test_storage_that_does_not_respond(loader, segmentation, monkeypatch):
+    """It is retried. Then training takes another image, and validation ends with "run me again"."""
+    cfg, root = segmentation
+    dataset = built(cfg, loader)
+    pauses: list[float] = []
+    monkeypatch.setattr("training.storage.time.sleep", pauses.append)
+    images = Path(dataset.data_prefix["img_path"])
+    images.rename(tmp := root / "unmounted")
+    with pytest.raises(UnreadableImageError if loader == "train_dataloader" else MachineError) as raised:
+        dataset[1]
+    assert f"image {images}/1.jpg: cannot be read (FileNotFoundError" in str(raised.value)
+    assert getattr(raised.value, "is_storage_error", True)
+    assert sum(pauses) == 60
+    monkeypatch.setattr("training.storage.time.sleep", lambda _: images.exists() or tmp.rename(images))
+    assert dataset[1] is not None
 
 
 def test_unreadable_image_of_detection(detection):
