@@ -228,12 +228,8 @@ def _is_inherited(value: Any, key: str, bases: Iterable[Config], now: Any = None
 def _move_metainfo(cfg: Config, where: str, bases: Iterable[Config]) -> bool:
     """Let the data sets follow `metainfo`, or `classes`. Returns whether they have got other classes."""
     for loader in LOADERS:
-        for node, _ in data_sets(cfg, loader):
-            if "classes" in (node.get("metainfo") or {}):
-                node.metainfo.classes = checked_names(node.metainfo.classes, f"{where} {loader}.dataset.metainfo")
-                _replace_palette(node.metainfo, bases)
-            if (node.get("metainfo") or {}).get("palette"):
-                node.metainfo.palette = checked_palette(node.metainfo.palette, f"{where} {loader}.dataset.metainfo")
+        for node, kind in data_sets(cfg, loader):
+            _complete_metainfo(node, kind, f"{where} {loader}.dataset.metainfo", bases)
     meta = _stated_metainfo(cfg, where, bases)
     if meta is None:
         return False
@@ -253,6 +249,19 @@ def _move_metainfo(cfg: Config, where: str, bases: Iterable[Config]) -> bool:
             has_changed |= not is_same
     cfg.metainfo = dict(meta)
     return has_changed
+
+
+def _complete_metainfo(node: Any, kind: Any, where: str, bases: Iterable[Config]) -> None:
+    """Check the classes and colours that a data set states itself, and choose colours if there are too few."""
+    meta: Any = node.get("metainfo") or {}
+    if "classes" in meta:
+        meta.classes = checked_names(meta.classes, where)
+        _replace_palette(meta, bases)
+        known = kind.METAINFO.get("palette")
+        if not meta.get("palette") and isinstance(known, list) and len(known) < len(meta.classes):
+            meta.palette = palette_of(len(meta.classes))
+    if meta.get("palette"):
+        meta.palette = checked_palette(meta.palette, where)
 
 
 def _generalise(node: Any, kind: Any) -> None:

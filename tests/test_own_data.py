@@ -298,7 +298,7 @@ def test_storage_that_does_not_respond(loader, segmentation, monkeypatch):
     """It is retried. Then training takes another image, and validation ends with "run me again"."""
     cfg, root = segmentation
     dataset = built(cfg, loader)
-    pauses: list[float] = []
+    pauses = []
     monkeypatch.setattr("training.storage.time.sleep", pauses.append)
     images = Path(dataset.data_prefix["img_path"])
     images.rename(tmp := root / "unmounted")
@@ -532,6 +532,18 @@ def test_nested_pipelines_are_checked(of_boxed):
     assert "LoadImageFromFile" not in types
     assert cfg.train_dataloader.dataset.pipeline[0].type == "Resize"
     assert cfg.train_dataloader.dataset.dataset.dataset.pipeline[0].type == "NamedSteps"
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "detection"])
+def test_config_that_a_run_writes_is_read_again(kind, of_labelled, of_boxed, tmp_path):
+    cfg = copy.deepcopy(of_labelled if kind == "segmentation" else of_boxed)
+    init_default_scope(cfg.default_scope)
+    use_checked_loading(cfg)
+    cfg.dump(tmp_path / "written.py")
+    again = read(tmp_path / "written.py")
+    check_data(again, "train_dataloader", "val_dataloader")
+    assert len(built(again)) == 6
+    assert again.to_dict() == cfg.to_dict()
 
 
 def test_former_setting_of_the_image_loader(of_labelled):
@@ -1216,6 +1228,17 @@ def test_wrong_values_at_the_top(top, words, child):
     base = LABELLED_BASE if "_delete_" in top or not top.startswith("metainfo = (") else ADE20K_BASE
     with pytest.raises(UserError, match=re.escape(words)):
         child(base, top)
+
+
+def test_more_classes_than_colours(child):
+    """mmdet has 80 colours for COCO."""
+    names = tuple(f"class {number}" for number in range(81))
+    own = f"own = dict(dataset=dict(metainfo=dict(classes={names})))\n"
+    cfg = child(BOXED_BASE, own + "train_dataloader = val_dataloader = test_dataloader = own\n")
+    assert cfg.train_dataloader.dataset.metainfo.palette == palette_of(81)
+    assert cfg.model.roi_head.bbox_head.num_classes == 81
+    cfg = child(BOXED_BASE, own.replace("'class 80'", "").replace(", )", ")") + "train_dataloader = own\n")
+    assert "palette" not in cfg.train_dataloader.dataset.metainfo
 
 
 def test_colours_differ():
