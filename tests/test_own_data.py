@@ -207,6 +207,8 @@ def test_image_with_exif_and_its_labels(orientation, segmentation):
     cfg, root = segmentation
     for path in (*root.glob("images/*/*.jpg"), *root.glob("annotations/*/*.png")):
         turn(path, orientation)
+    dataset = cfg.train_dataloader.dataset
+    dataset.pipeline = [step for step in dataset.pipeline if step.type != "RandomCrop"]  # which may leave the square out
     for loader in ("train_dataloader", "val_dataloader"):
         dataset = built(cfg, loader)
         for index in range(len(dataset)):
