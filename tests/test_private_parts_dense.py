@@ -15,6 +15,7 @@ from conftest import ROOT
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from dense import mmengine_adapter
@@ -93,6 +94,21 @@ def test_detection_metrics_keep_their_annotations(tmp_path):
     assert type(complete._coco_api) is CompleteCOCO
     assert complete._coco_api.anns[1] == {**mark, "area": 6, "iscrowd": 0}
     assert CompleteCocoMetric()._coco_api is None
+
+
+def test_errors_show_the_part_that_was_built():
+    """`build_from_cfg` keeps the part and the registry in variables named `cfg` and `registry`."""
+    wrong = dict(type="SepViT_Lite", frozen_stages=9)
+    for built, where in ((wrong, "frozen_stages=9"), (dict(type="Nothing"), "Nothing is not in the")):
+        with pytest.raises((KeyError, ValueError), match=where) as raised:
+            MODELS.build(built)
+        found = mmengine_adapter.innermost_build(raised.value)
+        assert found is not None
+        assert found[0] == built
+        assert found[1].root is MODELS
+    with pytest.raises(ValueError, match="invalid literal") as raised:
+        int("x")
+    assert mmengine_adapter.innermost_build(raised.value) is None
 
 
 class Network(torch.nn.Module):

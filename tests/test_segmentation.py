@@ -484,7 +484,7 @@ MISTAKES = {
     "load-from another variant": ("train", ["{demo}", "--load-from", "{files}/tiny.pth", "--cfg-options", DATA],
                                   "holds SepViT_Tiny, not SepViT_Lite"),
     "load-from a backbone": ("train", ["{demo}", "--load-from", "{files}/backbone.pth", "--cfg-options", DATA],
-                             "holds a backbone only, SepViT_Lite; to train from it, give --cfg-options model.backbone.pre"),
+                             "to train from it, give --cfg-options model.backbone.pretrained={files}/backbone.pth"),
     "launcher without processes": ("train", ["{demo}", "--launcher", "pytorch", "--cfg-options", DATA],
                                    "--launcher pytorch: RANK is not set"),
     "work dir that is a file": ("train", ["{demo}", "--work-dir", "{files}/good.pth", "--cfg-options", DATA],
