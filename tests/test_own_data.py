@@ -208,7 +208,7 @@ def test_image_with_exif_and_its_labels(orientation, segmentation):
     for path in (*root.glob("images/*/*.jpg"), *root.glob("annotations/*/*.png")):
         turn(path, orientation)
     dataset = cfg.train_dataloader.dataset
-    dataset.pipeline = [step for step in dataset.pipeline if step.type != "RandomCrop"]  # which may leave the square out
+    dataset.pipeline = [step for step in dataset.pipeline if step.type != "RandomCrop"]  # may lose the square
     for loader in ("train_dataloader", "val_dataloader"):
         dataset = built(cfg, loader)
         for index in range(len(dataset)):
