@@ -31,6 +31,8 @@ from training.errors import UserError
 
 COMPILED = os.environ.get("MMCV_COMPILED", "")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+IS_COMPILED = os.environ.get(operators.CHOICE) == operators.COMPILED
+torchvisions = pytest.mark.skipif(IS_COMPILED, reason="mmcv's compiled operators do not give this")
 on_devices = pytest.mark.parametrize("device", DEVICES)
 
 
@@ -74,7 +76,7 @@ def slow_nms(boxes: torch.Tensor, scores: torch.Tensor, threshold: float, offset
 
 @on_devices
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("whole", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=torchvisions)], ids=["distinct", "ties"])
 @pytest.mark.parametrize("count", [0, 1, 100, 5000])
 def test_nms(count, whole, offset, device):
     boxes, scores = boxes_and_scores(count, whole)
@@ -115,6 +117,7 @@ def test_nms_of_arrays():
     assert kept.tolist() == slow_nms(boxes, scores, 0.5)
 
 
+@torchvisions
 @on_devices
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_nms_precision(dtype, device):
@@ -219,7 +222,7 @@ SPECIAL = [  # inside, the whole map, beyond each edge, far beyond, thinner than
 def test_roi_align(size, ratio, aligned, device):
     maps = torch.randn(2, 3, 9, 13, requires_grad=True, device=device)
     rois = torch.cat((torch.tensor(SPECIAL), regions(20, 50)))
-    if ratio == 0 or operators.in_use() == operators.COMPILED:  # the compiled one refuses them
+    if ratio == 0 or IS_COMPILED:  # the compiled one refuses them
         rois = rois[(rois[:, 3] >= rois[:, 1])]
     pooled = RoIAlign(size, 0.25, ratio, aligned=aligned)(maps, rois.to(device))
     gradient = torch.randn_like(pooled)
@@ -239,6 +242,7 @@ def test_roi_align_of_no_regions(device):
     assert torch.equal(maps.grad, torch.zeros_like(maps))
 
 
+@torchvisions
 @on_devices
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_roi_align_precision(dtype, device):
@@ -279,6 +283,7 @@ def gradient_of(loss, logits):
     return value.detach(), logits.grad
 
 
+@torchvisions  # for GPUs alone
 @on_devices
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_focal_loss_equals_mmdets_own_form(reduction, device):
@@ -297,6 +302,7 @@ def test_focal_loss_equals_mmdets_own_form(reduction, device):
     torch.testing.assert_close(by_operator[0], value, rtol=1e-6, atol=1e-9)
 
 
+@torchvisions
 def test_focal_loss_precision():
     logits, target = torch.randn(50, 6), torch.randint(7, (50,))
     half = gradient_of(lambda x: sigmoid_focal_loss(x, target, 2.0, 0.25, None, "none"), logits.half())
@@ -309,8 +315,6 @@ def test_focal_loss_precision():
 # ----------------------------------------------------------------------------------------------------------------------
 # Operators that are missing
 # ----------------------------------------------------------------------------------------------------------------------
-
-torchvisions = pytest.mark.skipif(os.environ.get(operators.CHOICE) == operators.COMPILED, reason="compiled operators")
 
 
 def refused(name: str, function, *arguments) -> None:
