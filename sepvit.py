@@ -105,6 +105,33 @@ def window_grid(img_size: tuple[int, int], stage: int, window_size: int) -> tupl
     return math.ceil(img_size[0] / stride), math.ceil(img_size[1] / stride)
 
 
+MOST_WINDOWS = 65_535  # of one call: CUDA's kernels number the windows of a batch with 16 bits
+
+
+@register_notrace_function
+def window_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, most: int = MOST_WINDOWS) -> Tensor:
+    """Scaled dot-product attention within each window, at most `most` windows at a time.
+
+    Args:
+        q: queries, windows × h × T × d.
+        k: keys, likewise.
+        v: values, likewise.
+        dropout: dropout rate of the attention maps.
+        most: windows per call of the fused kernel.
+
+    Returns:
+        windows × h × T × d.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102 TorchScript skips the inner condition, which it cannot read
+        if torch.compiler.is_exporting():
+            most = q.shape[0]  # an exported program may take any batch
+    if q.shape[0] <= most:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    parts = [F.scaled_dot_product_attention(qs, ks, vs, dropout_p=dropout)
+             for qs, ks, vs in zip(q.split(most), k.split(most), v.split(most))]  # fmt: skip
+    return torch.cat(parts)
+
+
 class SeparableSelfAttention(nn.Module):
     """Depthwise separable self-attention: depthwise within each window, then pointwise across windows.
 
@@ -184,7 +211,7 @@ class SeparableSelfAttention(nn.Module):
         B, n, T, C = z.shape
         qkv = self.DSA_qkv(z).view(B * n, T, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B·n × h × T × d
-        a = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        a = window_attention(q, k, v, self.attn_drop if self.training else 0.0)
         return a.transpose(1, 2).reshape(B, n, T, C) + z
 
     def pointwise(self, a: Tensor) -> Tensor:

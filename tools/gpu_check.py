@@ -232,7 +232,8 @@ def chosen_rows(only: Sequence[str]) -> list[Row]:
     Raises:
         UserError: a text starts no row's name.
     """
-    rows = [*gpu_rows.comparison_rows(), *gpu_runs.run_rows(), *gpu_rows.large_rows(), *gpu_rows.speed_rows()]
+    side_by_side = sorted([*gpu_rows.comparison_rows(), *gpu_runs.run_rows()], key=lambda row: -row.limit)
+    rows = [*side_by_side, *gpu_rows.large_rows(), *gpu_rows.speed_rows()]
     for text in only:
         if not any(row.name.startswith(text) for row in rows):
             raise UserError(
@@ -248,7 +249,7 @@ def build_parser() -> Parser:
     parser.add_argument("--out", type=path, default=str(RECORDS), help="folder for the record")
     parser.add_argument("--limit", type=seconds, default=540.0, metavar="SECONDS", help="time for everything")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows whose names start so")
-    parser.add_argument("--jobs", type=positive_int, default=max(1, available_cores() // 3),
+    parser.add_argument("--jobs", type=positive_int, default=max(1, available_cores() // 2),
                         help="rows side by side that measure no time")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="tiny sizes, and few rows: to try the check itself")
     parser.add_argument("--revision", default=None, help="commit of the code, where git does not know it")

@@ -259,14 +259,15 @@ def check_speed(setup: Setup, figures: Figures, variant: str, flags: Sequence[st
     """Measure images per second and memory of the forward pass and of the training step."""
     steps = Steps.build(setup, variant, *flags)
     images, size = len(steps.images), steps.images.shape[-1]
-    multiply_adds = count_multiply_adds(timm.create_model(variant, img_size=size).eval(), torch.zeros(1, 3, size, size))
+    model = timm.create_model(variant, img_size=size).eval().to(setup.device)
+    multiply_adds = count_multiply_adds(model, torch.zeros(1, 3, size, size, device=setup.device))
     rate = benchmark.matrix_product_rate(steps.precision.dtype or torch.float32, setup.device)
     figures["matrix products, T multiply-adds/s"] = rate / 1e12
     for name, function, passes in (("inference", steps.predict, 1), ("training", steps.train, 3)):
         steps.training.model.train(name == "training")
         figures[f"{name}, first call, s"] = timed(function, setup.device)
         repeat = 1 if setup.quick else 10
-        least = 0.0 if setup.quick else 2.0
+        least = 0.0 if setup.quick else 1.0
         seconds = median_time(lambda: [function() for _ in range(repeat)], setup.device, least) / repeat  # noqa: B023
         figures[f"{name}, images/s"] = images / seconds
         figures[f"{name}, share of matrix products"] = passes * images * multiply_adds / seconds / rate
@@ -371,12 +372,6 @@ def check_printed(setup: Setup, figures: Figures, run: Callable[[list[str]], int
     require(status == 0, f"the command ended with status {status}")
 
 
-THROUGHPUT = ["--throughput", "--model", "SepViT_Tiny", "--data-path", "{digits}", "--device", "{device}",
-              "--batch-size", "128", "--num_workers", "8"]  # fmt: skip
-BENCHMARK = ["--device", "{device}", "--batch-size", "1", "128", "--dtype", "bfloat16"]
-SAVING = ["--device", "{device}", "--times", "3"]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # All rows, in order: first what may run side by side, then what runs alone
 # ----------------------------------------------------------------------------------------------------------------------
@@ -407,28 +402,39 @@ def large_rows() -> list[Row]:
     return [*rows, Row("large-inference-2200", inference, alone=True)]
 
 
+def speed_row(variant: str, *flags: str) -> Row:
+    """A row that measures the speed of a variant with settings of main.py."""
+    settings = flags if "--amp" in flags else ("--amp", "bfloat16", *flags)
+    name = "-".join(["speed", variant, *(flag.removeprefix("--") for flag in flags)])
+    check = partial(check_speed, variant=variant, flags=settings)
+    return Row(name, check, alone=True, quick=variant == "SepViT_Lite" and not flags)
+
+
+def profile_row(name: str, *flags: str) -> Row:
+    """A row that profiles training steps of SepViT_Tiny with settings of main.py."""
+    check = partial(check_profile, variant="SepViT_Tiny", flags=("--amp", "bfloat16", *flags))
+    return Row(f"profile-{name}", check, alone=True)
+
+
+def printing_row(name: str, run: Callable[[list[str]], int], *arguments: str) -> Row:
+    """A row that runs a command that measures something."""
+    return Row(name, partial(check_printed, run=run, arguments=(*arguments, "--device", "{device}")), alone=True)
+
+
 def speed_rows() -> list[Row]:
-    """Rows that measure speed: the variants, forms of SepViT_Tiny, the variants compiled; commands that measure."""
+    """Rows that measure speed, the more important first."""
     tiny = "SepViT_Tiny"
-    forms: list[tuple[str, tuple[str, ...]]] = [(variant, ()) for variant in sepvit.VARIANTS]
-    forms += [(tiny, flags) for flags in (("--amp", "float16"), ("--amp", "off"), ("--channels-last",))]
-    forms += [(tiny, ("--grad-checkpointing",)), *((variant, ("--compile",)) for variant in (tiny, *sepvit.VARIANTS))]
-    rows = []
-    for variant, flags in dict.fromkeys(forms):
-        check = partial(
-            check_speed, variant=variant, flags=flags if "--amp" in flags else ("--amp", "bfloat16", *flags)
-        )
-        name = "-".join(["speed", variant, *(flag.removeprefix("--") for flag in flags)])
-        rows.append(Row(name, check, alone=True, quick=(variant, flags) == ("SepViT_Lite", ())))
-    profiles = [
-        Row("-".join(["profile", *name]), partial(check_profile, variant=tiny, flags=("--amp", "bfloat16", *flags)),
-            alone=True)
-        for name, flags in ((("eager",), ()), (("compile",), ("--compile",)))
-    ]  # fmt: skip
-    printing = [
-        Row("throughput", partial(check_printed, run=main.run, arguments=THROUGHPUT), alone=True),
-        Row("benchmark", partial(check_printed, run=benchmark.run, arguments=BENCHMARK), alone=True),
-        Row("saving", partial(check_printed, run=benchmark_checkpoint.run, arguments=SAVING), alone=True),
+    throughput = ["--throughput", "--model", tiny, "--data-path", "{digits}", "--batch-size", "128"]
+    return [
+        *(speed_row(variant) for variant in sepvit.VARIANTS),
+        profile_row("eager"),
+        *(speed_row(variant, "--compile") for variant in sepvit.VARIANTS),
+        profile_row("compile", "--compile"),
+        speed_row(tiny, "--channels-last"),
+        speed_row(tiny, "--grad-checkpointing"),
+        speed_row(tiny, "--amp", "off"),
+        speed_row(tiny, "--amp", "float16"),
+        printing_row("saving", benchmark_checkpoint.run, "--times", "3"),
+        printing_row("benchmark", benchmark.run, "--batch-size", "128", "--dtype", "bfloat16"),
+        printing_row("throughput", main.run, *throughput),
     ]
-    eager, compiled = rows[: len(sepvit.VARIANTS)], rows[len(sepvit.VARIANTS) :]
-    return [*eager, profiles[0], *printing, *compiled, profiles[1]]
