@@ -24,7 +24,7 @@ from dense.settings import (
     read_model_checkpoint,
     where_of,
 )
-from training.commands import natural, positive_int, run_command, seconds
+from training.commands import natural, number, positive_int, run_command, seconds
 from training.errors import Preempted, UserError
 from training.monitor import MonitorSettings
 from training.output import Output, stopped
@@ -48,7 +48,7 @@ def build_train_parser(description: str | None) -> CommandParser:
     add("--amp", action="store_true", help="mixed precision (float16 with loss scaling)")
     add("--auto-scale-lr", action="store_true", help="scale the learning rate to the number of images per step")
     add("--no-validate", action="store_true", help="do not validate during training")
-    add("--seed", type=natural, default=None, help="default 0")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=None, help="default 0")  # NumPy takes no larger one
     add("--deterministic", action="store_true")
     add("--checkpoint-every", type=natural, default=0, metavar="ITERATIONS",
         help="also save every ITERATIONS iterations; 0: only as the config says, and before validation")  # fmt: skip

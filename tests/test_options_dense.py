@@ -283,6 +283,7 @@ MISTAKES = {
                          "CONFIG {demo}: model.backbone: unknown type Foo"),
     "frozen stages": ("train", ["{demo}", "--cfg-options", DATA, "model.backbone.frozen_stages=9"], "frozen_stages=9"),
     "seed": ("train", ["{demo}", "--seed", "-1", "--cfg-options", DATA], "--seed: -1 is out of range"),
+    "large seed": ("train", ["{demo}", "--seed", "4294967296", "--cfg-options", DATA], "--seed: 4294967296 is out of"),
     "folder as config": ("train", ["{folder}"], "CONFIG {folder}: a folder; name a config in it"),
     "folder to resume from": ("train", ["{demo}", "--resume", "{folder}", "--cfg-options", DATA],
                               "--resume {folder}: a folder; name one of its checkpoints: iter_2.pth"),
