@@ -47,6 +47,7 @@ from dense.runner import VARIANT_HINT, unwrapped, without_mixed_precision
 from training.checkpoints import load_weights, weights_of
 from training.errors import OneLineError, UserError, out_of_memory
 
+LOOP_TYPES = ("IterBasedTrainLoop", "EpochBasedTrainLoop")  # of `train_cfg`, by its key `by_epoch`
 PLAIN_SAMPLERS = ("DefaultSampler", "InfiniteSampler")  # they need nothing of the data but its length
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -69,6 +70,10 @@ def check_training_parts(cfg: Config, where: str) -> None:
     needed = ("train_dataloader", "train_cfg", "optim_wrapper")
     if missing := [name for name in needed if not cfg.get(name)]:
         raise UserError(f"{where}: has no {missing[0]}, which training needs; set it, or inherit a config of configs/")
+    lengths = {"EpochBasedTrainLoop": "max_epochs", "IterBasedTrainLoop": "max_iters"}
+    length = lengths.get(cfg.train_cfg.get("type") or LOOP_TYPES[bool(cfg.train_cfg.get("by_epoch"))])
+    if length and length not in cfg.train_cfg:
+        raise UserError(f"{where}: train_cfg has no {length}, the length of the training")
     validation = ("val_dataloader", "val_cfg", "val_evaluator")
     given = [name for name in validation if cfg.get(name) is not None]
     if given and len(given) < len(validation):
@@ -310,7 +315,7 @@ def _later_parts(cfg: Config, loaders: Sequence[str]) -> Iterator[tuple[str, Any
         stage = loader.removesuffix("_dataloader")
         loop = dict(cfg.get(f"{stage}_cfg") or {})
         if "by_epoch" in loop:
-            loop["type"] = "EpochBasedTrainLoop" if loop.pop("by_epoch") else "IterBasedTrainLoop"
+            loop["type"] = LOOP_TYPES[bool(loop.pop("by_epoch"))]
         yield f"{stage}_cfg", loop, LOOPS
         yield f"{loader}.sampler", cfg[loader].get("sampler"), DATA_SAMPLERS
         evaluators = cfg.get(f"{stage}_evaluator") or []

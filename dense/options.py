@@ -166,7 +166,8 @@ def known_keys(node: Mapping[str, Any], place: str) -> set[str] | None:
         place: its dotted key; "" for the whole config.
     """
     if not place:
-        return TOP | set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"}
+        own = {"data_preprocessor"} & set(node.get("model") or ())  # then the one at the top is not read
+        return (TOP | set(inspect.signature(Runner.__init__).parameters)) - {"self", "cfg"} - own
     if re.fullmatch(r"\w+_dataloader", place):
         return OF_LOADER | set(inspect.signature(DataLoader.__init__).parameters) - {"self"}
     if isinstance(kind := node.get("type"), str):

@@ -65,6 +65,7 @@ REFUSED = {
     "optimizer.lr=1": "has no effect, nothing reads optimizer; did you mean optim_wrapper.optimizer.lr?",
     "train_pipeline.0.type=X": "has no effect, nothing reads train_pipeline; did you mean "
     "train_dataloader.dataset.pipeline.0.type?",
+    "data_preprocessor.size=(64,64)": "nothing reads data_preprocessor; did you mean model.data_preprocessor.size?",
     "optim_wrapper.optimizer.lr=abc": "optim_wrapper.optimizer.lr=abc: takes a number, such as 0.001",
     "optim_wrapper.optimizer.lr=-1": "takes a finite number from 0",
     "optim_wrapper.optimizer.lr=nan": "takes a finite number from 0",
@@ -208,6 +209,9 @@ def test_configs_without_validation_or_test_data():
     check_training_parts(cfg, WHERE)
     assert cfg.val_dataloader is cfg.val_cfg is cfg.val_evaluator is None
     assert cfg.test_dataloader is cfg.test_cfg is None  # incomplete, and not used
+    cfg.train_cfg = dict(by_epoch=True, max_iters=3)
+    with pytest.raises(UserError, match="train_cfg has no max_epochs"):
+        check_training_parts(cfg, WHERE)
     cfg.optim_wrapper = None
     with pytest.raises(UserError, match="has no optim_wrapper, which training needs"):
         check_training_parts(cfg, WHERE)
