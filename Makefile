@@ -91,7 +91,7 @@ $(VENV)/.installed-fast: $(VENV)/.installed tests/requirements-fast.txt
 $(VENV)/.installed-mm: $(VENV)/.installed requirements-mm.txt tools/opencv-python/pyproject.toml
 	@echo "installing requirements-mm.txt into $(VENV): allow a minute"
 	$(PIP) -r requirements.txt -r requirements-mm.txt
-	$(RUN) -c "import dense, mmcv.ops, mmdet.apis, mmseg.apis"
+	@$(RUN) -W ignore -c "import dense, mmcv.ops, mmdet.apis, mmseg.apis" > /dev/null
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed-mm $(VENV)/.installed-fast tests/requirements.txt

@@ -406,8 +406,8 @@ def _repeat_failed_imports() -> None:
     """
     if "mmcv.ops" in sys.modules:
         return
-    for module in list(sys.modules.values()):
-        if module.__name__.partition(".")[0] in ("mmdet", "mmseg"):
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] in ("mmdet", "mmseg"):
             for statement in _imports_of_operators(module):
                 operators = importlib.import_module(statement.module or "")
                 for name in statement.names:
