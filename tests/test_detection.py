@@ -285,7 +285,7 @@ def trained(scenes, tmp_path_factory) -> Path:
     text = run("train.py", DEMO, "--work-dir", work_dir, "--seed", "0", "--auto-scale-lr", *small(scenes))
     assert "SepViT_Lite: randomly initialised, no pretrained weights" in text
     assert "current batch size is 4. Scaling the original LR by 0.25" in text
-    assert f"trained: checkpoints and logs are in {work_dir}" in text
+    assert f": checkpoints and logs are in {work_dir}" in text
     assert all(figures(text))
     return work_dir
 
@@ -341,7 +341,7 @@ def test_commands_of_the_page_on_two_processes(detector, retinanet, scenes, tmp_
     """Train and evaluate with the scripts. The figures are the same as on one process."""
     path, work_dir, port = retinanet if detector == "retinanet" else DEMO, tmp_path / "work dir", {"PORT": free_port()}
     text = script("dist_train.sh", path, 2, "--work-dir", work_dir, *small(scenes), environment=port)
-    assert text.count("trained: ") == 1
+    assert text.count(": checkpoints and logs are in ") == 1
     arguments = [path, work_dir / "epoch_1.pth", "--eval", "mAP", "--work-dir", work_dir, *small(scenes)]
     two = script("dist_test.sh", *arguments[:2], 2, *arguments[2:], environment=port)
     boxes, masks = figures(two)
@@ -379,7 +379,7 @@ def test_slurm_script(scenes, tmp_path):
     environment = {**play_srun(tmp_path), "GPUS": "2"}
     text = script("slurm_train.sh", "gpu", "job", DEMO, "--no-validate", "--work-dir", tmp_path, *small(scenes),
                   environment=environment)  # fmt: skip
-    assert text.count("trained: ") == 1
+    assert text.count(": checkpoints and logs are in ") == 1
     assert {"--partition=gpu", "--job-name=job", "--ntasks=2"} <= set((tmp_path / "srun.txt").read_text().splitlines())
 
 
@@ -435,8 +435,9 @@ GOOD, EVALUATE = ["{demo}", "{files}/good.pth"], ["--eval", "bbox", *SCENES]
 MISTAKES = {
     "missing config": ("train", ["none.py"], "CONFIG none.py: no such file"),
     "missing data": ("train", ["{demo}", "--cfg-options", "data_root=nothing"], "train data nothing/: no such folder"),
-    "missing pretrained": ("train", ["{tiny}", "--cfg-options", "data_root={scenes}"],
-                           "pretrained pretrained/SepViT_Tiny.pth: no such file"),
+    "missing pretrained": ("train", ["{demo}", *SCENES, "model.backbone.pretrained=none.pth"],
+                           "pretrained none.pth: no such file"),
+    "classes of COCO": ("train", ["{tiny}", *SCENES], "no category is named person, bicycle, car, "),
     "nothing to do": ("test", GOOD, "nothing to do: give --eval bbox, --out FILE.pkl, --format-only or --show-dir DIR"),
     "unknown metric": ("test", [*GOOD, "--eval", "mIoU"], "--eval mIoU: unknown; choose from bbox, segm, mAP"),
     "masks of RetinaNet": ("test", ["{tiny}", "{files}/good.pth", "--eval", "segm"],
