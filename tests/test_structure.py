@@ -117,11 +117,18 @@ def test_only_commands_name_flags(name):
     assert named & known == set(), "write setting('name'), see training/errors.py"
 
 
+def settings_added_by(name: str) -> set[str]:
+    """Settings whose flags a module adds to a parser. Read from its source, since it imports mmengine."""
+    nodes = ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8")))
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return {text[2:].replace("-", "_") for text in texts if re.fullmatch(r"--[a-z-]+", text)}
+
+
 def test_messages_mention_existing_settings():
-    """Names passed to `setting` are settings of main.py, so they become flags."""
+    """Names passed to `setting` are settings of main.py or of train.py, so they become flags."""
     import main
 
-    known = main.build_parser().flags()
+    known = main.build_parser().flags().keys() | settings_added_by("dense.train") | settings_added_by("dense.settings")
     for name in BELOW_COMMANDS:
         tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
         for node in ast.walk(tree):

@@ -575,11 +575,11 @@ def test_resuming_with_other_settings_or_images_is_refused(few_digits, tmp_path,
 
 def test_folder_in_use_by_another_run(tmp_path, monkeypatch):
     monkeypatch.setattr(output, "LOCK_TIMEOUT", 1)
-    lock = output.lock_folder(tmp_path, heartbeat_timeout=1)
+    lock = output.lock_folder(tmp_path, 1, "--output_dir run")
     with pytest.raises(UserError, match="another run writes to it; end that run, or name another folder"):
-        output.lock_folder(tmp_path, heartbeat_timeout=1)
+        output.lock_folder(tmp_path, 1, "--output_dir run")
     os.close(lock)
-    os.close(output.lock_folder(tmp_path, heartbeat_timeout=1))
+    os.close(output.lock_folder(tmp_path, 1, "--output_dir run"))
 
 
 @pytest.mark.parametrize("source", ["checkpoint-00000014.pth", "weights.pth"])
