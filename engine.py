@@ -124,8 +124,8 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train from the run's current step to the end of its epoch.
 
-    The loop waits for a GPU only when it reports the mean loss. It waits at every step if it has to save the batches of
-    bad steps, or if the optimiser has no fused form.
+    The loop waits for a GPU only when it reports the mean loss, and after steps that float16 skips. It waits at every
+    step if it has to save the batches of bad steps, or if the optimiser has no fused form.
 
     Args:
         training: the run.

@@ -7,12 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT, command, succeed
 
-from tools import benchmark, benchmark_checkpoint, make_demo_data
+from tools import benchmark, benchmark_checkpoint, gpu_check, gpu_rows, make_demo_data
 from training.devices import check_device
 from training.errors import UserError
 
@@ -89,6 +90,17 @@ MISTAKES = {
     "no figure": ("show_demo", ["--run", "{root}/nothing"], ["log.txt has no top-1"]),
     "evaluation cut short": ("show_demo", ["--run", "{root}/cut"], ["eval.json has no top-1"]),
     "top-1 above 100": ("show_demo", ["--run", "{root}/good", "--least", "101"], ["--least", "101", "at most 100"]),
+    "no GPU to check": ("gpu_check", ["--out", "{root}/gpu"], ["--device cuda: not available; choose cpu"]),
+    "unknown row": (
+        "gpu_check",
+        ["--only", "spede"],
+        ["--only spede: no row's name starts so; the rows are", "speed-"],
+    ),
+    "unwritable record": (
+        "gpu_check",
+        ["--device", "cpu", "--quick", "--only", "outputs", "--out", "{root}/a_file"],
+        ["--out {root}/a_file: cannot be written"],
+    ),
     "no folder named": ("make_demo_data", [], ["--out"]),
     "unwritable folder": ("make_demo_data", ["--out", "{root}/a_file"], ["--out {root}/a_file: cannot be written"]),
 }
@@ -175,6 +187,60 @@ def test_disk_that_fills_up(tmp_path, monkeypatch, capsys):
     assert error.startswith(f"benchmark_checkpoint.py: --out {tmp_path}: cannot be written (No space left on device)")
     assert error.count("\n") == 1
     assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- GPU check
+
+
+def test_gpu_check_in_its_quick_form_has_every_row(tmp_path):
+    succeed("--device", "cpu", "--quick", "--out", tmp_path, script="tools/gpu_check.py", environment=WITHOUT_GPU)
+    (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    rows = {row["name"]: row for row in record["rows"]}
+    assert set(rows) == {row.name for row in gpu_check.chosen_rows([])}
+    passed = {name for name, row in rows.items() if row["status"] == "passed"}
+    assert passed == {row.name for row in gpu_check.chosen_rows([]) if row.quick}
+    assert all(row["status"] in ("passed", "skipped") for row in rows.values())
+    (page,) = (path.read_text() for path in tmp_path.glob("*.md"))
+    assert all(f"\n| {name} | {row['status']} |" in page for name, row in rows.items())
+    assert "| SepViT_Lite |" in page  # in the table of speeds
+
+
+def test_rows_that_fail_do_not_stop_others(tmp_path):
+    def fail(setup, figures):
+        figures["measured"] = 1.5
+        os.write(1, b"what the row prints\n")
+        raise gpu_rows.CheckError("too large")
+
+    def crash(setup, figures):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def hang(setup, figures):
+        time.sleep(600)
+
+    def leave(setup, figures):
+        sys.exit(3)
+
+    def measure(setup, figures):
+        figures["measured"] = 2.5
+
+    checks = dict(fail=fail, crash=crash, hang=hang, leave=leave, measure=measure)
+    rows = [gpu_rows.Row(name, check, limit=2, alone=name == "measure") for name, check in checks.items()]
+    rows.append(gpu_rows.Row("gpu", measure, gpu=True))
+    setup = gpu_rows.Setup(torch.device("cpu"), False, tmp_path / "digits", tmp_path)
+    reported = []
+    results = gpu_check.run_rows(rows, setup, 2, time.monotonic() + 600, reported.append)
+    found = {result.name: result for result in results}
+    assert reported == results
+    assert {name: result.status for name, result in found.items()} == dict(
+        fail="failed", crash="crashed", hang="timed out", leave="failed", measure="passed", gpu="skipped"
+    )
+    assert results[-2].name == "measure"  # it waits for all before it
+    assert found["fail"].figures == {"measured": 1.5}
+    assert found["fail"].message == "CheckError: too large"
+    assert "what the row prints" in found["fail"].log
+    assert found["measure"].figures == {"measured": 2.5}
+    late = gpu_check.run_rows(rows[-2:-1], setup, 2, time.monotonic() - 1, reported.append)
+    assert [(result.status, result.message) for result in late] == [("skipped", "no time left")]
 
 
 # ------------------------------------------------------------------------------------------------------- interruption

@@ -41,7 +41,8 @@ from training.errors import UserError
 from training.resume import git_revision
 from training.storage import make_folder
 
-RECORDS = Path(__file__).resolve().parent.parent / "benchmarks"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = (ROOT, Path(torch.__file__).parents[1])  # in tracebacks, paths are recorded from there
 PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "pillow", "pytest")
 LOG_LINES = 30  # of a failed row that are recorded
 PAUSE = 0.05  # seconds between two looks at the running rows
@@ -110,7 +111,10 @@ class RunningRow:
         else:
             result.status, result.message = CRASHED, f"exit status {self._process.exitcode}"
         if result.status != PASSED and self._printed.exists():
-            result.log = self._printed.read_text(errors="replace").splitlines()[-LOG_LINES:]
+            printed = self._printed.read_text(errors="replace")
+            for folder in FOLDERS:
+                printed = printed.replace(f"{folder}/", "")
+            result.log = printed.splitlines()[-LOG_LINES:]
         return result
 
     def kill(self, with_descendants: bool = True) -> None:
@@ -246,7 +250,7 @@ def build_parser() -> Parser:
     """Make the command's parser."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--out", type=path, default=str(RECORDS), help="folder for the record")
+    parser.add_argument("--out", type=path, default=str(ROOT / "benchmarks"), help="folder for the record")
     parser.add_argument("--limit", type=seconds, default=540.0, metavar="SECONDS", help="time for everything")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows whose names start so")
     parser.add_argument("--jobs", type=positive_int, default=max(1, available_cores() // 2),
@@ -273,10 +277,13 @@ def main(args: argparse.Namespace) -> None:
         preparation = [
             Row(name, check, quick=True) for name, check in (("machine", describe), ("digits", write_digits))
         ]
-        machine, _ = run_rows(preparation, setup, 1, deadline, print_result)
+        prepared = run_rows(preparation, setup, 1, deadline, lambda result: None)
+        machine = prepared[0]
         if machine.status != PASSED:
             raise UserError(machine.message.removeprefix("UserError: "))
         make_folder(out, f"--out {out}")
+        for result in prepared:
+            print_result(result)
         now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
         record = Record(machine.figures, now, args.revision or git_revision(), args.quick)
 

@@ -293,7 +293,7 @@ def run_rows() -> list[Row]:
         waiting = partial(check_no_waiting, flags=(*flags, "--batch-size", "64", "--epochs", "2", *MIXING),
                           first=12 if amp == "float16" else 3)  # fmt: skip
         rows += [
-            Row(f"resume-{amp}", partial(check_resume, flags=flags), limit=240, quick=is_quick),
+            Row(f"resume-{amp}", partial(check_resume, flags=flags), limit=240),
             Row(f"run-{amp}", partial(check_run, flags=flags), quick=is_quick),
             Row(f"no-waiting-{amp}", waiting, gpu=True),
         ]
