@@ -30,6 +30,7 @@ from training.monitor import MonitorSettings
 from training.output import Output, stopped
 from training.processes import get_world_size, is_main_process, on_main_process, print_main
 from training.resume import Source, find_checkpoint
+from training.storage import make_folder
 from training.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
 
 RESUME = "run the same command with --auto-resume to resume from the last checkpoint"
@@ -89,6 +90,7 @@ def train(args: argparse.Namespace, flags: Mapping[str, str]) -> None:
             end_finished_run(source, cfg, schedule)
             return
         on_main_process(lambda: output.check_free(source, resumes(args)))
+        on_main_process(lambda: make_folder(folder, output.what))
         checkpoints = set_starting_point(cfg, args, source)
         rehearse(cfg, where_of(args), *used_loaders(cfg))
         runner = TrainingRunner.from_config(cfg, checkpoints)
