@@ -3,8 +3,8 @@
     bash tools/gpu_check.sh [--out benchmarks] [--device cuda] [--limit 540] [--only NAME …] [--quick]
 
 Compares outputs and gradients in each number format; trains, kills and resumes runs; lets no step wait for the GPU;
-sends more images through the network than a kernel has blocks; measures speed. It needs no network: torch, timm,
-scikit-learn and pytest suffice.
+sends more images through the network than a kernel has blocks; measures speed. It needs no network, but
+what requirements.txt and tests/requirements-fast.txt install.
 
 Each row runs in a process of its own with a time limit, so that one that fails, hangs or crashes does not stop the
 others. The files are named after the device and rewritten after each row. The exit status is 1 if a row failed.
