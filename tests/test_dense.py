@@ -230,7 +230,7 @@ OWN_MODULES = (
 
 
 def test_host_program_with_its_own_utils_and_datasets(tmp_path):
-    """The backbones, the commands that do not train and the configs import neither `utils` nor `datasets` of this project."""
+    """The backbones, the configs and commands other than training import no `utils` or `datasets` of this project."""
     for name in ("utils", "datasets"):
         (tmp_path / f"{name}.py").write_text("")
     host = tmp_path / "host.py"
