@@ -207,16 +207,17 @@ def run_to_the_end(runner: TrainingRunner) -> None:
 @contextmanager
 def nothing_left(folder: Path, preemption: Preemption) -> Iterator[None]:
     """If a command fails before its first step, delete what it has written to the work dir."""
-    before = set(folder.iterdir()) if folder.is_dir() else None
+    before = set(folder.iterdir()) if folder.is_dir() else set()
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     except Exception:
         if not preemption.has_progress and is_main_process():
-            for path in set(folder.iterdir()) - (before or set()) if folder.is_dir() else ():
+            for path in set(folder.iterdir()) - before if folder.is_dir() else ():
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-            if before is None:
-                with suppress(OSError):
-                    folder.rmdir()
+            for path in new:
+                with suppress(OSError):  # another process may have written there
+                    path.rmdir()
         raise
 
 
