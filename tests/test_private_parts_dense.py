@@ -18,6 +18,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
+import dense.backbone  # noqa: F401
 from dense import mmengine_adapter
 from dense.mmengine_adapter import log_statistic, read_checkpoint
 from dense.runner import DenseRunner
