@@ -276,10 +276,10 @@ class TrainLoop(BaseLoop):
             batches = self._batches()
         self.monitor.watchdog.sync_point()
         self.runner.model.train()
-        for batch in batches:
+        for batch in batches:  # an epoch's are taken to their end, where mmdet's sampler empties its buckets
             self.step(*batch)
-            is_over = self.state.epoch_step == 0 if self.schedule.by_epoch else not self.state.validated
-            if is_over or self.done >= self.schedule.length or self.stop_training:
+            is_over = not self.schedule.by_epoch and (not self.state.validated or self.done >= self.schedule.length)
+            if is_over or self.stop_training:
                 break
 
     def step(self, data: Any, unreadable: list[str]) -> None:
