@@ -389,6 +389,11 @@ def test_operators_compiled_for_another_torch(choose, tmp_path):
         importlib.util.module_from_spec(spec)
 
 
+def python_path(first: Path) -> str:
+    """PYTHONPATH with another folder at its front."""
+    return os.pathsep.join([str(first), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 EARLY = """
 import mmdet.apis, mmdet.evaluation, mmseg.models  # as a user's program may, before it reads a config
 try:
@@ -411,7 +416,7 @@ import mmcv.ops
 @torchvisions
 def test_mmdet_imported_first(tmp_path):
     """mmdet's modules that found no operators get them. One log line says which are used."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": python_path(ROOT)}
     result = subprocess.run([sys.executable, "-c", EARLY], cwd=tmp_path, capture_output=True, text=True,
                             env=environment)  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -431,7 +436,7 @@ def both(tmp_path_factory) -> tuple[dict, dict]:
     folder, results = tmp_path_factory.mktemp("operators"), []
     for choice in (operators.TORCHVISION, operators.COMPILED):
         out = folder / f"{choice}.pt"
-        environment = {**os.environ, operators.CHOICE: choice, "PYTHONPATH": str(Path(COMPILED).resolve())}
+        environment = {**os.environ, operators.CHOICE: choice, "PYTHONPATH": python_path(Path(COMPILED).resolve())}
         subprocess.run([sys.executable, str(ROOT / "tests/operator_results.py"), str(out)], check=True, env=environment)
         results.append(torch.load(out))
         assert results[-1]["in_use"] == choice
