@@ -51,8 +51,9 @@ demo-detection: install-mm
 		--show-dir $(DETECTION_RUN)/pictures --work-dir $(DETECTION_RUN) --cfg-options $(OBJECTS)
 	@echo "detections beside the truth: $(DEMO)/detection/pictures"
 
+# Two tests at a time, with one thread each.
 test: install-test lint
-	$(RUN) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-long: install-test
 	$(RUN) -m pytest

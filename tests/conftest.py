@@ -250,6 +250,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash.setdefault(TRIED, Counter())
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the table over, if this is one of several processes that run tests (`pytest -n`)."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["tried"] = dict(session.config.stash[TRIED])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take the table of a process that ran tests."""
+    tried: Counter = node.config.stash[TRIED]
+    tried.update(getattr(node, "workeroutput", {}).get("tried", {}))
+
+
 @pytest.fixture
 def table(request: pytest.FixtureRequest) -> Table:
     """The session's table of faults."""

@@ -4,7 +4,6 @@ import gzip
 import os
 import pickle
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy

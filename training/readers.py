@@ -16,8 +16,6 @@ import timm
 from timm.data.readers import reader_wds
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.data.readers.reader_wds import ReaderWds, WdsTargetKeyError
-from webdataset.gopen import gopen
-from webdataset.tariterators import base_plus_ext, tarfile_samples
 
 from training.errors import MachineError, UserError, setting
 from training.storage import is_storage_error
@@ -126,6 +124,8 @@ def open_webdataset(reader: ReaderWds, skip: Callable[[UnreadableImageError], bo
     Raises:
         UserError: this version of timm builds another pipeline.
     """
+    from webdataset.tariterators import tarfile_samples  # other data sets need no webdataset
+
     if reader.worker_info is None:
         reader._lazy_init()  # finds out which worker it is
     reader.worker_seed = seed
@@ -176,6 +176,9 @@ def _samples_of_shard(url: str) -> Iterator[dict[str, Any]]:
         ValueError: two members have the same name.
         OSError: the shard cannot be read.
     """
+    from webdataset.gopen import gopen
+    from webdataset.tariterators import base_plus_ext
+
     sample: dict[str, Any] = {}
     with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=CheckedTarInfo) as archive:
         for member in archive:
