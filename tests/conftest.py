@@ -260,8 +260,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Take the table of a process that ran tests."""
-    tried: Counter = node.config.stash[TRIED]
-    tried.update(getattr(node, "workeroutput", {}).get("tried", {}))
+    config: pytest.Config = node.config
+    config.stash[TRIED].update(getattr(node, "workeroutput", {}).get("tried", {}))
 
 
 @pytest.fixture
