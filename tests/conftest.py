@@ -254,7 +254,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hand the table over, if this is one of several processes that run tests (`pytest -n`)."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output["tried"] = dict(session.config.stash[TRIED])
+        tried: Counter = session.config.stash[TRIED]
+        output["tried"] = dict(tried)
 
 
 @pytest.hookimpl(optionalhook=True)
