@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,14 +86,17 @@ class SkippingOptimWrapper(OptimWrapper):
         finite: whether the losses since the last step are finite, a boolean scalar on the device.
         bad_gradients: whether the gradients of the last step were not finite, likewise.
         steps: optimiser steps taken or skipped.
+        before_backward: called before each backward pass, which may wait for other ranks.
     """
 
     finite: Tensor
     bad_gradients: Tensor
     steps = 0
+    before_backward: Callable[[], None] = staticmethod(lambda: None)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Accumulate the gradients of a loss."""
+        self.before_backward()
         self.finite = loss.detach().isfinite()
         super().backward(poisoned(loss, self.finite), **kwargs)
 
@@ -299,8 +303,8 @@ class TrainLoop(BaseLoop):
         seed_everything(Stream.STEP, self.runner.seed, state.global_step, get_rank())
         self.runner.call_hook("before_train_iter", batch_idx=index, data_batch=data)
         steps = optim_wrapper.steps
+        optim_wrapper.before_backward = partial(watchdog.tick, f"{place}, backward")
         outputs = self.runner.model.train_step(data, optim_wrapper=optim_wrapper)
-        watchdog.tick(f"{place}, after its backward pass")
         self.runner.call_hook("after_train_iter", batch_idx=index, data_batch=data, outputs=outputs)
         self.monitor.see_batch(optim_wrapper.finite, {}, unreadable)
         self._advance()

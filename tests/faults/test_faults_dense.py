@@ -29,6 +29,7 @@ from harness import (
     kill_started,
 )
 
+from dense.mmengine_adapter import read_checkpoint
 from training import checkpoints
 from training.output import read_log
 
@@ -441,11 +442,10 @@ def test_torchrun_restarts(kind, configs, tmp_path, undisturbed_pair, table):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_loss_on_one_of_two_processes(kind, configs, tmp_path, table):
     run = sabotaged(DenseRun(kind, tmp_path, configs[kind]), kind, BAD_LOSS="1:3,6")
-    # Each process starts with a pass whose gradients are discarded.
-    finished(run, 2)
+    finished(run, 2)  # each process starts with a pass whose gradients are discarded
     assert entries(run.output, "not_finite") == ["loss"] * 2
     assert "2 steps skipped" in run.text()
-    checkpoint = torch.load(run.output / LAST[kind], weights_only=False)
+    checkpoint = read_checkpoint(str(DENSE_NAMES.numbered(run.output)[0]), "the last checkpoint")
     steps = {int(value["step"]) for value in checkpoint["optimizer"]["state"].values()}
     assert steps == {checkpoint["run"]["global_step"] - 2}
     assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
