@@ -12,13 +12,13 @@ from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import BaseLoop
 from torch import nn
 from torch.utils.data import DataLoader
 
 from dense.console import console_filter, quiet, without_noise
 from dense.loading import use_checked_loading
-from dense.mmengine_adapter import mark_loaded, read_checkpoint
+from dense.mmengine_adapter import QuietEnvironmentRunner, mark_loaded, read_checkpoint
 from training.checkpoints import load_weights, weights_of
 
 VARIANT_HINT = "use that variant's config, or another checkpoint"
@@ -47,7 +47,7 @@ def without_mixed_precision(optim_wrapper: dict[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in optim_wrapper.items() if key not in scaling}, "type": "OptimWrapper"}
 
 
-class DenseRunner(Runner):
+class DenseRunner(QuietEnvironmentRunner):
     """Train and test a segmentor or detector, on GPUs or on CPU processes.
 
     Attributes:
@@ -81,7 +81,7 @@ class DenseRunner(Runner):
     def build_dataloader(*args: Any, **kwargs: Any) -> DataLoader:
         """Build a data loader."""
         with without_noise():
-            return Runner.build_dataloader(*args, **kwargs)
+            return QuietEnvironmentRunner.build_dataloader(*args, **kwargs)
 
     def build_evaluator(self, evaluator: Any) -> Evaluator:
         """Build an evaluator. Processes collect their results in the run's folder, not in the current one."""

@@ -142,6 +142,15 @@ def test_runners_that_have_loaded_load_no_other_checkpoint(kind, checkpoint, tmp
     runner.load_or_resume()  # would fail on missing.pth
 
 
+def test_a_missing_compiler_is_not_printed(tmp_path, monkeypatch, capfd):
+    """mmengine asks it for its version, in `Runner._log_env`."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for kind, is_quiet in ((Runner, False), (DenseRunner, True)):
+        kind(Network(), str(tmp_path / kind.__name__), experiment_name=kind.__name__)
+        assert ("not found" not in capfd.readouterr().err) == is_quiet
+    assert "GCC: n/a" in next(tmp_path.glob("DenseRunner/*/*.log")).read_text()
+
+
 def test_runners_that_have_not_loaded_load(tmp_path):
     """The test above relies on it."""
     runner = Runner(Network(), str(tmp_path / "work"), load_from="missing.pth", experiment_name="loads_nothing")
