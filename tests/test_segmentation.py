@@ -304,8 +304,9 @@ def test_resume_without_a_checkpoint_starts_a_fresh_run(scenes, tmp_path):
 
 
 def test_load_from_starts_with_a_fresh_head_for_other_classes(trained, scenes, tmp_path):
-    text = run("train.py", DEMO, "--work-dir", tmp_path, "--load-from", trained / "iter_2.pth", *small(scenes, 1),
-               "model.decode_head.num_classes=12", "model.decode_head.loss_decode.class_weight=None")  # fmt: skip
+    config = tmp_path / "own.py"
+    config.write_text(f"_base_ = {str(DEMO)!r}\nmetainfo = dict(classes={tuple('abcdefghijkl')})\n")
+    text = run("train.py", config, "--work-dir", tmp_path, "--load-from", trained / "iter_2.pth", *small(scenes, 1))
     assert "randomly initialised 2: decode_head.conv_seg.weight, decode_head.conv_seg.bias" in text
     assert "Iter(train) [1/1]" in text
 
