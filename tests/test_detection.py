@@ -293,7 +293,7 @@ def trained(scenes, tmp_path_factory) -> Path:
 def test_resume(trained, scenes, tmp_path):
     text = run("train.py", DEMO, "--work-dir", tmp_path, "--resume", trained / "epoch_1.pth", "--no-validate", "--amp",
                *small(scenes, 2))  # fmt: skip
-    assert "resumed epoch: 1, iter: 2" in text
+    assert "epoch_1.pth: resuming at iteration 3" in text
     assert "Epoch(train) [2][2/2]" in text
     assert "Epoch(val)" not in text
     assert read_checkpoint(str(tmp_path / "epoch_2.pth"), "checkpoint")["meta"]["iter"] == 4

@@ -348,12 +348,9 @@ def test_slurm_script_requeues_the_job(kind, configs, tmp_path, undisturbed, tab
 # ----------------------------------------------------------------------------------------------------------------------
 
 LOST = [
-    ("segmentation", 1, signal.SIGKILL),
-    ("detection", 0, signal.SIGSTOP),
-    *(
-        pytest.param(kind, process, number, marks=pytest.mark.slow)
-        for kind, process, number in (("detection", 1, signal.SIGKILL), ("segmentation", 0, signal.SIGSTOP))
-    ),
+    pytest.param(kind, process, number, marks=() if (kind, process) == ("segmentation", 1) else pytest.mark.slow)
+    for kind in KINDS
+    for process, number in ((1, signal.SIGKILL), (0, signal.SIGSTOP))
 ]
 
 
@@ -383,7 +380,8 @@ def test_hanging_process(kind, configs, tmp_path, table):
     table.add(f"hanging process, {kind}")
 
 
-@pytest.mark.parametrize("kind", ONLY["detection"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_failing_process(kind, configs, tmp_path, table):
     """The error would occur again, so the exit status does not ask for a restart."""
     run = sabotaged(DenseRun(kind, tmp_path, configs[kind]), kind, FAIL="1:4")
@@ -438,7 +436,7 @@ def test_torchrun_restarts(kind, configs, tmp_path, undisturbed_pair, table):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONLY["segmentation"])
 def test_bad_loss_on_one_of_two_processes(kind, configs, tmp_path, table):
     run = sabotaged(DenseRun(kind, tmp_path, configs[kind]), kind, BAD_LOSS="1:3,6")
     finished(run, 2)  # each process starts with a pass whose gradients are discarded
@@ -496,7 +494,7 @@ def copied_data(kind: str, data: Path, folder: Path) -> tuple[Path, list[Path]]:
     return folder, sorted((folder / part / images).iterdir())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONLY["segmentation"])
 def test_unreadable_images(kind, demo_data, tmp_path, table):
     """The limit is 0.1 % of the images, and at least one image. Two of 12 exceed it."""
     data, images = copied_data(kind, demo_data, tmp_path / "data")
@@ -547,7 +545,7 @@ def test_storage_outage(kind, demo_data, tmp_path, table):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONLY["detection"])
 def test_other_settings_and_taken_folders_are_refused(kind, configs, tmp_path, undisturbed):
     shutil.copytree(undisturbed[kind], tmp_path / "run")
     for path in DENSE_NAMES.numbered(tmp_path / "run")[:1]:  # as if the run was not complete
