@@ -183,9 +183,11 @@ class TrainingRunner(DenseRunner):
 
     Attributes:
         run: what is trained. Set before `train`.
+        is_open: whether its files are open.
     """
 
     run: Run
+    is_open = False
 
     @property
     def output(self) -> Output:
@@ -196,6 +198,11 @@ class TrainingRunner(DenseRunner):
     def state(self) -> DenseState:
         """Where the run is."""
         return self.train_loop.state
+
+    def dump_config(self) -> None:
+        """Write the config to the work dir, once the run has opened its files: a refused run leaves them alone."""
+        if self.is_open:
+            super().dump_config()
 
     def register_default_hooks(self, hooks: dict[str, Any] | None = None) -> None:
         """Register the hooks that every run has, but for the one that saves: the loop does that."""
@@ -266,6 +273,8 @@ class TrainingRunner(DenseRunner):
             self.restore(source)
         described = describe_run(run.settings, self.data, self.device, PACKAGES)
         on_main_process(lambda: self.output.open(described, self.state.covers, source, run.resumes, scalars=False))
+        self.is_open = True
+        self.dump_config()
 
     def _compare(self, source: Source) -> None:
         """Compare the run with that of a checkpoint. `--auto-resume` refuses what differs, `--resume` reports it.

@@ -292,6 +292,7 @@ def trained(scenes, tmp_path_factory) -> Path:
 
 def test_resume(trained, scenes, tmp_path):
     text = run("train.py", DEMO, "--work-dir", tmp_path, "--resume", trained / "epoch_1.pth", "--no-validate", "--amp",
+               "--auto-scale-lr",
                *small(scenes, 2))  # fmt: skip
     assert "epoch_1.pth: resuming at iteration 3" in text
     assert "Epoch(train) [2][2/2]" in text

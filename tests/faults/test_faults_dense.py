@@ -562,7 +562,9 @@ def test_other_settings_and_taken_folders_are_refused(kind, configs, tmp_path, u
     options = ["--cfg-options", "optim_wrapper.optimizer.lr=0.01", "model.backbone.drop_path_rate=0.2"]
     line = refused(*options)
     assert "model.backbone.drop_path_rate 0.2 (was 0.3), optim_wrapper.optimizer.lr 0.01 (was 0.001)" in line
-    assert "of a run on other images" in refused("--cfg-options", "train_dataloader.dataset.indices=11")
+    assert "train_dataloader.dataset.indices 11 (was 12)" in refused(
+        "--cfg-options", "train_dataloader.dataset.indices=11"
+    )
     assert "--seed" in refused("--seed", "1") or "randomness.seed 1 (was 0)" in refused("--seed", "1")
     taken = "train.py: --work-dir run: already holds a run; resume it with --auto-resume, or name another folder"
     assert refused(without=("--auto-resume",)) == taken
@@ -571,6 +573,19 @@ def test_other_settings_and_taken_folders_are_refused(kind, configs, tmp_path, u
     options = ["optim_wrapper.optimizer.type=SGD", "optim_wrapper.optimizer.momentum=0.9"]
     line = refused("--resume", "--cfg-options", *options, without=("--auto-resume",))
     assert "optim_wrapper.optimizer" in line
+
+
+def test_other_images_are_refused(demo_data, tmp_path, undisturbed):
+    shutil.copytree(undisturbed["segmentation"], tmp_path / "run")
+    (tmp_path / "run/iter_12.pth").unlink()  # as if the run was not complete
+    data, images = copied_data("segmentation", demo_data, tmp_path / "data")
+    label = Path(str(images[0]).replace("/images/", "/annotations/")).with_suffix(".png")
+    for path in (images[0], label):
+        path.unlink()
+    run = DenseRun("segmentation", tmp_path, write_config(tmp_path, "segmentation", data))
+    assert run.start().wait(LIMIT) == 2
+    assert "of a run on other images" in run.text().strip().splitlines()[-1]
+    assert DENSE_NAMES.numbered(tmp_path / "run")[0].name == "iter_10.pth"
 
 
 @pytest.mark.parametrize("kind", ONLY["segmentation"])
