@@ -51,15 +51,17 @@ demo-detection: install-mm
 		--show-dir $(DETECTION_RUN)/pictures --work-dir $(DETECTION_RUN) --cfg-options $(OBJECTS)
 	@echo "detections beside the truth: $(DEMO)/detection/pictures"
 
-# Two tests at a time, with one thread each.
+# Two files at a time, the longest first, with one thread each.
+TWO = OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: install-test lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
+	$(TWO) -m "not slow"
 
 test-long: install-test
 	$(RUN) -m pytest
 
 test-faults: install-test
-	$(RUN) -m pytest tests/faults
+	$(TWO) tests/faults
 
 lint: install-fast
 	$(RUN) -m ruff check .

@@ -39,16 +39,14 @@ class ConsoleFilter(logging.Filter):
     """Keep a log's records from the console. The log file gets all.
 
     Attributes:
-        is_quiet: whether to drop all records below warnings, and not only noise.
+        level: level below which all records are dropped, and not only noise.
     """
 
-    is_quiet = False
+    level = logging.NOTSET
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to print a record."""
-        if self.is_quiet and record.levelno < logging.WARNING:
-            return False
-        return not noise.match(record.getMessage())
+        return record.levelno >= self.level and not noise.match(record.getMessage())
 
 
 def console_filter(logger: logging.Logger) -> ConsoleFilter:
@@ -64,18 +62,19 @@ def console_filter(logger: logging.Logger) -> ConsoleFilter:
 
 
 @contextlib.contextmanager
-def quiet(logger: logging.Logger | None = None) -> Iterator[None]:
-    """Keep a log's records below warnings from the console.
+def quiet(logger: logging.Logger | None = None, level: int = logging.WARNING) -> Iterator[None]:
+    """Keep a log's records below a level from the console.
 
     Args:
         logger: the log, by default mmengine's current one.
+        level: the level.
     """
     console = console_filter(logger or MMLogger.get_current_instance())
-    before, console.is_quiet = console.is_quiet, True
+    before, console.level = console.level, level
     try:
         yield
     finally:
-        console.is_quiet = before
+        console.level = before
 
 
 def ignore_warnings() -> None:

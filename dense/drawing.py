@@ -1,12 +1,14 @@
 """Shared by the pictures of segmentation and detection: how they are named, and how images are read and enlarged."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mmcv
 import numpy as np
 from mmengine import fileio
+from mmengine.hooks import Hook
 
 MIN_HEIGHT = 256  # in pixels
 
@@ -46,3 +48,32 @@ def image_folders(dataset: Any) -> list[str]:
     prefixes = getattr(dataset, "data_prefix", None) or {}
     own = [str(folder) for kind in ("img_path", "img") if (folder := prefixes.get(kind))]
     return own + [folder for part in inner for folder in image_folders(part)]
+
+
+class FileHook(Hook):
+    """Write one file for each test image.
+
+    Args:
+        folder: where to write the files, each with its image's path inside the data set.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def after_test_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
+    ) -> None:
+        """Write the files of a batch."""
+        dataset = runner.test_dataloader.dataset
+        for sample in outputs or ():
+            self.write(sample, dataset.metainfo, self.folder / place_in(dataset, sample.img_path))
+
+    def write(self, sample: Any, metainfo: dict[str, Any], path: Path) -> None:
+        """Write the file of an image.
+
+        Args:
+            sample: mmengine's data sample, with the prediction.
+            metainfo: the data set's, with its classes and palette.
+            path: the image's path inside its data set, below the folder.
+        """
+        raise NotImplementedError

@@ -245,16 +245,16 @@ class TrainLoop(BaseLoop):
         self.buffers = buffers_of(self.runner.model)
         self._is_settled = get_world_size() == 1
         self.validate()
-        if self.schedule.by_epoch:
-            while self.done < self.schedule.length and not self.stop_training:
-                self.train_until_validation()
-                self.validate()
-        else:
-            self.runner.call_hook("before_train_epoch")
-            batches = self._batches()
-            while self.done < self.schedule.length and not self.stop_training:
-                self.train_until_validation(batches)
-                self.validate()
+        batches: Iterator[Any] | None = None
+        while self.done < self.schedule.length and not self.stop_training:
+            if batches is None:
+                self.runner.call_hook("before_train_epoch")
+                batches = self._batches()
+            self.train_until_validation(batches)
+            if self.schedule.by_epoch:
+                batches = None
+            self.validate()
+        if batches is not None:  # an iteration-based run is one epoch for mmengine's hooks
             self.runner.call_hook("after_train_epoch")
         self.runner.call_hook("after_train")
         return self.runner.model
@@ -269,15 +269,8 @@ class TrainLoop(BaseLoop):
         self.progress = Progress(self.dataloader, title, self.schedule.log_interval, total, first, print_line=reporter)
         return iter(self.progress)
 
-    def train_until_validation(self, batches: Iterator[Any] | None = None) -> None:
-        """Train an epoch, or the iterations up to the next validation.
-
-        Args:
-            batches: the batches of an iteration-based run.
-        """
-        if batches is None:
-            self.runner.call_hook("before_train_epoch")
-            batches = self._batches()
+    def train_until_validation(self, batches: Iterator[Any]) -> None:
+        """Train on the rest of an epoch, or on the iterations up to the next validation."""
         self.monitor.watchdog.sync_point()
         self.runner.model.train()
         for batch in batches:  # an epoch's are taken to their end, where mmdet's sampler empties its buckets

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import logging
 import os
 import pickle
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from mmengine.registry import Registry, build_from_cfg
 from mmengine.runner import Runner
 from mmengine.utils import is_installed
 
+from dense.console import quiet
 from training import checkpoints
 
 
@@ -105,15 +107,20 @@ def mark_loaded(runner: Any) -> None:
     runner._has_loaded = True
 
 
-class QuietEnvironmentRunner(Runner):
-    """Runner that prints nothing while it collects what the log says about the environment.
+class QuietRunner(Runner):
+    """Runner that does not print what would mislead.
 
-    mmengine asks the C++ compiler for its version, by a shell that prints an error if there is no compiler.
+    mmengine asks the C++ compiler for its version, by a shell that prints an error if there is no compiler. And it
+    initialises weights that a checkpoint replaces.
     """
 
     def _log_env(self, env_cfg: dict[str, Any]) -> None:
         with _without_stderr():
             super()._log_env(env_cfg)
+
+    def _init_model_weights(self) -> None:
+        with quiet(self.logger, logging.ERROR) if self._load_from else contextlib.nullcontext():
+            super()._init_model_weights()
 
 
 @contextlib.contextmanager

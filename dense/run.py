@@ -285,12 +285,12 @@ class TrainingRunner(DenseRunner):
         before = settings_in(source.checkpoint)
         if not before:  # mmengine's own
             return
-        settings = {**dict.fromkeys(before), **self.run.settings}
-        same_names = {**source.checkpoint, "args": {**dict.fromkeys(settings), **before}}
+        names = before.keys() | self.run.settings.keys()  # configs may gain settings, and lose them
+        before, now = ({name: settings.get(name) for name in names} for settings in (before, self.run.settings))
         if self.run.auto_resume:
-            images = "train_dataloader.dataset.data_root"
-            check_same_run(replace(source, checkpoint=same_names), settings, self.data, (), "work_dir", images)
-        elif changed := differences(same_names["args"], settings, ()):
+            source = replace(source, checkpoint={**source.checkpoint, "args": before})
+            check_same_run(source, now, self.data, (), "work_dir", "train_dataloader.dataset.data_root")
+        elif changed := differences(before, now, ()):
             print_main(with_flags(f"checkpoint {source.path}: its run had other settings: {', '.join(changed)}", {}))
 
     def _describe_data(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from dense.console import console_filter, quiet, without_noise
 from dense.loading import use_checked_loading
-from dense.mmengine_adapter import QuietEnvironmentRunner, mark_loaded, read_checkpoint
+from dense.mmengine_adapter import QuietRunner, mark_loaded, read_checkpoint
 from training.checkpoints import load_weights, weights_of
 
 VARIANT_HINT = "use that variant's config, or another checkpoint"
@@ -47,7 +47,7 @@ def without_mixed_precision(optim_wrapper: dict[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in optim_wrapper.items() if key not in scaling}, "type": "OptimWrapper"}
 
 
-class DenseRunner(QuietEnvironmentRunner):
+class DenseRunner(QuietRunner):
     """Train and test a segmentor or detector, on GPUs or on CPU processes.
 
     Attributes:
@@ -67,21 +67,21 @@ class DenseRunner(QuietEnvironmentRunner):
         use_checked_loading(cfg)
         runner = cls.from_cfg(cfg)
         runner.checkpoints = checkpoints or {}
-        console_filter(runner.logger).is_quiet = False
+        console_filter(runner.logger).level = logging.NOTSET
         runner.logger.info(f"versions, config and hooks are in {runner.logger.log_file}")
         return runner
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         """Build the log. Hundreds of lines come from building the runner; they go to the log file alone."""
         logger = super().build_logger(*args, **kwargs)
-        console_filter(logger).is_quiet = True
+        console_filter(logger).level = logging.WARNING
         return logger
 
     @staticmethod
     def build_dataloader(*args: Any, **kwargs: Any) -> DataLoader:
         """Build a data loader."""
         with without_noise():
-            return QuietEnvironmentRunner.build_dataloader(*args, **kwargs)
+            return QuietRunner.build_dataloader(*args, **kwargs)
 
     def build_evaluator(self, evaluator: Any) -> Evaluator:
         """Build an evaluator. Processes collect their results in the run's folder, not in the current one."""

@@ -106,7 +106,7 @@ class SeededBatches(Sampler[list[Draw]]):
 
     def _all(self) -> Iterator[list[int]]:
         """All batches of the epoch, or of the endless run."""
-        if hasattr(self.sampler, "skip"):  # an infinite sampler, which goes on where it was
+        if hasattr(self.sampler, "skip"):  # mmengine's infinite sampler, which would continue
             self.sampler.skip(0)
         for epoch in count() if self.is_endless else (self.epoch,):
             if hasattr(self.sampler, "set_epoch"):

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from dense.settings import (
 from training.commands import run_command
 from training.errors import UserError
 from training.processes import on_main_process
-from training.storage import make_folder
+from training.storage import make_folder, missing_folders, remove_empty
 
 
 @dataclass
@@ -117,14 +116,12 @@ def make_folders(folders: Sequence[tuple[Path, str]]) -> None:
     Raises:
         UserError: a folder is not writable.
     """
-    new = [path for folder, _ in folders for path in (folder, *folder.parents) if not path.exists()]
+    missing = missing_folders(*(folder for folder, _ in folders))
     try:
         for folder, what in folders:
             make_folder(folder, what)
     except UserError:
-        for path in sorted(new, key=lambda path: -len(path.parts)):
-            with suppress(OSError):
-                path.rmdir()
+        remove_empty(missing)
         raise
 
 

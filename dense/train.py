@@ -4,7 +4,7 @@ import argparse
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from mmengine.config import Config
 
 from dense.checks import check_training_parts, rehearse
 from dense.data import check_data
-from dense.loops import Schedule
+from dense.loops import DenseState, Schedule
 from dense.run import ADVICE, DenseNames, Run, TrainingRunner, is_finished, read_schedule, settings_of
 from dense.settings import (
     FORMER_OF_TRAINING,
@@ -30,7 +30,7 @@ from training.monitor import MonitorSettings
 from training.output import Output, stopped
 from training.processes import get_world_size, is_main_process, on_main_process, print_main
 from training.resume import Source, find_checkpoint
-from training.storage import make_folder
+from training.storage import make_folder, missing_folders, remove_empty
 from training.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
 
 RESUME = "run the same command with --auto-resume to resume from the last checkpoint"
@@ -186,13 +186,18 @@ def run_to_the_end(runner: TrainingRunner) -> None:
     Raises:
         Preempted: the run was asked to stop, and has saved.
     """
-    output, watchdog = runner.output, runner.run.watchdog
+    output, watchdog, source = runner.output, runner.run.watchdog, runner.run.source
+    start = DenseState.from_checkpoint(source.checkpoint).global_step if source else 0
     try:
         runner.train()
     except Preempted:
         runner.save()
         place = f"before iteration {runner.state.global_step + 1}"
         raise stopped(output, place, watchdog.preemption.status, watchdog.flags) from None
+    except UserError:  # in the first step, such as an operator that is missing
+        if watchdog.preemption.has_progress and runner.state.global_step == start:
+            watchdog.preemption.has_progress = False
+        raise
     on_main_process(output.close)
     state = runner.state
     if state.bad_steps == state.global_step:
@@ -208,16 +213,14 @@ def run_to_the_end(runner: TrainingRunner) -> None:
 def nothing_left(folder: Path, preemption: Preemption) -> Iterator[None]:
     """If a command fails before its first step, delete what it has written to the work dir."""
     before = set(folder.iterdir()) if folder.is_dir() else set()
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    missing = missing_folders(folder)
     try:
         yield
     except Exception:
         if not preemption.has_progress and is_main_process():
             for path in set(folder.iterdir()) - before if folder.is_dir() else ():
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-            for path in new:
-                with suppress(OSError):  # another process may have written there
-                    path.rmdir()
+            remove_empty(missing)
         raise
 
 

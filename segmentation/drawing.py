@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mmengine.hooks import Hook
 from PIL import Image, ImageDraw, ImageFont
 
-from dense.drawing import enlargement, place_in, read_stored
+from dense.drawing import FileHook, enlargement, read_stored
 
 IGNORED = 255  # label of pixels that belong to no class
 MARGIN = 8
@@ -71,51 +70,27 @@ def draw(
     return picture
 
 
-class DrawingHook(Hook):
-    """Draw each test image with its truth, if it has one, and its prediction.
+class DrawingHook(FileHook):
+    """Draw each test image with its truth, if it has one, and its prediction, as PNG."""
 
-    Args:
-        folder: where to write one PNG per image, with the image's path inside its data set.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def after_test_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
-    ) -> None:
-        """Draw the images of a batch."""
-        dataset = runner.test_dataloader.dataset
-        for sample in outputs or ():
-            maps = {}
-            if "gt_sem_seg" in sample:
-                maps["truth"] = sample.gt_sem_seg.data[0].cpu().numpy()
-            maps["prediction"] = sample.pred_sem_seg.data[0].cpu().numpy()
-            image = read_stored(sample.img_path)
-            picture = draw(image, maps, dataset.metainfo["classes"], dataset.metainfo["palette"])
-            save(picture, self.folder / place_in(dataset, sample.img_path))
+    def write(self, sample: Any, metainfo: dict[str, Any], path: Path) -> None:
+        """Draw an image."""
+        maps = {}
+        if "gt_sem_seg" in sample:
+            maps["truth"] = sample.gt_sem_seg.data[0].cpu().numpy()
+        maps["prediction"] = sample.pred_sem_seg.data[0].cpu().numpy()
+        save(draw(read_stored(sample.img_path), maps, metainfo["classes"], metainfo["palette"]), path)
 
 
-class LabelsHook(Hook):
-    """Write the predicted labels of each test image, in the data set's numbering.
+class LabelsHook(FileHook):
+    """Write the predicted labels of each test image, in the data set's numbering, as PNG."""
 
-    Args:
-        folder: where to write one PNG per image, with the image's path inside its data set.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def after_test_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
-    ) -> None:
-        """Write the labels of a batch."""
-        dataset = runner.test_dataloader.dataset
-        for sample in outputs or ():
-            labels = sample.pred_sem_seg.data[0].cpu().numpy()
-            if sample.metainfo.get("reduce_zero_label"):
-                labels = labels + 1  # the data set's 0 belongs to no class
-            save(Image.fromarray(labels.astype(np.uint8)), self.folder / place_in(dataset, sample.img_path))
+    def write(self, sample: Any, metainfo: dict[str, Any], path: Path) -> None:
+        """Write the labels of an image."""
+        labels = sample.pred_sem_seg.data[0].cpu().numpy()
+        if sample.metainfo.get("reduce_zero_label"):
+            labels = labels + 1  # the data set's 0 belongs to no class
+        save(Image.fromarray(labels.astype(np.uint8)), path)
 
 
 def save(picture: Image.Image, path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, PLAIN, ROOT, SMALL, command, free_port, read_log, succeed
+from conftest import GOLDEN, PLAIN, ROOT, SMALL, command, free_port, link_digits, read_log, succeed
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -563,8 +563,9 @@ def test_finetune_reports_what_it_loaded(trained, few_digits, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
-def test_distillation_trains(kind, trained, some_digits, tmp_path):
-    arguments = [*SMALL, "--data-path", some_digits, "--output_dir", tmp_path / "run", "--input-size", 64,
+def test_distillation_trains(kind, trained, digits, tmp_path):
+    images = link_digits(digits, tmp_path / "images", "0123456789", train=4, val=2)
+    arguments = [*SMALL, "--data-path", images, "--output_dir", tmp_path / "run", "--input-size", 64,
                  "--batch-size", 32, "--distillation-type", kind, "--teacher-model", "SepViT_Lite", "--device", "cpu",
                  "--teacher-path", trained[0] / "checkpoint.pth", "--distillation-tau", 2]  # fmt: skip
     assert main.run([str(argument) for argument in arguments]) == 0

@@ -493,7 +493,10 @@ def test_progress_bar_of_test(scenes, detector, tmp_path):
 
 @pytest.mark.parametrize(
     ("task", "config", "first"),
-    [("segmentation", SEGMENTATION, "Iter(train) [1/"), ("detection", DETECTION, "Epoch(train) [1][1/")],
+    [
+        pytest.param("segmentation", SEGMENTATION, "Iter(train) [1/", marks=pytest.mark.slow),
+        ("detection", DETECTION, "Epoch(train) [1][1/"),
+    ],
 )
 def test_few_lines_before_the_first_step(task, config, first, scenes, tmp_path):
     """Of a real process: the tests' own have imported the libraries before."""
@@ -510,6 +513,17 @@ def test_few_lines_before_the_first_step(task, config, first, scenes, tmp_path):
     assert all(words in log for words in ("System environment:", "Config:", "Hooks will be executed"))
 
 
+def test_missing_operator_in_the_first_step(scenes, tmp_path):
+    """Maximum pooling needs mmcv's compiled operators. Once they are installed, the same command has to run."""
+    pooling = "model.roi_head.bbox_roi_extractor.roi_layer.pool_mode=max"
+    result = command(DETECTION, "--from-scratch", "--work-dir", tmp_path / "work", *small(scenes, pooling),
+                     script="detection/train.py", cwd=ROOT / "detection",
+                     environment={"SEPVIT_OPERATORS": "torchvision"})  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert "train.py: mmcv's operator roi_align_forward with pool_mode='max'" in result.stderr
+    assert not (tmp_path / "work").exists()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Several processes
 # ----------------------------------------------------------------------------------------------------------------------
@@ -523,7 +537,7 @@ if mode == "mistake" and rank == "0":
 if mode == "killed" and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 if mode == "again":
-    print("start", os.environ["TORCHELASTIC_RESTART_COUNT"], flush=True)
+    os.write(1, f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}\\n".encode())  # at once: two processes write
     sys.exit(75 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 0)
 if mode == "bug" and rank == "1":
     raise ValueError("a bug")

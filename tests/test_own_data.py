@@ -687,14 +687,17 @@ UNFIT_LABELLED: dict[str, tuple[Spoil, str]] = {
 }
 
 
-@pytest.mark.parametrize("mistake", UNFIT_LABELLED)
-def test_unfit_segmentation_data(mistake, segmentation):
-    cfg, root = segmentation
-    spoil, words = UNFIT_LABELLED[mistake]
+def refuse(cfg: Config, root: Path, spoil: Callable[[Config, Path], None], words: str) -> None:
+    """Spoil a data set, and require that it is refused with these words."""
     spoil(cfg, root)
     with pytest.raises(UserError) as raised:
         check_data(cfg, "train_dataloader", "val_dataloader")
     assert words.format(root=root) in str(raised.value)
+
+
+@pytest.mark.parametrize("mistake", UNFIT_LABELLED)
+def test_unfit_segmentation_data(mistake, segmentation):
+    refuse(*segmentation, *UNFIT_LABELLED[mistake])
 
 
 def test_images_of_another_suffix_are_mentioned(segmentation, capsys):
@@ -890,12 +893,7 @@ UNFIT_BOXED: dict[str, tuple[Spoil, str]] = {
 
 @pytest.mark.parametrize("mistake", UNFIT_BOXED)
 def test_unfit_detection_data(mistake, detection):
-    cfg, root = detection
-    spoil, words = UNFIT_BOXED[mistake]
-    spoil(cfg, root)
-    with pytest.raises(UserError) as raised:
-        check_data(cfg, "train_dataloader", "val_dataloader")
-    assert words.format(root=root) in str(raised.value)
+    refuse(*detection, *UNFIT_BOXED[mistake])
 
 
 def add_cow(content: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ They are used in `dense/mmengine_adapter.py`, mmdet's in `dense/coco.py`. The ra
 
 import importlib.metadata
 import json
+import logging
 import pickle
 import re
 
@@ -14,7 +15,7 @@ import torch
 from conftest import ROOT
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, print_log
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
@@ -149,6 +150,17 @@ def test_a_missing_compiler_is_not_printed(tmp_path, monkeypatch, capfd):
         kind(Network(), str(tmp_path / kind.__name__), experiment_name=kind.__name__)
         assert ("not found" not in capfd.readouterr().err) == is_quiet
     assert "GCC: n/a" in next(tmp_path.glob("DenseRunner/*/*.log")).read_text()
+
+
+def test_weights_that_a_checkpoint_replaces_are_not_reported(tmp_path, capfd):
+    """In `Runner._init_model_weights`, before training."""
+    for load_from in (None, "weights.pth"):
+        network = Network()
+        network.init_weights = lambda: print_log("randomly initialised", "current", logging.WARNING)
+        runner = DenseRunner(network, str(tmp_path), load_from=load_from, experiment_name=f"initialises {load_from}")
+        runner._init_model_weights()
+        assert ("randomly initialised" in "".join(capfd.readouterr())) == (load_from is None)
+    assert len(re.findall("randomly initialised", "".join(log.read_text() for log in tmp_path.glob("*/*.log")))) == 2
 
 
 def test_runners_that_have_not_loaded_load(tmp_path):

@@ -288,6 +288,7 @@ def test_resume(trained, scenes, tmp_path):
     options = small(scenes, 4)
     automatic = run("train.py", DEMO, "--work-dir", tmp_path, "--resume", "--no-validate", *options)
     assert "iter_2.pth: resuming at iteration 3" in automatic
+    assert "randomly initialised" not in automatic
     rates = {entry["step"]: entry["lr"] for entry in log_of(tmp_path) if "lr" in entry}
     assert list(rates) == [3, 4]
     assert rates[4] > rates[3] > {e["step"]: e["lr"] for e in log_of(trained) if "lr" in e}[2]  # warming up
@@ -347,19 +348,25 @@ def test_evaluation_metrics_predictions_and_pictures(trained, scenes, tmp_path):
     assert len(list((tmp_path / "alone").iterdir())) == 2
 
 
-def test_commands_of_the_page_on_two_processes(scenes, tmp_path):
-    """Train, evaluate, evaluate multi-scale. The figures are the same as on one process."""
-    config, work_dir = tmp_path / "my config.py", tmp_path / "work dir"
+@pytest.fixture(scope="module")
+def trained_by_two(scenes, tmp_path_factory) -> tuple[Path, Path]:
+    """A config, and the work dir of its run on two processes."""
+    folder = tmp_path_factory.mktemp("two processes")
+    config, work_dir = folder / "my config.py", folder / "work dir"
     config.write_text(f"_base_ = {str(DEMO)!r}\nmodel = dict(decode_head=dict(norm_cfg=dict(type='SyncBN')))\n")
-    port = {"PORT": free_port()}
-    text = script("dist_train.sh", config, 2, "--work-dir", work_dir, *small(scenes), environment=port)
+    text = script("dist_train.sh", config, 2, "--work-dir", work_dir, *small(scenes), environment={"PORT": free_port()})
     assert "Iter(val) [1/1]" in text
     assert text.count(": checkpoints and logs are in ") == 1
-    checkpoint = work_dir / "iter_2.pth"
-    for extra in ([], ["--aug-test"]):
-        arguments = [config, checkpoint, "--eval", "mIoU", "--work-dir", work_dir, *extra, *small(scenes)]
-        two = script("dist_test.sh", *arguments[:2], 2, *arguments[2:], environment=port)
-        assert miou(two) == miou(run("test.py", *arguments))
+    return config, work_dir
+
+
+@pytest.mark.parametrize("scales", [[], pytest.param(["--aug-test"], marks=pytest.mark.slow)])
+def test_evaluation_of_two_processes_is_that_of_one(scales, trained_by_two, scenes):
+    """The figures are the same, over one scale and over several."""
+    config, work_dir = trained_by_two
+    arguments = [config, work_dir / "iter_2.pth", "--eval", "mIoU", "--work-dir", work_dir, *scales, *small(scenes)]
+    two = script("dist_test.sh", *arguments[:2], 2, *arguments[2:], environment={"PORT": free_port()})
+    assert miou(two) == miou(run("test.py", *arguments))
 
 
 @pytest.mark.slow
@@ -380,16 +387,14 @@ def test_paper_configs_on_two_processes(name, scenes, tmp_path):
         assert float(miou(text)) >= 0
 
 
-def test_slurm_scripts(trained, scenes, tmp_path):
+@pytest.mark.parametrize("name", ["slurm_train.sh", pytest.param("slurm_test.sh", marks=pytest.mark.slow)])
+def test_slurm_scripts(name, trained, scenes, tmp_path):
     """A script takes the place of srun, and starts the tasks as it would."""
     environment = {**play_srun(tmp_path), "GPUS": "2", "SRUN_ARGS": "--quiet --time=1"}
-    work_dir = tmp_path / "work dir"
-    text = script("slurm_train.sh", "gpu", "job", DEMO, "--work-dir", work_dir, *small(scenes, 1),
+    checkpoint = [] if name == "slurm_train.sh" else [trained / "iter_2.pth", "--eval", "mIoU"]
+    text = script(name, "gpu", "job", DEMO, *checkpoint, "--work-dir", tmp_path / "work dir", *small(scenes, 1),
                   environment=environment)  # fmt: skip
-    assert text.count(": checkpoints and logs are in ") == 1
-    text = script("slurm_test.sh", "gpu", "job", DEMO, work_dir / "iter_1.pth", "--eval", "mIoU", *small(scenes),
-                  f"work_dir={work_dir}", environment=environment)  # fmt: skip
-    assert miou(text)
+    assert miou(text) if checkpoint else text.count(": checkpoints and logs are in ") == 1
     given = (tmp_path / "srun.txt").read_text().splitlines()
     assert {"--partition=gpu", "--job-name=job", "--gres=gpu:2", "--ntasks=2", "--time=1"} <= set(given)
 

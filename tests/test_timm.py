@@ -12,6 +12,8 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import sepvit
 
+# The largest takes as long as all others, and its code is theirs.
+FORMS = [pytest.param(variant, marks=pytest.mark.slow if variant == "SepViT_Base" else ()) for variant in VARIANTS]
 CHANNELS = {variant: list(sizes["embed_dims"]) for variant, sizes in sepvit.VARIANTS.items()}
 
 
@@ -19,7 +21,7 @@ def test_registered():
     assert set(VARIANTS) <= set(timm.list_models("SepViT_*"))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FORMS)
 def test_forward_and_head(variant):
     model = timm.create_model(variant).eval()
     images = torch.randn(1, *model.default_cfg["input_size"])
@@ -33,14 +35,14 @@ def test_forward_and_head(variant):
     torch.testing.assert_close(model.head(pooled), logits)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FORMS)
 def test_backward(variant):
     model = timm.create_model(variant, num_classes=42).train()
     model(torch.randn(2, 3, 224, 224)).mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FORMS)
 def test_default_cfg(variant):
     model = timm.create_model(variant).eval()
     cfg, state_dict = model.default_cfg, model.state_dict()
@@ -60,7 +62,7 @@ def test_default_cfg(variant):
     assert get_model_traits(timm.create_model(variant))["fixed_input_size"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FORMS)
 def test_features_only(variant):
     model = timm.create_model(variant, features_only=True).eval()
     assert model.feature_info.channels() == CHANNELS[variant]
@@ -140,7 +142,7 @@ def test_classifier_and_pooling():
     assert unpooled(images).shape == (1, 2, 2, 5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FORMS)
 def test_torchscript(variant):
     model = timm.create_model(variant, img_size=64).eval()
     images = torch.randn(1, 3, 64, 64)
@@ -155,7 +157,7 @@ def fx_graph(model: torch.nn.Module) -> torch.nn.Module:
     return create_feature_extractor(model, **nodes, tracer_kwargs=settings)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FORMS)
 def test_fx(variant):
     model = timm.create_model(variant, img_size=64, num_classes=42)
     images = torch.randn(2, 3, 64, 64)

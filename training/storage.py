@@ -4,6 +4,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -60,6 +61,19 @@ def with_retries(read: Callable[[], T], folder: str | Path, pauses: Sequence[int
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def missing_folders(*folders: Path) -> list[Path]:
+    """Return those of some folders and of their parents that do not exist, the deepest first."""
+    missing = {path for folder in folders for path in (folder, *folder.parents) if not path.exists()}
+    return sorted(missing, key=lambda path: -len(path.parts))
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders that are empty, in this order. The others stay."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def make_folder(folder: Path, what: str) -> None:

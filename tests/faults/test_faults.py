@@ -286,8 +286,8 @@ def test_torchrun_preempted(number, few_digits, tmp_path, undisturbed_pair, tabl
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-LONG_FORM = [pytest.param(*other, marks=pytest.mark.slow) for other in ((0, signal.SIGKILL), (1, signal.SIGSTOP))]
-LOST = [(1, signal.SIGKILL), (0, signal.SIGSTOP), *LONG_FORM]
+LOST = [pytest.param(process, number, marks=() if (process, number) == (1, signal.SIGKILL) else pytest.mark.slow)
+        for process in (0, 1) for number in (signal.SIGKILL, signal.SIGSTOP)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("process", "number"), LOST)

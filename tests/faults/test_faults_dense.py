@@ -313,7 +313,8 @@ def test_one_of_two_processes_preempted(kind, configs, tmp_path, undisturbed_pai
     table.add(f"SIGUSR1 to one process of two, {kind}")
 
 
-@pytest.mark.parametrize("kind", ONLY["segmentation"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_slurm_script_requeues_the_job(kind, configs, tmp_path, undisturbed, table):
     """Scripts stand in for srun, which runs one task, and scontrol, which records its arguments."""
     port = free_port()
@@ -371,7 +372,8 @@ def test_lost_process(kind, process, number, configs, tmp_path, undisturbed_pair
     table.add(f"process lost to SIGKILL or SIGSTOP, {kind}")
 
 
-@pytest.mark.parametrize("kind", ONLY["segmentation"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_hanging_process(kind, configs, tmp_path, table):
     """The process is alive but makes no progress."""
     run = sabotaged(DenseRun(kind, tmp_path, configs[kind], "--timeout", "20"), kind, HANG="1:4")
@@ -418,7 +420,8 @@ def test_lost_loader_worker(kind, configs, tmp_path, undisturbed, table):
     table.add(f"loader worker killed, {kind}")
 
 
-@pytest.mark.parametrize("kind", ONLY["segmentation"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_torchrun_restarts(kind, configs, tmp_path, undisturbed_pair, table):
     launcher = ("--standalone", "--max-restarts=1")
     run = DenseRun(kind, tmp_path, configs[kind], "--launcher", "pytorch", processes=2, launcher=launcher)
@@ -514,7 +517,8 @@ def test_unreadable_images(kind, demo_data, tmp_path, table):
     table.add(f"unreadable images, {kind}", 3)
 
 
-@pytest.mark.parametrize("kind", ONLY["detection"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_storage_outage(kind, demo_data, tmp_path, table):
     """The run waits out a short outage. A long one ends it with a transient error, and the same command resumes."""
     data, _ = copied_data(kind, demo_data, tmp_path / "data")
