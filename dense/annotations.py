@@ -15,6 +15,12 @@ REQUIRED = {
     "annotations": ("id", "image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "file_name": str,
+    "name": str,
+    "height": (int, float),
+    "width": (int, float),
+}
 
 
 def listed(names: Sequence[Any]) -> str:
@@ -114,8 +120,12 @@ def _check_entries(what: str, content: Mapping[str, Any], needs_objects: bool) -
         for number, entry in enumerate(entries):
             if not isinstance(entry, dict):
                 raise UserError(f"{what}: {key}[{number}] is {entry!r:.40}, not an object with {', '.join(required)}")
-            if missing := [name for name in required if name not in entry]:
+            if missing := [name for name in required if entry.get(name) is None]:
                 raise UserError(f"{what}: {key}[{number}] has no {' and no '.join(missing)}")
+            for name in TYPES.keys() & required:
+                if not isinstance(entry[name], TYPES[name]):
+                    raise UserError(f"{what}: {key}[{number}] has {name} {entry[name]!r:.40}, not "
+                                    f"{'a text' if TYPES[name] is str else 'a number'}")  # fmt: skip
         _check_ids(what, key, [entry["id"] for entry in entries])
     for mark in content.get("annotations") or []:
         box = mark["bbox"]
@@ -167,5 +177,6 @@ def _check_kept_images(
 def _is_used(mark: Mapping[str, Any]) -> bool:
     """Whether mmdet learns from an annotation. It leaves out crowds and boxes smaller than a pixel."""
     _, _, width, height = mark["bbox"]
-    is_empty = width < 1 or height < 1 or mark.get("area", 1) <= 0
+    area = mark.get("area")
+    is_empty = width < 1 or height < 1 or (area is not None and area <= 0)
     return not (mark.get("iscrowd") or mark.get("ignore") or is_empty)

@@ -43,11 +43,7 @@ def check_data(cfg: Config, *loaders: str) -> None:
     Raises:
         UserError: files are missing, classes disagree, or annotations do not fit. The line names them.
     """
-    for loader in loaders:
-        dataset = (cfg.get(loader) or {}).get("dataset") or {}
-        if resolve(DATASETS, dataset) is None:
-            raise UserError(f"{loader}.dataset.type={dataset.get('type')}: no such data set; the registries have "
-                            "BaseSegDataset, CocoDataset and those of custom_imports")  # fmt: skip
+    check_types(cfg, *loaders)
     check_classes(cfg, loaders)
     found = [(loader, node, kind) for loader in loaders for node, kind in data_sets(cfg, loader)]
 
@@ -64,6 +60,19 @@ def check_data(cfg: Config, *loaders: str) -> None:
 
     on_processes(check_all_places, here=True)  # each machine has its own files
     on_main_process(check_all_contents)
+
+
+def check_types(cfg: Config, *loaders: str) -> None:
+    """Refuse data sets of an unknown type.
+
+    Raises:
+        UserError: names the type.
+    """
+    for loader in loaders:
+        dataset = (cfg.get(loader) or {}).get("dataset") or {}
+        if resolve(DATASETS, dataset) is None:
+            raise UserError(f"{loader}.dataset.type={dataset.get('type')}: no such data set; the registries have "
+                            "BaseSegDataset, CocoDataset and those of custom_imports")  # fmt: skip
 
 
 def part_of(loader: str) -> str:

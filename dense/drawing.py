@@ -10,6 +10,8 @@ import numpy as np
 from mmengine import fileio
 from mmengine.hooks import Hook
 
+from dense.parts import inner_data_sets
+
 MIN_HEIGHT = 256  # in pixels
 
 
@@ -44,10 +46,9 @@ def place_in(dataset: Any, image: str) -> Path:
 
 def image_folders(dataset: Any) -> list[str]:
     """Return the folders of a data set's images. A data set may consist of others."""
-    inner = getattr(dataset, "datasets", None) or [inner for inner in [getattr(dataset, "dataset", None)] if inner]
     prefixes = getattr(dataset, "data_prefix", None) or {}
     own = [str(folder) for kind in ("img_path", "img") if (folder := prefixes.get(kind))]
-    return own + [folder for part in inner for folder in image_folders(part)]
+    return own + [folder for part in inner_data_sets(dataset) for folder in image_folders(part)]
 
 
 class FileHook(Hook):

@@ -50,7 +50,8 @@ def launch(script: str, processes: str, arguments: list[str]) -> int:
         check_port(port)
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)  # torchrun's log repeats what is reported below
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a warning
+    if int(processes) > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a warning
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     try:
         run.main([f"--nnodes={nodes}", f"--node_rank={rank}", f"--master_addr={address}", f"--master_port={port}",

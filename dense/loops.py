@@ -1,4 +1,4 @@
-"""The loops of training and validation. A run can stop and go on at any iteration."""
+"""The loops of training and validation. A run can stop and resume at any iteration."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dense.samples import SeededBatches, seeded_loader
-from training.errors import Preempted
+from training.errors import Preempted, UserError
 from training.monitor import StepMonitor
 from training.processes import any_rank, broadcast, get_rank, get_world_size, is_main_process, print_main
 from training.state import RunState, buffers_of, poisoned, settle_buffers
@@ -83,7 +83,7 @@ class SkippingOptimWrapper(OptimWrapper):
     A loss that is not finite makes all gradients NaN, on all ranks, so that the step is skipped everywhere.
 
     Attributes:
-        finite: whether the losses since the last step are finite, a boolean scalar on the device.
+        finite: whether the last loss is finite, a boolean scalar on the device.
         bad_gradients: whether the gradients of the last step were not finite, likewise.
         steps: optimiser steps taken or skipped.
         before_backward: called before each backward pass, which may wait for other ranks.
@@ -189,6 +189,11 @@ class TrainLoop(BaseLoop):
         self.dataloader: Any  # mmengine's, so far
         self.batches = SeededBatches(self.dataloader, is_endless=not schedule.by_epoch)
         self.dataloader = seeded_loader(self.dataloader, self.batches, runner.seed)
+        accumulated = runner.cfg.optim_wrapper.get("accumulative_counts", 1)
+        if schedule.by_epoch and len(self.dataloader) % accumulated:
+            raise UserError(f"optim_wrapper.accumulative_counts={accumulated}: does not divide the "
+                            f"{len(self.dataloader)} batches of an epoch; choose 1, another one, or another "
+                            "train_dataloader.batch_size")  # fmt: skip
         self.schedule = schedule
         self.monitor = make_monitor(len(self.dataloader.dataset))
         self.state = DenseState()
@@ -256,6 +261,8 @@ class TrainLoop(BaseLoop):
             self.validate()
         if batches is not None:  # an iteration-based run is one epoch for mmengine's hooks
             self.runner.call_hook("after_train_epoch")
+        if self.runner.val_loop is None and 0 < self.state.bad_in_row < self.state.global_step:
+            self.monitor.save()  # steps that were skipped at the end have put it off
         self.runner.call_hook("after_train")
         return self.runner.model
 

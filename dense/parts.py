@@ -50,6 +50,12 @@ def data_sets(cfg: Config, loader: str) -> Iterator[tuple[Any, Any]]:
             yield node, kind
 
 
+def inner_data_sets(dataset: Any) -> list[Any]:
+    """Return the data sets, built ones, of which another one consists."""
+    several = getattr(dataset, "datasets", None)
+    return list(several) if several else [one for one in [getattr(dataset, "dataset", None)] if one is not None]
+
+
 def classes_of(node: Mapping[str, Any], kind: Any) -> tuple[str, ...] | None:
     """Return the names of a data set's classes, None if it has none.
 

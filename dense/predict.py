@@ -18,10 +18,10 @@ from torch import nn
 
 from dense.checks import build_model, check_test_parts, check_weights, config_errors
 from dense.console import progress_bar
-from dense.data import IMAGE_SUFFIXES
+from dense.data import IMAGE_SUFFIXES, check_types
 from dense.parts import classes_of, data_sets
 from dense.settings import CommandParser, build_parser, drop_pretrained, read_config, read_model_checkpoint, where_of
-from training.commands import run_command
+from training.commands import path, run_command
 from training.errors import UserError
 from training.processes import print_line
 from training.storage import make_folder
@@ -34,9 +34,11 @@ Draw = Callable[..., tuple[Image.Image, str]]
 def build_predict_parser(description: str | None) -> CommandParser:
     """Make the parser of predict.py."""
     parser = build_parser(description, launchers=False)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint of the whole segmentor or detector")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image, or a folder of images")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
+    parser.add_argument(
+        "checkpoint", type=path, metavar="CHECKPOINT", help="checkpoint of the whole segmentor or detector"
+    )
+    parser.add_argument("images", nargs="+", type=path, metavar="IMAGE", help="an image, or a folder of images")
+    parser.add_argument("--out", required=True, type=path, metavar="DIR", help="folder for the pictures")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in DIR already")
     return parser
 
@@ -56,12 +58,17 @@ def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.M
         UserError: the checkpoint is missing, would run code, or does not fit, or the config names no data to test on.
     """
     check_test_parts(cfg, where)
+    check_types(cfg, "test_dataloader")
     checkpoint = read_model_checkpoint(cfg, checkpoint_path, "CHECKPOINT")
     drop_pretrained(cfg)
     with config_errors(cfg, where, "model"):
         model = revert_sync_batchnorm(build_model(cfg))
     check_weights(model, checkpoint, f"CHECKPOINT {checkpoint_path}")
-    node, kind = next(data_sets(cfg, "test_dataloader"))
+    node, kind = next(data_sets(cfg, "test_dataloader"), (None, None))
+    if node is None or kind is None:
+        name = cfg.test_dataloader.dataset.get("type")
+        raise UserError(f"test_dataloader.dataset.type={name}: has no classes and no pipeline; derive it from "
+                        "mmengine's BaseDataset")  # fmt: skip
     meta = checkpoint.get("meta", {}).get("dataset_meta")
     model.dataset_meta = meta or {**kind.METAINFO, **(node.get("metainfo") or {}), "classes": classes_of(node, kind)}
     model.cfg = copy.deepcopy(cfg)

@@ -1,5 +1,6 @@
 """A training run of segmentation or detection: its runner, its checkpoints, and what it resumes from."""
 
+import inspect
 import json
 import re
 import time
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.hooks import CheckpointHook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop
 
@@ -36,7 +38,7 @@ from training.monitor import DelayedFlags, MonitorSettings, StepMonitor
 from training.naming import CheckpointNames
 from training.output import Output
 from training.processes import all_gather, is_main_process, on_main_process, print_main
-from training.resume import Source, check_same_run, describe_run, differences
+from training.resume import Source, check_same_run, data_differences, describe_run, differences
 from training.state import check_finite
 from training.watchdog import Watchdog
 
@@ -48,18 +50,20 @@ COMPUTED = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "param_sc
 # Of these, what does not: where things are, and how they are read. The images' fingerprint is compared by itself.
 FREE_NAMES = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "data_root", "data_prefix",
               "ann_file", "init_cfg", "pretrained", "with_cp", "outfile_prefix", "backend_args")  # fmt: skip
+# Settings of mmengine's checkpoint hook that are followed.
+SAVING = ("type", "interval", "by_epoch", "max_keep_ckpts", "save_best", "rule", "priority")
 FREE = re.compile(rf"(^|\.)({'|'.join(FREE_NAMES)})(\.|$)")
 
 
 class DenseNames(CheckpointNames):
     """Names of checkpoints as in mmengine: `iter_<iterations>.pth` or `epoch_<epochs>.pth`.
 
-    Checkpoints within epochs are `epoch_<epochs>_iter_<iterations>.pth`. Those at the config's interval are kept, of
-    the others the newest.
+    Checkpoints within epochs are `epoch_<epochs>_iter_<iterations>.pth`. The newest ones are kept, and those at the
+    config's interval.
 
     Args:
         interval: the config's interval, in epochs or iterations.
-        keep: number of other checkpoints to keep.
+        keep: number of the newest checkpoints to keep, at least.
         keep_regular: number of checkpoints at the config's interval to keep, -1 for all.
     """
 
@@ -89,7 +93,7 @@ class DenseNames(CheckpointNames):
         return f"iteration {state.global_step + 1}" + ("" if state.validated else " and its validation")
 
     def outdated(self, saved: list[Path]) -> list[Path]:
-        """All but those at the config's interval and the newest others."""
+        """All but the newest, and those at the config's interval."""
         regular = [path for path in saved if self._is_regular(path)]
         surplus = regular[self.keep_regular :] if self.keep_regular > 0 else []
         return [path for path in saved[self.keep :] if path in surplus or path not in regular]
@@ -126,12 +130,13 @@ def read_schedule(cfg: Config) -> Schedule:
     Raises:
         UserError: the config's loop is neither iteration-based nor epoch-based.
     """
-    loop, hooks = cfg.train_cfg, cfg.get("default_hooks", {})
+    loop, hooks = cfg.train_cfg, cfg.get("default_hooks") or {}
     kinds = {"EpochBasedTrainLoop": True, "IterBasedTrainLoop": False}
     by_epoch = kinds.get(loop.type) if "type" in loop else loop.get("by_epoch")
     if by_epoch is None:
         raise UserError(f"train_cfg.type={loop.get('type')}: unknown; choose {' or '.join(kinds)}")
     saving = hooks.get("checkpoint") or {}
+    check_saving(saving)
     return Schedule(
         by_epoch=by_epoch,
         length=loop["max_epochs" if by_epoch else "max_iters"],
@@ -140,6 +145,21 @@ def read_schedule(cfg: Config) -> Schedule:
         save_interval=saving.get("interval", -1) if saving.get("by_epoch", True) == by_epoch else -1,
         log_interval=(hooks.get("logger") or {}).get("interval", 10),
     )
+
+
+def check_saving(hook: Mapping[str, Any]) -> None:
+    """Refuse settings of mmengine's checkpoint hook that this project's checkpoints do not follow.
+
+    Raises:
+        UserError: names the setting.
+    """
+    defaults = {name: parameter.default for name, parameter in inspect.signature(CheckpointHook).parameters.items()}
+    for name, value in hook.items():
+        place = f"default_hooks.checkpoint.{name}={value}"
+        if name in ("save_best", "rule") and not isinstance(value, (str, type(None))):
+            raise UserError(f"{place}: takes one text, since best.pth is one file")
+        if name not in SAVING and not name.startswith("_") and value != defaults.get(name):
+            raise UserError(f"{place}: not available; remove it. Of this hook's settings, {', '.join(SAVING)} are")
 
 
 def is_finished(schedule: Schedule, checkpoint: dict[str, Any]) -> bool:
@@ -271,6 +291,7 @@ class TrainingRunner(DenseRunner):
         else:
             self._compare(source)
             self.restore(source)
+        self.cfg.resume, self.cfg.load_from = False, None  # the config that is written is the run's, not this start's
         described = describe_run(run.settings, self.data, self.device, PACKAGES)
         on_main_process(lambda: self.output.open(described, self.state.covers, source, run.resumes, scalars=False))
         self.is_open = True
@@ -289,9 +310,15 @@ class TrainingRunner(DenseRunner):
         before, now = ({name: settings.get(name) for name in names} for settings in (before, self.run.settings))
         if self.run.auto_resume:
             source = replace(source, checkpoint={**source.checkpoint, "args": before})
-            check_same_run(source, now, self.data, (), "work_dir", "train_dataloader.dataset.data_root")
-        elif changed := differences(before, now, ()):
-            print_main(with_flags(f"checkpoint {source.path}: its run had other settings: {', '.join(changed)}", {}))
+            root = "train_dataloader.dataset.data_root"
+            now[root] = self.cfg.train_dataloader.dataset.get("data_root")  # for the message
+            check_same_run(source, now, self.data, (), "work_dir", root)
+            return
+        what = f"checkpoint {source.path}: its run had other"
+        if changed := differences(before, now, ()):
+            print_main(with_flags(f"{what} settings: {', '.join(changed)}", {}))
+        if changed := data_differences(source, self.data):
+            print_main(f"{what} images: {', '.join(changed)}")
 
     def _describe_data(self) -> dict[str, Any]:
         """Describe the data sets. Rank 0 reads them for all."""
@@ -338,10 +365,13 @@ class TrainingRunner(DenseRunner):
 
     def _score_name(self, figures: dict[str, float]) -> tuple[str | None, bool]:
         """Name of the figure that decides what is best, and whether less of it is better."""
-        hook = self.cfg.get("default_hooks", {}).get("checkpoint") or {}
+        hook = (self.cfg.get("default_hooks") or {}).get("checkpoint") or {}
         wanted = hook.get("save_best")
         candidates = [name for name in (wanted, "mIoU", "coco/bbox_mAP", *figures) if name in figures]
         name = candidates[0] if candidates else None
+        if wanted not in (None, "auto", name):
+            print_main(f"WARNING: default_hooks.checkpoint.save_best={wanted}: no such metric, best.pth follows "
+                       f"{name}; choose from {', '.join(figures)}")  # fmt: skip
         return name, hook.get("rule") == "less" or "loss" in (name or "")
 
     def save(self, is_best: bool = False) -> None:

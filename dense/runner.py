@@ -105,11 +105,7 @@ class DenseRunner(QuietRunner):
         return MMDistributedDataParallel(revert_sync_batchnorm(model), broadcast_buffers=False)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
-        """Build the optimiser, for float32 if there is no GPU, which mmengine's mixed precision needs."""
-        is_mixed = isinstance(optim_wrapper, dict) and optim_wrapper.get("type") == "AmpOptimWrapper"
-        if is_mixed and not has_half_precision():
-            self.logger.warning("mixed precision: no GPU here, training in float32")
-            optim_wrapper = without_mixed_precision(optim_wrapper)
+        """Build the optimiser."""
         with quiet(self.logger):  # it logs every parameter
             return super().build_optim_wrapper(optim_wrapper)
 

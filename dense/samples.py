@@ -11,6 +11,7 @@ from typing import Any
 from mmengine.dist import get_dist_info
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from dense.parts import inner_data_sets
 from samplers import Draw
 from training.errors import MachineError, UserError
 from training.unreadable import Replacements, UnreadableImageError
@@ -158,10 +159,17 @@ def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
 def describe_samples(dataset: Any) -> dict[str, Any]:
     """Size and fingerprint of a data set: of the names of its images and labels, and of its boxes, not of pixels."""
     digest = hashlib.sha256()
+    roots = [os.path.abspath(root) for root in data_roots(dataset)] or [os.getcwd()]
+    root = os.path.commonpath(roots)
     for index in range(len(dataset) if hasattr(dataset, "get_data_info") else 0):
         info = dataset.get_data_info(index)
-        root = getattr(dataset, "data_root", None) or ""
-        names = [os.path.relpath(info[key], root or ".") for key in ("img_path", "seg_map_path") if info.get(key)]
+        names = [os.path.relpath(info[key], root) for key in ("img_path", "seg_map_path") if info.get(key)]
         objects = [(one.get("bbox"), one.get("bbox_label")) for one in info.get("instances", ())]
         digest.update(json.dumps([names, objects], default=str).encode())
     return dict(images=len(dataset), fingerprint=digest.hexdigest()[:16])
+
+
+def data_roots(dataset: Any) -> list[str]:
+    """Folders of a data set, which may consist of others."""
+    own = [dataset.data_root] if getattr(dataset, "data_root", None) else []
+    return own + [root for part in inner_data_sets(dataset) for root in data_roots(part)]

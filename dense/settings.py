@@ -21,7 +21,7 @@ from dense.parts import dicts
 from dense.runner import VARIANT_HINT
 from sepvit import entries_under, variant_of
 from training.checkpoints import weights_of
-from training.commands import Parser
+from training.commands import Parser, path
 from training.devices import best_device
 from training.errors import UserError
 from training.processes import init_distributed
@@ -61,7 +61,6 @@ class CommandParser(Parser):
             UserError: a setting is an old one, unknown, missing, or has an invalid value.
         """
         arguments = sys.argv[1:] if args is None else args
-        # Before argparse does: it would take --show for an abbreviation of --show-dir.
         for flag in (argument.partition("=")[0].replace("_", "-") for argument in arguments):
             if flag in self.former:
                 raise UserError(f"{flag}: {self.former[flag]}")
@@ -79,10 +78,13 @@ def build_parser(
         former: old flags and the answers to them, besides `FORMER`.
     """
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = CommandParser({**FORMER, **(former or {})}, description=description, formatter_class=formatter)
-    parser.add_argument("config", metavar="CONFIG", help="a config of configs/, or your own")
+    answers = {**FORMER, **(former or {})}
+    parser = CommandParser(answers, description=description, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("config", type=path, metavar="CONFIG", help="a config of configs/, or your own")
     if launchers:
-        parser.add_argument("--work-dir", metavar="DIR", help="output folder, default work_dirs/<name of the config>")
+        parser.add_argument(
+            "--work-dir", type=path, metavar="DIR", help="output folder, default work_dirs/<name of the config>"
+        )
         parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
         parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--cfg-options", nargs="+", action=KeyValueAction, default={}, metavar="KEY=VALUE",
@@ -160,12 +162,13 @@ def drop_pretrained(cfg: Config) -> None:
     cfg.model.backbone.pop("init_cfg", None)
 
 
-def join_processes(args: argparse.Namespace, timeout: float = 1800.0) -> None:
+def join_processes(cfg: Config, args: argparse.Namespace, timeout: float = 1800.0) -> None:
     """Join the process group of `--launcher`: nccl for GPUs, gloo for CPUs.
 
     mmengine could start the group too, but it calls CUDA even for gloo.
 
     Args:
+        cfg: the config. A job step of SLURM with one task needs no launcher.
         args: the command line.
         timeout: seconds that a collective call waits for the other ranks.
 
@@ -178,6 +181,9 @@ def join_processes(args: argparse.Namespace, timeout: float = 1800.0) -> None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     device = "cuda" if best_device() == "cuda" else "cpu"
     init_distributed(device, 1, "env://", timeout)
+    if "RANK" not in os.environ and args.launcher == "slurm" and "SLURM_PROCID" in os.environ:
+        cfg.launcher = "none"
+        return
     if "RANK" not in os.environ:
         starter = dict(pytorch="torchrun, as dist_train.sh does", slurm="srun", mpi="mpirun")[args.launcher]
         raise UserError(

@@ -1,6 +1,7 @@
 """The test command of segmentation and detection."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from dense.settings import (
     read_model_checkpoint,
     where_of,
 )
-from training.commands import run_command
+from training.commands import path, run_command
 from training.errors import UserError
 from training.processes import on_main_process
 from training.storage import make_folder, missing_folders, remove_empty
@@ -60,7 +61,7 @@ def build_test_parser(description: str | None, metrics: Sequence[str]) -> Comman
     """
     parser = build_parser(description, former=FORMER_OF_TESTING)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="checkpoint of the whole segmentor or detector")
+    add("checkpoint", type=path, metavar="CHECKPOINT", help="checkpoint of the whole segmentor or detector")
     add("--eval", nargs="+", default=[], metavar="METRIC", help=f"one or more of {', '.join(metrics)}")
     add("--aug-test", action="store_true", help="test-time augmentation (scales, flips) of the config's tta_pipeline")
     return parser
@@ -86,7 +87,7 @@ def test(args: argparse.Namespace, prepare: Prepare) -> None:
         prepare: see `Prepare`.
     """
     cfg, where = read_config(args), where_of(args)
-    join_processes(args)
+    join_processes(cfg, args)
     check_test_parts(cfg, where)
     results = prepare(cfg, args)
     drop_pretrained(cfg)
@@ -99,12 +100,41 @@ def test(args: argparse.Namespace, prepare: Prepare) -> None:
     cfg.train_dataloader = cfg.train_cfg = cfg.optim_wrapper = cfg.param_scheduler = None
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     cfg.load_from, cfg.resume = args.checkpoint, False
+    check_folders(cfg, results.folders)
     folders = [*results.folders, (Path(cfg.work_dir), f"--work-dir {cfg.work_dir}")]
     on_main_process(lambda: make_folders(folders))
-    runner = DenseRunner.from_config(cfg, {args.checkpoint: checkpoint})
+    runner = TestRunner.from_config(cfg, {args.checkpoint: checkpoint})
     for hook in (TestProgressHook(), *results.hooks):
         runner.register_hook(hook)
     runner.test()
+
+
+class TestRunner(DenseRunner):
+    """Test a segmentor or detector."""
+
+    def dump_config(self) -> None:
+        """Write the config beside the log. In the work dir may be that of the training run, which could train again."""
+        self.cfg.dump(Path(self.log_dir) / Path(self.cfg.filename or "config.py").name)
+
+
+def check_folders(cfg: Config, folders: Sequence[tuple[Path, str]]) -> None:
+    """Refuse folders in which results would replace images or labels: results are named like their images.
+
+    Args:
+        cfg: the config.
+        folders: the folders, and what names each in messages.
+
+    Raises:
+        UserError: a folder is in the data set.
+    """
+    data = [Path(node.get("data_root") or "", inner).resolve() for node, _ in data_sets(cfg, "test_dataloader")
+            for inner in (node.get("data_prefix") or {}).values() if isinstance(inner, str) and inner]  # fmt: skip
+    common = [Path(os.path.commonpath(data))] if data else []
+    for folder, what in folders:
+        place = folder.resolve()
+        if any(place == part or part in place.parents for part in data) or place in common:
+            raise UserError(f"{what}: holds images or labels of the data set, which results would replace; name "
+                            "another folder")  # fmt: skip
 
 
 def make_folders(folders: Sequence[tuple[Path, str]]) -> None:

@@ -24,7 +24,7 @@ from dense.settings import (
     read_model_checkpoint,
     where_of,
 )
-from training.commands import natural, number, positive_int, run_command, seconds
+from training.commands import natural, number, path, positive_int, run_command, seconds
 from training.errors import Preempted, UserError
 from training.monitor import MonitorSettings
 from training.output import Output, stopped
@@ -42,9 +42,9 @@ def build_train_parser(description: str | None) -> CommandParser:
     add = parser.add_argument
     add("--auto-resume", action="store_true",
         help="resume from the work dir's newest checkpoint, if there is one, as if the run never stopped")  # fmt: skip
-    add("--resume", nargs="?", const="", metavar="PATH",
+    add("--resume", nargs="?", const="", type=path, metavar="PATH",
         help="resume from a checkpoint; without PATH, from the newest in the work dir, if there is one")  # fmt: skip
-    add("--load-from", metavar="PATH", help="start from the weights of a whole segmentor or detector")
+    add("--load-from", type=path, metavar="PATH", help="start from the weights of a whole segmentor or detector")
     add("--from-scratch", action="store_true", help="start from random weights, without a pretrained backbone")
     add("--amp", action="store_true", help="mixed precision (float16 with loss scaling)")
     add("--auto-scale-lr", action="store_true", help="scale the learning rate to the number of images per step")
@@ -54,7 +54,7 @@ def build_train_parser(description: str | None) -> CommandParser:
     add("--checkpoint-every", type=natural, default=0, metavar="ITERATIONS",
         help="also save every ITERATIONS iterations; 0: only as the config says, and before validation")  # fmt: skip
     add("--keep-checkpoints", type=positive_int, default=2, metavar="N",
-        help="number of checkpoints to keep besides those at the config's interval, default 2")  # fmt: skip
+        help="keep the newest N checkpoints, default 2, besides those at the config's interval")  # fmt: skip
     add("--on-bad-image", choices=("skip", "fail"), default="skip", help="skip: replace unreadable training images and "
         "labels, up to 0.1 %% of the set; fail: end the run at the first one")  # fmt: skip
     add("--max-bad-steps", type=positive_int, default=10, metavar="N", help="end the run after N skipped steps in a "
@@ -72,25 +72,23 @@ def train(args: argparse.Namespace, flags: Mapping[str, str]) -> None:
         flags: the command's flags by setting.
     """
     cfg = read_config(args)
-    join_processes(args, 2 * startup_timeout(args.timeout))
+    join_processes(cfg, args, 2 * startup_timeout(args.timeout))
     apply_options(cfg, args)
     schedule = read_schedule(cfg)
-    hook = cfg.get("default_hooks", {}).get("checkpoint") or {}
+    hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
     names = DenseNames(schedule.save_interval, args.keep_checkpoints, hook.get("max_keep_ckpts", -1))
     folder = Path(cfg.work_dir)
     with (
         Output(folder, heartbeat_timeout(args.timeout), names, "work_dir") as output,
         Preemption("train.py") as preemption,
         Watchdog(args.timeout, "env://", preemption, RESUME, flags) as watchdog,
-        nothing_left(folder, preemption),
+        own_folder(output, preemption),
     ):
-        on_main_process(output.lock)
         source = find_source(cfg, args, output)
         if source is not None and is_finished(schedule, source.checkpoint):
             end_finished_run(source, cfg, schedule)
             return
         on_main_process(lambda: output.check_free(source, resumes(args)))
-        on_main_process(lambda: make_folder(folder, output.what))
         checkpoints = set_starting_point(cfg, args, source)
         rehearse(cfg, where_of(args), *used_loaders(cfg))
         runner = TrainingRunner.from_config(cfg, checkpoints)
@@ -105,11 +103,14 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         UserError: an option does not fit the config.
     """
     check_training_parts(cfg, where_of(args))
+    args.deterministic |= bool(cfg.get("randomness", {}).get("deterministic"))
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     seed = args.seed if args.seed is not None else cfg.get("randomness", {}).get("seed") or 0
     cfg.randomness = dict(seed=seed, deterministic=args.deterministic)
-    if args.amp and cfg.optim_wrapper.type != "AmpOptimWrapper":
+    if cfg.get("resume") and not (args.auto_resume or args.resume is not None):  # as in mmengine
+        args.resume = cfg.get("load_from") or ""
+    if args.amp and cfg.optim_wrapper.get("type") != "AmpOptimWrapper":
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.loss_scale = "dynamic"
     if args.auto_scale_lr:
@@ -118,11 +119,31 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         cfg.auto_scale_lr.enable = True
     if args.no_validate:
         cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
-    accumulated = cfg.optim_wrapper.get("accumulative_counts", 1)
-    if args.checkpoint_every % accumulated:
-        raise UserError(f"--checkpoint-every {args.checkpoint_every}: takes a multiple of optim_wrapper."
-                        f"accumulative_counts={accumulated}, since checkpoints hold no gradients")  # fmt: skip
+    check_accumulation(cfg, args.checkpoint_every)
     check_data(cfg, *used_loaders(cfg))
+
+
+def check_accumulation(cfg: Config, checkpoint_every: int) -> None:
+    """Refuse checkpoints and validations between the batches that one optimiser step accumulates.
+
+    The loop checks epochs, whose length is known when the data are read.
+
+    Raises:
+        UserError: names the interval.
+    """
+    accumulated = cfg.optim_wrapper.get("accumulative_counts", 1)
+    schedule = read_schedule(cfg)
+    intervals = {f"--checkpoint-every {checkpoint_every}": checkpoint_every}
+    if not schedule.by_epoch:
+        intervals[f"default_hooks.checkpoint.interval={schedule.save_interval}"] = max(0, schedule.save_interval)
+        if cfg.get("val_dataloader"):
+            intervals[f"train_cfg.val_begin={schedule.val_begin}"] = schedule.val_begin if schedule.val_begin > 1 else 0
+            for _, interval in schedule.val_intervals:
+                intervals[f"train_cfg.val_interval={interval}"] = interval
+    for place, interval in intervals.items():
+        if interval % accumulated:
+            raise UserError(f"{place}: takes a multiple of optim_wrapper.accumulative_counts={accumulated}, since "
+                            "checkpoints hold no gradients")  # fmt: skip
 
 
 def used_loaders(cfg: Config) -> list[str]:
@@ -187,7 +208,7 @@ def run_to_the_end(runner: TrainingRunner) -> None:
         Preempted: the run was asked to stop, and has saved.
     """
     output, watchdog, source = runner.output, runner.run.watchdog, runner.run.source
-    start = DenseState.from_checkpoint(source.checkpoint).global_step if source else 0
+    start = DenseState.from_checkpoint(source.checkpoint) if source else DenseState()
     try:
         runner.train()
     except Preempted:
@@ -195,7 +216,7 @@ def run_to_the_end(runner: TrainingRunner) -> None:
         place = f"before iteration {runner.state.global_step + 1}"
         raise stopped(output, place, watchdog.preemption.status, watchdog.flags) from None
     except UserError:  # in the first step, such as an operator that is missing
-        if watchdog.preemption.has_progress and runner.state.global_step == start:
+        if watchdog.preemption.has_progress and runner.state.place() == start.place() and start.validated:
             watchdog.preemption.has_progress = False
         raise
     on_main_process(output.close)
@@ -210,16 +231,23 @@ def run_to_the_end(runner: TrainingRunner) -> None:
 
 
 @contextmanager
-def nothing_left(folder: Path, preemption: Preemption) -> Iterator[None]:
-    """If a command fails before its first step, delete what it has written to the work dir."""
-    before = set(folder.iterdir()) if folder.is_dir() else set()
-    missing = missing_folders(folder)
+def own_folder(output: Output, preemption: Preemption) -> Iterator[None]:
+    """Make the work dir, and keep other runs out of it. If the command fails before its first step, it leaves no trace.
+
+    Raises:
+        UserError: the folder cannot be written, or another run writes to it.
+    """
+    missing = missing_folders(output.folder)
+    on_main_process(lambda: make_folder(output.folder, output.what))
+    on_main_process(output.lock)
+    before = set(output.folder.iterdir()) if is_main_process() else set()  # another run may have written until now
     try:
         yield
     except Exception:
         if not preemption.has_progress and is_main_process():
-            for path in set(folder.iterdir()) - before if folder.is_dir() else ():
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            for path in set(output.folder.iterdir()) - before:
+                if path.suffix != ".damaged":  # a checkpoint that was renamed
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             remove_empty(missing)
         raise
 
@@ -238,16 +266,19 @@ def set_starting_point(cfg: Config, args: argparse.Namespace, source: Source | N
     Raises:
         UserError: the checkpoint is missing or of another variant.
     """
+    given = args.load_from or (None if args.from_scratch else cfg.get("load_from"))
     cfg.resume = source is not None
-    cfg.load_from = source.path if source else args.load_from or cfg.get("load_from")
+    cfg.load_from = source.path if source else given
     backbone = cfg.model.backbone
     if cfg.load_from or args.from_scratch:
         drop_pretrained(cfg)
     if source:
         return {source.path: source.checkpoint}
     if cfg.load_from:
-        return {cfg.load_from: read_model_checkpoint(cfg, cfg.load_from, "--load-from")}
-    pretrained = backbone.get("pretrained") or (backbone.get("init_cfg") or {}).get("checkpoint")
+        flag = "--load-from" if args.load_from else "load_from"
+        return {cfg.load_from: read_model_checkpoint(cfg, cfg.load_from, flag)}
+    settings = backbone.get("init_cfg")
+    pretrained = backbone.get("pretrained") or (settings.get("checkpoint") if isinstance(settings, dict) else None)
     if pretrained and "://" not in pretrained and not Path(pretrained).is_file():
         raise UserError(
             f"pretrained {pretrained}: no such file; put a checkpoint of main.py there, name one with --cfg-options "

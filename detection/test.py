@@ -19,7 +19,7 @@ if not __package__:
 from dense.settings import CommandParser
 from dense.test import Results, build_test_parser, find_metric, run_testing
 from detection.drawing import DrawingHook
-from training.commands import fraction
+from training.commands import fraction, path
 from training.errors import UserError
 
 METRICS = ("bbox", "segm", "mAP")
@@ -29,9 +29,9 @@ def build_detection_test_parser() -> CommandParser:
     """Make the parser of test.py."""
     parser = build_test_parser(__doc__, METRICS)
     add = parser.add_argument
-    add("--out", metavar="FILE.pkl", help="write the detections to a file")
+    add("--out", type=path, metavar="FILE.pkl", help="write the detections to a file")
     add("--format-only", action="store_true", help="write the detections in COCO's format to the work dir")
-    add("--show-dir", metavar="DIR", help="draw the detections beside the truth, in DIR")
+    add("--show-dir", type=path, metavar="DIR", help="draw the detections beside the truth, in DIR")
     add("--show-score-thr", type=fraction, default=0.3, metavar="SCORE", help="lowest score to draw, default 0.3")
     return parser
 

@@ -88,7 +88,10 @@ class LabelsHook(FileHook):
     def write(self, sample: Any, metainfo: dict[str, Any], path: Path) -> None:
         """Write the labels of an image."""
         labels = sample.pred_sem_seg.data[0].cpu().numpy()
-        if sample.metainfo.get("reduce_zero_label"):
+        if chosen := metainfo.get("label_map"):  # some of the data set's classes
+            originals = {new: old for old, new in chosen.items() if new != IGNORED}
+            labels = np.array([originals[new] for new in range(len(originals))])[labels]
+        if metainfo.get("reduce_zero_label"):
             labels = labels + 1  # the data set's 0 belongs to no class
         save(Image.fromarray(labels.astype(np.uint8)), path)
 

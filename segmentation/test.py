@@ -17,6 +17,7 @@ if not __package__:
 from dense.settings import CommandParser
 from dense.test import Results, build_test_parser, find_metric, run_testing
 from segmentation.drawing import DrawingHook, LabelsHook
+from training.commands import path
 from training.errors import UserError
 
 METRICS = ("mIoU", "mDice", "mFscore")
@@ -27,8 +28,8 @@ def build_segmentation_test_parser() -> CommandParser:
     parser = build_test_parser(__doc__, METRICS)
     parser.former["--format-only"] = "use --out DIR, which writes the predicted labels"
     add = parser.add_argument
-    add("--out", metavar="DIR", help="write the predicted labels to DIR, as PNG in the data set's numbering")
-    add("--show-dir", metavar="DIR", help="draw the predictions beside the truth, in DIR")
+    add("--out", type=path, metavar="DIR", help="write the predicted labels to DIR, as PNG in the data set's numbering")
+    add("--show-dir", type=path, metavar="DIR", help="draw the predictions beside the truth, in DIR")
     return parser
 
 

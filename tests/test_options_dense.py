@@ -1,5 +1,6 @@
 """Options, outputs and messages of the segmentation and detection commands."""
 
+import argparse
 import fcntl
 import json
 import os
@@ -18,17 +19,21 @@ import timm
 import torch
 from conftest import ROOT, command, free_port, refusal, succeed
 from mmengine.config import Config
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
 from PIL import Image
 
 import detection.predict
 import detection.test
+import segmentation.drawing
 import segmentation.predict
 import segmentation.test
 from dense.checks import build_model, check_shapes, check_training_parts, rehearse
 from dense.options import NUMBERS, accepted_arguments, check_numbers, merge_options
 from dense.predict import read_image
-from dense.settings import build_parser, read_config
-from dense.train import build_train_parser, run_training
+from dense.settings import build_parser, join_processes, read_config
+from dense.train import apply_options, build_train_parser, run_training, set_starting_point
+from training import output
 from training.errors import UserError
 
 SEGMENTATION = ROOT / "segmentation/configs/fpn_sepvit_lite_112x112_demo.py"
@@ -313,6 +318,22 @@ MISTAKES = {
     "picture that exists": ("predict", ["{demo}", "{checkpoint}", "{scenes}/images/validation/a/1.jpg", "--out",
                                         "{drawn}"], "--out {drawn}: {drawn}/1.png exists; name another folder, or "
                             "replace it: --overwrite"),
+    "pictures in place of images": ("test", ["{demo}", "{checkpoint}", "--show-dir", "{scenes}/images/validation/a",
+                                             "--cfg-options", DATA],
+                                    "--show-dir {scenes}/images/validation/a: holds images or labels of the data set"),
+    "predictions in place of labels": ("test", ["{demo}", "{checkpoint}", "--out", "{scenes}/annotations/validation",
+                                                "--cfg-options", DATA], "which results would replace; name another"),
+    "unknown data to predict": ("predict", ["{demo}", "{checkpoint}", "{scenes}/images/validation", "--out", "new",
+                                            "--cfg-options", "test_dataloader.dataset.type=Foo"], "Foo: no such data"),
+    "abbreviation": ("train", ["{demo}", "--auto-resum"], "--auto-resum: unknown setting; did you mean --auto-resume"),
+    "several best checkpoints": ("train", ["{demo}", "--cfg-options", DATA,
+                                           "default_hooks.checkpoint.save_best=['mIoU','mAcc']"],
+                                 "save_best=['mIoU', 'mAcc']: takes one text, since best.pth is one file"),
+    "checkpoints elsewhere": ("train", ["{demo}", "--cfg-options", DATA, "default_hooks.checkpoint.out_dir=new"],
+                              "default_hooks.checkpoint.out_dir=new: not available; remove it"),
+    "save between batches of a step": ("train", ["{demo}", "--cfg-options", DATA, "train_cfg.val_interval=600",
+                                                 "optim_wrapper.accumulative_counts=7"],
+                                       "takes a multiple of optim_wrapper.accumulative_counts=7"),
 }  # fmt: skip
 
 
@@ -335,6 +356,82 @@ def test_mistakes(mistake, scenes, segmentor, tmp_path, capsys, monkeypatch):
     assert words.format(**places) in refusal(RUN[script], script, arguments, capsys)
     assert sorted(tmp_path.rglob("*")) == before
     assert (given / "drawn/1.png").read_bytes() == b"mine"
+
+
+def test_a_refused_run_leaves_the_other_one_alone(scenes, tmp_path, capsys, monkeypatch):
+    """The other run saves while this one waits for it to end."""
+    monkeypatch.setattr(output, "LOCK_TIMEOUT", 1)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "iter_2.pth").touch()
+    other = os.open(folder, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    timer = threading.Timer(2, (folder / "iter_2.pth").rename, [folder / "iter_4.pth"])
+    timer.start()
+    arguments = [SEGMENTATION, "--from-scratch", "--work-dir", folder, "--timeout", "10", *small(scenes)]
+    assert "another run writes to it; end that run" in refusal(RUN["train"], "train", arguments, capsys)
+    timer.join()
+    os.close(other)
+    assert [path.name for path in folder.iterdir()] == ["iter_4.pth"]
+
+
+def parsed(*arguments: object) -> argparse.Namespace:
+    return build_train_parser("").parse_args(list(map(str, arguments)))
+
+
+def test_home_folder_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parsed("~/own.py", "--work-dir=~/runs", "--load-from=~/a.pth")
+    assert (args.config, args.work_dir, args.load_from) == ("/home/me/own.py", "/home/me/runs", "/home/me/a.pth")
+
+
+@pytest.mark.parametrize(
+    ("top", "flags", "expected"),
+    [
+        ("", [], (False, None, None)),
+        ("randomness = dict(deterministic=True)", [], (True, None, None)),
+        ("resume = True", [], (False, "", None)),
+        ("resume = True\nload_from = 'a.pth'", [], (False, "a.pth", "a.pth")),
+        ("resume = True", ["--resume", "b.pth"], (False, "b.pth", None)),
+        ("load_from = 'a.pth'", ["--from-scratch"], (False, None, None)),
+        ("optim_wrapper = dict(_delete_=True, optimizer=dict(type='SGD', lr=1))", ["--amp"], (False, None, None)),
+        ("model = dict(backbone=dict(init_cfg=[dict(type='Xavier', layer='Linear')]))", [], (False, None, None)),
+    ],
+)
+def test_what_a_config_itself_says_about_a_run(top, flags, expected, scenes, tmp_path):
+    config = tmp_path / "own.py"
+    config.write_text(f"_base_ = {str(SEGMENTATION)!r}\n{top}\n")
+    args = parsed(config, *flags, *small(scenes))
+    cfg = read_config(args)
+    apply_options(cfg, args)
+    if args.from_scratch or not cfg.load_from:
+        assert set_starting_point(cfg, args, None) == {}
+    assert (cfg.randomness.deterministic, args.resume, cfg.load_from) == expected
+
+
+def test_a_job_step_of_one_task_needs_no_launcher(monkeypatch):
+    """`srun --ntasks=1` sets no more than this."""
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    cfg = Config(dict(launcher="slurm"))
+    join_processes(cfg, argparse.Namespace(launcher="slurm", local_rank=None))
+    assert cfg.launcher == "none"
+
+
+def test_testing_leaves_the_config_of_the_training_alone(scenes, segmentor, tmp_path):
+    (tmp_path / SEGMENTATION.name).write_text("the training's")
+    arguments = [str(SEGMENTATION), str(segmentor), "--eval", "mIoU", "--work-dir", str(tmp_path), *small(scenes)]
+    assert segmentation.test.main(arguments) == 0
+    assert (tmp_path / SEGMENTATION.name).read_text() == "the training's"
+    assert next(tmp_path.glob(f"*/{SEGMENTATION.name}"))
+
+
+def test_labels_of_some_classes_are_written_in_the_numbering_of_all(tmp_path):
+    """mmseg's `label_map` has the labels of the data set's classes, and 255 for those that are left out."""
+    sample = SegDataSample(pred_sem_seg=PixelData(data=torch.tensor([[[0, 1], [1, 0]]])))
+    metainfo = dict(label_map={0: 255, 1: 1, 2: 255, 3: 0}, reduce_zero_label=True)
+    segmentation.drawing.LabelsHook(tmp_path).write(sample, metainfo, tmp_path / "a.jpg")
+    assert np.asarray(Image.open(tmp_path / "a.png")).tolist() == [[4, 2], [2, 4]]
 
 
 @pytest.mark.parametrize("option", ["model.backbone.pretrained={}", "model.backbone.init_cfg.checkpoint={}"])
@@ -539,19 +636,22 @@ if mode == "killed" and rank == "1":
 if mode == "again":
     os.write(1, f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}\\n".encode())  # at once: two processes write
     sys.exit(75 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 0)
+if mode == "threads":
+    os.write(1, os.environ.get("OMP_NUM_THREADS", "all").encode())
+    sys.exit()
 if mode == "bug" and rank == "1":
     raise ValueError("a bug")
 time.sleep(60)
 """
 
 
-def launch(tmp_path: Path, mode: str, **environment: str) -> subprocess.CompletedProcess:
-    """Start two small processes as dist_train.sh does."""
+def launch(tmp_path: Path, mode: str, processes: int = 2, **environment: str) -> subprocess.CompletedProcess:
+    """Start small processes as dist_train.sh does."""
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     variables = {**os.environ, "PYTHON": sys.executable, "PORT": free_port(), **environment}
-    return subprocess.run(["bash", ROOT / "dense/launch.sh", worker, "2", mode], capture_output=True, text=True,
-                          timeout=300, env=variables)  # fmt: skip
+    return subprocess.run(["bash", ROOT / "dense/launch.sh", worker, str(processes), mode], capture_output=True,
+                          text=True, timeout=300, env=variables)  # fmt: skip
 
 
 def test_launcher_leaves_the_last_word_to_the_processes(tmp_path):
@@ -572,6 +672,12 @@ def test_launcher_restarts(tmp_path):
     assert result.returncode == 0, result.stderr
     assert sorted(result.stdout.splitlines()) == ["start 0", "start 0", "start 1", "start 1"]
     assert launch(tmp_path, "again").returncode == 75
+
+
+def test_one_process_uses_all_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert launch(tmp_path, "threads", processes=1).stdout == "all"
+    assert launch(tmp_path, "threads").stdout == "11"
 
 
 def test_launcher_names_the_port(tmp_path):

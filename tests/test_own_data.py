@@ -27,6 +27,7 @@ from dense.data import check_data
 from dense.loading import LoadReadableImage, LoadReadableLabels, use_checked_loading
 from dense.own_data import move, palette_of
 from dense.parts import dicts
+from dense.samples import describe_samples
 from dense.settings import read_config
 from dense.train import build_train_parser, run_training
 from training.errors import MachineError, UserError
@@ -537,6 +538,24 @@ def test_nested_pipelines_are_checked(of_boxed):
 
 
 @pytest.mark.parametrize("kind", ["segmentation", "detection"])
+def test_fingerprints_do_not_depend_on_the_place_of_the_data(kind, of_labelled, of_boxed, tmp_path, monkeypatch):
+    """Also of data sets that consist of others."""
+    cfg = of_labelled if kind == "segmentation" else of_boxed
+    init_default_scope(cfg.default_scope)
+    found = []
+    for place in ("first", "second/inner"):
+        shutil.copytree(cfg.data_root, tmp_path / place)
+        moved = copy.deepcopy(cfg)
+        move(moved, cfg.data_root, str(tmp_path / place))
+        inner = moved.train_dataloader.dataset
+        moved.train_dataloader.dataset = dict(type="ConcatDataset", datasets=[inner, copy.deepcopy(inner)])
+        monkeypatch.chdir(tmp_path / place)
+        found.append(describe_samples(built(moved)))
+    assert found[0] == found[1]
+    assert found[0]["images"] == 12
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "detection"])
 def test_config_that_a_run_writes_is_read_again(kind, of_labelled, of_boxed, tmp_path):
     cfg = copy.deepcopy(of_labelled if kind == "segmentation" else of_boxed)
     init_default_scope(cfg.default_scope)
@@ -848,6 +867,11 @@ UNFIT_BOXED: dict[str, tuple[Spoil, str]] = {
         each("annotations", lambda one: one.pop("segmentation")),
         FILE + "6 of 6 annotations have no segmentation, the first is 1; a model with masks needs it",
     ),
+    "images without a size": (each("images", lambda one: one.update(height=None)), FILE + "images[0] has no height"),
+    "images without a name": (
+        each("images", lambda one: one.update(file_name=7)),
+        FILE + "images[0] has file_name 7, not a text",
+    ),
     "small images": (
         each("images", lambda one: one.update(height=31)),
         FILE + "all 6 images are smaller than 32 pixels, and filter_cfg leaves them out",
@@ -909,6 +933,10 @@ WARNINGS: dict[str, tuple[Spoil, str]] = {
     ),
     "empty boxes": (
         each("annotations", lambda one: one.update(bbox=[5, 5, 0, 9])),
+        "all 6 annotations are crowds or empty boxes",
+    ),
+    "empty boxes without an area": (
+        each("annotations", lambda one: one.update(bbox=[5, 5, 0, 9], area=None)),
         "all 6 annotations are crowds or empty boxes",
     ),
     "another category": (change(add_cow), "1 annotations are left out, of categories that are not classes: cow"),

@@ -566,8 +566,8 @@ def test_flags_of_mmseg_0_10(arguments, tmp_path, capsys, monkeypatch):
 
 
 def test_flags_that_stay():
-    args = build_train_parser("").parse_args(["config.py", "--local_rank", "1", "--cfg-options", "a=1", "--res"])
-    assert (args.local_rank, args.cfg_options, args.resume) == (1, {"a": 1}, "")  # --res abbreviates --resume
+    args = build_train_parser("").parse_args(["config.py", "--local_rank", "1", "--cfg-options", "a=1", "--resume"])
+    assert (args.local_rank, args.cfg_options, args.resume) == (1, {"a": 1}, "")
     assert segmentation.test.build_segmentation_test_parser().parse_args(["a", "b", "--local_rank=1"]).local_rank == 1
 
 

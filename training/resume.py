@@ -206,9 +206,7 @@ def check_same_run(
         raise UserError(f"{source.what}: of a run with other settings: {', '.join(differing)}; use those, or "
                         f"another {setting(folder)}, or resume with these by "
                         f"{setting('resume', source.path)}")  # fmt: skip
-    data_before = source.checkpoint.get("data", data)
-    if different := [_data_difference(split, data_before[split], data[split]) for split in data
-                     if data_before[split] != data[split]]:  # fmt: skip
+    if different := data_differences(source, data):
         path = setting(images, settings.get(images) or "")
         raise UserError(f"{source.what}: of a run on other images than {path}: {', '.join(different)}; name the run's "
                         f"images, or another {setting(folder)}")  # fmt: skip
@@ -224,6 +222,18 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collect
     """
     return [f"{setting(name, now[name])} (was {before[name]})" for name in sorted(before.keys() & now)
             if name not in free and json.dumps(before[name]) != json.dumps(now[name])]  # fmt: skip
+
+
+def data_differences(source: Source, data: dict[str, Any]) -> list[str]:
+    """Data sets that differ between the run of a checkpoint and now.
+
+    Args:
+        source: the checkpoint.
+        data: size and fingerprint of the data sets now.
+    """
+    before = source.checkpoint.get("data", data)
+    return [_data_difference(split, before[split], data[split]) for split in data
+            if split in before and before[split] != data[split]]  # fmt: skip
 
 
 def _data_difference(split: str, before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Code, free_port
+from conftest import ROOT, Code
 from harness import (
     DENSE_NAMES,
     LIMIT,
@@ -317,9 +317,8 @@ def test_one_of_two_processes_preempted(kind, configs, tmp_path, undisturbed_pai
 @pytest.mark.parametrize("kind", KINDS)
 def test_slurm_script_requeues_the_job(kind, configs, tmp_path, undisturbed, table):
     """Scripts stand in for srun, which runs one task, and scontrol, which records its arguments."""
-    port = free_port()
     (tmp_path / "srun").write_text(
-        f"#!/usr/bin/env bash\nexport SLURM_NTASKS=1 MASTER_PORT={port} RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1\n"
+        "#!/usr/bin/env bash\nexport SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0\n"
         f'"$@" &\necho $! > {tmp_path}/task\nwait $!\n'
     )
     (tmp_path / "scontrol").write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/scontrol.txt\n')
@@ -450,6 +449,16 @@ def test_bad_loss_on_one_of_two_processes(kind, configs, tmp_path, table):
     assert steps == {checkpoint["run"]["global_step"] - 2}
     assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
     table.add(f"non-finite losses, for one step, {kind}", 2)
+
+
+@pytest.mark.parametrize("kind", ONLY["segmentation"])
+def test_the_end_is_saved_after_a_skipped_step(kind, configs, tmp_path, table):
+    """Without validation, which saves in any case."""
+    run = DenseRun(kind, tmp_path, configs[kind], "--no-validate")
+    finished(sabotaged(run, kind, BAD_LOSS="0:12"))
+    assert entries(run.output, "not_finite") == ["loss"]
+    assert DENSE_NAMES.numbered(run.output)[0].name == LAST[kind]
+    table.add(f"non-finite losses, for one step, {kind}")
 
 
 @pytest.mark.slow
@@ -588,8 +597,10 @@ def test_other_images_are_refused(demo_data, tmp_path, undisturbed):
         path.unlink()
     run = DenseRun("segmentation", tmp_path, write_config(tmp_path, "segmentation", data))
     assert run.start().wait(LIMIT) == 2
-    assert "of a run on other images" in run.text().strip().splitlines()[-1]
+    assert f"of a run on other images than train_dataloader.dataset.data_root {data}/" in run.text().splitlines()[-1]
     assert DENSE_NAMES.numbered(tmp_path / "run")[0].name == "iter_10.pth"
+    run.command[run.command.index("--auto-resume")] = "--resume"
+    assert ": its run had other images: 12 training images as before, but with other names" in run.finish()
 
 
 @pytest.mark.parametrize("kind", ONLY["segmentation"])
