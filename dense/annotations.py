@@ -80,9 +80,11 @@ def check_annotations(
     _check_categories(what, content, classes)
     names = {category["id"]: category["name"] for category in content["categories"]}
     marks = content.get("annotations") or []
-    if unknown := [mark for mark in marks if mark["category_id"] not in names]:
+    unknown = [mark for mark in marks if mark["category_id"] not in names]
+    if unknown and len(unknown) == len(marks):
         raise UserError(f"{what}: {len(unknown)} annotations are of category {unknown[0]['category_id']!r}, which its "
                         f"categories have not: {listed([*names])}")  # fmt: skip
+    marks = [mark for mark in marks if mark["category_id"] in names]
     chosen = [mark for mark in marks if names[mark["category_id"]] in classes]
     if needs_objects and not chosen:
         raise UserError(f"{what}: none of its {len(marks)} annotations is of the classes {listed(classes)}")
@@ -91,12 +93,15 @@ def check_annotations(
     if lost and len(lost) == len(marks):
         raise UserError(f"{what}: no annotation is of its images, the first is of image_id {lost[0]!r}; image_id is "
                         "the id of an image")  # fmt: skip
-    if needs_masks and (bare := [mark for mark in chosen if not mark.get("segmentation")]):
+    if needs_masks and (bare := [mark for mark in chosen if _is_used(mark) and not mark.get("segmentation")]):
         raise UserError(f"{what}: {len(bare)} of {len(chosen)} annotations have no segmentation, the first is "
                         f"{bare[0]['id']}; a model with masks needs it, RetinaNet does not")  # fmt: skip
     small = _check_kept_images(what, content, chosen, filters)
     left_out = Counter(names[mark["category_id"]] for mark in marks) - Counter(dict.fromkeys(classes, len(marks)))
     warnings = [f"{len(lost)} annotations are of no image, the first of image_id {lost[0]!r}"] if lost else []
+    if unknown:
+        warnings.append(f"{len(unknown)} annotations are left out, of categories that it does not list, such as "
+                        f"{unknown[0]['category_id']!r}")  # fmt: skip
     if left_out:
         warnings.append(f"{left_out.total()} annotations are left out, of categories that are not classes: "
                         f"{listed(sorted(left_out))}")  # fmt: skip
@@ -112,7 +117,7 @@ def _check_entries(what: str, content: Mapping[str, Any], needs_objects: bool) -
     """Refuse lists that are missing, and entries without a required key."""
     for key, required in REQUIRED.items():
         entries = content.get(key)
-        if entries is None and key == "annotations" and not needs_objects:
+        if not entries and key == "annotations" and isinstance(entries, (list, type(None))) and not needs_objects:
             continue
         if not isinstance(entries, list) or not entries:
             state = "has no" if entries is None or isinstance(entries, list) else "has, but not as a list,"

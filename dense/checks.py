@@ -17,6 +17,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import (
     DATA_SAMPLERS,
     DATASETS,
+    EVALUATOR,
     HOOKS,
     LOG_PROCESSORS,
     LOOPS,
@@ -273,7 +274,7 @@ def check_shapes(model: nn.Module, where: str) -> None:
         with torch.no_grad():
             inner.extract_feat(images)
             if hasattr(inner, "decode_head"):  # the heads of detectors need more than images
-                inner(images, mode="tensor")
+                inner(images, mode="predict")
     except Exception as error:  # whatever the parts raise for shapes that they do not expect
         channels = ", ".join(str(backbone.embed_dims[stage]) for stage in backbone.out_indices)
         maps = f"the backbone returns {len(backbone.out_indices)} maps, of {channels} channels"
@@ -319,6 +320,9 @@ def _later_parts(cfg: Config, loaders: Sequence[str]) -> Iterator[tuple[str, Any
         yield f"{stage}_cfg", loop, LOOPS
         yield f"{loader}.sampler", cfg[loader].get("sampler"), DATA_SAMPLERS
         evaluators = cfg.get(f"{stage}_evaluator") or []
+        if isinstance(evaluators, dict) and "metrics" in evaluators:  # such as mmdet's for several data sets
+            yield f"{stage}_evaluator", {"type": "Evaluator", **evaluators}, EVALUATOR
+            evaluators = evaluators["metrics"]
         for metric in [evaluators] if isinstance(evaluators, dict) else evaluators:
             yield f"{stage}_evaluator", metric, METRICS
     if "train_dataloader" in loaders:

@@ -208,6 +208,8 @@ def check_coco(cfg: Config, loader: str, node: Mapping[str, Any], kind: Any) -> 
     if is_elsewhere(node):
         return
     evaluators = [] if part == "train" else [one for one in dicts(cfg.get(f"{part}_evaluator")) if one.get("ann_file")]
+    if len([*data_sets(cfg, loader)]) > 1:  # each evaluated by itself
+        evaluators = [one for one in evaluators if os.path.abspath(one["ann_file"]) == os.path.abspath(path)]
     measured = [one for one in evaluators if not one.get("format_only")]
     has_masks = has_step(node, "LoadAnnotations", "LoadReadableInstances", with_mask=True)
     needs_masks = has_masks or any("segm" in _as_list(one.get("metric")) for one in measured)

@@ -3,7 +3,8 @@
     python launch.py SCRIPT PROCESSES ARGUMENT…
 
 Environment variables: PORT (29500), NNODES (1), NODE_RANK (0) and MASTER_ADDR (127.0.0.1) set the rendezvous,
-MAX_RESTARTS (0) how often processes that failed are started again. The exit status is that of the process that failed
+MAX_RESTARTS (0) how often processes that failed are started again, GRACE (600) how many seconds processes may take to
+end after a signal. The exit status is that of the process that failed
 first, or 75, "run the same command again", if it was killed.
 """
 
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 
 from torch.distributed import run
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 if not __package__:
@@ -52,6 +53,7 @@ def launch(script: str, processes: str, arguments: list[str]) -> int:
         logging.disable(logging.ERROR)  # torchrun's log repeats what is reported below
     if int(processes) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a warning
+    wait_after_signals(environment_number("GRACE", 600))
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     try:
         run.main([f"--nnodes={nodes}", f"--node_rank={rank}", f"--master_addr={address}", f"--master_port={port}",
@@ -62,6 +64,21 @@ def launch(script: str, processes: str, arguments: list[str]) -> int:
     except SignalException as error:
         return INTERRUPT_STATUS if error.sigval == signal.SIGINT else RESUME_STATUS
     return 0
+
+
+def wait_after_signals(grace: int) -> None:
+    """Let torchrun give processes more than its 30 s to finish their step and save after a signal.
+
+    Args:
+        grace: seconds.
+    """
+    close = PContext.close
+
+    def patient_close(self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        is_stopping = isinstance(sys.exc_info()[1], SignalException)  # not after a failure of a process
+        close(self, death_sig, grace if is_stopping else timeout)
+
+    PContext.close = patient_close  # type: ignore[method-assign]
 
 
 def check_port(port: int) -> None:

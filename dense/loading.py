@@ -260,14 +260,25 @@ def use_checked_loading(cfg: Config) -> None:
             _check_transform(node, len(names) if names else None, ignored)
         for node, _ in found:
             _replace(node, DATASETS)
-            if not any(step.get("type") == "NamedSteps" for step in node.get("pipeline", ())):
-                steps = dict(type="NamedSteps", transforms=node.get("pipeline", []))
-                node.pipeline = [dict(**steps, is_training=loader == "train_dataloader")]
+            node.pipeline = _named(node.get("pipeline", []), loader == "train_dataloader")
+    for hook in cfg.get("custom_hooks") or ():
+        if steps := hook.get("switch_pipeline"):  # mmdet's PipelineSwitchHook
+            for node in dicts(steps):
+                _replace(node, TRANSFORMS)
+                _check_transform(node, None, ignored)
+            hook.switch_pipeline = _named(steps, True)
     for node in dicts([cfg.get("val_evaluator"), cfg.get("test_evaluator")]):
         if not node.get("sort_categories"):
             _replace(node, METRICS)
     if any(node.get("type") in OF_MMDET for node in dicts(cfg)):
         _import_with(cfg, "dense.coco")
+
+
+def _named(steps: Any, is_training: bool) -> list[Any]:
+    """Wrap a pipeline so that errors of its transforms name the image."""
+    if any(step.get("type") == "NamedSteps" for step in steps):
+        return list(steps)
+    return [dict(type="NamedSteps", transforms=steps, is_training=is_training)]
 
 
 def _replace(node: Any, registry: Registry) -> None:
@@ -290,4 +301,5 @@ def _import_with(cfg: Config, module: str) -> None:
     """Import a module, here and wherever the config is read again."""
     importlib.import_module(module)
     imports = cfg.setdefault("custom_imports", dict(imports=[], allow_failed_imports=False)).imports
+    imports = [imports] if isinstance(imports, str) else imports
     cfg.custom_imports.imports = [*dict.fromkeys([*imports, module])]

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from mmengine.hooks import EarlyStoppingHook, EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import BaseLoop, autocast
@@ -36,6 +37,8 @@ class DenseState(RunState):
         epoch_step: iterations done in the current epoch; 0 in iteration-based runs.
         validated: whether the validation that is due here, if any, is done.
         best: best score of the validations so far, None before the first.
+        stopped: whether mmengine's EarlyStoppingHook has ended the run.
+        patience: of each such hook, the validations that it has waited, and its best score.
         scale_search: whether float16 may be searching for its loss scale; not part of a checkpoint.
     """
 
@@ -43,6 +46,8 @@ class DenseState(RunState):
     epoch_step: int = 0
     validated: bool = True
     best: float | None = None
+    stopped: bool = False
+    patience: list[tuple[int, float]] = field(default_factory=list)
     scale_search: Callable[[], bool] = field(default=lambda: False, repr=False)
 
     def searches_scale(self) -> bool:
@@ -261,7 +266,8 @@ class TrainLoop(BaseLoop):
             self.validate()
         if batches is not None:  # an iteration-based run is one epoch for mmengine's hooks
             self.runner.call_hook("after_train_epoch")
-        if self.runner.val_loop is None and 0 < self.state.bad_in_row < self.state.global_step:
+        is_validated = self.runner.val_loop is not None and self.schedule.validates(self.done)
+        if not is_validated and 0 < self.state.bad_in_row < self.state.global_step:
             self.monitor.save()  # steps that were skipped at the end have put it off
         self.runner.call_hook("after_train")
         return self.runner.model
@@ -305,13 +311,15 @@ class TrainLoop(BaseLoop):
         steps = optim_wrapper.steps
         optim_wrapper.before_backward = partial(watchdog.tick, f"{place}, backward")
         outputs = self.runner.model.train_step(data, optim_wrapper=optim_wrapper)
+        has_stepped = optim_wrapper.steps > steps
+        if has_stepped:
+            settle_buffers(self.buffers, optim_wrapper.bad_gradients)
         self.runner.call_hook("after_train_iter", batch_idx=index, data_batch=data, outputs=outputs)
         self.monitor.see_batch(optim_wrapper.finite, {}, unreadable)
         self._advance()
         if (index + 1) % self.schedule.log_interval == 0 or self.done >= self.schedule.length:
             self._log(index)
-        if optim_wrapper.steps > steps:  # gradients accumulate until then, and no checkpoint holds them
-            settle_buffers(self.buffers, optim_wrapper.bad_gradients)
+        if has_stepped:  # gradients accumulate until then, and no checkpoint holds them
             is_due = (state.epoch_step == 0 and self.schedule.saves(self.done)) or not state.validated
             self.monitor.after_step(state, optim_wrapper.bad_gradients, is_due)
 
@@ -356,10 +364,24 @@ class TrainLoop(BaseLoop):
         """Validate, if that is due here and not done yet."""
         if self.state.validated:
             return
+        if self.runner.val_loop is None:  # resumed with --no-validate
+            self.state.validated = True
+            self.monitor.save()
+            return
         self.monitor.watchdog.sync_point()
         broadcast_buffers(self.runner.model)
-        metrics = self.runner.val_loop.run()
+        try:
+            metrics = self.runner.val_loop.run()
+        except Preempted:
+            for hook in hooks_of(self.runner, EMAHook):
+                hook.after_val_epoch(self.runner)  # gives the model its own weights back, which are saved
+            raise
+        finally:
+            self.monitor.watchdog.is_evaluating = False
         self.state.validated = True
+        self.state.stopped = self.stop_training
+        self.state.patience = [(hook.wait_count, float(hook.best_score))
+                               for hook in hooks_of(self.runner, EarlyStoppingHook)]  # fmt: skip
         self.after_validation(metrics)
 
 
@@ -398,6 +420,12 @@ class WatchedBatches:
         self.watchdog.sync_point()
         if any_rank(self.device, self.watchdog.preemption.requested):
             raise Preempted("in validation")
+        self.watchdog.is_evaluating = True
+
+
+def hooks_of(runner: Any, kind: type[Hook]) -> list[Any]:
+    """Return the hooks of a runner that are of a kind."""
+    return [hook for hook in runner.hooks if isinstance(hook, kind)]
 
 
 def broadcast_buffers(model: nn.Module) -> None:

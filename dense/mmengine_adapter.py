@@ -71,7 +71,7 @@ LOG_CLASSES = (
     np.float64(0).__reduce__()[0],
     np.ndarray,
     np.dtype,
-    *(type(np.dtype(name)) for name in ("float64", "int64", "uint32", "int32", "bool")),
+    *(type(np.dtype(name)) for name in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"),
 )
 
 

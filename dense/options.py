@@ -295,7 +295,7 @@ def _check_kind(shown: str, key: str, old: Any, new: Any) -> None:
         raise UserError(f"{shown}: {key} is a list of groups of settings; set them one by one, {key}.0.KEY=VALUE")
     if isinstance(old, bool) and isinstance(new, str):
         raise UserError(f"{shown}: takes True or False")
-    if isinstance(old, (int, float)) and isinstance(new, str):
+    if isinstance(old, (int, float)) and isinstance(new, str) and (key, new) != ("optim_wrapper.loss_scale", "dynamic"):
         raise UserError(f"{shown}: takes a number, such as {old}")
 
 
@@ -325,7 +325,12 @@ def check_numbers(cfg: Config, where: str, options: Mapping[str, Any]) -> None:
     """
     for key, value in _items(cfg.to_dict()):
         for pattern, kind, low, high, exceptions in NUMBERS:
-            if re.fullmatch(pattern, key) and not (_is_number(value, kind, low, high) or value in exceptions):
+            if not re.fullmatch(pattern, key):
+                continue
+            if kind is int and isinstance(value, float) and value.is_integer():  # such as 2e4
+                value = int(value)
+                cfg.merge_from_dict({key: value})
+            if not (_is_number(value, kind, low, high) or value in exceptions):
                 source = FLAG if key in options else where
                 raise UserError(f"{source} {key}={value}: takes {_described(kind, low, high, exceptions)}")
 

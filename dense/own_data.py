@@ -116,7 +116,7 @@ def _evaluated(cfg: Config) -> list[Any]:
 def _move_root(cfg: Config, where: str, bases: Iterable[Config]) -> None:
     """Let all paths follow `data_root`."""
     root = cfg.get("data_root")
-    if root is None:
+    if root is None or _is_placed(cfg):
         return
     if not isinstance(root, str):
         raise UserError(f"{where} data_root={root!r}: takes the path of a folder, a text")
@@ -136,6 +136,19 @@ def _move_root(cfg: Config, where: str, bases: Iterable[Config]) -> None:
                         f"{listed(inherited)}; set data_root of each data set")  # fmt: skip
     for place in inherited:
         move(cfg, place, new)
+
+
+def _is_placed(cfg: Config) -> bool:
+    """Whether the config itself has placed some of its data sets: these are at `data_root`, others beside them are not.
+
+    They may come from several folders on purpose.
+    """
+    root = str(cfg.data_root).rstrip("/")
+    for loader in LOADERS:
+        places = [str(node.get("data_root") or "").rstrip("/") == root for node, _ in data_sets(cfg, loader)]
+        if any(places) and not all(places):
+            return True
+    return False
 
 
 def _elsewhere(cfg: Config, root: str) -> list[str]:

@@ -12,6 +12,7 @@ SEGMENTATION = "mmseg.datasets.basesegdataset.BaseSegDataset"
 COCO = ("mmdet.datasets.coco.CocoDataset", "dense.coco.CompleteCocoDataset")
 # Heads that predict the classes of the data set. First stages predict one class, heads for stuff other ones.
 HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "roi_head.bbox_head", "roi_head.mask_head")
+OTHER_HEADS = ("STDCHead",)  # which stand among them, and predict something else: this one, boundaries
 LOSSES = ("loss_decode", "loss_cls")  # of these heads; they may weight classes
 
 
@@ -93,7 +94,7 @@ def heads_of(cfg: Config) -> Iterator[tuple[str, Any]]:
             node = (node.get(part) or {}) if isinstance(node, dict) else {}
         several = isinstance(node, (list, tuple))
         for number, head in enumerate(node if several else [node]):
-            if isinstance(head, dict) and head:
+            if isinstance(head, dict) and head and head.get("type") not in OTHER_HEADS:
                 yield f"model.{name}.{number}" if several else f"model.{name}", head
 
 

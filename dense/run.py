@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop
+from mmengine.visualization import Visualizer
 
 from dense.loops import (
     DenseState,
@@ -27,6 +28,7 @@ from dense.loops import (
     SkippingOptimWrapper,
     TrainLoop,
     WatchedBatches,
+    hooks_of,
     is_better,
 )
 from dense.runner import DenseRunner, has_half_precision, unwrapped, without_mixed_precision
@@ -37,7 +39,7 @@ from training.errors import UserError, setting, with_flags
 from training.monitor import DelayedFlags, MonitorSettings, StepMonitor
 from training.naming import CheckpointNames
 from training.output import Output
-from training.processes import all_gather, is_main_process, on_main_process, print_main
+from training.processes import all_gather, is_main_process, on_main_process, print_line, print_main
 from training.resume import Source, check_same_run, data_differences, describe_run, differences
 from training.state import check_finite
 from training.watchdog import Watchdog
@@ -46,7 +48,8 @@ ADVICE = "a lower `optim_wrapper.optimizer.lr`, or training without half precisi
 PACKAGES = ("torchvision", "timm", "numpy", "onedl-mmengine", "onedl-mmcv")  # whose versions log.txt records
 # Parts of a config that decide what a run computes.
 COMPUTED = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr",
-            "val_dataloader", "val_evaluator", "val_cfg", "randomness")  # fmt: skip
+            "val_dataloader", "val_evaluator", "val_cfg", "randomness", "custom_hooks", "sync_bn", "data_preprocessor",
+            "model_wrapper_cfg", "find_unused_parameters", "efficient_conv_bn_eval")  # fmt: skip
 # Of these, what does not: where things are, and how they are read. The images' fingerprint is compared by itself.
 FREE_NAMES = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "data_root", "data_prefix",
               "ann_file", "init_cfg", "pretrained", "with_cp", "outfile_prefix", "backend_args")  # fmt: skip
@@ -165,7 +168,8 @@ def check_saving(hook: Mapping[str, Any]) -> None:
 def is_finished(schedule: Schedule, checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint is of the end of a run."""
     state = DenseState.from_checkpoint(checkpoint)
-    return state.validated and (state.epoch if schedule.by_epoch else state.global_step) >= schedule.length
+    done = state.epoch if schedule.by_epoch else state.global_step
+    return state.validated and (state.stopped or done >= schedule.length)
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,7 @@ class Run:
     """What a training run is, besides its config.
 
     Attributes:
+        config: its config, as it is written to the work dir and to checkpoints.
         schedule: its length, and when it validates and saves.
         output: its files.
         watchdog: watches its processes.
@@ -183,6 +188,7 @@ class Run:
         limits: limits of the monitor, for a data set of unknown size.
     """
 
+    config: Config
     schedule: Schedule
     output: Output
     watchdog: Watchdog
@@ -221,12 +227,30 @@ class TrainingRunner(DenseRunner):
 
     def dump_config(self) -> None:
         """Write the config to the work dir, once the run has opened its files: a refused run leaves them alone."""
-        if self.is_open:
-            super().dump_config()
+        if self.is_open and is_main_process():
+            path = self.output.folder / Path(self.cfg.filename).name
+            try:
+                self.run.config.dump(path)
+            except OSError as error:
+                print_main(f"WARNING: {path} could not be written ({error.strerror})")
 
     def register_default_hooks(self, hooks: dict[str, Any] | None = None) -> None:
         """Register the hooks that every run has, but for the one that saves: the loop does that."""
         super().register_default_hooks({**(hooks or {}), "checkpoint": None})
+
+    def build_visualizer(self, visualizer: Any = None) -> Visualizer:
+        """Build what writes mmengine's figures. A full disk does not end the run."""
+        built = super().build_visualizer(visualizer)
+        add = built.add_scalars
+
+        def add_scalars(*args: Any, **kwargs: Any) -> None:
+            try:
+                add(*args, **kwargs)
+            except OSError as error:
+                print_line(f"WARNING: mmengine's figures could not be written ({error.strerror}); training continues")
+
+        built.add_scalars = add_scalars
+        return built
 
     @staticmethod
     def build_dataloader(*args: Any, **kwargs: Any) -> Any:
@@ -291,7 +315,6 @@ class TrainingRunner(DenseRunner):
         else:
             self._compare(source)
             self.restore(source)
-        self.cfg.resume, self.cfg.load_from = False, None  # the config that is written is the run's, not this start's
         described = describe_run(run.settings, self.data, self.device, PACKAGES)
         on_main_process(lambda: self.output.open(described, self.state.covers, source, run.resumes, scalars=False))
         self.is_open = True
@@ -346,7 +369,10 @@ class TrainingRunner(DenseRunner):
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"{what}: its training state does not fit the config ({first_line(error)}); "
                             f"{setting('load_from')} uses its weights alone") from None  # fmt: skip
-        self.train_loop.state = DenseState.from_checkpoint(checkpoint)
+        self.train_loop.state = state = DenseState.from_checkpoint(checkpoint)
+        self.train_loop.stop_training = state.stopped
+        for hook, (waited, score) in zip(hooks_of(self, EarlyStoppingHook), state.patience):
+            hook.wait_count, hook.best_score = waited, score
         print_main(f"checkpoint {source.path}: resuming at {self.output.names.place(checkpoint)}")
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -401,7 +427,7 @@ class TrainingRunner(DenseRunner):
             state_dict=unwrapped(self.model).state_dict(),
             message_hub=deepcopy(self.message_hub.state_dict()),
             optimizer=self.optim_wrapper.state_dict(),
-            param_schedulers=[scheduler.state_dict() for scheduler in self.param_schedulers or ()],
+            param_schedulers=[plain_state(scheduler) for scheduler in self.param_schedulers or ()],
             run=state.checkpoint(),
             args=self.run.settings,
             data=self.data,
@@ -412,7 +438,13 @@ class TrainingRunner(DenseRunner):
     @cached_property
     def _config_text(self) -> str:
         """The config as text. Formatting it takes a second."""
-        return self.cfg.pretty_text
+        return self.run.config.pretty_text
+
+
+def plain_state(scheduler: Any) -> dict[str, Any]:
+    """Return a schedule's state without functions, which are built with it, and with Python's numbers for NumPy's."""
+    state = {name: value for name, value in scheduler.state_dict().items() if not callable(value)}
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in state.items()}
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], what: str) -> None:

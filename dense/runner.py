@@ -13,6 +13,7 @@ from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop
+from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -77,6 +78,11 @@ class DenseRunner(QuietRunner):
         console_filter(logger).level = logging.WARNING
         return logger
 
+    def build_visualizer(self, visualizer: Any = None) -> Visualizer:
+        """Build what writes mmengine's figures: this run's own, where another one ran in the process before."""
+        named = {**visualizer, "name": self.experiment_name} if isinstance(visualizer, dict) else visualizer
+        return super().build_visualizer(named)
+
     @staticmethod
     def build_dataloader(*args: Any, **kwargs: Any) -> DataLoader:
         """Build a data loader."""
@@ -102,7 +108,10 @@ class DenseRunner(QuietRunner):
         """Move the model to its device and wrap it for data parallelism. On CPUs, batch norm is not synchronised."""
         if get_device() != "cpu" or not self.distributed:
             return super().wrap_model(model_wrapper_cfg, model)
-        return MMDistributedDataParallel(revert_sync_batchnorm(model), broadcast_buffers=False)
+        unused = (model_wrapper_cfg or {}).get("find_unused_parameters", self.cfg.get("find_unused_parameters", False))
+        return MMDistributedDataParallel(
+            revert_sync_batchnorm(model), broadcast_buffers=False, find_unused_parameters=unused
+        )
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
         """Build the optimiser."""

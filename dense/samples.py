@@ -41,6 +41,10 @@ class SeededSamples(Dataset):
             raise AttributeError(name)
         return getattr(self.dataset, name)  # hooks read `metainfo` and the like
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_own = name in ("dataset", "seed")
+        object.__setattr__(self if is_own else self.dataset, name, value)  # hooks replace `pipeline`
+
     def __getitem__(self, draw: Draw) -> tuple[Any, str]:
         """Load a sample. Returns it, and the names of unreadable images that it replaces.
 

@@ -17,7 +17,7 @@ from dense.console import import_quietly, without_noise
 from dense.mmengine_adapter import base_files, read_checkpoint
 from dense.options import KeyValueAction, check_numbers, merge_options
 from dense.own_data import Bases, apply_top_level
-from dense.parts import dicts
+from dense.parts import dicts, resolve
 from dense.runner import VARIANT_HINT
 from sepvit import entries_under, variant_of
 from training.checkpoints import weights_of
@@ -210,7 +210,7 @@ def read_model_checkpoint(cfg: Config, path: str, flag: str) -> dict[str, Any]:
     weights = weights_of(checkpoint, what)
     backbone = cfg.model.get("module", cfg.model).backbone  # test-time augmentation wraps the model
     held = variant_of(entries_under(weights, "backbone"))
-    wanted = getattr(MODELS.get(backbone.type), "variant", None)
+    wanted = getattr(resolve(MODELS, backbone), "variant", None)
     if held is None and (alone := variant_of(weights)) is not None:
         hint = f"to train from it, give --cfg-options model.backbone.pretrained={path}"
         raise UserError(f"{what}: holds a backbone only, {alone}; {hint}")

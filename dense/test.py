@@ -1,7 +1,6 @@
 """The test command of segmentation and detection."""
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from mmengine.hooks import Hook
 from dense.checks import check_test_parts, check_weights, rehearse
 from dense.console import TestProgressHook
 from dense.data import check_data
-from dense.parts import data_sets
+from dense.parts import LOADERS, data_sets, is_elsewhere
 from dense.runner import DenseRunner
 from dense.settings import (
     FORMER_OF_TESTING,
@@ -67,6 +66,21 @@ def build_test_parser(description: str | None, metrics: Sequence[str]) -> Comman
     return parser
 
 
+def as_configured(cfg: Config, flags: str) -> Results:
+    """Evaluate as the config says.
+
+    Args:
+        cfg: the config.
+        flags: what else could be asked for, for messages.
+
+    Raises:
+        UserError: it says nothing.
+    """
+    if not cfg.test_evaluator:
+        raise UserError(f"nothing to do: the config has no test_evaluator; give {flags}")
+    return Results()
+
+
 def find_metric(name: str, metrics: Sequence[str]) -> str:
     """Find a metric of `--eval` by its name, in upper or lower case.
 
@@ -90,6 +104,7 @@ def test(args: argparse.Namespace, prepare: Prepare) -> None:
     join_processes(cfg, args)
     check_test_parts(cfg, where)
     results = prepare(cfg, args)
+    check_folders(cfg, results.folders)
     drop_pretrained(cfg)
     if args.aug_test:
         augment(cfg, args.config)
@@ -100,7 +115,6 @@ def test(args: argparse.Namespace, prepare: Prepare) -> None:
     cfg.train_dataloader = cfg.train_cfg = cfg.optim_wrapper = cfg.param_scheduler = None
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     cfg.load_from, cfg.resume = args.checkpoint, False
-    check_folders(cfg, results.folders)
     folders = [*results.folders, (Path(cfg.work_dir), f"--work-dir {cfg.work_dir}")]
     on_main_process(lambda: make_folders(folders))
     runner = TestRunner.from_config(cfg, {args.checkpoint: checkpoint})
@@ -127,14 +141,15 @@ def check_folders(cfg: Config, folders: Sequence[tuple[Path, str]]) -> None:
     Raises:
         UserError: a folder is in the data set.
     """
-    data = [Path(node.get("data_root") or "", inner).resolve() for node, _ in data_sets(cfg, "test_dataloader")
-            for inner in (node.get("data_prefix") or {}).values() if isinstance(inner, str) and inner]  # fmt: skip
-    common = [Path(os.path.commonpath(data))] if data else []
+    nodes = [node for loader in LOADERS for node, _ in data_sets(cfg, loader) if not is_elsewhere(node)]
+    roots = {Path(node["data_root"]).resolve() for node in nodes if node.get("data_root")}
+    data = {Path(node.get("data_root") or "", inner).resolve() for node in nodes
+            for inner in (node.get("data_prefix") or {}).values() if isinstance(inner, str) and inner}  # fmt: skip
     for folder, what in folders:
         place = folder.resolve()
-        if any(place == part or part in place.parents for part in data) or place in common:
-            raise UserError(f"{what}: holds images or labels of the data set, which results would replace; name "
-                            "another folder")  # fmt: skip
+        if place in roots or data & {place, *place.parents}:
+            raise UserError(f"{what}: holds images or labels of a data set, which results would replace; name another "
+                            "folder")  # fmt: skip
 
 
 def make_folders(folders: Sequence[tuple[Path, str]]) -> None:

@@ -1,6 +1,8 @@
 """The training command of segmentation and detection."""
 
 import argparse
+import copy
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -9,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
 from dense.checks import check_training_parts, rehearse
 from dense.data import check_data
 from dense.loops import DenseState, Schedule
+from dense.parts import dicts
 from dense.run import ADVICE, DenseNames, Run, TrainingRunner, is_finished, read_schedule, settings_of
 from dense.settings import (
     FORMER_OF_TRAINING,
@@ -27,12 +31,14 @@ from dense.settings import (
 from training.commands import natural, number, path, positive_int, run_command, seconds
 from training.errors import Preempted, UserError
 from training.monitor import MonitorSettings
-from training.output import Output, stopped
+from training.output import LOG, Output, stopped
 from training.processes import get_world_size, is_main_process, on_main_process, print_main
 from training.resume import Source, find_checkpoint
 from training.storage import make_folder, missing_folders, remove_empty
 from training.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
 
+STATEFUL = ("BatchSyncRandomResize", "CachedMixUp", "CachedMosaic", "DynamicRoIHead", "GroupMultiSourceSampler",
+            "SyncBuffersHook")  # fmt: skip
 RESUME = "run the same command with --auto-resume to resume from the last checkpoint"
 
 
@@ -82,17 +88,18 @@ def train(args: argparse.Namespace, flags: Mapping[str, str]) -> None:
         Output(folder, heartbeat_timeout(args.timeout), names, "work_dir") as output,
         Preemption("train.py") as preemption,
         Watchdog(args.timeout, "env://", preemption, RESUME, flags) as watchdog,
-        own_folder(output, preemption),
+        own_folder(output, Path(args.config).name, preemption),
     ):
         source = find_source(cfg, args, output)
         if source is not None and is_finished(schedule, source.checkpoint):
             end_finished_run(source, cfg, schedule)
             return
         on_main_process(lambda: output.check_free(source, resumes(args)))
+        written = config_to_write(cfg, args)
         checkpoints = set_starting_point(cfg, args, source)
         rehearse(cfg, where_of(args), *used_loaders(cfg))
         runner = TrainingRunner.from_config(cfg, checkpoints)
-        runner.run = build_run(cfg, args, schedule, output, watchdog, source)
+        runner.run = build_run(cfg, written, args, schedule, output, watchdog, source)
         run_to_the_end(runner)
 
 
@@ -120,7 +127,21 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
     if args.no_validate:
         cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     check_accumulation(cfg, args.checkpoint_every)
+    if args.auto_resume:
+        check_states(cfg)
     check_data(cfg, *used_loaders(cfg))
+
+
+def check_states(cfg: Config) -> None:
+    """Refuse parts of mmengine and mmdet that have a state which no checkpoint holds.
+
+    Raises:
+        UserError: names the part.
+    """
+    for node in dicts(cfg):
+        if (name := str(node.get("type")).rpartition(".")[2]) in STATEFUL:
+            raise UserError(f"--auto-resume: {name} has a state that no checkpoint holds, so that a resumed run would "
+                            "differ; use --resume, or another part")  # fmt: skip
 
 
 def check_accumulation(cfg: Config, checkpoint_every: int) -> None:
@@ -186,19 +207,41 @@ def end_finished_run(source: Source, cfg: Config, schedule: Schedule) -> None:
         UserError: the user named the checkpoint, and expects more training.
     """
     done = f"all {schedule.length} {'epochs' if schedule.by_epoch else 'iterations'} are done"
+    if DenseState.from_checkpoint(source.checkpoint).stopped:
+        done = "its EarlyStoppingHook has ended it"
     if not source.is_automatic:
         setting_name = "train_cfg.max_epochs" if schedule.by_epoch else "train_cfg.max_iters"
         raise UserError(f"{source.what}: {done}; nothing left to train; raise {setting_name} to train longer")
     print_main(f"{source.what}: the run in {cfg.work_dir} is complete: {done}")
 
 
+def config_to_write(cfg: Config, args: argparse.Namespace) -> Config:
+    """Copy a config for the work dir and for checkpoints: the run's, however often it was resumed."""
+    written = copy.deepcopy(cfg)
+    written.resume, written.load_from = False, starting_weights(cfg, args)
+    if written.load_from or args.from_scratch:
+        drop_pretrained(written)
+    return written
+
+
+def starting_weights(cfg: Config, args: argparse.Namespace) -> str | None:
+    """Checkpoint of a whole model whose weights a fresh run starts from, None for none."""
+    return args.load_from or (None if args.from_scratch or cfg.get("resume") else cfg.get("load_from"))
+
+
 def build_run(
-    cfg: Config, args: argparse.Namespace, schedule: Schedule, output: Output, watchdog: Watchdog, source: Source | None
+    cfg: Config,
+    written: Config,
+    args: argparse.Namespace,
+    schedule: Schedule,
+    output: Output,
+    watchdog: Watchdog,
+    source: Source | None,
 ) -> Run:
     """Gather what a training run is, besides its config."""
     settings = settings_of(cfg) | {"launcher.processes": get_world_size()}
     limits = MonitorSettings(args.max_bad_steps, False, args.checkpoint_every, args.on_bad_image, 0, ADVICE)
-    return Run(schedule, output, watchdog, source, args.auto_resume, resumes(args), settings, limits)
+    return Run(written, schedule, output, watchdog, source, args.auto_resume, resumes(args), settings, limits)
 
 
 def run_to_the_end(runner: TrainingRunner) -> None:
@@ -231,8 +274,13 @@ def run_to_the_end(runner: TrainingRunner) -> None:
 
 
 @contextmanager
-def own_folder(output: Output, preemption: Preemption) -> Iterator[None]:
+def own_folder(output: Output, config: str, preemption: Preemption) -> Iterator[None]:
     """Make the work dir, and keep other runs out of it. If the command fails before its first step, it leaves no trace.
+
+    Args:
+        output: the run's files.
+        config: name of the config that it writes.
+        preemption: knows whether there was a step.
 
     Raises:
         UserError: the folder cannot be written, or another run writes to it.
@@ -245,11 +293,17 @@ def own_folder(output: Output, preemption: Preemption) -> Iterator[None]:
         yield
     except Exception:
         if not preemption.has_progress and is_main_process():
-            for path in set(output.folder.iterdir()) - before:
-                if path.suffix != ".damaged":  # a checkpoint that was renamed
-                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            for path in {output.folder / LOG, output.folder / config, *log_folders(output.folder)} - before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             remove_empty(missing)
         raise
+
+
+def log_folders(folder: Path) -> list[Path]:
+    """Folders of this process's log files below a work dir."""
+    files = [handler.baseFilename for handler in MMLogger.get_current_instance().handlers
+             if isinstance(handler, logging.FileHandler)]  # fmt: skip
+    return [path for path in (Path(file).parent for file in files) if path.parent == folder.absolute()]
 
 
 def set_starting_point(cfg: Config, args: argparse.Namespace, source: Source | None) -> dict[str, dict[str, Any]]:
@@ -266,9 +320,8 @@ def set_starting_point(cfg: Config, args: argparse.Namespace, source: Source | N
     Raises:
         UserError: the checkpoint is missing or of another variant.
     """
-    given = args.load_from or (None if args.from_scratch else cfg.get("load_from"))
+    cfg.load_from = source.path if source else starting_weights(cfg, args)
     cfg.resume = source is not None
-    cfg.load_from = source.path if source else given
     backbone = cfg.model.backbone
     if cfg.load_from or args.from_scratch:
         drop_pretrained(cfg)

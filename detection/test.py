@@ -10,14 +10,19 @@ start it on several processes.
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
+from mmengine.registry import METRICS as METRICS_OF
 
 if not __package__:
     import _repository  # noqa: F401
+from dense.options import accepted_arguments, registered
+from dense.parts import dicts
 from dense.settings import CommandParser
-from dense.test import Results, build_test_parser, find_metric, run_testing
+from dense.test import Results, as_configured, build_test_parser, find_metric, run_testing
 from detection.drawing import DrawingHook
 from training.commands import fraction, path
 from training.errors import UserError
@@ -43,7 +48,7 @@ def prepare(cfg: Config, args: argparse.Namespace) -> Results:
         UserError: nothing is to be done, settings exclude each other, or a metric is unknown.
     """
     if not (args.eval or args.out or args.format_only or args.show_dir):
-        raise UserError("nothing to do: give --eval bbox, --out FILE.pkl, --format-only or --show-dir DIR")
+        return as_configured(cfg, "--eval bbox, --out FILE.pkl, --format-only or --show-dir DIR")
     if args.eval and args.format_only:
         raise UserError("--eval and --format-only: choose one")
     if args.out and Path(args.out).suffix not in (".pkl", ".pickle"):
@@ -51,12 +56,14 @@ def prepare(cfg: Config, args: argparse.Namespace) -> Results:
     metrics = requested_metrics(cfg, args.eval)
     evaluators, results = [], Results()
     if metrics or args.format_only:
-        if not isinstance(cfg.test_evaluator, dict):
+        settings = dict(metric=metrics or possible_metrics(cfg), format_only=args.format_only)
+        if args.format_only:
+            settings["outfile_prefix"] = str(Path(cfg.work_dir) / "results")
+        evaluators = [{**one, **settings} for one in as_list(cfg.test_evaluator) if takes(one, settings)]
+        if not evaluators:
             flag = "--format-only" if args.format_only else f"--eval {' '.join(args.eval)}"
-            raise UserError(f"{flag}: needs one test_evaluator in the config, such as a CocoMetric")
-        prefix = str(Path(cfg.work_dir) / "results") if args.format_only else None
-        settings = dict(metric=metrics or possible_metrics(cfg), format_only=args.format_only, outfile_prefix=prefix)
-        evaluators.append({**cfg.test_evaluator, **settings})
+            raise UserError(f"{flag}: needs a CocoMetric as test_evaluator in the config; without the flag, the "
+                            "config's own evaluators are used")  # fmt: skip
     if args.out:
         evaluators.append(dict(type="DumpDetResults", out_file_path=args.out))
         results.add(None, Path(args.out).parent, f"--out {args.out}")
@@ -67,9 +74,23 @@ def prepare(cfg: Config, args: argparse.Namespace) -> Results:
     return results
 
 
+def as_list(value: Any) -> list[Any]:
+    """Return a list, or one entry as a list."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def takes(evaluator: dict[str, Any], settings: Iterable[str]) -> bool:
+    """Whether an evaluator takes settings, as a CocoMetric does."""
+    built = registered(METRICS_OF, str(evaluator.get("type")))
+    accepted = accepted_arguments(built) if built is not None else None
+    return accepted is None or accepted >= set(settings)
+
+
 def possible_metrics(cfg: Config) -> list[str]:
-    """Return the metrics of everything a config's model predicts: boxes, and masks if it has a mask head."""
-    return ["bbox", "segm"] if "mask_head" in cfg.model.get("roi_head", {}) else ["bbox"]
+    """Return the metrics of everything a config's model predicts: those of its evaluators, and masks of a mask head."""
+    stated = [metric for one in dicts(cfg.test_evaluator) for metric in as_list(one.get("metric"))]
+    masks = ["segm"] if "mask_head" in cfg.model.get("roi_head", {}) else []
+    return [metric for metric in ("bbox", "segm") if metric in stated + masks] or ["bbox"]
 
 
 def requested_metrics(cfg: Config, names: list[str]) -> list[str]:

@@ -9,13 +9,15 @@ dist_test.sh and slurm_test.sh start it on several processes.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 
 if not __package__:
     import _repository  # noqa: F401
+from dense.parts import dicts
 from dense.settings import CommandParser
-from dense.test import Results, build_test_parser, find_metric, run_testing
+from dense.test import Results, as_configured, build_test_parser, find_metric, run_testing
 from segmentation.drawing import DrawingHook, LabelsHook
 from training.commands import path
 from training.errors import UserError
@@ -40,13 +42,12 @@ def prepare(cfg: Config, args: argparse.Namespace) -> Results:
         UserError: nothing is to be done, or a metric is unknown.
     """
     if not (args.eval or args.out or args.show_dir):
-        raise UserError("nothing to do: give --eval mIoU, --out DIR or --show-dir DIR")
+        return as_configured(cfg, "--eval mIoU, --out DIR or --show-dir DIR")
     if args.out and Path(args.out).suffix in (".pkl", ".pickle"):
         raise UserError(f"--out {args.out}: takes a folder of PNGs (the predicted labels); remove the ending")
     metrics = [find_metric(name, METRICS) for name in args.eval]
-    evaluator = cfg.test_evaluator
-    is_usual = isinstance(evaluator, dict) and evaluator.get("type") == "IoUMetric"
-    settings = dict(evaluator if is_usual else {}, type="IoUMetric", iou_metrics=metrics)
+    usual: dict[str, Any] = next((one for one in dicts(cfg.test_evaluator) if one.get("type") == "IoUMetric"), {})
+    settings = dict(usual, type="IoUMetric", iou_metrics=metrics)
     cfg.test_evaluator = settings if metrics else []  # drawing and writing need none
     results = Results()
     if args.out:

@@ -439,7 +439,6 @@ MISTAKES = {
     "missing pretrained": ("train", ["{demo}", *SCENES, "model.backbone.pretrained=none.pth"],
                            "pretrained none.pth: no such file"),
     "classes of COCO": ("train", ["{tiny}", *SCENES], "no category is named person, bicycle, car, "),
-    "nothing to do": ("test", GOOD, "nothing to do: give --eval bbox, --out FILE.pkl, --format-only or --show-dir DIR"),
     "unknown metric": ("test", [*GOOD, "--eval", "mIoU"], "--eval mIoU: unknown; choose from bbox, segm, mAP"),
     "masks of RetinaNet": ("test", ["{tiny}", "{files}/good.pth", "--eval", "segm"],
                            "--eval segm: RetinaNet predicts no masks; choose bbox"),

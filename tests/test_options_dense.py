@@ -1,6 +1,7 @@
 """Options, outputs and messages of the segmentation and detection commands."""
 
 import argparse
+import copy
 import fcntl
 import json
 import os
@@ -19,6 +20,8 @@ import timm
 import torch
 from conftest import ROOT, command, free_port, refusal, succeed
 from mmengine.config import Config
+from mmengine.optim import OneCycleLR, ReduceOnPlateauLR
+from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from PIL import Image
@@ -29,12 +32,19 @@ import segmentation.drawing
 import segmentation.predict
 import segmentation.test
 from dense.checks import build_model, check_shapes, check_training_parts, rehearse
+from dense.loading import use_checked_loading
+from dense.mmengine_adapter import read_checkpoint
 from dense.options import NUMBERS, accepted_arguments, check_numbers, merge_options
 from dense.predict import read_image
+from dense.run import DenseNames, plain_state
+from dense.samples import SeededSamples
 from dense.settings import build_parser, join_processes, read_config
-from dense.train import apply_options, build_train_parser, run_training, set_starting_point
+from dense.test import check_folders
+from dense.train import apply_options, build_train_parser, own_folder, run_training, set_starting_point
 from training import output
 from training.errors import UserError
+from training.output import Output
+from training.watchdog import Preemption, Watchdog
 
 SEGMENTATION = ROOT / "segmentation/configs/fpn_sepvit_lite_112x112_demo.py"
 DETECTION = ROOT / "detection/configs/mask_rcnn_sepvit_lite_fpn_demo.py"
@@ -320,7 +330,7 @@ MISTAKES = {
                             "replace it: --overwrite"),
     "pictures in place of images": ("test", ["{demo}", "{checkpoint}", "--show-dir", "{scenes}/images/validation/a",
                                              "--cfg-options", DATA],
-                                    "--show-dir {scenes}/images/validation/a: holds images or labels of the data set"),
+                                    "--show-dir {scenes}/images/validation/a: holds images or labels of a data set"),
     "predictions in place of labels": ("test", ["{demo}", "{checkpoint}", "--out", "{scenes}/annotations/validation",
                                                 "--cfg-options", DATA], "which results would replace; name another"),
     "unknown data to predict": ("predict", ["{demo}", "{checkpoint}", "{scenes}/images/validation", "--out", "new",
@@ -418,12 +428,118 @@ def test_a_job_step_of_one_task_needs_no_launcher(monkeypatch):
     assert cfg.launcher == "none"
 
 
-def test_testing_leaves_the_config_of_the_training_alone(scenes, segmentor, tmp_path):
+def test_testing_leaves_the_config_of_the_training_alone(scenes, segmentor, tmp_path, capsys):
     (tmp_path / SEGMENTATION.name).write_text("the training's")
-    arguments = [str(SEGMENTATION), str(segmentor), "--eval", "mIoU", "--work-dir", str(tmp_path), *small(scenes)]
+    arguments = [str(SEGMENTATION), str(segmentor), "--work-dir", str(tmp_path), *small(scenes)]
     assert segmentation.test.main(arguments) == 0
     assert (tmp_path / SEGMENTATION.name).read_text() == "the training's"
+    assert "mIoU" in capsys.readouterr().out  # without a flag, the config's evaluator is used
     assert next(tmp_path.glob(f"*/{SEGMENTATION.name}"))
+
+
+def test_nothing_to_test():
+    cfg = Config(dict(test_evaluator=[], model=dict()))
+    for task, flags in ((segmentation, ["a", "b"]), (detection, ["a", "b"])):
+        parser = getattr(task.test, f"build_{task.__name__}_test_parser")()
+        with pytest.raises(UserError, match="nothing to do: the config has no test_evaluator; give --eval "):
+            task.test.prepare(cfg, parser.parse_args(flags))
+
+
+def test_metrics_are_those_of_the_evaluators():
+    """Also of detectors that predict masks without a mask head of their own, such as SOLO."""
+    init_default_scope("mmdet")
+    parse = detection.test.build_detection_test_parser().parse_args
+    own = [dict(type="CocoMetric", metric=["bbox", "segm"], outfile_prefix="mine"), dict(type="VOCMetric")]
+    cfg = Config(dict(test_evaluator=own, model=dict(type="SOLO"), work_dir="work"))
+    detection.test.prepare(cfg, parse(["a", "b", "--eval", "mAP"]))
+    (evaluator,) = cfg.test_evaluator
+    assert (evaluator.metric, evaluator.outfile_prefix) == (["bbox", "segm"], "mine")
+    cfg.test_evaluator = dict(type="VOCMetric")
+    with pytest.raises(UserError, match="--eval bbox: needs a CocoMetric as test_evaluator"):
+        detection.test.prepare(cfg, parse(["a", "b", "--eval", "bbox"]))
+
+
+@pytest.mark.parametrize("place", ["data", "data/train", "data/train/inner", "data/labels", "elsewhere/../data"])
+def test_folders_of_data_are_no_folders_for_results(place, tmp_path):
+    """Of any data set of the config, also of one without subfolders."""
+    init_default_scope("mmseg")
+    root = str(tmp_path / "data")
+    train = dict(type="BaseSegDataset", data_root=root, data_prefix=dict(img_path="train", seg_map_path="labels"))
+    flat = dict(type="BaseSegDataset", data_root=root, data_prefix=dict(img_path=""))
+    cfg = Config(dict(train_dataloader=dict(dataset=train), test_dataloader=dict(dataset=flat)))
+    with pytest.raises(UserError, match="holds images or labels of a data set"):
+        check_folders(cfg, [(tmp_path / place, "--out x")])
+    check_folders(cfg, [(tmp_path / "results", "--out x")])
+
+
+def test_a_failed_start_deletes_its_own_files_alone(tmp_path):
+    """A test of the same config writes to the same folder."""
+
+    def start() -> None:
+        files = Output(tmp_path / "new/work", 5, DenseNames(0, 1, -1), "work_dir")
+        with own_folder(files, "own.py", Preemption("train.py")):
+            for name in ("log.txt", "own.py", "results.pkl"):
+                (tmp_path / "new/work" / name).touch()
+            raise UserError("a mistake")
+
+    with pytest.raises(UserError, match="a mistake"):
+        start()
+    assert [path.name for path in (tmp_path / "new/work").iterdir()] == ["results.pkl"]
+
+
+@pytest.mark.parametrize("option", ["train_cfg.max_iters=2e1", "optim_wrapper.loss_scale=dynamic"])
+def test_other_spellings_of_values(option, scenes, tmp_path):
+    config = tmp_path / "own.py"
+    wrapper = "dict(type='AmpOptimWrapper', loss_scale=512.0)"
+    config.write_text(f"_base_ = {str(SEGMENTATION)!r}\noptim_wrapper = {wrapper}\n")
+    cfg = read_config(parsed(config, *small(scenes, option)))
+    assert (repr(cfg.train_cfg.max_iters) == "20") == option.startswith("train_cfg")
+    assert (cfg.optim_wrapper.loss_scale == "dynamic") != option.startswith("train_cfg")
+
+
+def test_parts_with_a_state_of_their_own_are_refused(scenes, tmp_path):
+    config = tmp_path / "own.py"
+    config.write_text(f"_base_ = {str(SEGMENTATION)!r}\ncustom_hooks = [dict(type='SyncBuffersHook')]\n")
+    args = parsed(config, "--resume", *small(scenes))
+    apply_options(read_config(args), args)
+    args = parsed(config, "--auto-resume", *small(scenes))
+    with pytest.raises(UserError, match="SyncBuffersHook has a state that no checkpoint holds"):
+        apply_options(read_config(args), args)
+
+
+def test_an_evaluation_may_take_longer_than_a_step():
+    dog = Watchdog(60, "env://", Preemption("train.py"), "", {})
+    dog.preemption.has_progress = True
+    assert dog._hang_timeout() == 60
+    dog.is_evaluating = True
+    assert dog._hang_timeout() == 1800
+
+
+def test_states_of_all_schedules_can_be_read(tmp_path):
+    """OneCycleLR holds a function, and ReduceOnPlateauLR a number of NumPy."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1, momentum=0.9)
+    one_cycle = OneCycleLR(optimizer, eta_max=2, total_steps=9, by_epoch=False)
+    plateau = ReduceOnPlateauLR(optimizer, monitor="mIoU", rule="greater")
+    plateau.step({"mIoU": np.float32(0.5)})
+    states = [plain_state(one_cycle), plain_state(plateau)]
+    palette = {name: np.zeros(3, name) for name in ("uint8", "float32", "float16", "int16")}
+    torch.save(dict(param_schedulers=states, palette=palette), tmp_path / "a.pth")
+    assert read_checkpoint(str(tmp_path / "a.pth"), "a")["param_schedulers"] == states
+    one_cycle.load_state_dict(states[0])
+    one_cycle.step()
+
+
+def test_hooks_replace_the_pipeline_of_the_data_set():
+    """As mmdet's PipelineSwitchHook does. What it sets is loaded with checks, too."""
+    samples = SeededSamples(argparse.Namespace(pipeline="before"), seed=3)
+    samples.pipeline = "after"
+    assert (samples.dataset.pipeline, samples.seed) == ("after", 3)
+    cfg = demo(DETECTION)
+    steps = copy.deepcopy(cfg.train_dataloader.dataset.pipeline)
+    cfg.custom_hooks = [dict(type="PipelineSwitchHook", switch_epoch=1, switch_pipeline=steps)]
+    use_checked_loading(cfg)
+    (named,) = cfg.custom_hooks[0].switch_pipeline
+    assert (named.type, named.transforms[0].type) == ("NamedSteps", "LoadReadableImage")
 
 
 def test_labels_of_some_classes_are_written_in_the_numbering_of_all(tmp_path):

@@ -939,6 +939,10 @@ WARNINGS: dict[str, tuple[Spoil, str]] = {
         each("annotations", lambda one: one.update(bbox=[5, 5, 0, 9], area=None)),
         "all 6 annotations are crowds or empty boxes",
     ),
+    "a category that is not listed": (
+        each("annotations", lambda one: one.update(category_id=5) if one["id"] == 1 else None),
+        "1 annotations are left out, of categories that it does not list, such as 5",
+    ),
     "another category": (change(add_cow), "1 annotations are left out, of categories that are not classes: cow"),
     "no image of an annotation": (
         change(lambda content: content["annotations"][0].update(image_id=99)),
@@ -965,6 +969,17 @@ def test_warnings_of_detection_data(case, detection, capsys):
     assert len(lines) == 1
     assert lines[0].startswith(f"WARNING: train annotations {root}/annotations/instances_train2017.json: ")
     assert words.format(root=root) in lines[0]
+
+
+def test_leftovers_of_annotation_tools_and_empty_lists(detection, capsys):
+    """Empty boxes without a mask, which mmdet skips; and no annotations where nothing is evaluated."""
+    cfg, root = detection
+    change(lambda content: content["annotations"][0].update(bbox=[5, 5, 0, 0], segmentation=[]))(cfg, root)
+    check_data(cfg, "train_dataloader")
+    change(lambda content: content.update(annotations=[]), "val2017")(cfg, root)
+    cfg.test_evaluator = []
+    check_data(cfg, "test_dataloader")
+    assert capsys.readouterr().out == ""
 
 
 def test_sound_detection_data(detection, capsys):
@@ -1189,6 +1204,18 @@ def test_class_weights_of_as_many_other_classes_are_dropped(child):
     assert "class_weight" not in cfg.model.decode_head.loss_decode[0]
     assert cfg.train_dataloader.dataset.metainfo.palette == [(1, 1, 1), (2, 2, 2), (3, 3, 3)]
     assert child(LABELLED_BASE, "data_root = '/own'\n").model.decode_head.loss_decode[0].class_weight == [1, 1, 0.1]
+
+
+def test_data_sets_that_the_config_places_itself_stay(child):
+    """One of two is at `data_root`, the other beside it on purpose."""
+    top = """
+data_root = "/own/"
+images = dict(type="BaseSegDataset", metainfo=dict(classes=("a", "b")), pipeline=[])
+parts = [dict(images, data_root="/base/"), dict(images, data_root="/own/")]
+train_dataloader = dict(dataset=dict(_delete_=True, type="ConcatDataset", datasets=parts))
+"""
+    cfg = child(LABELLED_BASE, top)
+    assert [one.data_root for one in cfg.train_dataloader.dataset.datasets] == ["/base/", "/own/"]
 
 
 def test_grandchildren_follow_too(child):

@@ -494,7 +494,6 @@ MISTAKES = {
     "work dir that is a file": ("train", ["{demo}", "--work-dir", "{files}/good.pth", "--cfg-options", DATA],
                                 "--work-dir {files}/good.pth: cannot be written"),
     "unknown flag": ("train", ["{demo}", "--lr", "1"], "--lr: unknown setting"),
-    "nothing to do": ("test", GOOD, "nothing to do: give --eval mIoU, --out DIR or --show-dir DIR"),
     "unknown metric": ("test", [*GOOD, "--eval", "mAP"], "--eval mAP: unknown; choose from mIoU, mDice, mFscore"),
     "out that is a pickle": ("test", [*GOOD, "--out", "x.pkl", "--cfg-options", DATA],
                              "--out x.pkl: takes a folder of PNGs"),

@@ -192,6 +192,7 @@ def test_disk_that_fills_up(tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------------- GPU check
 
 
+@pytest.mark.slow
 def test_gpu_check_in_its_quick_form_has_every_row(tmp_path):
     succeed("--device", "cpu", "--quick", "--out", tmp_path, script="tools/gpu_check.py", environment=WITHOUT_GPU)
     (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))

@@ -183,6 +183,7 @@ class Watchdog:
         self.sync_points = 0
         self.ticks = 0
         self.place = "the start"
+        self.is_evaluating = False
         self._ended = threading.Event()
 
     def tick(self, place: str) -> None:
@@ -266,7 +267,8 @@ class Watchdog:
 
     def _hang_timeout(self) -> float:
         """Seconds without progress after which the run hangs."""
-        return self.timeout if self.preemption.has_progress else startup_timeout(self.timeout)
+        is_short = self.preemption.has_progress and not self.is_evaluating
+        return self.timeout if is_short else startup_timeout(self.timeout)
 
     def _watch(self) -> None:
         launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None

@@ -357,6 +357,7 @@ def test_hanging_process(few_digits, tmp_path, table):
     table.add("hanging process")
 
 
+@pytest.mark.slow
 def test_torchrun_restarts(few_digits, tmp_path, undisturbed_pair, table):
     run = Run(tmp_path, few_digits, "--batch-size", "4", processes=2, launcher=("--standalone", "--max-restarts=1"))
     process = run.start()
@@ -383,6 +384,7 @@ def test_torchrun_restarts_on_two_nodes(few_digits, tmp_path, undisturbed_pair, 
     table.add("process killed under torchrun --max-restarts, on one node and on two")
 
 
+@pytest.mark.slow
 def test_elastic(few_digits, tmp_path, table):
     """Start on four processes, fail on three, which cannot share four batches per step, and finish on two.
 

@@ -211,7 +211,7 @@ def kill_repeatedly(kind: str, name: str, kills: int, config: Path, folder: Path
     table.add(f"killed at a random moment, {kind}, {name}", kills)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONLY["segmentation"])
 def test_killed(kind, configs, tmp_path, undisturbed, table):
     kill_repeatedly(kind, "one process", 2, configs[kind], tmp_path, undisturbed[kind], table)
 
@@ -286,7 +286,7 @@ def test_code_in_the_newest_checkpoint_never_runs(kind, configs, tmp_path, undis
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONLY["detection"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_preempted(number, kind, configs, tmp_path, undisturbed, table):
     workers = ["--cfg-options", "train_dataloader.num_workers=1", "val_dataloader.num_workers=1"]
@@ -343,18 +343,45 @@ def test_slurm_script_requeues_the_job(kind, configs, tmp_path, undisturbed, tab
     table.add(f"SIGUSR1 from SLURM, requeued, {kind}")
 
 
+WITH_HOOKS = """
+_base_ = {config!r}
+custom_imports = dict(imports=["dense.backbone", "stop_in_validation"])
+custom_hooks = [
+    dict(type="EMAHook", momentum=0.5),
+    dict(type="EarlyStoppingHook", monitor="mIoU", rule="greater", min_delta=100, patience=1),
+    dict(type="StopInValidation"),
+]
+"""
+
+
+@pytest.mark.slow
+def test_hooks_with_a_state(configs, tmp_path, table):
+    """A signal comes in the first validation, which uses averaged weights. The second one ends the run early."""
+    config = tmp_path / "config.py"
+    config.write_text(WITH_HOOKS.format(config=str(configs["segmentation"])))
+    alone = finished(DenseRun("segmentation", tmp_path / "alone", config))
+    run = DenseRun("segmentation", tmp_path / "stopped", config, environment={"STOP_IN_VALIDATION": "1"})
+    assert run.start().wait(LIMIT) == RESUME_STATUS
+    shutil.copytree(run.output, tmp_path / "unvalidated/run")
+    del run.environment["STOP_IN_VALIDATION"]
+    assert_same_dense(finished(run), alone)
+    assert len(entries(alone, "test_mIoU")) == 2
+    assert ": its EarlyStoppingHook has ended it" in run.finish()
+    table.add("SIGTERM or SIGUSR1 at a random moment, segmentation")
+    run = DenseRun("segmentation", tmp_path / "unvalidated", config, "--no-validate")
+    run.command[run.command.index("--auto-resume")] = "--resume"  # the way out where the validation cannot be done
+    finished(run)
+    assert DENSE_NAMES.numbered(run.output)[0].name == LAST["segmentation"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Lost processes
 # ----------------------------------------------------------------------------------------------------------------------
 
-LOST = [
-    pytest.param(kind, process, number, marks=() if (kind, process) == ("segmentation", 1) else pytest.mark.slow)
-    for kind in KINDS
-    for process, number in ((1, signal.SIGKILL), (0, signal.SIGSTOP))
-]
 
-
-@pytest.mark.parametrize(("kind", "process", "number"), LOST)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("process", "number"), [(1, signal.SIGKILL), (0, signal.SIGSTOP)])
 def test_lost_process(kind, process, number, configs, tmp_path, undisturbed_pair, table):
     """Without torchrun, the remaining process has to notice the loss."""
     run = DenseRun(kind, tmp_path, configs[kind])
