@@ -43,6 +43,8 @@ NAMES = {
     ("mask_rcnn", 3): "mask_rcnn_sepvit_{}_fpn_3x_coco_swin_setting",
 }
 ALL = [(detector, schedule, variant) for detector, schedule in NAMES for variant in VARIANTS]
+# The models of both schedules are alike. Building the larger ones takes long.
+BUILT = [pytest.param(*one, marks=pytest.mark.slow if one[1:] in ((3, "s"), (3, "b")) else ()) for one in ALL]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -61,7 +63,7 @@ def model_of(detector: str, schedule: int, variant: str) -> torch.nn.Module:
     return MODELS.build(config(detector, schedule, variant).model)
 
 
-@pytest.mark.parametrize(("detector", "schedule", "variant"), ALL)
+@pytest.mark.parametrize(("detector", "schedule", "variant"), BUILT)
 def test_model(detector, schedule, variant):
     cfg, model = config(detector, schedule, variant), model_of(detector, schedule, variant)
     name, dims, depths, drop_path_rate, *_ = VARIANTS[variant]
@@ -337,6 +339,7 @@ def test_half_precision_in_evaluation(scenes, tmp_path):
     assert ("half precision: no GPU here, evaluating in float32" in log) != has_gpu
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", ["mask_rcnn", pytest.param("retinanet", marks=pytest.mark.slow)])
 def test_commands_of_the_page_on_two_processes(detector, retinanet, scenes, tmp_path):
     """Train and evaluate with the scripts. The figures are the same as on one process."""
@@ -384,6 +387,7 @@ def test_slurm_script(scenes, tmp_path):
     assert {"--partition=gpu", "--job-name=job", "--ntasks=2"} <= set((tmp_path / "srun.txt").read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_own_tools_of_mmdet(scenes, tmp_path):
     """mmdet's train.py and test.py run our configs from any folder, without a change of the path."""
     tools = Path(mmdet.__file__).parent / ".mim/tools"

@@ -241,7 +241,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(form):
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
-@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dense", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiles_in_one_graph(lite, lite_images, dense):
     model = create_dense("SepViT_Lite").eval() if dense else copy.deepcopy(lite)
     images = torch.randn(1, 3, 50, 71) if dense else lite_images

@@ -348,6 +348,7 @@ def test_lost_loader_worker(few_digits, tmp_path, undisturbed, table):
     table.add("loader worker killed")
 
 
+@pytest.mark.slow
 def test_hanging_process(few_digits, tmp_path, table):
     """The process is alive but makes no progress."""
     run = sabotaged(Run(tmp_path, few_digits, "--batch-size", "4", "--timeout", "20"), HANG="1:4")
@@ -432,6 +433,7 @@ def test_bad_loss_on_one_of_two_processes(few_digits, tmp_path, table):
     table.add("non-finite losses, for one step", 2)
 
 
+@pytest.mark.slow
 def test_bad_losses_may_be_read_one_step_late(few_digits, tmp_path, table):
     """GPUs read flags one step late, which LAG imitates. Results are identical, also at checkpoints and at the end."""
     outputs = []
@@ -644,6 +646,7 @@ def test_code_in_the_newest_checkpoint_never_runs(few_digits, tmp_path, undistur
     table.add("newest checkpoint would run code")
 
 
+@pytest.mark.slow
 def test_slurm_script_requeues_the_job(few_digits, tmp_path, undisturbed, table):
     """Scripts stand in for srun, which runs one task, and scontrol, which records its arguments."""
     port = free_port()

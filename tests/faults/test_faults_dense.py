@@ -254,6 +254,7 @@ def test_damaged_checkpoint(how, kind, configs, tmp_path, undisturbed, table):
     table.add(f"newest checkpoint truncated or changed, {kind}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONLY["segmentation"])
 def test_failed_write(kind, configs, tmp_path, undisturbed, table):
     """The file size limit is below the size of a checkpoint."""
@@ -301,6 +302,7 @@ def test_preempted(number, kind, configs, tmp_path, undisturbed, table):
     table.add(f"SIGTERM or SIGUSR1 to the run, {kind}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONLY["detection"])
 def test_one_of_two_processes_preempted(kind, configs, tmp_path, undisturbed_pair, table):
     run = DenseRun(kind, tmp_path, configs[kind])
