@@ -22,6 +22,7 @@ NOISE = (
     r"Line NMS is not compiled\.",  # of mmdet: for a detector of traffic lanes
     r'"FileClient" will be deprecated',  # of mmengine, about itself
     r'"HardDiskBackend" is the alias',
+    r"The prefix is not set in metric class",  # of mmengine, about IoUMetric
     r"(loading annotations into memory|creating index|index created|Done \(t=|Loading and preparing results|DONE \(t=)",
 )
 WARNINGS = (
