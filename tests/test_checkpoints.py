@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import zipfile
 from collections import Counter, OrderedDict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -80,6 +81,7 @@ def server(weights, tmp_path, monkeypatch):
     )  # fmt: skip
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    urllib.request.install_opener(None)  # from Python 3.12 on, it keeps the certificates of its first call
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     handler = type("Handler", (Server,), dict(content=weights.read_bytes(), requests={}))
