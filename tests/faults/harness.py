@@ -197,8 +197,14 @@ def assert_same(output: Path, other: Path) -> None:
     assert ours == theirs, [pair for pair in zip(ours, theirs) if pair[0] != pair[1]]
 
 
-def assert_same_dense(output: Path, other: Path) -> None:
-    """Require that the last and best checkpoints and log.txt of two runs are identical, bit by bit, but for times."""
+def assert_same_dense(output: Path, other: Path, in_order: bool = True) -> None:
+    """Require that the last and best checkpoints and log.txt of two runs are identical, bit by bit, but for times.
+
+    Args:
+        output: a run's folder.
+        other: another one's.
+        in_order: whether the lines of log.txt have to be in the same order, too.
+    """
     last = DENSE_NAMES.numbered(other)[0].name
     has_best = (other / "best.pth").exists()  # not without a single detection
     assert (output / "best.pth").exists() == has_best
@@ -212,6 +218,8 @@ def assert_same_dense(output: Path, other: Path) -> None:
         for key in logged.keys() - {"train/time", "train/data_time", "val/time", "val/data_time"}:
             assert np.array_equal(logged[key].data, also[key].data), f"{name}: {key}"
     ours, theirs = ((folder / "log.txt").read_text().splitlines() for folder in (output, other))
+    if not in_order:
+        ours, theirs = sorted(ours), sorted(theirs)
     assert ours == theirs, [pair for pair in zip(ours, theirs) if pair[0] != pair[1]]
 
 

@@ -496,7 +496,7 @@ def test_bad_losses_may_be_read_one_step_late(kind, configs, tmp_path, table):
     """GPUs read flags one step late, which LAG imitates. Results are identical, also at checkpoints and at the end."""
     runs = [sabotaged(DenseRun(kind, tmp_path / lag, configs[kind]), kind, BAD_LOSS="0:3,6,12", LAG=lag)
             for lag in ("0", "1")]  # fmt: skip
-    assert_same_dense(*map(finished, runs))
+    assert_same_dense(*map(finished, runs), in_order=False)  # a step's event comes after the next step's figures
     assert entries(runs[1].output, "not_finite") == ["loss"] * 3
     table.add(f"non-finite losses, for one step, {kind}", 3)
 
