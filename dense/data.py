@@ -14,6 +14,7 @@ from dense.classes import check_classes
 from dense.parts import (
     COCO,
     SEGMENTATION,
+    as_list,
     class_name,
     classes_of,
     data_sets,
@@ -212,7 +213,7 @@ def check_coco(cfg: Config, loader: str, node: Mapping[str, Any], kind: Any) -> 
         evaluators = [one for one in evaluators if os.path.abspath(one["ann_file"]) == os.path.abspath(path)]
     measured = [one for one in evaluators if not one.get("format_only")]
     has_masks = has_step(node, "LoadAnnotations", "LoadReadableInstances", with_mask=True)
-    needs_masks = has_masks or any("segm" in _as_list(one.get("metric")) for one in measured)
+    needs_masks = has_masks or any("segm" in as_list(one.get("metric")) for one in measured)
     what = f"{part} annotations {path}"
     content = read_annotations(path, what)
     warnings = check_annotations(
@@ -243,7 +244,3 @@ def _check_evaluator(name: str, path: str, of_dataset: str, images: set[Any]) ->
     if not images <= {image.get("id") for image in held}:
         raise UserError(f"{name}.ann_file={path}: has not all images of {of_dataset}, whose detections it evaluates; "
                         "name the same file in both")  # fmt: skip
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]

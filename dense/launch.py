@@ -4,8 +4,8 @@
 
 Environment variables: PORT (29500), NNODES (1), NODE_RANK (0) and MASTER_ADDR (127.0.0.1) set the rendezvous,
 MAX_RESTARTS (0) how often processes that failed are started again, GRACE (600) how many seconds processes may take to
-end after a signal. The exit status is that of the process that failed
-first, or 75, "run the same command again", if it was killed.
+end after a signal. The exit status is that of the process that failed first, or 75, "run the same command again", if it
+was killed.
 """
 
 import errno

@@ -249,24 +249,23 @@ def use_checked_loading(cfg: Config) -> None:
     head = cfg.model.get("module", cfg.model).get("decode_head") or {}
     ignored = (head[0] if isinstance(head, (list, tuple)) else head).get("ignore_index", 255)
     names: tuple[str, ...] | None = None
+    switching = [hook for hook in dicts(cfg.get("custom_hooks")) if hook.get("switch_pipeline")]  # of mmdet
     for loader in LOADERS:
         found = [*data_sets(cfg, loader)]
         names = next((classes_of(node, kind) for node, kind in found), names)
         places = [cfg[loader].dataset] if found else []
         if loader == "test_dataloader" and cfg.get("tta_pipeline"):
             places.append(cfg.tta_pipeline)
+        if loader == "train_dataloader":
+            places += [hook.switch_pipeline for hook in switching]
         for node in dicts(places):
             _replace(node, TRANSFORMS)
             _check_transform(node, len(names) if names else None, ignored)
         for node, _ in found:
             _replace(node, DATASETS)
             node.pipeline = _named(node.get("pipeline", []), loader == "train_dataloader")
-    for hook in cfg.get("custom_hooks") or ():
-        if steps := hook.get("switch_pipeline"):  # mmdet's PipelineSwitchHook
-            for node in dicts(steps):
-                _replace(node, TRANSFORMS)
-                _check_transform(node, None, ignored)
-            hook.switch_pipeline = _named(steps, True)
+    for hook in switching:
+        hook.switch_pipeline = _named(hook.switch_pipeline, True)
     for node in dicts([cfg.get("val_evaluator"), cfg.get("test_evaluator")]):
         if not node.get("sort_categories"):
             _replace(node, METRICS)

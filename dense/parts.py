@@ -24,6 +24,11 @@ def dicts(node: Any) -> Iterator[Any]:
         yield from dicts(child)
 
 
+def as_list(value: Any) -> list[Any]:
+    """Return a list or tuple as a list, and anything else as the one entry of a list."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
 def class_name(kind: type) -> str:
     """Return the module and name of a class."""
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -127,18 +127,22 @@ def settings_of(cfg: Config) -> dict[str, Any]:
     return found
 
 
+def saving_of(cfg: Config) -> Mapping[str, Any]:
+    """Return a config's settings of mmengine's checkpoint hook."""
+    return (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+
+
 def read_schedule(cfg: Config) -> Schedule:
     """Read the length of a run, and when it validates and saves, from its config.
 
     Raises:
         UserError: the config's loop is neither iteration-based nor epoch-based.
     """
-    loop, hooks = cfg.train_cfg, cfg.get("default_hooks") or {}
+    loop, saving = cfg.train_cfg, saving_of(cfg)
     kinds = {"EpochBasedTrainLoop": True, "IterBasedTrainLoop": False}
     by_epoch = kinds.get(loop.type) if "type" in loop else loop.get("by_epoch")
     if by_epoch is None:
         raise UserError(f"train_cfg.type={loop.get('type')}: unknown; choose {' or '.join(kinds)}")
-    saving = hooks.get("checkpoint") or {}
     check_saving(saving)
     return Schedule(
         by_epoch=by_epoch,
@@ -146,7 +150,7 @@ def read_schedule(cfg: Config) -> Schedule:
         val_begin=loop.get("val_begin", 1),
         val_intervals=((0, loop.get("val_interval", 1 if by_epoch else 1000)), *(loop.get("dynamic_intervals") or ())),
         save_interval=saving.get("interval", -1) if saving.get("by_epoch", True) == by_epoch else -1,
-        log_interval=(hooks.get("logger") or {}).get("interval", 10),
+        log_interval=((cfg.get("default_hooks") or {}).get("logger") or {}).get("interval", 10),
     )
 
 
@@ -391,7 +395,7 @@ class TrainingRunner(DenseRunner):
 
     def _score_name(self, figures: dict[str, float]) -> tuple[str | None, bool]:
         """Name of the figure that decides what is best, and whether less of it is better."""
-        hook = (self.cfg.get("default_hooks") or {}).get("checkpoint") or {}
+        hook = saving_of(self.cfg)
         wanted = hook.get("save_best")
         candidates = [name for name in (wanted, "mIoU", "coco/bbox_mAP", *figures) if name in figures]
         name = candidates[0] if candidates else None

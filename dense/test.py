@@ -25,7 +25,7 @@ from dense.settings import (
 )
 from training.commands import path, run_command
 from training.errors import UserError
-from training.processes import on_main_process
+from training.processes import is_main_process, on_main_process
 from training.storage import make_folder, missing_folders, remove_empty
 
 
@@ -128,7 +128,8 @@ class TestRunner(DenseRunner):
 
     def dump_config(self) -> None:
         """Write the config beside the log. In the work dir may be that of the training run, which could train again."""
-        self.cfg.dump(Path(self.log_dir) / Path(self.cfg.filename or "config.py").name)
+        if is_main_process():
+            self.cfg.dump(Path(self.log_dir) / Path(self.cfg.filename or "config.py").name)
 
 
 def check_folders(cfg: Config, folders: Sequence[tuple[Path, str]]) -> None:

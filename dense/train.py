@@ -17,7 +17,7 @@ from dense.checks import check_training_parts, rehearse
 from dense.data import check_data
 from dense.loops import DenseState, Schedule
 from dense.parts import dicts
-from dense.run import ADVICE, DenseNames, Run, TrainingRunner, is_finished, read_schedule, settings_of
+from dense.run import ADVICE, DenseNames, Run, TrainingRunner, is_finished, read_schedule, saving_of, settings_of
 from dense.settings import (
     FORMER_OF_TRAINING,
     CommandParser,
@@ -81,8 +81,7 @@ def train(args: argparse.Namespace, flags: Mapping[str, str]) -> None:
     join_processes(cfg, args, 2 * startup_timeout(args.timeout))
     apply_options(cfg, args)
     schedule = read_schedule(cfg)
-    hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
-    names = DenseNames(schedule.save_interval, args.keep_checkpoints, hook.get("max_keep_ckpts", -1))
+    names = DenseNames(schedule.save_interval, args.keep_checkpoints, saving_of(cfg).get("max_keep_ckpts", -1))
     folder = Path(cfg.work_dir)
     with (
         Output(folder, heartbeat_timeout(args.timeout), names, "work_dir") as output,
@@ -303,7 +302,7 @@ def log_folders(folder: Path) -> list[Path]:
     """Folders of this process's log files below a work dir."""
     files = [handler.baseFilename for handler in MMLogger.get_current_instance().handlers
              if isinstance(handler, logging.FileHandler)]  # fmt: skip
-    return [path for path in (Path(file).parent for file in files) if path.parent == folder.absolute()]
+    return [path for path in (Path(file).parent for file in files) if path.parent == Path(os.path.abspath(folder))]
 
 
 def set_starting_point(cfg: Config, args: argparse.Namespace, source: Source | None) -> dict[str, dict[str, Any]]:

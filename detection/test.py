@@ -20,7 +20,7 @@ from mmengine.registry import METRICS as METRICS_OF
 if not __package__:
     import _repository  # noqa: F401
 from dense.options import accepted_arguments, registered
-from dense.parts import dicts
+from dense.parts import as_list, dicts
 from dense.settings import CommandParser
 from dense.test import Results, as_configured, build_test_parser, find_metric, run_testing
 from detection.drawing import DrawingHook
@@ -72,11 +72,6 @@ def prepare(cfg: Config, args: argparse.Namespace) -> Results:
         hook = DrawingHook(Path(args.show_dir), args.show_score_thr)
         results.add(hook, Path(args.show_dir), f"--show-dir {args.show_dir}")
     return results
-
-
-def as_list(value: Any) -> list[Any]:
-    """Return a list, or one entry as a list."""
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def takes(evaluator: dict[str, Any], settings: Iterable[str]) -> bool:

@@ -20,6 +20,7 @@ import timm
 import torch
 from conftest import ROOT, command, free_port, refusal, succeed
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.optim import OneCycleLR, ReduceOnPlateauLR
 from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
@@ -40,7 +41,14 @@ from dense.run import DenseNames, plain_state
 from dense.samples import SeededSamples
 from dense.settings import build_parser, join_processes, read_config
 from dense.test import check_folders
-from dense.train import apply_options, build_train_parser, own_folder, run_training, set_starting_point
+from dense.train import (
+    apply_options,
+    build_train_parser,
+    log_folders,
+    own_folder,
+    run_training,
+    set_starting_point,
+)
 from training import output
 from training.errors import UserError
 from training.output import Output
@@ -485,6 +493,17 @@ def test_a_failed_start_deletes_its_own_files_alone(tmp_path):
     with pytest.raises(UserError, match="a mistake"):
         start()
     assert [path.name for path in (tmp_path / "new/work").iterdir()] == ["results.pkl"]
+
+
+@pytest.mark.parametrize("place", ["work", "./work", "../here/work"])
+def test_log_folders_of_a_relative_work_dir(place, tmp_path, monkeypatch):
+    log_folder = tmp_path / "here/work/20260101_000000"
+    log_folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    logger = MMLogger.get_instance(f"logger of {place}", log_file=str(log_folder / "run.log"))
+    assert log_folders(Path(place)) == [log_folder]
+    for handler in logger.handlers:
+        handler.close()
 
 
 @pytest.mark.parametrize("option", ["train_cfg.max_iters=2e1", "optim_wrapper.loss_scale=dynamic"])
