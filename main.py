@@ -431,8 +431,12 @@ def create_model(flag: str, name: str, num_classes: int, input_size: int, **kwar
 
 
 def place(model: nn.Module, precision: Precision) -> nn.Module:
-    """Move a network to its device, in its memory format."""
-    return model.to(precision.device, memory_format=precision.memory_format)  # type: ignore[call-overload]
+    """Move a network to its device.
+
+    The weights of its convolutions become channels last, as the maps of SepViT are: otherwise each convolution would
+    convert them.
+    """
+    return model.to(precision.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def build_model(args: argparse.Namespace, num_classes: int, precision: Precision) -> Any:
@@ -443,7 +447,8 @@ def build_model(args: argparse.Namespace, num_classes: int, precision: Precision
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     if args.compile:
-        model.compile()
+        # Otherwise the compiler times kernels on the GPU and takes the faster, which differs from run to run.
+        model.compile(options=dict(deterministic=True) if args.deterministic else None)
     return model
 
 
@@ -454,8 +459,8 @@ def build_training(args: argparse.Namespace, model: nn.Module, precision: Precis
     kwargs = optimizer_kwargs(cfg=args) | {"lr": args.lr * images_per_step / 512}
     if args.decay_window_tokens:
         kwargs["param_group_fn"] = partial(param_groups_weight_decay, weight_decay=args.weight_decay)
-    if precision.device.type == "cuda" and args.opt in ("adam", "adamw"):
-        kwargs["fused"] = True  # a single kernel, and it skips a step without waiting for the GPU
+    if precision.device.type in ("cuda", "cpu") and args.opt in ("adam", "adamw"):
+        kwargs["fused"] = True  # a single pass over the weights, and it skips a step without waiting for a GPU
     try:
         optimizer = create_optimizer_v2(model, **kwargs)
     except (TypeError, ValueError, AssertionError, IndexError) as error:

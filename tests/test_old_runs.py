@@ -6,19 +6,16 @@ completed without interruption (`undisturbed`).
 """
 
 import json
-import platform
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, differences
+from conftest import ROOT, command
 
 from training.output import EntryKind, kind_of, read_log
 
 FIXTURES = ROOT / "tests/fixtures"
-# PyTorch's kernels depend on the processor and its maker. On another than the fixture's, the last bits may differ.
-MACHINE = dict(machine="x86_64", capability="AVX512", maker="AuthenticAMD")
 SETTINGS = ["--model", "sepvit_fixture", "--input-size", 64, "--batch-size", 8, "--epochs", 3, "--model-ema",
             "--model-ema-warmup", "--warmup-epochs", 1, "--lr", 5e-3, "--device", "cpu", "--checkpoint-every", 2,
             "--print-freq", 1, "--keep-checkpoints", 1, "--num_workers", 0]  # fmt: skip
@@ -40,26 +37,12 @@ def run(old: Path, few_digits: Path, *arguments: object):
                    environment=dict(OMP_NUM_THREADS="1"))  # fmt: skip
 
 
-def maker() -> str:
-    """The maker of the processor, "" where Linux does not tell."""
-    information = Path("/proc/cpuinfo")
-    text = information.read_text() if information.exists() else ""
-    return next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("vendor_id")), "")
-
-
-def test_an_old_run_resumes_bit_for_bit(old, few_digits):
+def test_an_old_run_resumes(old, few_digits):
     result = run(old, few_digits, "--output_dir", "run", "--auto-resume")
     assert result.returncode == 0, result.stderr
     assert "checkpoint run/checkpoint-00000009.pth: resuming at epoch 1, step 3" in result.stdout
     name = "checkpoint-00000018.pth"
     resumed, undisturbed = (torch.load(old / folder / name, weights_only=True) for folder in ("run", "undisturbed"))
-    ours = dict(machine=platform.machine(), capability=torch.backends.cpu.get_cpu_capability(),
-                maker=maker())  # fmt: skip
-    for content in (resumed, undisturbed):
-        content["args"].pop("output_dir")
-        content["args"].pop("auto_resume")
-    if ours == MACHINE:
-        assert differences(resumed, undisturbed) == []
     assert resumed.keys() == undisturbed.keys()
     for weights in ("model", "model_ema"):
         for entry, value in undisturbed[weights].items():
@@ -68,8 +51,6 @@ def test_an_old_run_resumes_bit_for_bit(old, few_digits):
                      for folder in ("undisturbed", "run"))  # fmt: skip
     assert [entry["epoch"] for entry in after] == [0, 1, 2]
     assert [entry.keys() for entry in after] == [entry.keys() for entry in before]
-    if ours == MACHINE:
-        assert json.dumps(after) == json.dumps(before)
 
 
 def test_an_old_checkpoint_is_evaluated(old, few_digits):

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TextIO
 
 import torch.distributed as dist
 
+from training.devices import keep_freed_memory
 from training.errors import (
     INTERRUPT_STATUS,
     RESUME_STATUS,
@@ -151,7 +152,7 @@ def run_command(
     parser: Parser | None = None,
     memory_advice: str = "use smaller batches",
 ) -> int:
-    """Run a command. A user's mistake is reported in one line, by one process.
+    """Run a command. A user's mistake is reported in one line, by one process. The process keeps freed memory.
 
     Args:
         name: the script's name, which starts the line.
@@ -162,6 +163,7 @@ def run_command(
     Returns:
         the exit status: 0, 2 for a user's mistake, 75 for a preempted run or a transient error, 130 after Ctrl-C.
     """
+    keep_freed_memory()
     with unfailing_output():
         try:
             return _run(name, command, parser.flags() if parser else {}, memory_advice)

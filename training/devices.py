@@ -1,5 +1,6 @@
 """Devices and processor cores: what is available, and synchronisation."""
 
+import ctypes
 import os
 import re
 
@@ -35,6 +36,22 @@ def check_device(device: str) -> None:
     counts = dict(cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()), cpu=1)
     if int(index or 0) >= counts[kind]:
         raise UserError(f"{setting('device', device)}: not available; choose {best_device()}")
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt (malloc.h)
+LARGEST = 2**31 - 1
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory of freed tensors for the next ones, as PyTorch does on GPUs.
+
+    By default, glibc returns blocks of 32 MiB and more to the system, which then has to clear their pages for each
+    large activation anew. Does nothing where the C library is another one.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST)
+        mallopt(M_TRIM_THRESHOLD, LARGEST)
 
 
 def synchronize(device: torch.device) -> None:
