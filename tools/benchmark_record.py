@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,9 +11,8 @@ if not __package__:
     import _repository  # noqa: F401
 from tools.benchmark_rounds import Spread
 from tools.benchmark_table import COPY, MATRIX_PRODUCT, Row, Table
-from tools.gpu_record import escaped
+from tools.gpu_record import escaped, file_name, write_files
 from training.errors import UserError
-from training.storage import write_file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One table
@@ -154,10 +152,10 @@ class Record:
     is_quick: bool = False
     tables: list[Table] = field(default_factory=list)
 
-    def path(self, folder: Path, ending: str) -> Path:
-        """A file of the record. The quick form has files of its own."""
-        name = re.sub(r"[^\w.]+", "-", self.device)
-        return folder / f"speed-{name}{'-quick' if self.is_quick else ''}{ending}"
+    @property
+    def name(self) -> str:
+        """Name of the record's files. The quick form has files of its own."""
+        return f"speed-{file_name(self.device)}{'-quick' if self.is_quick else ''}"
 
     @classmethod
     def read(cls, device: str, is_quick: bool, folder: Path) -> "Record":
@@ -167,7 +165,7 @@ class Record:
             UserError: the file is not a record.
         """
         record = cls(device, is_quick)
-        path = record.path(folder, ".json")
+        path = folder / f"{record.name}.json"
         if not path.exists():
             return record
         try:
@@ -195,13 +193,8 @@ class Record:
         """
         contents = {".json": (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()}
         pictures = {f"-{number_format}.png": picture(self, number_format) for number_format in drawable(self.tables)}
-        contents |= pictures
-        contents[".md"] = self.page([self.path(folder, ending).name for ending in pictures]).encode()
-        try:
-            for ending, content in contents.items():
-                write_file(self.path(folder, ending), lambda file, content=content: file.write(content))  # type: ignore[misc]
-        except OSError as error:
-            raise UserError(f"--out {folder}: cannot be written ({error.strerror}); name another folder") from None
+        page = self.page([f"{self.name}{ending}" for ending in pictures])
+        write_files(folder, self.name, {**contents, **pictures, ".md": page.encode()})
 
     def page(self, pictures: Sequence[str] = ()) -> str:
         """The record as a page.
