@@ -10,6 +10,7 @@ table takes the place of an earlier one with the same settings.
 """
 
 import argparse
+import hashlib
 import importlib
 import multiprocessing
 import os
@@ -26,8 +27,9 @@ if not __package__:
     import _repository  # noqa: F401
 import sepvit
 from tools import benchmark_networks, benchmark_runtimes
+from tools.benchmark_accuracy import Validation
 from tools.benchmark_machine import describe, device_name
-from tools.benchmark_networks import COMPILED, DTYPES, FORMS, MEASURES, PEERS, Setting, Subject
+from tools.benchmark_networks import CLASSES, COMPILED, DTYPES, FORMS, MEASURES, OF_SEPVIT, PEERS, Setting, Subject
 from tools.benchmark_record import Record, as_text
 from tools.benchmark_rounds import LEAST
 from tools.benchmark_table import Method, Table, measure_table
@@ -53,6 +55,8 @@ def build_parser() -> Parser:
     add("--device", default=best_device(), help="cuda, mps or cpu; by default the best available")
     add("--formats", nargs="+", default=["float32"], choices=list(DTYPES), help="number formats")
     add("--forms", nargs="+", default=["eager", "port"], choices=list(FORMS), help="how the networks run")
+    add("--before", type=path, default=None, metavar="FILE",
+        help="another revision's sepvit.py, measured as the form before")  # fmt: skip
     add("--baseline", default="eager", choices=list(FORMS), help="SepViT's form that speeds are relative to")
     add("--measures", nargs="+", default=list(MEASURES), choices=list(MEASURES))
     add("--batch-size", type=positive_int, default=None,
@@ -61,6 +65,9 @@ def build_parser() -> Parser:
     add("--channels-last", action="store_true", help="keep images and weights channels last in memory")
     add("--rounds", type=positive_int, default=ROUNDS)
     add("--threads", type=positive_int, default=available_cores(), help="CPU threads")
+    add("--checkpoint", type=path, default=None, metavar="FILE", help="weights of the model")
+    add("--data-path", type=path, default=None, metavar="DIR",
+        help="class folders, as for main.py, to measure each form's top-1 with the checkpoint")  # fmt: skip
     add("--profile", action="store_true", help="list the operations that take most of the time")
     add("--out", type=path, default=str(ROOT / "benchmarks"), help="folder of the record")
     add("--revision", default=None, help="commit of the code, where git does not know it")
@@ -82,8 +89,34 @@ def check_settings(args: argparse.Namespace) -> None:
         raise UserError(f"--dense --peers {' '.join(args.peers)}: the dense form is measured without peers")
     benchmark_networks.check_models([name for name in args.peers or [] if name not in ("class", "none")], "--peers")
     benchmark_runtimes.check_packages(args.forms, "--forms")
+    if ("before" in args.forms) != (args.before is not None):
+        raise UserError("--forms before and --before FILE: name both, or neither")
+    if args.before is not None:
+        benchmark_networks.load_before(args.before)
+    check_validation(args)
     if args.baseline != "eager" and args.baseline not in args.forms:
         raise UserError(f"--baseline {args.baseline}: it is not among --forms {' '.join(args.forms)}")
+
+
+def check_validation(args: argparse.Namespace) -> None:
+    """Refuse settings with which top-1 cannot be measured.
+
+    Raises:
+        UserError: the first one found.
+    """
+    if args.data_path is None:
+        return
+    if args.checkpoint is None:
+        raise UserError(f"--data-path {args.data_path}: top-1 needs weights; name them with --checkpoint")
+    if args.dense:
+        raise UserError("--dense --data-path: the dense form has no classifier; leave out one of them")
+    if len(set(args.input_size)) > 1:
+        raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: top-1 is measured on square images")
+
+
+def fingerprint(file: str | None) -> str | None:
+    """Start of a file's SHA-256, which tells it from others; None without a file."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file and Path(file).is_file() else file
 
 
 def chosen_peers(args: argparse.Namespace) -> list[str]:
@@ -95,23 +128,38 @@ def chosen_peers(args: argparse.Namespace) -> list[str]:
 
 def subjects_of(args: argparse.Namespace, number_format: str) -> list[Subject]:
     """The rows of a table: each model in each form, and SepViT in eager mode, also in float32, as baselines."""
-    rows = [Subject(args.model, form, number_format) for form in dict.fromkeys(["eager", *args.forms])]
-    if number_format == "int8":
-        rows.pop(0)
-    rows += [Subject(peer, form, number_format) for peer in chosen_peers(args) for form in args.forms if form != "port"]
+    baselines = [] if number_format == "int8" else ["eager"]
+    rows = [Subject(args.model, form, number_format) for form in dict.fromkeys([*baselines, *args.forms])]
+    rows += [
+        Subject(peer, form, number_format)
+        for peer in chosen_peers(args)
+        for form in args.forms
+        if form not in OF_SEPVIT
+    ]
     if number_format != "float32":
         rows += [Subject(args.model, form, "float32") for form in dict.fromkeys(["eager", args.baseline])]
     return rows
 
 
-def setting_of(args: argparse.Namespace, measure: str) -> Setting:
+def setting_of(args: argparse.Namespace, measure: str, classes: int) -> Setting:
     """What the rows of a table have in common."""
     device = torch.device(args.device)
     defaults = {False: (8, 128), True: (2, 8)}[args.dense]
     batch = 1 if measure == "latency" else args.batch_size or defaults[device.type == "cuda"]
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     size = (args.input_size[0], args.input_size[-1])
-    return Setting(measure, device, batch, size, args.dense, args.threads, layout)
+    return Setting(
+        measure,
+        device,
+        batch,
+        size,
+        args.dense,
+        args.threads,
+        layout,
+        args.checkpoint or "",
+        args.before or "",
+        classes,
+    )
 
 
 def empty_table(args: argparse.Namespace, setting: Setting, number_format: str, run: dict[str, Any]) -> Table:
@@ -126,6 +174,8 @@ def empty_table(args: argparse.Namespace, setting: Setting, number_format: str, 
         forms=args.forms,
         peers=chosen_peers(args),
         baseline=args.baseline,
+        before=fingerprint(args.before),
+        checkpoint=fingerprint(args.checkpoint),
     )
     return Table(setting.measure, number_format, settings, run)
 
@@ -173,11 +223,15 @@ def main(args: argparse.Namespace) -> None:
         UserError: a setting cannot work, or the record cannot be read or written.
     """
     check_settings(args)
+    validation = None
+    if args.data_path is not None:
+        validation = Validation.build(args.model, args.data_path, args.input_size[0])
     out = Path(args.out)
     make_folder(out, f"--out {out}")
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    tables = [(setting_of(args, measure), number_format, subjects_of(args, number_format))
+    classes = CLASSES if validation is None else validation.classes
+    tables = [(setting_of(args, measure, classes), number_format, subjects_of(args, number_format))
               for number_format in dict.fromkeys(args.formats) for measure in dict.fromkeys(args.measures)]  # fmt: skip
     tasks = [(subject, setting) for setting, _, subjects in tables for subject in subjects
              if subject.form in COMPILED and not benchmark_networks.not_offered(subject, setting)]  # fmt: skip
@@ -196,7 +250,7 @@ def main(args: argparse.Namespace) -> None:
         table = empty_table(args, setting, number_format, run)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            measure_table(table, subjects, setting, method, print_progress)
+            measure_table(table, subjects, setting, method, print_progress, validation)
         record.add(table)
         record.write(out)
         print(as_text(table), end="\n\n", flush=True)

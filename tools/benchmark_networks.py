@@ -1,15 +1,18 @@
 """The networks that the benchmarks measure: SepViT in its forms, its peers, and training steps of all of them."""
 
+import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import timm
 import torch
 from timm.loss import SoftTargetCrossEntropy
-from timm.models import get_pretrained_cfg_value
+from timm.models import get_pretrained_cfg_value, register_model
 from torch import Tensor, nn
 
 if not __package__:
@@ -17,6 +20,7 @@ if not __package__:
 import main
 import sepvit
 from tools import benchmark_runtimes
+from tools.benchmark_rounds import reason
 from training.errors import UserError
 from training.recipes import parse_with_recipe
 from training.state import Precision, Training
@@ -72,7 +76,8 @@ COMPILED: dict[str, dict[str, Any]] = {
     "frozen": {"freezing": True},
     "graphs": {"triton.cudagraphs": True},
 }
-FORMS = ("eager", "port", *COMPILED, *benchmark_runtimes.RUNTIMES)
+FORMS = ("eager", "port", "before", *COMPILED, *benchmark_runtimes.RUNTIMES)
+OF_SEPVIT = ("port", "before")  # forms that peers do not have
 MEASURES = ("latency", "inference", "training")
 
 # Number formats: main.py's --amp in training, and the element type of matrix products. `bfloat16` and `float16` are
@@ -121,6 +126,7 @@ class Setting:
         threads: CPU threads.
         memory_format: memory format of images and weights.
         checkpoint: weights of the variants of SepViT; "" for random ones.
+        before: another revision's sepvit.py, for the form `before`; "" without it.
         classes: classes of the classifier.
     """
 
@@ -132,6 +138,7 @@ class Setting:
     threads: int = 1
     memory_format: torch.memory_format = torch.contiguous_format
     checkpoint: str = ""
+    before: str = ""
     classes: int = CLASSES
 
     @property
@@ -153,8 +160,8 @@ class Setting:
 def not_offered(subject: Subject, setting: Setting) -> str:
     """Why a form does not exist in a number format or for a measure; "" if it does."""
     form, number_format = subject.form, subject.number_format
-    if form == "port" and subject.model not in sepvit.VARIANTS:
-        return "only SepViT has a port"
+    if form in OF_SEPVIT and subject.model not in sepvit.VARIANTS:
+        return "a form of SepViT alone"
     if form in benchmark_runtimes.RUNTIMES:
         if setting.is_training:
             return "runtimes do not train"
@@ -184,23 +191,50 @@ def check_models(names: Sequence[str], what: str) -> None:
             raise UserError(f"{what} {name}: timm has no such model; timm.list_models() lists all")
 
 
-def create_network(model: str, setting: Setting, **kwargs: Any) -> Any:
+def load_before(file: str) -> ModuleType:
+    """Load another revision's sepvit.py. The models registered with timm stay those of this one.
+
+    Raises:
+        UserError: the file cannot be loaded.
+    """
+    spec = importlib.util.spec_from_file_location("sepvit_before", file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise UserError(f"--before {file}: no Python file; name a copy of sepvit.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # timm's registry looks there
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about models that are registered again
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise UserError(f"--before {file}: cannot be loaded ({reason(error)})") from None
+        for variant in sepvit.VARIANTS:
+            register_model(getattr(sepvit, variant))
+    return module
+
+
+def create_network(model: str, setting: Setting, code: ModuleType = sepvit, **kwargs: Any) -> Any:
     """Build a network on the CPU, with the same weights each time.
 
     Args:
         model: a variant of SepViT or a model of timm's.
         setting: form, image size, and checkpoint.
+        code: the module with SepViT.
         **kwargs: stochastic depth and dropout.
     """
     torch.manual_seed(0)
     network: Any
     if setting.is_dense:
-        network = sepvit.create_dense(model, **kwargs)
+        network = code.create_dense(model, **kwargs)
+    elif code is not sepvit:
+        network = code.SepViT(setting.size, setting.classes, **code.VARIANTS[model], **kwargs)
     else:
         if get_pretrained_cfg_value(model, "fixed_input_size"):
             kwargs["img_size"] = setting.size
         network = timm.create_model(model, num_classes=setting.classes, **kwargs)
-    if model in sepvit.VARIANTS and setting.checkpoint:
+    if code is not sepvit:
+        network.load_state_dict(create_network(model, setting).state_dict())
+    elif model in sepvit.VARIANTS and setting.checkpoint:
         main.load_from(network, setting.checkpoint, "--checkpoint")
     else:
         for name, parameter in network.named_parameters():
@@ -226,6 +260,11 @@ class Ready:
     keeps_memory: bool = False
 
 
+def code_of(subject: Subject, setting: Setting) -> ModuleType:
+    """The module with a subject's SepViT."""
+    return load_before(setting.before) if subject.form == "before" else sepvit
+
+
 def build(subject: Subject, setting: Setting, folder: Path) -> Ready:
     """Build a subject.
 
@@ -247,7 +286,7 @@ def flattened(outputs: Tensor | Sequence[Tensor]) -> Tensor:
 
 def _inferred(subject: Subject, setting: Setting) -> Ready:
     """A network in evaluation mode, and its forward pass."""
-    network = create_network(subject.model, setting).eval()
+    network = create_network(subject.model, setting, code_of(subject, setting)).eval()
     if subject.number_format == "bfloat16-whole":
         network.bfloat16()
     precision = setting.precision(subject.number_format)
@@ -366,7 +405,7 @@ def _trained(subject: Subject, setting: Setting) -> Ready:
     amp = AMPS[subject.number_format]
     args = main_settings(subject.model, setting.device, setting.batch_size, "--amp", amp, *flags)
     precision = main.build_precision(args, setting.device)
-    network = create_network(subject.model, setting, drop_path_rate=args.drop_path)
+    network = create_network(subject.model, setting, code_of(subject, setting), drop_path_rate=args.drop_path)
     main.place(network, precision)
     if subject.form == "port":
         network = Port(network)

@@ -47,6 +47,7 @@ COLUMNS: list[Column] = [
     ("share of the limit", lambda row, batch: spread(row.share)),
     ("GiB", lambda row, batch: scaled(row.bytes_all, 2**30, 2)),
     ("top-1, %", lambda row, batch: scaled(row.top1, 1, 2)),
+    ("top-1 to float32", lambda row, batch: scaled(row.top1_ratio, 1, 4)),
     ("published top-1, %", lambda row, batch: scaled(row.top1_published, 1, 1)),
 ]
 

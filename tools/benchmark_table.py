@@ -15,8 +15,10 @@ from torch import Tensor
 if not __package__:
     import _repository  # noqa: F401
 from tools import benchmark_machine, benchmark_networks
+from tools.benchmark_accuracy import Validation
 from tools.benchmark_networks import DTYPES, TOP1, Ready, Setting, Subject
 from tools.benchmark_rounds import LEAST, Spread, interleave, ratio, reason
+from training.errors import UserError
 from training.measure import count_activations, count_multiply_adds
 
 # Largest ‖outputs − expected‖ / ‖expected‖, expected: float32 in eager mode. float32 admits the matrix units' TF32.
@@ -63,6 +65,7 @@ class Row:
         activations: of one image's forward pass: outputs of convolutions, linear layers and matrix products.
         top1_published: top-1 (%) that its authors published.
         top1: top-1 (%) measured with a checkpoint.
+        top1_ratio: relative to SepViT in eager mode in float32.
         output_error: relative error of the outputs, compared with float32 in eager mode.
         output_values: numbers in the outputs of a call.
         seconds: of a call, by round.
@@ -83,6 +86,7 @@ class Row:
     activations: int = 0
     top1_published: float | None = None
     top1: float | None = None
+    top1_ratio: float | None = None
     output_error: float | None = None
     output_values: int = 0
     seconds: list[float] = field(default_factory=list)
@@ -147,16 +151,13 @@ class Table:
         return cls(**{**stored, "rows": rows})
 
 
-Accuracy = Callable[[Callable[[Tensor], Tensor]], float]
-
-
 def measure_table(
     table: Table,
     subjects: Sequence[Subject],
     setting: Setting,
     method: Method,
     report: Callable[[str], None],
-    accuracy: Accuracy | None = None,
+    validation: Validation | None = None,
 ) -> None:
     """Build, check and time subjects, and fill a table's rows.
 
@@ -168,7 +169,7 @@ def measure_table(
         setting: what they have in common.
         method: how to measure.
         report: told about progress.
-        accuracy: measures top-1 (%) of SepViT from a function from images to outputs; None without a checkpoint.
+        validation: images to measure SepViT's top-1 with, where inference is measured; None without them.
     """
     table.rows = [Row(**asdict(subject), top1_published=TOP1.get(subject.model)) for subject in subjects]
     references: dict[str, Tensor] = {}
@@ -184,11 +185,13 @@ def measure_table(
                 if row.model not in references:
                     references[row.model] = _reference(row.model, setting)
                 ready[row.subject] = _checked(row, references[row.model], setting, Path(folder))
-                if accuracy is not None and row.model == table.settings["model"]:
-                    row.top1 = accuracy(ready[row.subject].outputs)
+                if validation is not None and table.measure == "inference" and row.model == table.settings["model"]:
+                    row.top1 = validation.top1(ready[row.subject].outputs, setting.batch_size)
                 if method.profiles:
                     times = benchmark_machine.operation_times(ready[row.subject].call, setting.device)
                     row.profile = benchmark_machine.largest_shares(times)
+            except UserError:
+                raise
             except Exception as error:
                 row.failure = reason(error)
                 ready.pop(row.subject, None)
@@ -267,7 +270,10 @@ def _compare(table: Table, setting: Setting) -> None:
     baselines = {row.number_format: row.seconds for row in table.rows
                  if row.seconds and row.model == table.settings["model"]
                  and row.form == table.settings["baseline"]}  # fmt: skip
+    accuracies = {row.number_format: row.top1 for row in table.rows if row.form == "eager" and row.top1}
     for row in table.rows:
+        if row.top1 is not None and "float32" in accuracies:
+            row.top1_ratio = row.top1 / accuracies["float32"]
         if not row.seconds:
             continue
         if row.number_format in baselines:
