@@ -230,6 +230,7 @@ def main(args: argparse.Namespace) -> None:
     make_folder(out, f"--out {out}")
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True  # as main.py
     classes = CLASSES if validation is None else validation.classes
     tables = [(setting_of(args, measure, classes), number_format, subjects_of(args, number_format))
               for number_format in dict.fromkeys(args.formats) for measure in dict.fromkeys(args.measures)]  # fmt: skip

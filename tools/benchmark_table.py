@@ -1,5 +1,6 @@
 """Measuring one table of a benchmark: subjects are built, checked, and timed in rounds."""
 
+import functools
 import gc
 import json
 import math
@@ -198,6 +199,8 @@ def measure_table(
             _release(setting.device)
         report(f"timing {len(ready)} subjects, {method.rounds} rounds")
         _time(table, ready, setting, method)
+    ready.clear()
+    torch.compiler.reset()  # it compiles only so many networks of a class, and runs further ones in eager mode
     _release(setting.device)
 
 
@@ -209,12 +212,20 @@ def _release(device: torch.device) -> None:
 
 
 def _count(row: Row, setting: Setting) -> None:
-    """Count parameters, multiply-adds and activations of a row's model, on the CPU."""
-    network = benchmark_networks.create_network(row.model, setting).eval()
-    image = torch.zeros(1, 3, *setting.size)
-    row.parameters = sum(parameter.numel() for parameter in network.parameters())
-    row.multiply_adds = count_multiply_adds(network, image)
-    row.activations = count_activations(network, image)
+    """Fill in what is counted of a row's model."""
+    row.parameters, row.multiply_adds, row.activations = counts(
+        row.model, setting.size, setting.is_dense, setting.classes
+    )
+
+
+@functools.cache
+def counts(model: str, size: tuple[int, int], is_dense: bool, classes: int) -> tuple[int, int, int]:
+    """Count parameters, and multiply-adds and activations of one image, on the CPU."""
+    setting = Setting("latency", torch.device("cpu"), 1, size, is_dense, classes=classes)
+    network = benchmark_networks.create_network(model, setting).eval()
+    image = torch.zeros(1, 3, *size)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return parameters, count_multiply_adds(network, image), count_activations(network, image)
 
 
 def _reference(model: str, setting: Setting) -> Tensor:
