@@ -97,14 +97,14 @@ def _counted(function: Callable[..., Any], counts: list[int], place: int) -> Cal
     return run
 
 
-def first_size(model: str, share: float) -> int | None:
+def first_size(model: str, share: float, largest: int = LARGEST) -> int | None:
     """The smallest image side, in steps of `STEP`, from which on pointwise self-attention has a share of all work.
 
     The share rises and falls a little with the padding of the windows: it has to hold for a whole `PERIOD`. None if it
-    is not reached up to `LARGEST`.
+    is not reached up to `largest`.
     """
     first = None
-    for size in range(STEP, LARGEST + 1, STEP):
+    for size in range(STEP, largest + 1, STEP):
         total, by_stage = multiply_adds_by_part(model, size)
         if sum(by_stage) < share * total:
             first = None
