@@ -226,7 +226,9 @@ def picture(curves: Figures, title: str) -> bytes:
             shares = [100 * sum(point["pointwise_by_stage"]) / point["multiply_adds"] for point in points]
             other = axes.twinx()
             other.plot(x, shares, "s--", color="C1")
-            other.set(ylabel="pointwise self-attention, % of multiply-adds (dashed)", ylim=(0, None))
+            other.set(ylabel="pointwise part of multiply-adds, % (dashed)", ylim=(0, None))
+        if name in ("threads", "processes"):
+            axes.set_xticks(x)
         axes.grid(True, alpha=0.3)
     figure.suptitle(title)
     buffer = io.BytesIO()

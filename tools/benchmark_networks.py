@@ -168,7 +168,7 @@ def not_offered(subject: Subject, setting: Setting) -> str:
         if setting.device.type != "cpu":
             return "runtimes are measured on the CPU"
         if number_format not in benchmark_runtimes.NUMBER_FORMATS[form]:
-            return f"{form} has no {number_format} on the CPU"
+            return f"{form} is measured in {' and '.join(benchmark_runtimes.NUMBER_FORMATS[form])}"
     elif number_format == "int8":
         return "only runtimes have int8"
     elif setting.is_training and number_format not in AMPS:

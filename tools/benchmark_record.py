@@ -256,7 +256,7 @@ def picture(record: Record, number_format: str) -> bytes:
                 x = 1e3 * row.median if measure == "latency" else batch / row.median
                 points[row.model, row.form] = (x, row.top1_published)
         draw(axes, points, smaller_is_better=measure == "latency")
-        axes.set(xscale="log", xlabel=f"{PANELS[measure]}, {number_format}", ylabel="published top-1, %")
+        axes.set(xlabel=f"{PANELS[measure]}, {number_format}", ylabel="published top-1, %")
     figure.suptitle(record.device)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
@@ -278,6 +278,12 @@ def draw(axes: Any, points: Mapping[tuple[str, str], tuple[float, float]], small
             axes.plot(*others[form], "o", color=colour, fillstyle="none")
             axes.annotate(form, others[form], textcoords="offset points", xytext=(4, -9), fontsize=6, color=colour)
         if (model, "eager") in points:
-            axes.annotate(model, points[model, "eager"], textcoords="offset points", xytext=(4, 4), fontsize=6)
+            short = model.partition("_patch")[0]
+            axes.annotate(short, points[model, "eager"], textcoords="offset points", xytext=(4, 4), fontsize=6)
+    axes.margins(x=0.2)  # for the names
+    axes.set_xscale("log")
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis("{x:g}")
+    axes.tick_params(axis="x", which="minor", labelsize=6)
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize=7)
