@@ -10,6 +10,7 @@ table takes the place of an earlier one with the same settings.
 """
 
 import argparse
+import gc
 import hashlib
 import importlib
 import multiprocessing
@@ -231,6 +232,7 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True  # as main.py
+    gc.freeze()  # collecting garbage between timings need not look at the libraries
     classes = CLASSES if validation is None else validation.classes
     tables = [(setting_of(args, measure, classes), number_format, subjects_of(args, number_format))
               for number_format in dict.fromkeys(args.formats) for measure in dict.fromkeys(args.measures)]  # fmt: skip
