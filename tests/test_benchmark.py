@@ -317,6 +317,14 @@ def test_picture_shows_models_of_known_accuracy(tmp_path):
     assert f"]({picture.name})" in page
 
 
+@pytest.mark.slow
+def test_compiling_ahead_goes_on_after_a_failure(capfd):
+    setting = Setting("latency", CPU, 1, (32, 32))
+    subjects = [Subject("SepViT_Lite", form, "float32") for form in ("before", "eager")]
+    benchmark.compile_ahead([(subject, setting) for subject in subjects], 2)
+    assert capfd.readouterr().err.splitlines() == ["compiling SepViT_Lite, before, float32: UserError"]
+
+
 MISTAKES = {
     "peer": (["--peers", "swim"], ["--peers swim: timm has no such model"]),
     "dense peers": (["--dense", "--peers", "class"], ["--dense --peers class", "without peers"]),

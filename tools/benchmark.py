@@ -254,9 +254,9 @@ def main(args: argparse.Namespace) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             measure_table(table, subjects, setting, method, print_progress, validation)
+        print(as_text(table), end="\n\n", flush=True)
         record.add(table)
         record.write(out)
-        print(as_text(table), end="\n\n", flush=True)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from tools import benchmark_curves
 from tools.benchmark_curves import Figures, Method
 from tools.benchmark_machine import describe, device_name
 from tools.benchmark_networks import AMPS
-from tools.benchmark_record import scaled
+from tools.benchmark_record import can_draw, scaled
 from tools.benchmark_rounds import LEAST, Spread
 from tools.gpu_record import file_name, write_files
 from training.commands import Parser, path, positive_int, run_command
@@ -201,11 +201,11 @@ def communication_note(curve: Figures) -> str:
 
 
 def picture(curves: Figures, title: str) -> bytes:
-    """Draw the measured curves."""
+    """Draw the measured curves. Empty if there are none, or nothing to draw them with."""
     from matplotlib.figure import Figure
 
     panels = [name for name in ("size", "batch", "threads", "processes") if name in curves]
-    if not panels:
+    if not panels or not can_draw():
         return b""
     figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):

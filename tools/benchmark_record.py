@@ -1,5 +1,6 @@
 """Records of benchmarks: tables of one machine, as text, as JSON, as a page, and as a picture."""
 
+import importlib.util
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -133,10 +134,10 @@ All rows of a table are measured in the same rounds: each round times each row o
 are computed round by round; the median stands first, the smallest and the largest in brackets. *Share of the limit* is
 the time that multiply-adds at the rate of large matrix products, or compulsory bytes at the bandwidth of a large copy,
 would take (the larger of both), divided by the measured time; a training step counts three forward passes. *GiB* is the
-most memory in use at once: weights, the optimiser's state, and what a call allocates. Networks have random weights and
-see random images; before anything is timed, outputs are compared with those in float32 and eager mode. `bfloat16` and
-`float16` are mixed precision; `bfloat16-whole` converts the network. Published top-1 is the authors', on
-ImageNet-1K."""
+most memory in use at once: weights, the optimiser's state, and what a call allocates. Networks have random weights;
+images are random, and on the device before a call. Before anything is timed, outputs are compared with those in float32
+and eager mode. `bfloat16` and `float16` are mixed precision; `bfloat16-whole` converts the network. Published top-1 is
+the authors', on ImageNet-1K."""
 
 
 @dataclass
@@ -233,8 +234,15 @@ def shown(table: Table) -> list[Row]:
             and row.number_format == table.number_format and not table.settings["is_dense"]]  # fmt: skip
 
 
+def can_draw() -> bool:
+    """Whether matplotlib is there. It is in requirements.txt, but a machine that only measures may lack it."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def drawable(tables: Iterable[Table]) -> list[str]:
     """Number formats of which there is something to draw: SepViT and another model."""
+    if not can_draw():
+        return []
     found = {table.number_format for table in tables if len({row.model for row in shown(table)}) > 1}
     return sorted(found)
 

@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tools import benchmark_machine, benchmark_networks
 from tools.benchmark_accuracy import Validation
 from tools.benchmark_networks import DTYPES, TOP1, Ready, Setting, Subject
 from tools.benchmark_rounds import LEAST, Spread, interleave, ratio, reason
+from training.devices import synchronize
 from training.errors import UserError
 from training.measure import count_activations, count_multiply_adds
 
@@ -258,7 +260,9 @@ def _checked(row: Row, expected: Tensor, setting: Setting, folder: Path) -> Read
 
 def _time(table: Table, ready: dict[Subject, Ready], setting: Setting, method: Method) -> None:
     """Time what is ready, and the machine's rates beside it, and fill the rows."""
-    calls: dict[Subject | str, Callable[[], object]] = {subject: entry.call for subject, entry in ready.items()}
+    calls: dict[Subject | str, Callable[[], object]] = {}
+    for subject, entry in ready.items():
+        calls[subject] = partial(_waited, entry.call, setting.device) if table.measure == "latency" else entry.call
     amounts: dict[str, int] = {}
     dtype = DTYPES[table.number_format]
     if dtype is not None:
@@ -274,6 +278,12 @@ def _time(table: Table, ready: dict[Subject, Ready], setting: Setting, method: M
             row.failure = times.errors.get(row.subject, "")
             row.seconds = times.seconds.get(row.subject, [])
     _compare(table, setting)
+
+
+def _waited(call: Callable[[], object], device: torch.device) -> None:
+    """Make a call and wait for it: the next one must not start before the device has finished it."""
+    call()
+    synchronize(device)
 
 
 def _compare(table: Table, setting: Setting) -> None:
