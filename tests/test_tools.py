@@ -68,7 +68,7 @@ MISTAKES = {
     "fewer GPUs": ("benchmark", ["--device", "cuda:99"], ["--device cuda:99: not available; choose"]),
     "unknown device": ("benchmark", ["--device", "foo"], ["--device foo: unknown; choose cuda, mps or cpu"]),
     "no batch": ("benchmark", ["--batch-size", "0"], ["--batch-size", "0", "at least 1"]),
-    "text for a batch": ("benchmark", ["--batch-size", "1", "many"], ["--batch-size", "many"]),
+    "text for a batch": ("benchmark", ["--batch-size", "many"], ["--batch-size", "many"]),
     "no pixels": ("benchmark", ["--input-size", "0"], ["--input-size", "0", "at least 1"]),
     "unknown model": ("benchmark", ["--model", "SepViT_Huge"], ["--model", "SepViT_Huge", "SepViT_Tiny"]),
     "unknown setting": ("benchmark", ["--sped"], ["--sped"]),
@@ -159,15 +159,6 @@ def test_demo_that_failed(arguments, expected, root):
 
 # --------------------------------------------------------------------------------------------------------- benchmarks
 
-SMALL = ["--model", "SepViT_Lite", "--batch-size", "1", "--dtype", "float32", "--input-size", "32"]
-
-
-@pytest.mark.slow
-def test_benchmark():
-    first, second = succeed(*SMALL, script="tools/benchmark.py").splitlines()
-    assert re.match(r"SepViT_Lite, 32 × 32: 3\.\d{3} M parameters, 0\.\d{3} G multiply-adds; torch \S+, .+$", first)
-    assert re.match(r"float32, batch 1: [\d.]+ ms/image, [\d.]+ × the time at the \d+ G multiply-adds/s", second)
-
 
 def test_benchmark_of_checkpoints(tmp_path):
     arguments = ["--model", "SepViT_Lite", "--times", "1", "--out", tmp_path]
@@ -249,9 +240,10 @@ def test_rows_that_fail_do_not_stop_others(tmp_path):
 
 @pytest.mark.parametrize(
     ("tool", "step", "arguments"),
-    [(benchmark, "matrix_product_rate", SMALL), (make_demo_data, "compose_scenes", ["--out", "{folder}"])],
+    [(benchmark, "measure_table", ["--device", "cpu", "--out", "{folder}"]),
+     (make_demo_data, "compose_scenes", ["--out", "{folder}"])],
     ids=["benchmark", "make_demo_data"],
-)
+)  # fmt: skip
 def test_interrupted(tool, step, arguments, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -1,113 +1,270 @@
-"""Parameters, multiply-adds and speed of a model. Speed is also given relative to matrix products in the same run.
+"""Speed and memory of SepViT beside its peers, measured in the same rounds.
 
-    python tools/benchmark.py [--model SepViT_Tiny] [--batch-size 1 8] [--dtype float32 bfloat16] [--device cpu]
+    python tools/benchmark.py [--model SepViT_Tiny] [--device cuda] [--formats float32 bfloat16] [--forms eager port]
 
-The ratio is the time of the forward pass, divided by the time of the same number of multiply-adds in large matrix
-products of the same number format, which are timed before and after the model. A ratio of 1 is the speed of large
-matrix products.
+Measures latency (one image), throughput in inference and in training, and peak memory. Prints one table for each
+measure and number format, and writes them into the record of this machine in benchmarks/: JSON, a page, and pictures. A
+table takes the place of an earlier one with the same settings.
+
+    python tools/benchmark.py --data PATH …       the input pipeline alone; see tools/benchmark_data.py
 """
 
 import argparse
-import statistics
+import gc
+import hashlib
+import importlib
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable
-from functools import partial
+import warnings
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
 
-import timm
 import torch
-from torch.autograd import DeviceType
 
 if not __package__:
     import _repository  # noqa: F401
 import sepvit
-from training.commands import Parser, positive_int, run_command
-from training.devices import check_device, synchronize
-from training.measure import count_multiply_adds, median_time
+from tools import benchmark_networks, benchmark_runtimes
+from tools.benchmark_accuracy import Validation
+from tools.benchmark_machine import describe, device_name
+from tools.benchmark_networks import CLASSES, COMPILED, DTYPES, FORMS, MEASURES, OF_SEPVIT, PEERS, Setting, Subject
+from tools.benchmark_record import Record, as_text
+from tools.benchmark_rounds import LEAST
+from tools.benchmark_table import Method, Table, measure_table
+from training.commands import Parser, path, positive_int, run_command
+from training.devices import available_cores, best_device, check_device
+from training.errors import UserError
+from training.resume import git_revision
+from training.storage import make_folder
 
-SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices: a GPU multiplies 2048 × 2048 faster than one call starts
-
-
-def matrix_product_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Measure the multiply-adds per second of a large matrix product."""
-    side = SIDES.get(device.type, SIDES["cpu"])
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return side**3 / median_time(lambda: a @ b, device)
-
-
-def operation_times(function: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Seconds that a call spends in each operation on a CPU, or in each kernel on a GPU."""
-    on_gpu = device.type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if on_gpu:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        function()
-        synchronize(device)
-    times: dict[str, float] = {}
-    for event in profiler.key_averages():
-        # On a GPU, operations have times too: those of their kernels, which would count twice.
-        if on_gpu == (event.device_type == DeviceType.CUDA) and not event.is_user_annotation:
-            microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            times[event.key] = times.get(event.key, 0.0) + microseconds / 1e6
-    return times
-
-
-def print_profile(function: Callable[[], object], device: torch.device) -> None:
-    """Print the operations that a call spends most time in."""
-    times = operation_times(function, device)
-    for name, duration in sorted(times.items(), key=lambda entry: -entry[1])[:10]:
-        print(f"    {100 * duration / sum(times.values()):5.1f} %  {name}")
+ROOT = Path(__file__).resolve().parent.parent
+ROUNDS = 9
+MOST_COMPILERS = 4  # processes that compile side by side: each holds a network and its activations on the GPU
 
 
 def build_parser() -> Parser:
     """Make the command's parser."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="SepViT_Tiny", choices=list(sepvit.VARIANTS))
-    parser.add_argument("--batch-size", type=positive_int, nargs="+", default=[1, 8])
-    parser.add_argument(
-        "--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
-    )
-    parser.add_argument("--input-size", type=positive_int, default=224)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--profile", action="store_true", help="list the operations that take most of the time")
+    add = parser.add_argument
+    add("--model", default="SepViT_Tiny", choices=list(sepvit.VARIANTS))
+    add("--dense", action="store_true", help="the dense prediction form, without peers")
+    add("--peers", nargs="+", default=None, metavar="NAME",
+        help="models of timm to measure beside it, class for those of its class (the default), or none")  # fmt: skip
+    add("--device", default=best_device(), help="cuda, mps or cpu; by default the best available")
+    add("--formats", nargs="+", default=["float32"], choices=list(DTYPES), help="number formats")
+    add("--forms", nargs="+", default=["eager", "port"], choices=list(FORMS), help="how the networks run")
+    add("--before", type=path, default=None, metavar="FILE",
+        help="another revision's sepvit.py, measured as the form before")  # fmt: skip
+    add("--baseline", default="eager", choices=list(FORMS), help="SepViT's form that speeds are relative to")
+    add("--measures", nargs="+", default=list(MEASURES), choices=list(MEASURES))
+    add("--batch-size", type=positive_int, default=None,
+        help="images per call, except for latency; by default 8 (CPU) or 128 (GPU), with --dense 2 or 8")  # fmt: skip
+    add("--input-size", type=positive_int, nargs="+", default=[224], metavar="PIXELS", help="one side, or H and W")
+    add("--channels-last", action="store_true", help="keep images and weights channels last in memory")
+    add("--rounds", type=positive_int, default=ROUNDS)
+    add("--threads", type=positive_int, default=available_cores(), help="CPU threads")
+    add("--checkpoint", type=path, default=None, metavar="FILE", help="weights of the model")
+    add("--data-path", type=path, default=None, metavar="DIR",
+        help="class folders, as for main.py, to measure each form's top-1 with the checkpoint")  # fmt: skip
+    add("--profile", action="store_true", help="list the operations that take most of the time")
+    add("--out", type=path, default=str(ROOT / "benchmarks"), help="folder of the record")
+    add("--revision", default=None, help="commit of the code, where git does not know it")
+    add("--quick", action="store_true", help="short timings in a record of their own: to try the benchmark itself")
+    add("--data", type=path, default=None, metavar="PATH", help="measure the input pipeline alone")
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    """Count, measure and print.
+def check_settings(args: argparse.Namespace) -> None:
+    """Refuse settings that cannot work, before anything is built.
 
     Raises:
-        UserError: the device is not available.
+        UserError: the first one found.
     """
     check_device(args.device)
+    if len(args.input_size) > 2:
+        raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: name one side, or H and W")
+    if args.dense and args.peers not in (None, ["none"]):
+        raise UserError(f"--dense --peers {' '.join(args.peers)}: the dense form is measured without peers")
+    benchmark_networks.check_models([name for name in args.peers or [] if name not in ("class", "none")], "--peers")
+    benchmark_runtimes.check_packages(args.forms, "--forms")
+    if ("before" in args.forms) != (args.before is not None):
+        raise UserError("--forms before and --before FILE: name both, or neither")
+    if args.before is not None:
+        benchmark_networks.load_before(args.before)
+    check_validation(args)
+    if args.baseline != "eager" and args.baseline not in args.forms:
+        raise UserError(f"--baseline {args.baseline}: it is not among --forms {' '.join(args.forms)}")
+
+
+def check_validation(args: argparse.Namespace) -> None:
+    """Refuse settings with which top-1 cannot be measured.
+
+    Raises:
+        UserError: the first one found.
+    """
+    if args.data_path is None:
+        return
+    if args.checkpoint is None:
+        raise UserError(f"--data-path {args.data_path}: top-1 needs weights; name them with --checkpoint")
+    if args.dense:
+        raise UserError("--dense --data-path: the dense form has no classifier; leave out one of them")
+    if len(set(args.input_size)) > 1:
+        raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: top-1 is measured on square images")
+
+
+def fingerprint(file: str | None) -> str | None:
+    """Start of a file's SHA-256, which tells it from others; None without a file."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file and Path(file).is_file() else file
+
+
+def chosen_peers(args: argparse.Namespace) -> list[str]:
+    """Names of the models to measure beside SepViT."""
+    names = ["none"] if args.dense else args.peers or ["class"]
+    chosen = [peer for name in names for peer in (PEERS[args.model] if name == "class" else [name]) if peer != "none"]
+    return list(dict.fromkeys(chosen))
+
+
+def subjects_of(args: argparse.Namespace, number_format: str) -> list[Subject]:
+    """The rows of a table: each model in each form, and SepViT in eager mode, also in float32, as baselines."""
+    baselines = [] if number_format == "int8" else ["eager"]
+    rows = [Subject(args.model, form, number_format) for form in dict.fromkeys([*baselines, *args.forms])]
+    rows += [
+        Subject(peer, form, number_format)
+        for peer in chosen_peers(args)
+        for form in args.forms
+        if form not in OF_SEPVIT
+    ]
+    if number_format != "float32":
+        rows += [Subject(args.model, form, "float32") for form in dict.fromkeys(["eager", args.baseline])]
+    return rows
+
+
+def setting_of(args: argparse.Namespace, measure: str, classes: int) -> Setting:
+    """What the rows of a table have in common."""
     device = torch.device(args.device)
-    model = timm.create_model(args.model, img_size=args.input_size).eval()
-    multiply_adds = count_multiply_adds(model, torch.zeros(1, 3, args.input_size, args.input_size))
-    parameters = sum(p.numel() for p in model.parameters())
-    model.to(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.model}, {args.input_size} × {args.input_size}: {parameters / 1e6:.3f} M parameters, "
-          f"{multiply_adds / 1e9:.3f} G multiply-adds; torch {torch.__version__}, {name}")  # fmt: skip
-    for dtype_name in args.dtype:
-        dtype = getattr(torch, dtype_name)
-        for batch_size in args.batch_size:
-            images = torch.randn(batch_size, 3, args.input_size, args.input_size, device=device)
-            enabled = dtype != torch.float32
-            with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
-                before = matrix_product_rate(dtype, device)
-                duration = median_time(partial(model, images), device, least=3.0)
-                rate = statistics.mean([before, matrix_product_rate(dtype, device)])
-                ratio = duration * rate / (batch_size * multiply_adds)
-                print(
-                    f"{dtype_name}, batch {batch_size}: {1e3 * duration / batch_size:.2f} ms/image, "
-                    f"{ratio:.2f} × the time at the {rate / 1e9:.0f} G multiply-adds/s of a matrix product"
-                )
-                if args.profile:
-                    print_profile(partial(model, images), device)
+    defaults = {False: (8, 128), True: (2, 8)}[args.dense]
+    batch = 1 if measure == "latency" else args.batch_size or defaults[device.type == "cuda"]
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    size = (args.input_size[0], args.input_size[-1])
+    return Setting(
+        measure,
+        device,
+        batch,
+        size,
+        args.dense,
+        args.threads,
+        layout,
+        args.checkpoint or "",
+        args.before or "",
+        classes,
+    )
+
+
+def empty_table(args: argparse.Namespace, setting: Setting, number_format: str, run: dict[str, Any]) -> Table:
+    """A table without rows."""
+    settings = dict(
+        model=args.model,
+        is_dense=args.dense,
+        batch_size=setting.batch_size,
+        size=list(setting.size),
+        threads=args.threads,
+        channels_last=args.channels_last,
+        forms=args.forms,
+        peers=chosen_peers(args),
+        baseline=args.baseline,
+        before=fingerprint(args.before),
+        checkpoint=fingerprint(args.checkpoint),
+    )
+    return Table(setting.measure, number_format, settings, run)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Compiling ahead
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def compile_ahead(tasks: Sequence[tuple[Subject, Setting]], jobs: int) -> None:
+    """Compile subjects in processes side by side. They fill torch's cache, from which this process takes them.
+
+    One after the other takes minutes. A subject that fails here is compiled again, and then reported.
+    """
+    context = multiprocessing.get_context("spawn")  # a forked process could not use a GPU that this one has used
+    with context.Pool(jobs, maxtasksperchild=1) as pool:
+        pool.starmap(_compile, tasks, chunksize=1)
+
+
+def _compile(subject: Subject, setting: Setting) -> None:
+    """Compile a subject by calling it."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, available_cores() // MOST_COMPILERS))
+    try:
+        ready = benchmark_networks.build(subject, setting, Path())
+        ready.outputs(setting.images())
+        ready.call()
+    except Exception as error:
+        print(f"compiling {subject}: {type(error).__name__}", file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def print_progress(text: str) -> None:
+    """Print what happens now."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure the tables, print them, and add them to the record.
+
+    Raises:
+        UserError: a setting cannot work, or the record cannot be read or written.
+    """
+    check_settings(args)
+    validation = None
+    if args.data_path is not None:
+        validation = Validation.build(args.model, args.data_path, args.input_size[0])
+    out = Path(args.out)
+    make_folder(out, f"--out {out}")
+    device = torch.device(args.device)
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True  # as main.py
+    gc.freeze()  # collecting garbage between timings need not look at the libraries
+    classes = CLASSES if validation is None else validation.classes
+    tables = [(setting_of(args, measure, classes), number_format, subjects_of(args, number_format))
+              for number_format in dict.fromkeys(args.formats) for measure in dict.fromkeys(args.measures)]  # fmt: skip
+    tasks = [(subject, setting) for setting, _, subjects in tables for subject in subjects
+             if subject.form in COMPILED and not benchmark_networks.not_offered(subject, setting)]  # fmt: skip
+    if device.type == "cuda" and len(tasks) > 1:
+        print_progress(f"compiling {len(tasks)} networks")
+        compile_ahead(tasks, min(MOST_COMPILERS, len(tasks)))
+    record = Record.read(device_name(device), args.quick, out)
+    method = Method(2 if args.quick else args.rounds, 0.0 if args.quick else LEAST, args.quick, args.profile)
+    run = dict(
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        revision=args.revision or git_revision(),
+        rounds=method.rounds,
+        machine=describe(device),
+    )
+    for setting, number_format, subjects in tables:
+        table = empty_table(args, setting, number_format, run)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            measure_table(table, subjects, setting, method, print_progress, validation)
+        print(as_text(table), end="\n\n", flush=True)
+        record.add(table)
+        record.write(out)
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command. Returns its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if any(argument.partition("=")[0] == "--data" for argument in arguments):
+        # imported only here, because nothing else needs its libraries
+        return importlib.import_module("tools.benchmark_data").run(arguments)
     parser = build_parser()
     advice = "use a smaller --batch-size or --input-size"
     return run_command("benchmark.py", lambda: main(parser.parse_args(arguments)), parser, advice)

@@ -14,9 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,14 +23,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 if not __package__:
     import _repository  # noqa: F401
-from tools import gpu_rows, gpu_runs
+from tools import benchmark_machine, gpu_rows, gpu_runs
 from tools.gpu_record import CRASHED, FAILED, PASSED, SKIPPED, TIMED_OUT, Figures, Record, Result, described
 from tools.gpu_rows import Row, Setup
 from training.commands import Parser, path, positive_int, run_command, seconds
@@ -43,7 +40,6 @@ from training.storage import make_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (ROOT, Path(torch.__file__).parents[1])  # in tracebacks, paths are recorded from there
-PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "pillow", "pytest")
 LOG_LINES = 30  # of a failed row that are recorded
 PAUSE = 0.05  # seconds between two looks at the running rows
 
@@ -205,24 +201,7 @@ def describe(setup: Setup, figures: Figures) -> None:
         UserError: there is no such device.
     """
     check_device(setup.device.type)
-    figures["device"] = f"CPU, {platform.machine()}"
-    if setup.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(setup.device)
-        figures["device"] = properties.name
-        figures["memory, GiB"] = round(properties.total_memory / 2**30, 1)
-        figures["multiprocessors"] = properties.multi_processor_count
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        with suppress(OSError, subprocess.CalledProcessError):
-            found = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-            figures["driver"] = found.splitlines()[0].strip()
-        figures["CUDA"] = torch.version.cuda
-        figures["cuDNN"] = torch.backends.cudnn.version()
-        figures["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    figures["cores"] = available_cores()
-    figures["python"] = platform.python_version()
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            figures[package] = version(package)
+    figures |= benchmark_machine.describe(setup.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-"""The record of gpu_check.py: results of rows, as JSON and as a page."""
+"""The record of gpu_check.py: results of rows, as JSON and as a page; and how all records are written."""
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 if not __package__:
     import _repository  # noqa: F401
@@ -15,6 +16,33 @@ from training.storage import write_file
 PASSED, FAILED, TIMED_OUT, CRASHED, SKIPPED = "passed", "failed", "timed out", "crashed", "skipped"
 
 Figures = dict[str, Any]
+
+
+def file_name(device: str) -> str:
+    """A name for a device's files."""
+    return re.sub(r"[^\w.]+", "-", device)
+
+
+def write_files(folder: Path, name: str, contents: Mapping[str, bytes]) -> None:
+    """Write the files of a record.
+
+    Args:
+        folder: their folder, for which the command's flag is `--out`.
+        name: their name.
+        contents: their contents by ending.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        for ending, content in contents.items():
+            write_file(folder / f"{name}{ending}", partial(_write, content))
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror}); name another folder") from None
+
+
+def _write(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
 
 
 @dataclass
@@ -62,13 +90,9 @@ class Record:
         Raises:
             UserError: the folder cannot be written.
         """
-        name = re.sub(r"[^\w.]+", "-", self.machine["device"])
-        texts = {".json": json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", ".md": self.markdown()}
-        try:
-            for ending, text in texts.items():
-                write_file(folder / f"{name}{ending}", lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
-        except OSError as error:
-            raise UserError(f"--out {folder}: cannot be written ({error.strerror}); name another folder") from None
+        json_text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        contents = {".json": json_text.encode(), ".md": self.markdown().encode()}
+        write_files(folder, file_name(self.machine["device"]), contents)
 
     def markdown(self) -> str:
         """The record as a page."""

@@ -17,18 +17,17 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 if not __package__:
     import _repository  # noqa: F401
 import main
 import sepvit
-from tools import benchmark, benchmark_checkpoint
+from tools import benchmark, benchmark_checkpoint, benchmark_machine
+from tools.benchmark_networks import Steps, bytes_of
 from tools.gpu_record import Figures
 from training.measure import count_multiply_adds, median_time, timed
-from training.recipes import parse_with_recipe
-from training.state import Precision, Training
+from training.state import Precision
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from conftest import GOLDEN, golden_images, golden_shapes, golden_weights
@@ -185,55 +184,15 @@ def check_gradients(setup: Setup, figures: Figures, amp: str, compiled: bool = F
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Steps:
-    """Training steps and forward passes on one random batch, with the network and optimiser that main.py builds.
-
-    Attributes:
-        training: the run's state.
-        precision: device and number format.
-        images: the batch.
-        targets: its soft targets.
-    """
-
-    training: Training
-    precision: Precision
-    images: Tensor
-    targets: Tensor
-
-    @classmethod
-    def build(cls, setup: Setup, variant: str, *flags: str) -> "Steps":
-        """Build everything for a variant with settings of main.py."""
-        batch, size = (2, 32) if setup.quick else (128, 224)
-        arguments = ["--model", variant, "--batch-size", str(batch), "--input-size", str(size), "--device",
-                     str(setup.device), *flags]  # fmt: skip
-        args = parse_with_recipe(main.build_parser(), arguments)
-        torch.backends.cudnn.benchmark = True  # as main.py
-        torch.manual_seed(0)
-        precision = main.build_precision(args, setup.device)
-        training = main.build_training(args, main.build_model(args, 1000, precision), precision, 1)
-        images = precision.images(torch.randn(batch, 3, size, size))
-        targets = torch.rand(batch, 1000, device=setup.device).softmax(dim=1)
-        return cls(training, precision, images, targets)
-
-    def train(self) -> Tensor:
-        """Take one training step. Returns its loss."""
-        with self.precision.autocast():
-            loss = SoftTargetCrossEntropy()(self.training.wrapped(self.images), self.targets)
-        self.training.backward(loss, 1)
-        self.training.step(5.0, [])
-        return loss.detach()
-
-    @torch.no_grad()
-    def predict(self) -> Tensor:
-        """Run one forward pass. Returns the logits."""
-        with self.precision.autocast():
-            return self.training.model(self.images)
+def build_steps(setup: Setup, variant: str, *flags: str) -> Steps:
+    """Build training steps of a variant with settings of main.py."""
+    batch, size = (2, 32) if setup.quick else (128, 224)
+    return Steps.build(variant, setup.device, batch, size, *flags)
 
 
 def check_compiled(setup: Setup, figures: Figures, variant: str) -> None:
     """Compare the compiled network with the eager one, and take compiled training steps."""
-    eager, compiled = (Steps.build(setup, variant, "--amp", "bfloat16", *flags) for flags in ((), ("--compile",)))
+    eager, compiled = (build_steps(setup, variant, "--amp", "bfloat16", *flags) for flags in ((), ("--compile",)))
     for steps in (eager, compiled):
         steps.training.model.eval()
     expected, logits = eager.predict(), compiled.predict()
@@ -246,22 +205,19 @@ def check_compiled(setup: Setup, figures: Figures, variant: str) -> None:
     require(all(map(math.isfinite, losses)), f"losses are not finite: {losses}")
 
 
-def memory_of(function: Callable[[], object], device: torch.device) -> float | None:
-    """Most memory (GiB) that a call needs on a GPU, beyond the process's context."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    function()
-    return torch.cuda.max_memory_allocated(device) / 2**30
+def memory_of(steps: Steps, function: Callable[[], object], device: torch.device) -> float | None:
+    """Most memory (GiB) in use at once during a call: weights, the optimiser's state, and what the call allocates."""
+    peak = benchmark_machine.peak_memory(function, device)
+    return None if peak is None else (bytes_of(steps.training.model, steps.training.optimizer) + peak) / 2**30
 
 
 def check_speed(setup: Setup, figures: Figures, variant: str, flags: Sequence[str]) -> None:
     """Measure images per second and memory of the forward pass and of the training step."""
-    steps = Steps.build(setup, variant, *flags)
+    steps = build_steps(setup, variant, *flags)
     images, size = len(steps.images), steps.images.shape[-1]
     model = timm.create_model(variant, img_size=size).eval().to(setup.device)
     multiply_adds = count_multiply_adds(model, torch.zeros(1, 3, size, size, device=setup.device))
-    rate = benchmark.matrix_product_rate(steps.precision.dtype or torch.float32, setup.device)
+    rate = benchmark_machine.matrix_product_rate(steps.precision.dtype or torch.float32, setup.device)
     figures["matrix products, T multiply-adds/s"] = rate / 1e12
     for name, function, passes in (("inference", steps.predict, 1), ("training", steps.train, 3)):
         steps.training.model.train(name == "training")
@@ -271,7 +227,7 @@ def check_speed(setup: Setup, figures: Figures, variant: str, flags: Sequence[st
         seconds = median_time(lambda: [function() for _ in range(repeat)], setup.device, least) / repeat  # noqa: B023
         figures[f"{name}, images/s"] = images / seconds
         figures[f"{name}, share of matrix products"] = passes * images * multiply_adds / seconds / rate
-        figures[f"{name}, GiB"] = memory_of(function, setup.device)
+        figures[f"{name}, GiB"] = memory_of(steps, function, setup.device)
     loss = steps.train().item()
     require(math.isfinite(loss), f"the loss is {loss}")
 
@@ -298,13 +254,13 @@ def kind_of_kernel(name: str) -> str:
 
 def check_profile(setup: Setup, figures: Figures, variant: str, flags: Sequence[str]) -> None:
     """Record what a training step spends its time in, and how much of the time the GPU works."""
-    steps = Steps.build(setup, variant, *flags)
+    steps = build_steps(setup, variant, *flags)
     count = 1 if setup.quick else 3
     steps.training.model.train()
     for _ in range(count):
         steps.train()
     seconds = median_time(lambda: [steps.train() for _ in range(count)], setup.device, 0.0)
-    times = benchmark.operation_times(lambda: [steps.train() for _ in range(count)], setup.device)
+    times = benchmark_machine.operation_times(lambda: [steps.train() for _ in range(count)], setup.device)
     total = sum(times.values())
     kinds = dict.fromkeys([*KERNELS, "other"], 0.0)  # seconds
     for name, duration in times.items():
@@ -364,12 +320,15 @@ def check_large_training(setup: Setup, figures: Figures, amp: str, images: int) 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_printed(setup: Setup, figures: Figures, run: Callable[[list[str]], int], arguments: Sequence[str]) -> None:
+def check_printed(
+    setup: Setup, figures: Figures, run: Callable[[list[str]], int], arguments: Sequence[str], lines: int = 2
+) -> None:
     """Run a command in this process, and record the last lines that it prints."""
     printed = io.StringIO()
+    names = dict(digits=setup.digits, device=setup.device.type, folder=setup.folder)
     with contextlib.redirect_stdout(printed):
-        status = run([argument.format(digits=setup.digits, device=setup.device.type) for argument in arguments])
-    figures["printed"] = [line for line in printed.getvalue().splitlines() if not line.startswith("saved ")][-2:]
+        status = run([argument.format(**names) for argument in arguments])
+    figures["printed"] = [line for line in printed.getvalue().splitlines() if not line.startswith("saved ")][-lines:]
     require(status == 0, f"the command ended with status {status}")
 
 
@@ -417,9 +376,10 @@ def profile_row(name: str, *flags: str) -> Row:
     return Row(f"profile-{name}", check, alone=True)
 
 
-def printing_row(name: str, run: Callable[[list[str]], int], *arguments: str) -> Row:
+def printing_row(name: str, run: Callable[[list[str]], int], *arguments: str, lines: int = 2) -> Row:
     """A row that runs a command that measures something."""
-    return Row(name, partial(check_printed, run=run, arguments=(*arguments, "--device", "{device}")), alone=True)
+    check = partial(check_printed, run=run, arguments=(*arguments, "--device", "{device}"), lines=lines)
+    return Row(name, check, alone=True)
 
 
 def speed_rows() -> list[Row]:
@@ -436,6 +396,8 @@ def speed_rows() -> list[Row]:
         speed_row(tiny, "--amp", "off"),
         speed_row(tiny, "--amp", "float16"),
         printing_row("saving", benchmark_checkpoint.run, "--times", "3"),
-        printing_row("benchmark", benchmark.run, "--batch-size", "128", "--dtype", "bfloat16"),
+        printing_row(
+            "benchmark", benchmark.run, "--formats", "bfloat16", "--rounds", "5", "--out", "{folder}", lines=30
+        ),
         printing_row("throughput", main.run, *throughput),
     ]

@@ -1,4 +1,4 @@
-"""Measurements of a model: multiply-adds and time."""
+"""Measurements of a model: multiply-adds, activations and time."""
 
 import statistics
 import time
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.devices import synchronize
@@ -35,6 +36,42 @@ def count_multiply_adds(model: nn.Module, *inputs: Any) -> int:
     for hook in hooks:
         hook.remove()
     return counter.get_total_flops() // 2 + 5 * sum(normalised)
+
+
+class _Activations(TorchDispatchMode):
+    """Count the outputs of convolutions and matrix products while active."""
+
+    COUNTED = (
+        torch.ops.aten.convolution,
+        torch.ops.aten.mm,
+        torch.ops.aten.addmm,
+        torch.ops.aten.bmm,
+        torch.ops.aten.baddbmm,
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func.overloadpacket in self.COUNTED:
+            self.count += output.numel()
+        return output
+
+
+def count_activations(model: nn.Module, *inputs: Any) -> int:
+    """Count the activations of a forward pass.
+
+    Counts what fvcore counts: outputs of convolutions, linear layers and matrix products.
+
+    Args:
+        model: the model.
+        *inputs: arguments of its forward pass.
+    """
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Activations() as counter:
+        model(*inputs)
+    return counter.count
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:

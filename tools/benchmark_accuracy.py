@@ -1,0 +1,54 @@
+"""Top-1 of whatever the benchmarks measure, on validation images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+if not __package__:
+    import _repository  # noqa: F401
+import main
+from datasets import LoaderSettings, build_val_loader
+from tools.benchmark_networks import main_settings
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation images of a data set.
+
+    Attributes:
+        loader: its batches.
+        classes: number of its classes.
+    """
+
+    loader: DataLoader
+    classes: int
+
+    @classmethod
+    def build(cls, model: str, data_path: str, size: int) -> "Validation":
+        """Find the images as main.py does.
+
+        Raises:
+            UserError: there are none.
+        """
+        args = main_settings(model, torch.device("cpu"), 64, "--data-path", data_path, "--input-size", str(size))
+        data = main.build_data(args, is_train=False)
+        return cls(build_val_loader(data, main.settings_from(args, LoaderSettings)), data.num_classes)
+
+    def top1(self, outputs: Callable[[Tensor], Tensor], batch_size: int) -> float:
+        """Top-1 (%) of a function from batches of images to logits.
+
+        Args:
+            outputs: the function. It may take batches of `batch_size` images only: the last one is filled up.
+            batch_size: images per batch.
+        """
+        correct = total = 0
+        for images, targets in self.loader:
+            for batch, labels in zip(images.split(batch_size), targets.split(batch_size)):
+                filled = F.pad(batch, (0, 0, 0, 0, 0, 0, 0, batch_size - len(batch)))
+                correct += int((outputs(filled)[: len(batch)].argmax(dim=1) == labels).sum())
+                total += len(batch)
+        return 100 * correct / total

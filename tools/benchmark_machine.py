@@ -1,0 +1,187 @@
+"""What the benchmarks know of a machine: its description, its rates, peak memory, and a profile of operations."""
+
+import ctypes
+import platform
+import re
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+
+if not __package__:
+    import _repository  # noqa: F401
+from training.devices import available_cores, synchronize
+from training.measure import median_time
+
+SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices: a GPU multiplies 2048 × 2048 faster than one call starts
+COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes, more than caches hold
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "bf16", "i8mm")
+PACKAGES = ("torch", "torchvision", "timm", "triton", "onnxruntime", "openvino", "numpy", "pillow", "pytest")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Description
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Describe the device, the processor and the versions of what runs on them."""
+    described: dict[str, Any] = {"device": device_name(device)}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described["memory, GiB"] = round(properties.total_memory / 2**30, 1)
+        described["multiprocessors"] = properties.multi_processor_count
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        with suppress(OSError, subprocess.CalledProcessError):
+            found = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+            described["driver"] = found.splitlines()[0].strip()
+        described["CUDA"] = torch.version.cuda
+        described["cuDNN"] = torch.backends.cudnn.version()
+        described["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    described["processor"] = processor_name()
+    described["processor features"] = " ".join(processor_features()) or "unknown"
+    described["cores"] = available_cores()
+    described["system"] = platform.system()
+    described["python"] = platform.python_version()
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            described[package] = version(package)
+    return described
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU, or of the processor and how many cores of it there are."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cores = available_cores()
+    return f"{processor_name()}, {cores} core{'s' if cores > 1 else ''}" + (", MPS" if device.type == "mps" else "")
+
+
+def processor_name() -> str:
+    """The processor's model, without the marks of its name."""
+    name = _processor_info(r"model name|Model Name|Processor")
+    if not name and platform.system() == "Darwin":
+        with suppress(OSError, subprocess.CalledProcessError):
+            query = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    name = re.sub(r"\((R|TM|tm)\)|\bCPU\b", "", name or platform.processor() or platform.machine())
+    return " ".join(name.split())
+
+
+def processor_features() -> list[str]:
+    """The processor's instructions for vectors and matrices, as Linux names them; empty elsewhere."""
+    known = _processor_info(r"flags|Features").split()
+    return [feature for feature in FEATURES if feature in known]
+
+
+def _processor_info(names: str) -> str:
+    """A value of /proc/cpuinfo; "" if there is none."""
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+        if match := re.search(rf"^(?:{names})\s*:\s*(.*)$", text, re.MULTILINE):
+            return match[1]
+    return ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rates
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def matrix_product(
+    dtype: torch.dtype, device: torch.device, side: int | None = None
+) -> tuple[Callable[[], object], int]:
+    """A matrix product as a call, and its multiply-adds; a large one unless `side` is given."""
+    side = side or SIDES.get(device.type, SIDES["cpu"])
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return partial(torch.matmul, a, b, out=torch.empty_like(a)), side**3
+
+
+def large_copy(dtype: torch.dtype, device: torch.device, size: int | None = None) -> tuple[Callable[[], object], int]:
+    """The copy of a tensor as a call, and the bytes that it reads and writes; a large one unless `size` is given."""
+    count = (size or COPIED.get(device.type, COPIED["cpu"])) // dtype.itemsize
+    source, target = (torch.ones(count, device=device, dtype=dtype) for _ in range(2))
+    return partial(target.copy_, source), 2 * count * dtype.itemsize
+
+
+def matrix_product_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Measure the multiply-adds per second of a large matrix product."""
+    call, multiply_adds = matrix_product(dtype, device)
+    return multiply_adds / median_time(call, device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def peak_memory(function: Callable[[], object], device: torch.device) -> int | None:
+    """Most bytes that a call has allocated at once, beyond what was allocated before it.
+
+    On a GPU, those of PyTorch's allocator; on a CPU under Linux, those of the process. None elsewhere.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu" or not _reset_peak():
+        return None
+    before = _resident("VmHWM")
+    function()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _reset_peak() -> bool:
+    """Return unused memory to the system, and reset the process's peak to what it uses now. False if it cannot."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _resident(name: str) -> int:
+    """A size in bytes from /proc/self/status."""
+    match = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert match is not None
+    return 1024 * int(match[1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Profile
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def operation_times(function: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Seconds that a call spends in each operation on a CPU, or in each kernel on a GPU."""
+    on_gpu = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        function()
+        synchronize(device)
+    times: dict[str, float] = {}
+    for event in profiler.key_averages():
+        # On a GPU, operations have times too: those of their kernels, which would count twice.
+        if on_gpu == (event.device_type == DeviceType.CUDA) and not event.is_user_annotation:
+            microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            times[event.key] = times.get(event.key, 0.0) + microseconds / 1e6
+    return times
+
+
+def largest_shares(times: dict[str, float], count: int = 10) -> dict[str, float]:
+    """The operations that take most of the time, each with its share of it."""
+    total = sum(times.values())
+    most = sorted(times.items(), key=lambda entry: -entry[1])[:count]
+    return {name[:160]: duration / total for name, duration in most if duration}
