@@ -10,7 +10,7 @@ import numpy
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL, Code, command, free_port, refusal
+from conftest import ROOT, SMALL, SMALLEST, Code, command, free_port, refusal
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -205,7 +205,7 @@ def test_mistake(mistake, files, few_digits, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("mistake", ["truncated checkpoint", "negative learning rate", "unwritable output folder"])
 def test_mistake_as_a_command(mistake, files, few_digits):
     arguments, _ = MISTAKES[mistake]
-    result = command(*SMALL, "--data-path", few_digits, *(argument.format(root=files) for argument in arguments))
+    result = command(*SMALLEST, "--data-path", few_digits, *(argument.format(root=files) for argument in arguments))
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert result.stderr.startswith("main.py: ")
@@ -213,7 +213,7 @@ def test_mistake_as_a_command(mistake, files, few_digits):
 
 
 def test_two_processes_print_a_mistake_once(files, few_digits):
-    result = command(*SMALL, "--data-path", few_digits, "--output_dir", files / "a_file/run", "--batch-size", 8,
+    result = command(*SMALLEST, "--data-path", few_digits, "--output_dir", files / "a_file/run", "--batch-size", 8,
                      "--device", "cpu", processes=2)  # fmt: skip
     assert result.returncode != 0
     assert result.stderr.count("main.py: --output_dir") == 1
@@ -221,14 +221,14 @@ def test_two_processes_print_a_mistake_once(files, few_digits):
 
 def test_a_folder_with_a_run_is_not_overwritten(few_digits, tmp_path, capsys):
     (tmp_path / "checkpoint.pth").write_text("precious")
-    status = main.run([*map(str, SMALL), "--data-path", str(few_digits), "--output_dir", str(tmp_path)])
+    status = main.run([*map(str, SMALLEST), "--data-path", str(few_digits), "--output_dir", str(tmp_path)])
     assert status == 2
     assert "--auto-resume" in capsys.readouterr().err
     assert (tmp_path / "checkpoint.pth").read_text() == "precious"
 
 
 def test_a_resumed_run_does_not_write_to_another_runs_folder(few_digits, tmp_path, capsys):
-    base = [*map(str, SMALL), "--data-path", str(few_digits)]
+    base = [*map(str, SMALLEST), "--data-path", str(few_digits)]
     for name in ("a", "b"):
         assert main.run([*base, "--output_dir", str(tmp_path / name)]) == 0
     before = (tmp_path / "b/checkpoint.pth").read_bytes()
@@ -239,7 +239,7 @@ def test_a_resumed_run_does_not_write_to_another_runs_folder(few_digits, tmp_pat
 
 
 def test_a_finished_run_is_not_resumed(few_digits, tmp_path, capsys):
-    arguments = [*map(str, SMALL), "--data-path", str(few_digits), "--output_dir", str(tmp_path / "run")]
+    arguments = [*map(str, SMALLEST), "--data-path", str(few_digits), "--output_dir", str(tmp_path / "run")]
     assert main.run(arguments) == 0
     capsys.readouterr()
     assert main.run([*arguments, "--resume", str(tmp_path / "run/checkpoint.pth")]) == 2
@@ -247,7 +247,7 @@ def test_a_finished_run_is_not_resumed(few_digits, tmp_path, capsys):
 
 
 def test_losses_that_stay_non_finite_end_the_run(few_digits, tmp_path, capsys):
-    arguments = [*map(str, SMALL), "--data-path", str(few_digits), "--output_dir", str(tmp_path / "run")]
+    arguments = [*map(str, SMALLEST), "--data-path", str(few_digits), "--output_dir", str(tmp_path / "run")]
     assert (
         main.run([*arguments, "--lr", "1e30", "--warmup-epochs", "0", "--clip-grad", "0", "--max-bad-steps", "2"]) == 2
     )
@@ -383,7 +383,7 @@ def test_weights_of_another_timm_network_are_refused(few_digits, tmp_path, capsy
 
 def test_weights_that_become_infinite_are_not_saved(few_digits, tmp_path, capsys):
     """The gradients are finite, but the updated weights are not."""
-    arguments = [*map(str, SMALL), "--data-path", str(few_digits), "--output_dir", str(tmp_path / "run"),
+    arguments = [*map(str, SMALLEST), "--data-path", str(few_digits), "--output_dir", str(tmp_path / "run"),
                  "--opt", "momentum", "--momentum", "0", "--lr", "3e38", "--weight-decay", "3e38", "--batch-size", "48",
                  "--warmup-epochs", "0", "--sched", "constant"]  # fmt: skip
     assert main.run(arguments) == 2
@@ -394,7 +394,7 @@ def test_weights_that_become_infinite_are_not_saved(few_digits, tmp_path, capsys
 def test_an_epoch_of_skipped_steps_is_a_failure(few_digits, tmp_path, monkeypatch, capsys):
     forward = engine.DistillationLoss.forward
     monkeypatch.setattr(engine.DistillationLoss, "forward", lambda *inputs: forward(*inputs) * torch.nan)
-    arguments = [*map(str, SMALL), "--data-path", str(few_digits), "--output_dir", str(tmp_path / "run")]
+    arguments = [*map(str, SMALLEST), "--data-path", str(few_digits), "--output_dir", str(tmp_path / "run")]
     assert main.run(arguments) == 2
     assert "epoch 0: loss or gradients were not finite in any step" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*.pth"))
@@ -443,7 +443,7 @@ def test_weight_decay_may_change(before, after):
     """Each parameter keeps its moments, whatever group of the optimiser it is in."""
     built = []
     for flags in (before, after):
-        args = main.build_parser().parse_args([*map(str, SMALL), "--device", "cpu", *flags])
+        args = main.build_parser().parse_args([*map(str, SMALLEST), "--device", "cpu", *flags])
         torch.manual_seed(0)
         model = main.build_model(args, 3, main.build_precision(args, torch.device("cpu")))
         built.append((model, main.build_training(args, model, main.build_precision(args, torch.device("cpu")), 1)))
@@ -458,7 +458,7 @@ def test_weight_decay_may_change(before, after):
 
 
 def test_window_tokens_decay_on_request():
-    args = main.build_parser().parse_args([*map(str, SMALL), "--device", "cpu", "--decay-window-tokens"])
+    args = main.build_parser().parse_args([*map(str, SMALLEST), "--device", "cpu", "--decay-window-tokens"])
     precision = main.build_precision(args, torch.device("cpu"))
     model = main.build_model(args, 3, precision)
     training = main.build_training(args, model, precision, 1)
@@ -496,7 +496,7 @@ def test_a_log_line_that_is_not_an_object_is_refused(tmp_path):
 
 def test_ordinary_runs_print_no_warnings(few_digits, tmp_path):
     """On two processes, neither DDP (about strides) nor timm's plateau schedule warns."""
-    result = command(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--sched", "plateau",
+    result = command(*SMALLEST, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--sched", "plateau",
                      "--batch-size", 8, "--device", "cpu", processes=2)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""

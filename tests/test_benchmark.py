@@ -4,6 +4,9 @@ import itertools
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import timm
@@ -13,7 +16,7 @@ from port import Port
 
 import sepvit
 from tools import benchmark, benchmark_curves, benchmark_networks, benchmark_runtimes, benchmark_table
-from tools.benchmark_machine import peak_memory
+from tools.benchmark_machine import OtherWork, peak_memory
 from tools.benchmark_networks import Setting, Subject
 from tools.benchmark_record import Record
 from tools.benchmark_rounds import interleave, ratio
@@ -101,6 +104,19 @@ def test_peak_memory():
         torch.ones(20_000_000).mul(2)
 
     assert peak_memory(allocate, CPU) == pytest.approx(2 * 80e6, rel=0.1)
+
+
+@pytest.mark.skipif(OtherWork().cores() is None, reason="the system does not tell what its cores do")
+def test_other_work_is_noticed():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        other = OtherWork()
+        start = time.process_time()
+        while time.process_time() < start + 0.2:  # own work, which does not count
+            pass
+        time.sleep(1)
+        cores = other.cores()
+        process.kill()
+    assert cores > 0.2
 
 
 # -------------------------------------------------------------------------------------------------------------- rounds

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import SMALL, Code, command
+from conftest import SMALL, SMALLEST, Code, command
 
 from training import checkpoints
 from training.errors import UserError
@@ -157,8 +157,8 @@ def test_resume_from_the_web(server, few_digits, tmp_path):
 def test_code_in_a_checkpoint_never_runs(flag, few_digits, tmp_path):
     torch.save({"model": {}, "args": Code(tmp_path / "ran")}, tmp_path / "code.pth")
     distillation = ["--distillation-type", "hard", "--teacher-model", "SepViT_Lite"]
-    result = command(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", flag, tmp_path / "code.pth",
-                     *(distillation if flag == "--teacher-path" else []))  # fmt: skip
+    result = command(*SMALLEST, "--data-path", few_digits, "--output_dir", tmp_path / "run", flag,
+                     tmp_path / "code.pth", *(distillation if flag == "--teacher-path" else []))  # fmt: skip
     assert result.returncode == 2
     assert f"main.py: {flag} {tmp_path / 'code.pth'}: refused, it holds" in result.stderr
     assert not (tmp_path / "ran").exists()

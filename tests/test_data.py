@@ -18,7 +18,7 @@ import pytest
 import timm
 import torch
 import torchvision.transforms as T
-from conftest import ROOT, SMALL, command, read_log, succeed
+from conftest import ROOT, SMALL, SMALLEST, command, read_log, succeed
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -136,7 +136,7 @@ def test_repeated_augmentation_shows_an_image_to_several_processes():
 
 
 def test_train_loader_shuffles_by_epoch(few_digits):
-    args = settings(*SMALL, "--data-path", few_digits)
+    args = settings(*SMALLEST, "--data-path", few_digits)
     loader = train_loader(args)
     orders = []
     for epoch in (0, 1, 0):
@@ -149,7 +149,7 @@ def test_train_loader_shuffles_by_epoch(few_digits):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_depends_only_on_seed_epoch_and_place(few_digits, workers):
     """Not on the loader workers, nor on the step at which the epoch starts."""
-    args = settings(*SMALL, "--data-path", few_digits, "--num_workers", 0, "--epochs", 2)
+    args = settings(*SMALLEST, "--data-path", few_digits, "--num_workers", 0, "--epochs", 2)
     images = {}
     for epoch in (0, 1):
         loader = train_loader(args)
@@ -204,7 +204,7 @@ def test_imagenet_folder(few_digits, tmp_path):
 
 
 def test_validation_batches_are_half_as_large_again(few_digits):
-    args = settings(*SMALL, "--data-path", few_digits)
+    args = settings(*SMALLEST, "--data-path", few_digits)
     loader = val_loader(args)
     assert [len(targets) for _, targets in loader] == [21]
     assert loader.batch_size == 24
@@ -214,7 +214,7 @@ def test_tar_archives(few_digits, tmp_path):
     for split in ("train", "val"):
         with tarfile.open(tmp_path / f"{split}.tar", "w", dereference=True) as archive:
             archive.add(few_digits / split, arcname=".")
-    succeed(*SMALL, "--data-path", tmp_path, "--output_dir", tmp_path / "run")
+    succeed(*SMALLEST, "--data-path", tmp_path, "--output_dir", tmp_path / "run")
     assert np.isfinite(read_log(tmp_path / "run")[0]["train_loss"])
 
 
@@ -245,7 +245,7 @@ def test_damaged_archives_are_named(how, split, few_digits, tmp_path, capsys):
         path.write_bytes(content[: cuts[how]])
     else:
         path.write_bytes(content[: middle.offset] + b"junk" * 128 + content[middle.offset + 512 :])
-    arguments = [*map(str, SMALL), "--data-path", str(tmp_path), "--output_dir", str(tmp_path / "run")]
+    arguments = [*map(str, SMALLEST), "--data-path", str(tmp_path), "--output_dir", str(tmp_path / "run")]
     assert main.run(arguments + (["--eval"] if split == "val" else [])) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"main.py: --data-path {path}: ")
@@ -296,8 +296,9 @@ def test_fingerprints_tell_archives_apart(tmp_path):
 
 def test_hugging_face_data_set(few_digits, tmp_path):
     """Hugging Face's library and a module of this repository are both called `datasets`. Both are found."""
-    printed = succeed(*SMALL, "--data-set", f"hfds/{few_digits}", "--data-path", tmp_path / "cache", "--num-classes", 3,
-                      "--output_dir", tmp_path / "run", environment={"HF_HUB_OFFLINE": "1"})  # fmt: skip
+    printed = succeed(*SMALLEST, "--data-set", f"hfds/{few_digits}", "--data-path", tmp_path / "cache",
+                      "--num-classes", 3, "--output_dir", tmp_path / "run",
+                      environment={"HF_HUB_OFFLINE": "1"})  # fmt: skip
     assert "21 images" in printed
 
 
@@ -356,7 +357,7 @@ def test_inaturalist(with_kingdom, tmp_path):
         settings("--data-path", tmp_path, "--data-set", "INAT", "--inat-category", "family"), is_train=True
     )
     assert data.num_classes == 3
-    printed = succeed(*SMALL, "--data-set", "INAT", "--data-path", tmp_path, "--throughput", "--batch-size", 1)
+    printed = succeed(*SMALLEST, "--data-set", "INAT", "--data-path", tmp_path, "--throughput", "--batch-size", 1)
     assert "batch size 1" in printed
 
 
@@ -414,7 +415,7 @@ WEBDATASET = ["--data-set", "wds/digits", "--train-split", "digits-train-{0..3}.
 @pytest.mark.parametrize("processes", [0, 2])
 def test_webdataset_trains_and_counts_every_image_once(webdataset, tmp_path, processes):
     printed = succeed(
-        *SMALL,
+        *SMALLEST,
         *WEBDATASET,
         "--data-path",
         webdataset,
@@ -435,7 +436,7 @@ def test_webdataset_trains_and_counts_every_image_once(webdataset, tmp_path, pro
 
 def test_webdataset_complete_epoch_has_no_batches_left(webdataset):
     """The last step is smaller: it takes the remaining batches."""
-    args = settings(*SMALL, *WEBDATASET, "--data-path", webdataset, "--batch-size", 8, "--accum-steps", 4)
+    args = settings(*SMALLEST, *WEBDATASET, "--data-path", webdataset, "--batch-size", 8, "--accum-steps", 4)
     loader = train_loader(args)
     assert len(loader) == 6
     assert list(epoch_batches(loader, 0, 2, 4, print)) == []
@@ -443,8 +444,8 @@ def test_webdataset_complete_epoch_has_no_batches_left(webdataset):
 
 def test_webdataset_resumes_bit_for_bit(webdataset, tmp_path):
     """From the middle of the second epoch, with readers that never read the first one."""
-    arguments = [*SMALL, *WEBDATASET, "--data-path", webdataset, "--batch-size", 8, "--epochs", 2, "--num_workers", 2,
-                 "--auto-resume", "--checkpoint-every", 4, "--keep-checkpoints", 9]  # fmt: skip
+    arguments = [*SMALLEST, *WEBDATASET, "--data-path", webdataset, "--batch-size", 8, "--epochs", 2,
+                 "--num_workers", 2, "--auto-resume", "--checkpoint-every", 4, "--keep-checkpoints", 9]  # fmt: skip
     succeed(*arguments, "--output_dir", tmp_path / "whole")
     names = sorted(path.name for path in (tmp_path / "whole").glob("checkpoint-*"))
     assert names == [f"checkpoint-{steps:08}.pth" for steps in (4, 6, 8, 12)]
@@ -490,7 +491,7 @@ def test_webdataset_with_an_unreadable_image(webdataset, tmp_path):
         first = content.index(b"\x89PNG")
         (tmp_path / shard.name).write_bytes(content[:first] + b"no image" + content[first + 8 :] if broken else content)
     name = f"{tmp_path}/digits-train-2.tar: "
-    arguments = [*SMALL, *WEBDATASET, "--data-path", tmp_path, "--batch-size", 8, "--num_workers", 2]
+    arguments = [*SMALLEST, *WEBDATASET, "--data-path", tmp_path, "--batch-size", 8, "--num_workers", 2]
     whole_val = ["--val-split", "digits-val-{0..0}.tar|11"]
     for policy, status in (("skip", 0), ("fail", 2)):
         result = command(*arguments, *whole_val, "--on-bad-image", policy, "--output_dir", tmp_path / policy)
@@ -527,7 +528,7 @@ SHARD_DAMAGES = ["junk", "empty", "truncated in an image", "truncated between im
 @pytest.mark.parametrize("how", SHARD_DAMAGES)
 def test_damaged_shards_are_named_in_evaluation(how, webdataset, tmp_path, capsys):
     path = damaged_shard(webdataset, tmp_path / "data", "digits-val-1.tar", how)
-    arguments = [*SMALL, *WEBDATASET, "--data-path", tmp_path / "data", "--eval"]
+    arguments = [*SMALLEST, *WEBDATASET, "--data-path", tmp_path / "data", "--eval"]
     assert main.run([str(argument) for argument in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(f"main.py: shard {path}: cannot be read (ReadError: ")
@@ -540,7 +541,7 @@ def test_damaged_shards_are_named_in_evaluation(how, webdataset, tmp_path, capsy
 def test_damaged_shards_count_in_training(how, policy, status, webdataset, tmp_path, capsys):
     """Each counts as one unreadable image. A partial sample at its end is not counted."""
     path = damaged_shard(webdataset, tmp_path / "data", "digits-train-2.tar", how)
-    arguments = [*SMALL, *WEBDATASET, "--data-path", tmp_path / "data", "--output_dir", tmp_path / "run",
+    arguments = [*SMALLEST, *WEBDATASET, "--data-path", tmp_path / "data", "--output_dir", tmp_path / "run",
                  "--on-bad-image", policy, "--batch-size", 8]  # fmt: skip
     assert main.run([str(argument) for argument in arguments]) == status
     log = read_whole_log(tmp_path / "run/log.txt")
@@ -556,7 +557,7 @@ def test_damaged_shards_count_in_training(how, policy, status, webdataset, tmp_p
 
 def test_a_damaged_shard_as_a_command(webdataset, tmp_path):
     path = damaged_shard(webdataset, tmp_path / "data", "digits-val-1.tar", "truncated between images")
-    result = command(*SMALL, *WEBDATASET, "--data-path", tmp_path / "data", "--eval", "--num_workers", 2)
+    result = command(*SMALLEST, *WEBDATASET, "--data-path", tmp_path / "data", "--eval", "--num_workers", 2)
     assert result.returncode == 2
     assert result.stderr.startswith(f"main.py: shard {path}: ")
     assert result.stderr.count("\n") == 1
@@ -564,7 +565,7 @@ def test_a_damaged_shard_as_a_command(webdataset, tmp_path):
 
 def test_unknown_timm_pipelines_are_refused(webdataset, monkeypatch):
     """timm's own stages skip unreadable samples, so a pipeline whose stages cannot be replaced is refused."""
-    args = settings(*SMALL, *WEBDATASET, "--data-path", webdataset)
+    args = settings(*SMALLEST, *WEBDATASET, "--data-path", webdataset)
     loader = val_loader(args)
     assert sum(len(targets) for _, targets in loader) == 31
     for other in ("_decode", "wds"):
@@ -578,7 +579,7 @@ def test_unknown_timm_pipelines_are_refused(webdataset, monkeypatch):
 
 
 def test_webdataset_mistakes(webdataset):
-    arguments = [*SMALL, *WEBDATASET, "--data-path", webdataset]
+    arguments = [*SMALLEST, *WEBDATASET, "--data-path", webdataset]
     assert "4 training shards" in command(*arguments, "--num_workers", 5).stderr
     unnumbered = [argument for argument in arguments if argument not in ("--num-classes", 3)]
     assert "--num-classes" in command(*unnumbered).stderr
@@ -587,7 +588,7 @@ def test_webdataset_mistakes(webdataset):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_labels_out_of_range_are_refused(webdataset, workers):
     arguments = [2 if argument == 3 else argument for argument in WEBDATASET]
-    result = command(*SMALL, *arguments, "--data-path", webdataset, "--eval", "--num_workers", workers)
+    result = command(*SMALLEST, *arguments, "--data-path", webdataset, "--eval", "--num_workers", workers)
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if line.startswith("main.py: ")]
     assert lines == ["main.py: --num-classes 2: an image is labelled 2; labels start at 0"]
@@ -595,9 +596,9 @@ def test_labels_out_of_range_are_refused(webdataset, workers):
 
 
 def test_loader_settings(few_digits):
-    args = settings(*SMALL, "--data-path", few_digits, "--num_workers", 2)
+    args = settings(*SMALLEST, "--data-path", few_digits, "--num_workers", 2)
     loader = train_loader(args)
     assert isinstance(loader, DataLoader)
     assert loader.num_workers == 2
-    args = settings(*SMALL, "--data-path", few_digits, "--num_workers", 0, "--batch-size", 20, "--mixup", 0)
+    args = settings(*SMALLEST, "--data-path", few_digits, "--num_workers", 0, "--batch-size", 20, "--mixup", 0)
     assert len(train_loader(args)) == 2  # 48 = 2 · 20 + 8

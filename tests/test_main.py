@@ -19,7 +19,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, PLAIN, ROOT, SMALL, command, free_port, link_digits, read_log, succeed
+from conftest import GOLDEN, PLAIN, ROOT, SMALL, SMALLEST, command, free_port, link_digits, read_log, succeed
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -211,7 +211,7 @@ SLOW_VARIATIONS = ["float16, activation checkpointing"]
 )
 def test_variations_train(name, few_digits, some_digits, tmp_path):
     data = some_digits if "repeated" in name else few_digits  # repeated augmentation needs 256 images
-    arguments = [*SMALL, "--data-path", data, "--output_dir", tmp_path / "run", "--device", "cpu", *VARIATIONS[name]]
+    arguments = [*SMALLEST, "--data-path", data, "--output_dir", tmp_path / "run", "--device", "cpu", *VARIATIONS[name]]
     assert main.run([str(argument) for argument in arguments]) == 0
     assert np.isfinite(read_log(tmp_path / "run")[-1]["train_loss"])
     checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
@@ -233,7 +233,7 @@ def test_variations_train(name, few_digits, some_digits, tmp_path):
 
 def prepared(*arguments, model=None):
     """Build the settings, precision and training state of a small run as main.py does."""
-    args = main.build_parser().parse_args([*map(str, SMALL), "--device", "cpu", *map(str, arguments)])
+    args = main.build_parser().parse_args([*map(str, SMALLEST), "--device", "cpu", *map(str, arguments)])
     precision = main.build_precision(args, torch.device("cpu"))
     model = model or main.build_model(args, 3, precision)
     return args, precision, main.build_training(args, model, precision, args.accum_steps)
@@ -338,13 +338,13 @@ def test_window_tokens_have_no_weight_decay():
 @pytest.mark.slow
 def test_compiled_training(few_digits, tmp_path):
     """Training, validation and validation of the averaged weights with compiled code."""
-    succeed(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--compile", "--model-ema")
+    succeed(*SMALLEST, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--compile", "--model-ema")
     assert np.isfinite(read_log(tmp_path / "run")[0]["test_ema_loss"])
 
 
 @pytest.mark.slow
 def test_compiled_throughput(few_digits):
-    printed = succeed(*SMALL, "--data-path", few_digits, "--compile", "--throughput", "--batch-size", 2)
+    printed = succeed(*SMALLEST, "--data-path", few_digits, "--compile", "--throughput", "--batch-size", 2)
     assert "batch size 3" in printed
 
 
@@ -352,7 +352,7 @@ def test_accumulation_equals_a_larger_batch(few_digits, tmp_path):
     """Two accumulated batches of 8 give the same weights as one batch of 16, up to rounding."""
     weights = []
     for name, batch in (("whole", ["--batch-size", "16"]), ("parts", ["--batch-size", "8", "--accum-steps", "2"])):
-        arguments = [*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / name, "--device", "cpu", *PLAIN]
+        arguments = [*SMALLEST, "--data-path", few_digits, "--output_dir", tmp_path / name, "--device", "cpu", *PLAIN]
         assert main.run([*map(str, arguments), *batch]) == 0
         weights.append(torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["model"])
     for name, value in weights[0].items():
@@ -388,8 +388,8 @@ def test_training_steps_do_not_wait_for_the_device(few_digits, tmp_path, monkeyp
     counts = []
     for batch_size in (16, 8):
         reads.clear()
-        arguments = [*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / str(batch_size), "--device", "cpu",
-                     "--batch-size", batch_size, "--print-freq", 1000, "--model-ema"]  # fmt: skip
+        arguments = [*SMALLEST, "--data-path", few_digits, "--output_dir", tmp_path / str(batch_size),
+                     "--device", "cpu", "--batch-size", batch_size, "--print-freq", 1000, "--model-ema"]  # fmt: skip
         assert main.run([str(argument) for argument in arguments]) == 0
         counts.append(len(reads))
     assert counts[0] == counts[1] > 0, reads
@@ -400,7 +400,7 @@ def test_training_steps_do_not_wait_for_the_device(few_digits, tmp_path, monkeyp
 
 def test_resume_continues_training(few_digits, tmp_path):
     settings = [
-        *SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--model-ema", "--warmup-epochs",
+        *SMALLEST, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--model-ema", "--warmup-epochs",
         1,
     ]  # fmt: skip
     succeed(*settings, "--epochs", 2)
@@ -571,7 +571,7 @@ def test_finetune_reports_what_it_loaded(trained, few_digits, tmp_path):
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distillation_trains(kind, trained, digits, tmp_path):
     images = link_digits(digits, tmp_path / "images", "0123456789", train=4, val=2)
-    arguments = [*SMALL, "--data-path", images, "--output_dir", tmp_path / "run", "--input-size", 64,
+    arguments = [*SMALLEST, "--data-path", images, "--output_dir", tmp_path / "run", "--input-size", 64,
                  "--batch-size", 32, "--distillation-type", kind, "--teacher-model", "SepViT_Lite", "--device", "cpu",
                  "--teacher-path", trained[0] / "checkpoint.pth", "--distillation-tau", 2]  # fmt: skip
     assert main.run([str(argument) for argument in arguments]) == 0
@@ -584,7 +584,7 @@ def test_distillation_trains(kind, trained, digits, tmp_path):
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_two_processes_train(accumulate, few_digits, tmp_path):
     printed = succeed(
-        *SMALL,
+        *SMALLEST,
         "--batch-size",
         8,
         "--data-path",
@@ -642,7 +642,7 @@ def test_torchrun_on_two_nodes(few_digits, tmp_path):
 def test_slurm_variables(address, few_digits, tmp_path):
     port = free_port()
     settings = [
-        *SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--device", "cpu", "--batch-size",
+        *SMALLEST, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--device", "cpu", "--batch-size",
         8,
     ]  # fmt: skip
 
@@ -661,8 +661,8 @@ def test_slurm_variables(address, few_digits, tmp_path):
 def test_two_processes_match_one_with_the_whole_batch(few_digits, tmp_path):
     """Two processes with half the batch each take the same steps as one process with the whole batch."""
     data = ["--data-path", few_digits, "--device", "cpu", "--input-size", 40]  # crops are random up to 32
-    succeed(*SMALL, *PLAIN, *data, "--output_dir", tmp_path / "one")
-    succeed(*SMALL, *PLAIN, *data, "--output_dir", tmp_path / "two", "--batch-size", 8, processes=2)
+    succeed(*SMALLEST, *PLAIN, *data, "--output_dir", tmp_path / "one")
+    succeed(*SMALLEST, *PLAIN, *data, "--output_dir", tmp_path / "two", "--batch-size", 8, processes=2)
     one, two = (torch.load(tmp_path / n / "checkpoint.pth", weights_only=True)["model"] for n in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)

@@ -42,6 +42,7 @@ from training.storage import make_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 9
+MOST_OTHER_WORK = 0.1  # cores that other processes may use before a warning
 MOST_COMPILERS = 4  # processes that compile side by side: each holds a network and its activations on the GPU
 
 
@@ -255,6 +256,8 @@ def main(args: argparse.Namespace) -> None:
             warnings.simplefilter("ignore")
             measure_table(table, subjects, setting, method, print_progress, validation)
         print(as_text(table), end="\n\n", flush=True)
+        if (table.other_cores or 0.0) > MOST_OTHER_WORK:
+            print_progress(f"other processes kept {table.other_cores:.1f} cores busy: measure again on an idle machine")
         record.add(table)
         record.write(out)
 

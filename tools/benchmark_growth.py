@@ -28,7 +28,7 @@ if not __package__:
 import sepvit
 from tools import benchmark_curves
 from tools.benchmark_curves import Figures, Method
-from tools.benchmark_machine import describe, device_name
+from tools.benchmark_machine import OtherWork, describe, device_name
 from tools.benchmark_networks import AMPS
 from tools.benchmark_record import can_draw, scaled
 from tools.benchmark_rounds import LEAST, Spread
@@ -252,6 +252,8 @@ def write_record(record: Figures, folder: Path) -> None:
         f"`tools/benchmark_growth.py` on {when}. Times are medians, with the smallest and largest in brackets.",
         "",
     ]
+    if record["other_cores"] is not None:
+        lines += [f"Other processes kept {record['other_cores']:.2f} cores busy.", ""]
     lines += [", ".join(f"{key} {value}" for key, value in record["machine"].items()), ""]
     contents = {".json": (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()}
     if drawn := picture(record["curves"], title):
@@ -318,6 +320,8 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     rounds, least = (2, 0.0) if args.quick else (args.rounds, LEAST)
     method = Method(args.model, device, args.format, rounds, least, args.threads)
+    other = OtherWork()
+    curves = measure(args, method)
     record = dict(
         machine=describe(device) | {"device": device_name(device)},
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -326,7 +330,8 @@ def main(args: argparse.Namespace) -> None:
         model=args.model,
         format=args.format,
         rounds=rounds,
-        curves=measure(args, method),
+        other_cores=other.cores(),
+        curves=curves,
     )
     write_record(record, out)
     print("\n".join(page_of(record["curves"])))

@@ -1,9 +1,11 @@
-"""What the benchmarks know of a machine: its description, its rates, peak memory, and a profile of operations."""
+"""What the benchmarks know of a machine: description, rates, peak memory, other work on it, a profile of operations."""
 
 import ctypes
+import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -155,6 +157,36 @@ def _resident(name: str) -> int:
     match = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert match is not None
     return 1024 * int(match[1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other work on the machine
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class OtherWork:
+    """How many cores other processes keep busy, from the moment this is made. Known under Linux only."""
+
+    def __init__(self) -> None:
+        self._start = self._seconds()
+
+    def cores(self) -> float | None:
+        """Cores that were busy with something else, on average; None where the system does not tell."""
+        end = self._seconds()
+        if self._start is None or end is None:
+            return None
+        wall, busy, own = (after - before for before, after in zip(self._start, end))
+        return max(0.0, busy - own) / wall if wall > 0 else None
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float] | None:
+        """Seconds of wall time, of all cores' work, and of this process's."""
+        with suppress(OSError, ValueError):
+            times = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+            user, nice, system, _idle, _waiting, interrupts, soft_interrupts, stolen = map(int, times)
+            busy = (user + nice + system + interrupts + soft_interrupts + stolen) / os.sysconf("SC_CLK_TCK")
+            return time.monotonic(), busy, sum(os.times()[:4])  # its own and those of its ended children
+        return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -84,7 +84,8 @@ def conditions(table: Table) -> str:
     how = f"{settings['threads']} CPU threads" + (", channels last" if settings["channels_last"] else "")
     when = f"{run['date']}, revision {run['revision']}, {run['rounds']} rounds, {how}"
     baseline = f"Speeds are relative to SepViT's form `{settings['baseline']}`"
-    return f"{when}. {baseline}. Rates: {rates or 'not measured'}."
+    other = "" if table.other_cores is None else f" Other processes kept {table.other_cores:.2f} cores busy."
+    return f"{when}. {baseline}. Rates: {rates or 'not measured'}.{other}"
 
 
 def described_rate(name: str, values: Sequence[float]) -> str:

@@ -132,6 +132,7 @@ class Table:
         settings: what else was the same for all: model, device, batch, image size, …
         run: date, revision, rounds and versions.
         rates: rates of the machine by round: multiply-adds and bytes per second.
+        other_cores: cores that other processes kept busy meanwhile; None if unknown.
         rows: the rows.
     """
 
@@ -140,6 +141,7 @@ class Table:
     settings: dict[str, Any]
     run: dict[str, Any] = field(default_factory=dict)
     rates: dict[str, list[float]] = field(default_factory=dict)
+    other_cores: float | None = None
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -174,7 +176,8 @@ def measure_table(
         report: told about progress.
         validation: images to measure SepViT's top-1 with, where inference is measured; None without them.
     """
-    table.rows = [Row(**asdict(subject), top1_published=TOP1.get(subject.model)) for subject in subjects]
+    published = {} if setting.is_dense else TOP1
+    table.rows = [Row(**asdict(subject), top1_published=published.get(subject.model)) for subject in subjects]
     references: dict[str, Tensor] = {}
     ready: dict[Subject, Ready] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -270,7 +273,9 @@ def _time(table: Table, ready: dict[Subject, Ready], setting: Setting, method: M
         calls[MATRIX_PRODUCT], amounts[MATRIX_PRODUCT] = benchmark_machine.matrix_product(dtype, setting.device, side)
     size = 2**16 if method.is_quick else None
     calls[COPY], amounts[COPY] = benchmark_machine.large_copy(dtype or torch.float32, setting.device, size)
+    other = benchmark_machine.OtherWork()
     times = interleave(calls, setting.device, method.rounds, method.least)
+    table.other_cores = other.cores()
     table.rates = {name: [amount / seconds for seconds in times.seconds[name]]
                    for name, amount in amounts.items() if name in times.seconds}  # fmt: skip
     for row in table.rows:
