@@ -535,7 +535,7 @@ def test_published_training_state_is_resumed(few_digits, tmp_path):
     )  # fmt: skip
     path = tmp_path / "published.pth"
     torch.save(published, path)
-    args, _, training = prepared("--epochs", 300)
+    args, _, training = prepared("--model", "SepViT_Lite", "--epochs", 300)
     source = resume.Source(str(path), False, read_checkpoint(str(path), f"--resume {path}"))
     resume.restore(training, source, vars(args))
     assert training.epoch == 5
