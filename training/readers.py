@@ -21,6 +21,7 @@ from training.errors import MachineError, UserError, setting
 from training.storage import is_storage_error
 from training.unreadable import UnreadableImageError
 
+BLANK = b"P5 1 1 255 \0"  # an image of one pixel, which PIL opens fast
 METADATA = re.compile(r"__[^/]*__($|/)")  # by webdataset's convention, members with these names belong to no sample
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -107,7 +108,12 @@ def archive_labels(reader: ReaderImageInTar) -> Iterator[tuple[str, int]]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def open_webdataset(reader: ReaderWds, skip: Callable[[UnreadableImageError], bool], seed: int) -> None:
+def open_webdataset(
+    reader: ReaderWds,
+    skip: Callable[[UnreadableImageError], bool],
+    seed: int,
+    decode: Callable[[bytes], Any] | None = None,
+) -> None:
     """Restart timm's reader of a webdataset with a seed, and make it report unreadable images and shards.
 
     timm's reader seeds its shuffle once per worker and continues it through the epochs, so a resumed run would see
@@ -120,6 +126,7 @@ def open_webdataset(reader: ReaderWds, skip: Callable[[UnreadableImageError], bo
         reader: timm's reader.
         skip: called with each unreadable image or shard; returns whether to skip it.
         seed: seed of the shuffle.
+        decode: decodes an image file; None: timm does, to RGB.
 
     Raises:
         UserError: this version of timm builds another pipeline.
@@ -137,7 +144,10 @@ def open_webdataset(reader: ReaderWds, skip: Callable[[UnreadableImageError], bo
         raise UserError(f"{setting('data_set', 'wds/…')}: timm {timm.__version__} reads webdatasets differently from "
                         "the versions supported; install the version in requirements.txt")  # fmt: skip
     decoder = pipeline[decoding[0]]
-    decoder.args = (partial(_decoded, decoder.args[0]),)
+    decode_sample = decoder.args[0]
+    if decode is not None:
+        decode_sample = partial(_decoded_by, decode, decode_sample)
+    decoder.args = (partial(_decoded, decode_sample),)
     decoder.kw["handler"] = partial(_handle_unreadable, skip)
     pipeline[expanding[0]] = partial(_samples_of_shards, skip, reader.root)
 
@@ -206,6 +216,23 @@ def _decoded(decode: Callable[[dict], dict], sample: dict[str, Any]) -> dict[str
         raise
     except Exception as error:  # the type depends on the image format and on the damage
         raise UnreadableImageError.of(f"{sample['__url__']}: {sample['__key__']}", error) from None
+
+
+def _decoded_by(
+    decode: Callable[[bytes], Any], decode_sample: Callable[[dict], dict | None], sample: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Decode a sample whose image timm does not decode. It gets a blank one, and finds the label.
+
+    Args:
+        decode: decodes an image file.
+        decode_sample: timm's decoder.
+        sample: the sample.
+    """
+    endings = [ending for ending in decode_sample.keywords["image_key"].split(";") if ending in sample]  # type: ignore[attr-defined]
+    decoded = decode_sample({**sample, **dict.fromkeys(endings, BLANK)})
+    if decoded is not None:
+        decoded["jpg"] = decode(sample[endings[0]])
+    return decoded
 
 
 def _handle_unreadable(skip: Callable[[UnreadableImageError], bool], error: Exception) -> bool:
