@@ -81,7 +81,7 @@ from training.naming import StepNames
 from training.output import Output, stopped
 from training.processes import get_world_size, init_distributed, is_main_process, on_main_process, print_main
 from training.recipes import ARGS, parse_with_recipe, write_recipe
-from training.resume import Source, check_source, describe_data, describe_run, find_checkpoint, restore
+from training.resume import PACKAGES, Source, check_source, describe_data, describe_run, find_checkpoint, restore
 from training.samples import ImageData
 from training.state import DIVERGENCE_ADVICE, Precision, Training
 from training.storage import make_folder, write_file
@@ -239,7 +239,8 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     if training.epoch >= args.epochs:
         end_finished_run(output, source, training, args.epochs)
         return
-    run = describe_run(settings, data, precision.device)
+    packages = (*PACKAGES, "simplejpeg") if args.loader == "fast" else PACKAGES
+    run = describe_run(settings, data, precision.device, packages)
     on_main_process(lambda: open_output(output, run, training, source, args.auto_resume))
     save = partial(save_checkpoint, training, output, dict(args=settings, data=data), accum_steps)
     flags = DelayedFlags(precision.device, flag_delay(args, precision))

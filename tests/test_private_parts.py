@@ -10,6 +10,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import signal
 import tarfile
@@ -22,10 +23,13 @@ import timm
 import torch
 from conftest import ROOT
 from PIL import Image
+from timm.data import auto_augment
+from timm.data.random_erasing import RandomErasing
 from torch._utils import ExceptionWrapper
 
 import sepvit  # noqa: F401 registers the models
 from training import readers
+from training.augmentation import MATRICES, STRENGTHS, Regions, without_pixels
 from training.checkpoints import refused_class
 from training.commands import Parser
 from training.errors import (
@@ -93,6 +97,8 @@ def test_timms_webdataset_reader_has_the_known_pipeline(tmp_path):
     assert dataset.reader.worker_seed == 7
     ours = [stage for stage in dataset.reader.ds.pipeline if getattr(stage, "func", None) is readers._samples_of_shards]
     assert len(ours) == 1
+    readers.open_webdataset(dataset.reader, lambda error: False, seed=7, decode=len)  # in place of timm
+    assert next(iter(dataset.reader.ds))["image"] == len(png())
     dataset.reader.ds.pipeline = []
     dataset.reader._lazy_init = lambda: None
     with pytest.raises(UserError, match=rf"timm {re.escape(timm.__version__)} reads webdatasets differently"):
@@ -121,6 +127,29 @@ def test_timms_streams_are_shared_among_ranks(tmp_path):
     readers.read_exactly_once(dataset, split_shards=True)
     assert list(readers.shards_of(dataset)) == ["val-1.tar", "val-3.tar"]
     assert (dataset.reader.dist_rank, dataset.reader.dist_num_replicas, dataset.reader.num_samples) == (0, 1, 5)
+
+
+def test_timms_randaugment_draws_for_stand_ins():
+    """All functions that RandAugment may apply are known, except those of the sets that come with colour jitter."""
+    for name in ("rand", "rand-inc1", "rand-tweights"):
+        for operation in auto_augment.rand_augment_transform(name, {"img_mean": (0, 0, 0)}).ops:
+            assert operation.aug_fn in STRENGTHS or operation.aug_fn in MATRICES, operation.name
+            assert operation.kwargs.keys() == {"fillcolor", "resample"}
+    for name in ("rand-t3a", "rand-t3aw"):
+        steps = timm.data.create_transform(64, is_training=True, auto_augment=name, color_jitter=0.4).transforms
+        assert "ColorJitter" in [type(step).__name__ for step in steps]
+
+
+def test_timms_random_erasing_draws_for_stand_ins():
+    regions = Regions(20)
+    random.seed(0)
+    without_pixels(RandomErasing(1, mode="pixel", min_count=2, max_count=2, device="cpu"))(regions)
+    random.seed(0)
+    erased = RandomErasing(1, mode="const", min_count=2, max_count=2, device="cpu")(torch.ones(3, 20, 20))
+    for top, left, bottom, right in regions.boxes:
+        assert (erased[:, top:bottom, left:right] == 0).all()
+        erased[:, top:bottom, left:right] = 1
+    assert (erased == 1).all()
 
 
 def png() -> bytes:

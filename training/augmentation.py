@@ -146,9 +146,13 @@ class WorkerAugmentation:
         Returns:
             normalised image, 3 × H × W.
         """
-        augmented = torch.from_numpy(apply_steps(self.steps, pixels)).permute(2, 0, 1)
-        image = torch.sub(augmented, self.mean, out=torch.empty(augmented.shape)).div_(self.std)
+        image = self.normalise(apply_steps(self.steps, pixels))
         return image if self.erasing is None else self.erasing(image)
+
+    def normalise(self, pixels: np.ndarray) -> Tensor:
+        """Normalise pixels, H × W × 3, uint8, to 3 × H × W."""
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        return torch.sub(image, self.mean, out=torch.empty(image.shape)).div_(self.std)
 
 
 def apply_steps(steps: Sequence[Any], pixels: np.ndarray) -> np.ndarray:
