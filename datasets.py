@@ -19,7 +19,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR100
 
 from samplers import DistributedEvalSampler, TrainBatchSampler
-from training.augmentation import RecordedAugmentation, WorkerAugmentation
+from training.augmentation import CropAugmentation
 from training.decoding import CropDecoder, Encoded, decode_and_crop
 from training.errors import MachineError, UserError, setting
 from training.processes import get_rank, get_world_size
@@ -113,7 +113,7 @@ class TransformSettings:
 
     @property
     def augments_on_device(self) -> bool:
-        """Whether the device augments the images, not the loader workers."""
+        """Whether flips and RandAugment are left to the device, not done by the loader workers."""
         return self.loader == "fast" and torch.device(self.device).type == "cuda"
 
 
@@ -343,12 +343,10 @@ def build_fast_transform(transform: Any, settings: TransformSettings) -> tuple[C
     """
     crop, *steps = transform.transforms
     erasing = steps.pop() if isinstance(steps[-1], RandomErasing) else None
-    *steps, _, normalize = steps  # the other one makes a tensor
+    steps = steps[:-2]  # without making a tensor and normalising it
     is_resized = isinstance(crop, RandomResizedCropAndInterpolation)
     decode = CropDecoder(crop) if is_resized else partial(decode_and_crop, crop)
-    if settings.augments_on_device:
-        return decode, RecordedAugmentation(steps, erasing, settings.input_size)
-    return decode, WorkerAugmentation(steps, normalize, erasing)
+    return decode, CropAugmentation(steps, erasing, settings.input_size, settings.augments_on_device)
 
 
 def _check_augmentation(name: str) -> None:

@@ -412,9 +412,7 @@ def build_parts(
 
 def build_preparation(args: argparse.Namespace, precision: Precision) -> Callable[[Any], torch.Tensor]:
     """Build what makes normalised images on the device of a training batch's images as loaded."""
-    if settings_from(args, TransformSettings).augments_on_device:
-        return DeviceAugmentation(precision, args.remode)
-    return precision.images
+    return DeviceAugmentation(precision, args.remode) if args.loader == "fast" else precision.images
 
 
 def build_precision(args: argparse.Namespace, device: torch.device) -> Precision:

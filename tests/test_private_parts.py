@@ -29,7 +29,7 @@ from torch._utils import ExceptionWrapper
 
 import sepvit  # noqa: F401 registers the models
 from training import readers
-from training.augmentation import MATRICES, STRENGTHS, Regions, without_pixels
+from training.augmentation import MATRICES, STRENGTHS, RegionRecorder, without_pixels
 from training.checkpoints import refused_class
 from training.commands import Parser
 from training.errors import (
@@ -141,12 +141,12 @@ def test_timms_randaugment_draws_for_stand_ins():
 
 
 def test_timms_random_erasing_draws_for_stand_ins():
-    regions = Regions(20)
+    recorder = RegionRecorder(20)
     random.seed(0)
-    without_pixels(RandomErasing(1, mode="pixel", min_count=2, max_count=2, device="cpu"))(regions)
+    without_pixels(RandomErasing(1, mode="pixel", min_count=2, max_count=2, device="cpu"))(recorder)
     random.seed(0)
     erased = RandomErasing(1, mode="const", min_count=2, max_count=2, device="cpu")(torch.ones(3, 20, 20))
-    for top, left, bottom, right in regions.boxes:
+    for top, left, bottom, right in recorder.regions:
         assert (erased[:, top:bottom, left:right] == 0).all()
         erased[:, top:bottom, left:right] = 1
     assert (erased == 1).all()

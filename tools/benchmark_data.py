@@ -3,8 +3,8 @@
     python tools/benchmark_data.py --data imagenet [--input-size 224] [--workers 0 1 2] [--rounds 5] [--out FILE.json]
     python tools/benchmark_data.py --synthetic 500x375 [--count 512]
 
-Three pipelines augment by the published recipe: `faithful`; `fast` with all augmentation in the workers; and
-`fast, GPU`, which leaves to a GPU what it can do. They are measured in turn, round by round. Ratios are to `faithful`,
+Three pipelines augment by the published recipe: `faithful`; `fast` without a GPU; and `fast, GPU`, which leaves to a
+GPU what it can do (that part is not measured). They are measured in turn, round by round. Ratios are to `faithful`,
 pair by pair. Each is read from class folders and from a webdataset of the same images, which is written to a temporary
 folder. `--synthetic` writes JPEGs (quality 90) composed of scikit-image's and scikit-learn's photographs.
 """
@@ -31,26 +31,29 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch.utils.data import DataLoader
-from torchvision.transforms import functional
+from torchvision.transforms import Compose, functional
 
 if not __package__:
     import _repository  # noqa: F401
 import main as classification
 from datasets import LoaderSettings, build_train_loader, epoch_batches
-from training.augmentation import RecordedAugmentation, WorkerAugmentation, apply_steps
 from training.commands import Parser, natural, path, positive_int, run_command
 from training.decoding import CropDecoder, as_rgb
+from training.device_augmentation import DeviceAugmentation, augment
 from training.devices import available_cores
 from training.errors import UserError
 from training.samples import ImageData, collate, read_file
+from training.state import Precision
 from training.storage import write_file
-from utils import Stream, seed_everything
+from utils import Stream, seed_cpu
 
 PIPELINES = {
     "faithful": ["--loader", "faithful", "--device", "cpu"],
     "fast": ["--loader", "fast", "--device", "cpu"],
     "fast, GPU": ["--loader", "fast", "--device", "cuda"],
 }
+ON_CPU = "fast"  # the fast pipeline without a GPU
+CPU = Precision(torch.device("cpu"), None)
 SOURCES = ("class folders", "webdataset")
 STAGES = ("seed", "read", "decode", "crop", "resize", "augment", "normalise", "erase", "collate")
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # of scikit-image
@@ -130,60 +133,62 @@ def settings_of(args: argparse.Namespace, pipeline: str, where: Sequence[str], w
 
 def stages_of(data: ImageData) -> list[Stage]:
     """The stages that turn an image's path into what its pipeline collates."""
-    decode, transform = data.decode, data.transform
-    if isinstance(decode, CropDecoder):
-        fast: list[Stage] = [("read", read_file), ("decode", decode.decode), ("resize", decode.resize)]
-        if isinstance(transform, RecordedAugmentation):
-            return [*fast, ("augment", transform)]
-        assert isinstance(transform, WorkerAugmentation)
-        assert transform.erasing is not None
+    if isinstance(data.decode, CropDecoder):
         return [
-            *fast,
-            ("augment", lambda pixels: apply_steps(transform.steps, pixels)),
-            ("normalise", transform.normalise),
-            ("erase", transform.erasing),
-        ]  # fmt: skip
-    crop, *steps, to_tensor, normalize, erasing = transform.transforms
+            ("read", read_file),
+            ("decode", data.decode.decode),
+            ("resize", data.decode.resize),
+            ("augment", data.transform),
+        ]
+    crop, *steps, to_tensor, normalize, erasing = data.transform.transforms
     return [
         ("read", read_file),
         ("decode", as_rgb),
         ("crop", lambda image: functional.crop(image, *crop.get_params(image, crop.scale, crop.ratio))),
         ("resize", lambda image: functional.resize(image, crop.size, crop.interpolation)),
-        ("augment", lambda image: apply_to_image(steps, image)),
+        ("augment", Compose(steps)),
         ("normalise", lambda image: normalize(to_tensor(image))),
         ("erase", erasing),
-    ]  # fmt: skip
+    ]
 
 
-def apply_to_image(steps: Sequence[Any], image: Image.Image) -> Image.Image:
-    """Apply transforms of PIL images."""
-    for step in steps:
-        image = step(image)
-    return image
+def batch_stages_of(pipeline: str) -> list[Stage]:
+    """The stages that turn samples into a batch, and a batch into images where no GPU does that."""
+    if pipeline != ON_CPU:
+        return [("collate", collate)]
+    device = DeviceAugmentation(CPU, "pixel")
+    return [
+        ("collate", lambda samples: collate(samples)[0]),
+        ("normalise", lambda batch: (device.normalise(augment(batch)), batch.regions)),
+        ("erase", lambda images: device.erase(*images)),
+    ]
 
 
-def time_stages(data: ImageData, batch_size: int) -> dict[str, float]:
+def time_stages(data: ImageData, pipeline: str, batch_size: int) -> dict[str, float]:
     """CPU seconds per image that a pipeline's stages take on one core."""
     times = dict.fromkeys(STAGES, 0.0)
-    samples: list[Any] = []
 
-    def timed(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        start = time.process_time()
-        result = function(*arguments)
-        times[name] += time.process_time() - start
-        return result
+    def timed(stages: Sequence[Stage], value: Any) -> Any:
+        for name, function in stages:
+            start = time.process_time()
+            value = function(value)
+            times[name] += time.process_time() - start
+        return value
 
-    stages = stages_of(data)
+    stages = [("seed", lambda sample: seed_sample(*sample)), *stages_of(data)]
+    batch_stages, samples = batch_stages_of(pipeline), []
     for number, (name, target) in enumerate(data.dataset.samples):
-        timed("seed", seed_everything, Stream.AUGMENTATION, 0, 0, number)
-        value: Any = name
-        for stage, function in stages:
-            value = timed(stage, function, value)
-        samples.append((value, target, ""))
+        samples.append((timed(stages, (name, number)), target, ""))
         if len(samples) == batch_size or number == len(data) - 1:
-            timed("collate", collate, samples)
+            timed(batch_stages, samples)
             samples = []
     return {stage: seconds / len(data) for stage, seconds in times.items() if seconds}
+
+
+def seed_sample(path: str, number: int) -> str:
+    """Seed an image's augmentation. Returns the image's path."""
+    seed_cpu(Stream.AUGMENTATION, 0, 0, number)
+    return path
 
 
 def measure_stages(images: dict[str, ImageData], args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -191,7 +196,7 @@ def measure_stages(images: dict[str, ImageData], args: argparse.Namespace) -> di
     rounds: dict[str, list[dict[str, float]]] = {pipeline: [] for pipeline in images}
     for number in range(args.rounds + 1):
         for pipeline, data in images.items():
-            times = time_stages(data, args.batch_size)
+            times = time_stages(data, pipeline, args.batch_size)
             if number:  # the first round warms up
                 rounds[pipeline].append(times)
     return {pipeline: {stage: 1e3 * statistics.median(times[stage] for times in measured) for stage in measured[0]}
@@ -204,15 +209,18 @@ def measure_stages(images: dict[str, ImageData], args: argparse.Namespace) -> di
 
 
 def measure_loaders(loaders: dict[tuple[str, str], DataLoader], rounds: int) -> dict[tuple[str, str], list[float]]:
-    """Images per second of each loader, in each round. The first of each round is another one each time."""
+    """Images per second of each loader in each round, with what the device does where that is a CPU."""
     rates: dict[tuple[str, str], list[float]] = {name: [] for name in loaders}
+    prepare = DeviceAugmentation(CPU, "pixel")
     names = list(loaders)
     for number in range(rounds + 1):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             start, images = time.perf_counter(), 0
-            for _, targets, _ in epoch_batches(loaders[name], number, 0, 1, lambda place: None):
+            for batch, targets, _ in epoch_batches(loaders[name], number, 0, 1, lambda place: None):
                 images += len(targets)
+                if name[1] == ON_CPU:
+                    prepare(batch)
             if number:  # the first round starts the workers
                 rates[name].append(images / (time.perf_counter() - start))
     return rates

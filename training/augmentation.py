@@ -1,4 +1,4 @@
-"""Augmentation of the fast loader in its workers: all of it, or only its random numbers, for a GPU to apply.
+"""Augmentation of the fast loader in its workers: crops with what a GPU is to do to them, or augmented by PIL already.
 
 timm's transforms draw all random numbers, in the same order as in the faithful loader. Where a GPU augments, stand-ins
 take the place of the image and record what the transforms would do to it.
@@ -20,13 +20,15 @@ from timm.data.auto_augment import RandAugment
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import default_collate
-from torchvision.transforms import Normalize, RandomHorizontalFlip
+from torchvision.transforms import RandomHorizontalFlip
 
 VALUES = 9  # of an operation: its strength, or its affine matrix (6) and the colour outside the image (3)
 
+Region = tuple[int, int, int, int]  # top, left, bottom, right
+
 
 class Operation(NamedTuple):
-    """An operation of RandAugment on one image.
+    """An operation on one image.
 
     Attributes:
         kind: one of `training.device_augmentation.OPERATIONS`.
@@ -37,41 +39,42 @@ class Operation(NamedTuple):
     values: tuple[float, ...]
 
 
+FLIP = Operation("flip", ())
+
+
 class Crop(NamedTuple):
-    """A random crop, and how to augment it.
+    """A random crop, and what is still to be done to it.
 
     Attributes:
         pixels: H × W × 3, uint8.
-        is_flipped: whether it is flipped horizontally.
+        is_flipped: whether to flip it horizontally.
         operations: RandAugment's operations, in their order.
-        boxes: regions to erase, N × 4: top, left, bottom, right. Unused ones are zeros.
+        regions: regions to erase.
     """
 
     pixels: Tensor
     is_flipped: bool
     operations: list[Operation]
-    boxes: Tensor
+    regions: list[Region]
 
 
-@dataclass
+@dataclass(frozen=True)
 class CropBatch:
-    """A batch of crops, and how to augment them, grouped by operation.
+    """A batch of crops, and what is still to be done to them, grouped by operation.
 
     Attributes:
         pixels: B × H × W × 3, uint8.
-        is_flipped: B, bool.
-        boxes: B × N × 4, int64.
-        indices: image of each operation, int64.
-        values: values of each operation, `VALUES` in a row, float32.
-        groups: ranges of operations of one kind on different images: kind, first, last + 1. They follow each other.
+        indices: the image of each operation, int64.
+        values: the values of each operation, `VALUES` in a row, float32.
+        groups: successive ranges of operations, each of one kind on different images: kind, first, last + 1.
+        regions: regions to erase, each with its image.
     """
 
     pixels: Tensor
-    is_flipped: Tensor
-    boxes: Tensor
     indices: Tensor
     values: Tensor
     groups: list[tuple[str, int, int]]
+    regions: list[tuple[int, Region]]
 
     def to(self, device: torch.device) -> "CropBatch":
         """Copy to a device. The copy from pinned memory is not waited for."""
@@ -87,23 +90,17 @@ class CropBatch:
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> "CropBatch":
         """Apply a function to all tensors."""
-        return replace(
-            self,
-            pixels=function(self.pixels),
-            is_flipped=function(self.is_flipped),
-            boxes=function(self.boxes),
-            indices=function(self.indices),
-            values=function(self.values),
-        )
+        return replace(self, pixels=function(self.pixels), indices=function(self.indices), values=function(self.values))
 
     def __len__(self) -> int:
         return len(self.pixels)
 
 
 def collate_crops(crops: Sequence[Crop]) -> CropBatch:
-    """Collate crops into a batch, and group their operations: all first ones, by kind, then all second ones, …"""
-    drawn = [(place, operation.kind, index, operation.values)
-             for index, crop in enumerate(crops) for place, operation in enumerate(crop.operations)]  # fmt: skip
+    """Collate crops into a batch. Operations are grouped: flips, then all first ones by kind, all second ones, …"""
+    drawn = [(-1, FLIP.kind, index, FLIP.values) for index, crop in enumerate(crops) if crop.is_flipped]
+    drawn += [(place, operation.kind, index, operation.values)
+              for index, crop in enumerate(crops) for place, operation in enumerate(crop.operations)]  # fmt: skip
     drawn.sort(key=lambda entry: entry[:3])
     values = np.zeros((len(drawn), VALUES), np.float32)
     groups: dict[tuple[int, str], tuple[str, int, int]] = {}
@@ -113,77 +110,28 @@ def collate_crops(crops: Sequence[Crop]) -> CropBatch:
         groups[place, kind] = (kind, first, row + 1)
     return CropBatch(
         default_collate([crop.pixels for crop in crops]),
-        torch.tensor([crop.is_flipped for crop in crops]),
-        torch.stack([crop.boxes for crop in crops]),
         torch.tensor([index for _, _, index, _ in drawn], dtype=torch.int64),
         torch.from_numpy(values),
         list(groups.values()),
+        [(index, region) for index, crop in enumerate(crops) for region in crop.regions],
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# In the worker
-# ----------------------------------------------------------------------------------------------------------------------
+class CropAugmentation:
+    """Augment a crop by timm's transforms, as far as it is not left to the device.
 
-
-class WorkerAugmentation:
-    """Augment a crop by timm's transforms of PIL images, normalise it, and erase regions.
-
-    Args:
-        steps: transforms of PIL images.
-        normalize: the normalisation.
-        erasing: random erasing, or None.
-    """
-
-    def __init__(self, steps: Sequence[Any], normalize: Normalize, erasing: RandomErasing | None) -> None:
-        self.steps = steps
-        self.mean, self.std = (255 * torch.as_tensor(value)[:, None, None] for value in (normalize.mean, normalize.std))
-        self.erasing = erasing
-
-    def __call__(self, pixels: np.ndarray) -> Tensor:
-        """Augment pixels, H × W × 3, uint8.
-
-        Returns:
-            normalised image, 3 × H × W.
-        """
-        image = self.normalise(apply_steps(self.steps, pixels))
-        return image if self.erasing is None else self.erasing(image)
-
-    def normalise(self, pixels: np.ndarray) -> Tensor:
-        """Normalise pixels, H × W × 3, uint8, to 3 × H × W."""
-        image = torch.from_numpy(pixels).permute(2, 0, 1)
-        return torch.sub(image, self.mean, out=torch.empty(image.shape)).div_(self.std)
-
-
-def apply_steps(steps: Sequence[Any], pixels: np.ndarray) -> np.ndarray:
-    """Apply transforms of PIL images to pixels, H × W × 3, uint8."""
-    if not steps:
-        return pixels
-    image = Image.fromarray(pixels)
-    for step in steps:
-        image = step(image)
-    return np.array(image)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Recorded for a GPU
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class RecordedAugmentation:
-    """Record how timm's transforms would augment a crop.
-
-    RandAugment and flips are recorded. With any other transform of PIL images (AugMix, AutoAugment, colour jitter), all
-    of them are applied here, and only random erasing is recorded.
+    Regions to erase are always drawn only: they are filled after normalisation. Of the transforms of PIL images, the
+    device can do flips and RandAugment. With any other (AugMix, AutoAugment, colour jitter), all are done here.
 
     Args:
         steps: transforms of PIL images.
         erasing: random erasing, or None.
         size: side of the crops in pixels.
+        on_device: leave to the device what it can do.
     """
 
-    def __init__(self, steps: Sequence[Any], erasing: RandomErasing | None, size: int) -> None:
-        is_recorded = all(isinstance(step, (RandomHorizontalFlip, RandAugment)) for step in steps)
+    def __init__(self, steps: Sequence[Any], erasing: RandomErasing | None, size: int, on_device: bool) -> None:
+        is_recorded = on_device and all(isinstance(step, (RandomHorizontalFlip, RandAugment)) for step in steps)
         self.steps = [] if is_recorded else list(steps)
         recorded = steps if is_recorded else []
         self.flips = [step.p for step in recorded if isinstance(step, RandomHorizontalFlip)]
@@ -192,32 +140,39 @@ class RecordedAugmentation:
         self.size = size
 
     def __call__(self, pixels: np.ndarray) -> Crop:
-        """Draw the augmentation of pixels, H × W × 3, uint8."""
+        """Augment pixels, H × W × 3, uint8."""
         is_flipped = any([bool(torch.rand(1) < probability) for probability in self.flips])
         operations: list[Operation] = []
         for draw in self.operations:
             operations = draw(operations)
-        pixels = apply_steps(self.steps, pixels)
-        return Crop(torch.from_numpy(pixels), is_flipped, operations, self.boxes())
+        if self.steps:
+            image = Image.fromarray(pixels)
+            for step in self.steps:
+                image = step(image)
+            pixels = np.array(image)
+        return Crop(torch.from_numpy(pixels), is_flipped, operations, self.regions())
 
-    def boxes(self) -> Tensor:
+    def regions(self) -> list[Region]:
         """Draw the regions to erase."""
-        if self.erasing is None:
-            return torch.zeros(0, 4, dtype=torch.int64)
-        regions = Regions(self.size)
-        self.erasing(regions)
-        unused = self.erasing.max_count - len(regions.boxes)
-        return torch.tensor(regions.boxes + [(0, 0, 0, 0)] * unused)
+        recorder = RegionRecorder(self.size)
+        if self.erasing is not None:
+            self.erasing(recorder)
+        return recorder.regions
 
 
-class Regions:
+# ----------------------------------------------------------------------------------------------------------------------
+# Recording
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class RegionRecorder:
     """Stand-in for an image, 3 × size × size, which records the regions that are assigned to."""
 
     dtype = torch.float32
 
     def __init__(self, size: int) -> None:
         self.shape = (3, size, size)
-        self.boxes: list[tuple[int, int, int, int]] = []
+        self.regions: list[Region] = []
 
     def size(self) -> tuple[int, int, int]:
         """The image's shape."""
@@ -225,7 +180,7 @@ class Regions:
 
     def __setitem__(self, region: tuple[slice, slice, slice], pixels: Tensor) -> None:
         _, rows, columns = region
-        self.boxes.append((rows.start, columns.start, rows.stop, columns.stop))
+        self.regions.append((rows.start, columns.start, rows.stop, columns.stop))
 
 
 def without_pixels(erasing: RandomErasing) -> RandomErasing:
@@ -242,7 +197,7 @@ def recording(augmentation: RandAugment, size: int) -> RandAugment:
         augmentation: timm's RandAugment, which draws operations and levels.
         size: side of the images in pixels.
     """
-    operations: list[Any] = [copy.copy(operation) for operation in augmentation.ops]
+    operations = np.array([copy.copy(operation) for operation in augmentation.ops], dtype=object)
     for operation in operations:
         operation.aug_fn = partial(_record, operation.aug_fn, size)
     return RandAugment(operations, augmentation.num_layers, augmentation.choice_weights)

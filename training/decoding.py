@@ -127,9 +127,9 @@ class CropDecoder:
         if part.box is not None:  # torch has no resizing of a box whose edges lie between pixels
             whole = Image.fromarray(part.pixels)
             return np.array(whole.resize((self.size, self.size), PIL_MODES[part.mode], part.box))
-        image = torch.from_numpy(part.pixels).permute(2, 0, 1)[None]
+        image = torch.from_numpy(part.pixels)[None].permute(0, 3, 1, 2)  # in this order, torch sees channels last
         resized = F.interpolate(image, (self.size, self.size), mode=part.mode.value, antialias=True)
-        return resized[0].permute(1, 2, 0).contiguous().numpy()
+        return resized.permute(0, 2, 3, 1)[0].contiguous().numpy()
 
 
 def decode_and_crop(crop: Callable[[Image.Image], Image.Image], source: Encoded) -> np.ndarray:

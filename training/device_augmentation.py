@@ -1,7 +1,7 @@
-"""Augmentation of the fast loader on the device: flips, RandAugment, normalisation and random erasing of a batch.
+"""The fast loader's batches on the device: flips, RandAugment, normalisation and random erasing.
 
-Each operation equals timm's operation on PIL images at the same strength, to a grey level or two (tested). Nothing here
-waits for the device: what depends on the images is computed there, and groups and indices come from the loader.
+Each operation equals timm's operation on PIL images at the same strength, to a grey level (tested). Nothing here waits
+for a GPU: what depends on the pixels is computed there, and indices, groups and regions come from the loader.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms.v2.functional import equalize
 
-from training.augmentation import CropBatch
+from training.augmentation import FLIP, CropBatch, Region
 from training.state import Precision
 
 LUMA = (19595, 38470, 7471)  # weights of red, green and blue in PIL's grey values, in 65,536ths
 
 
 class DeviceAugmentation:
-    """Augment batches of crops on the device.
+    """Make normalised images of batches of crops, on the device.
 
     Args:
         precision: the device, and the images' memory format.
@@ -34,46 +34,42 @@ class DeviceAugmentation:
         self.mean, self.std = 255 * mean, 255 * std
 
     def __call__(self, batch: CropBatch) -> Tensor:
-        """Augment a batch. Fills of erased regions are drawn by the device's generator.
+        """Augment, normalise and erase. Fills of erased regions are drawn by the device's generator.
 
         Args:
             batch: crops of H × W pixels, in pinned memory if the copy is not to be waited for.
 
         Returns:
-            normalised images, B × 3 × H × W, on the device.
+            images, B × 3 × H × W, on the device.
         """
         batch = batch.to(self.precision.device)
-        images = batch.pixels.permute(0, 3, 1, 2).contiguous()
-        images = torch.where(batch.is_flipped[:, None, None, None], images.flip(3), images)
-        for kind, first, end in batch.groups:
-            indices = batch.indices[first:end]
-            augmented = OPERATIONS[kind](images[indices], batch.values[first:end])
-            images.index_copy_(0, indices, augmented)
-        normalised = images.float().sub_(self.mean).div_(self.std)
-        erased = erase(normalised, batch.boxes, self.remode)
-        return erased.contiguous(memory_format=self.precision.memory_format)
+        return self.erase(self.normalise(augment(batch)), batch.regions)
 
+    def normalise(self, images: Tensor) -> Tensor:
+        """Normalise images, B × 3 × H × W, uint8."""
+        return images.to(torch.float32, memory_format=self.precision.memory_format).sub_(self.mean).div_(self.std)
 
-def erase(images: Tensor, boxes: Tensor, mode: str) -> Tensor:
-    """Fill regions of normalised images.
-
-    Args:
-        images: B × C × H × W.
-        boxes: B × N × 4: top, left, bottom, right. Later ones cover earlier ones.
-        mode: 'const', 'rand' or 'pixel', as in timm's random erasing.
-    """
-    if boxes.shape[1] == 0:
+    def erase(self, images: Tensor, regions: list[tuple[int, Region]]) -> Tensor:
+        """Fill regions of normalised images, in place, one after the other. Returns the images."""
+        for index, (top, left, bottom, right) in regions:
+            pixels = images[index, :, top:bottom, left:right]
+            if self.remode == "const":
+                pixels.zero_()
+            else:
+                shape = pixels.shape if self.remode == "pixel" else (3, 1, 1)
+                pixels.copy_(torch.randn(shape, device=images.device))
         return images
-    top, left, bottom, right = boxes[:, :, None, None].unbind(-1)  # B × N × 1 × 1 each
-    rows = torch.arange(images.shape[2], device=images.device)[:, None]
-    columns = torch.arange(images.shape[3], device=images.device)
-    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)  # B × N × H × W
-    if mode == "rand":
-        for region in inside.split(1, dim=1):
-            images = torch.where(region, torch.randn_like(images[:, :, :1, :1]), images)
-        return images
-    fill = torch.randn_like(images) if mode == "pixel" else torch.zeros_like(images)
-    return torch.where(inside.any(dim=1, keepdim=True), fill, images)
+
+
+def augment(batch: CropBatch) -> Tensor:
+    """Apply the operations of a batch. Returns images, B × 3 × H × W, uint8."""
+    images = batch.pixels.permute(0, 3, 1, 2)
+    if batch.groups:
+        images = images.contiguous()
+    for kind, first, end in batch.groups:
+        indices = batch.indices[first:end]
+        images.index_copy_(0, indices, OPERATIONS[kind](images[indices], batch.values[first:end]))
+    return images
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,6 +92,11 @@ def grey(images: Tensor) -> Tensor:
 def blend(other: Tensor, images: Tensor, factor: Tensor) -> Tensor:
     """Move from another image (factor 0) to an image (factor 1) and beyond. PIL rounds down."""
     return (other + factor * (images.float() - other)).clamp(0, 255).to(torch.uint8)
+
+
+def flip(images: Tensor, values: Tensor) -> Tensor:
+    """Flip horizontally."""
+    return images.flip(3)
 
 
 def auto_contrast(images: Tensor, values: Tensor) -> Tensor:
@@ -219,6 +220,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "color": color,
     "contrast": contrast,
     "equalize": equalized,
+    FLIP.kind: flip,
     "invert": invert,
     "posterize": posterize,
     "sharpness": sharpness,

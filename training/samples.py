@@ -32,7 +32,7 @@ from training.errors import MachineError, UserError, setting
 from training.readers import archive_labels, shards_of
 from training.storage import PAUSES, is_storage_error, with_retries
 from training.unreadable import Replacements, UnreadableImageError
-from utils import Stream, derived_seed, seed_everything
+from utils import Stream, derived_seed, seed_cpu
 
 OWN_DATASETS = Path(__file__).resolve().parent.parent / "datasets.py"
 
@@ -359,7 +359,7 @@ class TrainSamples(Samples):
         replacements, index, attempt = Replacements(), draw.index, 0
         pauses: Sequence[int] = PAUSES
         while True:
-            seed_everything(Stream.AUGMENTATION, self.seed, draw.epoch, draw.place)
+            seed_cpu(Stream.AUGMENTATION, self.seed, draw.epoch, draw.place)
             try:
                 image, target = read_sample(self.dataset, index, pauses, self.decode)
                 break
@@ -372,7 +372,7 @@ class TrainSamples(Samples):
 
 
 def collate(samples: list[Any]) -> list[Any]:
-    """Collate samples into a batch. Images are a tensor, or a `CropBatch` where the device augments them.
+    """Collate samples into a batch. Images are a tensor, or a `CropBatch` of the fast loader.
 
     A loader worker moves the whole batch to shared memory here, where running out of shared memory raises an error. In
     the thread that sends the batch, the error would only be printed, and the batch lost.

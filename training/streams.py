@@ -12,7 +12,7 @@ from training.processes import get_rank
 from training.readers import open_webdataset
 from training.samples import ImageData, Samples
 from training.unreadable import Replacements, UnreadableImageError
-from utils import Stream, derived_seed, seed_everything
+from utils import Stream, derived_seed, seed_cpu
 
 
 class ValStream(Samples, IterableDataset):
@@ -81,12 +81,12 @@ class TrainStream(ValStream):
         number = 0
 
         def decode(encoded: Encoded) -> Any:
-            seed_everything(Stream.AUGMENTATION, self.seed, *place, number)
+            seed_cpu(Stream.AUGMENTATION, self.seed, *place, number)
             return self.decode(encoded)
 
         seed = derived_seed(Stream.SHUFFLE, self.seed, *place)
         for image, target in self._images(skip, seed, None if self.decode is None else decode):
             if self.decode is None:
-                seed_everything(Stream.AUGMENTATION, self.seed, *place, number)
+                seed_cpu(Stream.AUGMENTATION, self.seed, *place, number)
             yield self.transform(image), target, replacements.take()
             number += 1
