@@ -9,7 +9,6 @@ import shutil
 import sys
 import tarfile
 from collections import Counter
-from functools import partial
 
 import numpy as np
 import pytest
@@ -301,14 +300,14 @@ def test_large_jpegs_are_refused_as_by_pil(monkeypatch):
 
 def test_decoders_reach_spawned_workers():
     decoder = CropDecoder(RandomResizedCropAndInterpolation(64, interpolation="random"))
-    augmentation = rand_augment_transform(NAMES[0], dict(img_mean=FILL))
+    augmentation = rand_augment_transform("rand-m9-p1.0", dict(img_mean=FILL))
     recorded = CropAugmentation([augmentation], RandomErasing(device="cpu"), 64, on_device=True)
-    for part, source in ((decoder, JPEGS["4:2:0"]), (recorded, np.asarray(photograph(64, 64)))):
-        results = []
-        for copied in (part, pickle.loads(pickle.dumps(part))):
-            seed_everything(2)
-            results.append(copied(source))
-        assert pickle.dumps(results[0]) == pickle.dumps(results[1])
+    crops = []
+    for parts in ((decoder, recorded), pickle.loads(pickle.dumps((decoder, recorded)))):
+        seed_everything(3)
+        crops.append(parts[1](parts[0](JPEGS["4:2:0"])))
+    assert not differences(*crops)
+    assert crops[0].operations
 
 
 # ------------------------------------------------------------------------------------------------------- distributions
@@ -343,10 +342,8 @@ def test_distribution_of_flips_and_operations():
     assert stats.chisquare([lengths[0], lengths[1], lengths[2]], [1000, 2000, 1000]).pvalue > SURE
     kinds = Counter(operation.kind for crop in crops for operation in crop.operations)
     total = kinds.total()
-    expected = {kind: total / 15 for kind in OPERATIONS if not kind.startswith("affine")} | {
-        "affine_bicubic": total / 3
-    }
-    assert kinds.keys() == expected.keys()
+    expected = {kind: total / 15 for kind in kinds} | {"affine_bicubic": total / 3}
+    assert kinds.keys() == OPERATIONS.keys() - {"flip", "affine_bilinear"}
     assert stats.chisquare(list(kinds.values()), [expected[kind] for kind in kinds]).pvalue > SURE
     pairs = Counter(
         tuple(operation.kind for operation in crop.operations) for crop in crops if len(crop.operations) == 2
@@ -514,7 +511,7 @@ def test_other_sources_show_the_same_images(source, shards):
     assert len(plain) == len(fast) == 3
     for (expected, targets, _), (images, same_targets, _) in zip(plain, fast):
         assert torch.equal(targets, same_targets)
-        assert (expected - images).abs().max() < 12 / 255 / 0.224
+        assert ((expected - images).abs() < 12 / 255 / 0.224).float().mean() > 0.999
         assert (expected - images).abs().mean() < 1 / 255 / 0.224
 
 
@@ -579,7 +576,7 @@ def resumed_equals_whole(run, data, folder) -> None:
     arguments = [*RUN, "--data-path", data]
     run(*arguments, "--output_dir", folder / "whole")
     (folder / "resumed").mkdir()
-    shutil.copy(folder / "whole/checkpoint-00000005.pth", folder / "resumed")
+    shutil.copy(folder / "whole/checkpoint-00000004.pth", folder / "resumed")
     run(*arguments, "--output_dir", folder / "resumed", "--num_workers", 2)
     whole, resumed = (torch.load(folder / name / "checkpoint.pth", weights_only=True) for name in ("whole", "resumed"))
     assert whole["steps"] == 6
@@ -604,7 +601,7 @@ def test_resume_is_bit_for_bit_with_augmentation_on_the_device(photographs, tmp_
         assert main.run([str(argument) for argument in arguments]) == 0
 
     resumed_equals_whole(run, photographs, tmp_path)
-    assert seen == [16] * 7
+    assert seen == [16] * 8
 
 
 def test_evaluation_as_a_command_is_untouched(photographs, tmp_path):
@@ -638,9 +635,8 @@ def test_unreadable_images_as_a_command(photographs, tmp_path):
 
 def test_a_recipe_may_set_the_loader(tmp_path):
     (tmp_path / "recipe.yaml").write_text("loader: fast\n")
-    parse = partial(main.parse_with_recipe, main.build_parser())
-    assert parse(["--config", str(tmp_path / "recipe.yaml")]).loader == "fast"
-    assert parse([]).loader == "faithful"
+    for arguments, loader in ((["--config", str(tmp_path / "recipe.yaml")], "fast"), ([], "faithful")):
+        assert main.parse_with_recipe(main.build_parser(), arguments).loader == loader
 
 
 def test_mistakes(photographs, tmp_path, monkeypatch, capsys):
