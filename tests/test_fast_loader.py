@@ -225,38 +225,49 @@ def test_crops_equal_pils(kind, interpolation):
 
 @pytest.mark.parametrize("scale", [2, 4, 8])
 def test_scaled_decoding_keeps_the_box(scale):
-    """Pixels are as PIL's to some levels, and a shift by a quarter of a pixel would be seen."""
-    size = 48
+    """Its corner moves to the nearest pixel, by half a pixel at most. A quarter of a pixel more would be seen."""
+    size, shares = 48, (0.8, 0.9)
     content = jpeg(photograph(scale * 77, scale * 71).filter(ImageFilter.GaussianBlur(scale)))
+    image = Image.open(io.BytesIO(content))
+    crop = RandomResizedCropAndInterpolation(size, shares, interpolation="bicubic")
     for seed in range(4):
-        faithful, fast = crop_pair(content, size, seed, scale=(0.8, 0.9))
-        image = Image.open(io.BytesIO(content))
         seed_everything(seed)
-        top, left, rows, columns = RandomResizedCropAndInterpolation.get_params(image, (0.8, 0.9), (3 / 4, 4 / 3))
-        assert levels(faithful, fast).mean() < 1.5
-        for across, down in ((1, 0), (-1, 0), (0, 1), (0, -1)):
-            shift = columns / size / 4
-            box = [
-                left + across * shift,
-                top + down * shift,
-                left + columns + across * shift,
-                top + rows + down * shift,
-            ]
+        top, left, rows, columns = crop.get_params(image, shares, crop.ratio)
+        x, y = (scale * min(round(corner / scale), int((limit - side) / scale))
+                for corner, side, limit in ((left, columns, image.width), (top, rows, image.height)))  # fmt: skip
+        assert max(abs(x - left), abs(y - top)) <= scale / 2
+        seed_everything(seed)
+        fast = CropDecoder(crop)(content)
+        differences = {}
+        quarter = columns / size / 4
+        for across, down in ((0, 0), (quarter, 0), (-quarter, 0), (0, quarter), (0, -quarter)):
+            box = [x + across, y + down, x + columns + across, y + rows + down]
             box = [min(max(edge, 0), limit) for edge, limit in zip(box, 2 * image.size)]
-            shifted = image.resize((size, size), Image.Resampling.BICUBIC, box)
-            assert levels(faithful, fast).mean() < levels(shifted, fast).mean()
+            pils = image.resize((size, size), Image.Resampling.BICUBIC, box)
+            differences[across, down] = levels(pils, fast).mean()
+        assert differences[0, 0] < 1.5
+        assert min(differences, key=differences.get) == (0, 0)
 
 
 def test_boxes_are_decoded_at_a_fraction_where_that_is_enough():
     content = jpeg(photograph(1003, 801))
-    for size, shape in ((400, (401, 502)), (200, (201, 251)), (100, (101, 126)), (50, (101, 126))):
-        crop = RandomResizedCropAndInterpolation(size, (1, 1), (1.0, 1.0))
-        part = CropDecoder(crop).decode(content)
-        assert part.pixels.shape[:2] == shape, size
-    crop = RandomResizedCropAndInterpolation(401, (1, 1), (1.0, 1.0))
-    part = CropDecoder(crop).decode(content)
-    assert part.box is None
-    assert part.pixels.shape[0] == part.pixels.shape[1] == 801
+    cases = ((401, 801, 801), (400, 401, 400.5), (200, 201, 200.25), (100, 101, 100.125), (50, 101, 100.125))
+    for size, side, height in cases:
+        decoder = CropDecoder(RandomResizedCropAndInterpolation(size, (1, 1), (1.0, 1.0)))
+        part = decoder.decode(content)  # the box is 801 × 801
+        assert part.pixels.shape[:2] == (side, side)
+        assert part.height == part.width == height
+        assert decoder.resize(part).shape == (size, size, 3)
+
+
+def test_crops_of_any_size():
+    """Rounding makes no crop too small or too large."""
+    content = jpeg(photograph(331, 257))
+    for size in range(33, 140):
+        crop = RandomResizedCropAndInterpolation(size)
+        for seed in range(4):
+            seed_everything(size, seed)
+            assert CropDecoder(crop)(content).shape == (size, size, 3)
 
 
 def test_other_images_are_decoded_by_pil():
@@ -431,9 +442,10 @@ def test_the_fast_loader_draws_the_same_images_as_the_faithful_one(photographs):
     plain, fast = pairs_of(photographs, "--remode", "const")
     for (expected, targets, _), (images, same, _) in zip(plain, fast):
         assert torch.equal(targets, same)
-        close = (expected - images).abs() < 3.5 / 255 / 0.224
-        assert close.float().mean() > 0.97  # equalize, solarize and the like amplify some differences
-        assert (expected - images).abs().mean() < 0.03
+        # Scaled decoding moves some by half a pixel. Equalize, solarize and the like amplify differences.
+        close = (expected - images).abs() < 12 / 255 / 0.224
+        assert close.float().mean() > 0.9
+        assert (expected - images).abs().mean() < 0.1
 
 
 def pairs_of(root, *flags):
@@ -511,8 +523,8 @@ def test_other_sources_show_the_same_images(source, shards):
     assert len(plain) == len(fast) == 3
     for (expected, targets, _), (images, same_targets, _) in zip(plain, fast):
         assert torch.equal(targets, same_targets)
-        assert ((expected - images).abs() < 12 / 255 / 0.224).float().mean() > 0.99
-        assert (expected - images).abs().mean() < 1 / 255 / 0.224
+        assert ((expected - images).abs() < 12 / 255 / 0.224).float().mean() > 0.95  # scaled decoding moves some
+        assert (expected - images).abs().mean() < 2.5 / 255 / 0.224
 
 
 def test_small_crops_and_arrays_take_pils_way(photographs):
@@ -558,7 +570,7 @@ def test_unreadable_images_of_webdatasets_are_skipped_as_before(shards, place, t
     plain, fast = pairs_of(tmp_path / "data", *WEBDATASET, "--aa=", "--color-jitter", 0, "--reprob", 0)
     for (expected, *rest), (images, *same_rest) in zip(plain, fast):
         assert not differences(rest, same_rest)
-        assert (expected - images).abs().mean() < 1 / 255 / 0.224
+        assert (expected - images).abs().mean() < 2.5 / 255 / 0.224
     names = [name for *_, batch in fast for name in batch if name]
     assert len(names) == 1
     assert names[0].startswith(f"{path}: 00")

@@ -209,20 +209,25 @@ def measure_stages(images: dict[str, ImageData], args: argparse.Namespace) -> di
 
 
 def measure_loaders(loaders: dict[tuple[str, str], DataLoader], rounds: int) -> dict[tuple[str, str], list[float]]:
-    """Images per second of each loader in each round, with what the device does where that is a CPU."""
+    """Images per second of each loader in each round, with what the device does where that is a CPU.
+
+    Without workers, seconds of CPU time count: they are images per second and core, and other processes disturb less.
+    """
+    alone = all(loader.num_workers == 0 for loader in loaders.values())
+    clock = time.process_time if alone else time.perf_counter
     rates: dict[tuple[str, str], list[float]] = {name: [] for name in loaders}
     prepare = DeviceAugmentation(CPU, "pixel")
     names = list(loaders)
     for number in range(rounds + 1):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            start, images = time.perf_counter(), 0
+            start, images = clock(), 0
             for batch, targets, _ in epoch_batches(loaders[name], number, 0, 1, lambda place: None):
                 images += len(targets)
                 if name[1] == ON_CPU:
                     prepare(batch)
             if number:  # the first round starts the workers
-                rates[name].append(images / (time.perf_counter() - start))
+                rates[name].append(images / (clock() - start))
     return rates
 
 
@@ -271,7 +276,7 @@ def print_stages(stages: dict[str, dict[str, float]]) -> None:
 
 def print_loaders(figures: dict[str, dict[str, dict[str, float]]], workers: int) -> None:
     """Print the rates of all loaders with a number of workers."""
-    print(f"\nwhole loader, {workers} workers")
+    print(f"\nwhole loader, {workers} workers" if workers else "\nwhole loader without workers, one core")
     for source, pipelines in figures.items():
         for pipeline, figure in pipelines.items():
             spread = f"{figure['least_ratio']:.2f} to {figure['greatest_ratio']:.2f}"

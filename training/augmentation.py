@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.transforms import RandomHorizontalFlip
 
+from training.shifts import with_shifts
+
 VALUES = 9  # of an operation: its strength, or its affine matrix (6) and the colour outside the image (3)
 
 Region = tuple[int, int, int, int]  # top, left, bottom, right
@@ -132,7 +134,9 @@ class CropAugmentation:
 
     def __init__(self, steps: Sequence[Any], erasing: RandomErasing | None, size: int, on_device: bool) -> None:
         is_recorded = on_device and all(isinstance(step, (RandomHorizontalFlip, RandAugment)) for step in steps)
-        self.steps = [] if is_recorded else list(steps)
+        self.steps = (
+            [] if is_recorded else [with_shifts(step) if isinstance(step, RandAugment) else step for step in steps]
+        )
         recorded = steps if is_recorded else []
         self.flips = [step.p for step in recorded if isinstance(step, RandomHorizontalFlip)]
         self.operations = [recording(step, size) for step in recorded if isinstance(step, RandAugment)]

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import math
 import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from training.errors import UserError, setting
 PLAIN = ("YCbCr", "Gray", "RGB")  # colour spaces of JPEGs that both PIL and simplejpeg convert to the same RGB
 SCALES = (8, 4, 2)  # fractions of a JPEG's size at which it can be decoded, by fewer coefficients of each block
 JPEG_START = b"\xff\xd8"
-PIL_MODES = {InterpolationMode.BILINEAR: Image.Resampling.BILINEAR, InterpolationMode.BICUBIC: Image.Resampling.BICUBIC}
+ROUNDING = 1e-3  # of a pixel of the crop
 
 Encoded = bytes | Image.Image  # an image file's content, or an image of a data set that decodes by itself
 
@@ -54,12 +55,14 @@ class Part(NamedTuple):
 
     Attributes:
         pixels: H × W × 3, uint8.
-        box: the crop in it, or None if it is the whole part: left, top, right, bottom. Edges may lie between pixels.
+        height: height of the crop in it, from its top, in pixels; not a whole number if the image is scaled.
+        width: width of the crop in it, from its left.
         mode: interpolation for resizing.
     """
 
     pixels: np.ndarray
-    box: tuple[float, float, float, float] | None
+    height: float
+    width: float
     mode: InterpolationMode
 
 
@@ -68,7 +71,8 @@ class CropDecoder:
 
     The box is drawn by timm's transform, which the faithful loader uses too: the same random numbers give the same box.
     A JPEG whose box is at least 2, 4 or 8 times as large as the crop on both sides is decoded at that fraction of its
-    size, by libjpeg-turbo's scaled inverse cosine transform. An EXIF orientation is ignored, as by the faithful loader.
+    size, by libjpeg-turbo's scaled inverse cosine transform. There, the box keeps its size, and its corner moves to the
+    nearest pixel. An EXIF orientation is ignored, as by the faithful loader.
 
     Args:
         crop: timm's transform.
@@ -115,20 +119,22 @@ class CropDecoder:
         modes = self.crop.interpolation
         mode = random.choice(modes) if isinstance(modes, (list, tuple)) else modes
         scale = next((scale for scale in SCALES if min(rows, columns) >= scale * self.size), 1)
-        if scale == 1:
-            pixels = jpeg.decode_jpeg(content)
-            return Part(pixels[top : top + rows, left : left + columns], None, mode)
-        least = dict(min_height=-(-height // scale), min_width=-(-width // scale), min_factor=scale)
-        box = (left / scale, top / scale, (left + columns) / scale, (top + rows) / scale)
-        return Part(jpeg.decode_jpeg(content, **least), box, mode)
+        least = (
+            dict(min_height=-(-height // scale), min_width=-(-width // scale), min_factor=scale) if scale > 1 else {}
+        )
+        pixels = jpeg.decode_jpeg(content, **least)
+        crop_height, crop_width = rows / scale, columns / scale
+        y = min(round(top / scale), int(pixels.shape[0] - crop_height))
+        x = min(round(left / scale), int(pixels.shape[1] - crop_width))
+        part = pixels[y : y + math.ceil(crop_height), x : x + math.ceil(crop_width)]
+        return Part(part, crop_height, crop_width, mode)
 
     def resize(self, part: Part) -> np.ndarray:
         """Resize a crop with antialiasing, to size × size × 3."""
-        if part.box is not None:  # torch has no resizing of a box whose edges lie between pixels
-            whole = Image.fromarray(part.pixels)
-            return np.array(whole.resize((self.size, self.size), PIL_MODES[part.mode], part.box))
         image = torch.from_numpy(part.pixels)[None].permute(0, 3, 1, 2)  # in this order, torch sees channels last
-        resized = F.interpolate(image, (self.size, self.size), mode=part.mode.value, antialias=True)
+        # The size is the scaled part's, rounded down, so that it must not be a hair less.
+        factors = [(self.size + ROUNDING) / side for side in (part.height, part.width)]
+        resized = F.interpolate(image, scale_factor=factors, mode=part.mode.value, antialias=True)
         return resized.permute(0, 2, 3, 1)[0].contiguous().numpy()
 
 

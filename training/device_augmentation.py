@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import equalize
 
 from training.augmentation import FLIP, CropBatch, Region
+from training.shifts import cubic_weights
 from training.state import Precision
 
 LUMA = (19595, 38470, 7471)  # weights of red, green and blue in PIL's grey values, in 65,536ths
@@ -173,12 +174,6 @@ def affine_bicubic(images: Tensor, values: Tensor) -> Tensor:
 def linear_weights(part: Tensor) -> list[Tensor]:
     """Weights of the two pixels around a place, which is at `part` between them."""
     return [1 - part, part]
-
-
-def cubic_weights(part: Tensor) -> list[Tensor]:
-    """Weights of the four pixels around a place, which is at `part` between the middle ones. PIL's cubic has a = -1."""
-    square, cube = part**2, part**3
-    return [2 * square - part - cube, 1 - 2 * square + cube, part + square - cube, cube - square]
 
 
 def affine(images: Tensor, values: Tensor, first: int, weights_of: Callable[[Tensor], list[Tensor]]) -> Tensor:

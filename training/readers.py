@@ -193,7 +193,7 @@ def _samples_of_shard(url: str) -> Iterator[dict[str, Any]]:
     with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=CheckedTarInfo) as archive:
         for member in archive:
             key, ending = base_plus_ext(member.name)
-            if key is None or not member.isreg() or METADATA.match(member.name):
+            if key is None or not member.isreg() or (member.name[:2] == "__" and METADATA.match(member.name)):
                 continue
             if key != sample.get("__key__"):
                 if sample:
