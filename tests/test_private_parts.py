@@ -88,7 +88,7 @@ def test_timm_asserts():
 def test_timms_webdataset_reader_has_the_known_pipeline(tmp_path):
     """`open_webdataset` finds the stages that it replaces, and refuses an unknown pipeline."""
     with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
-        for name, content in (("a.png", png()), ("a.cls", b"1")):
+        for name, content in (("a.png", png()), ("a.cls", b"1"), ("a.json", b'{"label": 5}')):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
@@ -98,7 +98,12 @@ def test_timms_webdataset_reader_has_the_known_pipeline(tmp_path):
     ours = [stage for stage in dataset.reader.ds.pipeline if getattr(stage, "func", None) is readers._samples_of_shards]
     assert len(ours) == 1
     readers.open_webdataset(dataset.reader, lambda error: False, seed=7, decode=len)  # in place of timm
-    assert next(iter(dataset.reader.ds))["image"] == len(png())
+    sample = next(iter(dataset.reader.ds))
+    assert (sample["image"], sample["target"]) == (len(png()), 1)
+    dataset.reader.target_key = "label"
+    readers.open_webdataset(dataset.reader, lambda error: False, seed=7, decode=len)
+    sample = next(iter(dataset.reader.ds))
+    assert (sample["image"], sample["target"]) == (len(png()), 5)
     dataset.reader.ds.pipeline = []
     dataset.reader._lazy_init = lambda: None
     with pytest.raises(UserError, match=rf"timm {re.escape(timm.__version__)} reads webdatasets differently"):

@@ -8,6 +8,7 @@ import math
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import IO, Any
@@ -190,7 +191,9 @@ def _samples_of_shard(url: str) -> Iterator[dict[str, Any]]:
     from webdataset.tariterators import base_plus_ext
 
     sample: dict[str, Any] = {}
-    with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=CheckedTarInfo) as archive:
+    with gopen(url) as stream, ExitStack() as stack:
+        mode: Any = "r:*" if stream.seekable() else "r|*"  # tarfile buffers a stream, which takes time
+        archive = stack.enter_context(tarfile.open(fileobj=stream, mode=mode, tarinfo=CheckedTarInfo))
         for member in archive:
             key, ending = base_plus_ext(member.name)
             if key is None or not member.isreg() or (member.name[:2] == "__" and METADATA.match(member.name)):
@@ -221,14 +224,17 @@ def _decoded(decode: Callable[[dict], dict], sample: dict[str, Any]) -> dict[str
 def _decoded_by(
     decode: Callable[[bytes], Any], decode_sample: Callable[[dict], dict | None], sample: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Decode a sample whose image timm does not decode. It gets a blank one, and finds the label.
+    """Decode a sample whose image timm does not decode. If the label is in JSON, timm finds it, with a blank image.
 
     Args:
         decode: decodes an image file.
         decode_sample: timm's decoder.
         sample: the sample.
     """
-    endings = [ending for ending in decode_sample.keywords["image_key"].split(";") if ending in sample]  # type: ignore[attr-defined]
+    settings = decode_sample.keywords  # type: ignore[attr-defined]
+    endings = [ending for ending in settings["image_key"].split(";") if ending in sample]
+    if endings and not settings["target_key"] and not settings["alt_label"]:
+        return dict(jpg=decode(sample[endings[0]]), target=int(sample["cls"]), json=sample.get("json"))
     decoded = decode_sample({**sample, **dict.fromkeys(endings, BLANK)})
     if decoded is not None:
         decoded["jpg"] = decode(sample[endings[0]])
