@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
 from timm.data.dataset import IterableImageDataset
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR100
 
 from samplers import DistributedEvalSampler, TrainBatchSampler
+from training.augmentation import CropAugmentation
+from training.decoding import CropDecoder, Encoded, decode_and_crop
 from training.errors import MachineError, UserError, setting
 from training.processes import get_rank, get_world_size
 from training.readers import archive_classes, archive_damage, read_exactly_once, shards_of
@@ -90,6 +94,8 @@ class TransformSettings:
         reprob: probability of random erasing.
         remode: fill of the erased regions.
         recount: number of erased regions per image.
+        loader: 'faithful' or 'fast'.
+        device: the device, which augments if the loader is fast and it is a CUDA device.
     """
 
     input_size: int
@@ -102,6 +108,13 @@ class TransformSettings:
     reprob: float
     remode: str
     recount: int
+    loader: str
+    device: str
+
+    @property
+    def augments_on_device(self) -> bool:
+        """Whether flips and RandAugment are left to the device, not done by the loader workers."""
+        return self.loader == "fast" and torch.device(self.device).type == "cuda"
 
 
 @dataclass(frozen=True)
@@ -150,6 +163,9 @@ def build_dataset(is_train: bool, settings: DataSettings, transform: TransformSe
     """
     data_path = setting("data_path", settings.data_path)
     built = build_transform(is_train, transform)
+    decode = None
+    if is_train and transform.loader == "fast":
+        decode, built = build_fast_transform(built, transform)
     try:
         data = _find_images(is_train, settings)
     except OSError as error:
@@ -160,7 +176,7 @@ def build_dataset(is_train: bool, settings: DataSettings, transform: TransformSe
     if settings.num_classes and data.num_classes != settings.num_classes:
         raise UserError(f"{setting('num_classes', settings.num_classes)}: {settings.data_path} has {data.num_classes} "
                         "classes; omit it, only timm's readers may need it")  # fmt: skip
-    return replace(data, transform=built)
+    return replace(data, transform=built, decode=decode)
 
 
 def _find_images(is_train: bool, settings: DataSettings) -> ImageData:
@@ -310,6 +326,27 @@ def build_transform(is_train: bool, settings: TransformSettings) -> Any:
         transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     ]
     return transforms.Compose(steps)
+
+
+def build_fast_transform(transform: Any, settings: TransformSettings) -> tuple[Callable[[Encoded], Any], Any]:
+    """Build what the fast loader does in place of a training transform.
+
+    Args:
+        transform: the training transform.
+        settings: how images are transformed.
+
+    Returns:
+        decoder of an image file, which also crops; and the rest of the transform, which takes the crop.
+
+    Raises:
+        UserError: the decoder is not installed.
+    """
+    crop, *steps = transform.transforms
+    erasing = steps.pop() if isinstance(steps[-1], RandomErasing) else None
+    steps = steps[:-2]  # without making a tensor and normalising it
+    is_resized = isinstance(crop, RandomResizedCropAndInterpolation)
+    decode = CropDecoder(crop) if is_resized else partial(decode_and_crop, crop)
+    return decode, CropAugmentation(steps, erasing, settings.input_size, settings.augments_on_device)
 
 
 def _check_augmentation(name: str) -> None:

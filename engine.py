@@ -121,6 +121,7 @@ def train_one_epoch(
     settings: LoopSettings,
     mixup: Mixup | None,
     monitor: StepMonitor,
+    prepare: Callable[[Any], Tensor] | None = None,
 ) -> dict[str, float]:
     """Train from the run's current step to the end of its epoch.
 
@@ -135,6 +136,7 @@ def train_one_epoch(
         settings: settings of the loop.
         mixup: mixup and CutMix, or None.
         monitor: acts on what happens in the steps.
+        prepare: makes normalised images on the device of a batch's images as loaded; by default it copies them.
 
     Returns:
         mean loss, and the epoch's learning rate.
@@ -144,6 +146,7 @@ def train_one_epoch(
         Preempted: the run is to stop; its step is complete.
     """
     watchdog = monitor.watchdog
+    prepare = prepare or precision.images
     watchdog.sync_point()
     first_step, skipped, bad_steps = training.epoch_step, monitor.skipped, training.bad_steps
     training.wrapped.train()
@@ -154,7 +157,7 @@ def train_one_epoch(
         monitor.preemption.has_progress = True
         watchdog.tick(f"epoch {training.epoch}, step {training.epoch_step}")
         seed_everything(Stream.STEP, settings.seed, training.epoch, number)
-        images, targets = precision.images(images), targets.to(precision.device, non_blocking=True)
+        images, targets = prepare(images), targets.to(precision.device, non_blocking=True)
         if mixup is not None:
             images, targets = mixup(images, targets)
         with nullcontext() if is_last else _no_gradient_exchange(training.wrapped):

@@ -73,6 +73,7 @@ from training.commands import (
     run_command,
     seconds,
 )
+from training.device_augmentation import DeviceAugmentation
 from training.devices import available_cores, best_device, check_device
 from training.errors import Preempted, UserError
 from training.monitor import DelayedFlags, MonitorSettings, StepMonitor
@@ -80,7 +81,7 @@ from training.naming import StepNames
 from training.output import Output, stopped
 from training.processes import get_world_size, init_distributed, is_main_process, on_main_process, print_main
 from training.recipes import ARGS, parse_with_recipe, write_recipe
-from training.resume import Source, check_source, describe_data, describe_run, find_checkpoint, restore
+from training.resume import PACKAGES, Source, check_source, describe_data, describe_run, find_checkpoint, restore
 from training.samples import ImageData
 from training.state import DIVERGENCE_ADVICE, Precision, Training
 from training.storage import make_folder, write_file
@@ -199,6 +200,7 @@ class Parts:
         val_loader: validation batches.
         criterion: the loss.
         mixup: mixup and CutMix, or None.
+        prepare: makes normalised images on the device of a training batch's images as loaded.
         precision: device and number format.
         loop: settings of the loop.
         evaluation: settings of validation.
@@ -210,6 +212,7 @@ class Parts:
     val_loader: DataLoader
     criterion: DistillationLoss
     mixup: Mixup | None
+    prepare: Callable[[Any], torch.Tensor]
     precision: Precision
     loop: LoopSettings
     evaluation: EvaluationSettings
@@ -236,7 +239,8 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     if training.epoch >= args.epochs:
         end_finished_run(output, source, training, args.epochs)
         return
-    run = describe_run(settings, data, precision.device)
+    packages = (*PACKAGES, "simplejpeg") if args.loader == "fast" else PACKAGES
+    run = describe_run(settings, data, precision.device, packages)
     on_main_process(lambda: open_output(output, run, training, source, args.auto_resume))
     save = partial(save_checkpoint, training, output, dict(args=settings, data=data), accum_steps)
     flags = DelayedFlags(precision.device, flag_delay(args, precision))
@@ -269,7 +273,7 @@ def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Calla
     try:
         while training.epoch < parts.loop.epochs:
             loss = train_one_epoch(training, parts.train_loader, parts.criterion, parts.precision, parts.loop,
-                                   parts.mixup, monitor)  # fmt: skip
+                                   parts.mixup, monitor, parts.prepare)  # fmt: skip
             stats = prefixed("train", loss) | validate(parts, watchdog)
             finish_epoch(training, output, save, stats)
     except Preempted:
@@ -398,11 +402,17 @@ def build_parts(
         val_loader,
         build_criterion(args, train.num_classes, precision, soft_targets=mixup is not None),
         mixup,
+        build_preparation(args, precision),
         precision,
         settings_from(args, LoopSettings, accum_steps=accum_steps),
         settings_from(args, EvaluationSettings),
         args.model_ema_force_cpu,
     )
+
+
+def build_preparation(args: argparse.Namespace, precision: Precision) -> Callable[[Any], torch.Tensor]:
+    """Build what makes normalised images on the device of a training batch's images as loaded."""
+    return DeviceAugmentation(precision, args.remode) if args.loader == "fast" else precision.images
 
 
 def build_precision(args: argparse.Namespace, device: torch.device) -> Precision:
@@ -771,6 +781,9 @@ def add_distillation_settings(group: Any) -> None:
 def add_data_settings(group: Any) -> None:
     add = group.add_argument
     add("--data-path", type=path, default="imagenet")
+    add("--loader", choices=("faithful", "fast"), default="faithful", help="of training images; faithful: PIL, as in "
+        "the published runs; fast: JPEGs decoded at the size that the crop needs, and flips, RandAugment (rand-…), "
+        "normalisation and random erasing on the GPU, if there is one")  # fmt: skip
     add("--data-set", default="IMNET", help="IMNET (a folder of class folders), CIFAR, INAT, INAT19, or the name of "
         "a timm reader: wds/…, hfds/…, tfds/…, torch/…")  # fmt: skip
     add("--inat-category", choices=INAT_CATEGORIES, default="name")

@@ -38,10 +38,16 @@ def derived_seed(*numbers: int) -> int:
 
 def seed_everything(*numbers: int) -> None:
     """Seed the generators of Python, NumPy and torch (all devices) with a seed derived from several numbers."""
+    seed_cpu(*numbers)
+    torch.manual_seed(derived_seed(*numbers))
+
+
+def seed_cpu(*numbers: int) -> None:
+    """Seed the generators of Python, NumPy and torch's CPU, for one sample. Seeding all devices takes 0.1 ms longer."""
     seed = derived_seed(*numbers)
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import signal
 import tarfile
@@ -22,10 +23,13 @@ import timm
 import torch
 from conftest import ROOT
 from PIL import Image
+from timm.data import auto_augment
+from timm.data.random_erasing import RandomErasing
 from torch._utils import ExceptionWrapper
 
 import sepvit  # noqa: F401 registers the models
 from training import readers
+from training.augmentation import MATRICES, STRENGTHS, RegionRecorder, without_pixels
 from training.checkpoints import refused_class
 from training.commands import Parser
 from training.errors import (
@@ -84,7 +88,7 @@ def test_timm_asserts():
 def test_timms_webdataset_reader_has_the_known_pipeline(tmp_path):
     """`open_webdataset` finds the stages that it replaces, and refuses an unknown pipeline."""
     with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
-        for name, content in (("a.png", png()), ("a.cls", b"1")):
+        for name, content in (("a.png", png()), ("a.cls", b"1"), ("a.json", b'{"label": 5}')):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
@@ -93,6 +97,13 @@ def test_timms_webdataset_reader_has_the_known_pipeline(tmp_path):
     assert dataset.reader.worker_seed == 7
     ours = [stage for stage in dataset.reader.ds.pipeline if getattr(stage, "func", None) is readers._samples_of_shards]
     assert len(ours) == 1
+    readers.open_webdataset(dataset.reader, lambda error: False, seed=7, decode=len)  # in place of timm
+    sample = next(iter(dataset.reader.ds))
+    assert (sample["image"], sample["target"]) == (len(png()), 1)
+    dataset.reader.target_key = "label"
+    readers.open_webdataset(dataset.reader, lambda error: False, seed=7, decode=len)
+    sample = next(iter(dataset.reader.ds))
+    assert (sample["image"], sample["target"]) == (len(png()), 5)
     dataset.reader.ds.pipeline = []
     dataset.reader._lazy_init = lambda: None
     with pytest.raises(UserError, match=rf"timm {re.escape(timm.__version__)} reads webdatasets differently"):
@@ -121,6 +132,30 @@ def test_timms_streams_are_shared_among_ranks(tmp_path):
     readers.read_exactly_once(dataset, split_shards=True)
     assert list(readers.shards_of(dataset)) == ["val-1.tar", "val-3.tar"]
     assert (dataset.reader.dist_rank, dataset.reader.dist_num_replicas, dataset.reader.num_samples) == (0, 1, 5)
+
+
+def test_timms_randaugment_draws_for_stand_ins():
+    """All functions that RandAugment may apply are known, except those of the sets that come with colour jitter."""
+    for name in ("rand", "rand-inc1", "rand-tweights"):
+        for operation in auto_augment.rand_augment_transform(name, {"img_mean": (0, 0, 0)}).ops:
+            assert operation.aug_fn in STRENGTHS or operation.aug_fn in MATRICES, operation.name
+            assert operation.kwargs.keys() == {"fillcolor", "resample"}
+    for name in ("rand-t3a", "rand-t3aw"):
+        steps = timm.data.create_transform(64, is_training=True, auto_augment=name, color_jitter=0.4).transforms
+        assert "ColorJitter" in [type(step).__name__ for step in steps]
+
+
+def test_timms_random_erasing_draws_for_stand_ins():
+    recorder = RegionRecorder(20)
+    random.seed(0)
+    without_pixels(RandomErasing(1, mode="pixel", min_count=2, max_count=2, device="cpu"))(recorder)
+    random.seed(0)
+    erased = RandomErasing(1, mode="const", min_count=2, max_count=2, device="cpu")(torch.ones(3, 20, 20))
+    expected = torch.ones(3, 20, 20)
+    for top, left, bottom, right in recorder.regions:
+        expected[:, top:bottom, left:right] = 0
+    assert len(recorder.regions) == 2
+    assert torch.equal(erased, expected)
 
 
 def png() -> bytes:

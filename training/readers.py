@@ -8,6 +8,7 @@ import math
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import IO, Any
@@ -21,6 +22,7 @@ from training.errors import MachineError, UserError, setting
 from training.storage import is_storage_error
 from training.unreadable import UnreadableImageError
 
+BLANK = b"P5 1 1 255 \0"  # an image of one pixel, which PIL opens fast
 METADATA = re.compile(r"__[^/]*__($|/)")  # by webdataset's convention, members with these names belong to no sample
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -107,7 +109,12 @@ def archive_labels(reader: ReaderImageInTar) -> Iterator[tuple[str, int]]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def open_webdataset(reader: ReaderWds, skip: Callable[[UnreadableImageError], bool], seed: int) -> None:
+def open_webdataset(
+    reader: ReaderWds,
+    skip: Callable[[UnreadableImageError], bool],
+    seed: int,
+    decode: Callable[[bytes], Any] | None = None,
+) -> None:
     """Restart timm's reader of a webdataset with a seed, and make it report unreadable images and shards.
 
     timm's reader seeds its shuffle once per worker and continues it through the epochs, so a resumed run would see
@@ -120,6 +127,7 @@ def open_webdataset(reader: ReaderWds, skip: Callable[[UnreadableImageError], bo
         reader: timm's reader.
         skip: called with each unreadable image or shard; returns whether to skip it.
         seed: seed of the shuffle.
+        decode: decodes an image file; None: timm does, to RGB.
 
     Raises:
         UserError: this version of timm builds another pipeline.
@@ -137,7 +145,10 @@ def open_webdataset(reader: ReaderWds, skip: Callable[[UnreadableImageError], bo
         raise UserError(f"{setting('data_set', 'wds/…')}: timm {timm.__version__} reads webdatasets differently from "
                         "the versions supported; install the version in requirements.txt")  # fmt: skip
     decoder = pipeline[decoding[0]]
-    decoder.args = (partial(_decoded, decoder.args[0]),)
+    decode_sample = decoder.args[0]
+    if decode is not None:
+        decode_sample = partial(_decoded_by, decode, decode_sample)
+    decoder.args = (partial(_decoded, decode_sample),)
     decoder.kw["handler"] = partial(_handle_unreadable, skip)
     pipeline[expanding[0]] = partial(_samples_of_shards, skip, reader.root)
 
@@ -180,10 +191,12 @@ def _samples_of_shard(url: str) -> Iterator[dict[str, Any]]:
     from webdataset.tariterators import base_plus_ext
 
     sample: dict[str, Any] = {}
-    with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=CheckedTarInfo) as archive:
+    with gopen(url) as stream, ExitStack() as stack:
+        mode: Any = "r:*" if stream.seekable() else "r|*"  # tarfile buffers a stream, which takes time
+        archive = stack.enter_context(tarfile.open(fileobj=stream, mode=mode, tarinfo=CheckedTarInfo))
         for member in archive:
             key, ending = base_plus_ext(member.name)
-            if key is None or not member.isreg() or METADATA.match(member.name):
+            if key is None or not member.isreg() or (member.name[:2] == "__" and METADATA.match(member.name)):
                 continue
             if key != sample.get("__key__"):
                 if sample:
@@ -206,6 +219,26 @@ def _decoded(decode: Callable[[dict], dict], sample: dict[str, Any]) -> dict[str
         raise
     except Exception as error:  # the type depends on the image format and on the damage
         raise UnreadableImageError.of(f"{sample['__url__']}: {sample['__key__']}", error) from None
+
+
+def _decoded_by(
+    decode: Callable[[bytes], Any], decode_sample: Callable[[dict], dict | None], sample: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Decode a sample whose image timm does not decode. If the label is in JSON, timm finds it, with a blank image.
+
+    Args:
+        decode: decodes an image file.
+        decode_sample: timm's decoder.
+        sample: the sample.
+    """
+    settings = decode_sample.keywords  # type: ignore[attr-defined]
+    endings = [ending for ending in settings["image_key"].split(";") if ending in sample]
+    if endings and not settings["target_key"] and not settings["alt_label"]:
+        return dict(jpg=decode(sample[endings[0]]), target=int(sample["cls"]), json=sample.get("json"))
+    decoded = decode_sample({**sample, **dict.fromkeys(endings, BLANK)})
+    if decoded is not None:
+        decoded["jpg"] = decode(sample[endings[0]])
+    return decoded
 
 
 def _handle_unreadable(skip: Callable[[UnreadableImageError], bool], error: Exception) -> bool:

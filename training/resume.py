@@ -34,6 +34,8 @@ FREE_SETTINGS = {
     "output_dir", "pin_mem", "print_freq", "resume", "start_epoch", "throughput", "timeout", "world_size",
 }  # fmt: skip
 
+PACKAGES = ("torchvision", "timm", "numpy", "pillow")  # whose versions are recorded, besides torch
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Description of a run
 # ----------------------------------------------------------------------------------------------------------------------
@@ -60,7 +62,7 @@ def describe_run(
     settings: Mapping[str, Any],
     data: dict[str, Any],
     device: torch.device,
-    packages: Sequence[str] = ("torchvision", "timm", "numpy", "pillow"),
+    packages: Sequence[str] = PACKAGES,
 ) -> dict[str, Any]:
     """Everything needed to repeat a run: settings, versions, revision, device, processes and data.
 

@@ -11,7 +11,7 @@ import os
 import pickle
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -26,11 +26,13 @@ from torchvision.datasets import CIFAR100, ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from samplers import Draw
+from training.augmentation import Crop, CropBatch, collate_crops
+from training.decoding import Encoded
 from training.errors import MachineError, UserError, setting
 from training.readers import archive_labels, shards_of
 from training.storage import PAUSES, is_storage_error, with_retries
 from training.unreadable import Replacements, UnreadableImageError
-from utils import Stream, derived_seed, seed_everything
+from utils import Stream, derived_seed, seed_cpu
 
 OWN_DATASETS = Path(__file__).resolve().parent.parent / "datasets.py"
 
@@ -44,6 +46,7 @@ class ImageData:
         num_classes: number of classes.
         classes: names of the classes, None if the data set has none.
         transform: transform of the images.
+        decode: decodes an image file for the transform, and may draw random numbers; None: the data set decodes.
         is_hugging_face: whether Hugging Face's library reads the images.
     """
 
@@ -51,6 +54,7 @@ class ImageData:
     num_classes: int
     classes: list[str] | None = None
     transform: Any = None
+    decode: Callable[[Encoded], Any] | None = None
     is_hugging_face: bool = False
 
     def __len__(self) -> int:
@@ -68,9 +72,24 @@ def load_image(path: str) -> Image.Image:
     Raises:
         OSError: the image is unreadable, or is a pipe or a device, which could block for ever.
     """
+    _check_regular(path)
+    return default_loader(path)
+
+
+def read_file(path: str) -> bytes:
+    """Read an image file without decoding it.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe or a device, which could block for ever.
+    """
+    _check_regular(path)
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
+def _check_regular(path: str) -> None:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("not a regular file")
-    return default_loader(path)
 
 
 class ClassFolders(ImageFolder):
@@ -227,19 +246,25 @@ def fingerprint(data: ImageData) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_sample(dataset: Any, index: int, pauses: Sequence[int]) -> tuple[Any, int]:
-    """Read an image, RGB and without transform, and its label. Retries while the storage does not respond.
+def read_sample(
+    dataset: Any, index: int, pauses: Sequence[int], decode: Callable[[Encoded], Any] | None = None
+) -> tuple[Any, int]:
+    """Read an image, without transform, and its label. Retries while the storage does not respond.
 
     Args:
         dataset: the data set.
         index: the image's index in it.
         pauses: seconds between the attempts.
+        decode: decodes an image file; None: the data set does, to RGB.
 
     Raises:
         UnreadableImageError: the image is unreadable.
     """
 
     def read() -> tuple[Any, int]:
+        if decode is not None:
+            encoded, target = read_encoded(dataset, index)
+            return decode(encoded), target
         if isinstance(dataset, ImageDataset):  # timm's own __getitem__ would replace an unreadable image silently
             file, target = dataset.reader[index]
             image = Image.open(file).convert("RGB")
@@ -259,6 +284,19 @@ def read_sample(dataset: Any, index: int, pauses: Sequence[int]) -> tuple[Any, i
         raise UnreadableImageError.of(name, error, is_storage_error(error, folder)) from None
 
 
+def read_encoded(dataset: Any, index: int) -> tuple[Encoded, int]:
+    """Read an image's file and its label; or its image, from a data set that does not keep files."""
+    if isinstance(dataset, (ClassFolders, INaturalist)):
+        path, target = dataset.samples[index]
+        return read_file(path), target
+    if isinstance(dataset, ImageDataset):
+        file, target = dataset.reader[index]
+        with file:
+            content = file.read()
+        return content, dataset.target_transform(target) if dataset.target_transform else target
+    return dataset[index]
+
+
 class Samples(Dataset):
     """Base class of samples.
 
@@ -270,6 +308,7 @@ class Samples(Dataset):
     def __init__(self, data: ImageData, seed: int = 0) -> None:
         self.dataset: Any = data.dataset
         self.transform = data.transform
+        self.decode: Any = data.decode
         self.is_hugging_face = data.is_hugging_face
         self.seed = seed
 
@@ -320,27 +359,30 @@ class TrainSamples(Samples):
         replacements, index, attempt = Replacements(), draw.index, 0
         pauses: Sequence[int] = PAUSES
         while True:
+            seed_cpu(Stream.AUGMENTATION, self.seed, draw.epoch, draw.place)
             try:
-                image, target = read_sample(self.dataset, index, pauses)
+                image, target = read_sample(self.dataset, index, pauses, self.decode)
                 break
             except UnreadableImageError as error:
                 replacements.add(error)
                 pauses = () if error.is_storage_error else pauses  # do not wait again
                 index = derived_seed(Stream.REPLACEMENT, self.seed, draw.epoch, draw.place, attempt) % len(self)
                 attempt += 1
-        seed_everything(Stream.AUGMENTATION, self.seed, draw.epoch, draw.place)
         return self.transform(image), target, replacements.take()
 
 
 def collate(samples: list[Any]) -> list[Any]:
-    """Collate samples into a batch.
+    """Collate samples into a batch. Images are a tensor, or a `CropBatch` of the fast loader.
 
     A loader worker moves the whole batch to shared memory here, where running out of shared memory raises an error. In
     the thread that sends the batch, the error would only be printed, and the batch lost.
     """
-    batch = default_collate(samples)
+    if isinstance(samples[0][0], Crop):
+        batch = [collate_crops([sample[0] for sample in samples]), *default_collate([s[1:] for s in samples])]
+    else:
+        batch = default_collate(samples)
     if get_worker_info() is not None:
         for part in batch:
-            if isinstance(part, Tensor):
+            if isinstance(part, (Tensor, CropBatch)):
                 part.share_memory_()
     return batch

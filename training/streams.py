@@ -7,11 +7,12 @@ import torch
 from timm.data.readers.reader_wds import ReaderWds
 from torch.utils.data import IterableDataset, get_worker_info
 
+from training.decoding import Encoded
 from training.processes import get_rank
 from training.readers import open_webdataset
 from training.samples import ImageData, Samples
 from training.unreadable import Replacements, UnreadableImageError
-from utils import Stream, derived_seed, seed_everything
+from utils import Stream, derived_seed, seed_cpu
 
 
 class ValStream(Samples, IterableDataset):
@@ -22,22 +23,29 @@ class ValStream(Samples, IterableDataset):
         for image, target in self._images(lambda error: False):
             yield self.transform(image), target
 
-    def _images(self, skip: Callable[[UnreadableImageError], bool], seed: int = 0) -> Iterator[tuple[Any, int]]:
+    def _images(
+        self,
+        skip: Callable[[UnreadableImageError], bool],
+        seed: int = 0,
+        decode: Callable[[Encoded], Any] | None = None,
+    ) -> Iterator[tuple[Any, int]]:
         """Yield images without transform, and their labels.
 
         Args:
             skip: called with each unreadable image or shard; returns whether to skip it. Only webdatasets can.
             seed: seed of a webdataset's shuffle.
+            decode: decodes an image file; None: timm does, to RGB.
 
         Raises:
             UnreadableImageError: an image is unreadable and must not be skipped.
         """
-        if isinstance(self.dataset.reader, ReaderWds):
-            open_webdataset(self.dataset.reader, skip, seed)
+        in_reader = isinstance(self.dataset.reader, ReaderWds)
+        if in_reader:
+            open_webdataset(self.dataset.reader, skip, seed, decode)
         number = 0
         try:
-            for sample in self.dataset:
-                yield sample
+            for image, target in self.dataset:
+                yield (image if in_reader or decode is None else decode(image)), target
                 number += 1
         except (OSError, SyntaxError) as error:  # which PIL raises for broken images
             raise UnreadableImageError.of(f"number {number} of this worker", error) from None
@@ -70,7 +78,15 @@ class TrainStream(ValStream):
             replacements.add(error)
             return True
 
-        images = self._images(skip, derived_seed(Stream.SHUFFLE, self.seed, *place))
-        for number, (image, target) in enumerate(images):
-            seed_everything(Stream.AUGMENTATION, self.seed, *place, number)
+        number = 0
+
+        def decode(encoded: Encoded) -> Any:
+            seed_cpu(Stream.AUGMENTATION, self.seed, *place, number)
+            return self.decode(encoded)
+
+        seed = derived_seed(Stream.SHUFFLE, self.seed, *place)
+        for image, target in self._images(skip, seed, None if self.decode is None else decode):
+            if self.decode is None:
+                seed_cpu(Stream.AUGMENTATION, self.seed, *place, number)
             yield self.transform(image), target, replacements.take()
+            number += 1
