@@ -203,8 +203,8 @@ class SeparableSelfAttention(nn.Module):
             f = f.permute(0, 2, 4, 3, 5, 1, 6)  # B × nh × w × nw × w × h × d
         else:
             f = a  # a single window: its pixels are already in map order
-        f = f.reshape(B, nh * w, nw * w, C)
-        return self.proj_drop(self.proj(f))[:, :H, :W]  # cropped last: crops of a map are not contiguous
+        f = f.reshape(B, nh * w, nw * w, C)[:, :H, :W]  # B × H × W × C, padding removed
+        return self.proj_drop(self.proj(f.contiguous()))  # otherwise its bias takes another pass over the map
 
     def depthwise(self, z: Tensor) -> Tensor:
         """Self-attention within each window, window token included, plus the shortcut; keeps B × n × T × C."""
