@@ -783,7 +783,7 @@ def add_data_settings(group: Any) -> None:
     add("--data-path", type=path, default="imagenet")
     add("--loader", choices=("faithful", "fast"), default="faithful", help="of training images; faithful: PIL, as in "
         "the published runs; fast: JPEGs decoded at the size that the crop needs, and flips, RandAugment (rand-…), "
-        "normalisation and random erasing on the GPU, if there is one")  # fmt: skip
+        "normalisation and random erasing on the GPU, if there is one; other augmentations by PIL, too")  # fmt: skip
     add("--data-set", default="IMNET", help="IMNET (a folder of class folders), CIFAR, INAT, INAT19, or the name of "
         "a timm reader: wds/…, hfds/…, tfds/…, torch/…")  # fmt: skip
     add("--inat-category", choices=INAT_CATEGORIES, default="name")
