@@ -13,7 +13,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, command, differences, refusal, succeed
+from conftest import SMALL, SMALLEST, command, differences, refusal, succeed
 from PIL import Image, ImageFilter
 from scipy import stats
 from test_data import WEBDATASET, val_loader
@@ -595,7 +595,7 @@ def test_unreadable_images_of_webdatasets_are_skipped_as_before(shards, place, t
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
-RUN = [*SMALL, "--loader", "fast", "--input-size", 64, "--auto-resume", "--checkpoint-every", 1,
+RUN = [*SMALLEST, "--loader", "fast", "--input-size", 64, "--auto-resume", "--checkpoint-every", 1,
        "--keep-checkpoints", 9, "--device", "cpu"]  # fmt: skip
 
 
