@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import timm
@@ -19,7 +20,7 @@ from tools import benchmark, benchmark_curves, benchmark_networks, benchmark_run
 from tools.benchmark_machine import OtherWork, peak_memory
 from tools.benchmark_networks import Setting, Subject
 from tools.benchmark_record import Record
-from tools.benchmark_rounds import interleave, ratio
+from tools.benchmark_rounds import WARM_UP, interleave, ratio
 from tools.benchmark_table import Method, Table, measure_table
 from training.errors import UserError
 from training.measure import count_activations, count_multiply_adds
@@ -158,14 +159,23 @@ def table_of(setting, number_format="float32"):
     return Table(setting.measure, number_format, settings, dict(date="", revision="", rounds=2, machine={}))
 
 
-def measured(forms, setting, number_format="float32", peers=()):
+def measured(forms, setting, number_format="float32", peers=(), method=QUICK):
     """Rows of SepViT_Lite in some forms, and of peers."""
     table = table_of(setting, number_format)
     subjects = [Subject("SepViT_Lite", form, number_format) for form in forms]
     subjects += [Subject(peer, "eager", number_format) for peer in peers]
-    measure_table(table, subjects, setting, QUICK, lambda text: None)
+    measure_table(table, subjects, setting, method, lambda text: None)
     assert [row.subject for row in table.rows] == subjects
     return table.rows
+
+
+def test_a_limit_ends_the_building_and_the_rounds():
+    late = replace(QUICK, deadline=time.monotonic())
+    (row,) = measured(["eager"], Setting("inference", CPU, 1, (32, 32)), method=late)
+    assert row.failure == "no time left"
+    calls = []
+    interleave({"a": lambda: calls.append(1)}, CPU, 5, least=0.0, deadline=late.deadline)
+    assert len(calls) == WARM_UP + 2  # one to find how often to repeat it, and one round
 
 
 @pytest.mark.parametrize("number_format", ["bfloat16", "bfloat16-whole", "float16"])

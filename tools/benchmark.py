@@ -13,9 +13,11 @@ import argparse
 import gc
 import hashlib
 import importlib
+import math
 import multiprocessing
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -34,7 +36,7 @@ from tools.benchmark_networks import CLASSES, COMPILED, DTYPES, FORMS, MEASURES,
 from tools.benchmark_record import Record, as_text
 from tools.benchmark_rounds import LEAST
 from tools.benchmark_table import Method, Table, measure_table
-from training.commands import Parser, path, positive_int, run_command
+from training.commands import Parser, path, positive_int, run_command, seconds
 from training.devices import available_cores, best_device, check_device
 from training.errors import UserError
 from training.resume import git_revision
@@ -66,6 +68,8 @@ def build_parser() -> Parser:
     add("--input-size", type=positive_int, nargs="+", default=[224], metavar="PIXELS", help="one side, or H and W")
     add("--channels-last", action="store_true", help="keep images and weights channels last in memory")
     add("--rounds", type=positive_int, default=ROUNDS)
+    add("--limit", type=seconds, default=None, metavar="SECONDS",
+        help="build no further network and begin no further round after this time; keep what was measured")  # fmt: skip
     add("--threads", type=positive_int, default=available_cores(), help="CPU threads")
     add("--checkpoint", type=path, default=None, metavar="FILE", help="weights of the model")
     add("--data-path", type=path, default=None, metavar="DIR",
@@ -224,6 +228,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: a setting cannot work, or the record cannot be read or written.
     """
+    start = time.monotonic()
     check_settings(args)
     validation = None
     if args.data_path is not None:
@@ -243,7 +248,8 @@ def main(args: argparse.Namespace) -> None:
         print_progress(f"compiling {len(tasks)} networks")
         compile_ahead(tasks, min(MOST_COMPILERS, len(tasks)))
     record = Record.read(device_name(device), args.quick, out)
-    method = Method(2 if args.quick else args.rounds, 0.0 if args.quick else LEAST, args.quick, args.profile)
+    deadline = start + (math.inf if args.limit is None else args.limit)
+    method = Method(2 if args.quick else args.rounds, 0.0 if args.quick else LEAST, args.quick, args.profile, deadline)
     run = dict(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         revision=args.revision or git_revision(),
@@ -258,8 +264,9 @@ def main(args: argparse.Namespace) -> None:
         print(as_text(table), end="\n\n", flush=True)
         if (table.other_cores or 0.0) > MOST_OTHER_WORK:
             print_progress(f"other processes kept {table.other_cores:.1f} cores busy: measure again on an idle machine")
-        record.add(table)
-        record.write(out)
+        if any(row.seconds for row in table.rows):
+            record.add(table)
+            record.write(out)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import gc
 import math
 import statistics
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +37,11 @@ class Times(Generic[Key]):
 
 
 def interleave(
-    calls: Mapping[Key, Callable[[], object]], device: torch.device, rounds: int, least: float = LEAST
+    calls: Mapping[Key, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    least: float = LEAST,
+    deadline: float = math.inf,
 ) -> Times[Key]:
     """Time calls in rounds. Each round times each call once; the order rotates.
 
@@ -45,6 +50,7 @@ def interleave(
         device: the device they work on.
         rounds: number of rounds.
         least: seconds that one timing takes at least, by repeating the call.
+        deadline: when to begin no further round, by `time.monotonic`; one is always taken.
     """
     times: Times[Key] = Times()
     repetitions: dict[Key, int] = {}
@@ -54,6 +60,8 @@ def interleave(
     order = list(repetitions)
     times.seconds = {key: [] for key in order}
     for number in range(rounds):
+        if number and time.monotonic() > deadline:
+            break
         gc.collect()
         for key in [*order[number % len(order) :], *order[: number % len(order)]] if order else []:
             if key not in times.errors:

@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -43,12 +44,14 @@ class Method:
         least: seconds of one timing at least.
         is_quick: use small matrices and copies: to try the benchmark itself.
         profiles: also profile each subject.
+        deadline: when to build no further subject and to begin no further round, by `time.monotonic`.
     """
 
     rounds: int
     least: float = LEAST
     is_quick: bool = False
     profiles: bool = False
+    deadline: float = math.inf
 
 
 SPREADS = ("speed", "speed_float32", "share")  # the fields of a row that are spreads
@@ -182,7 +185,8 @@ def measure_table(
     ready: dict[Subject, Ready] = {}
     with tempfile.TemporaryDirectory() as folder:
         for row in table.rows:
-            row.failure = benchmark_networks.not_offered(row.subject, setting)
+            is_late = time.monotonic() > method.deadline
+            row.failure = benchmark_networks.not_offered(row.subject, setting) or ("no time left" if is_late else "")
             if row.failure:
                 continue
             report(f"building {row.subject}")
@@ -274,7 +278,7 @@ def _time(table: Table, ready: dict[Subject, Ready], setting: Setting, method: M
     size = 2**16 if method.is_quick else None
     calls[COPY], amounts[COPY] = benchmark_machine.large_copy(dtype or torch.float32, setting.device, size)
     other = benchmark_machine.OtherWork()
-    times = interleave(calls, setting.device, method.rounds, method.least)
+    times = interleave(calls, setting.device, method.rounds, method.least, method.deadline)
     table.other_cores = other.cores()
     table.rates = {name: [amount / seconds for seconds in times.seconds[name]]
                    for name, amount in amounts.items() if name in times.seconds}  # fmt: skip
