@@ -131,7 +131,7 @@ def as_page(table: Table) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 NOTE = """\
-All rows of a table are measured in the same rounds: each round times each row once, in rotated order. Speeds and shares
+All rows of a table are measured in the same rounds: each round times each row once, in another order. Speeds and shares
 are computed round by round; the median stands first, the smallest and the largest in brackets. *Share of the limit* is
 the time that multiply-adds at the rate of large matrix products, or compulsory bytes at the bandwidth of a large copy,
 would take (the larger of both), divided by the measured time; a training step counts three forward passes. *GiB* is the

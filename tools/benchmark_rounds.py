@@ -2,6 +2,7 @@
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -43,7 +44,9 @@ def interleave(
     least: float = LEAST,
     deadline: float = math.inf,
 ) -> Times[Key]:
-    """Time calls in rounds. Each round times each call once; the order rotates.
+    """Time calls in rounds. Each round times each call once, in another order.
+
+    What a call leaves in the caches changes the next one's time, so each has to follow the others in turn.
 
     Args:
         calls: the calls. One that fails is left out of the rounds that follow.
@@ -63,7 +66,7 @@ def interleave(
         if number and time.monotonic() > deadline:
             break
         gc.collect()
-        for key in [*order[number % len(order) :], *order[: number % len(order)]] if order else []:
+        for key in random.Random(number).sample(order, len(order)):
             if key not in times.errors:
                 with _caught(times.errors, key):
                     times.seconds[key].append(_repeated(calls[key], repetitions[key], device))
