@@ -4,6 +4,7 @@ import argparse
 import fcntl
 import json
 import os
+import platform
 import pty
 import re
 import struct
@@ -264,6 +265,45 @@ def test_precision_and_memory_format_reach_the_network(amp, channels_last):
     assert outputs.dtype == {"off": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[amp]
     assert images.is_contiguous(memory_format=torch.channels_last) == channels_last
     assert training.scaler.is_enabled() == (amp == "float16")
+
+
+def test_convolutions_and_optimiser_are_of_the_fast_kind():
+    """Maps are channels last, so the weights of convolutions are, too. AdamW takes one pass over the weights."""
+    _, _, training = prepared()
+    for embed in training.model.patch_embeds:
+        assert embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
+    assert training.optimizer.defaults["fused"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--deterministic"]])
+def test_deterministic_runs_compile_deterministically(flags, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: seen.append(kwargs["options"]))
+    prepared("--compile", *flags)
+    assert seen == [{"deterministic": True} if flags else None]
+    assert "deterministic" in torch._inductor.list_options()
+
+
+FAULTS = """
+import resource, sys, torch
+from training.devices import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for _ in range(2):  # the second time, the memory of the first may be used again
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc returns large blocks to the system")
+def test_freed_memory_is_kept():
+    """The system does not clear pages again for a tensor as large as one that was freed."""
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, name], cwd=ROOT, check=True, capture_output=True).stdout)
+        for name in ("kept", "returned")
+    )
+    assert kept < returned / 4
 
 
 def test_grad_checkpointing_computes_blocks_twice():
