@@ -242,7 +242,7 @@ def test_forms_that_a_format_or_a_measure_lacks():
 
 @pytest.mark.parametrize("form", benchmark_runtimes.RUNTIMES)
 def test_exported_networks(form):
-    for package in benchmark_runtimes.PACKAGES[form]:
+    for package in {**benchmark_runtimes.PACKAGES[form], **benchmark_runtimes.QUANTIZATION.get(form, {})}:
         pytest.importorskip(package)
     for number_format in benchmark_runtimes.NUMBER_FORMATS[form]:
         (row,) = measured([form], Setting("inference", CPU, 2, (64, 64)), number_format)
@@ -250,11 +250,13 @@ def test_exported_networks(form):
         assert row.seconds
 
 
-def test_missing_packages_are_named(monkeypatch):
-    monkeypatch.setattr(benchmark_runtimes.importlib.util, "find_spec", lambda name: None if "vino" in name else name)
-    benchmark_runtimes.check_packages(["eager", "onnxruntime"], "--forms")
-    with pytest.raises(UserError, match=r"--forms openvino: needs the package openvino: pip install openvino==[\d.]+$"):
-        benchmark_runtimes.check_packages(["eager", "openvino"], "--forms")
+@pytest.mark.parametrize(("missing", "number_format"), [("openvino", "float32"), ("nncf", "int8")])
+def test_missing_packages_are_named(monkeypatch, missing, number_format):
+    monkeypatch.setattr(benchmark_runtimes.importlib.util, "find_spec", lambda name: None if name == missing else name)
+    benchmark_runtimes.check_packages(["eager", "onnxruntime"], ["float32", "int8"], "--forms")
+    expected = rf"--forms openvino: needs the package {missing}: pip install {missing}==[\d.]+$"
+    with pytest.raises(UserError, match=expected):
+        benchmark_runtimes.check_packages(["eager", "openvino"], [number_format], "--forms")
 
 
 @pytest.mark.slow

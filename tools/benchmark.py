@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 if not __package__:
     import _repository  # noqa: F401
 import sepvit
 from tools import benchmark_networks, benchmark_runtimes
-from tools.benchmark_accuracy import Validation
+from tools.benchmark_accuracy import Validation, calibration_images
 from tools.benchmark_machine import describe, device_name
 from tools.benchmark_networks import CLASSES, COMPILED, DTYPES, FORMS, MEASURES, OF_SEPVIT, PEERS, Setting, Subject
 from tools.benchmark_record import Record, as_text
@@ -94,7 +95,7 @@ def check_settings(args: argparse.Namespace) -> None:
     if args.dense and args.peers not in (None, ["none"]):
         raise UserError(f"--dense --peers {' '.join(args.peers)}: the dense form is measured without peers")
     benchmark_networks.check_models([name for name in args.peers or [] if name not in ("class", "none")], "--peers")
-    benchmark_runtimes.check_packages(args.forms, "--forms")
+    benchmark_runtimes.check_packages(args.forms, args.formats, "--forms")
     if ("before" in args.forms) != (args.before is not None):
         raise UserError("--forms before and --before FILE: name both, or neither")
     if args.before is not None:
@@ -147,7 +148,7 @@ def subjects_of(args: argparse.Namespace, number_format: str) -> list[Subject]:
     return rows
 
 
-def setting_of(args: argparse.Namespace, measure: str, classes: int) -> Setting:
+def setting_of(args: argparse.Namespace, measure: str, classes: int, calibration: Sequence[Tensor]) -> Setting:
     """What the rows of a table have in common."""
     device = torch.device(args.device)
     defaults = {False: (8, 128), True: (2, 8)}[args.dense]
@@ -165,6 +166,7 @@ def setting_of(args: argparse.Namespace, measure: str, classes: int) -> Setting:
         args.checkpoint or "",
         args.before or "",
         classes,
+        calibration,
     )
 
 
@@ -230,9 +232,11 @@ def main(args: argparse.Namespace) -> None:
     """
     start = time.monotonic()
     check_settings(args)
-    validation = None
+    validation, calibration = None, ()
     if args.data_path is not None:
         validation = Validation.build(args.model, args.data_path, args.input_size[0])
+        if "int8" in args.formats:
+            calibration = tuple(calibration_images(args.model, args.data_path, args.input_size[0]))
     out = Path(args.out)
     make_folder(out, f"--out {out}")
     device = torch.device(args.device)
@@ -240,7 +244,7 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True  # as main.py
     gc.freeze()  # collecting garbage between timings need not look at the libraries
     classes = CLASSES if validation is None else validation.classes
-    tables = [(setting_of(args, measure, classes), number_format, subjects_of(args, number_format))
+    tables = [(setting_of(args, measure, classes, calibration), number_format, subjects_of(args, number_format))
               for number_format in dict.fromkeys(args.formats) for measure in dict.fromkeys(args.measures)]  # fmt: skip
     tasks = [(subject, setting) for setting, _, subjects in tables for subject in subjects
              if subject.form in COMPILED and not benchmark_networks.not_offered(subject, setting)]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Top-1 of whatever the benchmarks measure, on validation images."""
+"""Top-1 of whatever the benchmarks measure, on validation images; training images to quantise it with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +11,21 @@ from torch.utils.data import DataLoader
 if not __package__:
     import _repository  # noqa: F401
 import main
-from datasets import LoaderSettings, build_val_loader
+from datasets import LoaderSettings, build_train_loader, build_val_loader
 from tools.benchmark_networks import main_settings
+from tools.benchmark_runtimes import CALIBRATION_IMAGES
+
+
+def calibration_images(model: str, data_path: str, size: int) -> Tensor:
+    """Training images, augmented and normalised as main.py does, to quantise a network with.
+
+    Raises:
+        UserError: there are too few.
+    """
+    flags = ("--data-path", data_path, "--input-size", str(size), "--num-workers", "0")
+    args = main_settings(model, torch.device("cpu"), CALIBRATION_IMAGES, *flags)
+    loader = build_train_loader(main.build_data(args, is_train=True), main.settings_from(args, LoaderSettings))
+    return next(iter(loader))[0]
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,7 @@ class Setting:
         checkpoint: weights of the variants of SepViT; "" for random ones.
         before: another revision's sepvit.py, for the form `before`; "" without it.
         classes: classes of the classifier.
+        calibration: normalised images to quantise networks with; random ones if there are none.
     """
 
     measure: str
@@ -140,6 +141,7 @@ class Setting:
     checkpoint: str = ""
     before: str = ""
     classes: int = CLASSES
+    calibration: Sequence[Tensor] = field(default=(), compare=False)
 
     @property
     def is_training(self) -> bool:
@@ -155,6 +157,13 @@ class Setting:
         """Random images on the CPU."""
         generator = torch.Generator().manual_seed(0)
         return torch.randn(self.batch_size, 3, *self.size, generator=generator)
+
+    def calibration_batches(self) -> list[Tensor]:
+        """Images to quantise a network with, in batches of its size, on the CPU."""
+        generator = torch.Generator().manual_seed(1)
+        shape = (benchmark_runtimes.CALIBRATION_IMAGES, 3, *self.size)
+        images = torch.stack(list(self.calibration)) if self.calibration else torch.randn(*shape, generator=generator)
+        return [batch for batch in images.split(self.batch_size) if len(batch) == self.batch_size]
 
 
 def not_offered(subject: Subject, setting: Setting) -> str:
@@ -316,7 +325,8 @@ def _exported(subject: Subject, setting: Setting, folder: Path) -> Ready:
     path = folder / f"{subject.model}-{'x'.join(map(str, images.shape))}.onnx"
     if not path.exists():
         benchmark_runtimes.export(create_network(subject.model, setting).eval(), images, path)
-    session = benchmark_runtimes.open_session(subject.form, path, subject.number_format, setting.threads)
+    calibration = setting.calibration_batches() if subject.number_format == "int8" else []
+    session = benchmark_runtimes.open_session(subject.form, path, subject.number_format, setting.threads, calibration)
     return Ready(
         lambda: session(images),
         lambda images: flattened(session(images)),
