@@ -209,6 +209,27 @@ def test_more_windows_than_a_kernel_takes_are_attended_in_parts():
         torch.testing.assert_close(parts, whole, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+def test_attention_and_its_gradients_in_16_bits(dtype, tolerance):
+    inputs = torch.randn(3, 10, 2, 50, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    results = []
+    for values in (inputs.float(), inputs):
+        q, k, v = (part.clone().requires_grad_() for part in values)
+        outputs = sepvit.window_attention(q, k, v, 0.0)
+        assert outputs.dtype == values.dtype
+        outputs.float().square().sum().backward()
+        results.append([outputs, q.grad, k.grad, v.grad])
+    for expected, actual in zip(*results):
+        assert largest_difference(actual, expected) < tolerance * expected.abs().max().item()
+
+
+def test_attention_in_16_bits_drops_weights():
+    q, k, v = torch.ones(3, 1, 1, 500, 8, dtype=torch.bfloat16, requires_grad=True).unbind(0)
+    outputs = sepvit.window_attention(q, k, v, 0.25)
+    assert outputs.std() > 0.01
+    assert abs(outputs.mean().item() - 1) < 0.05
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_autocast(lite, lite_images, dtype, tolerance):
     expected = lite(lite_images)
