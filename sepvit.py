@@ -293,12 +293,13 @@ class SepViTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block; keeps B × H × W × C."""
         _, H, W, _ = x.shape
-        z = self.norm1(self.embed_window_tokens(window_partition(x, self.window_size)))
-        x = x + self.drop_path(self.attn(z, H, W))
+        # The windows have no name here, so that their memory is free before the MLP, which needs the most.
+        x = x + self.drop_path(self.attn(self.norm1(self.embed_window_tokens(x)), H, W))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def embed_window_tokens(self, windows: Tensor) -> Tensor:
-        """Prepend a window token to each window's pixels: B × n × L × C to B × n × (1+L) × C."""
+    def embed_window_tokens(self, x: Tensor) -> Tensor:
+        """Split a map into windows, each preceded by its window token: B × H × W × C to B × n × (1+L) × C."""
+        windows = window_partition(x, self.window_size)  # B × n × L × C
         if self.zero_tokens:
             return F.pad(windows, (0, 0, 1, 0))
         if self.win_tokens is None:

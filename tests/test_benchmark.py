@@ -18,7 +18,7 @@ from port import Port
 
 import sepvit
 from tools import benchmark, benchmark_curves, benchmark_networks, benchmark_runtimes, benchmark_table
-from tools.benchmark_machine import OtherWork, peak_memory
+from tools.benchmark_machine import OtherWork, peak_memory, peak_resident
 from tools.benchmark_networks import Setting, Subject
 from tools.benchmark_record import Record
 from tools.benchmark_rounds import WARM_UP, interleave, ratio
@@ -100,12 +100,24 @@ def test_networks_and_their_peers_are_of_one_class():
         assert {variant, *peers} <= benchmark_networks.TOP1.keys()
 
 
-@pytest.mark.skipif(peak_memory(lambda: None, CPU) is None, reason="the system does not tell a process's peak")
-def test_peak_memory():
-    def allocate():
-        torch.ones(20_000_000).mul(2)
+def allocate():
+    torch.ones(20_000_000).mul(2)
+    torch.ones(20_000_000)
 
-    assert peak_memory(allocate, CPU) == pytest.approx(2 * 80e6, rel=0.1)
+
+def test_peak_memory():
+    assert peak_memory(allocate, CPU) == pytest.approx(2 * 80e6, rel=1e-3)
+
+
+@pytest.mark.skipif(peak_resident(lambda: None) is None, reason="the system does not tell a process's peak")
+def test_peak_memory_of_the_process():
+    assert peak_resident(allocate) == pytest.approx(2 * 80e6, rel=0.1)
+
+
+@pytest.mark.parametrize("measure", ["inference", "training"])
+def test_the_dense_form_needs_no_more_memory_than_the_port(measure):
+    eager, port = measured(["eager", "port"], Setting(measure, CPU, 1, (160, 256), is_dense=True))
+    assert eager.bytes_peak < port.bytes_peak
 
 
 @pytest.mark.skipif(OtherWork().cores() is None, reason="the system does not tell what its cores do")

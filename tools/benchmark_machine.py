@@ -1,6 +1,7 @@
 """What the benchmarks know of a machine: description, rates, peak memory, other work on it, a profile of operations."""
 
 import ctypes
+import itertools
 import os
 import platform
 import re
@@ -123,10 +124,7 @@ def matrix_product_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> int | None:
-    """Most bytes that a call has allocated at once, beyond what was allocated before it.
-
-    On a GPU, those of PyTorch's allocator; on a CPU under Linux, those of the process. None elsewhere.
-    """
+    """Most bytes of tensors that a call has allocated at once, beyond what was allocated before it. None on MPS."""
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.empty_cache()
@@ -135,7 +133,18 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int | N
         function()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu" or not _reset_peak():
+    if device.type != "cpu":
+        return None
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
+def peak_resident(function: Callable[[], object]) -> int | None:
+    """Most bytes of memory that the process has gained at once during a call. None if the system does not tell."""
+    if not _reset_peak():
         return None
     before = _resident("VmHWM")
     function()

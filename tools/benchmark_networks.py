@@ -260,13 +260,14 @@ class Ready:
         call: what is timed: a forward pass, or a training step.
         outputs: network outputs for images on the CPU, in evaluation mode.
         held: bytes of weights and of the optimiser's state; None if unknown.
-        keeps_memory: whether memory that the first call has allocated is kept for the next ones.
+        is_runtime: whether a runtime calls it, whose memory PyTorch does not know, and which keeps what the first call
+            has allocated.
     """
 
     call: Callable[[], object]
     outputs: Callable[[Tensor], Tensor]
     held: Callable[[], int | None]
-    keeps_memory: bool = False
+    is_runtime: bool = False
 
 
 def code_of(subject: Subject, setting: Setting) -> ModuleType:
@@ -331,7 +332,7 @@ def _exported(subject: Subject, setting: Setting, folder: Path) -> Ready:
         lambda: session(images),
         lambda images: flattened(session(images)),
         lambda: benchmark_runtimes.size_of(path),
-        keeps_memory=True,
+        is_runtime=True,
     )
 
 

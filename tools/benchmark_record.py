@@ -135,7 +135,8 @@ All rows of a table are measured in the same rounds: each round times each row o
 are computed round by round; the median stands first, the smallest and the largest in brackets. *Share of the limit* is
 the time that multiply-adds at the rate of large matrix products, or compulsory bytes at the bandwidth of a large copy,
 would take (the larger of both), divided by the measured time; a training step counts three forward passes. *GiB* is the
-most memory in use at once: weights, the optimiser's state, and what a call allocates. Networks have random weights;
+most memory in use at once: weights, the optimiser's state, and the tensors that a call allocates; with a runtime,
+what the process gains. Networks have random weights;
 images are random, and on the device before a call. Before anything is timed, outputs are compared with those in float32
 and eager mode. `bfloat16` and `float16` are mixed precision; `bfloat16-whole` converts the network. Published top-1 is
 the authors', on ImageNet-1K."""

@@ -252,7 +252,7 @@ def _checked(row: Row, expected: Tensor, setting: Setting, folder: Path) -> Read
     """
     ready = benchmark_networks.build(row.subject, setting, folder)
     first: list[Tensor] = []
-    first_peak = benchmark_machine.peak_memory(lambda: first.append(ready.outputs(setting.images())), setting.device)
+    resident = benchmark_machine.peak_resident(lambda: first.append(ready.outputs(setting.images())))
     row.output_values = expected.numel()
     row.output_error = ((first[0] - expected).norm() / expected.norm()).item()
     if not row.output_error <= TOLERANCES[row.number_format]:
@@ -261,7 +261,7 @@ def _checked(row: Row, expected: Tensor, setting: Setting, folder: Path) -> Read
     if setting.is_training and not torch.isfinite(result).all():  # type: ignore[arg-type]
         raise ValueError(f"the loss of a training step is {result}")
     row.bytes_held = ready.held()
-    row.bytes_peak = first_peak if ready.keeps_memory else benchmark_machine.peak_memory(ready.call, setting.device)
+    row.bytes_peak = resident if ready.is_runtime else benchmark_machine.peak_memory(ready.call, setting.device)
     return ready
 
 
