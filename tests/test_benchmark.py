@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, SMALL, command, succeed, tiny_network
 from port import Port
 
@@ -20,6 +21,7 @@ import sepvit
 from tools import benchmark, benchmark_curves, benchmark_networks, benchmark_runtimes, benchmark_table
 from tools.benchmark_machine import OtherWork, peak_memory, peak_resident
 from tools.benchmark_networks import Setting, Subject
+from tools.benchmark_profile import FUSED_ATTENTION, profile_call
 from tools.benchmark_record import Record
 from tools.benchmark_rounds import WARM_UP, interleave, ratio
 from tools.benchmark_table import Method, Table, measure_table
@@ -112,6 +114,24 @@ def test_peak_memory():
 @pytest.mark.skipif(peak_resident(lambda: None) is None, reason="the system does not tell a process's peak")
 def test_peak_memory_of_the_process():
     assert peak_resident(allocate) == pytest.approx(2 * 80e6, rel=0.1)
+
+
+def test_a_profile_counts_products_and_bytes():
+    x, weight, bias = torch.randn(50, 30), torch.randn(20, 30), torch.randn(20)
+    q, k, v = torch.randn(3, 2, 4, 10, 8)
+
+    @torch.inference_mode()
+    def call():
+        F.gelu(F.dropout(F.linear(x, weight, bias), training=False)).view(20, 50)
+        F.scaled_dot_product_attention(q, k, v)
+
+    profile = profile_call(call, CPU)
+    linear, attention = profile["aten::addmm"], profile[FUSED_ATTENTION]
+    assert (linear.multiply_adds, linear.moved) == (50 * 20 * 30, 4 * (50 * 30 + 20 * 30 + 20 + 50 * 20))
+    assert attention.multiply_adds == 2 * (2 * 4 * 10 * 10 * 8)
+    assert profile["aten::gelu"].moved == 2 * 4 * 50 * 20
+    assert {"aten::copy_", "aten::clone"}.isdisjoint(profile)  # the bias is copied within addmm; dropout does nothing
+    assert sum(operation.share for operation in profile.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("measure", ["inference", "training"])
@@ -325,9 +345,10 @@ def test_a_run_replaces_its_tables_and_keeps_others(tmp_path):
     arguments = [*TINY, "32", "--peers", "none", "--measures", "latency", "--forms", "eager", "--out", tmp_path]
     for flags in ([], ["--profile"], ["--dense"], ["--baseline", "port", "--forms", "port"]):
         printed = succeed(*arguments, *flags, script="tools/benchmark.py")
-        assert (" %  aten::" in printed) == ("--profile" in flags)
+        assert ("  aten::addmm\n" in printed) == ("--profile" in flags)
     tables = record_in(tmp_path)["tables"]
-    assert 0.5 < sum(tables[0]["rows"][0]["profile"].values()) <= 1.001
+    profile = tables[0]["rows"][0]["profile"].values()
+    assert 0.5 < sum(operation["share"] for operation in profile) <= 1.001
     assert [(table["settings"]["is_dense"], table["settings"]["baseline"]) for table in tables] == [
         (False, "eager"), (True, "eager"), (False, "port")]  # fmt: skip
     (other,) = (Record.read(json.loads(path.read_text())["device"], True, tmp_path) for path in tmp_path.glob("*.json"))

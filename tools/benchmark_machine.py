@@ -1,4 +1,4 @@
-"""What the benchmarks know of a machine: description, rates, peak memory, other work on it, a profile of operations."""
+"""What the benchmarks know of a machine: description, rates, peak memory, other work on it."""
 
 import ctypes
 import itertools
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 
 if not __package__:
     import _repository  # noqa: F401
@@ -135,6 +134,7 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int | N
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         return None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch for CUDA reports an error where there is no GPU
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         function()
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
@@ -196,33 +196,3 @@ class OtherWork:
             busy = (user + nice + system + interrupts + soft_interrupts + stolen) / os.sysconf("SC_CLK_TCK")
             return time.monotonic(), busy, sum(os.times()[:4])  # its own and those of its ended children
         return None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Profile
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def operation_times(function: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Seconds that a call spends in each operation on a CPU, or in each kernel on a GPU."""
-    on_gpu = device.type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if on_gpu:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        function()
-        synchronize(device)
-    times: dict[str, float] = {}
-    for event in profiler.key_averages():
-        # On a GPU, operations have times too: those of their kernels, which would count twice.
-        if on_gpu == (event.device_type == DeviceType.CUDA) and not event.is_user_annotation:
-            microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            times[event.key] = times.get(event.key, 0.0) + microseconds / 1e6
-    return times
-
-
-def largest_shares(times: dict[str, float], count: int = 10) -> dict[str, float]:
-    """The operations that take most of the time, each with its share of it."""
-    total = sum(times.values())
-    most = sorted(times.items(), key=lambda entry: -entry[1])[:count]
-    return {name[:160]: duration / total for name, duration in most if duration}

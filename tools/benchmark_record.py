@@ -104,7 +104,9 @@ def as_text(table: Table) -> str:
         text.append("  ".join([*cells, *line[len(widths) :]]).rstrip())
     for row in table.rows:
         if row.profile:
-            text += [f"{row.subject}:", *(f"  {100 * share:5.1f} %  {name}" for name, share in row.profile.items())]
+            text.append(f"{row.subject}:")
+            text += [f"  {share:>7}  {rate:>22}  {bandwidth:>16}  {name}"
+                     for share, rate, bandwidth, name in profile_cells(row, table)]  # fmt: skip
     return "\n".join(text)
 
 
@@ -121,9 +123,26 @@ def as_page(table: Table) -> list[str]:
     page.append("")
     for row in table.rows:
         if row.profile:
-            page += [f"{row.subject}:", "", "| share of the time | |", "|---|---|"]
-            page += [f"| {100 * share:.1f} % | {escaped(name)} |" for name, share in row.profile.items()] + [""]
+            page += [f"{row.subject}:", "", "| share of the time | multiply-adds | bytes | |", "|---|---|---|---|"]
+            page += [f"| {' | '.join(map(escaped, cells))} |" for cells in profile_cells(row, table)] + [""]
     return page
+
+
+def profile_cells(row: Row, table: Table) -> list[list[str]]:
+    """Operations of a profiled row: share of the time, speed of multiply-adds, speed of moving bytes, and name.
+
+    Speeds stand beside their share of the machine's rates.
+    """
+    lines = []
+    for name, operation in row.profile.items():
+        cells = [f"{100 * operation.share:.1f} %"]
+        for amount, unit, rate in ((operation.multiply_adds, "G/s", MATRIX_PRODUCT), (operation.moved, "GB/s", COPY)):
+            speed = amount / operation.seconds
+            rates = table.rates.get(rate)
+            share = f" ({100 * speed / Spread.of(rates).median:.0f} %)" if rates else ""
+            cells.append(f"{speed / 1e9:.1f} {unit}{share}" if amount else "–")
+        lines.append([*cells, name])
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ if not __package__:
 from tools import benchmark_machine, benchmark_networks
 from tools.benchmark_accuracy import Validation
 from tools.benchmark_networks import DTYPES, TOP1, Ready, Setting, Subject
+from tools.benchmark_profile import Operation, profile_call
 from tools.benchmark_rounds import LEAST, Spread, interleave, ratio, reason
 from training.devices import synchronize
 from training.errors import UserError
@@ -27,6 +28,7 @@ from training.measure import count_activations, count_multiply_adds
 
 # Largest ‖outputs − expected‖ / ‖expected‖, expected: float32 in eager mode. float32 admits the matrix units' TF32.
 TOLERANCES = {"float32": 5e-3, "bfloat16": 0.05, "bfloat16-whole": 0.1, "float16": 0.02, "int8": 0.5}
+LISTED = 10  # operations of a profile
 # A training step multiplies in the forward pass, and twice in the backward pass: gradients of inputs and weights.
 PASSES = {True: 3, False: 1}
 # 4-byte values per parameter that a training step has to move: the gradient is written and read; weight and both
@@ -80,7 +82,7 @@ class Row:
         share: of the limit that the machine's rates set (median, smallest, largest of the rounds).
         bytes_held: of weights and of the optimiser's state.
         bytes_peak: most bytes allocated at once during a call, beyond those.
-        profile: operations that take most of the time, with their shares of it.
+        profile: operations that take most of the time.
     """
 
     model: str
@@ -101,13 +103,14 @@ class Row:
     share: Spread | None = None
     bytes_held: int | None = None
     bytes_peak: int | None = None
-    profile: dict[str, float] = field(default_factory=dict)
+    profile: dict[str, Operation] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Row":
         """Read a row that was stored with `dataclasses.asdict`."""
         spreads = {name: Spread(**stored[name]) for name in SPREADS if stored[name]}
-        return cls(**{**stored, **spreads})
+        profile = {name: Operation(**operation) for name, operation in stored["profile"].items()}
+        return cls(**{**stored, **spreads, "profile": profile})
 
     @property
     def subject(self) -> Subject:
@@ -198,8 +201,8 @@ def measure_table(
                 if validation is not None and table.measure == "inference" and row.model == table.settings["model"]:
                     row.top1 = validation.top1(ready[row.subject].outputs, setting.batch_size)
                 if method.profiles:
-                    times = benchmark_machine.operation_times(ready[row.subject].call, setting.device)
-                    row.profile = benchmark_machine.largest_shares(times)
+                    operations = profile_call(ready[row.subject].call, setting.device)
+                    row.profile = {name[:160]: operations[name] for name in list(operations)[:LISTED]}
             except UserError:
                 raise
             except Exception as error:

@@ -25,6 +25,7 @@ import main
 import sepvit
 from tools import benchmark, benchmark_checkpoint, benchmark_machine
 from tools.benchmark_networks import Steps, bytes_of
+from tools.benchmark_profile import profile_call
 from tools.gpu_record import Figures
 from training.measure import count_multiply_adds, median_time, timed
 from training.state import Precision
@@ -260,7 +261,8 @@ def check_profile(setup: Setup, figures: Figures, variant: str, flags: Sequence[
     for _ in range(count):
         steps.train()
     seconds = median_time(lambda: [steps.train() for _ in range(count)], setup.device, 0.0)
-    times = benchmark_machine.operation_times(lambda: [steps.train() for _ in range(count)], setup.device)
+    operations = profile_call(lambda: [steps.train() for _ in range(count)], setup.device)
+    times = {name: operation.seconds for name, operation in operations.items()}
     total = sum(times.values())
     kinds = dict.fromkeys([*KERNELS, "other"], 0.0)  # seconds
     for name, duration in times.items():

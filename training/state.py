@@ -161,6 +161,7 @@ class Training(RunState):
         elif reads_found_inf(self.optimizer):
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self.optimizer.step()
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
         elif not bad:
             self.optimizer.step()
         settle_buffers(buffers, bad)
