@@ -5,11 +5,13 @@ import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 if not __package__:
     import _repository  # noqa: F401
+from tools.benchmark_networks import OF_SEPVIT
 from tools.benchmark_rounds import Spread
 from tools.benchmark_table import COPY, MATRIX_PRODUCT, Row, Table
 from tools.gpu_record import escaped, file_name, write_files
@@ -245,13 +247,22 @@ def described_machine(table: Table) -> str:
 # Picture
 # ----------------------------------------------------------------------------------------------------------------------
 
-FAMILIES = {"SepViT": "C3", "swin": "C0", "twins": "C1", "pvt": "C2", "nextvit": "C4", "convnext": "C5"}
+# Colour of a family, and where its names stand: offset in points from a point, and which end is there. Neighbours
+# differ.
+FAMILIES = {
+    "SepViT": ("C3", (4, 4), "left"),
+    "swin": ("C0", (4, 4), "left"),
+    "twins": ("C1", (4, -9), "left"),
+    "pvt": ("C2", (-5, -9), "right"),
+    "nextvit": ("C4", (4, 4), "left"),
+    "convnext": ("C5", (-5, 4), "right"),
+}
 PANELS = {"inference": "images/s", "latency": "ms", "training": "images/s in training"}
 
 
 def shown(table: Table) -> list[Row]:
     """Rows of a table that a picture shows."""
-    return [row for row in table.rows if row.median and row.top1_published and row.form != "port"
+    return [row for row in table.rows if row.median and row.top1_published and row.form not in OF_SEPVIT
             and row.number_format == table.number_format and not table.settings["is_dense"]]  # fmt: skip
 
 
@@ -273,6 +284,7 @@ def picture(record: Record, number_format: str) -> bytes:
     from matplotlib.figure import Figure
 
     tables = [table for table in record.tables if table.number_format == number_format and shown(table)]
+    tables.sort(key=lambda table: -len({row.model for row in table.rows}))  # a point comes from where its peers are
     panels = [measure for measure in PANELS if any(table.measure == measure for table in tables)]
     figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
     for axes, measure in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
@@ -283,7 +295,7 @@ def picture(record: Record, number_format: str) -> bytes:
                 assert row.median is not None
                 assert row.top1_published is not None
                 x = 1e3 * row.median if measure == "latency" else batch / row.median
-                points[row.model, row.form] = (x, row.top1_published)
+                points.setdefault((row.model, row.form), (x, row.top1_published))
         draw(axes, points, smaller_is_better=measure == "latency")
         axes.set(xlabel=f"{PANELS[measure]}, {number_format}", ylabel="published top-1, %")
     figure.suptitle(record.device)
@@ -294,21 +306,22 @@ def picture(record: Record, number_format: str) -> bytes:
 
 def draw(axes: Any, points: Mapping[tuple[str, str], tuple[float, float]], smaller_is_better: bool) -> None:
     """Draw models as points, and lines between those of a family."""
-    for family, colour in FAMILIES.items():
+    for family, (colour, _, _) in FAMILIES.items():
         eager = sorted(point for (model, form), point in points.items() if model.startswith(family) and form == "eager")
         if eager:
             axes.plot(*zip(*eager), "-o", color=colour, label=family)
     best = min if smaller_is_better else max
     for model in dict.fromkeys(model for model, _ in points):
         others = {form: point for (name, form), point in points.items() if name == model and form != "eager"}
-        colour = next((colour for family, colour in FAMILIES.items() if model.startswith(family)), "grey")
+        styles = (style for family, style in FAMILIES.items() if model.startswith(family))
+        colour, offset, end = next(styles, ("grey", (4, 4), "left"))
+        name = partial(axes.annotate, textcoords="offset points", fontsize=6, ha=end)
         if others:
             form = best(others, key=lambda name: others[name][0])
             axes.plot(*others[form], "o", color=colour, fillstyle="none")
-            axes.annotate(form, others[form], textcoords="offset points", xytext=(4, -9), fontsize=6, color=colour)
+            name(form, others[form], xytext=(4, -9), color=colour)
         if (model, "eager") in points:
-            short = model.partition("_patch")[0]
-            axes.annotate(short, points[model, "eager"], textcoords="offset points", xytext=(4, 4), fontsize=6)
+            name(model.partition("_patch")[0], points[model, "eager"], xytext=offset)
     axes.margins(x=0.2)  # for the names
     axes.set_xscale("log")
     for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
