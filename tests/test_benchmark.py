@@ -19,12 +19,13 @@ from port import Port
 
 import sepvit
 from tools import benchmark, benchmark_curves, benchmark_networks, benchmark_runtimes, benchmark_table
+from tools.benchmark_accuracy import calibration_images
 from tools.benchmark_machine import OtherWork, peak_memory, peak_resident
 from tools.benchmark_networks import Setting, Subject
-from tools.benchmark_profile import FUSED_ATTENTION, profile_call
-from tools.benchmark_record import Record
+from tools.benchmark_profile import FUSED_ATTENTION, Operation, profile_call
+from tools.benchmark_record import Record, profile_cells, shown
 from tools.benchmark_rounds import WARM_UP, interleave, ratio
-from tools.benchmark_table import Method, Table, measure_table
+from tools.benchmark_table import COPY, MATRIX_PRODUCT, Method, Row, Table, measure_table
 from training.errors import UserError
 from training.measure import count_activations, count_multiply_adds
 
@@ -282,6 +283,22 @@ def test_exported_networks(form):
         assert row.seconds
 
 
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_calibration_fills_its_batches(batch_size):
+    images = torch.arange(20.0)[:, None, None, None].expand(20, 3, 4, 4)
+    for calibration, count in ((images, 20), (None, 64)):
+        setting = Setting("inference", CPU, batch_size, (4, 4), calibration=calibration)
+        batches = setting.calibration_batches()
+        assert {len(batch) for batch in batches} == {batch_size}
+        assert len(torch.cat(batches).unique(dim=0)) == count
+
+
+def test_calibration_images_are_training_images(few_digits):
+    images = calibration_images("SepViT_Lite", str(few_digits), 32)
+    assert images.shape == (48, 3, 32, 32)
+    assert -2.2 < images.min() < images.max() < 2.7  # normalised
+
+
 @pytest.mark.parametrize(("missing", "number_format"), [("openvino", "float32"), ("nncf", "int8")])
 def test_missing_packages_are_named(monkeypatch, missing, number_format):
     monkeypatch.setattr(benchmark_runtimes.importlib.util, "find_spec", lambda name: None if name == missing else name)
@@ -377,6 +394,20 @@ def test_accuracy_beside_speed(tmp_path, few_digits):
     assert port["top1"] == pytest.approx(expected)
     assert port["top1_ratio"] == 1.0
     assert peer["top1"] is None
+
+
+def test_a_profile_is_compared_with_rates_in_its_own_format():
+    table = Table("inference", "bfloat16", {}, rates={MATRIX_PRODUCT: [1e9], COPY: [1e9]})
+    for number_format, expected in (("bfloat16", "0.5 G/s (50 %)"), ("float32", "0.5 G/s")):
+        row = Row("SepViT_Lite", "eager", number_format, profile={"product": Operation(2.0, 1.0, 10**9, 0)})
+        assert profile_cells(row, table) == [["100.0 %", expected, "–", "product"]]
+
+
+def test_picture_leaves_out_checkpoints():
+    row = Row("SepViT_Lite", "eager", "float32", seconds=[1.0], top1_published=72.3)
+    for checkpoint, expected in ((None, [row]), ("0123456789ab", [])):
+        settings = {"is_dense": False, "checkpoint": checkpoint}
+        assert shown(Table("inference", "float32", settings, rows=[row])) == expected
 
 
 def test_picture_shows_models_of_known_accuracy(tmp_path):

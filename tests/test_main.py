@@ -304,7 +304,7 @@ def test_freed_memory_is_kept():
         int(subprocess.run([sys.executable, "-c", FAULTS, name], cwd=ROOT, check=True, capture_output=True).stdout)
         for name in ("kept", "returned")
     )
-    assert kept < returned / 2
+    assert kept < returned / 4
 
 
 def test_grad_checkpointing_computes_blocks_twice():

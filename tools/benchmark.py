@@ -148,7 +148,7 @@ def subjects_of(args: argparse.Namespace, number_format: str) -> list[Subject]:
     return rows
 
 
-def setting_of(args: argparse.Namespace, measure: str, classes: int, calibration: Sequence[Tensor]) -> Setting:
+def setting_of(args: argparse.Namespace, measure: str, classes: int, calibration: Tensor | None) -> Setting:
     """What the rows of a table have in common."""
     device = torch.device(args.device)
     defaults = {False: (8, 128), True: (2, 8)}[args.dense]
@@ -232,11 +232,11 @@ def main(args: argparse.Namespace) -> None:
     """
     start = time.monotonic()
     check_settings(args)
-    validation, calibration = None, ()
+    validation = calibration = None
     if args.data_path is not None:
         validation = Validation.build(args.model, args.data_path, args.input_size[0])
         if "int8" in args.formats:
-            calibration = tuple(calibration_images(args.model, args.data_path, args.input_size[0]))
+            calibration = calibration_images(args.model, args.data_path, args.input_size[0])
     out = Path(args.out)
     make_folder(out, f"--out {out}")
     device = torch.device(args.device)

@@ -1,7 +1,7 @@
 """Top-1 of whatever the benchmarks measure, on validation images; training images to quantise it with."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +17,19 @@ from tools.benchmark_runtimes import CALIBRATION_IMAGES
 
 
 def calibration_images(model: str, data_path: str, size: int) -> Tensor:
-    """Training images, augmented and normalised as main.py does, to quantise a network with.
+    """Training images, prepared as for validation, to quantise a network with: N × 3 × H × W.
+
+    Augmentation would widen the range of values: random erasing fills regions with noise.
 
     Raises:
-        UserError: there are too few.
+        UserError: there are none.
     """
     flags = ("--data-path", data_path, "--input-size", str(size), "--num-workers", "0")
     args = main_settings(model, torch.device("cpu"), CALIBRATION_IMAGES, *flags)
-    loader = build_train_loader(main.build_data(args, is_train=True), main.settings_from(args, LoaderSettings))
-    return next(iter(loader))[0]
+    data, val = (main.build_data(args, is_train) for is_train in (True, False))
+    data = replace(data, transform=val.transform)
+    args.batch_size = min(CALIBRATION_IMAGES, len(data))
+    return next(iter(build_train_loader(data, main.settings_from(args, LoaderSettings))))[0]
 
 
 @dataclass(frozen=True)

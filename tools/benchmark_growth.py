@@ -193,10 +193,11 @@ def page_of(curves: Figures) -> list[str]:
 def communication_note(curve: Figures) -> str:
     """What the model of communication assumes."""
     return (
-        f"Gradients of {curve['gradient_bytes'] / 2**20:.1f} MiB, a ring all-reduce at the published rate of the link "
-        f"without latency, beside a backward pass of {1e3 * curve['backward_seconds']:.1f} ms (batch "
-        f"{curve['batch_size']}, {curve['backward_from']}). The loop reduces each bucket of gradients while the "
-        "backward pass goes on. What it cannot hide is the last bucket, and what takes longer than the backward pass."
+        f"The gradients take {curve['gradient_bytes'] / 2**20:.1f} MiB. A ring all-reduce is assumed to run at the "
+        f"link's published rate, without latency. The backward pass takes {1e3 * curve['backward_seconds']:.1f} ms "
+        f"(batch {curve['batch_size']}, {curve['backward_from']}). Gradients are reduced bucket by bucket during the "
+        "backward pass. Two things stay exposed: the last bucket, and any time by which the reduction outlasts the "
+        "backward pass."
     )
 
 

@@ -1,6 +1,7 @@
 """The networks that the benchmarks measure: SepViT in its forms, its peers, and training steps of all of them."""
 
 import importlib.util
+import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -128,7 +129,7 @@ class Setting:
         checkpoint: weights of the variants of SepViT; "" for random ones.
         before: another revision's sepvit.py, for the form `before`; "" without it.
         classes: classes of the classifier.
-        calibration: normalised images to quantise networks with; random ones if there are none.
+        calibration: normalised images to quantise networks with, N × 3 × H × W; None for random ones.
     """
 
     measure: str
@@ -141,7 +142,7 @@ class Setting:
     checkpoint: str = ""
     before: str = ""
     classes: int = CLASSES
-    calibration: Sequence[Tensor] = field(default=(), compare=False)
+    calibration: Tensor | None = field(default=None, compare=False)
 
     @property
     def is_training(self) -> bool:
@@ -159,11 +160,13 @@ class Setting:
         return torch.randn(self.batch_size, 3, *self.size, generator=generator)
 
     def calibration_batches(self) -> list[Tensor]:
-        """Images to quantise a network with, in batches of its size, on the CPU."""
-        generator = torch.Generator().manual_seed(1)
-        shape = (benchmark_runtimes.CALIBRATION_IMAGES, 3, *self.size)
-        images = torch.stack(list(self.calibration)) if self.calibration else torch.randn(*shape, generator=generator)
-        return [batch for batch in images.split(self.batch_size) if len(batch) == self.batch_size]
+        """Images to quantise a network with, in batches of its size, on the CPU. The first ones fill the last batch."""
+        images = self.calibration
+        if images is None:
+            generator = torch.Generator().manual_seed(1)
+            images = torch.randn(benchmark_runtimes.CALIBRATION_IMAGES, 3, *self.size, generator=generator)
+        count = math.ceil(len(images) / self.batch_size) * self.batch_size
+        return list(images[torch.arange(count) % len(images)].split(self.batch_size))
 
 
 def not_offered(subject: Subject, setting: Setting) -> str:

@@ -133,14 +133,15 @@ def as_page(table: Table) -> list[str]:
 def profile_cells(row: Row, table: Table) -> list[list[str]]:
     """Operations of a profiled row: share of the time, speed of multiply-adds, speed of moving bytes, and name.
 
-    Speeds stand beside their share of the machine's rates.
+    Speeds stand beside their share of the machine's rates, which were measured in the table's number format.
     """
+    all_rates = table.rates if row.number_format == table.number_format else {}
     lines = []
     for name, operation in row.profile.items():
         cells = [f"{100 * operation.share:.1f} %"]
         for amount, unit, rate in ((operation.multiply_adds, "G/s", MATRIX_PRODUCT), (operation.moved, "GB/s", COPY)):
             speed = amount / operation.seconds
-            rates = table.rates.get(rate)
+            rates = all_rates.get(rate)
             share = f" ({100 * speed / Spread.of(rates).median:.0f} %)" if rates else ""
             cells.append(f"{speed / 1e9:.1f} {unit}{share}" if amount else "–")
         lines.append([*cells, name])
@@ -156,11 +157,10 @@ All rows of a table are measured in the same rounds: each round times each row o
 are computed round by round; the median stands first, the smallest and the largest in brackets. *Share of the limit* is
 the time that multiply-adds at the rate of large matrix products, or compulsory bytes at the bandwidth of a large copy,
 would take (the larger of both), divided by the measured time; a training step counts three forward passes. *GiB* is the
-most memory in use at once: weights, the optimiser's state, and the tensors that a call allocates; with a runtime,
-what the process gains. Networks have random weights;
-images are random, and on the device before a call. Before anything is timed, outputs are compared with those in float32
-and eager mode. `bfloat16` and `float16` are mixed precision; `bfloat16-whole` converts the network. Published top-1 is
-the authors', on ImageNet-1K."""
+most memory in use at once: weights, the optimiser's state, and the tensors that a call allocates; with a runtime, what
+the process gains. Networks have random weights; images are random, and on the device before a call. Before anything is
+timed, outputs are compared with those in float32 and eager mode. `bfloat16` and `float16` are mixed precision;
+`bfloat16-whole` converts the network. Published top-1 is the authors', on ImageNet-1K."""
 
 
 @dataclass
@@ -261,7 +261,9 @@ PANELS = {"inference": "images/s", "latency": "ms", "training": "images/s in tra
 
 
 def shown(table: Table) -> list[Row]:
-    """Rows of a table that a picture shows."""
+    """Rows of a table that a picture shows: none with a checkpoint, whose accuracy is not the published one."""
+    if table.settings["checkpoint"]:
+        return []
     return [row for row in table.rows if row.median and row.top1_published and row.form not in OF_SEPVIT
             and row.number_format == table.number_format and not table.settings["is_dense"]]  # fmt: skip
 
@@ -315,13 +317,13 @@ def draw(axes: Any, points: Mapping[tuple[str, str], tuple[float, float]], small
         others = {form: point for (name, form), point in points.items() if name == model and form != "eager"}
         styles = (style for family, style in FAMILIES.items() if model.startswith(family))
         colour, offset, end = next(styles, ("grey", (4, 4), "left"))
-        name = partial(axes.annotate, textcoords="offset points", fontsize=6, ha=end)
+        annotate = partial(axes.annotate, textcoords="offset points", fontsize=6, ha=end)
         if others:
             form = best(others, key=lambda name: others[name][0])
             axes.plot(*others[form], "o", color=colour, fillstyle="none")
-            name(form, others[form], xytext=(4, -9), color=colour)
+            annotate(form, others[form], xytext=(4, -9), color=colour)
         if (model, "eager") in points:
-            name(model.partition("_patch")[0], points[model, "eager"], xytext=offset)
+            annotate(model.partition("_patch")[0], points[model, "eager"], xytext=offset)
     axes.margins(x=0.2)  # for the names
     axes.set_xscale("log")
     for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
