@@ -724,8 +724,10 @@ def test_benchmark(tmp_path, capsys):
     assert printed.count("fast, GPU") == 1 + 4
 
 
-def test_benchmark_mistakes(photographs, tmp_path, capsys):
+def test_benchmark_mistakes(photographs, few_digits, tmp_path, capsys):
     for arguments, message in (
+        (["--data", few_digits, "--batch-size", 16], ".png: the fast loader leaves it to PIL ("),
+        (["--data", few_digits, "--images", 40], "--batch-size 64: only 40 images of "),
         ([], "choose one"),
         (["--data", tmp_path], "no train/ folder there"),
         (["--synthetic", "9"], "--synthetic"),

@@ -114,8 +114,8 @@ def find_images(args: argparse.Namespace, pipeline: str, where: Sequence[str]) -
     """Find the training images for a pipeline, at most `--images` of a data set of class folders."""
     data = classification.build_data(settings_of(args, pipeline, where), is_train=True)
     if hasattr(data.dataset, "samples"):
-        every = -(-len(data) // args.images)
-        data.dataset.samples = data.dataset.samples[::every]
+        samples, count = data.dataset.samples, min(args.images, len(data))
+        data.dataset.samples = [samples[index * len(samples) // count] for index in range(count)]
     return data
 
 
@@ -165,7 +165,11 @@ def batch_stages_of(pipeline: str) -> list[Stage]:
 
 
 def time_stages(data: ImageData, pipeline: str, batch_size: int) -> dict[str, float]:
-    """CPU seconds per image that a pipeline's stages take on one core."""
+    """CPU seconds per image that a pipeline's stages take on one core.
+
+    Raises:
+        UserError: the fast loader leaves an image to PIL, and so has no stages for it.
+    """
     times = dict.fromkeys(STAGES, 0.0)
 
     def timed(stages: Sequence[Stage], value: Any) -> Any:
@@ -178,7 +182,10 @@ def time_stages(data: ImageData, pipeline: str, batch_size: int) -> dict[str, fl
     stages = [("seed", lambda sample: seed_sample(*sample)), *stages_of(data)]
     batch_stages, samples = batch_stages_of(pipeline), []
     for number, (name, target) in enumerate(data.dataset.samples):
-        samples.append((timed(stages, (name, number)), target, ""))
+        try:
+            samples.append((timed(stages, (name, number)), target, ""))
+        except ValueError as error:
+            raise UserError(f"{name}: the fast loader leaves it to PIL ({error}); measure other JPEGs") from None
         if len(samples) == batch_size or number == len(data) - 1:
             timed(batch_stages, samples)
             samples = []
@@ -358,7 +365,8 @@ def measure(args: argparse.Namespace, root: str | Path, shards: Path) -> dict[st
     images = {pipeline: find_images(args, pipeline, where) for pipeline in PIPELINES}
     data = images["faithful"]
     if len(data) < args.batch_size:
-        raise UserError(f"--batch-size {args.batch_size}: {root} has {len(data)} training images; use a smaller one")
+        measured = f"{len(data)} images of {root} are measured"
+        raise UserError(f"--batch-size {args.batch_size}: only {measured}; use a smaller one")
     sizes = [Path(name).stat().st_size for name, _ in data.dataset.samples]
     print(f"{len(data)} images of {statistics.mean(sizes) / 1e3:.0f} KB on average, to {args.input_size} × "
           f"{args.input_size}; {machine()['processor']}, torch {torch.__version__}")  # fmt: skip
