@@ -205,6 +205,7 @@ class Output:
 
     def __exit__(self, *_: object) -> None:
         if self._files is not None:
+            self._files.checkpoints.wait()  # before others may write to the folder, and before an error is printed
             self._files.log_unprinted()
         if self._lock is not None:
             os.close(self._lock)

@@ -1,11 +1,12 @@
 """Run main.py with faults in its training steps; see injected.py.
 
 LAG=1 makes the ranks read the flags of a step one step later, as on GPUs. PAUSES=1,1 makes them retry twice, after one
-second each, when the storage does not respond.
+second each, when the storage does not respond. SLOW_SAVING=2 makes writing a checkpoint take two seconds more.
 """
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import injected
 
 import engine
 import main
-from training import samples
+from training import checkpoints, samples
 
 forward = engine.DistillationLoss.forward
 
@@ -25,9 +26,19 @@ def forward_with_faults(self, images: torch.Tensor, outputs: torch.Tensor, targe
     return injected.spoiled(forward(self, images, outputs, targets))
 
 
+write_file = checkpoints.write_file
+
+
+def write_file_slowly(*arguments):
+    time.sleep(float(os.environ["SLOW_SAVING"]))
+    write_file(*arguments)
+
+
 engine.DistillationLoss.forward = forward_with_faults  # type: ignore[method-assign]
 if "LAG" in os.environ:
     main.flag_delay = lambda *_: int(os.environ["LAG"])
 if "PAUSES" in os.environ:
     samples.PAUSES = tuple(map(int, os.environ["PAUSES"].split(",")))  # type: ignore[assignment]
+if "SLOW_SAVING" in os.environ:
+    checkpoints.write_file = write_file_slowly
 sys.exit(main.run())

@@ -517,9 +517,9 @@ def test_failed_validation_loses_no_epoch(few_digits, tmp_path, undisturbed, tab
     broken = next((data / "val/1").iterdir())
     whole = broken.read_bytes()
     broken.write_text("no image")
-    run = Run(tmp_path, data, "--checkpoint-every", "0")
+    run = sabotaged(Run(tmp_path, data, "--checkpoint-every", "0"), SLOW_SAVING="2")
     assert run.start().wait(LIMIT) == 2
-    assert run.text().splitlines()[-1].startswith(f"main.py: image {broken}: cannot be read")
+    assert run.text().splitlines()[-1].startswith(f"main.py: image {broken}: cannot be read")  # after "saved …"
     broken.write_bytes(whole)
     assert "resuming at epoch 0, step 6" in run.finish()
     a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (run.output, undisturbed))
