@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
+from timm.data import create_dataset, create_transform
 from timm.data.dataset import IterableImageDataset
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -22,6 +22,7 @@ from samplers import DistributedEvalSampler, TrainBatchSampler
 from training.augmentation import CropAugmentation
 from training.decoding import CropDecoder, Encoded, decode_and_crop
 from training.errors import MachineError, UserError, setting
+from training.preprocessing import Preprocessing
 from training.processes import get_rank, get_world_size
 from training.readers import archive_classes, archive_damage, read_exactly_once, shards_of
 from training.samples import (
@@ -319,13 +320,7 @@ def build_transform(is_train: bool, settings: TransformSettings) -> Any:
         if size <= 32:
             transform.transforms[0] = transforms.RandomCrop(size, padding=4, pad_if_needed=True)
         return transform
-    steps = [
-        transforms.Resize(int(size * 256 / 224), interpolation=transforms.InterpolationMode.BICUBIC),
-        transforms.CenterCrop(size),
-        transforms.ToTensor(),
-        transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    ]
-    return transforms.Compose(steps)
+    return Preprocessing.for_size(size).transform()
 
 
 def build_fast_transform(transform: Any, settings: TransformSettings) -> tuple[Callable[[Encoded], Any], Any]:

@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import get_pretrained_cfg_value
 from timm.optim import (
     create_optimizer_v2,
     get_optimizer_info,
@@ -78,6 +77,7 @@ from training.devices import available_cores, best_device, check_device
 from training.errors import Preempted, UserError
 from training.monitor import DelayedFlags, MonitorSettings, StepMonitor
 from training.naming import StepNames
+from training.networks import create_network, place
 from training.output import Output, stopped
 from training.processes import get_world_size, init_distributed, is_main_process, on_main_process, print_main
 from training.recipes import ARGS, parse_with_recipe, write_recipe
@@ -242,7 +242,8 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     packages = (*PACKAGES, "simplejpeg") if args.loader == "fast" else PACKAGES
     run = describe_run(settings, data, precision.device, packages)
     on_main_process(lambda: open_output(output, run, training, source, args.auto_resume))
-    save = partial(save_checkpoint, training, output, dict(args=settings, data=data), accum_steps)
+    kept = dict(args=settings, data=data, classes=train.classes)
+    save = partial(save_checkpoint, training, output, kept, accum_steps)
     flags = DelayedFlags(precision.device, flag_delay(args, precision))
     limits = settings_from(args, MonitorSettings, dataset_size=len(train), advice=DIVERGENCE_ADVICE)
     monitor = StepMonitor(limits, watchdog, flags, output.folder, output.log_event, save)
@@ -351,7 +352,7 @@ def save_checkpoint(
     Args:
         training: the run.
         output: its files.
-        run: settings and description of the data, also saved.
+        run: settings, description of the data and names of the classes, also saved.
         accum_steps: batches that each rank accumulates per step.
         is_best: whether the last epoch has the highest top-1.
 
@@ -416,44 +417,20 @@ def build_preparation(args: argparse.Namespace, precision: Precision) -> Callabl
 
 
 def build_precision(args: argparse.Namespace, device: torch.device) -> Precision:
-    """Choose device, number format and memory format.
+    """Choose number format and memory format.
 
-    CUDA defaults to bfloat16, or to float16 if it has no bfloat16. CPU and MPS default to float32, and so does
-    `--throughput`, as published.
+    With `--amp auto`, `--throughput` measures float32, as published.
     """
-    amp = args.amp
-    if amp == "auto":
-        amp = "off"
-        if device.type == "cuda" and not args.throughput:
-            amp = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    dtype = None if amp == "off" else getattr(torch, amp)
-    return Precision(device, dtype, torch.channels_last if args.channels_last else torch.contiguous_format)
-
-
-def create_model(flag: str, name: str, num_classes: int, input_size: int, **kwargs: Any) -> Any:
-    """Build one of timm's models, for the image size if the model has a fixed one."""
-    if get_pretrained_cfg_value(name, "fixed_input_size"):
-        kwargs["img_size"] = input_size
-    try:
-        return timm.create_model(name, num_classes=num_classes, **kwargs)
-    except (TypeError, ValueError, AssertionError) as error:  # for settings that a model does not have
-        raise UserError(f"{flag} {name}: timm cannot build it with these settings ({error})") from None
-
-
-def place(model: nn.Module, precision: Precision) -> nn.Module:
-    """Move a network to its device.
-
-    The weights of its convolutions become channels last, as the maps of SepViT are: otherwise each convolution would
-    convert them.
-    """
-    return model.to(precision.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    amp = "off" if args.amp == "auto" and args.throughput else args.amp
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    return Precision.of(device, amp, memory_format=memory_format)
 
 
 def build_model(args: argparse.Namespace, num_classes: int, precision: Precision) -> Any:
     """Build the network on its device."""
     rates = dict(drop_rate=args.drop, drop_path_rate=args.drop_path)
-    model = create_model("--model", args.model, num_classes, args.input_size, **rates)
-    place(model, precision)
+    model = create_network(f"--model {args.model}", args.model, num_classes, args.input_size, **rates)
+    place(model, precision.device)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     if args.compile:
@@ -547,10 +524,11 @@ def build_criterion(
         base = nn.CrossEntropyLoss()
     if args.distillation_type == "none":
         return DistillationLoss(base)
-    teacher = create_model("--teacher-model", args.teacher_model, num_classes, args.input_size)
+    what = f"--teacher-model {args.teacher_model}"
+    teacher = create_network(what, args.teacher_model, num_classes, args.input_size)
     load_from(teacher, args.teacher_path, "--teacher-path", "use a teacher trained on the data set's classes",
               "name it with --teacher-model")  # fmt: skip
-    place(teacher, precision).eval().requires_grad_(False)
+    place(teacher, precision.device).eval().requires_grad_(False)
     return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
 
 

@@ -25,11 +25,10 @@ from dense.parts import (
     is_remote,
     resolve,
 )
+from inference.images import IMAGE_SUFFIXES
 from training.errors import UserError
 from training.processes import on_main_process, on_processes, print_main
 from training.unreadable import unreadable_limit
-
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def check_data(cfg: Config, *loaders: str) -> None:

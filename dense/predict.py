@@ -2,8 +2,7 @@
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -18,9 +17,10 @@ from torch import nn
 
 from dense.checks import build_model, check_test_parts, check_weights, config_errors
 from dense.console import progress_bar
-from dense.data import IMAGE_SUFFIXES, check_types
+from dense.data import check_types
 from dense.parts import classes_of, data_sets
 from dense.settings import CommandParser, build_parser, drop_pretrained, read_config, read_model_checkpoint, where_of
+from inference.images import check_pictures, find_images
 from training.commands import path, run_command
 from training.errors import UserError
 from training.processes import print_line
@@ -37,7 +37,8 @@ def build_predict_parser(description: str | None) -> CommandParser:
     parser.add_argument(
         "checkpoint", type=path, metavar="CHECKPOINT", help="checkpoint of the whole segmentor or detector"
     )
-    parser.add_argument("images", nargs="+", type=path, metavar="IMAGE", help="an image, or a folder of images")
+    parser.add_argument("images", nargs="+", type=path, metavar="IMAGE",
+                        help="an image, a folder of images, or a pattern")  # fmt: skip
     parser.add_argument("--out", required=True, type=path, metavar="DIR", help="folder for the pictures")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in DIR already")
     return parser
@@ -79,74 +80,6 @@ def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.M
     return model.to(get_device()).eval()
 
 
-@dataclass(frozen=True)
-class Task:
-    """An image to predict.
-
-    Attributes:
-        path: its file.
-        out: the file of its picture.
-    """
-
-    path: Path
-    out: Path
-
-
-def list_tasks(paths: list[str], out: Path) -> list[Task]:
-    """List the images to predict, and where their pictures go. Pictures of a folder's images keep its structure.
-
-    Args:
-        paths: images and folders of images.
-        out: folder of the pictures.
-
-    Raises:
-        UserError: an image is missing, a folder has none, or two would get one picture.
-    """
-    tasks = [Task(path, out / inner.with_suffix(".png")) for name in paths for path, inner in _images_of(Path(name))]
-    places: dict[Path, Path] = {}
-    for task in tasks:
-        other = places.setdefault(task.out, task.path)
-        if other.resolve() != task.path.resolve():
-            raise UserError(f"IMAGE {task.path}: would get the same picture as {other}, {task.out}; rename one, name "
-                            "the folder that holds both, or predict them into two folders")  # fmt: skip
-    return list({task.out: task for task in tasks}.values())  # an image given twice is predicted once
-
-
-def _images_of(path: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield images and the paths that name their pictures: an image itself, or those in a folder and its folders."""
-    if path.is_file():
-        yield path, Path(path.name)
-        return
-    if not path.is_dir():
-        raise UserError(f"IMAGE {path}: no such file")
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-    if not found:
-        raise UserError(f"IMAGE {path}: a folder without images (files ending in {', '.join(sorted(IMAGE_SUFFIXES))})")
-    for file in found:
-        yield file, file.relative_to(path)
-
-
-def check_tasks(tasks: list[Task], out: str, overwrite: bool) -> None:
-    """Refuse to read or to overwrite the wrong files before anything is written.
-
-    Args:
-        tasks: the images.
-        out: the folder of the pictures, as given.
-        overwrite: whether pictures may be replaced.
-
-    Raises:
-        UserError: an image is unreadable, or a picture would overwrite a file.
-    """
-    images = {task.path.resolve() for task in tasks}
-    for task in tasks:
-        if task.out.resolve() in images:
-            raise UserError(f"--out {out}: would overwrite IMAGE {task.out}; name another folder")
-        if task.out.exists() and not overwrite:
-            raise UserError(f"--out {out}: {task.out} exists; name another folder, or replace it: --overwrite")
-    for task in tasks:
-        read_image(task.path)
-
-
 def read_image(path: Path) -> np.ndarray:
     """Read an image, H × W × 3, RGB, 0 to 255, upright: its EXIF orientation is applied.
 
@@ -172,19 +105,22 @@ def predict(args: argparse.Namespace, draw: Draw) -> None:
     Raises:
         UserError: an image is unreadable, a picture would overwrite a file, or the folder is not writable.
     """
-    cfg = read_config(args)
-    tasks = list_tasks(args.images, Path(args.out))
-    check_tasks(tasks, args.out, args.overwrite)
+    cfg, out = read_config(args), Path(args.out)
+    tasks = find_images(args.images)
+    check_pictures(tasks, out, args.overwrite)
+    for task in tasks:
+        read_image(task.path)
     model = build_inference_model(cfg, args.checkpoint, where_of(args))
-    make_folder(Path(args.out), f"--out {args.out}")
+    make_folder(out, f"--out {args.out}")
     lowest = [args.score_thr] if "score_thr" in args else []
     with progress_bar(len(tasks), "predict") as bar:
         for task in tasks:
             with torch.no_grad():
                 picture, line = draw(model, str(task.path), read_image(task.path), *lowest)
-            task.out.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(task.out)
-            print_line(f"{task.path}: {line}; drawn in {task.out}")
+            place = task.picture(out)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(place)
+            print_line(f"{task.path}: {line}; drawn in {place}")
             bar.update()
 
 

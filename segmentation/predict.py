@@ -2,7 +2,7 @@
 
 python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--overwrite] [--cfg-options KEY=VALUE …]
 
-IMAGE is an image, or a folder of images. EXIF orientations are applied.
+IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". EXIF orientations are applied.
 """
 
 import sys

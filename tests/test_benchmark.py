@@ -1,5 +1,6 @@
 """The benchmarks: the port, what is counted and compared, the tables' rows, records, and the commands."""
 
+import importlib.util
 import itertools
 import json
 import math
@@ -301,7 +302,7 @@ def test_calibration_images_are_training_images(few_digits):
 
 @pytest.mark.parametrize(("missing", "number_format"), [("openvino", "float32"), ("nncf", "int8")])
 def test_missing_packages_are_named(monkeypatch, missing, number_format):
-    monkeypatch.setattr(benchmark_runtimes.importlib.util, "find_spec", lambda name: None if name == missing else name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else name)
     benchmark_runtimes.check_packages(["eager", "onnxruntime"], ["float32", "int8"], "--forms")
     expected = rf"--forms openvino: needs the package {missing}: pip install {missing}==[\d.]+$"
     with pytest.raises(UserError, match=expected):

@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT
 
 # From top to bottom. A module may import from lower layers, and from its own layer without a cycle.
-COMMANDS = ("main", "tools", "segmentation", "detection", *(f"dense.{name}" for name in
+COMMANDS = ("main", "predict", "hubconf", "tools", "segmentation", "detection", *(f"dense.{name}" for name in
             ("flops", "predict", "settings", "test", "train")))  # fmt: skip
-LAYERS = (COMMANDS, ("engine", "datasets"), ("training", "dense"), ("samplers", "sepvit", "utils"))
+LAYERS = (COMMANDS, ("engine", "datasets"), ("training", "dense", "inference"), ("samplers", "sepvit", "utils"))
 # What a host program imports after `pip install .`. It may have its own `utils` and `datasets`.
 INSTALLED = ("sepvit", "dense.backbone", "dense.coco", "dense.loading", "dense.runner")
 NOT_INSTALLED = ("utils", "datasets", "samplers", "engine", "main")
@@ -19,7 +19,7 @@ NOT_INSTALLED = ("utils", "datasets", "samplers", "engine", "main")
 def modules() -> dict[str, Path]:
     """All modules of this project except the tests, by name."""
     paths = [*ROOT.glob("*.py")]
-    for folder in ("training", "dense", "tools", "segmentation", "detection"):
+    for folder in ("training", "inference", "dense", "tools", "segmentation", "detection"):
         paths += [path for path in (ROOT / folder).glob("*.py")]
     named = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
     return {name.removesuffix(".__init__"): path for name, path in named.items()}

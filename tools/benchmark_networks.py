@@ -23,6 +23,7 @@ import sepvit
 from tools import benchmark_runtimes
 from tools.benchmark_rounds import reason
 from training.errors import UserError
+from training.networks import place
 from training.recipes import parse_with_recipe
 from training.state import Precision, Training
 
@@ -303,7 +304,7 @@ def _inferred(subject: Subject, setting: Setting) -> Ready:
     if subject.number_format == "bfloat16-whole":
         network.bfloat16()
     precision = setting.precision(subject.number_format)
-    main.place(network, precision)
+    place(network, precision.device)
     if subject.form == "port":
         network = Port(network)
     dtype = next(network.parameters()).dtype
@@ -420,7 +421,7 @@ def _trained(subject: Subject, setting: Setting) -> Ready:
     args = main_settings(subject.model, setting.device, setting.batch_size, "--amp", amp, *flags)
     precision = main.build_precision(args, setting.device)
     network = create_network(subject.model, setting, code_of(subject, setting), drop_path_rate=args.drop_path)
-    main.place(network, precision)
+    place(network, precision.device)
     if subject.form == "port":
         network = Port(network)
     steps = Steps.around(network, args, precision, setting.images(), setting.classes)

@@ -4,11 +4,10 @@ Both are optional packages.
 """
 
 import contextlib
-import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,16 @@ from torch import Tensor, nn
 
 if not __package__:
     import _repository  # noqa: F401
-from training.errors import UserError
+from inference.exported import Session, compile_openvino, onnxruntime_session, run_onnxruntime, run_openvino
+from inference.packages import require
 
 RUNTIMES = ("onnxruntime", "openvino")
 # ONNX Runtime's kernels for CPUs have no bfloat16. OpenVINO multiplies in bfloat16 where it is told to.
 NUMBER_FORMATS = {"onnxruntime": ("float32", "int8"), "openvino": ("float32", "bfloat16", "int8")}
-# What each needs, as pip installs it.
-EXPORT = {"onnx": "onnx==1.23.2", "onnxscript": "onnxscript==0.7.2"}
-PACKAGES = {
-    "onnxruntime": {**EXPORT, "onnxruntime": "onnxruntime==1.32.0"},
-    "openvino": {**EXPORT, "openvino": "openvino==2026.4.1"},
-}
-QUANTIZATION = {"openvino": {"nncf": "nncf==3.4.0"}}  # in addition, for int8
+EXPORT = ("onnx", "onnxscript")
+PACKAGES = {"onnxruntime": (*EXPORT, "onnxruntime"), "openvino": (*EXPORT, "openvino")}
+QUANTIZATION = {"openvino": ("nncf",)}  # in addition, for int8
 CALIBRATION_IMAGES = 64
-
-Session = Callable[[Tensor], list[Tensor]]
 
 
 def check_packages(forms: Sequence[str], formats: Sequence[str], flag: str) -> None:
@@ -46,10 +40,8 @@ def check_packages(forms: Sequence[str], formats: Sequence[str], flag: str) -> N
         UserError: a package is missing.
     """
     for form in forms:
-        quantization = QUANTIZATION.get(form, {}) if "int8" in formats else {}
-        for package, requirement in {**PACKAGES.get(form, {}), **quantization}.items():
-            if importlib.util.find_spec(package) is None:
-                raise UserError(f"{flag} {form}: needs the package {package}: pip install {requirement}")
+        quantization = QUANTIZATION.get(form, ()) if "int8" in formats else ()
+        require(f"{flag} {form}", *PACKAGES.get(form, ()), *quantization)
 
 
 def export(network: nn.Module, images: Tensor, path: Path) -> None:
@@ -82,9 +74,15 @@ def open_session(
     Returns:
         a function from images to outputs.
     """
-    if form == "openvino":
-        return _openvino(path, number_format, threads, calibration)
-    return _onnxruntime(with_int8_weights(path) if number_format == "int8" else path, threads)
+    if form == "onnxruntime":
+        file = with_int8_weights(path) if number_format == "int8" else path
+        return run_onnxruntime(onnxruntime_session(file, threads))
+    import openvino
+
+    model = openvino.Core().read_model(str(path))
+    if number_format == "int8":
+        model = calibrated(model, calibration)
+    return run_openvino(compile_openvino(model, number_format, threads))
 
 
 def with_int8_weights(path: Path) -> Path:
@@ -115,33 +113,3 @@ def calibrated(model: Any, calibration: Sequence[Tensor]) -> Any:
             model_type=nncf.ModelType.TRANSFORMER,
             advanced_parameters=no_smoothing,
         )
-
-
-def _onnxruntime(path: Path, threads: int) -> Session:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda images: [torch.from_numpy(output) for output in session.run(None, {name: images.numpy()})]
-
-
-def _openvino(path: Path, number_format: str, threads: int, calibration: Sequence[Tensor]) -> Session:
-    import openvino
-
-    hints = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-    if number_format != "int8":  # there, OpenVINO chooses what the rest is computed in
-        hints["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[number_format]
-    core = openvino.Core()
-    model: Any = core.read_model(str(path))
-    if number_format == "int8":
-        model = calibrated(model, calibration)
-    compiled: Any = core.compile_model(model, "CPU", hints)
-
-    def run(images: Tensor) -> list[Tensor]:
-        outputs = compiled(images.numpy(), share_inputs=True, share_outputs=True)
-        return [torch.from_numpy(outputs[port]) for port in compiled.outputs]
-
-    return run

@@ -148,7 +148,7 @@ def path(text: str) -> str:
 
 def run_command(
     name: str,
-    command: Callable[[], None],
+    command: Callable[[], int | None],
     parser: Parser | None = None,
     memory_advice: str = "use smaller batches",
 ) -> int:
@@ -156,12 +156,13 @@ def run_command(
 
     Args:
         name: the script's name, which starts the line.
-        command: what to run.
+        command: what to run. It may return an exit status.
         parser: the command's parser, which knows the flags of the settings that errors mention.
         memory_advice: the way out when memory runs out.
 
     Returns:
-        the exit status: 0, 2 for a user's mistake, 75 for a preempted run or a transient error, 130 after Ctrl-C.
+        the exit status: the command's own or 0, 2 for a user's mistake, 75 for a preempted run or a transient error,
+        130 after Ctrl-C.
     """
     keep_freed_memory()
     with unfailing_output():
@@ -174,9 +175,9 @@ def run_command(
                 dist.destroy_process_group()
 
 
-def _run(name: str, command: Callable[[], None], flags: Mapping[str, str], memory_advice: str) -> int:
+def _run(name: str, command: Callable[[], int | None], flags: Mapping[str, str], memory_advice: str) -> int:
     try:
-        command()
+        return command() or 0
     except UserError as error:
         return _refuse(name, with_flags(str(error), flags), is_local=isinstance(error, LocalError))
     except Preempted as place:
@@ -200,7 +201,6 @@ def _run(name: str, command: Callable[[], None], flags: Mapping[str, str], memor
         if is_main_process():
             print(f"{name}: interrupted", file=sys.stderr, flush=True)
         return INTERRUPT_STATUS
-    return 0
 
 
 def _refuse(name: str, message: str, is_local: bool = False) -> int:

@@ -34,6 +34,22 @@ class Precision:
     dtype: torch.dtype | None
     memory_format: torch.memory_format = torch.contiguous_format
 
+    @classmethod
+    def of(cls, device: torch.device, amp: str, **kwargs: Any) -> "Precision":
+        """Choose the number format.
+
+        Args:
+            device: the device.
+            amp: 'bfloat16', 'float16', 'off', or 'auto': bfloat16 on CUDA, or float16 if it has no bfloat16, and
+                float32 elsewhere.
+            **kwargs: other attributes.
+        """
+        if amp == "auto":
+            amp = "off"
+            if device.type == "cuda":
+                amp = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        return cls(device, None if amp == "off" else getattr(torch, amp), **kwargs)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Context for the network's forward pass."""
         return nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)

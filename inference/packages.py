@@ -1,0 +1,32 @@
+"""Optional packages of the tools: they are named when they are missing."""
+
+import importlib.util
+from pathlib import Path
+
+from training.errors import UserError
+
+REQUIREMENTS = "tools/requirements.txt"
+
+
+def require(what: str, *modules: str) -> None:
+    """Refuse to go on without some packages.
+
+    Args:
+        what: what needs them, for messages.
+        *modules: names of their modules.
+
+    Raises:
+        UserError: names the missing ones, and how to install them.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        packages = f"the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+        raise UserError(f"{what}: needs {packages}: pip install {' '.join(map(_pinned, missing))}")
+
+
+def _pinned(module: str) -> str:
+    """A package with the version that this project is tested with."""
+    path = Path(__file__).resolve().parent.parent / REQUIREMENTS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    entries = (line.partition(";")[0].partition("#")[0].strip() for line in lines)
+    return next((entry for entry in entries if entry.partition("==")[0] == module), module)

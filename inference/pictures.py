@@ -1,0 +1,43 @@
+"""Pictures with an image's likeliest classes on them."""
+
+from collections.abc import Sequence
+
+from matplotlib import font_manager
+from PIL import Image, ImageDraw, ImageFont
+
+MIN_WIDTH = 320  # pixels; smaller images are enlarged, so that the classes are legible
+ROWS = 5
+
+
+def with_classes(image: Image.Image, classes: Sequence[str], probabilities: Sequence[float]) -> Image.Image:
+    """Draw an image's likeliest classes as bars below it.
+
+    Args:
+        image: the image, RGB.
+        classes: names of the classes, the likeliest first.
+        probabilities: their probabilities, 0 to 1.
+    """
+    factor = max(1, -(-MIN_WIDTH // image.width))
+    image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    line = max(18, image.width // 24)  # height of a row in pixels
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), int(0.62 * line))
+    margin, rows = line // 3, list(zip(classes, probabilities))[:ROWS]
+    picture = Image.new("RGB", (image.width, image.height + line * len(rows) + 2 * margin), "white")
+    picture.paste(image)
+    canvas = ImageDraw.Draw(picture)
+    for number, (name, probability) in enumerate(rows):
+        top = image.height + margin + number * line
+        length = round((image.width - 2 * margin) * probability)
+        canvas.rectangle((margin, top + 1, margin + max(1, length), top + line - 2), fill="#a9c7e8")
+        text = _shortened(f"{100 * probability:.1f} %  {name}", font, image.width - 3 * margin)
+        canvas.text((margin + line // 4, top + line // 2), text, fill="black", font=font, anchor="lm")
+    return picture
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """Shorten a text to a width in pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

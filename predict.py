@@ -1,0 +1,263 @@
+"""Classify images: print the likeliest classes of each, and write them to files and onto pictures.
+
+    python predict.py IMAGE … --resume PATH [--topk 5] [--json FILE] [--csv FILE] [--out DIR]
+
+IMAGE is an image, a folder of images, or a pattern such as "photos/**/*.jpg". PATH is a checkpoint of main.py, a
+published one, a folder in timm's layout, or a file that tools/export.py wrote. Unreadable images are reported, and the
+others are classified; the exit status is then 1.
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from inference.classifier import Classifier, Preparation, load_classifier
+from inference.images import PLACEHOLDER, Task, check_pictures, find_images, read_image
+from inference.pictures import with_classes
+from training.commands import Parser, natural, path, positive_int, run_command
+from training.devices import available_cores, best_device, check_device
+from training.errors import UserError, one_line
+from training.state import Precision
+from training.storage import make_folder, write_file
+
+UNREADABLE_STATUS = 1
+STANDARD_OUTPUT = "-"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of an image.
+
+    Attributes:
+        task: the image.
+        classes: names of the classes, the likeliest first.
+        probabilities: their probabilities, 0 to 1.
+    """
+
+    task: Task
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+class Inputs(Dataset):
+    """A classifier's inputs of images, or why an image is unreadable.
+
+    Args:
+        tasks: the images.
+        prepare: makes the inputs.
+    """
+
+    def __init__(self, tasks: Sequence[Task], prepare: Preparation) -> None:
+        self.tasks = tasks
+        self.prepare = prepare
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        file = self.tasks[index].path
+        try:
+            return self.prepare(read_image(file, f"{PLACEHOLDER} {file}"))
+        except UserError as error:
+            return str(error)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Classify the images. Returns the exit status.
+
+    Raises:
+        UserError: there is no image, no classifier, or no place for the results.
+    """
+    check_device(args.device)
+    tasks = find_images(args.images)
+    if args.out:
+        check_pictures(tasks, Path(args.out), args.overwrite)
+    check_outputs(args)
+    precision = Precision.of(torch.device(args.device), args.amp)
+    classifier = load_classifier(args.resume, args.model, args.averaged, precision)
+    if args.out:
+        make_folder(Path(args.out), f"--out {args.out}")
+    predictions: list[Prediction] = []
+    prints = STANDARD_OUTPUT not in (args.json, args.csv)
+    with tqdm(total=len(tasks), desc="predict", unit=" images", dynamic_ncols=True, file=sys.stderr,
+              disable=not sys.stderr.isatty()) as bar:  # fmt: skip
+        for prediction in predict(classifier, tasks, args):
+            bar.update()
+            if isinstance(prediction, str):
+                bar.write(f"predict.py: {prediction}", file=sys.stderr)
+                continue
+            predictions.append(prediction)
+            if args.out:
+                draw(prediction, Path(args.out))
+            if prints:
+                bar.write(as_text(prediction), file=sys.stdout)
+    write_results(predictions, args)
+    return UNREADABLE_STATUS if len(predictions) < len(tasks) else 0
+
+
+def predict(classifier: Classifier, tasks: Sequence[Task], args: argparse.Namespace) -> Iterator[Prediction | str]:
+    """Classify images in batches. Yields their predictions in order; for an unreadable one, why it is unreadable."""
+    loader = DataLoader(
+        Inputs(tasks, classifier.prepare),
+        batch_size=args.batch_size,
+        num_workers=min(args.num_workers, (len(tasks) - 1) // args.batch_size),  # none for a single batch
+        collate_fn=list,
+        pin_memory=torch.device(args.device).type == "cuda",
+    )
+    number, names = 0, classifier.description.classes
+    for batch in loader:
+        inputs = [entry for entry in batch if not isinstance(entry, str)]
+        ranked: Iterator[tuple[Tensor, Tensor]] = iter(())
+        if inputs:
+            probabilities, indices = classifier.probabilities(inputs).topk(min(args.topk, len(names)))
+            ranked = zip(probabilities, indices)
+        for entry in batch:
+            task = tasks[number]
+            number += 1
+            if isinstance(entry, str):
+                yield entry
+            else:
+                values, order = next(ranked)
+                yield Prediction(task, tuple(names[i] for i in order.tolist()), tuple(values.tolist()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def as_text(prediction: Prediction) -> str:
+    """Write a prediction as lines: the image, and below it each class after its probability."""
+    rows = zip(prediction.probabilities, prediction.classes)
+    return "\n".join([one_line(str(prediction.task.path)), *(f"  {100 * p:6.2f} %  {name}" for p, name in rows)])
+
+
+def as_json(predictions: Sequence[Prediction]) -> str:
+    """Write predictions as a JSON array: one object an image, with its classes and their probabilities."""
+    entries = [
+        {
+            "image": str(prediction.task.path),
+            "predictions": [
+                {"class": name, "probability": round(probability, 6)}
+                for name, probability in zip(prediction.classes, prediction.probabilities)
+            ],
+        }
+        for prediction in predictions
+    ]
+    return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
+
+
+def as_csv(predictions: Sequence[Prediction]) -> str:
+    """Write predictions as CSV: one line a class, with image, rank, class and probability."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("image", "rank", "class", "probability"))
+    for prediction in predictions:
+        for rank, (name, probability) in enumerate(zip(prediction.classes, prediction.probabilities), start=1):
+            writer.writerow((prediction.task.path, rank, name, f"{probability:.6f}"))
+    return text.getvalue()
+
+
+FORMATS = {"json": as_json, "csv": as_csv}
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuse files that cannot be written, before anything is computed.
+
+    Raises:
+        UserError: both formats would go to standard output, or a file's folder does not exist.
+    """
+    if args.json == args.csv == STANDARD_OUTPUT:
+        raise UserError("--json - and --csv -: only one of them can be written to standard output")
+    for flag in FORMATS:
+        name = getattr(args, flag)
+        if name and name != STANDARD_OUTPUT and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
+            raise UserError(f"--{flag} {name}: takes a file in a folder that exists, or - for standard output")
+
+
+def write_results(predictions: Sequence[Prediction], args: argparse.Namespace) -> None:
+    """Write the files that the command line asks for, each as a whole.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    for flag, convert in FORMATS.items():
+        name, text = getattr(args, flag), convert(predictions) if getattr(args, flag) else ""
+        if name == STANDARD_OUTPUT:
+            print(text, end="")
+        elif name:
+            content = text.encode("utf-8", "surrogateescape")  # names of files may have any bytes
+            try:
+                write_file(Path(name), partial(_write, content))
+            except OSError as error:
+                raise UserError(f"--{flag} {name}: cannot be written ({error.strerror}); name another file") from None
+
+
+def _write(content: bytes, file: io.BufferedIOBase) -> None:
+    file.write(content)
+
+
+def draw(prediction: Prediction, out: Path) -> None:
+    """Write the picture of a prediction.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    picture = prediction.task.picture(out)
+    image = read_image(prediction.task.path, f"{PLACEHOLDER} {prediction.task.path}")
+    drawn = with_classes(image, prediction.classes, prediction.probabilities)
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        write_file(picture, lambda file: drawn.save(file, format="PNG"))
+    except OSError as error:
+        raise UserError(f"--out {out}: {picture.name} cannot be written ({error.strerror}); make room, or name "
+                        "another folder") from None  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    """Make the command's parser."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("images", nargs="+", type=path, metavar=PLACEHOLDER, help="an image, a folder of images, or a pattern")
+    add("--resume", required=True, type=path, metavar="PATH", help="checkpoint or exported file")
+    add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not tell it")
+    add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
+    add("--topk", type=positive_int, default=5, metavar="K", help="number of classes per image, default 5")
+    add("--json", type=path, metavar="FILE", help="write the results as JSON; -: to standard output")
+    add("--csv", type=path, metavar="FILE", help="write the results as CSV; -: to standard output")
+    add("--out", type=path, metavar="DIR", help="write pictures with the classes on them")
+    add("--overwrite", action="store_true", help="replace pictures that are in DIR already")
+    add("--batch-size", type=positive_int, default=32, metavar="N", help="images per forward pass, default 32")
+    add("--num_workers", type=natural, default=min(10, available_cores()), metavar="N",
+        help="processes that read images, default the number of cores, at most 10")  # fmt: skip
+    add("--device", default=best_device(), help="cuda, mps or cpu, default the best available")
+    add("--amp", choices=("auto", "bfloat16", "float16", "off"), default="auto",
+        help="mixed precision; auto: bfloat16 or float16 on CUDA, off elsewhere")  # fmt: skip
+    return parser
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns its exit status: 0, 1 if images are unreadable, 2 for a user's mistake."""
+    parser = build_parser()
+    return run_command("predict.py", lambda: main(parser.parse_args(arguments)), parser, "use a smaller --batch-size")
+
+
+if __name__ == "__main__":
+    sys.exit(run())
