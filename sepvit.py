@@ -91,10 +91,10 @@ def window_partition(x: Tensor, window_size: int) -> Tensor:
     """
     B, H, W, C = x.shape
     w = window_size
-    pad_h, pad_w = (w - H % w) % w, (w - W % w) % w
-    if pad_h > 0 or pad_w > 0:
-        x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
-    nh, nw = (H + pad_h) // w, (W + pad_w) // w
+    nh, nw = (H + w - 1) // w, (W + w - 1) // w
+    is_fixed = isinstance(H, int) and isinstance(W, int)  # otherwise an exported program, which takes any size
+    if not is_fixed or nh * w > H or nw * w > W:
+        x = F.pad(x, (0, 0, 0, nw * w - W, 0, nh * w - H))
     x = x.view(B, nh, w, nw, w, C).permute(0, 1, 3, 2, 4, 5)  # B × nh × nw × w × w × C
     return x.reshape(B, nh * nw, w * w, C)
 
