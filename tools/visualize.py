@@ -49,7 +49,8 @@ from training.storage import make_folder, write_file
 FIGURES = ("among", "inside", "tokens", "features", "attribution")
 ALL = "all"
 DPI = {"png": 200, "pdf": 300}  # for a PDF, of the images in it
-LONGEST_TITLE = 40  # characters of a file's name
+MOST_WINDOWS = 400  # for which one figure holds a map each
+LONGEST_NAME = 40  # characters of a file's or class's name in titles
 SHORTER_SIDE = 512  # pixels that a dense form gets at most by default, as in the configs for ADE20K
 
 
@@ -157,8 +158,13 @@ def find_label(name: str, loaded: Loaded, logits: Tensor) -> int:
 def title_of(args: argparse.Namespace, loaded: Loaded, prediction: str) -> str:
     """Title of all figures."""
     name = one_line(Path(args.image).name)
-    name = name if len(name) <= LONGEST_TITLE else name[: LONGEST_TITLE - 1] + "…"
-    return f"{name} · {loaded.name}{prediction}".replace("$", r"\$")  # matplotlib would take $ for a formula
+    title = f"{shortened(name)} · {loaded.name}{prediction}"
+    return title.replace("$", r"\$")  # matplotlib would take it for the begin of a formula
+
+
+def shortened(text: str) -> str:
+    """Shorten a text for the title."""
+    return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
 
 
 def chosen_pixel(window: Sequence[str], blocks: Sequence[BlockAttention]) -> tuple[float, float] | None:
@@ -169,6 +175,9 @@ def chosen_pixel(window: Sequence[str], blocks: Sequence[BlockAttention]) -> tup
     """
     finest = min(blocks, key=lambda block: block.stride)
     if list(window) == [ALL]:
+        rows, columns = finest.grid
+        if rows * columns > MOST_WINDOWS:
+            raise UserError(f"--window {ALL}: {rows} × {columns} windows are too many to draw a map for each; name one")
         return None
     if not window:
         return (finest.grid[0] // 2 + 0.5) * finest.stride, (finest.grid[1] // 2 + 0.5) * finest.stride
@@ -216,14 +225,14 @@ def observe(args: argparse.Namespace, loaded: Loaded, image: Image.Image) -> Sce
     if loaded.classes:
         probabilities = outputs[0][0].softmax(dim=-1)
         best = int(probabilities.argmax())
-        prediction = f": {loaded.classes[best]} ({100 * probabilities[best]:.1f} %)"
+        prediction = f": {shortened(loaded.classes[best])} ({100 * probabilities[best]:.1f} %)"
         index = find_label(args.label, loaded, probabilities)
         label = index, loaded.classes[index]
     height, width = inputs.shape[2:]
     print(f"{loaded.name}, {height} × {width} pixels{prediction}")
     difference = max(block.difference for block in blocks)
-    print(f"attention of {len(blocks)} blocks: rows sum to one; the outputs recomputed from it differ from the network's "
-          f"by at most {difference:.0e} of the largest value")  # fmt: skip
+    print(f"attention of {len(blocks)} blocks: rows sum to one; outputs recomputed from it equal the network's to "
+          f"{difference:.0e} of the largest value")  # fmt: skip
     crop = np.asarray(loaded.preprocessing.crop(image))
     subject = Subject(crop, title_of(args, loaded, prediction), chosen_pixel(args.window, blocks))
     return Scene(loaded.network, inputs, blocks, chosen_blocks(args.blocks, blocks), subject, label)
@@ -285,11 +294,11 @@ def attributed(scene: Scene) -> Drawings | str:
     if scene.label is None or not isinstance(scene.network, SepViT):
         return "a backbone has no classes"
     index, name = scene.label
-    network = scene.network
+    network, title = scene.network, shortened(name).replace("$", r"\$")
 
     def draw() -> Figure:
         maps = attribution(network, scene.inputs, index)
-        return figures.attribution_figure(scene.subject, name, [values[0].double().numpy() for values in maps])
+        return figures.attribution_figure(scene.subject, title, [values[0].double().numpy() for values in maps])
 
     try:
         require("attribution", "captum")
