@@ -132,7 +132,7 @@ def _record(
     if name in records:
         raise ValueError(f"{name} ran twice; record one run at a time")
     z, H, W = inputs
-    B, n, T = z.shape[:3]
+    B, n = z.shape[:2]
     q, k, v = attention.depthwise_heads(z)  # each B·n × h × T × d
     inside = window_weights(q, k)  # B·n × h × T × T
     a = attention.join_heads(inside.to(v.dtype) @ v, z)  # B × n × T × C
@@ -151,7 +151,7 @@ def _record(
         map_size=(H, W),
         among=among if n > 1 else None,
         inside=inside.unflatten(0, (B, n)),
-        has_token=T == 1 + w * w,
+        has_token=attention.PSA_qk is not None,
         difference=difference,
     )
 

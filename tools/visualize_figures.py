@@ -301,8 +301,8 @@ def among_heads_figure(subject: Subject, block: BlockAttention) -> Figure:
         weights = block.among_mean()[0] if head is None else among[0, head]
         show_among(axes, weights, block.grid, block.stride, subject, block, named(head))
 
-    figure, grid = heads_figure(subject, among.shape[1], f"{subject.title}\n{block_name(block)}: windows that {listening(subject)}",
-                                show, lambda axes: show_input(axes, subject, block))  # fmt: skip
+    title = f"{subject.title}\n{block_name(block)}: windows that {listening(subject)}"
+    figure, grid = heads_figure(subject, among.shape[1], title, show, lambda axes: show_input(axes, subject, block))
     among_bar(figure, grid, subject)
     return figure
 
