@@ -411,7 +411,7 @@ MISTAKES = {
     "no averaged weights": (["{root}/cat.png", "--resume", "{root}/cat.pth", "--averaged"], ["omit --averaged"]),
     "no averaged backbone": (
         ["{root}/cat.png", "--resume", "{root}/backbone.pth", "--averaged"],
-        ["backbone.pth: has no averaged weights; omit --averaged"],
+        ["backbone.pth: has no averaged weights; take the others"],
     ),
     "window out of range": (
         ["{root}/cat.png", "--resume", "{root}/cat.pth", "--window", "3", "0"],

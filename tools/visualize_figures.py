@@ -189,8 +189,19 @@ def titled(block: BlockAttention) -> str:
 RELATIVE_LABEL = "weight, relative\nto even attention"
 
 
-def show_mosaic(axes: Axes, weights: np.ndarray, grid: tuple[int, int], norm: Normalize, title: str) -> None:
-    """Draw one map per window, at the window's place: a row of the weights, n × n. The window itself is outlined."""
+def show_mosaic(
+    axes: Axes, weights: np.ndarray, grid: tuple[int, int], shape: Sequence[int], norm: Normalize, title: str
+) -> None:
+    """Draw a small map in each window's place: its row of the weights. The window itself is outlined in it.
+
+    Args:
+        axes: where to draw.
+        weights: n × n.
+        grid: rows and columns of windows.
+        shape: height and width of the panel, in any unit. The maps are squeezed into their places.
+        norm: the scale of the colours.
+        title: the panel's title.
+    """
     rows, columns = grid
     gap = max(1, round(0.08 * max(grid) * SUBCELLS))
     high, wide = rows * SUBCELLS, columns * SUBCELLS  # a map
@@ -199,7 +210,9 @@ def show_mosaic(axes: Axes, weights: np.ndarray, grid: tuple[int, int], norm: No
     maps[:, :high, :, :wide] = fine.transpose(0, 2, 1, 3)
     axes.axis("on")
     extent = (0, columns * (wide + gap), rows * (high + gap), 0)
-    axes.imshow(maps.reshape(extent[2], extent[1]), extent=extent, norm=norm, cmap=COLOUR_MAP, interpolation="nearest")
+    axes.imshow(maps.reshape(extent[2], extent[1]), extent=extent, norm=norm, cmap=COLOUR_MAP, interpolation="nearest",
+                aspect="auto")  # fmt: skip
+    axes.set_box_aspect(shape[0] / shape[1])
     outlines = [Rectangle((column * (wide + gap + SUBCELLS), row * (high + gap + SUBCELLS)), SUBCELLS, SUBCELLS)
                 for row, column in np.ndindex(grid)]  # fmt: skip
     width = 0.8 if max(grid) <= 4 else 0.4
@@ -223,7 +236,7 @@ def show_among(
     """
     relative = weights.double().cpu().numpy() * weights.shape[-1]
     if subject.pixel is None:
-        show_mosaic(axes, relative, grid, RELATIVE, title)
+        show_mosaic(axes, relative, grid, subject.image.shape, RELATIVE, title)
         return
     row, column = block.window_at(*subject.pixel)
     show_image(axes, faint(subject.image), title)
@@ -277,13 +290,12 @@ def heads_figure(
         first: draws the first panel.
     """
     most, side = (LARGE_HEADS, LARGE_PANEL) if subject.pixel is None else (HEADS, PANEL)
-    rows, columns = chunks(count, most)
-    figure, grid = panels(rows, columns + (2 if count > 1 else 1), subject.image.shape, title, side)
-    first(grid[0][0])
-    if count > 1:
-        show(grid[0][1], None)
-    for head in range(count):
-        show(grid[head // columns][head % columns + (2 if count > 1 else 1)], head)
+    shown = [None, *range(count)] if count > 1 else [0]
+    figure, grid = panels(*chunks(len(shown) + 1, most + 2), subject.image.shape, title, side)
+    axes = [axes for row in grid for axes in row]
+    first(axes[0])
+    for head, panel in zip(shown, axes[1:]):
+        show(panel, head)
     return figure, grid
 
 
@@ -371,7 +383,7 @@ def tokens_figure(title: str, similarities: Sequence[tuple[BlockAttention, Tenso
                           f"{title}\nsimilarity of each window's token to the others'", LARGE_PANEL)  # fmt: skip
     norm = Normalize(-1, 1)
     for (block, similarity), axes in zip(similarities, [axes for row in grid for axes in row]):
-        show_mosaic(axes, similarity.cpu().numpy(), block.grid, norm, titled(block))
+        show_mosaic(axes, similarity.cpu().numpy(), block.grid, block.grid, norm, titled(block))
     colour_bar(figure, grid, norm, COLOUR_MAP, "cosine similarity")
     return figure
 
