@@ -21,22 +21,34 @@ from dense.predict import build_predict_parser, run_prediction
 from training.commands import fraction
 
 
-def draw_detections(model: Any, path: str, image: np.ndarray, lowest: float) -> tuple[Image.Image, str]:
+def detect(model: Any, image: np.ndarray, lowest: float) -> Any:
     """Detect objects in an image.
 
     Args:
         model: the detector, from `dense.predict.build_inference_model`.
-        path: the image's file, which is not read again.
         image: H × W × 3, RGB, 0 to 255.
-        lowest: lowest score to draw.
+        lowest: lowest score of an object.
 
     Returns:
-        the picture, and a line with the number of objects of each class.
+        mmdet's data sample, with the objects in `pred_instances`.
     """
     from mmdet.apis import inference_detector  # prints lines of its own unless its parts are imported before
 
     sample = inference_detector(model, mmcv.rgb2bgr(image))
-    found = sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= lowest]
+    sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= lowest]
+    return sample
+
+
+def draw_sample(model: Any, path: str, image: np.ndarray, sample: Any) -> Image.Image:
+    """Draw the objects of a data sample, which is changed.
+
+    Args:
+        model: see `detect`.
+        path: the image's file, which is not read again.
+        image: see `detect`.
+        sample: what `detect` returned.
+    """
+    found = sample.pred_instances
     scale = enlargement(len(image))
     found.bboxes *= scale
     if "masks" in found:
@@ -44,10 +56,26 @@ def draw_detections(model: Any, path: str, image: np.ndarray, lowest: float) -> 
     visualizer = DetLocalVisualizer.get_instance("predict")
     visualizer.dataset_meta = model.dataset_meta
     enlarged = image.repeat(scale, 0).repeat(scale, 1)
-    visualizer.add_datasample(path, enlarged, sample, draw_gt=False, pred_score_thr=lowest)
-    counts = Counter(model.dataset_meta["classes"][label] for label in found.labels.tolist())
+    visualizer.add_datasample(path, enlarged, sample, draw_gt=False, pred_score_thr=0)
+    return Image.fromarray(visualizer.get_image())
+
+
+def draw_detections(model: Any, path: str, image: np.ndarray, lowest: float) -> tuple[Image.Image, str]:
+    """Detect objects in an image, and draw them.
+
+    Args:
+        model: see `detect`.
+        path: the image's file, which is not read again.
+        image: see `detect`.
+        lowest: lowest score to draw.
+
+    Returns:
+        the picture, and a line with the number of objects of each class.
+    """
+    sample = detect(model, image, lowest)
+    counts = Counter(model.dataset_meta["classes"][label] for label in sample.pred_instances.labels.tolist())
     line = ", ".join(f"{count} × {name}" for name, count in counts.most_common())
-    return Image.fromarray(visualizer.get_image()), line or f"no detection with a score of {lowest} or more"
+    return draw_sample(model, path, image, sample), line or f"no detection with a score of {lowest} or more"
 
 
 def main(arguments: list[str] | None = None) -> int:

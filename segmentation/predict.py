@@ -18,21 +18,34 @@ from dense.predict import build_predict_parser, run_prediction
 from segmentation.drawing import draw, shares
 
 
-def draw_prediction(model: Any, path: str, image: np.ndarray) -> tuple[Image.Image, str]:
+def segment(model: Any, image: np.ndarray) -> Any:
     """Segment an image.
 
     Args:
         model: the segmentor, from `dense.predict.build_inference_model`.
+        image: H × W × 3, RGB, 0 to 255.
+
+    Returns:
+        mmseg's data sample, with the labels in `pred_sem_seg`.
+    """
+    from mmseg.apis import inference_model  # prints lines of its own unless its parts are imported before
+
+    return inference_model(model, mmcv.rgb2bgr(image))
+
+
+def draw_prediction(model: Any, path: str, image: np.ndarray) -> tuple[Image.Image, str]:
+    """Segment an image, and draw the result.
+
+    Args:
+        model: see `segment`.
         path: the image's file, which is not read again.
         image: H × W × 3, RGB, 0 to 255.
 
     Returns:
         the picture, and a line with the largest classes.
     """
-    from mmseg.apis import inference_model  # prints lines of its own unless its parts are imported before
-
     classes, palette = model.dataset_meta["classes"], model.dataset_meta["palette"]
-    labels = inference_model(model, mmcv.rgb2bgr(image)).pred_sem_seg.data[0].cpu().numpy()
+    labels = segment(model, image).pred_sem_seg.data[0].cpu().numpy()
     share = shares(labels, len(classes))
     largest = [f"{classes[index]} {100 * share[index]:.1f} %" for index in np.argsort(-share)[:5] if share[index] > 0]
     return draw(image, {"prediction": labels}, classes, palette), ", ".join(largest)

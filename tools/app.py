@@ -1,0 +1,174 @@
+"""Serve a page on which to try a trained network: drop an image, and see what the network sees in it.
+
+    python tools/app.py --resume PATH [--host 127.0.0.1] [--port 8000]
+    python tools/app.py --resume CHECKPOINT --config segmentation/configs/NAME.py
+
+PATH is a checkpoint of main.py, a published one, a folder in timm's layout, or a file that tools/export.py wrote. The
+page shows the five likeliest classes, and the attention among windows. With `--config`, PATH is a checkpoint of a
+segmentor or detector, whose prediction is drawn over the image. Nothing is loaded from other machines, and images are
+not written to disk.
+"""
+
+import argparse
+import errno
+import importlib.util
+import ipaddress
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+if not __package__:
+    import _repository  # noqa: F401
+from inference.classifier import load_classifier
+from inference.packages import require
+from tools.app_predictors import ClassifierPredictor, Predictor
+from tools.app_samples import load_samples
+from training.commands import Parser, fraction, number, path, run_command
+from training.devices import best_device, check_device
+from training.errors import UserError, one_line
+from training.processes import print_line
+from training.state import Precision
+
+HOST, PORT = "127.0.0.1", 8000
+DENSE_PACKAGES = ("mmengine", "mmcv", "mmseg", "mmdet")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C.
+
+    Raises:
+        UserError: there is no network to load, a package is missing, or the address cannot be listened on.
+    """
+    check_combinations(args)
+    require("the page", "starlette", "uvicorn")
+    device = torch.device(args.device or best_device())
+    check_device(str(device))
+    with listen(args.host, args.port) as listener:
+        predictor = load_predictor(args, device)
+        samples = load_samples(predictor.kind, predictor.classes)
+        predictor.warm_up()
+        from tools.app_server import build_application, serve
+
+        facts = {"resume": one_line(Path(args.resume).name), "device": str(device)}
+        application = build_application(predictor, samples, facts, is_loopback(listener))
+        print_line(f"{address_of(listener, args.host)} shows {predictor.title}; Ctrl-C ends it")
+        serve(application, listener)
+
+
+def load_predictor(args: argparse.Namespace, device: torch.device) -> Predictor:
+    """Load the network of the command line.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    if not args.config:
+        return ClassifierPredictor(load_classifier(args.resume, args.model, args.averaged, Precision(device, None)))
+    missing = [module for module in DENSE_PACKAGES if importlib.util.find_spec(module) is None]
+    if missing:
+        names = f"the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+        raise UserError(f"--config {args.config}: needs {names}: pip install -r requirements-mm.txt")
+    from tools.app_dense import load_dense_predictor
+
+    return load_dense_predictor(args.config, args.resume, device, args.score_thr)
+
+
+def check_combinations(args: argparse.Namespace) -> None:
+    """Refuse settings that do not go together.
+
+    Raises:
+        UserError: names one of them.
+    """
+    if args.config:
+        given = [flag for flag, value in (("--model", args.model), ("--averaged", args.averaged)) if value]
+        if given:
+            raise UserError(f"{given[0]}: is for classifiers; omit it, or omit --config {args.config}")
+    elif args.score_thr is not None:
+        raise UserError(f"--score-thr {args.score_thr}: is for detectors; omit it, or name one with --config")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Address
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Listen on an address.
+
+    Args:
+        host: name or address of a network interface of this machine.
+        port: TCP port; 0 for any free one.
+
+    Raises:
+        UserError: the host is unknown or of another machine, or the port is taken or not permitted.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise UserError(f"--host {host}: unknown; name an address of this machine, such as {HOST}") from None
+    family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)  # IPv4 if possible
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that ended keeps its port for a minute
+    try:
+        listener.bind(address)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"--port {port}: taken by another program; name another, or 0 for any free one") from None
+        if error.errno == errno.EACCES:
+            raise UserError(f"--port {port}: not permitted; name one above 1023") from None
+        raise UserError(f"--host {host}: not an address of this machine ({error.strerror}); name one, such as "
+                        f"{HOST}, or 0.0.0.0 for all") from None  # fmt: skip
+    return listener
+
+
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether only programs of this machine reach a listening socket."""
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
+def address_of(listener: socket.socket, host: str) -> str:
+    """The page's address, as a browser on this machine takes it.
+
+    Args:
+        listener: the listening socket.
+        host: `--host`.
+    """
+    address, port = listener.getsockname()[:2]
+    if ipaddress.ip_address(address).is_unspecified:
+        host = "127.0.0.1" if listener.family == socket.AF_INET else "::1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    """Make the command's parser."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--resume", required=True, type=path, metavar="PATH", help="checkpoint or exported file")
+    add("--config", type=path, metavar="CONFIG", help="config of the segmentor or detector that PATH is of")
+    add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not tell it")
+    add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
+    add("--score-thr", type=fraction, metavar="SCORE", help="lowest score of a detection, default 0.3")
+    add("--host", default=HOST, help=f"address to listen on, default {HOST}, which only this machine reaches; "
+        "0.0.0.0: all of this machine")  # fmt: skip
+    add("--port", type=number(int, 0, 65535), default=PORT, help=f"port to listen on, default {PORT}; 0: a free one")
+    add("--device", help="cuda, mps or cpu, default the best available")
+    return parser
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns its exit status: 0 after Ctrl-C, 2 for a user's mistake."""
+    parser = build_parser()
+    return run_command("app.py", lambda: main(parser.parse_args(arguments)), parser, "name another --device")
+
+
+if __name__ == "__main__":
+    sys.exit(run())
