@@ -43,15 +43,16 @@ def main(args: argparse.Namespace) -> None:
     """
     check_combinations(args)
     require("the page", "starlette", "uvicorn")
-    device = torch.device(args.device or best_device())
-    check_device(str(device))
+    device_name = args.device or best_device()
+    check_device(device_name)
+    device = torch.device(device_name)
     with listen(args.host, args.port) as listener:
         predictor = load_predictor(args, device)
         samples = load_samples(predictor.kind, predictor.classes)
         predictor.warm_up()
         from tools.app_server import build_application, serve
 
-        facts = {"resume": one_line(Path(args.resume).name), "device": str(device)}
+        facts = {"resume": one_line(Path(args.resume).name), "device": device_name}
         application = build_application(predictor, samples, facts, is_loopback(listener))
         print_line(f"{address_of(listener, args.host)} shows {predictor.title}; Ctrl-C ends it")
         serve(application, listener)

@@ -48,7 +48,7 @@ class DensePredictor:
             samples.append(self.run(pixels))
         blocks, note = [], self.note
         if not note:
-            with timed(times, "attention"):
+            with timed(times, "again, recording its attention"):
                 blocks, note = record(self.model, lambda: self.run(pixels), lambda: scale_of(samples[0], pixels))
         with timed(times, "drawing"):
             rows, overlay = self.draw(samples[0], pixels)

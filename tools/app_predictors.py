@@ -153,7 +153,7 @@ class ClassifierPredictor:
         picture = self.classifier.description.preprocessing.crop(image)
         answer = Answer(picture, rows, f"{rows[0].name}, {100 * rows[0].share:.1f} %", note=self.note, times=times)
         if network is not None and not self.note:
-            with timed(times, "attention"):
+            with timed(times, "network again, recording its attention"):
                 batch = inputs[None].to(next(network.parameters()).device)
                 answer.blocks, answer.note = weights_of(record_attention(network, batch), (1.0, 1.0))
         return answer

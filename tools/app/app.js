@@ -13,7 +13,7 @@ const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 2 : 1)} %`;
 // What is shown. `head` is "mean" or a number from 0; `row` and `column` are the chosen window's.
 const state = {
   about: null, answer: null, request: null, view: "attention", block: null, head: "mean", row: 0, column: 0,
-  isKept: false, strength: { attention: 65, prediction: 60 },
+  isKept: false, strength: { attention: 70, prediction: 60 },
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -91,8 +91,10 @@ async function show(content) {
   paint($("picture"), picture);
   $("picture").style.imageRendering = picture.width < SHARPEST ? "pixelated" : "auto";
   if (overlay) paint($("overlay"), overlay);
+  $("overlay").style.imageRendering = state.about.kind === "segmentor" ? "pixelated" : "auto"; // labels do not mix
   $("empty").hidden = true;
-  for (const id of ["shown", "prediction", "time"]) $(id).hidden = false;
+  document.querySelector("main").classList.remove("blank");
+  for (const id of ["shown", "results"]) $(id).hidden = false;
   listRows(answer.rows, answer.summary);
   listTimes(answer.times);
   chooseViews();
@@ -169,7 +171,6 @@ function chooseViews() {
   if (answer.overlay) views.push(["prediction", "Prediction"]);
   if (answer.blocks.length) views.push(["attention", "Attention"]);
   if (!views.some(([view]) => view === state.view)) state.view = views[0]?.[0] ?? "";
-  $("attention").hidden = false;
   $("attention-title").textContent = answer.overlay ? "On the picture" : "Attention among windows";
   $("note").textContent = answer.note;
   $("note").hidden = !answer.note;
@@ -182,14 +183,13 @@ function applyView() {
   const isAttention = view === "attention";
   for (const id of ["heat", "window", "scale", "blocks", "hint"]) $(id).hidden = !isAttention;
   $("overlay").hidden = view !== "prediction";
-  $("stage").classList.toggle("grey", isAttention);
   $("stage").tabIndex = isAttention ? 0 : -1;
   document.querySelector(".slider").hidden = !view;
   $("strength").value = state.strength[view] ?? 0;
   if (isAttention) chooseHeads();
   else {
     $("heads").hidden = true;
-    $("reading").textContent = view ? answer.summary : "";
+    $("reading").textContent = state.about.kind === "detector" ? answer.summary : "";
   }
   setStrength();
 }
@@ -199,9 +199,9 @@ function chooseBlocks() {
   const labels = blocks.map((block) => block.label);
   if (!labels.includes(state.block)) state.block = labels[0] ?? null;
   fill("blocks", blocks.map((block) => [block.label, block.label === "rollout" ? "All" : block.label, describe(block)]),
-    state.block, (label) => { keepPlace(() => { state.block = label; chooseHeads(); }); });
+    state.block, chooseBlock);
   const block = currentBlock();
-  if (block && !state.isKept) [state.row, state.column] = [block.rows >> 1, block.columns >> 1];
+  if (block) [state.row, state.column] = state.isKept ? inside(block, state.row, state.column) : [block.rows >> 1, block.columns >> 1];
   applyView();
 }
 
@@ -224,15 +224,17 @@ function chooseHeads() {
 
 const currentBlock = () => state.answer?.blocks.find((block) => block.label === state.block);
 
-// Keeps the pixel in the middle of the chosen window chosen when the grid changes.
-function keepPlace(change) {
+// The pixel in the middle of the chosen window stays chosen when the grid changes.
+function chooseBlock(label) {
   const before = currentBlock();
   const place = [(state.column + 0.5) * before.width, (state.row + 0.5) * before.height];
-  change();
-  chooseWindowAt(...place);
+  state.block = label;
+  [state.row, state.column] = windowAt(...place);
+  chooseHeads();
 }
 
 function setStrength() {
+  $("stage").classList.toggle("grey", state.view === "attention" && state.strength.attention > 0);
   $("heat").style.opacity = state.strength.attention / 100;
   $("overlay").style.opacity = state.strength.prediction / 100;
 }
@@ -318,14 +320,17 @@ function reading(block) {
 // Choosing a window
 // ---------------------------------------------------------------------------------------------------------------------
 
-function chooseWindowAt(x, y) {
+function windowAt(x, y) {
   const block = currentBlock();
-  choose(Math.floor(y / block.height), Math.floor(x / block.width));
+  return inside(block, Math.floor(y / block.height), Math.floor(x / block.width));
+}
+
+function inside(block, row, column) {
+  return [Math.min(Math.max(row, 0), block.rows - 1), Math.min(Math.max(column, 0), block.columns - 1)];
 }
 
 function choose(row, column) {
-  const block = currentBlock();
-  [state.row, state.column] = [Math.min(Math.max(row, 0), block.rows - 1), Math.min(Math.max(column, 0), block.columns - 1)];
+  [state.row, state.column] = inside(currentBlock(), row, column);
   drawHeat();
 }
 
@@ -337,7 +342,7 @@ function setKept(isKept) {
 function chooseAtPointer(event) {
   const box = $("stage").getBoundingClientRect();
   const { width, height } = state.answer;
-  chooseWindowAt((event.clientX - box.left) / box.width * width, (event.clientY - box.top) / box.height * height);
+  choose(...windowAt((event.clientX - box.left) / box.width * width, (event.clientY - box.top) / box.height * height));
 }
 
 let announcing; // a timer: only the window at which the keys come to rest is announced
