@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import matplotlib
@@ -66,8 +67,9 @@ def checkpoint(images, tmp_path_factory) -> Path:
     torch.save({"model": weights, "classes": CLASSES}, path)
     classifier = load_classifier(str(path))
     inputs = torch.stack([classifier.prepare(read_image(image, "image")) for image in images.values()])
+    network: Any = classifier.network
     with torch.no_grad():
-        features = classifier.network.forward_head(classifier.network.forward_features(inputs), pre_logits=True)
+        features = network.forward_head(network.forward_features(inputs), pre_logits=True)
     weights["head.weight"] = (torch.linalg.pinv(features.double()) @ (9 * torch.eye(len(CLASSES)).double())).T.float()
     torch.save({"model": weights, "classes": CLASSES}, path)
     return path
@@ -564,7 +566,7 @@ def test_a_large_file_is_refused(page, server):
     expected = 413, {"error": "The file is larger than 20 MB. Make it smaller."}
     assert server.request("POST", "/predict", bytes(21 * 2**20)) == expected
     pieces = (bytes(2**20) for _ in range(21))
-    assert server.request("POST", "/predict", pieces) == expected  # type: ignore[arg-type]
+    assert server.request("POST", "/predict", pieces) == expected
     with socket.create_connection(("127.0.0.1", urlsplit(server.url).port), timeout=10) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")

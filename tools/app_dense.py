@@ -2,6 +2,7 @@
 
 import argparse
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from dense.predict import build_inference_model
 from dense.settings import read_config, where_of
 from segmentation.drawing import IGNORED, shares
-from tools.app_predictors import Answer, Row, record, timed, why_no_attention
+from tools.app_predictors import Answer, BlockWeights, Row, record, timed, why_no_attention
 from training.errors import UserError
 
 LONGEST = 1024  # pixels of an image's longer side; a segmentor's scores take 4 bytes for each pixel and class
@@ -32,9 +33,9 @@ class DensePredictor:
     def __init__(self, model: Any, kind: str, name: str) -> None:
         self.model = model
         self.kind = kind
-        self.classes = tuple(model.dataset_meta["classes"])
+        self.classes: Sequence[str] = tuple(model.dataset_meta["classes"])
         self.title = f"{name}, a {kind} with {len(self.classes)} classes"
-        self.facts = {"model": name, "classes": str(len(self.classes)), "input": "any size"}
+        self.facts: Mapping[str, str] = {"model": name, "classes": str(len(self.classes)), "input": "any size"}
         self.note = why_no_attention(model)
 
     def predict(self, image: Image.Image) -> Answer:
@@ -46,7 +47,8 @@ class DensePredictor:
         samples: list[Any] = []
         with timed(times, "preprocessing and network"), torch.no_grad():
             samples.append(self.run(pixels))
-        blocks, note = [], self.note
+        blocks: list[BlockWeights] = []
+        note = self.note
         if not note:
             with timed(times, "again, recording its attention"):
                 blocks, note = record(self.model, lambda: self.run(pixels), lambda: scale_of(samples[0], pixels))

@@ -135,9 +135,13 @@ class ClassifierPredictor:
         description = classifier.description
         height, width = description.preprocessing.size
         self.classifier = classifier
-        self.classes = description.classes
+        self.classes: Sequence[str] = description.classes
         self.title = f"{description.model} with {len(self.classes)} classes"
-        self.facts = {"model": description.model, "classes": str(len(self.classes)), "input": f"{height} × {width}"}
+        self.facts: Mapping[str, str] = {
+            "model": description.model,
+            "classes": str(len(self.classes)),
+            "input": f"{height} × {width}",
+        }
         self.note = why_no_attention(classifier.network)
 
     def predict(self, image: Image.Image) -> Answer:
