@@ -25,7 +25,8 @@ Score = Callable[[Callable[[Tensor], Tensor]], float]
 
 def write_openvino_int8(job: Job, path: Path) -> None:
     """The network for OpenVINO in int8. Layers that cost accuracy stay in float, where labelled images show them."""
-    save_openvino(quantised_by_nncf(read_openvino(job.onnx()), job.calibration, job.score), job, "int8", "-int8.xml")
+    model = quantised_by_nncf(read_openvino(job.onnx()), job.calibration, job.score)
+    save_openvino(model, job.description, "int8", path)
 
 
 def quantised_by_nncf(model: Any, calibration: Sequence[Tensor], score: Score | None = None) -> Any:
