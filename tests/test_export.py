@@ -230,7 +230,9 @@ def test_int8_keeps_the_products_of_attention_in_float(exported):
 
 
 def test_backbone_of_any_size(tmp_path, capsys):
-    backbone = export_backbone.Backbone("tiny", tiny_network(sepvit.SepViTDense, out_indices=(1, 3)).eval())
+    backbone = export_backbone.Backbone(
+        "tiny", tiny_network(sepvit.SepViTDense, depths=(1, 2, 1, 1), out_indices=(1, 3)).eval()
+    )
     export_backbone.write(backbone, tmp_path / "tiny.onnx", export_formats.OPSET)
     export_backbone.compare(backbone, tmp_path / "tiny.onnx", rounds=1)  # raises if they differ
     assert capsys.readouterr().out.count("largest difference") == len(export_backbone.COMPARED)

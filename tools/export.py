@@ -161,7 +161,7 @@ def write(job: Job, files: Mapping[str, str]) -> tuple[dict[str, Form], dict[str
         file = job.folder / file_name
         try:
             FORMATS[name].write(job, file)
-            opened = load_classifier(str(file), flag=f"--formats {name}:")
+            opened = load_classifier(str(file), what=file.name)
             opened.logits([opened.prepare(job.samples[0])])
             forms[name] = Form(opened, file)
         except Exception as error:  # each exporter and runtime raises its own types
@@ -192,7 +192,7 @@ def check_free(folder: Path, names: Iterable[str], overwrite: bool) -> None:
     """
     for part in (part for name in names for part in parts_of(folder / name)):
         if part.exists() and not overwrite:
-            raise UserError(f"--out {folder}: {part.name} exists; name another folder, or replace it: --overwrite")
+            raise UserError(f"--out {folder}: {part.name} exists; name another folder, or replace it with --overwrite")
 
 
 def keep(files: Sequence[Path], folder: Path) -> None:

@@ -51,7 +51,7 @@ def export(backbone: Backbone, folder: Path, args: argparse.Namespace) -> int:
                         f"{backbone.variant}, which is exported to {FORMAT} only")  # fmt: skip
     target = folder / f"{backbone.variant}-backbone.onnx"
     if target.exists() and not args.overwrite:
-        raise UserError(f"--out {folder}: {target.name} exists; name another folder, or replace it: --overwrite")
+        raise UserError(f"--out {folder}: {target.name} exists; name another folder, or replace it with --overwrite")
     make_folder(folder, f"--out {folder}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as work:
         file = Path(work) / target.name
