@@ -280,7 +280,7 @@ def test_what_is_refused():
     nan = float("nan")
     forms = {"checkpoint": (0, 90.0), "onnx": (2e-3, 90.0), "openvino": (1e-4, 90.0), "torchscript": (nan, 90.0),
              "openvino-bfloat16": (0.1, 89.5), "openvino-int8": (0.1, 88.5), "onnx-int8": (nan, 90.0)}  # fmt: skip
-    reasons = export.refused(measured(**forms))
+    reasons = export.refused(measured(**forms), export.FORMATS)
     assert reasons == {
         "onnx": "refused: its logits differ by 0.002, more than 0.001",
         "torchscript": "refused: its logits are not finite",

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -90,16 +90,17 @@ def main(args: argparse.Namespace) -> int:
     classifier = load_classifier(args.resume, args.model, args.averaged)
     if classifier.network is None:
         raise UserError(f"--resume {args.resume}: an exported file; name the checkpoint that it was exported from")
-    files = {name: f"{classifier.description.model.replace('/', '_')}{FORMATS[name].ending}" for name in names}
+    formats = {name: FORMATS[name] for name in names} | other_opsets(args)
+    files = {name: f"{classifier.description.model.replace('/', '_')}{one.ending}" for name, one in formats.items()}
     check_free(folder, files.values(), args.overwrite)
     images = find_labelled(args, classifier) if args.data_path else photographs()
     make_folder(folder, f"--out {args.out}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as work:
         job = build_job(args, classifier, images, Path(work), names)
-        forms, failures = write(job, files)
+        forms, failures = write(job, files, formats)
         failures = missing | failures
         measured = export_table.measure(classifier, forms, images)
-        failures |= refused(measured)
+        failures |= refused(measured, formats)
         kept = {name: one for name, one in measured.items() if name not in failures}
         export_table.time_forms(kept, images, args.rounds)
         report = export_table.report(classifier.description, kept, failures, images, job.notes)
@@ -134,6 +135,13 @@ def choose_formats(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]
     return chosen, missing
 
 
+def other_opsets(args: argparse.Namespace) -> dict[str, Format]:
+    """Formats that differ from ONNX in the version of the operators, for those that are asked for besides the first."""
+    onnx = FORMATS["onnx"]
+    return {f"onnx-opset-{opset}": replace(onnx, write=partial(export_formats.write_onnx, opset=opset),
+                                           ending=f"-opset-{opset}.onnx") for opset in args.opset[1:]}  # fmt: skip
+
+
 def build_job(
     args: argparse.Namespace, classifier: Classifier, images: Images, folder: Path, names: Sequence[str]
 ) -> Job:
@@ -143,15 +151,16 @@ def build_job(
         inputs = calibration_inputs(args, classifier) if args.data_path else images.inputs(classifier)
         calibration = export_int8.calibration_batches(inputs)
     score = partial(images.accuracy, classifier) if images.labels else None
-    return Job(classifier, folder, calibration, args.opset, score, images.images[:SAMPLES])
+    return Job(classifier, folder, calibration, args.opset[0], score, images.images[:SAMPLES])
 
 
-def write(job: Job, files: Mapping[str, str]) -> tuple[dict[str, Form], dict[str, str]]:
+def write(job: Job, files: Mapping[str, str], formats: Mapping[str, Format]) -> tuple[dict[str, Form], dict[str, str]]:
     """Write formats, and open them as predict.py does.
 
     Args:
         job: what is exported.
         files: names of the files by format.
+        formats: the formats by name.
 
     Returns:
         the forms by name, and why others could not be written or do not run.
@@ -160,7 +169,7 @@ def write(job: Job, files: Mapping[str, str]) -> tuple[dict[str, Form], dict[str
     for name, file_name in tqdm(files.items(), desc="export", disable=not sys.stderr.isatty()):
         file = job.folder / file_name
         try:
-            FORMATS[name].write(job, file)
+            formats[name].write(job, file)
             opened = load_classifier(str(file), what=file.name)
             opened.logits([opened.prepare(job.samples[0])])
             forms[name] = Form(opened, file)
@@ -169,13 +178,20 @@ def write(job: Job, files: Mapping[str, str]) -> tuple[dict[str, Form], dict[str
     return forms, failures
 
 
-def refused(measured: dict[str, Measured]) -> dict[str, str]:
-    """Refuse files that differ too much from the checkpoint. Returns why, by their names."""
+def refused(measured: Mapping[str, Measured], formats: Mapping[str, Format]) -> dict[str, str]:
+    """Refuse files that differ too much from the checkpoint. Returns why, by their names.
+
+    Raises:
+        UserError: the checkpoint itself computes no finite numbers.
+    """
     failures = {}
     reference = measured[export_table.CHECKPOINT]
     for name, one in measured.items():
-        exact = name == export_table.CHECKPOINT or FORMATS[name].is_exact
+        exact = name == export_table.CHECKPOINT or formats[name].is_exact
         if not math.isfinite(one.difference):
+            if name == export_table.CHECKPOINT:
+                raise UserError("--resume: the network's logits are not finite; use a checkpoint from before training "
+                                "diverged")  # fmt: skip
             failures[name] = "refused: its logits are not finite"
         elif exact and one.difference > LARGEST_DIFFERENCE:
             failures[name] = f"refused: its logits differ by {one.difference:.2g}, more than {LARGEST_DIFFERENCE:g}"
@@ -252,8 +268,9 @@ def build_parser() -> Parser:
         help="validation images to compare on, evenly spaced, default 2000")  # fmt: skip
     add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not tell it")
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
-    add("--opset", type=int, choices=OPSETS, default=OPSET, metavar="N",
-        help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]}, default {OPSET}")  # fmt: skip
+    add("--opset", type=int, choices=OPSETS, nargs="+", default=[OPSET], metavar="N",
+        help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]}, default {OPSET}; others are written, too, to "
+             "compare their speed")  # fmt: skip
     add("--rounds", type=positive_int, default=5, metavar="N", help="rounds of timing, default 5")
     add("--overwrite", action="store_true", help="replace files that are in DIR already")
     add("--push", default="", metavar="USER/NAME", help="upload the safetensors to the Hugging Face hub, by timm")

@@ -62,7 +62,6 @@ class Job:
     score: Callable[[Callable[[Tensor], Tensor]], float] | None = None
     samples: Sequence[Image.Image] = ()
     notes: list[str] = field(default_factory=list)
-    _onnx: dict[int, Path] = field(default_factory=dict)
 
     @property
     def description(self) -> Description:
@@ -79,14 +78,13 @@ class Job:
         """Random inputs for tracing."""
         return torch.randn(EXAMPLES, 3, *self.description.preprocessing.size)
 
-    def onnx(self) -> Path:
-        """The network in ONNX, without metadata: what other formats start from."""
-        if self.opset not in self._onnx:
-            path = self.folder / f"opset-{self.opset}.network"
+    def onnx(self, opset: int | None = None) -> Path:
+        """The network in ONNX, without metadata: what other formats start from. With another opset if one is given."""
+        path = self.folder / f"opset-{opset or self.opset}.network"
+        if not path.exists():
             batch = ({0: Dim("batch")},)
-            export_onnx(self.network, self.images(), path, batch, self.opset, ["images"], ["logits"])
-            self._onnx[self.opset] = path
-        return self._onnx[self.opset]
+            export_onnx(self.network, self.images(), path, batch, opset or self.opset, ["images"], ["logits"])
+        return path
 
     def program(self) -> ExportedProgram:
         """The network as torch.export traces it, for batches of any size."""
@@ -213,11 +211,11 @@ def save_onnx(model: Any, description: Description, path: Path) -> None:
     onnx.save(model, str(path))
 
 
-def write_onnx(job: Job, path: Path) -> None:
-    """The network in ONNX: normalised images to logits, batches of any size."""
+def write_onnx(job: Job, path: Path, opset: int | None = None) -> None:
+    """The network in ONNX: normalised images to logits, batches of any size. With another opset if one is given."""
     import onnx
 
-    save_onnx(onnx.load(str(job.onnx())), job.description, path)
+    save_onnx(onnx.load(str(job.onnx(opset))), job.description, path)
 
 
 def write_onnx_preprocessing(job: Job, path: Path) -> None:
