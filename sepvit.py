@@ -105,6 +105,11 @@ def window_grid(img_size: tuple[int, int], stage: int, window_size: int) -> tupl
     return math.ceil(img_size[0] / stride), math.ceil(img_size[1] / stride)
 
 
+def window_weights(q: Tensor, k: Tensor) -> Tensor:
+    """Attention weights within each window, windows × h × T × T, from queries and keys, windows × h × T × d."""
+    return torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1), dim=-1)
+
+
 MOST_WINDOWS = 65_535  # of one call: CUDA's kernels number the windows of a batch with 16 bits
 
 
@@ -128,7 +133,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, most: int 
     if q.requires_grad and q.is_cpu and q.dtype in (torch.bfloat16, torch.float16):
         # The fused kernel's backward pass on CPUs takes 40 % of a training step in 16-bit formats, five times as long
         # as in float32.
-        P = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1), dim=-1)  # windows × h × T × T
+        P = window_weights(q, k)  # windows × h × T × T
         return F.dropout(P, dropout).to(v.dtype) @ v
     if q.shape[0] <= most:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
@@ -198,25 +203,26 @@ class SeparableSelfAttention(nn.Module):
         Returns:
             map, B × H × W × C.
         """
-        w = self.window_size
-        nh, nw = (H + w - 1) // w, (W + w - 1) // w
         a = self.depthwise(z)  # B × n × T × C, T = 1+L or L
-        B, _, _, C = a.shape
         if self.PSA_qk is not None:
-            f = self.pointwise(a)  # B × h × n × L·d
-            f = f.view(B, self.num_heads, nh, nw, w, w, self.head_dim)
-            f = f.permute(0, 2, 4, 3, 5, 1, 6)  # B × nh × w × nw × w × h × d
-        else:
-            f = a  # a single window: its pixels are already in map order
-        f = f.reshape(B, nh * w, nw * w, C)[:, :H, :W]  # B × H × W × C, padding removed
-        return self.proj_drop(self.proj(f.contiguous()))  # otherwise its bias takes another pass over the map
+            return self.project(self.pointwise(a), H, W)
+        return self.project(a, H, W)  # a single window: its pixels are already in map order
 
     def depthwise(self, z: Tensor) -> Tensor:
         """Self-attention within each window, window token included, plus the shortcut; keeps B × n × T × C."""
-        B, n, T, C = z.shape
+        q, k, v = self.depthwise_heads(z)  # each B·n × h × T × d
+        return self.join_heads(window_attention(q, k, v, self.attn_drop if self.training else 0.0), z)
+
+    def depthwise_heads(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the depthwise attention, B·n × h × T × d each, from windows, B × n × T × C."""
+        B, n, T, _ = z.shape
         qkv = self.DSA_qkv(z).view(B * n, T, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B·n × h × T × d
-        a = window_attention(q, k, v, self.attn_drop if self.training else 0.0)
+        return q, k, v
+
+    def join_heads(self, a: Tensor, z: Tensor) -> Tensor:
+        """Join heads, B·n × h × T × d, to windows, and add these to the windows before the attention, B × n × T × C."""
+        B, n, T, C = z.shape
         return a.transpose(1, 2).reshape(B, n, T, C) + z
 
     def pointwise(self, a: Tensor) -> Tensor:
@@ -228,18 +234,54 @@ class SeparableSelfAttention(nn.Module):
         Returns:
             pixels by head, B × h × n × L·d.
         """
+        P = F.dropout(self.pointwise_weights(a), self.attn_drop, self.training)  # B × h × n × n
+        return self.mix_windows(P, a)
+
+    def pointwise_weights(self, a: Tensor) -> Tensor:
+        """Attention weights among windows, B × h × n × n, from the output of the depthwise attention."""
         assert self.win_tokens_norm is not None
         assert self.PSA_qk is not None
+        B, n, _, _ = a.shape
+        t = F.gelu(self.win_tokens_norm(a[:, :, 0]))  # B × n × C
+        qk = self.PSA_qk(t).view(B, n, 2, self.num_heads, self.head_dim)
+        q, k = qk.permute(2, 0, 3, 1, 4).unbind(0)  # each B × h × n × d
+        # Values (L·d wide) are far wider than keys (d). No fused kernel supports that, so this is written out.
+        return torch.softmax((q * self.scale) @ k.transpose(-2, -1), dim=-1)
+
+    def mix_windows(self, P: Tensor, a: Tensor) -> Tensor:
+        """Mix the windows' pixels by weights among windows, plus the shortcut.
+
+        Args:
+            P: weights, B × h × n × n.
+            a: output of the depthwise attention, B × n × (1+L) × C.
+
+        Returns:
+            pixels by head, B × h × n × L·d.
+        """
         B, n, T, _ = a.shape
         h, d = self.num_heads, self.head_dim
-        t = F.gelu(self.win_tokens_norm(a[:, :, 0]))  # B × n × C
-        q, k = self.PSA_qk(t).view(B, n, 2, h, d).permute(2, 0, 3, 1, 4).unbind(0)  # each B × h × n × d
-        # Values (L·d wide) are far wider than keys (d). No fused kernel supports that, so this is written out.
-        P = torch.softmax((q * self.scale) @ k.transpose(-2, -1), dim=-1)  # B × h × n × n
-        P = F.dropout(P, self.attn_drop, self.training)
         f = a[:, :, 1:].unflatten(3, (h, d)).permute(0, 3, 1, 2, 4)  # B × h × n × L × d
         f = f.reshape(B, h, n, (T - 1) * d)
         return (P + torch.eye(n, dtype=P.dtype, device=P.device)) @ f  # P @ f + f in a single pass over the pixels
+
+    def project(self, f: Tensor, H: int, W: int) -> Tensor:
+        """Put windows back into an H × W map, and project it.
+
+        Args:
+            f: pixels by head, B × h × n × L·d, or the pixels of a single window, B × 1 × L × C.
+            H: rows of the map, without padding.
+            W: columns of the map, without padding.
+
+        Returns:
+            map, B × H × W × C.
+        """
+        B, w, C = f.shape[0], self.window_size, self.num_heads * self.head_dim
+        nh, nw = (H + w - 1) // w, (W + w - 1) // w
+        if self.PSA_qk is not None:
+            f = f.view(B, self.num_heads, nh, nw, w, w, self.head_dim)
+            f = f.permute(0, 2, 4, 3, 5, 1, 6)  # B × nh × w × nw × w × h × d
+        f = f.reshape(B, nh * w, nw * w, C)[:, :H, :W]  # B × H × W × C, padding removed
+        return self.proj_drop(self.proj(f.contiguous()))  # otherwise its bias takes another pass over the map
 
 
 class SepViTBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""Private and undocumented parts of mmengine (onedl-mmengine 0.10.x) and NumPy (2.x), used here and nowhere else.
+"""Private and undocumented parts of mmengine (onedl-mmengine 0.10.x), used here and nowhere else.
 
 `tests/test_private_parts_dense.py` exercises each of them, and fails if a library changes.
 """
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
@@ -62,17 +61,8 @@ def log_statistic(owner: type, name: str) -> Any:
     raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr of {name}")
 
 
-# Besides tensors, checkpoints of mmengine contain its log, made of NumPy's arrays and numbers. The functions that
-# rebuild these are private; the pickle protocol returns them. None of the classes can run code.
-LOG_CLASSES = (
-    HistoryBuffer,
-    (log_statistic, "builtins.getattr"),
-    np.empty(0).__reduce__()[0],
-    np.float64(0).__reduce__()[0],
-    np.ndarray,
-    np.dtype,
-    *(type(np.dtype(name)) for name in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"),
-)
+# Besides tensors, checkpoints of mmengine contain its log, made of NumPy's arrays and numbers. None of it can run code.
+LOG_CLASSES = (HistoryBuffer, (log_statistic, "builtins.getattr"), *checkpoints.NUMPY_CLASSES)
 
 
 def read_checkpoint(path: str, what: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Classifiers exported to files (tools/export.py), opened by the runtime of each kind."""
 
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -172,7 +173,9 @@ def _open_openvino(path: Path, device: torch.device) -> Opened:
 
 def _open_exported_program(path: Path, device: torch.device) -> Opened:
     texts = {DESCRIPTION: ""}
-    program = torch.export.load(path, extra_files=texts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the file's buffers, which nobody writes to
+        program = torch.export.load(path, extra_files=texts)
     network = program.module().to(device)
 
     def run(images: Tensor) -> Tensor:

@@ -276,7 +276,7 @@ def test_forms_that_a_format_or_a_measure_lacks():
 
 @pytest.mark.parametrize("form", benchmark_runtimes.RUNTIMES)
 def test_exported_networks(form):
-    for package in {**benchmark_runtimes.PACKAGES[form], **benchmark_runtimes.QUANTIZATION.get(form, {})}:
+    for package in (*benchmark_runtimes.PACKAGES[form], *benchmark_runtimes.QUANTIZATION.get(form, ())):
         pytest.importorskip(package)
     for number_format in benchmark_runtimes.NUMBER_FORMATS[form]:
         (row,) = measured([form], Setting("inference", CPU, 2, (64, 64)), number_format)

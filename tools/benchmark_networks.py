@@ -22,6 +22,7 @@ import main
 import sepvit
 from tools import benchmark_runtimes
 from tools.benchmark_rounds import reason
+from tools.export_formats import export_onnx
 from training.errors import UserError
 from training.measure import bytes_of
 from training.networks import place
@@ -330,7 +331,7 @@ def _exported(subject: Subject, setting: Setting, folder: Path) -> Ready:
     images = setting.images()
     path = folder / f"{subject.model}-{'x'.join(map(str, images.shape))}.onnx"
     if not path.exists():
-        benchmark_runtimes.export(create_network(subject.model, setting).eval(), images, path)
+        export_onnx(create_network(subject.model, setting).eval(), images, path)
     calibration = setting.calibration_batches() if subject.number_format == "int8" else []
     session = benchmark_runtimes.open_session(subject.form, path, subject.number_format, setting.threads, calibration)
     return Ready(

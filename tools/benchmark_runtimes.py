@@ -3,21 +3,17 @@
 Both are optional packages.
 """
 
-import contextlib
-import io
 import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if not __package__:
     import _repository  # noqa: F401
 from inference.exported import Session, compile_openvino, onnxruntime_session, run_onnxruntime, run_openvino
 from inference.packages import require
+from tools.export_int8 import quantised_by_nncf
 
 RUNTIMES = ("onnxruntime", "openvino")
 # ONNX Runtime's kernels for CPUs have no bfloat16. OpenVINO multiplies in bfloat16 where it is told to.
@@ -42,16 +38,6 @@ def check_packages(forms: Sequence[str], formats: Sequence[str], flag: str) -> N
     for form in forms:
         quantization = QUANTIZATION.get(form, ()) if "int8" in formats else ()
         require(f"{flag} {form}", *PACKAGES.get(form, ()), *quantization)
-
-
-def export(network: nn.Module, images: Tensor, path: Path) -> None:
-    """Export a network in evaluation mode to ONNX, for images of this shape."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # about the exporter's own use of deprecated functions
-        torch.onnx.export(
-            network, (images,), str(path), input_names=["images"], dynamo=True, external_data=False, verbose=False
-        )
 
 
 def size_of(path: Path) -> int:
@@ -81,7 +67,7 @@ def open_session(
 
     model = openvino.Core().read_model(str(path))
     if number_format == "int8":
-        model = calibrated(model, calibration)
+        model = quantised_by_nncf(model, calibration)
     return run_openvino(compile_openvino(model, number_format, threads))
 
 
@@ -94,22 +80,3 @@ def with_int8_weights(path: Path) -> Path:
         logging.getLogger().setLevel(logging.ERROR)  # it advises to preprocess
         quantize_dynamic(path, target, weight_type=QuantType.QInt8)
     return target
-
-
-def calibrated(model: Any, calibration: Sequence[Tensor]) -> Any:
-    """Quantise weights and activations of an OpenVINO model to int8, by their range on some images."""
-    import nncf
-
-    nncf.set_log_level(logging.ERROR)
-    # SmoothQuant, on by default for transformers, ruins the outputs of this network.
-    no_smoothing = nncf.AdvancedQuantizationParameters(
-        smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1)
-    )
-    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
-        return nncf.quantize(
-            model,
-            nncf.Dataset([images.numpy() for images in calibration]),
-            subset_size=len(calibration),
-            model_type=nncf.ModelType.TRANSFORMER,
-            advanced_parameters=no_smoothing,
-        )

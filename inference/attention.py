@@ -1,0 +1,254 @@
+"""The attention of a network's blocks on given images, among windows and inside them, and its rollout over blocks.
+
+Nothing is computed by a copy of the network. Hooks see what goes into each attention module and what comes out. The
+weights come from the module's own methods, and so does an output that is recomputed from them. It has to equal the
+module's.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sepvit import SeparableSelfAttention, SepViTStages, window_weights
+
+# Largest difference of a recomputed output, relative to the output's largest value, and of a row's sum from one.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class BlockAttention:
+    """The attention weights of a block, each row a softmax: it sums to one.
+
+    Shapes use `B` for images, `h` for heads, `n` for windows and `T` for the tokens of a window: its window token, if
+    it has one, then its pixels, row by row.
+
+    Attributes:
+        name: the block's name in the network, such as 'blocks.2.1' or 'backbone.blocks.2.1'.
+        stage: its stage, 0 to 3.
+        grid: rows and columns of windows.
+        window_size: window side, in pixels of the map.
+        map_size: height and width of the map, without the padding of the last windows.
+        among: weights among windows, B × h × n × n: a row is a window, its columns are the windows that it listens to.
+            None for a block with a single window, which has none.
+        inside: weights inside windows, B × n × h × T × T.
+        difference: largest difference of the recomputed output, relative to the output's largest value.
+    """
+
+    name: str
+    stage: int
+    grid: tuple[int, int]
+    window_size: int
+    map_size: tuple[int, int]
+    among: Tensor | None
+    inside: Tensor
+    difference: float
+
+    @property
+    def stride(self) -> int:
+        """Image pixels per window side. Window (row, column) starts at pixel (row · stride, column · stride)."""
+        return 4 * 2**self.stage * self.window_size
+
+    @property
+    def has_token(self) -> bool:
+        """Whether the windows have window tokens, which come first in `inside`."""
+        return self.among is not None
+
+    def among_mean(self) -> Tensor:
+        """Weights among windows, averaged over heads, B × n × n.
+
+        Raises:
+            ValueError: the block has a single window.
+        """
+        if self.among is None:
+            raise ValueError(f"{self.name} has a single window, so no attention among windows")
+        return self.among.mean(dim=1)
+
+    def window_at(self, row: float, column: float) -> tuple[int, int]:
+        """Row and column of the window that an image pixel is in; the nearest window for pixels outside the grid."""
+        places = zip((row, column), self.grid)
+        rows, columns = (min(max(int(place // self.stride), 0), count - 1) for place, count in places)
+        return rows, columns
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recording
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def record_attention(
+    network: nn.Module, images: Tensor, run: Callable[[Tensor], object] | None = None
+) -> list[BlockAttention]:
+    """Run a network, and return the attention of its blocks in the order in which they ran.
+
+    Args:
+        network: a SepViT in either form, or any module that contains one, such as a segmentor.
+        images: B × C_in × H × W, or whatever `run` takes.
+        run: runs the network; None to call it with the images. It may leave blocks out.
+
+    Raises:
+        ValueError: the network holds no SepViT, is in training mode, or ran none of its blocks, or one of them twice.
+        RuntimeError: rows of weights do not sum to one, or the output recomputed from them is not the network's.
+    """
+    blocks = _named_blocks(network)
+    if not blocks:
+        raise ValueError(f"{type(network).__name__} holds no SepViT, whose attention could be recorded")
+    if any(attention.training for attention, _ in blocks.values()):
+        raise ValueError("the network is in training mode, in which dropout changes its attention; call eval() first")
+    records: dict[str, BlockAttention] = {}
+    with ExitStack() as hooks, torch.no_grad():
+        for name, (attention, stage) in blocks.items():
+            hook = partial(_record, records, name, stage)
+            hooks.callback(attention.register_forward_hook(hook).remove)
+        (run or network)(images)
+    if not records:
+        raise ValueError("none of the network's blocks ran; a compiled network does not call them one by one")
+    return list(records.values())
+
+
+def _named_blocks(network: nn.Module) -> dict[str, tuple[SeparableSelfAttention, int]]:
+    """The attention modules and stages of all blocks, by the block's name in the network."""
+    found = {}
+    for prefix, module in network.named_modules():
+        if isinstance(module, SepViTStages):
+            for stage, blocks in enumerate(module.blocks):
+                for index, block in enumerate(blocks):
+                    name = f"blocks.{stage}.{index}"
+                    found[f"{prefix}.{name}" if prefix else name] = block.attn, stage
+    return found
+
+
+def _record(
+    records: dict[str, BlockAttention],
+    name: str,
+    stage: int,
+    attention: nn.Module,
+    inputs: tuple[Any, ...],
+    output: Tensor,
+) -> None:
+    """Add a block's attention to the records: the hook that runs after its attention module."""
+    assert isinstance(attention, SeparableSelfAttention)
+    if name in records:
+        raise ValueError(f"{name} ran twice; record one run at a time")
+    z, H, W = inputs
+    B, n = z.shape[:2]
+    q, k, v = attention.depthwise_heads(z)  # each B·n × h × T × d
+    inside = window_weights(q, k)  # B·n × h × T × T
+    a = attention.join_heads(inside.to(v.dtype) @ v, z)  # B × n × T × C
+    among, f = None, a
+    if attention.PSA_qk is not None:
+        among = attention.pointwise_weights(a)  # B × h × n × n
+        f = attention.mix_windows(among, a)  # B × h × n × L·d
+    difference = _check(name, [weights for weights in (inside, among) if weights is not None],
+                        attention.project(f, H, W), output)  # fmt: skip
+    w = attention.window_size
+    records[name] = BlockAttention(
+        name=name,
+        stage=stage,
+        grid=(-(-H // w), -(-W // w)),
+        window_size=w,
+        map_size=(H, W),
+        among=among,
+        inside=inside.unflatten(0, (B, n)),
+        difference=difference,
+    )
+
+
+def _check(name: str, weights: Sequence[Tensor], recomputed: Tensor, output: Tensor) -> float:
+    """Check a block's weights. Returns the largest difference of the output, relative to its largest value.
+
+    Raises:
+        RuntimeError: rows do not sum to one, or the outputs differ.
+    """
+    tolerance = TOLERANCES[output.dtype]
+    for rows in weights:
+        excess = (rows.double().sum(dim=-1) - 1).abs().max().item()
+        if not excess <= tolerance:  # also if it is not a number
+            raise RuntimeError(f"{name}: a row of attention weights sums to one only within {excess:.1g}")
+    largest = output.double().abs().max().item()
+    difference = (recomputed.double() - output.double()).abs().max().item() / max(largest, 1e-30)
+    if not difference <= tolerance:
+        raise RuntimeError(f"{name}: the output recomputed from its attention differs from the network's by "
+                           f"{difference:.1g} of the largest value, more than {tolerance:g}")  # fmt: skip
+    return difference
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollout
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Attention among windows through several blocks, on a common grid of m cells.
+
+    Attributes:
+        weights: B × m × m, rows sum to one. Row i holds how much cell i after the last block has of each cell before
+            the first one.
+        grid: rows and columns of cells.
+        stride: image pixels per side of a cell. Cells in the last row and column may reach beyond the image.
+    """
+
+    weights: Tensor
+    grid: tuple[int, int]
+    stride: int
+
+
+def rollout(blocks: Sequence[BlockAttention]) -> Rollout:
+    """Multiply the attention among windows over blocks: attention rollout (Abnar and Zuidema, 2020, arXiv 2005.00928).
+
+    Each block contributes (P + I) / 2, where P is its attention among windows, averaged over heads. The shortcut adds
+    the identity in this network too, which computes (P + I) @ f.
+
+    Grids differ between blocks. The common grid is the finest one, and its cells are to other windows as areas are. A
+    cell listens as the windows do that it overlaps, in proportion to the overlaps: A, m × n, rows sum to one. What it
+    listens to in a window spreads evenly over the cells in it: D, n × m, rows sum to one. So P becomes A P D, m × m.
+    Padding has no area. The identity stays that of the cells: the shortcut leaves pixels where they are.
+
+    Blocks with a single window have no attention among windows, and are skipped. Attention inside windows and
+    convolutions, which mix neighbours, are not counted.
+
+    Args:
+        blocks: the attention of blocks, in the order in which they ran.
+
+    Raises:
+        ValueError: no block has more than one window.
+    """
+    several = [block for block in blocks if block.among is not None]
+    if not several:
+        raise ValueError("no block has more than one window, so there is no attention among windows to multiply")
+    finest = min(several, key=lambda block: block.stride)
+    # Rounded up at each stage, sizes in image pixels are exact only up to the first stage's stride.
+    extent = [min(block.map_size[axis] * 4 * 2**block.stage for block in several) for axis in (0, 1)]
+    total: Tensor | None = None
+    for block in several:
+        P = block.among_mean().double()  # B × n × n
+        overlaps = [_overlaps(extent[axis], finest.stride, block.stride).to(P.device) for axis in (0, 1)]
+        A = torch.kron(*(_normalised(overlap) for overlap in overlaps))  # m × n
+        D = torch.kron(*(_normalised(overlap.T) for overlap in overlaps))  # n × m
+        mixed = (A @ P @ D + torch.eye(len(A), dtype=P.dtype, device=P.device)) / 2  # B × m × m
+        total = mixed if total is None else mixed @ total
+    assert total is not None
+    return Rollout(total.float(), finest.grid, finest.stride)
+
+
+def _overlaps(extent: int, cell: int, window: int) -> Tensor:
+    """Lengths in pixels that cells and windows share along one axis, cells × windows.
+
+    Args:
+        extent: length of the image.
+        cell: length of a cell. The first starts at 0.
+        window: length of a window, likewise.
+    """
+    cells, windows = (torch.arange(0, extent, side, dtype=torch.float64) for side in (cell, window))
+    ends = torch.minimum((cells + cell)[:, None], (windows + window)[None]).clamp(max=extent)
+    return (ends - torch.maximum(cells[:, None], windows[None])).clamp(min=0)
+
+
+def _normalised(overlap: Tensor) -> Tensor:
+    """Divide rows by their sums."""
+    return (overlap / overlap.sum(dim=1, keepdim=True)).contiguous()

@@ -1,0 +1,244 @@
+"""Export a trained classifier for deployment, and show in one table what each exported file gives.
+
+    python tools/export.py --resume PATH --out DIR [--formats …] [--data-path DIR]
+
+Every file is opened and compared with the checkpoint on real images before it is kept. Classes, image size and
+normalisation are in each file's metadata; predict.py reads them. The backbone of a segmentor or detector is exported to
+ONNX, for images of any size divisible by 32.
+"""
+
+import argparse
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from timm.models import push_to_hf_hub
+
+if not __package__:
+    import _repository  # noqa: F401
+from datasets import DATA_SETS
+from inference.classifier import Classifier, load_classifier
+from inference.packages import require
+from tools import export_backbone, export_formats, export_int8, export_table
+from tools.benchmark_rounds import reason
+from tools.export_data import Images, calibration_inputs, find_labelled, photographs
+from tools.export_formats import OPSET, OPSETS, Job
+from tools.export_table import Form, Measured
+from training.commands import Parser, path, positive_int, run_command
+from training.errors import UserError
+from training.storage import make_folder
+
+LARGEST_DIFFERENCE = 1e-3  # of the logits, in float32
+SAMPLES = 16  # images that preprocessing is checked with
+MOST_LOST = 100 * export_int8.MOST_LOST  # points of top-1, in bfloat16 and int8
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of files.
+
+    Attributes:
+        write: writes it. Returns the file, or the folder.
+        modules: packages that it needs.
+        is_exact: whether its logits have to agree with the checkpoint's.
+        is_calibrated: whether it needs calibration images.
+    """
+
+    write: Callable[[Job], Path]
+    modules: tuple[str, ...] = ()
+    is_exact: bool = True
+    is_calibrated: bool = False
+
+
+EXPORTER = ("onnx", "onnxscript")
+ONNX, OPENVINO = (*EXPORTER, "onnxruntime"), (*EXPORTER, "openvino")
+FORMATS = {
+    "safetensors": Format(export_formats.write_safetensors),
+    "onnx": Format(export_formats.write_onnx, ONNX),
+    "onnx-preprocessing": Format(export_formats.write_onnx_preprocessing, ONNX),
+    "onnx-int8": Format(export_int8.write_onnx_int8, ONNX, is_exact=False, is_calibrated=True),
+    "openvino": Format(export_formats.write_openvino, OPENVINO),
+    "openvino-bfloat16": Format(export_formats.write_openvino_bfloat16, OPENVINO, is_exact=False),
+    "openvino-int8": Format(export_int8.write_openvino_int8, (*OPENVINO, "nncf"), is_exact=False, is_calibrated=True),
+    "torch-export": Format(export_formats.write_torch_export),
+    "aotinductor": Format(export_formats.write_aotinductor),
+    "torchscript": Format(export_formats.write_torchscript),
+}
+
+
+def main(args: argparse.Namespace) -> int:
+    """Export the network. Returns the exit status: 1 if a format could not be made.
+
+    Raises:
+        UserError: there is nothing to export, a package is missing, or the folder cannot be written.
+    """
+    names, missing = choose_formats(args)
+    folder = Path(args.out)
+    if backbone := export_backbone.find(args.resume, args.averaged):
+        return export_backbone.export(backbone, folder, args)
+    classifier = load_classifier(args.resume, args.model, args.averaged)
+    if classifier.network is None:
+        raise UserError(f"--resume {args.resume}: an exported file; name the checkpoint that it was exported from")
+    images = find_labelled(args, classifier) if args.data_path else photographs()
+    make_folder(folder, f"--out {args.out}")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as work:
+        job = build_job(args, classifier, images, Path(work), names)
+        forms, failures = write(job, names)
+        failures = missing | failures
+        measured = export_table.measure(classifier, forms, images)
+        failures |= refused(measured)
+        kept = {name: one for name, one in measured.items() if name not in failures}
+        export_table.time_forms(kept, images, args.rounds)
+        report = export_table.report(classifier.description, kept, failures, images, job.notes)
+        keep([one.form.file for one in kept.values() if one.form.file], folder, args)
+    (folder / "exports.md").write_text(report, encoding="utf-8")
+    print(report)
+    if args.push:
+        push(classifier, args.push)
+    return 1 if failures.keys() - missing.keys() else 0
+
+
+def choose_formats(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+    """Choose the formats to write. All that this machine can write are, unless some are named.
+
+    Returns:
+        their names, and why others are left out.
+
+    Raises:
+        UserError: a format that was named lacks a package or a compiler.
+    """
+    missing: dict[str, str] = {}
+    for name in args.formats or FORMATS:
+        try:
+            require(f"--formats {name}", *FORMATS[name].modules)
+            if name == "aotinductor" and not export_formats.has_compiler():
+                raise UserError(f"--formats {name}: needs a C++ compiler, such as g++; install one, or omit it")
+        except UserError as error:
+            if args.formats:
+                raise
+            missing[name] = str(error).partition(": ")[2]
+    chosen = [name for name in args.formats or FORMATS if name not in missing]
+    return chosen, missing
+
+
+def build_job(
+    args: argparse.Namespace, classifier: Classifier, images: Images, folder: Path, names: Sequence[str]
+) -> Job:
+    """Gather what the formats need."""
+    calibration = []
+    if any(FORMATS[name].is_calibrated for name in names):
+        inputs = calibration_inputs(args, classifier) if args.data_path else images.inputs(classifier)
+        calibration = export_int8.calibration_batches(inputs)
+    score = partial(images.accuracy, classifier) if images.labels else None
+    return Job(classifier, folder, calibration, args.opset, score, images.images[:SAMPLES])
+
+
+def write(job: Job, names: Sequence[str]) -> tuple[dict[str, Form], dict[str, str]]:
+    """Write the formats, and open them as predict.py does.
+
+    Returns:
+        the forms by name, and why others could not be written or do not run.
+    """
+    forms, failures = {}, {}
+    for name in names:
+        print(f"{name}: writing", file=sys.stderr, flush=True)
+        try:
+            file = FORMATS[name].write(job)
+            opened = load_classifier(str(file), flag=f"--formats {name}:")
+            opened.logits([opened.prepare(job.samples[0])])
+            forms[name] = Form(opened, file)
+        except Exception as error:  # each exporter and runtime raises its own types
+            failures[name] = reason(error)
+    return forms, failures
+
+
+def refused(measured: dict[str, Measured]) -> dict[str, str]:
+    """Refuse files that differ too much from the checkpoint. Returns why, by their names."""
+    failures = {}
+    reference = measured[export_table.CHECKPOINT]
+    for name, one in measured.items():
+        exact = name == export_table.CHECKPOINT or FORMATS[name].is_exact
+        if not math.isfinite(one.difference):
+            failures[name] = "refused: its logits are not finite"
+        elif exact and one.difference > LARGEST_DIFFERENCE:
+            failures[name] = f"refused: its logits differ by {one.difference:.2g}, more than {LARGEST_DIFFERENCE:g}"
+        elif one.top1 is not None and reference.top1 is not None and reference.top1 - one.top1 > MOST_LOST:
+            failures[name] = f"refused: its top-1 is {one.top1:.2f} %, the checkpoint's {reference.top1:.2f} %"
+    return failures
+
+
+def keep(files: Sequence[Path], folder: Path, args: argparse.Namespace) -> None:
+    """Move written files, with those that belong to them, to the output folder.
+
+    Raises:
+        UserError: one is there already.
+    """
+    for file in files:
+        for part in [file, *(file.with_suffix(ending) for ending in (".bin",) if file.suffix == ".xml")]:
+            target = folder / part.name
+            if target.exists() and not args.overwrite:
+                raise UserError(f"--out {folder}: {target.name} exists; name another folder, or replace it: "
+                                "--overwrite")  # fmt: skip
+            if target.is_dir():
+                shutil.rmtree(target)
+            part.replace(target)
+
+
+def push(classifier: Classifier, repository: str) -> None:
+    """Upload the weights in timm's layout to a repository of the Hugging Face hub, by timm.
+
+    Raises:
+        UserError: the hub refuses, or cannot be reached.
+    """
+    assert classifier.network is not None
+    card = export_formats.model_card(classifier.description)
+    settings = export_formats.hub_settings(classifier.description)
+    network = export_formats.contiguous(classifier.network)
+    try:
+        push_to_hf_hub(network, repository, model_card=card, **settings)
+    except Exception as error:  # of the hub's library, or of the network
+        raise UserError(
+            f"--push {repository}: {reason(error)}; log in by `hf auth login`, and name USER/NAME"
+        ) from None
+    print(f"--push {repository}: uploaded")
+
+
+def build_parser() -> Parser:
+    """Make the command's parser."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--resume", required=True, type=path, metavar="PATH", help="checkpoint, as predict.py takes it")
+    add("--out", required=True, type=path, metavar="DIR", help="folder for the files")
+    add("--formats", nargs="+", choices=FORMATS, metavar="FORMAT",
+        help=f"{', '.join(FORMATS)}; default: all that this machine can write")  # fmt: skip
+    add("--data-path", type=path, default="", metavar="DIR",
+        help="data set of the classes, for top-1 and calibration; default: some photographs")  # fmt: skip
+    add("--data-set", default="IMNET", help=f"its kind, as for main.py: {', '.join(DATA_SETS)}, or a timm reader")
+    add("--images", type=positive_int, default=2000, metavar="N",
+        help="validation images to compare on, evenly spaced, default 2000")  # fmt: skip
+    add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not tell it")
+    add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
+    add("--opset", type=int, choices=OPSETS, default=OPSET, metavar="N",
+        help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]}, default {OPSET}")  # fmt: skip
+    add("--rounds", type=positive_int, default=5, metavar="N", help="rounds of timing, default 5")
+    add("--overwrite", action="store_true", help="replace files that are in DIR already")
+    add("--push", default="", metavar="USER/NAME", help="upload the safetensors to the Hugging Face hub, by timm")
+    return parser
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns its exit status: 0, 1 if a format failed, 2 for a user's mistake."""
+    parser = build_parser()
+    return run_command("export.py", lambda: main(parser.parse_args(arguments)), parser)
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    sys.exit(run())

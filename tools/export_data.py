@@ -1,0 +1,113 @@
+"""Real images that export.py compares on and calibrates with."""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+if not __package__:
+    import _repository  # noqa: F401
+import main
+from inference.classifier import Classifier
+from tools.benchmark_networks import main_settings
+from training.errors import UserError
+
+CALIBRATION_IMAGES = 128
+BATCH_SIZE = 8
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # those that scikit-image brings with it
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images to compare a classifier's forms on.
+
+    Attributes:
+        source: what they are.
+        images: the images, RGB.
+        labels: number of each one's class; empty if unknown.
+    """
+
+    source: str
+    images: Sequence[Image.Image]
+    labels: Sequence[int] = ()
+
+    def inputs(self, classifier: Classifier) -> list[Tensor]:
+        """What a classifier makes of each image."""
+        return [classifier.prepare(image) for image in self.images]
+
+    def batches(self) -> Iterator[tuple[Sequence[Image.Image], Sequence[int]]]:
+        """Batches of images and labels."""
+        for start in range(0, len(self.images), BATCH_SIZE):
+            part = slice(start, start + BATCH_SIZE)
+            yield self.images[part], self.labels[part]
+
+    def accuracy(self, classifier: Classifier, logits: Callable[[Tensor], Tensor]) -> float:
+        """Top-1 (0 to 1) of a function from a classifier's inputs to logits."""
+        correct = 0
+        for images, labels in self.batches():
+            inputs = torch.stack([classifier.prepare(image) for image in images])
+            correct += int((logits(inputs).argmax(dim=1) == torch.tensor(labels)).sum())
+        return correct / len(self.images)
+
+
+def photographs() -> Images:
+    """Photographs that come with scikit-image, of different shapes."""
+    import skimage.data
+
+    images = [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in PHOTOGRAPHS]
+    return Images("four photographs of scikit-image", images)
+
+
+def find_labelled(args: argparse.Namespace, classifier: Classifier) -> Images:
+    """Validation images of the data set, evenly spaced.
+
+    Raises:
+        UserError: there are none, or they have other classes than the classifier.
+    """
+    data = _find(args, classifier, is_train=False)
+    count = len(classifier.description.classes)
+    if data.num_classes != count:
+        raise UserError(f"--data-path {args.data_path}: has {data.num_classes} classes, the checkpoint {count}; "
+                        "name the data set that it was trained on")  # fmt: skip
+    samples = list(_spaced(data.dataset, args.images))
+    source = f"{len(samples)} validation images of {args.data_path}"
+    return Images(source, [image.convert("RGB") for image, _ in samples], [int(label) for _, label in samples])
+
+
+def calibration_inputs(args: argparse.Namespace, classifier: Classifier) -> list[Tensor]:
+    """What a classifier makes of training images, evenly spaced.
+
+    Raises:
+        UserError: there are none.
+    """
+    data = _find(args, classifier, is_train=True)
+    return [classifier.prepare(image.convert("RGB")) for image, _ in _spaced(data.dataset, CALIBRATION_IMAGES)]
+
+
+def _find(args: argparse.Namespace, classifier: Classifier, is_train: bool) -> Any:
+    description = classifier.description
+    settings = main_settings(
+        description.model,
+        torch.device("cpu"),
+        BATCH_SIZE,
+        *("--data-path", args.data_path),
+        *("--data-set", args.data_set),
+        *("--input-size", str(min(description.preprocessing.size))),
+    )
+    return main.build_data(settings, is_train)
+
+
+def _spaced(dataset: Any, count: int) -> Iterator[tuple[Image.Image, int]]:
+    """At most `count` samples of a data set, evenly spaced; of a stream, the first ones."""
+    if isinstance(dataset, IterableDataset):
+        yield from itertools.islice(dataset, count)
+        return
+    count = min(count, len(dataset))
+    for number in range(count):
+        yield dataset[number * len(dataset) // count]

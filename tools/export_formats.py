@@ -1,0 +1,383 @@
+"""The formats that export.py writes: one function each, from a classifier to a file."""
+
+import copy
+import logging
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.models import save_for_hf
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+# isort: split
+# Private in timm, and without a public counterpart. Tested with timm 1.0.31.
+from timm.models._hub import generate_readme
+
+if not __package__:
+    import _repository  # noqa: F401
+from inference.classifier import Classifier, Description
+from inference.exported import DESCRIPTION, METADATA, NUMBER_FORMAT
+from training.preprocessing import Preprocessing
+
+OPSET = 20  # of ONNX: the fastest in ONNX Runtime; see docs/using.md
+OPSETS = range(18, 24)  # those that torch.onnx.export writes
+LARGEST_PIXEL_DIFFERENCE = 1.01  # of 255: one level, where the last digits of a sum decide on the rounding
+CITATION = """@article{li2022sepvit,
+  title   = {SepViT: Separable Vision Transformer},
+  author  = {Li, Wei and Wang, Xing and Xia, Xin and Wu, Jie and Li, Jiashi and Xiao, Xuefeng and Zheng, Min and
+             Wen, Shiping},
+  journal = {arXiv preprint arXiv:2203.15380},
+  year    = {2022}
+}"""
+EXAMPLES = 2  # images of the batch that is traced: with one, the exporter would take its size for fixed
+
+
+@dataclass
+class Job:
+    """A classifier on its way into files.
+
+    Attributes:
+        classifier: the classifier.
+        folder: where the files go.
+        calibration: batches of its inputs that tell int8 the range of each activation.
+        opset: version of ONNX's operators.
+        score: accuracy (0 to 1) of a function from inputs to logits, on labelled images; None without any.
+        samples: some images, RGB, to check preprocessing with.
+        notes: remarks on the files, for the report.
+    """
+
+    classifier: Classifier
+    folder: Path
+    calibration: Sequence[Tensor] = ()
+    opset: int = OPSET
+    score: Callable[[Callable[[Tensor], Tensor]], float] | None = None
+    samples: Sequence[Image.Image] = ()
+    notes: list[str] = field(default_factory=list)
+    _onnx: dict[int, Path] = field(default_factory=dict)
+
+    @property
+    def description(self) -> Description:
+        """What the classifier predicts, and from what."""
+        return self.classifier.description
+
+    @property
+    def network(self) -> nn.Module:
+        """Its network."""
+        assert self.classifier.network is not None
+        return self.classifier.network
+
+    def file(self, ending: str) -> Path:
+        """The file of a format. Files are named after the model."""
+        return self.folder / f"{self.description.model.replace('/', '_')}{ending}"
+
+    def images(self) -> Tensor:
+        """Random inputs for tracing."""
+        return torch.randn(EXAMPLES, 3, *self.description.preprocessing.size)
+
+    def onnx(self) -> Path:
+        """The network in ONNX, without metadata: what other formats start from."""
+        if self.opset not in self._onnx:
+            path = self.folder / f"opset-{self.opset}.network"
+            batch = ({0: Dim("batch")},)
+            export_onnx(self.network, self.images(), path, batch, self.opset, ["images"], ["logits"])
+            self._onnx[self.opset] = path
+        return self._onnx[self.opset]
+
+    def program(self) -> ExportedProgram:
+        """The network as torch.export traces it, for batches of any size."""
+        with quiet(), torch.no_grad():
+            return torch.export.export(self.network, (self.images(),), dynamic_shapes=({0: Dim("batch")},))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep exporters and quantisers from reporting on their own work."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# timm's layout
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def hub_settings(description: Description) -> dict[str, Any]:
+    """Arguments of timm's `save_for_hf` and `push_to_hf_hub` that describe a classifier."""
+    preprocessing = description.preprocessing
+    data = dict(
+        input_size=(3, *preprocessing.size),
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        interpolation=preprocessing.interpolation,
+        crop_pct=crop_share(preprocessing),
+        crop_mode="center",
+    )
+    return dict(model_config=dict(label_names=list(description.classes)), data_config=data, safe_serialization=True)
+
+
+def crop_share(preprocessing: Preprocessing) -> float:
+    """Share of the resized image that the crop takes, such that timm, which rounds down, resizes to the same length."""
+    side = min(preprocessing.size)
+    share = side / preprocessing.resize
+    while math.floor(side / share) < preprocessing.resize:
+        share = math.nextafter(share, 0)
+    return share
+
+
+def model_card(description: Description) -> dict[str, Any]:
+    """The contents of a model card, as timm's `push_to_hf_hub` takes them."""
+    height, width = description.preprocessing.size
+    count = len(description.classes)
+    return dict(
+        tags=["image-classification", "timm", "sepvit"],
+        description=f"{description.model}, an image classifier for {count} classes: SepViT, the Separable Vision "
+        "Transformer (https://arxiv.org/abs/2203.15380).",
+        details={"Model type": "image classification", "Image size": f"{height} × {width}", "Classes": count},
+        usage="```python\nimport sepvit  # registers the models\nimport timm\n\n"
+        'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n'
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n```",
+        citation=CITATION,
+    )
+
+
+def contiguous(network: nn.Module) -> nn.Module:
+    """Copy a network, with all its weights contiguous, as safetensors wants them."""
+    return copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def write_safetensors(job: Job) -> Path:
+    """Weights in safetensors, with configuration and model card: a folder that timm loads."""
+    folder = job.file("-timm")
+    save_for_hf(contiguous(job.network), str(folder), **hub_settings(job.description))
+    (folder / "README.md").write_text(generate_readme(model_card(job.description), job.description.model))
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ONNX
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def export_onnx(
+    network: nn.Module,
+    images: Tensor,
+    path: Path,
+    dynamic_shapes: Any = None,
+    opset: int = OPSET,
+    inputs: Sequence[str] = ("images",),
+    outputs: Sequence[str] | None = None,
+) -> None:
+    """Export a network in evaluation mode to ONNX.
+
+    Args:
+        network: the network.
+        images: what to trace it with.
+        path: the file.
+        dynamic_shapes: dimensions that may differ from the traced ones, as for torch.export; None: none.
+        opset: version of the operators.
+        inputs: names of its inputs.
+        outputs: names of its outputs.
+    """
+    with quiet(), torch.no_grad():
+        torch.onnx.export(
+            network,
+            (images,),
+            str(path),
+            input_names=list(inputs),
+            output_names=None if outputs is None else list(outputs),
+            opset_version=opset,
+            dynamic_shapes=dynamic_shapes,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def save_onnx(model: Any, description: Description, path: Path) -> Path:
+    """Write an ONNX model with the classifier's description in its metadata."""
+    import onnx
+
+    onnx.helper.set_model_props(model, {METADATA: description.to_json()})
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+    return path
+
+
+def write_onnx(job: Job) -> Path:
+    """The network in ONNX: normalised images to logits, batches of any size."""
+    import onnx
+
+    return save_onnx(onnx.load(str(job.onnx())), job.description, job.file(".onnx"))
+
+
+def write_onnx_preprocessing(job: Job) -> Path:
+    """The network in ONNX with its preprocessing: the pixels of one image, H × W × 3, to logits."""
+    import onnx
+
+    network, pixels = onnx.load(str(job.onnx())), preprocessing_graph(job.description.preprocessing, job.opset)
+    pixels.ir_version = network.ir_version
+    difference = pixel_difference(pixels, job.description.preprocessing, job.samples)
+    if difference > LARGEST_PIXEL_DIFFERENCE:
+        raise ValueError(f"its pixels differ from Pillow's by {difference:.2f} of 255")
+    job.notes.append(f"onnx-preprocessing: pixels differ from Pillow's by at most {difference:.2f} of 255.")
+    joined = onnx.compose.merge_models(pixels, network, io_map=[("prepared", "images")])
+    return save_onnx(joined, job.description, job.file("-preprocessing.onnx"))
+
+
+def pixel_difference(graph: Any, preprocessing: Preprocessing, images: Sequence[Image.Image]) -> float:
+    """Largest difference of the graph's pixels from those of validation, of 255."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    std, transform, largest = np.array(preprocessing.std).reshape(3, 1, 1), preprocessing.transform(), 0.0
+    for image in images:
+        (prepared,) = session.run(None, {"pixels": np.asarray(image)})
+        largest = max(largest, float(np.abs((prepared[0] - transform(image).numpy()) * std).max()))
+    return 255 * largest
+
+
+def preprocessing_graph(preprocessing: Preprocessing, opset: int = OPSET) -> Any:
+    """Resize, crop and normalisation as an ONNX model, from pixels, H × W × 3, 0 to 255, to 1 × 3 × H × W, normalised.
+
+    ONNX Runtime resizes 8-bit pixels with Pillow's arithmetic.
+    """
+    import onnx
+
+    make, cubic = onnx.helper.make_node, preprocessing.interpolation == "bicubic"
+    mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    constants = {
+        "resize": np.int64(preprocessing.resize),
+        "crop": np.array(preprocessing.size, np.int64),
+        "two": np.int64(2),
+        "spatial": np.array([2, 3], np.int64),
+        "batch": np.array([0], np.int64),
+        "scale": 1 / (255 * std),
+        "offset": -mean / std,
+    }
+    resize = dict(mode="cubic", cubic_coeff_a=-0.5) if cubic else dict(mode="linear")
+    nodes = [
+        # The longer side is resize × longer // shorter, as torchvision has it.
+        make("Shape", ["pixels"], ["shape"], start=0, end=2),
+        make("ReduceMin", ["shape"], ["shorter"], keepdims=0),
+        make("Mul", ["shape", "resize"], ["scaled"]),
+        make("Div", ["scaled", "shorter"], ["resized_shape"]),
+        make("Transpose", ["pixels"], ["channels_first"], perm=[2, 0, 1]),
+        make("Unsqueeze", ["channels_first", "batch"], ["pixels_batch"]),
+        make("Resize", ["pixels_batch", "", "", "resized_shape"], ["resized"], antialias=1, exclude_outside=1,
+             coordinate_transformation_mode="half_pixel", axes=[2, 3], **resize),
+        # The crop starts at half of what is cut off, rounded to even.
+        make("Sub", ["resized_shape", "crop"], ["spare"]),
+        make("Div", ["spare", "two"], ["half"]),
+        make("Mod", ["spare", "two"], ["is_odd"]),
+        make("Mod", ["half", "two"], ["is_half_odd"]),
+        make("Mul", ["is_odd", "is_half_odd"], ["rounding"]),
+        make("Add", ["half", "rounding"], ["start"]),
+        make("Add", ["start", "crop"], ["end"]),
+        make("Slice", ["resized", "start", "end", "spatial"], ["cropped"]),
+        make("Cast", ["cropped"], ["cropped_float"], to=onnx.TensorProto.FLOAT),
+        make("Mul", ["cropped_float", "scale"], ["scaled_float"]),
+        make("Add", ["scaled_float", "offset"], ["prepared"]),
+    ]  # fmt: skip
+    image = onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, ["height", "width", 3])
+    size = [1, 3, *preprocessing.size]
+    prepared = onnx.helper.make_tensor_value_info("prepared", onnx.TensorProto.FLOAT, size)
+    stored = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = onnx.helper.make_graph(nodes, "preprocessing", [image], [prepared], stored)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# OpenVINO
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_openvino(path: Path) -> Any:
+    """Read an ONNX file as an OpenVINO model."""
+    import openvino
+
+    # By its content: OpenVINO would not know the format of the name.
+    return openvino.Core().read_model(path.read_bytes(), b"")
+
+
+def save_openvino(model: Any, job: Job, number_format: str, ending: str) -> Path:
+    """Write an OpenVINO model, .xml and .bin, with the classifier's description and the number format to compute in."""
+    import openvino
+
+    model.set_rt_info(job.description.to_json(), [METADATA, "description"])
+    model.set_rt_info(number_format, [METADATA, NUMBER_FORMAT])
+    path = job.file(ending)
+    openvino.save_model(model, str(path), compress_to_fp16=number_format == "bfloat16")
+    return path
+
+
+def write_openvino(job: Job) -> Path:
+    """The network for OpenVINO, computed in float32."""
+    return save_openvino(read_openvino(job.onnx()), job, "float32", ".xml")
+
+
+def write_openvino_bfloat16(job: Job) -> Path:
+    """The network for OpenVINO, computed in bfloat16, with weights of 16 bits."""
+    return save_openvino(read_openvino(job.onnx()), job, "bfloat16", "-bfloat16.xml")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PyTorch
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_torch_export(job: Job) -> Path:
+    """The network as a program of torch.export, which PyTorch runs without this project's code."""
+    path = job.file(".pt2")
+    with quiet():
+        torch.export.save(job.program(), path, extra_files={DESCRIPTION: job.description.to_json()})
+    return path
+
+
+def write_aotinductor(job: Job) -> Path:
+    """The network compiled to machine code for this kind of processor, which PyTorch loads."""
+    from torch._inductor import aoti_compile_and_package
+
+    path = job.file("-aotinductor.pt2")
+    with quiet():
+        aoti_compile_and_package(
+            job.program(),
+            package_path=str(path),
+            inductor_configs={"aot_inductor.metadata": {METADATA: job.description.to_json()}},
+        )
+    return path
+
+
+def write_torchscript(job: Job) -> Path:
+    """The network in TorchScript, which PyTorch runs without this project's code, also from C++."""
+    path = job.file("-torchscript.pt")
+    with quiet():
+        script = torch.jit.freeze(torch.jit.script(job.network))
+        torch.jit.save(script, str(path), _extra_files={DESCRIPTION: job.description.to_json()})
+    return path
+
+
+def has_compiler() -> bool:
+    """Whether a C++ compiler is at hand, as AOTInductor needs it."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return shutil.which(get_cpp_compiler()) is not None
+    except Exception:  # its own type, when it finds none
+        return False

@@ -1,0 +1,133 @@
+"""int8: quantisation of weights and activations by NNCF for OpenVINO, and by ONNX Runtime's own quantiser."""
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if not __package__:
+    import _repository  # noqa: F401
+from inference.exported import compile_openvino, run_openvino
+from tools.export_formats import Job, quiet, read_openvino, save_onnx, save_openvino
+from training.devices import available_cores
+
+MOST_LOST = 0.01  # of top-1
+
+
+Score = Callable[[Callable[[Tensor], Tensor]], float]
+
+
+def write_openvino_int8(job: Job) -> Path:
+    """The network for OpenVINO in int8. Layers that cost accuracy stay in float, where labelled images show them."""
+    return save_openvino(
+        quantised_by_nncf(read_openvino(job.onnx()), job.calibration, job.score), job, "int8", "-int8.xml"
+    )
+
+
+def quantised_by_nncf(model: Any, calibration: Sequence[Tensor], score: Score | None = None) -> Any:
+    """Quantise the weights and activations of an OpenVINO model to int8.
+
+    Args:
+        model: the model.
+        calibration: batches that tell the range of each activation.
+        score: accuracy (0 to 1) of a function from inputs to logits; None: accept whatever comes.
+    """
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    # SmoothQuant, on by default for transformers, ruins the outputs of this network.
+    no_smoothing = nncf.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1)
+    settings: dict[str, Any] = dict(subset_size=len(calibration), model_type=nncf.ModelType.TRANSFORMER)
+    images = nncf.Dataset([batch.numpy() for batch in calibration])
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+        advanced = nncf.AdvancedQuantizationParameters(smooth_quant_alphas=no_smoothing)
+        quantised = nncf.quantize(model, images, advanced_parameters=advanced, **settings)
+        if score is None or _accuracy(quantised, score) >= _accuracy(model, score) - MOST_LOST:
+            return quantised
+        return nncf.quantize_with_accuracy_control(
+            model,
+            images,
+            images,
+            lambda candidate, _: (_accuracy(candidate, score), None),
+            max_drop=MOST_LOST,
+            advanced_quantization_parameters=advanced,
+            **settings,
+        )
+
+
+def _accuracy(model: Any, score: Score) -> float:
+    import openvino
+
+    is_compiled = isinstance(model, openvino.CompiledModel)
+    run = run_openvino(model if is_compiled else compile_openvino(model, "int8", available_cores()))
+    return score(lambda images: run(images)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ONNX Runtime
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Calibration:
+    """The calibration images, one batch after the other, as ONNX Runtime's quantiser reads them."""
+
+    def __init__(self, batches: Sequence[Tensor]) -> None:
+        self._batches = iter(batches)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        while (batch := self.get_next()) is not None:
+            yield batch
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next batch; None after the last."""
+        images = next(self._batches, None)
+        return None if images is None else {"images": images.numpy()}
+
+
+def write_onnx_int8(job: Job) -> Path:
+    """The network for ONNX Runtime in int8: convolutions and linear layers, a scale for each channel of the weights.
+
+    Per-tensor scales destroy depthwise convolutions. The products of attention, of which neither factor is a weight,
+    stay in float.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static, shape_inference
+
+    CalibrationDataReader.register(Calibration)
+    prepared, quantised = (job.folder / f"int8-{name}.onnx" for name in ("prepared", "quantised"))
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):
+        shape_inference.quant_pre_process(str(job.onnx()), str(prepared), skip_symbolic_shape=True)
+        quantize_static(
+            str(prepared),
+            str(quantised),
+            Calibration(job.calibration),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            activation_type=QuantType.QUInt8,
+            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            nodes_to_exclude=products_of_attention(onnx.load(str(prepared))),
+        )
+    path = save_onnx(onnx.load(str(quantised)), job.description, job.file("-int8.onnx"))
+    for file in (prepared, quantised):
+        file.unlink()
+    return path
+
+
+def products_of_attention(model: Any) -> list[str]:
+    """Names of an ONNX model's matrix products without a constant factor."""
+    constants = {entry.name for entry in model.graph.initializer}
+    constants |= {output for node in model.graph.node if node.op_type == "Constant" for output in node.output}
+    return [node.name for node in model.graph.node
+            if node.op_type == "MatMul" and not constants & set(node.input)]  # fmt: skip
+
+
+def calibration_batches(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Batches of one image of a classifier's inputs."""
+    return [torch.stack([image]) for image in inputs]

@@ -1,0 +1,400 @@
+"""Draw what a SepViT attends to and has learned, on an image.
+
+    python tools/visualize.py IMAGE --resume PATH --out DIR [--window ROW COLUMN | --window all] [--figures NAME …]
+
+PATH is a checkpoint of main.py, a published one, a folder in timm's layout, or a checkpoint of a segmentor or detector
+(of its backbone, for which mmseg and mmdet need not be installed). The figures are:
+
+* among: the windows that a window listens to, by block and head, and their rollout over all blocks;
+* inside: the pixels of that window that its window token and its central pixel listen to, by block and head;
+* tokens: similarity of the learned window tokens;
+* features: the stages' feature maps;
+* attribution: the pixels that speak for the predicted class (needs captum).
+
+Windows are counted from 0, from the top and left, on the grid of the finest block. The default is the window in the
+middle. Attention is checked: rows sum to one, and each block's output, recomputed from them, equals the network's.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+if not __package__:
+    import _repository  # noqa: F401
+from inference import exported
+from inference.attention import BlockAttention, record_attention, rollout
+from inference.backbones import load_backbone
+from inference.classifier import load_classifier
+from inference.images import PLACEHOLDER, read_image
+from inference.maps import attribution, principal_components, token_similarity
+from inference.packages import require
+from sepvit import SepViT, SepViTStages
+from tools import visualize_figures as figures
+from tools.visualize_figures import Subject
+from training.commands import Parser, path, positive_int, run_command
+from training.errors import UserError, one_line
+from training.preprocessing import Preprocessing
+from training.storage import make_folder, write_file
+
+FIGURES = ("among", "inside", "tokens", "features", "attribution")
+ALL = "all"
+DPI = {"png": 200, "pdf": 300}  # for a PDF, of the images in it
+LONGEST_TITLE = 40  # characters of a file's name
+SHORTER_SIDE = 512  # pixels that a dense form gets at most by default, as in the configs for ADE20K
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained network, and how an image becomes its input.
+
+    Attributes:
+        network: either form.
+        name: its name.
+        preprocessing: see the class.
+        classes: names of the classes; none for the dense form.
+    """
+
+    network: SepViTStages
+    name: str
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A network on an image: what the figures are drawn from.
+
+    Attributes:
+        network: the network.
+        inputs: the image as the network takes it, 1 × 3 × H × W.
+        blocks: the attention of its blocks.
+        chosen: the blocks that get figures by head.
+        subject: what the figures show of all this.
+        label: index and name of the class that pixels are attributed to; None for the dense form.
+    """
+
+    network: SepViTStages
+    inputs: Tensor
+    blocks: list[BlockAttention]
+    chosen: list[BlockAttention]
+    subject: Subject
+    label: tuple[int, str] | None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Network and image
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load(args: argparse.Namespace, image: Image.Image) -> Loaded:
+    """Load the network.
+
+    Raises:
+        UserError: the file holds no network with attention to show, or a setting is not for it.
+    """
+    what = f"--resume {args.resume}"
+    if exported.kind_of(Path(args.resume)):
+        raise UserError(f"{what}: an exported model, which does not show its attention; name the checkpoint that it "
+                        "was exported from")  # fmt: skip
+    if not Path(args.resume).is_dir() and (backbone := load_backbone(args.resume, what, args.averaged)):
+        if args.label:
+            raise UserError(f"--class {args.label}: {what} holds a backbone, which has no classes; omit it")
+        return Loaded(backbone.network, f"{backbone.variant}, dense form", dense_preprocessing(image, args.input_size))
+    if args.input_size:
+        raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: {what} holds a classifier, which takes "
+                        "images of the size it was trained for; omit it")  # fmt: skip
+    classifier = load_classifier(args.resume, args.model, args.averaged)
+    network, description = classifier.network, classifier.description
+    if not isinstance(network, SepViT):
+        raise UserError(f"{what}: holds {description.model}, not a SepViT, whose attention this command draws")
+    return Loaded(network, description.model, description.preprocessing, description.classes)
+
+
+def dense_preprocessing(image: Image.Image, size: Sequence[int] | None) -> Preprocessing:
+    """Preprocessing for the dense form, which takes any size.
+
+    Args:
+        image: the image.
+        size: height and width; None for the whole image, made smaller if its shorter side exceeds `SHORTER_SIDE`.
+    """
+    height, width = image.height, image.width
+    if size is None:
+        shorter = min(height, width, SHORTER_SIDE)
+        factor = shorter / min(height, width)
+        return Preprocessing((int(height * factor), int(width * factor)), shorter)
+    factor = max(size[0] / height, size[1] / width)  # cover the size, then crop
+    return Preprocessing((size[0], size[1]), max(1, -int(-min(height, width) * factor // 1)))
+
+
+def find_label(name: str, loaded: Loaded, logits: Tensor) -> int:
+    """Find the class of `--class`, by its name or number; the predicted one by default.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    if not name:
+        return int(logits.argmax())
+    if name in loaded.classes:
+        return loaded.classes.index(name)
+    if name.isdecimal() and int(name) < len(loaded.classes):
+        return int(name)
+    some = ", ".join(loaded.classes[:3])
+    raise UserError(
+        f"--class {name}: unknown; choose one of the {len(loaded.classes)} classes ({some}, …), or its number"
+    )
+
+
+def title_of(args: argparse.Namespace, loaded: Loaded, prediction: str) -> str:
+    """Title of all figures."""
+    name = one_line(Path(args.image).name)
+    name = name if len(name) <= LONGEST_TITLE else name[: LONGEST_TITLE - 1] + "…"
+    return f"{name} · {loaded.name}{prediction}".replace("$", r"\$")  # matplotlib would take $ for a formula
+
+
+def chosen_pixel(window: Sequence[str], blocks: Sequence[BlockAttention]) -> tuple[float, float] | None:
+    """Middle of the window of `--window` in image pixels; None for all windows.
+
+    Raises:
+        UserError: the window is not on the grid.
+    """
+    finest = min(blocks, key=lambda block: block.stride)
+    if list(window) == [ALL]:
+        return None
+    if not window:
+        return (finest.grid[0] // 2 + 0.5) * finest.stride, (finest.grid[1] // 2 + 0.5) * finest.stride
+    flag = f"--window {' '.join(window)}"
+    if len(window) != 2 or not all(part.isdecimal() for part in window):
+        raise UserError(f"{flag}: takes ROW COLUMN, or {ALL}")
+    row, column = map(int, window)
+    if row >= finest.grid[0] or column >= finest.grid[1]:
+        raise UserError(f"{flag}: out of range; rows are 0 to {finest.grid[0] - 1}, columns 0 to {finest.grid[1] - 1}")
+    return (row + 0.5) * finest.stride, (column + 0.5) * finest.stride
+
+
+def chosen_blocks(names: Sequence[str], blocks: list[BlockAttention]) -> list[BlockAttention]:
+    """The blocks of `--blocks`; by default the last one of each stage and window side.
+
+    Raises:
+        UserError: there is no such block.
+    """
+    if list(names) == [ALL]:
+        return blocks
+    if not names:
+        return list({(block.stage, block.window_size): block for block in blocks}.values())
+    known = {short(block): block for block in blocks}
+    for name in names:
+        if name not in known:
+            raise UserError(f"--blocks {name}: unknown; choose {ALL}, or from {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def short(block: BlockAttention) -> str:
+    """A block's name on the command line and in file names: STAGE.BLOCK."""
+    return block.name.removeprefix("blocks.")
+
+
+def observe(args: argparse.Namespace, loaded: Loaded, image: Image.Image) -> Scene:
+    """Run the network on the image, and report what it sees.
+
+    Raises:
+        UserError: the command line names a class, window or block that does not exist.
+    """
+    inputs = loaded.preprocessing.transform()(image)[None]  # 1 × 3 × H × W
+    outputs: list[Any] = []
+    blocks = record_attention(loaded.network, inputs, lambda images: outputs.append(loaded.network(images)))
+    label, prediction = None, ""
+    if loaded.classes:
+        probabilities = outputs[0][0].softmax(dim=-1)
+        best = int(probabilities.argmax())
+        prediction = f": {loaded.classes[best]} ({100 * probabilities[best]:.1f} %)"
+        index = find_label(args.label, loaded, probabilities)
+        label = index, loaded.classes[index]
+    height, width = inputs.shape[2:]
+    print(f"{loaded.name}, {height} × {width} pixels{prediction}")
+    difference = max(block.difference for block in blocks)
+    print(f"attention of {len(blocks)} blocks: rows sum to one; the outputs recomputed from it differ from the network's "
+          f"by at most {difference:.0e} of the largest value")  # fmt: skip
+    crop = np.asarray(loaded.preprocessing.crop(image))
+    subject = Subject(crop, title_of(args, loaded, prediction), chosen_pixel(args.window, blocks))
+    return Scene(loaded.network, inputs, blocks, chosen_blocks(args.blocks, blocks), subject, label)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+# ----------------------------------------------------------------------------------------------------------------------
+
+Drawings = Mapping[str, Callable[[], Figure]]  # functions that draw, by the name of the figure
+
+
+def among(scene: Scene) -> Drawings | str:
+    """Figures of attention among windows, or why there are none."""
+    several = [block for block in scene.blocks if block.among is not None]
+    if not several:
+        return "every block has a single window at this image size"
+    drawings: dict[str, Callable[[], Figure]] = {
+        "among": partial(figures.among_figure, scene.subject, several, rollout(scene.blocks))
+    }
+    for block in scene.chosen:
+        if block.among is not None:
+            drawings[f"among-{short(block)}"] = partial(figures.among_heads_figure, scene.subject, block)
+    return drawings
+
+
+def inside(scene: Scene) -> Drawings | str:
+    """Figures of attention inside a window, or why there are none."""
+    if scene.subject.pixel is None:
+        return "shows one window; name it with --window ROW COLUMN"
+    return {f"inside-{short(block)}": partial(figures.inside_figure, scene.subject, block) for block in scene.chosen}
+
+
+def tokens(scene: Scene) -> Drawings | str:
+    """The figure of the window tokens, or why there is none."""
+    if scene.label is None:
+        return "the dense form has no learned window tokens"
+    blocks = scene.network.named_blocks()
+    found = [(block, token_similarity(blocks[block.name])) for block in scene.blocks]
+    similarities = [(block, similarity) for block, similarity in found if similarity is not None]
+    if not similarities:
+        return "the window tokens are zeros, as before training, or every block has a single window"
+    return {"tokens": partial(figures.tokens_figure, scene.subject.title, similarities)}
+
+
+def features(scene: Scene) -> Drawings:
+    """The figure of the feature maps."""
+
+    def draw() -> Figure:
+        with torch.inference_mode():
+            maps = scene.network.forward_stages(scene.inputs)  # 1 × H' × W' × C each
+        return figures.features_figure(scene.subject, [principal_components(values[0]) for values in maps])
+
+    return {"features": draw}
+
+
+def attributed(scene: Scene) -> Drawings | str:
+    """The figure of the pixels that speak for a class, or why there is none."""
+    if scene.label is None or not isinstance(scene.network, SepViT):
+        return "a backbone has no classes"
+    index, name = scene.label
+    network = scene.network
+
+    def draw() -> Figure:
+        maps = attribution(network, scene.inputs, index)
+        return figures.attribution_figure(scene.subject, name, [values[0].double().numpy() for values in maps])
+
+    try:
+        require("attribution", "captum")
+    except UserError as error:
+        return str(error).removeprefix("attribution: ")
+    return {"attribution": draw}
+
+
+KINDS: Mapping[str, Callable[[Scene], Drawings | str]] = {
+    "among": among,
+    "inside": inside,
+    "tokens": tokens,
+    "features": features,
+    "attribution": attributed,
+}
+
+
+def plan(scene: Scene, args: argparse.Namespace) -> Iterator[tuple[Path, Callable[[], Figure]]]:
+    """Yield the files to write, each with the function that draws its figure. Prints which kinds are left out, and why.
+
+    Raises:
+        UserError: a file exists already.
+    """
+    for kind in args.figures:
+        drawings = KINDS[kind](scene)
+        if isinstance(drawings, str):
+            print(f"{kind}: not drawn, {drawings}")
+            continue
+        for name, draw in drawings.items():
+            file = Path(args.out) / f"{Path(args.image).stem}-{name}.{args.format}"
+            if file.exists() and not args.overwrite:
+                raise UserError(f"--out {args.out}: {file} exists; name another folder, or replace it: --overwrite")
+            yield file, draw
+
+
+def write(figure: Figure, file: Path, out: str) -> None:
+    """Write a figure, as a whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    kind = file.suffix[1:]
+    metadata = {"Software": None} if kind == "png" else {"CreationDate": None}
+    try:
+        write_file(file, lambda content: figure.savefig(content, format=kind, dpi=DPI[kind], metadata=metadata))
+    except OSError as error:
+        raise UserError(f"--out {out}: {file.name} cannot be written ({error.strerror}); make room, or name another "
+                        "folder") from None  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    """Make the command's parser."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("image", type=path, metavar=PLACEHOLDER, help="an image")
+    add("--resume", required=True, type=path, metavar="PATH", help="checkpoint of a classifier, segmentor or detector")
+    add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not tell it")
+    add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
+    add("--out", required=True, type=path, metavar="DIR", help="folder for the figures")
+    add("--overwrite", action="store_true", help="replace figures that are in DIR already")
+    add("--format", choices=tuple(DPI), default="png", help="png (200 dpi, the default), or pdf (vectors)")
+    add("--figures", nargs="+", choices=FIGURES, default=FIGURES, metavar="NAME",
+        help=f"what to draw: {', '.join(FIGURES)}; default all that PATH has")  # fmt: skip
+    add("--window", nargs="+", default=[], metavar="ROW COLUMN",
+        help="the window, or all for the attention of every one; default the one in the middle")  # fmt: skip
+    add("--blocks", nargs="+", default=[], metavar="STAGE.BLOCK",
+        help="blocks to draw by head, or all; default the last of each stage and window side")  # fmt: skip
+    add("--class", dest="label", default="", metavar="CLASS",
+        help="class to attribute pixels to, name or number; default the predicted one")  # fmt: skip
+    add("--input-size", nargs=2, type=positive_int, metavar=("H", "W"),
+        help="for backbones: size in pixels to which the image is scaled and cropped; default the whole image, "
+        f"its shorter side at most {SHORTER_SIDE}")  # fmt: skip
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Draw the figures.
+
+    Raises:
+        UserError: the image or the network cannot be read, a setting does not fit them, or a file cannot be written.
+    """
+    image = read_image(args.image, f"{PLACEHOLDER} {args.image}")
+    if tuple(args.figures) != FIGURES and "attribution" in args.figures:
+        require("--figures attribution", "captum")
+    loaded = load(args, image)
+    make_folder(Path(args.out), f"--out {args.out}")
+    scene = observe(args, loaded, image)
+    for file, draw in list(plan(scene, args)):
+        with figures.settings():
+            write(draw(), file, args.out)
+        print(file)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    parser = build_parser()
+    advice = "use a smaller --input-size"
+    return run_command("visualize.py", lambda: main(parser.parse_args(arguments)), parser, advice)
+
+
+if __name__ == "__main__":
+    sys.exit(run())
