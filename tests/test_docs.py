@@ -19,7 +19,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -34,7 +33,9 @@ from test_data import inat_folder
 from torch.distributed import run as torchrun
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = ("bash", "docker", "git", "make", "pip", "pytest", "python", "python3", "sbatch", "srun", "torchrun")
+STARTERS = ("bash", "python", "python3", "sbatch", "srun", "torchrun")  # of a script
+PROGRAMS = ("docker", "git", "make", "pip", "pytest")
+SCRIPT = r"[\w/]+\.(py|sh)"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The rules
@@ -53,7 +54,7 @@ SMALL = {
     r"train-{000\.\.099}\.tar\|1200000": "train-{000..001}.tar|48",
     r"val-{00\.\.15}\.tar\|50000": "val-{00..01}.tar|21",
     r"\b500x375\b": "64x48",
-    r" compiled\b": "",  # takes a minute; tests/test_benchmark.py, test_compiled_forms
+    r" (compiled|int8)\b": "",  # take a minute; test_compiled_forms and test_exported_networks run them
 }
 PROCESSES = 2  # in place of --nproc_per_node=8
 
@@ -73,7 +74,7 @@ class Script:
     prints: str = "."
 
 
-MAIN = "--model SepViT_Lite --input-size 32 --batch-size 8 --num_workers 0 --epochs 1"
+MAIN = "--model SepViT_Lite --input-size 32 --batch-size 4 --num_workers 0 --epochs 1"
 BENCHMARK = "--quick --device cpu --threads 1 --model SepViT_Lite --out record"
 WORKERS = "train_dataloader.num_workers=0 val_dataloader.num_workers=0 test_dataloader.num_workers=0"
 DENSE = f"--cfg-options {WORKERS} train_dataloader.batch_size=2 train_cfg.val_interval=1"
@@ -81,11 +82,11 @@ SCRIPTS = {
     "main.py": Script(MAIN, rest="--data-path imagenet", prints=r"top-1|Acc@1|throughput|usage"),
     "predict.py": Script("--num_workers 0", prints=r"\d %"),
     "tools/benchmark.py": Script(f"{BENCHMARK} --peers none --input-size 32 --batch-size 1", prints="SepViT_Lite"),
-    "tools/benchmark_growth.py": Script(f"{BENCHMARK} --sizes 32 64 --batches 1 2 --input-size 32 --batch-size 1"),
-    "tools/benchmark_data.py": Script("--count 8 --images 8 --input-size 32 --batch-size 4 --workers 0 --rounds 1"),
+    "tools/benchmark_growth.py": Script(f"{BENCHMARK} --curves size batch --sizes 32 64 --batches 1 2 --input-size 32"),
+    "tools/benchmark_data.py": Script("--count 8 --images 8 --input-size 64 --batch-size 4 --workers 0 --rounds 1"),
     "tools/benchmark_checkpoint.py": Script("--model SepViT_Lite --times 1"),
     "tools/get_flops.py": Script("--model SepViT_Lite --input-size 32", prints="multiply-adds"),
-    "tools/gpu_check.sh": Script("--device cpu --quick --only outputs --out record", prints="passed"),
+    "tools/gpu_check.py": Script("--device cpu --quick --only outputs --out record", prints="passed"),
     "tools/make_demo_data.py": Script("--out made"),
     "segmentation/train.py": Script(f"{DENSE} train_cfg.max_iters=1", rest="CONFIG", prints="mIoU"),
     "segmentation/test.py": Script(f"--cfg-options {WORKERS}", rest="CONFIG CHECKPOINT"),
@@ -107,8 +108,8 @@ ELSEWHERE = {
 NOT_RUN = {
     "pip": "needs a package index: the files and folders that it names are checked",
     "python3 -m venv": "makes an environment: nothing of this repository is run",
+    ". ": "enters an environment",
     "pytest": "tests run themselves: the file and the names are checked",
-    "bibtex": "no command",
 }
 LISTINGS = ("DIR/train/<class>/*.jpg", "DIR/val/<class>/*.jpg")  # files in an indented block
 
@@ -199,15 +200,21 @@ def commands_of(block: Block) -> Iterator[Command]:
 
 
 def is_command(text: str) -> bool:
-    """Whether a text in backticks is a command: a program, or a script, and an argument at least."""
-    words = [word for word in text.split() if not re.match(r"[A-Z_]+=", word)]
-    return len(words) > 1 and (words[0] in PROGRAMS or bool(re.fullmatch(r"[\w/]+\.(py|sh)", words[0])))
+    """Whether a text in backticks is a command: a program or script with an argument, or a script that is started."""
+    first, *rest = [word for word in text.split() if not re.match(r"[A-Z_]+=", word)] or [""]
+    if first in STARTERS:
+        return any(re.fullmatch(SCRIPT, word) for word in rest)
+    return bool(rest) and (first in PROGRAMS or bool(re.fullmatch(SCRIPT, first)))
 
 
 def folder_of(text: str, block: Block, named: str) -> str:
-    """The folder that a command is run in: the one that the text before it names, or the first that has the script."""
-    script = next((word for word in text.split() if re.fullmatch(r"[\w/]+\.(py|sh)", word)), "")
-    folders = [named] if named else ["", Path(block.page).stem, "segmentation"]
+    """The folder that a command is run in: the one that the text before it names, or the first that has the script.
+
+    Pages named like a folder are about it.
+    """
+    script = next((word for word in text.split() if re.fullmatch(SCRIPT, word)), "")
+    stem = Path(block.page).stem
+    folders = [named] if named else [*(folder for folder in DEMOS if folder == stem), "", *DEMOS]
     return next((folder for folder in folders if script and (ROOT / folder / script).is_file()), named)
 
 
@@ -239,7 +246,7 @@ class Run:
 
     def signature(self) -> tuple[str, ...]:
         """What it has in common with commands that need not run in the short form of the tests, too."""
-        flags = {word.partition("=")[0] for word in self.arguments if word.startswith("--")}
+        flags = {word.partition("=")[0] for word in self.arguments if word.startswith("--")} - {"--launcher"}
         return (self.script, *sorted(flags)) if self.script != "make" else (self.script, *self.arguments)
 
 
@@ -250,7 +257,7 @@ def is_elsewhere(text: str) -> str | None:
 
 def not_run(text: str) -> bool:
     """Whether a command, or each part of it, is not run."""
-    return all(part.strip().startswith((*NOT_RUN, ". ")) for part in text.split("&&"))
+    return all(part.strip().startswith(tuple(NOT_RUN)) for part in text.split("&&"))
 
 
 def run_of(command: Command) -> Run:
@@ -295,22 +302,25 @@ def _translate(words: list[str], folder: str) -> Run:
     if program in ("python", "python3") and rest[0] != "-m":
         return Run(at + rest[0], tuple(rest[1:]))
     if program == "torchrun":
-        given = torchrun.get_args_parser().parse_args(rest)
+        try:
+            given = torchrun.get_args_parser().parse_args(rest)
+        except SystemExit:
+            raise LookupError(f"torchrun does not take {shlex.join(rest)}") from None
         return Run(at + given.training_script, tuple(given.training_script_args), PROCESSES)
     if program in ("srun", "sbatch"):
         rest = [word for number, word in enumerate(rest) if not all(w.startswith("--") for w in rest[: number + 1])]
         if rest[0] == "tools/slurm/train.sh":
             rest = ["python3", "main.py", "--auto-resume", *rest[1:]]
         run = _translate(rest, folder)
-        return replace(run, processes=1, variables=("SLURM_PROCID=0", "SLURM_NTASKS=1"))
+        return replace(run, variables=("SLURM_PROCID=0", "SLURM_NTASKS=1"))
     if program == "bash" and (match := re.fullmatch(r"dist_(train|test)\.sh", rest[0])):
         if rest[1:] in ([], ["…"]):
             rest = [rest[0], "…", "8"]
         count = next(number for number, word in enumerate(rest) if word.isdigit())
         arguments = rest[1:count] + rest[count + 1 :]
         return Run(f"{at}{match[1]}.py", (*arguments, "--launcher", "pytorch"), 1)
-    if program == "bash":
-        return Run(at + rest[0], tuple(rest[1:]))
+    if program == "bash":  # a script that starts a program of its name
+        return Run(at + re.sub(r"\.sh$", ".py", rest[0]), tuple(rest[1:]))
     if re.fullmatch(r"[\w/]+\.py", program):
         return Run(at + program, tuple(rest))
     raise LookupError(f"no rule for the program {program}; add one in tests/test_docs.py")
@@ -391,7 +401,7 @@ def teacher(tmp_path_factory) -> Path:
 def link_repository(root: Path, demo: Path) -> Path:
     """Make a folder with links to all of the repository, in which commands may leave files."""
     linked = (*ROOT.glob("*.py"), *ROOT.glob("*.txt"), ROOT / "Makefile",
-              *(ROOT / name for name in ("dense", "inference", "recipes", "tools", "training")))  # fmt: skip
+              *(ROOT / name for name in ("dense", "inference", "recipes", "tests", "tools", "training")))  # fmt: skip
     for path in linked:
         (root / path.name).symlink_to(path)
     (root / "demo").symlink_to(demo)
@@ -403,26 +413,36 @@ def link_repository(root: Path, demo: Path) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def photographs(few_digits, tmp_path_factory) -> Path:
+    """The digits as JPEGs of 64 × 64 pixels, in class folders, as ImageNet is."""
+    root = tmp_path_factory.mktemp("imagenet")
+    for path in few_digits.glob("*/*/*.png"):
+        target = root / path.relative_to(few_digits).with_suffix(".jpg")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).convert("RGB").resize((64, 64)).save(target)
+    return root
+
+
 @pytest.fixture
-def reader(demo, tmp_path) -> Path:
+def reader(demo, photographs, tmp_path) -> Path:
     """The folder of a reader who has the data and checkpoints that the pages name."""
     root = link_repository(tmp_path, demo)
-    digits, checkpoint = demo / "imagenet", demo / "run/checkpoint.pth"
-    (root / "imagenet").symlink_to(digits)
+    (root / "imagenet").symlink_to(photographs)
     (root / "DIR").mkdir()
     inat_folder(root / "DIR", with_kingdom=True)
     for split in ("train", "val"):
-        (root / "DIR" / split).symlink_to(digits.resolve() / split)
-    (root / "SepViT_Tiny.pth").symlink_to(checkpoint)
+        (root / "DIR" / split).symlink_to(photographs / split)
+    (root / "SepViT_Tiny.pth").symlink_to(demo / "run/checkpoint.pth")
     (root / "run").mkdir()
     (root / "run/args.yaml").write_text((demo / "run/args.yaml").read_text())
     (root / "shards").mkdir()
     for split, name in (("train", "train-{:03}.tar"), ("val", "val-{:02}.tar")):
-        paths = sorted((digits / split).resolve().glob("*/*.png"))
+        paths = sorted((photographs / split).glob("*/*.jpg"))
         for shard in range(2):
             with tarfile.open(root / "shards" / name.format(shard), "w") as archive:
                 for path in paths[shard::2]:
-                    archive.add(path.resolve(), f"{path.stem}.png")
+                    archive.add(path, f"{path.stem}.jpg")
                     label = root / "shards/label"
                     label.write_text(path.parent.name)
                     archive.add(label, f"{path.stem}.cls")
@@ -436,10 +456,8 @@ def run(what: Run, folder: Path) -> str:
     script, arguments = ROOT / what.script, list(what.arguments)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": free_port()}
     environment |= dict(variable.split("=", 1) for variable in what.variables)
-    if what.script == "make" or script.suffix == ".sh":
-        program = ["make", "-n"] if what.script == "make" else ["bash", str(script)]
-        result = subprocess.run([*program, *arguments], cwd=folder, capture_output=True, text=True,
-                                env={**environment, "PYTHON": sys.executable})  # fmt: skip
+    if what.script == "make":
+        result = subprocess.run(["make", "-n", *arguments], cwd=folder, capture_output=True, text=True)
     else:
         result = commands.run(script, arguments, folder, environment, 600, what.processes)
     assert result.returncode == 0, f"{what}\n{result.stdout}\n{result.stderr}"
@@ -464,8 +482,10 @@ def test_pages_are_read():
 def test_a_page_with_a_new_command_fails(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     page = tmp_path / "page.md"
-    page.write_text("From `dense/`:\n\n    python new.py --flag\n\nText with `python3 tools/new.py X` and `new`.\n\n"
-                    "<!-- short form: --epochs 1 -->\n\n```bash\ncurl x  # a comment\nmain.py \\\n--eval\n```\n")  # fmt: skip
+    page.write_text(
+        "From `dense/`:\n\n    python new.py --flag\n\nText with `python3 tools/new.py X`, `new.py`, `torchrun -h`.\n\n"
+        "<!-- short form: --epochs 1 -->\n\n```bash\ncurl x  # a comment\nmain.py \\\n--eval\n```\n"
+    )
     found = [command for block in blocks(page) for command in commands_of(block)]
     assert [(command.place, command.text, command.short) for command in found] == [
         ("page.md:3", "python new.py --flag", ""),
@@ -505,6 +525,8 @@ def test_files_of_the_repository_exist(command):
         is_own = re.match(r"(\./)?(tools|recipes|configs|tests|segmentation|detection)/\w", name)
         if is_own or re.fullmatch(r"requirements[\w-]*\.txt", name):
             assert any((folder / name).exists() for folder in folders), f"{command.place}: {name}"
+        if extra := re.fullmatch(r"\.\[(\w+)\]", word):
+            assert f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     if command.text.startswith("pytest"):
         pattern = re.search(r"-k (\w+)", command.text)
         assert not pattern or pattern[1] in (ROOT / command.text.split()[1]).read_text(encoding="utf-8")
@@ -520,6 +542,17 @@ def test_command(command, reader, request):
         (reader / "regnety_002.pth").symlink_to(request.getfixturevalue("teacher"))
     printed = run(what, reader / command.folder)
     assert re.search(SCRIPTS[what.script].prints if what.script in SCRIPTS else ".", printed), printed
+
+
+def test_flags_in_the_text_exist():
+    """Those in backticks outside of commands are flags of this repository's scripts, or of torchrun."""
+    scripts = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if path.parent.name != "tests"]
+    sources = [*(path.read_text(encoding="utf-8") for path in scripts), torchrun.get_args_parser().format_help()]
+    known = {flag.replace("_", "-") for source in sources for flag in re.findall(r"--[a-z][\w-]*", source)}
+    for block in BLOCKS:
+        if block.kind == "inline" and block.page != "docs/differences.md":  # which names flags of other projects
+            for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", block.text):
+                assert flag.replace("_", "-").replace("--no-", "--") in known, f"{block.page}:{block.line}: {flag}"
 
 
 READ_CONFIG = """
