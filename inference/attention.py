@@ -34,8 +34,9 @@ class BlockAttention:
         window_size: window side, in pixels of the map.
         map_size: height and width of the map, without the padding of the last windows.
         among: weights among windows, B × h × n × n: a row is a window, its columns are the windows that it listens to.
-            None for a block with a single window, which has none.
+            None for a block with a single window, which listens to no other.
         inside: weights inside windows, B × n × h × T × T.
+        has_token: whether the windows have window tokens, which come first in `inside`.
         difference: largest difference of the recomputed output, relative to the output's largest value.
     """
 
@@ -46,17 +47,13 @@ class BlockAttention:
     map_size: tuple[int, int]
     among: Tensor | None
     inside: Tensor
+    has_token: bool
     difference: float
 
     @property
     def stride(self) -> int:
         """Image pixels per window side. Window (row, column) starts at pixel (row · stride, column · stride)."""
         return 4 * 2**self.stage * self.window_size
-
-    @property
-    def has_token(self) -> bool:
-        """Whether the windows have window tokens, which come first in `inside`."""
-        return self.among is not None
 
     def among_mean(self) -> Tensor:
         """Weights among windows, averaged over heads, B × n × n.
@@ -152,8 +149,9 @@ def _record(
         grid=(-(-H // w), -(-W // w)),
         window_size=w,
         map_size=(H, W),
-        among=among,
+        among=among if n > 1 else None,
         inside=inside.unflatten(0, (B, n)),
+        has_token=attention.PSA_qk is not None,
         difference=difference,
     )
 
@@ -204,10 +202,10 @@ def rollout(blocks: Sequence[BlockAttention]) -> Rollout:
     Each block contributes (P + I) / 2, where P is its attention among windows, averaged over heads. The shortcut adds
     the identity in this network too, which computes (P + I) @ f.
 
-    Grids differ between blocks. The common grid is the finest one, and its cells are to other windows as areas are. A
-    cell listens as the windows do that it overlaps, in proportion to the overlaps: A, m × n, rows sum to one. What it
-    listens to in a window spreads evenly over the cells in it: D, n × m, rows sum to one. So P becomes A P D, m × m.
-    Padding has no area. The identity stays that of the cells: the shortcut leaves pixels where they are.
+    Grids differ between blocks. The common one is the finest, of m cells, and areas bring the others to it. A cell
+    listens as the windows do that it overlaps, in proportion to the overlaps: A, m × n, rows sum to one. The weight of
+    a window spreads evenly over its area: D, n × m. So P becomes A P D, m × m. Weight on padding is dropped, and rows
+    are divided by their sums. The identity stays that of the cells: the shortcut leaves pixels where they are.
 
     Blocks with a single window have no attention among windows, and are skipped. Attention inside windows and
     convolutions, which mix neighbours, are not counted.
@@ -228,9 +226,9 @@ def rollout(blocks: Sequence[BlockAttention]) -> Rollout:
     for block in several:
         P = block.among_mean().double()  # B × n × n
         overlaps = [_overlaps(extent[axis], finest.stride, block.stride).to(P.device) for axis in (0, 1)]
-        A = torch.kron(*(_normalised(overlap) for overlap in overlaps))  # m × n
-        D = torch.kron(*(_normalised(overlap.T) for overlap in overlaps))  # n × m
-        mixed = (A @ P @ D + torch.eye(len(A), dtype=P.dtype, device=P.device)) / 2  # B × m × m
+        overlap = torch.kron(*overlaps)  # areas in pixels, m × n
+        shared = _normalised(_normalised(overlap) @ P @ overlap.T)  # B × m × m; all windows have one area
+        mixed = (shared + torch.eye(len(overlap), dtype=P.dtype, device=P.device)) / 2
         total = mixed if total is None else mixed @ total
     assert total is not None
     return Rollout(total.float(), finest.grid, finest.stride)
@@ -249,6 +247,6 @@ def _overlaps(extent: int, cell: int, window: int) -> Tensor:
     return (ends - torch.maximum(cells[:, None], windows[None])).clamp(min=0)
 
 
-def _normalised(overlap: Tensor) -> Tensor:
+def _normalised(weights: Tensor) -> Tensor:
     """Divide rows by their sums."""
-    return (overlap / overlap.sum(dim=1, keepdim=True)).contiguous()
+    return weights / weights.sum(dim=-1, keepdim=True)

@@ -69,7 +69,7 @@ def load_backbone(path: str, what: str, averaged: bool = False, device: str = "c
     if variant is None or not any(name.startswith("norm_list.") for name in own):  # which only the dense form has
         return None
     if averaged and not has_averaged_weights(checkpoint):
-        raise UserError(f"{what}: has no averaged weights; omit --averaged")
+        raise UserError(f"{what}: has no averaged weights; take the others")
     network = create_dense(variant)
     load_weights(network, own, what, variant_hint="name another checkpoint")
     place(network, torch.device(device)).eval()

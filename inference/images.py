@@ -123,8 +123,10 @@ def find_images(names: Sequence[str]) -> list[Task]:
     Raises:
         UserError: there is no such file, or a folder or pattern has no image.
     """
-    tasks = [task for name in names for task in _find(name)]
-    return list({task.path.resolve(): task for task in reversed(tasks)}.values())[::-1]
+    found: dict[str, Task] = {}
+    for task in (task for name in names for task in _find(name)):
+        found.setdefault(os.path.abspath(task.path), task)
+    return list(found.values())
 
 
 def _find(name: str) -> Iterator[Task]:

@@ -326,7 +326,7 @@ def _translate(words: list[str], folder: str) -> Run:
     raise LookupError(f"no rule for the program {program}; add one in tests/test_docs.py")
 
 
-def cases() -> list[pytest.param]:
+def cases() -> list:
     """The commands to run, each once. Those that differ from an earlier one in values only are slow."""
     seen: set[tuple[str, ...]] = set()
     texts: set[tuple[str, str]] = set()

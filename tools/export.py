@@ -12,13 +12,15 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.models import push_to_hf_hub
+from tqdm import tqdm
 
 if not __package__:
     import _repository  # noqa: F401
@@ -29,7 +31,7 @@ from tools import export_backbone, export_formats, export_int8, export_table
 from tools.benchmark_rounds import reason
 from tools.export_data import Images, calibration_inputs, find_labelled, photographs
 from tools.export_formats import OPSET, OPSETS, Job
-from tools.export_table import Form, Measured
+from tools.export_table import Form, Measured, parts_of
 from training.commands import Parser, path, positive_int, run_command
 from training.errors import UserError
 from training.storage import make_folder
@@ -44,13 +46,15 @@ class Format:
     """A format of files.
 
     Attributes:
-        write: writes it. Returns the file, or the folder.
+        write: writes the file, or the folder.
+        ending: end of its name, after the model's.
         modules: packages that it needs.
         is_exact: whether its logits have to agree with the checkpoint's.
         is_calibrated: whether it needs calibration images.
     """
 
-    write: Callable[[Job], Path]
+    write: Callable[[Job, Path], None]
+    ending: str
     modules: tuple[str, ...] = ()
     is_exact: bool = True
     is_calibrated: bool = False
@@ -59,16 +63,16 @@ class Format:
 EXPORTER = ("onnx", "onnxscript")
 ONNX, OPENVINO = (*EXPORTER, "onnxruntime"), (*EXPORTER, "openvino")
 FORMATS = {
-    "safetensors": Format(export_formats.write_safetensors),
-    "onnx": Format(export_formats.write_onnx, ONNX),
-    "onnx-preprocessing": Format(export_formats.write_onnx_preprocessing, ONNX),
-    "onnx-int8": Format(export_int8.write_onnx_int8, ONNX, is_exact=False, is_calibrated=True),
-    "openvino": Format(export_formats.write_openvino, OPENVINO),
-    "openvino-bfloat16": Format(export_formats.write_openvino_bfloat16, OPENVINO, is_exact=False),
-    "openvino-int8": Format(export_int8.write_openvino_int8, (*OPENVINO, "nncf"), is_exact=False, is_calibrated=True),
-    "torch-export": Format(export_formats.write_torch_export),
-    "aotinductor": Format(export_formats.write_aotinductor),
-    "torchscript": Format(export_formats.write_torchscript),
+    "safetensors": Format(export_formats.write_safetensors, "-timm"),
+    "onnx": Format(export_formats.write_onnx, ".onnx", ONNX),
+    "onnx-preprocessing": Format(export_formats.write_onnx_preprocessing, "-preprocessing.onnx", ONNX),
+    "onnx-int8": Format(export_int8.write_onnx_int8, "-int8.onnx", ONNX, is_exact=False, is_calibrated=True),
+    "openvino": Format(export_formats.write_openvino, ".xml", OPENVINO),
+    "openvino-bfloat16": Format(export_formats.write_openvino_bfloat16, "-bfloat16.xml", OPENVINO, is_exact=False),
+    "openvino-int8": Format(export_int8.write_openvino_int8, "-int8.xml", (*OPENVINO, "nncf"), False, True),
+    "torch-export": Format(export_formats.write_torch_export, ".pt2"),
+    "aotinductor": Format(export_formats.write_aotinductor, "-aotinductor.pt2"),
+    "torchscript": Format(export_formats.write_torchscript, "-torchscript.pt"),
 }
 
 
@@ -79,24 +83,27 @@ def main(args: argparse.Namespace) -> int:
         UserError: there is nothing to export, a package is missing, or the folder cannot be written.
     """
     names, missing = choose_formats(args)
+    check_repository(args.push)
     folder = Path(args.out)
     if backbone := export_backbone.find(args.resume, args.averaged):
         return export_backbone.export(backbone, folder, args)
     classifier = load_classifier(args.resume, args.model, args.averaged)
     if classifier.network is None:
         raise UserError(f"--resume {args.resume}: an exported file; name the checkpoint that it was exported from")
+    files = {name: f"{classifier.description.model.replace('/', '_')}{FORMATS[name].ending}" for name in names}
+    check_free(folder, files.values(), args.overwrite)
     images = find_labelled(args, classifier) if args.data_path else photographs()
     make_folder(folder, f"--out {args.out}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as work:
         job = build_job(args, classifier, images, Path(work), names)
-        forms, failures = write(job, names)
+        forms, failures = write(job, files)
         failures = missing | failures
         measured = export_table.measure(classifier, forms, images)
         failures |= refused(measured)
         kept = {name: one for name, one in measured.items() if name not in failures}
         export_table.time_forms(kept, images, args.rounds)
         report = export_table.report(classifier.description, kept, failures, images, job.notes)
-        keep([one.form.file for one in kept.values() if one.form.file], folder, args)
+        keep([one.form.file for one in kept.values() if one.form.file], folder)
     (folder / "exports.md").write_text(report, encoding="utf-8")
     print(report)
     if args.push:
@@ -139,17 +146,21 @@ def build_job(
     return Job(classifier, folder, calibration, args.opset, score, images.images[:SAMPLES])
 
 
-def write(job: Job, names: Sequence[str]) -> tuple[dict[str, Form], dict[str, str]]:
-    """Write the formats, and open them as predict.py does.
+def write(job: Job, files: Mapping[str, str]) -> tuple[dict[str, Form], dict[str, str]]:
+    """Write formats, and open them as predict.py does.
+
+    Args:
+        job: what is exported.
+        files: names of the files by format.
 
     Returns:
         the forms by name, and why others could not be written or do not run.
     """
     forms, failures = {}, {}
-    for name in names:
-        print(f"{name}: writing", file=sys.stderr, flush=True)
+    for name, file_name in tqdm(files.items(), desc="export", disable=not sys.stderr.isatty()):
+        file = job.folder / file_name
         try:
-            file = FORMATS[name].write(job)
+            FORMATS[name].write(job, file)
             opened = load_classifier(str(file), flag=f"--formats {name}:")
             opened.logits([opened.prepare(job.samples[0])])
             forms[name] = Form(opened, file)
@@ -173,21 +184,37 @@ def refused(measured: dict[str, Measured]) -> dict[str, str]:
     return failures
 
 
-def keep(files: Sequence[Path], folder: Path, args: argparse.Namespace) -> None:
-    """Move written files, with those that belong to them, to the output folder.
+def check_free(folder: Path, names: Iterable[str], overwrite: bool) -> None:
+    """Refuse to replace files, unless the user wants it.
 
     Raises:
-        UserError: one is there already.
+        UserError: a file of one of these names is there already.
     """
-    for file in files:
-        for part in [file, *(file.with_suffix(ending) for ending in (".bin",) if file.suffix == ".xml")]:
-            target = folder / part.name
-            if target.exists() and not args.overwrite:
-                raise UserError(f"--out {folder}: {target.name} exists; name another folder, or replace it: "
-                                "--overwrite")  # fmt: skip
-            if target.is_dir():
-                shutil.rmtree(target)
-            part.replace(target)
+    for part in (part for name in names for part in parts_of(folder / name)):
+        if part.exists() and not overwrite:
+            raise UserError(f"--out {folder}: {part.name} exists; name another folder, or replace it: --overwrite")
+
+
+def keep(files: Sequence[Path], folder: Path) -> None:
+    """Move written files to the output folder."""
+    for part in (part for file in files for part in parts_of(file)):
+        target = folder / part.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        part.replace(target)
+
+
+def check_repository(name: str) -> None:
+    """Refuse a name that no repository of the Hugging Face hub can have.
+
+    Raises:
+        UserError: it is one.
+    """
+    try:
+        if name:
+            validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push {name}: {str(error).splitlines()[0]}; name USER/NAME") from None
 
 
 def push(classifier: Classifier, repository: str) -> None:

@@ -49,7 +49,8 @@ from training.storage import make_folder, write_file
 FIGURES = ("among", "inside", "tokens", "features", "attribution")
 ALL = "all"
 DPI = {"png": 200, "pdf": 300}  # for a PDF, of the images in it
-LONGEST_TITLE = 40  # characters of a file's name
+MOST_WINDOWS = 400  # for which one figure holds a map each
+LONGEST_NAME = 40  # characters of a file's or class's name in titles
 SHORTER_SIDE = 512  # pixels that a dense form gets at most by default, as in the configs for ADE20K
 
 
@@ -157,28 +158,43 @@ def find_label(name: str, loaded: Loaded, logits: Tensor) -> int:
 def title_of(args: argparse.Namespace, loaded: Loaded, prediction: str) -> str:
     """Title of all figures."""
     name = one_line(Path(args.image).name)
-    name = name if len(name) <= LONGEST_TITLE else name[: LONGEST_TITLE - 1] + "…"
-    return f"{name} · {loaded.name}{prediction}".replace("$", r"\$")  # matplotlib would take $ for a formula
+    title = f"{shortened(name)} · {loaded.name}{prediction}"
+    return title.replace("$", r"\$")  # matplotlib would take it for the begin of a formula
 
 
-def chosen_pixel(window: Sequence[str], blocks: Sequence[BlockAttention]) -> tuple[float, float] | None:
+def shortened(text: str) -> str:
+    """Shorten a text for the title."""
+    return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
+
+
+def chosen_pixel(window: Sequence[str], network: SepViTStages, size: tuple[int, int]) -> tuple[float, float] | None:
     """Middle of the window of `--window` in image pixels; None for all windows.
+
+    Args:
+        window: the words of the setting.
+        network: the network, whose finest grid of windows counts.
+        size: height and width of the image.
 
     Raises:
         UserError: the window is not on the grid.
     """
-    finest = min(blocks, key=lambda block: block.stride)
+    named = network.named_blocks().items()
+    sides = [4 * 2 ** int(name.split(".")[1]) * block.window_size for name, block in named]  # in image pixels
+    side = min(sides)
+    rows, columns = network.window_grids(size)[sides.index(side)]
+    flag = f"--window {' '.join(window)}"
     if list(window) == [ALL]:
+        if rows * columns > MOST_WINDOWS:
+            raise UserError(f"{flag}: {rows} × {columns} windows are too many to draw a map for each; name one")
         return None
     if not window:
-        return (finest.grid[0] // 2 + 0.5) * finest.stride, (finest.grid[1] // 2 + 0.5) * finest.stride
-    flag = f"--window {' '.join(window)}"
+        return (rows // 2 + 0.5) * side, (columns // 2 + 0.5) * side
     if len(window) != 2 or not all(part.isdecimal() for part in window):
         raise UserError(f"{flag}: takes ROW COLUMN, or {ALL}")
     row, column = map(int, window)
-    if row >= finest.grid[0] or column >= finest.grid[1]:
-        raise UserError(f"{flag}: out of range; rows are 0 to {finest.grid[0] - 1}, columns 0 to {finest.grid[1] - 1}")
-    return (row + 0.5) * finest.stride, (column + 0.5) * finest.stride
+    if row >= rows or column >= columns:
+        raise UserError(f"{flag}: out of range; rows are 0 to {rows - 1}, columns 0 to {columns - 1}")
+    return (row + 0.5) * side, (column + 0.5) * side
 
 
 def chosen_blocks(names: Sequence[str], blocks: list[BlockAttention]) -> list[BlockAttention]:
@@ -210,22 +226,23 @@ def observe(args: argparse.Namespace, loaded: Loaded, image: Image.Image) -> Sce
         UserError: the command line names a class, window or block that does not exist.
     """
     inputs = loaded.preprocessing.transform()(image)[None]  # 1 × 3 × H × W
+    height, width = inputs.shape[2:]
+    pixel = chosen_pixel(args.window, loaded.network, (height, width))
     outputs: list[Any] = []
     blocks = record_attention(loaded.network, inputs, lambda images: outputs.append(loaded.network(images)))
     label, prediction = None, ""
     if loaded.classes:
         probabilities = outputs[0][0].softmax(dim=-1)
         best = int(probabilities.argmax())
-        prediction = f": {loaded.classes[best]} ({100 * probabilities[best]:.1f} %)"
+        prediction = f": {shortened(loaded.classes[best])} ({100 * probabilities[best]:.1f} %)"
         index = find_label(args.label, loaded, probabilities)
         label = index, loaded.classes[index]
-    height, width = inputs.shape[2:]
     print(f"{loaded.name}, {height} × {width} pixels{prediction}")
     difference = max(block.difference for block in blocks)
-    print(f"attention of {len(blocks)} blocks: rows sum to one; the outputs recomputed from it differ from the network's "
-          f"by at most {difference:.0e} of the largest value")  # fmt: skip
+    print(f"attention of {len(blocks)} blocks: rows sum to one; outputs recomputed from it equal the network's to "
+          f"{difference:.0e} of the largest value")  # fmt: skip
     crop = np.asarray(loaded.preprocessing.crop(image))
-    subject = Subject(crop, title_of(args, loaded, prediction), chosen_pixel(args.window, blocks))
+    subject = Subject(crop, title_of(args, loaded, prediction), pixel)
     return Scene(loaded.network, inputs, blocks, chosen_blocks(args.blocks, blocks), subject, label)
 
 
@@ -285,11 +302,11 @@ def attributed(scene: Scene) -> Drawings | str:
     if scene.label is None or not isinstance(scene.network, SepViT):
         return "a backbone has no classes"
     index, name = scene.label
-    network = scene.network
+    network, title = scene.network, shortened(name).replace("$", r"\$")
 
     def draw() -> Figure:
         maps = attribution(network, scene.inputs, index)
-        return figures.attribution_figure(scene.subject, name, [values[0].double().numpy() for values in maps])
+        return figures.attribution_figure(scene.subject, title, [values[0].double().numpy() for values in maps])
 
     try:
         require("attribution", "captum")

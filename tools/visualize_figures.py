@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PatchCollection
 from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -16,19 +17,23 @@ from torch import Tensor
 
 from inference.attention import BlockAttention, Rollout
 
-PANEL = 1.25  # inches
-COLUMNS = 5
-HEADS = 8  # per row, beside the image and the mean
+PANEL, LARGE_PANEL = 1.25, 2.2  # inches; the large ones hold one map per window
+COLUMNS, LARGE_COLUMNS = 5, 3
+MIN_WIDTH = 3.6  # inches, which titles need
+LONGEST_BAR = 3.0  # inches
+SUBCELLS = 4  # of a cell in a map per window, per side; gaps between the maps are a number of them
+HEADS, LARGE_HEADS = 8, 4  # per row, beside the image and the mean
 FONT = {"font.size": 7, "axes.titlesize": 7, "pdf.fonttype": 42}  # 42: text in PDF stays text
 OPACITY = 0.7  # of heat maps over images
 GREY = 0.5  # the mean of the grey images below heat maps, whose contrast is reduced
-CONTRAST = 0.7
+CONTRAST = 0.5
 
 # Perceptually uniform, and in grey as ordered as in colour.
 COLOUR_MAP = matplotlib.colormaps["viridis"]
 # Attention relative to even attention, at which each of n windows or pixels has the weight 1 / n: one scale for all.
 RELATIVE = LogNorm(0.1, 10, clip=True)
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)
+PERCENTILE = 99  # of an attribution map, that is the end of the colour scale: single pixels may have far more
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,23 @@ class Subject:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def panels(rows: int, columns: int, shape: Sequence[float], title: str) -> tuple[Figure, list[list[Axes]]]:
-    """Make a figure of equal panels for content of a shape (height, width). Panels are blank until they are drawn."""
-    height, width = shape[:2]
-    longer = max(height, width)
-    size = (PANEL * columns * width / longer + 0.9, (PANEL * height / longer + 0.2) * rows + 0.4)
-    figure = Figure(figsize=(max(size[0], 3.2), size[1]), layout="constrained")
+def panels(
+    rows: int, columns: int, shape: Sequence[float], title: str, side: float = PANEL
+) -> tuple[Figure, list[list[Axes]]]:
+    """Make a figure of equal panels, blank until they are drawn.
+
+    Args:
+        rows: rows of panels.
+        columns: columns of panels.
+        shape: height and width of the content, in any unit.
+        title: the figure's title.
+        side: length of a panel's longer side in inches.
+    """
+    height, width = (side * length / max(shape[:2]) for length in shape[:2])
+    size = (max(width * columns + 0.9, MIN_WIDTH), (height + 0.3) * rows + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    engine: Any = figure.get_layout_engine()
+    engine.set(h_pad=0.05, w_pad=0.04)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
@@ -106,8 +122,8 @@ def over_grey(colours: Colormap = COLOUR_MAP) -> Colormap:
 
 def mark(axes: Axes, left: float, top: float, width: float, height: float) -> None:
     """Outline a part of a panel, visibly on any ground."""
-    stroke = withStroke(linewidth=2.4, foreground="black")
-    axes.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor="white", linewidth=1.1, clip_on=False,
+    stroke = withStroke(linewidth=1.9, foreground="black")
+    axes.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor="white", linewidth=0.8, clip_on=False,
                              zorder=5, path_effects=[stroke]))  # fmt: skip
 
 
@@ -118,57 +134,90 @@ def mark_window(axes: Axes, block: BlockAttention, subject: Subject, row: int, c
     mark(axes, left, top, min(block.stride, width - left), min(block.stride, height - top))
 
 
-def colour_bar(figure: Figure, grid: list[list[Axes]], norm: Normalize, colours: Colormap, label: str) -> None:
-    """Add the colour scale."""
-    relative = isinstance(norm, LogNorm)
+def colour_bar(
+    figure: Figure,
+    grid: list[list[Axes]],
+    norm: Normalize,
+    colours: Colormap,
+    label: str,
+    extend: Literal["neither", "max", "both"] = "neither",
+) -> None:
+    """Add the colour scale.
+
+    Args:
+        figure: the figure.
+        grid: its panels.
+        norm: the scale.
+        colours: the colours, as they look in the panels.
+        label: what is shown.
+        extend: ends beyond which there are values.
+    """
     bar = figure.colorbar(
         ScalarMappable(norm, colours),
         ax=[axes for row in grid for axes in row],
         label=label,
-        extend="both" if relative else "neither",
+        extend=extend,
         fraction=0.05,
         aspect=24,
         pad=0.02,
-        shrink=0.9 if len(grid) < 4 else 0.5,
+        shrink=min(0.9, LONGEST_BAR / figure.get_figheight()),
     )
-    if relative:
+    if norm is RELATIVE:
         bar.set_ticks(list(TICKS), labels=[f"{tick:g}" for tick in TICKS], minor=False)
         bar.ax.minorticks_off()
 
 
-def place(block: BlockAttention) -> str:
+def block_name(block: BlockAttention) -> str:
     """Name a block as people read it."""
-    index = block.name.rpartition(".")[2]
-    rows, columns = block.grid
-    return f"stage {block.stage}, block {index}: {rows} × {columns} windows"
+    return f"stage {block.stage}, block {block.name.rpartition('.')[2]}"
+
+
+def windows(grid: tuple[int, int]) -> str:
+    """Describe a grid of windows."""
+    return "a single window" if grid == (1, 1) else f"{grid[0]} × {grid[1]} windows"
+
+
+def titled(block: BlockAttention) -> str:
+    """A block's title above its panel."""
+    return f"{block_name(block)}\n{windows(block.grid)}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention among windows
 # ----------------------------------------------------------------------------------------------------------------------
 
-RELATIVE_LABEL = "weight, relative to even attention"
+RELATIVE_LABEL = "weight, relative\nto even attention"
 
 
-def mosaic(weights: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Arrange the rows of n × n weights as one map each, at the place of the row's window, with gaps (NaN) between."""
+def show_mosaic(
+    axes: Axes, weights: np.ndarray, grid: tuple[int, int], shape: Sequence[int], norm: Normalize, title: str
+) -> None:
+    """Draw a small map in each window's place: its row of the weights. The window itself is outlined in it.
+
+    Args:
+        axes: where to draw.
+        weights: n × n.
+        grid: rows and columns of windows.
+        shape: height and width of the panel, in any unit. The maps are squeezed into their places.
+        norm: the scale of the colours.
+        title: the panel's title.
+    """
     rows, columns = grid
-    tiles = np.full((rows, rows + 1, columns, columns + 1), np.nan)
-    tiles[:, :rows, :, :columns] = weights.reshape(rows, columns, rows, columns).transpose(0, 2, 1, 3)
-    return tiles.reshape(rows * (rows + 1), columns * (columns + 1))[:-1, :-1]
-
-
-def show_mosaic(axes: Axes, weights: np.ndarray, grid: tuple[int, int], norm: Normalize, title: str) -> None:
-    """Draw one map per window, at the window's place: what it listens to."""
+    gap = max(1, round(0.08 * max(grid) * SUBCELLS))
+    high, wide = rows * SUBCELLS, columns * SUBCELLS  # a map
+    maps = np.full((rows, high + gap, columns, wide + gap), np.nan)
+    fine = weights.reshape(*grid, *grid).repeat(SUBCELLS, 2).repeat(SUBCELLS, 3)  # rows × columns × high × wide
+    maps[:, :high, :, :wide] = fine.transpose(0, 2, 1, 3)
     axes.axis("on")
-    axes.imshow(mosaic(weights, grid), norm=norm, cmap=COLOUR_MAP, interpolation="nearest", aspect="equal")
-    axes.set(xticks=[], yticks=[], title=title)
-    rows, columns = grid
-    for row in range(rows):
-        for column in range(columns):
-            left, top = column * (columns + 1) + column - 0.5, row * (rows + 1) + row - 0.5
-            axes.add_patch(Rectangle((left, top), 1, 1, fill=False, edgecolor="white",
-                                     linewidth=0.8 if rows * columns <= 16 else 0.4))  # fmt: skip
+    extent = (0, columns * (wide + gap), rows * (high + gap), 0)
+    axes.imshow(maps.reshape(extent[2], extent[1]), extent=extent, norm=norm, cmap=COLOUR_MAP, interpolation="nearest",
+                aspect="auto")  # fmt: skip
+    axes.set_box_aspect(shape[0] / shape[1])
+    outlines = [Rectangle((column * (wide + gap + SUBCELLS), row * (high + gap + SUBCELLS)), SUBCELLS, SUBCELLS)
+                for row, column in np.ndindex(grid)]  # fmt: skip
+    width = 0.8 if max(grid) <= 4 else 0.4
+    axes.add_collection(PatchCollection(outlines, facecolor="none", edgecolor="white", linewidth=width))
+    axes.set(xlim=(-gap, extent[1]), ylim=(extent[2], -gap), xticks=[], yticks=[], title=title)
 
 
 def show_among(
@@ -187,7 +236,7 @@ def show_among(
     """
     relative = weights.double().cpu().numpy() * weights.shape[-1]
     if subject.pixel is None:
-        show_mosaic(axes, relative, grid, RELATIVE, title)
+        show_mosaic(axes, relative, grid, subject.image.shape, RELATIVE, title)
         return
     row, column = block.window_at(*subject.pixel)
     show_image(axes, faint(subject.image), title)
@@ -197,7 +246,7 @@ def show_among(
 
 def among_bar(figure: Figure, grid: list[list[Axes]], subject: Subject) -> None:
     """Add the colour scale of attention."""
-    colour_bar(figure, grid, RELATIVE, COLOUR_MAP if subject.pixel is None else over_grey(), RELATIVE_LABEL)
+    colour_bar(figure, grid, RELATIVE, COLOUR_MAP if subject.pixel is None else over_grey(), RELATIVE_LABEL, "both")
 
 
 def show_input(axes: Axes, subject: Subject, block: BlockAttention, title: str = "input") -> None:
@@ -214,22 +263,18 @@ def listening(subject: Subject) -> str:
 
 def among_figure(subject: Subject, blocks: Sequence[BlockAttention], through: Rollout) -> Figure:
     """Attention among windows of all blocks that have it, mean over heads, and its rollout through all blocks."""
-    figure, grid = panels(*chunks(len(blocks) + 2), subject.image.shape,
-                          f"{subject.title}\nwindows that {listening(subject)}, mean over heads")  # fmt: skip
+    most, side = (LARGE_COLUMNS, LARGE_PANEL) if subject.pixel is None else (COLUMNS, PANEL)
+    title = f"{subject.title}\nwindows that {listening(subject)}, mean over heads"
+    figure, grid = panels(*chunks(len(blocks) + 2, most), subject.image.shape, title, side)
     axes = [axes for row in grid for axes in row]
     finest = min(blocks, key=lambda block: block.stride)
     show_input(axes[0], subject, finest)
     for block, panel in zip(blocks, axes[1:]):
         show_among(panel, block.among_mean()[0], block.grid, block.stride, subject, block, titled(block))
     show_among(axes[len(blocks) + 1], through.weights[0], through.grid, through.stride, subject, finest,
-               f"all blocks: rollout\n{through.grid[0]} × {through.grid[1]} windows")  # fmt: skip
+               f"all blocks: rollout\n{windows(through.grid)}")  # fmt: skip
     among_bar(figure, grid, subject)
     return figure
-
-
-def titled(block: BlockAttention) -> str:
-    """A block's title above its panel, in two lines."""
-    return place(block).replace(": ", "\n")
 
 
 def heads_figure(
@@ -244,14 +289,13 @@ def heads_figure(
         show: draws a head, or the mean for None.
         first: draws the first panel.
     """
-    columns = min(count, HEADS)
-    rows = -(-count // columns)
-    figure, grid = panels(rows, columns + (2 if count > 1 else 1), subject.image.shape, title)
-    first(grid[0][0])
-    if count > 1:
-        show(grid[0][1], None)
-    for head in range(count):
-        show(grid[head // columns][head % columns + (2 if count > 1 else 1)], head)
+    most, side = (LARGE_HEADS, LARGE_PANEL) if subject.pixel is None else (HEADS, PANEL)
+    shown = [None, *range(count)] if count > 1 else [0]
+    figure, grid = panels(*chunks(len(shown) + 1, most + 2), subject.image.shape, title, side)
+    axes = [axes for row in grid for axes in row]
+    first(axes[0])
+    for head, panel in zip(shown, axes[1:]):
+        show(panel, head)
     return figure, grid
 
 
@@ -269,8 +313,8 @@ def among_heads_figure(subject: Subject, block: BlockAttention) -> Figure:
         weights = block.among_mean()[0] if head is None else among[0, head]
         show_among(axes, weights, block.grid, block.stride, subject, block, named(head))
 
-    figure, grid = heads_figure(subject, among.shape[1], f"{subject.title}\n{place(block)} that {listening(subject)}",
-                                show, lambda axes: show_input(axes, subject, block))  # fmt: skip
+    title = f"{subject.title}\n{block_name(block)}: windows that {listening(subject)}"
+    figure, grid = heads_figure(subject, among.shape[1], title, show, lambda axes: show_input(axes, subject, block))
     among_bar(figure, grid, subject)
     return figure
 
@@ -282,41 +326,48 @@ def among_heads_figure(subject: Subject, block: BlockAttention) -> Figure:
 
 def inside_figure(subject: Subject, block: BlockAttention) -> Figure:
     """Attention inside the chosen window of one block, by head: of its window token, and of its central pixel."""
-    assert subject.pixel is not None
+    assert subject.pixel is not None  # otherwise this is not drawn
     row, column = block.window_at(*subject.pixel)
-    w, tokens = block.window_size, int(block.has_token)
+    w, first = block.window_size, int(block.has_token)
     weights = block.inside[0, row * block.grid[1] + column].double().cpu().numpy()  # h × T × T
+    seen = min(w, block.map_size[0] - row * w), min(w, block.map_size[1] - column * w)  # without padding
+    centre = seen[0] // 2, seen[1] // 2
     queries = {"window token": 0} if block.has_token else {}
-    queries["central pixel"] = tokens + w * (w // 2) + w // 2
+    queries["central pixel"] = first + w * centre[0] + centre[1]
     heads = [None, *range(len(weights))] if len(weights) > 1 else [0]
-    columns = min(len(heads), HEADS + 1)
-    rows = -(-len(heads) // columns)
-    title = f"{subject.title}\n{place(block)}, inside one of them"
+    rows, columns = chunks(len(heads), HEADS + 1)
+    of = "" if block.grid == (1, 1) else f", window ({row}, {column}) of {block.grid[0]} × {block.grid[1]}"
+    title = f"{subject.title}\n{block_name(block)}{of}: pixels that are listened to inside the window"
     figure, grid = panels(rows * len(queries), columns + 1, (1, 1), title)
     for number, (name, query) in enumerate(queries.items()):
-        show_window(grid[rows * number][0], subject, block, row, column, name)
+        show_window(grid[rows * number][0], subject, block, (row, column), name)
         for order, head in enumerate(heads):
             axes = grid[rows * number + order // columns][order % columns + 1]
             values = weights.mean(axis=0) if head is None else weights[head]  # T × T
             relative = values[query] * len(values)
-            show_window_weights(axes, relative[tokens:].reshape(w, w), named(head))
+            show_window_weights(axes, relative[first:].reshape(w, w), seen, named(head))
             if name == "central pixel":
-                mark(axes, w // 2 - 0.5, w // 2 - 0.5, 1, 1)
-    colour_bar(figure, grid, RELATIVE, COLOUR_MAP, RELATIVE_LABEL)
+                mark(axes, centre[1], centre[0], 1, 1)
+    colour_bar(figure, grid, RELATIVE, COLOUR_MAP, RELATIVE_LABEL, "both")
     return figure
 
 
-def show_window(axes: Axes, subject: Subject, block: BlockAttention, row: int, column: int, query: str) -> None:
+def show_window(axes: Axes, subject: Subject, block: BlockAttention, window: tuple[int, int], query: str) -> None:
     """Draw the part of the image that a window covers. Padding is white."""
-    show_image(axes, subject.image, f"window ({row}, {column})")
-    top, left = row * block.stride, column * block.stride
+    show_image(axes, subject.image, "the window")
+    top, left = window[0] * block.stride, window[1] * block.stride
     axes.set(xlim=(left, left + block.stride), ylim=(top + block.stride, top), ylabel=f"{query}\nlistens to")
 
 
-def show_window_weights(axes: Axes, weights: np.ndarray, title: str) -> None:
-    """Draw the weights of a window's pixels, w × w."""
+def show_window_weights(axes: Axes, weights: np.ndarray, seen: tuple[int, int], title: str) -> None:
+    """Draw the weights of a window's pixels, w × w, of which the first `seen` rows and columns are not padding."""
+    w = len(weights)
     axes.axis("on")
-    axes.imshow(weights, norm=RELATIVE, cmap=COLOUR_MAP, interpolation="nearest")
+    axes.imshow(weights, norm=RELATIVE, cmap=COLOUR_MAP, interpolation="nearest", extent=(0, w, w, 0))
+    if seen[0] < w:
+        axes.axhline(seen[0], color="white", linestyle="--", linewidth=0.8)
+    if seen[1] < w:
+        axes.axvline(seen[1], color="white", linestyle="--", linewidth=0.8)
     axes.set(xticks=[], yticks=[], title=title)
 
 
@@ -328,11 +379,11 @@ def show_window_weights(axes: Axes, weights: np.ndarray, title: str) -> None:
 def tokens_figure(title: str, similarities: Sequence[tuple[BlockAttention, Tensor]]) -> Figure:
     """Cosine similarity of each block's learned window tokens, n × n: one map per window, at the window's place."""
     rows, columns = similarities[0][0].grid
-    figure, grid = panels(*chunks(len(similarities)), (rows, columns),
-                          f"{title}\nsimilarity of each window's token to the others'")  # fmt: skip
+    figure, grid = panels(*chunks(len(similarities), LARGE_COLUMNS), (rows, columns),
+                          f"{title}\nsimilarity of each window's token to the others'", LARGE_PANEL)  # fmt: skip
     norm = Normalize(-1, 1)
     for (block, similarity), axes in zip(similarities, [axes for row in grid for axes in row]):
-        show_mosaic(axes, similarity.cpu().numpy(), block.grid, norm, titled(block))
+        show_mosaic(axes, similarity.cpu().numpy(), block.grid, block.grid, norm, titled(block))
     colour_bar(figure, grid, norm, COLOUR_MAP, "cosine similarity")
     return figure
 
@@ -350,18 +401,18 @@ def features_figure(subject: Subject, maps: Sequence[tuple[np.ndarray, float]]) 
 
 
 def attribution_figure(subject: Subject, label: str, maps: Sequence[np.ndarray]) -> Figure:
-    """Pixels of each stage's map that speak for a class, relative to the largest in the map."""
-    title = f"{subject.title}\nwhat speaks for the class {label}: gradient × activation of each stage's map"
+    """Pixels of each stage's map that speak for a class, relative to a high percentile of the map."""
+    title = f"{subject.title}\nwhat speaks for class {label}: gradient × activation of each stage's map"
     figure, grid = panels(1, len(maps) + 1, subject.image.shape, title)
-    norm = Normalize(0, 1)
+    norm = Normalize(0, 1, clip=True)
     show_image(grid[0][0], subject.image, "input\n")
     for stage, (values, axes) in enumerate(zip(maps, grid[0][1:])):
         after = ", after the norm" if stage == len(maps) - 1 else ""
         show_image(axes, faint(subject.image), f"stage {stage}{after}\n{values.shape[0]} × {values.shape[1]}")
         positive = values.clip(min=0)
-        relative = positive / max(float(positive.max()), 1e-30)
+        relative = positive / max(float(np.percentile(positive, PERCENTILE)), 1e-30)
         show_cells(axes, relative, 4 * 2**stage, norm, COLOUR_MAP, OPACITY)
-    colour_bar(figure, grid, norm, over_grey(), "share of the largest")
+    colour_bar(figure, grid, norm, over_grey(), f"relative to the\n{PERCENTILE}th percentile", "max")
     return figure
 
 

@@ -42,8 +42,8 @@ PART = 1 << 20  # bytes read at a time
 DIRECTORY = 0x10  # attribute of a zip file's entry
 BEGINNING = 512  # bytes of a file that show its format
 
-# What NumPy's arrays and numbers need in `data_classes` of `read_checkpoint`. The functions that rebuild these are private
-# in NumPy 2; the pickle protocol returns them. None of this can run code.
+# What NumPy's arrays and numbers need in `data_classes` of `read_checkpoint`. The functions that rebuild these are
+# private in NumPy 2; the pickle protocol returns them. None of this can run code.
 NUMPY_CLASSES: tuple[Any, ...] = (
     np.empty(0).__reduce__()[0],
     np.float64(0).__reduce__()[0],
