@@ -88,6 +88,8 @@ SCRIPTS = {
     "tools/get_flops.py": Script("--model SepViT_Lite --input-size 32", prints="multiply-adds"),
     "tools/gpu_check.py": Script("--device cpu --quick --only outputs --out record", prints="passed"),
     "tools/make_demo_data.py": Script("--out made"),
+    "tools/visualize.py": Script(""),
+    "tools/export.py": Script("--formats safetensors onnx --images 8 --rounds 1"),
     "segmentation/train.py": Script(f"{DENSE} train_cfg.max_iters=1", rest="CONFIG", prints="mIoU"),
     "segmentation/test.py": Script(f"--cfg-options {WORKERS}", rest="CONFIG CHECKPOINT"),
     "detection/train.py": Script(f"{DENSE} train_cfg.max_epochs=1", rest="CONFIG", prints="bbox_mAP"),

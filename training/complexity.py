@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sepvit import SepViTStages
 from training.errors import UserError, setting
@@ -19,7 +18,8 @@ from training.measure import bytes_of, count_by_module, peak_memory
 INSIDE, AMONG = "attention inside windows", "attention among windows"
 KINDS = ("convolutions", "projections", INSIDE, AMONG, "MLP", "norms, window tokens", "classifier")
 LAYER_KINDS = ("convolutions", "linear layers", "norms", "other")  # of a network that is no SepViT
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 HEAD, WHOLE = "head", "whole"
 
 
@@ -108,7 +108,7 @@ def _part_of_sepvit(name: str) -> Part:
 
 
 def _kind_of_layer(module: nn.Module) -> str:
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, CONVOLUTIONS):
         return "convolutions"
     if isinstance(module, nn.Linear):
         return "linear layers"
@@ -167,8 +167,9 @@ def memory_of(network: nn.Module, images: Tensor) -> dict[str, Memory] | None:
             network(images)
 
     def step() -> None:
-        outputs = [output for output in tree_leaves(network(images)) if isinstance(output, Tensor)]
-        loss = torch.stack([output.float().square().mean() for output in outputs]).sum()
+        outputs = network(images)
+        maps = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        loss = torch.stack([output.float().square().mean() for output in maps]).sum()
         if loss.requires_grad:  # not if all parts are frozen
             loss.backward()
         optimizer.step()
