@@ -54,6 +54,7 @@ SMALL = {
     r"train-{000\.\.099}\.tar\|1200000": "train-{000..001}.tar|48",
     r"val-{00\.\.15}\.tar\|50000": "val-{00..01}.tar|21",
     r"\b500x375\b": "64x48",
+    r"--window 2 5 --blocks 1\.0 2\.4": "--window 0 0 --blocks 0.0",  # the windows of a small image
     r" (compiled|int8)\b": "",  # take a minute; test_compiled_forms and test_exported_networks run them
 }
 PROCESSES = 2  # in place of --nproc_per_node=8
@@ -88,8 +89,8 @@ SCRIPTS = {
     "tools/get_flops.py": Script("--model SepViT_Lite --input-size 32", prints="multiply-adds"),
     "tools/gpu_check.py": Script("--device cpu --quick --only outputs --out record", prints="passed"),
     "tools/make_demo_data.py": Script("--out made"),
-    "tools/visualize.py": Script(""),
-    "tools/export.py": Script("--formats safetensors onnx --images 8 --rounds 1"),
+    "tools/visualize.py": Script("", prints=r"attention of \d+ blocks: rows sum to one"),
+    "tools/export.py": Script("--images 8 --rounds 1", prints="largest difference"),
     "segmentation/train.py": Script(f"{DENSE} train_cfg.max_iters=1", rest="CONFIG", prints="mIoU"),
     "segmentation/test.py": Script(f"--cfg-options {WORKERS}", rest="CONFIG CHECKPOINT"),
     "detection/train.py": Script(f"{DENSE} train_cfg.max_epochs=1", rest="CONFIG", prints="bbox_mAP"),
@@ -400,6 +401,15 @@ def teacher(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def exported(demo, tmp_path_factory) -> Path:
+    """What export.py writes."""
+    out = tmp_path_factory.mktemp("exported")
+    arguments = ("--resume", str(demo / "run/checkpoint.pth"), "--out", str(out), "--formats", "onnx", "--rounds", "1")
+    run(Run("tools/export.py", arguments), out)
+    return out / "SepViT_Lite.onnx"
+
+
 def link_repository(root: Path, demo: Path) -> Path:
     """Make a folder with links to all of the repository, in which commands may leave files."""
     linked = (*ROOT.glob("*.py"), *ROOT.glob("*.txt"), ROOT / "Makefile",
@@ -435,7 +445,9 @@ def reader(demo, photographs, tmp_path) -> Path:
     inat_folder(root / "DIR", with_kingdom=True)
     for split in ("train", "val"):
         (root / "DIR" / split).symlink_to(photographs / split)
-    (root / "SepViT_Tiny.pth").symlink_to(demo / "run/checkpoint.pth")
+    for name in ("SepViT_Tiny.pth", "checkpoint.pth"):
+        (root / name).symlink_to(demo / "run/checkpoint.pth")
+    (root / "photos").symlink_to(photographs / "val/1")
     (root / "run").mkdir()
     (root / "run/args.yaml").write_text((demo / "run/args.yaml").read_text())
     (root / "shards").mkdir()
@@ -539,7 +551,10 @@ def test_command(command, reader, request):
     what = run_of(command)
     if "SepViT_T.pth" in what.arguments:
         checkpoints = request.getfixturevalue("dense_checkpoints")
-        (reader / command.folder / "SepViT_T.pth").symlink_to(checkpoints[command.folder])
+        (reader / command.folder / "SepViT_T.pth").symlink_to(checkpoints[command.folder or "segmentation"])
+    if exported := next((word for word in what.arguments if word.startswith("exported/")), None):
+        (reader / "exported").mkdir()
+        (reader / exported).symlink_to(request.getfixturevalue("exported"))
     if "regnety_002.pth" in what.arguments:
         (reader / "regnety_002.pth").symlink_to(request.getfixturevalue("teacher"))
     printed = run(what, reader / command.folder)
