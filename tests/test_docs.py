@@ -90,7 +90,7 @@ SCRIPTS = {
     "tools/gpu_check.py": Script("--device cpu --quick --only outputs --out record", prints="passed"),
     "tools/make_demo_data.py": Script("--out made"),
     "tools/visualize.py": Script("", prints=r"attention of \d+ blocks: rows sum to one"),
-    "tools/export.py": Script("--images 8 --rounds 1", prints="largest difference"),
+    "tools/export.py": Script("--formats onnx --images 8 --rounds 1", prints="largest difference"),
     "segmentation/train.py": Script(f"{DENSE} train_cfg.max_iters=1", rest="CONFIG", prints="mIoU"),
     "segmentation/test.py": Script(f"--cfg-options {WORKERS}", rest="CONFIG CHECKPOINT"),
     "detection/train.py": Script(f"{DENSE} train_cfg.max_epochs=1", rest="CONFIG", prints="bbox_mAP"),
