@@ -566,6 +566,7 @@ def test_flags_in_the_text_exist():
     scripts = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if path.parent.name != "tests"]
     sources = [*(path.read_text(encoding="utf-8") for path in scripts), torchrun.get_args_parser().format_help()]
     known = {flag.replace("_", "-") for source in sources for flag in re.findall(r"--[a-z][\w-]*", source)}
+    known.add("--use-env")  # of torch.distributed.launch
     for block in BLOCKS:
         if block.kind == "inline" and block.page != "docs/differences.md":  # which names flags of other projects
             for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", block.text):
