@@ -280,13 +280,15 @@ def test_what_is_refused():
     nan = float("nan")
     forms = {"checkpoint": (0, 90.0), "onnx": (2e-3, 90.0), "openvino": (1e-4, 90.0), "torchscript": (nan, 90.0),
              "openvino-bfloat16": (0.1, 89.5), "openvino-int8": (0.1, 88.5), "onnx-int8": (nan, 90.0)}  # fmt: skip
-    reasons = export.refused(measured(**forms), export.FORMATS)
+    reasons = export.refused(measured(**forms), export.FORMATS, 1000)
     assert reasons == {
         "onnx": "refused: its logits differ by 0.002, more than 0.001",
         "torchscript": "refused: its logits are not finite",
         "openvino-int8": "refused: its top-1 is 88.50 %, the checkpoint's 90.00 %",
         "onnx-int8": "refused: its logits are not finite",
     }
+    single = measured(checkpoint=(0, 90.0), **{"openvino-int8": (0.1, 85.0)})
+    assert export.refused(single, export.FORMATS, 20) == {}  # a single image of 20
 
 
 def test_a_form_that_is_wrong_or_fails_is_reported_and_not_kept(checkpoint, tmp_path, monkeypatch, capsys):

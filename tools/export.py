@@ -100,7 +100,7 @@ def main(args: argparse.Namespace) -> int:
         forms, failures = write(job, files, formats)
         failures = missing | failures
         measured = export_table.measure(classifier, forms, images)
-        failures |= refused(measured, formats)
+        failures |= refused(measured, formats, len(images.images))
         kept = {name: one for name, one in measured.items() if name not in failures}
         export_table.time_forms(kept, images, args.rounds)
         report = export_table.report(classifier.description, kept, failures, images, job.notes)
@@ -178,13 +178,19 @@ def write(job: Job, files: Mapping[str, str], formats: Mapping[str, Format]) -> 
     return forms, failures
 
 
-def refused(measured: Mapping[str, Measured], formats: Mapping[str, Format]) -> dict[str, str]:
+def refused(measured: Mapping[str, Measured], formats: Mapping[str, Format], images: int) -> dict[str, str]:
     """Refuse files that differ too much from the checkpoint. Returns why, by their names.
+
+    Args:
+        measured: what was measured, by form.
+        formats: the formats by name.
+        images: number of images; a single one that is lost is accepted.
 
     Raises:
         UserError: the checkpoint itself computes no finite numbers.
     """
-    failures = {}
+    failures: dict[str, str] = {}
+    most_lost = max(MOST_LOST, 100.5 / images)
     reference = measured[export_table.CHECKPOINT]
     for name, one in measured.items():
         exact = name == export_table.CHECKPOINT or formats[name].is_exact
@@ -195,7 +201,7 @@ def refused(measured: Mapping[str, Measured], formats: Mapping[str, Format]) -> 
             failures[name] = "refused: its logits are not finite"
         elif exact and one.difference > LARGEST_DIFFERENCE:
             failures[name] = f"refused: its logits differ by {one.difference:.2g}, more than {LARGEST_DIFFERENCE:g}"
-        elif one.top1 is not None and reference.top1 is not None and reference.top1 - one.top1 > MOST_LOST:
+        elif one.top1 is not None and reference.top1 is not None and reference.top1 - one.top1 > most_lost:
             failures[name] = f"refused: its top-1 is {one.top1:.2f} %, the checkpoint's {reference.top1:.2f} %"
     return failures
 
