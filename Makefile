@@ -97,6 +97,6 @@ $(VENV)/.installed-mm: $(VENV)/.installed requirements-mm.txt tools/opencv-pytho
 	@$(RUN) -W ignore -c "import dense, mmcv.ops, mmdet.apis, mmseg.apis" > /dev/null
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed-mm $(VENV)/.installed-fast tests/requirements.txt
+$(VENV)/.installed-test: $(VENV)/.installed-mm $(VENV)/.installed-fast tests/requirements.txt tools/requirements.txt
 	$(PIP) -r tests/requirements.txt
 	@touch $@

@@ -1,4 +1,4 @@
-"""The command that counts the parameters and multiply-adds of a whole segmentor or detector."""
+"""The command that counts what a whole segmentor or detector costs, and what the parts of its backbone do."""
 
 import argparse
 from collections.abc import Callable
@@ -10,11 +10,12 @@ from mmengine.model import revert_sync_batchnorm
 from dense.checks import build_model, check_shapes, config_errors
 from dense.settings import build_parser, drop_pretrained, read_config, where_of
 from training.commands import positive_int, run_command
+from training.complexity import costs_as_text, costs_of, memory_as_text, memory_of, summary, total_of
 from training.measure import count_multiply_adds
 
 
 def count(args: argparse.Namespace, samples: Callable[[int, int], list[Any]] | None = None) -> None:
-    """Print the parameters and multiply-adds of a config's model, in total and by part.
+    """Print the parameters and multiply-adds of a config's model, in total and by part, and what its backbone costs.
 
     Args:
         args: the command line.
@@ -32,9 +33,14 @@ def count(args: argparse.Namespace, samples: Callable[[int, int], list[Any]] | N
     for name, part in model.named_children():
         if any(True for _ in part.parameters()):
             print(f"{name + ':':20} {sum(p.numel() for p in part.parameters()) / 1e6:8.3f} M parameters")
-    print(f"{'backbone:':20} {count_multiply_adds(model.backbone, images) / 1e9:8.3f} G multiply-adds")
+    backbone = costs_of(model.backbone, images)
+    print(f"{'backbone:':20} {total_of(backbone, 'multiply_adds') / 1e9:8.3f} G multiply-adds")
     print(f"{cfg.model.type}, {args.shape[0]} × {args.shape[1]} pixels: {total / 1e6:.3f} M parameters, "
           f"{count_multiply_adds(model, *inputs) / 1e9:.3f} G multiply-adds")  # fmt: skip
+    print(f"\nbackbone, {cfg.model.backbone.type}: {summary(backbone)}\n")
+    print(costs_as_text(backbone), flush=True)
+    if args.memory:
+        print(f"\n{memory_as_text(memory_of(model.backbone, images), len(images), images.device)}")
 
 
 def run_count(
@@ -54,4 +60,7 @@ def run_count(
     parser = build_parser(description, launchers=False)
     parser.add_argument("--shape", type=positive_int, nargs=2, default=shape, metavar=("H", "W"),
                         help=f"image size in pixels, default {shape[0]} {shape[1]}")  # fmt: skip
-    return run_command("get_flops.py", lambda: count(parser.parse_args(arguments), samples), parser)
+    parser.add_argument("--memory", action="store_true",
+                        help="measure the memory of the backbone's forward pass and training step, too")  # fmt: skip
+    return run_command("get_flops.py", lambda: count(parser.parse_args(arguments), samples), parser,
+                       "use a smaller --shape")  # fmt: skip

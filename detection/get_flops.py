@@ -1,9 +1,9 @@
-"""Count the parameters and multiply-adds of a whole detector.
+"""Count the parameters and multiply-adds of a whole detector, and what its backbone costs by stage and kind.
 
 The second stage of a two-stage detector is counted for the boxes that an untrained first stage proposes (at most
 1,000), its mask head for 100 boxes.
 
-python get_flops.py CONFIG [--shape H W] [--cfg-options KEY=VALUE …]
+python get_flops.py CONFIG [--shape H W] [--memory] [--cfg-options KEY=VALUE …]
 """
 
 import sys

@@ -25,7 +25,7 @@ from training.checkpoints import (
     settings_in,
     weights_of,
 )
-from training.errors import UserError
+from training.errors import UserError, setting
 from training.networks import create_network, place
 from training.preprocessing import Preprocessing
 from training.state import Precision
@@ -123,7 +123,7 @@ class Classifier:
 
 
 def load_classifier(
-    path: str, model: str = "", averaged: bool = False, precision: Precision | None = None, flag: str = "--resume"
+    path: str, model: str = "", averaged: bool = False, precision: Precision | None = None, what: str = ""
 ) -> Classifier:
     """Load a classifier from whatever holds one.
 
@@ -133,13 +133,13 @@ def load_classifier(
         model: timm's name of the network, for files that do not tell it.
         averaged: take the averaged weights.
         precision: device and number format; None for float32 on the CPU.
-        flag: the flag that named the file, for messages.
+        what: names the file in messages; by default the setting `resume` and the path.
 
     Raises:
         UserError: the file is missing, damaged, holds no classifier or another one, or needs a missing package.
     """
     precision = precision or Precision(torch.device("cpu"), None)
-    what = f"{flag} {path}"
+    what = what or setting("resume", path)
     if kind := exported.kind_of(Path(path)):
         return _exported(path, kind, what, precision)
     if Path(path).is_dir():
@@ -194,14 +194,16 @@ def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description]:
 def _from_checkpoint(path: str, model: str, averaged: bool, what: str) -> tuple[nn.Module, Description]:
     checkpoint = read_checkpoint(path, what)
     if averaged and not has_averaged_weights(checkpoint):
-        raise UserError(f"{what}: has no averaged weights; omit --averaged")
+        raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")
     weights = weights_of(checkpoint, what, prefer_ema=averaged)
     name = _model_name(model, checkpoint, weights, what)
     num_classes = _count_classes(name, weights, what)
     default: Any = get_pretrained_cfg_value(name, "input_size")
     size = settings_in(checkpoint).get("input_size") or default[-1]
     network = create_network(f"{what}, model {name}", name, num_classes, size)
-    load_weights(network, weights, what, variant_hint="name it with --model", img_size=img_size_of(checkpoint))
+    load_weights(
+        network, weights, what, variant_hint=f"name it with {setting('model')}", img_size=img_size_of(checkpoint)
+    )
     classes = class_names(checkpoint.get("classes"), num_classes)
     return network, Description(name, classes, Preprocessing.for_size(size))
 
@@ -213,9 +215,9 @@ def _model_name(model: str, checkpoint: Mapping[str, Any], weights: dict[str, Te
         if variant := variant_of(entries_under(weights, "backbone")):
             raise UserError(f"{what}: holds a segmentor or detector with {variant}, not a classifier; use "
                             "segmentation/predict.py or detection/predict.py")  # fmt: skip
-        raise UserError(f"{what}: does not tell its model; name it with --model")
+        raise UserError(f"{what}: does not tell its model; name it with {setting('model')}")
     if not timm.is_model(name):
-        raise UserError(f"--model {name}: unknown; choose {', '.join(VARIANTS)}, or a timm model")
+        raise UserError(f"{setting('model', name)}: unknown; choose {', '.join(VARIANTS)}, or a timm model")
     return name
 
 
@@ -225,7 +227,7 @@ def _count_classes(name: str, weights: Mapping[str, Tensor], what: str) -> int:
     found = [weights[f"{head}.weight"] for head in heads if f"{head}.weight" in weights]
     if not found:
         raise UserError(
-            f"{what}: holds no classifier ({name} has one in {', '.join(heads)}); train one with --finetune"
+            f"{what}: holds no classifier ({name} has one in {', '.join(heads)}); fine-tune it with main.py first"
         )
     return len(found[0])
 

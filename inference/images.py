@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from training.errors import UserError
+from training.errors import UserError, setting
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 PLACEHOLDER = "IMAGE"  # what the commands call an image in their help
@@ -157,7 +157,7 @@ def check_pictures(tasks: Sequence[Task], out: Path, overwrite: bool) -> None:
 
     Args:
         tasks: the images.
-        out: folder of their pictures, `--out`.
+        out: folder of their pictures.
         overwrite: whether earlier pictures may be replaced.
 
     Raises:
@@ -172,6 +172,7 @@ def check_pictures(tasks: Sequence[Task], out: Path, overwrite: bool) -> None:
             raise UserError(f"{PLACEHOLDER} {task.path}: would get the same picture as {other}, {picture}; rename one, "
                             "name the folder that holds both, or predict them into two folders")  # fmt: skip
         if picture.resolve() in images:
-            raise UserError(f"--out {out}: would overwrite {PLACEHOLDER} {picture}; name another folder")
+            raise UserError(f"{setting('out', out)}: would overwrite {PLACEHOLDER} {picture}; name another folder")
         if picture.exists() and not overwrite:
-            raise UserError(f"--out {out}: {picture} exists; name another folder, or replace it: --overwrite")
+            raise UserError(f"{setting('out', out)}: {picture} exists; name another folder, or replace it with "
+                            f"{setting('overwrite')}")  # fmt: skip

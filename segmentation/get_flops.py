@@ -1,6 +1,6 @@
-"""Count the parameters and multiply-adds of a whole segmentor.
+"""Count the parameters and multiply-adds of a whole segmentor, and what its backbone costs by stage and kind.
 
-python get_flops.py CONFIG [--shape H W] [--cfg-options KEY=VALUE …]
+python get_flops.py CONFIG [--shape H W] [--memory] [--cfg-options KEY=VALUE …]
 """
 
 import sys

@@ -131,6 +131,16 @@ SMALL = ["--model", "SepViT_Lite", *SIZES]
 SMALLEST = ["--model", small_model.MODEL, *SIZES]
 
 
+@pytest.fixture(scope="session")
+def trained_digits(few_digits, tmp_path_factory) -> Path:
+    """Output folder of a run of main.py with averaged weights, on three classes of digits; with eval.json."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    data = ("--data-path", few_digits, "--output_dir", out)
+    succeed(*SMALL, *data, "--lr", "0.05", "--warmup-epochs", "0", "--model-ema", "--model-ema-decay", "0.5")
+    succeed(*SMALL, *data, "--eval", "--resume", out / "checkpoint.pth")
+    return out
+
+
 # Nothing random except the shuffle, and a step size that depends on the gradients alone.
 PLAIN = ["--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--drop-path", "0", "--aa=", "--reprob", "0",
          "--color-jitter", "0", "--hflip", "0", "--scale", "1", "1", "--opt", "sgd", "--lr", "1", "--sched", "constant",

@@ -21,14 +21,14 @@ from port import Port
 import sepvit
 from tools import benchmark, benchmark_curves, benchmark_networks, benchmark_runtimes, benchmark_table
 from tools.benchmark_accuracy import calibration_images
-from tools.benchmark_machine import OtherWork, peak_memory, peak_resident
+from tools.benchmark_machine import OtherWork, peak_resident
 from tools.benchmark_networks import Setting, Subject
-from tools.benchmark_profile import FUSED_ATTENTION, Operation, profile_call
+from tools.benchmark_profile import Operation, profile_call
 from tools.benchmark_record import Record, profile_cells, shown
 from tools.benchmark_rounds import WARM_UP, interleave, ratio
 from tools.benchmark_table import COPY, MATRIX_PRODUCT, Method, Row, Table, measure_table
 from training.errors import UserError
-from training.measure import count_activations, count_multiply_adds
+from training.measure import FUSED_ATTENTION, count_activations, count_multiply_adds, peak_memory
 
 CPU = torch.device("cpu")
 QUICK = Method(rounds=2, least=0.0, is_quick=True)

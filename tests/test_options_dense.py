@@ -335,7 +335,7 @@ MISTAKES = {
                             "IMAGE {scenes}/images/validation/b/1.jpg: would get the same picture as "),
     "picture that exists": ("predict", ["{demo}", "{checkpoint}", "{scenes}/images/validation/a/1.jpg", "--out",
                                         "{drawn}"], "--out {drawn}: {drawn}/1.png exists; name another folder, or "
-                            "replace it: --overwrite"),
+                            "replace it with --overwrite"),
     "pictures in place of images": ("test", ["{demo}", "{checkpoint}", "--show-dir", "{scenes}/images/validation/a",
                                              "--cfg-options", DATA],
                                     "--show-dir {scenes}/images/validation/a: holds images or labels of a data set"),

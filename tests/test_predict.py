@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL, command, refusal, succeed
+from conftest import ROOT, command, refusal, succeed
 from PIL import Image, ImageCms
 
 import predict
@@ -26,18 +26,8 @@ from training.preprocessing import Preprocessing
 
 
 @pytest.fixture(scope="module")
-def trained(few_digits, tmp_path_factory):
-    """A run of main.py with averaged weights: its output folder, with eval.json."""
-    out = tmp_path_factory.mktemp("trained") / "run"
-    data = ("--data-path", few_digits, "--output_dir", out)
-    succeed(*SMALL, *data, "--lr", "0.05", "--warmup-epochs", "0", "--model-ema", "--model-ema-decay", "0.5")
-    succeed(*SMALL, *data, "--eval", "--resume", out / "checkpoint.pth")
-    return out
-
-
-@pytest.fixture(scope="module")
-def checkpoint(trained):
-    return trained / "checkpoint.pth"
+def checkpoint(trained_digits):
+    return trained_digits / "checkpoint.pth"
 
 
 def predicted(*arguments, **kwargs) -> list[dict]:
@@ -50,14 +40,14 @@ def predicted(*arguments, **kwargs) -> list[dict]:
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-def test_top1_is_that_of_evaluation(averaged, trained, checkpoint, few_digits):
+def test_top1_is_that_of_evaluation(averaged, trained_digits, checkpoint, few_digits):
     """Same pixels, same network: of the validation images, predict.py gets those right that `--eval` gets right."""
     flags = ["--averaged"] if averaged else []
     entries = predicted(few_digits / "val", "--resume", checkpoint, "--batch-size", "4", "--num-workers", "1", *flags)
     files = sorted((few_digits / "val").rglob("*.png"))
     assert [entry["image"] for entry in entries] == [str(file) for file in files]  # in order
     right = sum(entry["predictions"][0]["class"] == file.parent.name for entry, file in zip(entries, files))
-    figures = json.loads((trained / "eval.json").read_text())
+    figures = json.loads((trained_digits / "eval.json").read_text())
     assert 100 * right / len(files) == pytest.approx(figures["test_ema_acc1" if averaged else "test_acc1"])
 
 
@@ -93,7 +83,10 @@ def test_text_csv_and_pictures(checkpoint, few_digits, tmp_path):
         str(file.relative_to(few_digits / "val")) for file in (few_digits / "val").rglob("*.png")
     )
     result = command(*names, "--resume", checkpoint, *outputs, script="predict.py")
-    assert (result.returncode, "exists; name another folder, or replace it: --overwrite" in result.stderr) == (2, True)
+    assert (result.returncode, "exists; name another folder, or replace it with --over" in result.stderr) == (
+        2,
+        True,
+    )
 
 
 def test_unreadable_images_are_reported_and_the_rest_go_on(checkpoint, few_digits, tmp_path):

@@ -125,10 +125,12 @@ def settings_added_by(name: str) -> set[str]:
 
 
 def test_messages_mention_existing_settings():
-    """Names passed to `setting` are settings of main.py or of train.py, so they become flags."""
+    """Names passed to `setting` are settings of main.py, of predict.py or of train.py, so they become flags."""
     import main
+    import predict
 
-    known = main.build_parser().flags().keys() | settings_added_by("dense.train") | settings_added_by("dense.settings")
+    known = main.build_parser().flags().keys() | predict.build_parser().flags().keys()
+    known |= settings_added_by("dense.train") | settings_added_by("dense.settings")
     for name in BELOW_COMMANDS:
         tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
         for node in ast.walk(tree):

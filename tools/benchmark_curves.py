@@ -22,10 +22,10 @@ if not __package__:
     import _repository  # noqa: F401
 import main as training_command
 import sepvit
-from tools.benchmark_machine import peak_memory
 from tools.benchmark_networks import Port, Setting, Steps, create_network, main_settings
 from tools.benchmark_rounds import Spread, interleave
 from training.devices import synchronize
+from training.measure import peak_memory
 
 STEP = 32  # pixels between two sizes when searching for a share
 PERIOD = 224  # pixels after which windows fit without padding again, in every stage

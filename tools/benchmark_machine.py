@@ -1,7 +1,6 @@
-"""What the benchmarks know of a machine: description, rates, peak memory, other work on it."""
+"""What the benchmarks know of a machine: description, rates, resident memory, other work on it."""
 
 import ctypes
-import itertools
 import os
 import platform
 import re
@@ -18,7 +17,7 @@ import torch
 
 if not __package__:
     import _repository  # noqa: F401
-from training.devices import available_cores, synchronize
+from training.devices import available_cores
 from training.measure import median_time
 
 SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices: a GPU multiplies 2048 × 2048 faster than one call starts
@@ -120,26 +119,6 @@ def matrix_product_rate(dtype: torch.dtype, device: torch.device) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def peak_memory(function: Callable[[], object], device: torch.device) -> int | None:
-    """Most bytes of tensors that a call has allocated at once, beyond what was allocated before it. None on MPS."""
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        function()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu":
-        return None
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch for CUDA reports an error where there is no GPU
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        function()
-    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
 def peak_resident(function: Callable[[], object]) -> int | None:

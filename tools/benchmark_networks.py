@@ -24,6 +24,7 @@ from tools import benchmark_runtimes
 from tools.benchmark_rounds import reason
 from tools.export_formats import export_onnx
 from training.errors import UserError
+from training.measure import bytes_of
 from training.networks import place
 from training.recipes import parse_with_recipe
 from training.state import Precision, Training
@@ -339,14 +340,6 @@ def _exported(subject: Subject, setting: Setting, folder: Path) -> Ready:
         lambda: benchmark_runtimes.size_of(path),
         is_runtime=True,
     )
-
-
-def bytes_of(network: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Bytes of a network's parameters and buffers, and of its optimiser's state."""
-    tensors: list[Any] = [*network.parameters(), *network.buffers()]
-    if optimizer is not None:
-        tensors += [value for state in optimizer.state.values() for value in state.values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,13 +9,11 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 if not __package__:
     import _repository  # noqa: F401
 from training.devices import synchronize
-
-FUSED_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+from training.measure import multiply_adds
 
 
 @dataclass
@@ -61,16 +59,6 @@ class Work(TorchDispatchMode):
             operation.moved += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             operation.multiply_adds += multiply_adds(func, args, kwargs, outputs)
         return outputs
-
-
-def multiply_adds(func: Any, args: Any, kwargs: Any, outputs: Any) -> int:
-    """Multiply-adds of one operation of PyTorch; 0 for those that are no products."""
-    if func.overloadpacket._qualified_op_name == FUSED_ATTENTION:  # PyTorch's counter knows only those of GPUs
-        (q, k, v) = args[:3]
-        return q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
-    if func.overloadpacket in flop_registry:
-        return flop_registry[func.overloadpacket](*args, **kwargs, out_val=outputs) // 2
-    return 0
 
 
 def profile_call(function: Callable[[], object], device: torch.device) -> dict[str, Operation]:

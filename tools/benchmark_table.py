@@ -24,7 +24,7 @@ from tools.benchmark_profile import Operation, profile_call
 from tools.benchmark_rounds import LEAST, Spread, interleave, ratio, reason
 from training.devices import synchronize
 from training.errors import UserError
-from training.measure import count_activations, count_multiply_adds
+from training.measure import count_activations, count_multiply_adds, peak_memory
 
 # Largest ‖outputs − expected‖ / ‖expected‖, expected: float32 in eager mode. float32 admits the matrix units' TF32.
 TOLERANCES = {"float32": 5e-3, "bfloat16": 0.05, "bfloat16-whole": 0.1, "float16": 0.02, "int8": 0.5}
@@ -264,7 +264,7 @@ def _checked(row: Row, expected: Tensor, setting: Setting, folder: Path) -> Read
     if setting.is_training and not torch.isfinite(result).all():  # type: ignore[arg-type]
         raise ValueError(f"the loss of a training step is {result}")
     row.bytes_held = ready.held()
-    row.bytes_peak = resident if ready.is_runtime else benchmark_machine.peak_memory(ready.call, setting.device)
+    row.bytes_peak = resident if ready.is_runtime else peak_memory(ready.call, setting.device)
     return ready
 
 

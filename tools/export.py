@@ -12,13 +12,15 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.models import push_to_hf_hub
+from tqdm import tqdm
 
 if not __package__:
     import _repository  # noqa: F401
@@ -29,7 +31,7 @@ from tools import export_backbone, export_formats, export_int8, export_table
 from tools.benchmark_rounds import reason
 from tools.export_data import Images, calibration_inputs, find_labelled, photographs
 from tools.export_formats import OPSET, OPSETS, Job
-from tools.export_table import Form, Measured
+from tools.export_table import Form, Measured, parts_of
 from training.commands import Parser, path, positive_int, run_command
 from training.errors import UserError
 from training.storage import make_folder
@@ -44,13 +46,15 @@ class Format:
     """A format of files.
 
     Attributes:
-        write: writes it. Returns the file, or the folder.
+        write: writes the file, or the folder.
+        ending: end of its name, after the model's.
         modules: packages that it needs.
         is_exact: whether its logits have to agree with the checkpoint's.
         is_calibrated: whether it needs calibration images.
     """
 
-    write: Callable[[Job], Path]
+    write: Callable[[Job, Path], None]
+    ending: str
     modules: tuple[str, ...] = ()
     is_exact: bool = True
     is_calibrated: bool = False
@@ -59,16 +63,16 @@ class Format:
 EXPORTER = ("onnx", "onnxscript")
 ONNX, OPENVINO = (*EXPORTER, "onnxruntime"), (*EXPORTER, "openvino")
 FORMATS = {
-    "safetensors": Format(export_formats.write_safetensors),
-    "onnx": Format(export_formats.write_onnx, ONNX),
-    "onnx-preprocessing": Format(export_formats.write_onnx_preprocessing, ONNX),
-    "onnx-int8": Format(export_int8.write_onnx_int8, ONNX, is_exact=False, is_calibrated=True),
-    "openvino": Format(export_formats.write_openvino, OPENVINO),
-    "openvino-bfloat16": Format(export_formats.write_openvino_bfloat16, OPENVINO, is_exact=False),
-    "openvino-int8": Format(export_int8.write_openvino_int8, (*OPENVINO, "nncf"), is_exact=False, is_calibrated=True),
-    "torch-export": Format(export_formats.write_torch_export),
-    "aotinductor": Format(export_formats.write_aotinductor),
-    "torchscript": Format(export_formats.write_torchscript),
+    "safetensors": Format(export_formats.write_safetensors, "-timm"),
+    "onnx": Format(export_formats.write_onnx, ".onnx", ONNX),
+    "onnx-preprocessing": Format(export_formats.write_onnx_preprocessing, "-preprocessing.onnx", ONNX),
+    "onnx-int8": Format(export_int8.write_onnx_int8, "-int8.onnx", ONNX, is_exact=False, is_calibrated=True),
+    "openvino": Format(export_formats.write_openvino, ".xml", OPENVINO),
+    "openvino-bfloat16": Format(export_formats.write_openvino_bfloat16, "-bfloat16.xml", OPENVINO, is_exact=False),
+    "openvino-int8": Format(export_int8.write_openvino_int8, "-int8.xml", (*OPENVINO, "nncf"), False, True),
+    "torch-export": Format(export_formats.write_torch_export, ".pt2"),
+    "aotinductor": Format(export_formats.write_aotinductor, "-aotinductor.pt2"),
+    "torchscript": Format(export_formats.write_torchscript, "-torchscript.pt"),
 }
 
 
@@ -79,24 +83,28 @@ def main(args: argparse.Namespace) -> int:
         UserError: there is nothing to export, a package is missing, or the folder cannot be written.
     """
     names, missing = choose_formats(args)
+    check_repository(args.push)
     folder = Path(args.out)
     if backbone := export_backbone.find(args.resume, args.averaged):
         return export_backbone.export(backbone, folder, args)
     classifier = load_classifier(args.resume, args.model, args.averaged)
     if classifier.network is None:
         raise UserError(f"--resume {args.resume}: an exported file; name the checkpoint that it was exported from")
+    formats = {name: FORMATS[name] for name in names} | other_opsets(args)
+    files = {name: f"{classifier.description.model.replace('/', '_')}{one.ending}" for name, one in formats.items()}
+    check_free(folder, files.values(), args.overwrite)
     images = find_labelled(args, classifier) if args.data_path else photographs()
     make_folder(folder, f"--out {args.out}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as work:
         job = build_job(args, classifier, images, Path(work), names)
-        forms, failures = write(job, names)
+        forms, failures = write(job, files, formats)
         failures = missing | failures
         measured = export_table.measure(classifier, forms, images)
-        failures |= refused(measured)
+        failures |= refused(measured, formats, len(images.images))
         kept = {name: one for name, one in measured.items() if name not in failures}
         export_table.time_forms(kept, images, args.rounds)
         report = export_table.report(classifier.description, kept, failures, images, job.notes)
-        keep([one.form.file for one in kept.values() if one.form.file], folder, args)
+        keep([one.form.file for one in kept.values() if one.form.file], folder)
     (folder / "exports.md").write_text(report, encoding="utf-8")
     print(report)
     if args.push:
@@ -127,6 +135,13 @@ def choose_formats(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]
     return chosen, missing
 
 
+def other_opsets(args: argparse.Namespace) -> dict[str, Format]:
+    """Formats that differ from ONNX in the version of the operators, for those that are asked for besides the first."""
+    onnx = FORMATS["onnx"]
+    return {f"onnx-opset-{opset}": replace(onnx, write=partial(export_formats.write_onnx, opset=opset),
+                                           ending=f"-opset-{opset}.onnx") for opset in args.opset[1:]}  # fmt: skip
+
+
 def build_job(
     args: argparse.Namespace, classifier: Classifier, images: Images, folder: Path, names: Sequence[str]
 ) -> Job:
@@ -136,21 +151,26 @@ def build_job(
         inputs = calibration_inputs(args, classifier) if args.data_path else images.inputs(classifier)
         calibration = export_int8.calibration_batches(inputs)
     score = partial(images.accuracy, classifier) if images.labels else None
-    return Job(classifier, folder, calibration, args.opset, score, images.images[:SAMPLES])
+    return Job(classifier, folder, calibration, args.opset[0], score, images.images[:SAMPLES])
 
 
-def write(job: Job, names: Sequence[str]) -> tuple[dict[str, Form], dict[str, str]]:
-    """Write the formats, and open them as predict.py does.
+def write(job: Job, files: Mapping[str, str], formats: Mapping[str, Format]) -> tuple[dict[str, Form], dict[str, str]]:
+    """Write formats, and open them as predict.py does.
+
+    Args:
+        job: what is exported.
+        files: names of the files by format.
+        formats: the formats by name.
 
     Returns:
         the forms by name, and why others could not be written or do not run.
     """
     forms, failures = {}, {}
-    for name in names:
-        print(f"{name}: writing", file=sys.stderr, flush=True)
+    for name, file_name in tqdm(files.items(), desc="export", disable=not sys.stderr.isatty()):
+        file = job.folder / file_name
         try:
-            file = FORMATS[name].write(job)
-            opened = load_classifier(str(file), flag=f"--formats {name}:")
+            formats[name].write(job, file)
+            opened = load_classifier(str(file), what=file.name)
             opened.logits([opened.prepare(job.samples[0])])
             forms[name] = Form(opened, file)
         except Exception as error:  # each exporter and runtime raises its own types
@@ -158,36 +178,65 @@ def write(job: Job, names: Sequence[str]) -> tuple[dict[str, Form], dict[str, st
     return forms, failures
 
 
-def refused(measured: dict[str, Measured]) -> dict[str, str]:
-    """Refuse files that differ too much from the checkpoint. Returns why, by their names."""
-    failures = {}
+def refused(measured: Mapping[str, Measured], formats: Mapping[str, Format], images: int) -> dict[str, str]:
+    """Refuse files that differ too much from the checkpoint. Returns why, by their names.
+
+    Args:
+        measured: what was measured, by form.
+        formats: the formats by name.
+        images: number of images; a single one that is lost is accepted.
+
+    Raises:
+        UserError: the checkpoint itself computes no finite numbers.
+    """
+    failures: dict[str, str] = {}
+    most_lost = max(MOST_LOST, 100.5 / images)
     reference = measured[export_table.CHECKPOINT]
     for name, one in measured.items():
-        exact = name == export_table.CHECKPOINT or FORMATS[name].is_exact
+        exact = name == export_table.CHECKPOINT or formats[name].is_exact
         if not math.isfinite(one.difference):
+            if name == export_table.CHECKPOINT:
+                raise UserError("--resume: the network's logits are not finite; use a checkpoint from before training "
+                                "diverged")  # fmt: skip
             failures[name] = "refused: its logits are not finite"
         elif exact and one.difference > LARGEST_DIFFERENCE:
             failures[name] = f"refused: its logits differ by {one.difference:.2g}, more than {LARGEST_DIFFERENCE:g}"
-        elif one.top1 is not None and reference.top1 is not None and reference.top1 - one.top1 > MOST_LOST:
+        elif one.top1 is not None and reference.top1 is not None and reference.top1 - one.top1 > most_lost:
             failures[name] = f"refused: its top-1 is {one.top1:.2f} %, the checkpoint's {reference.top1:.2f} %"
     return failures
 
 
-def keep(files: Sequence[Path], folder: Path, args: argparse.Namespace) -> None:
-    """Move written files, with those that belong to them, to the output folder.
+def check_free(folder: Path, names: Iterable[str], overwrite: bool) -> None:
+    """Refuse to replace files, unless the user wants it.
 
     Raises:
-        UserError: one is there already.
+        UserError: a file of one of these names is there already.
     """
-    for file in files:
-        for part in [file, *(file.with_suffix(ending) for ending in (".bin",) if file.suffix == ".xml")]:
-            target = folder / part.name
-            if target.exists() and not args.overwrite:
-                raise UserError(f"--out {folder}: {target.name} exists; name another folder, or replace it: "
-                                "--overwrite")  # fmt: skip
-            if target.is_dir():
-                shutil.rmtree(target)
-            part.replace(target)
+    for part in (part for name in names for part in parts_of(folder / name)):
+        if part.exists() and not overwrite:
+            raise UserError(f"--out {folder}: {part.name} exists; name another folder, or replace it with --overwrite")
+
+
+def keep(files: Sequence[Path], folder: Path) -> None:
+    """Move written files to the output folder."""
+    for part in (part for file in files for part in parts_of(file)):
+        target = folder / part.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        part.replace(target)
+
+
+def check_repository(name: str) -> None:
+    """Refuse a name that no repository of the Hugging Face hub can have.
+
+    Raises:
+        UserError: it is one.
+    """
+    try:
+        if name:
+            validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push {name}: {str(error).splitlines()[0]}; name USER/NAME") from None
 
 
 def push(classifier: Classifier, repository: str) -> None:
@@ -225,8 +274,9 @@ def build_parser() -> Parser:
         help="validation images to compare on, evenly spaced, default 2000")  # fmt: skip
     add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not tell it")
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
-    add("--opset", type=int, choices=OPSETS, default=OPSET, metavar="N",
-        help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]}, default {OPSET}")  # fmt: skip
+    add("--opset", type=int, choices=OPSETS, nargs="+", default=[OPSET], metavar="N",
+        help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]}, default {OPSET}; others are written, too, to "
+             "compare their speed")  # fmt: skip
     add("--rounds", type=positive_int, default=5, metavar="N", help="rounds of timing, default 5")
     add("--overwrite", action="store_true", help="replace files that are in DIR already")
     add("--push", default="", metavar="USER/NAME", help="upload the safetensors to the Hugging Face hub, by timm")

@@ -12,6 +12,7 @@ if not __package__:
     import _repository  # noqa: F401
 from inference.backbones import Backbone, load_backbone
 from inference.exported import kind_of, onnxruntime_session, run_onnxruntime
+from inference.packages import require
 from tools.benchmark_rounds import interleave, ratio
 from tools.export_formats import export_onnx
 from training.devices import available_cores
@@ -49,13 +50,14 @@ def export(backbone: Backbone, folder: Path, args: argparse.Namespace) -> int:
     if others:
         raise UserError(f"--formats {others[0]}: --resume {args.resume} holds a backbone, "
                         f"{backbone.variant}, which is exported to {FORMAT} only")  # fmt: skip
+    require(f"--formats {FORMAT}", "onnx", "onnxscript", "onnxruntime")
     target = folder / f"{backbone.variant}-backbone.onnx"
     if target.exists() and not args.overwrite:
-        raise UserError(f"--out {folder}: {target.name} exists; name another folder, or replace it: --overwrite")
+        raise UserError(f"--out {folder}: {target.name} exists; name another folder, or replace it with --overwrite")
     make_folder(folder, f"--out {folder}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as work:
         file = Path(work) / target.name
-        write(backbone, file, args.opset)
+        write(backbone, file, args.opset[0])
         count = len(backbone.network.out_indices)
         print(f"{backbone.variant}, backbone, {count} maps, {file.stat().st_size / 1e6:.1f} MB")
         compare(backbone, file, args.rounds)

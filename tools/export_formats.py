@@ -47,7 +47,7 @@ class Job:
 
     Attributes:
         classifier: the classifier.
-        folder: where the files go.
+        folder: for files that are not kept.
         calibration: batches of its inputs that tell int8 the range of each activation.
         opset: version of ONNX's operators.
         score: accuracy (0 to 1) of a function from inputs to logits, on labelled images; None without any.
@@ -62,7 +62,6 @@ class Job:
     score: Callable[[Callable[[Tensor], Tensor]], float] | None = None
     samples: Sequence[Image.Image] = ()
     notes: list[str] = field(default_factory=list)
-    _onnx: dict[int, Path] = field(default_factory=dict)
 
     @property
     def description(self) -> Description:
@@ -75,22 +74,17 @@ class Job:
         assert self.classifier.network is not None
         return self.classifier.network
 
-    def file(self, ending: str) -> Path:
-        """The file of a format. Files are named after the model."""
-        return self.folder / f"{self.description.model.replace('/', '_')}{ending}"
-
     def images(self) -> Tensor:
         """Random inputs for tracing."""
         return torch.randn(EXAMPLES, 3, *self.description.preprocessing.size)
 
-    def onnx(self) -> Path:
-        """The network in ONNX, without metadata: what other formats start from."""
-        if self.opset not in self._onnx:
-            path = self.folder / f"opset-{self.opset}.network"
+    def onnx(self, opset: int | None = None) -> Path:
+        """The network in ONNX, without metadata: what other formats start from. With another opset if one is given."""
+        path = self.folder / f"opset-{opset or self.opset}.network"
+        if not path.exists():
             batch = ({0: Dim("batch")},)
-            export_onnx(self.network, self.images(), path, batch, self.opset, ["images"], ["logits"])
-            self._onnx[self.opset] = path
-        return self._onnx[self.opset]
+            export_onnx(self.network, self.images(), path, batch, opset or self.opset, ["images"], ["logits"])
+        return path
 
     def program(self) -> ExportedProgram:
         """The network as torch.export traces it, for batches of any size."""
@@ -162,12 +156,10 @@ def contiguous(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
-def write_safetensors(job: Job) -> Path:
+def write_safetensors(job: Job, folder: Path) -> None:
     """Weights in safetensors, with configuration and model card: a folder that timm loads."""
-    folder = job.file("-timm")
     save_for_hf(contiguous(job.network), str(folder), **hub_settings(job.description))
     (folder / "README.md").write_text(generate_readme(model_card(job.description), job.description.model))
-    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -210,24 +202,23 @@ def export_onnx(
         )
 
 
-def save_onnx(model: Any, description: Description, path: Path) -> Path:
+def save_onnx(model: Any, description: Description, path: Path) -> None:
     """Write an ONNX model with the classifier's description in its metadata."""
     import onnx
 
     onnx.helper.set_model_props(model, {METADATA: description.to_json()})
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
-    return path
 
 
-def write_onnx(job: Job) -> Path:
-    """The network in ONNX: normalised images to logits, batches of any size."""
+def write_onnx(job: Job, path: Path, opset: int | None = None) -> None:
+    """The network in ONNX: normalised images to logits, batches of any size. With another opset if one is given."""
     import onnx
 
-    return save_onnx(onnx.load(str(job.onnx())), job.description, job.file(".onnx"))
+    save_onnx(onnx.load(str(job.onnx(opset))), job.description, path)
 
 
-def write_onnx_preprocessing(job: Job) -> Path:
+def write_onnx_preprocessing(job: Job, path: Path) -> None:
     """The network in ONNX with its preprocessing: the pixels of one image, H × W × 3, to logits."""
     import onnx
 
@@ -238,7 +229,7 @@ def write_onnx_preprocessing(job: Job) -> Path:
         raise ValueError(f"its pixels differ from Pillow's by {difference:.2f} of 255")
     job.notes.append(f"onnx-preprocessing: pixels differ from Pillow's by at most {difference:.2f} of 255.")
     joined = onnx.compose.merge_models(pixels, network, io_map=[("prepared", "images")])
-    return save_onnx(joined, job.description, job.file("-preprocessing.onnx"))
+    save_onnx(joined, job.description, path)
 
 
 def pixel_difference(graph: Any, preprocessing: Preprocessing, images: Sequence[Image.Image]) -> float:
@@ -316,25 +307,23 @@ def read_openvino(path: Path) -> Any:
     return openvino.Core().read_model(path.read_bytes(), b"")
 
 
-def save_openvino(model: Any, job: Job, number_format: str, ending: str) -> Path:
+def save_openvino(model: Any, description: Description, number_format: str, path: Path) -> None:
     """Write an OpenVINO model, .xml and .bin, with the classifier's description and the number format to compute in."""
     import openvino
 
-    model.set_rt_info(job.description.to_json(), [METADATA, "description"])
+    model.set_rt_info(description.to_json(), [METADATA, "description"])
     model.set_rt_info(number_format, [METADATA, NUMBER_FORMAT])
-    path = job.file(ending)
     openvino.save_model(model, str(path), compress_to_fp16=number_format == "bfloat16")
-    return path
 
 
-def write_openvino(job: Job) -> Path:
+def write_openvino(job: Job, path: Path) -> None:
     """The network for OpenVINO, computed in float32."""
-    return save_openvino(read_openvino(job.onnx()), job, "float32", ".xml")
+    save_openvino(read_openvino(job.onnx()), job.description, "float32", path)
 
 
-def write_openvino_bfloat16(job: Job) -> Path:
+def write_openvino_bfloat16(job: Job, path: Path) -> None:
     """The network for OpenVINO, computed in bfloat16, with weights of 16 bits."""
-    return save_openvino(read_openvino(job.onnx()), job, "bfloat16", "-bfloat16.xml")
+    save_openvino(read_openvino(job.onnx()), job.description, "bfloat16", path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -342,35 +331,29 @@ def write_openvino_bfloat16(job: Job) -> Path:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def write_torch_export(job: Job) -> Path:
+def write_torch_export(job: Job, path: Path) -> None:
     """The network as a program of torch.export, which PyTorch runs without this project's code."""
-    path = job.file(".pt2")
     with quiet():
         torch.export.save(job.program(), path, extra_files={DESCRIPTION: job.description.to_json()})
-    return path
 
 
-def write_aotinductor(job: Job) -> Path:
+def write_aotinductor(job: Job, path: Path) -> None:
     """The network compiled to machine code for this kind of processor, which PyTorch loads."""
     from torch._inductor import aoti_compile_and_package
 
-    path = job.file("-aotinductor.pt2")
     with quiet():
         aoti_compile_and_package(
             job.program(),
             package_path=str(path),
             inductor_configs={"aot_inductor.metadata": {METADATA: job.description.to_json()}},
         )
-    return path
 
 
-def write_torchscript(job: Job) -> Path:
+def write_torchscript(job: Job, path: Path) -> None:
     """The network in TorchScript, which PyTorch runs without this project's code, also from C++."""
-    path = job.file("-torchscript.pt")
     with quiet():
         script = torch.jit.freeze(torch.jit.script(job.network))
         torch.jit.save(script, str(path), _extra_files={DESCRIPTION: job.description.to_json()})
-    return path
 
 
 def has_compiler() -> bool:

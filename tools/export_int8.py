@@ -23,11 +23,10 @@ MOST_LOST = 0.01  # of top-1
 Score = Callable[[Callable[[Tensor], Tensor]], float]
 
 
-def write_openvino_int8(job: Job) -> Path:
+def write_openvino_int8(job: Job, path: Path) -> None:
     """The network for OpenVINO in int8. Layers that cost accuracy stay in float, where labelled images show them."""
-    return save_openvino(
-        quantised_by_nncf(read_openvino(job.onnx()), job.calibration, job.score), job, "int8", "-int8.xml"
-    )
+    model = quantised_by_nncf(read_openvino(job.onnx()), job.calibration, job.score)
+    save_openvino(model, job.description, "int8", path)
 
 
 def quantised_by_nncf(model: Any, calibration: Sequence[Tensor], score: Score | None = None) -> Any:
@@ -38,6 +37,8 @@ def quantised_by_nncf(model: Any, calibration: Sequence[Tensor], score: Score | 
         calibration: batches that tell the range of each activation.
         score: accuracy (0 to 1) of a function from inputs to logits; None: accept whatever comes.
     """
+    # Without a GPU, a module that NNCF imports reports that there is none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import nncf
 
     nncf.set_log_level(logging.ERROR)
@@ -90,7 +91,7 @@ class Calibration:
         return None if images is None else {"images": images.numpy()}
 
 
-def write_onnx_int8(job: Job) -> Path:
+def write_onnx_int8(job: Job, path: Path) -> None:
     """The network for ONNX Runtime in int8: convolutions and linear layers, a scale for each channel of the weights.
 
     Per-tensor scales destroy depthwise convolutions. The products of attention, of which neither factor is a weight,
@@ -114,10 +115,7 @@ def write_onnx_int8(job: Job) -> Path:
             op_types_to_quantize=["Conv", "MatMul", "Gemm"],
             nodes_to_exclude=products_of_attention(onnx.load(str(prepared))),
         )
-    path = save_onnx(onnx.load(str(quantised)), job.description, job.file("-int8.onnx"))
-    for file in (prepared, quantised):
-        file.unlink()
-    return path
+    save_onnx(onnx.load(str(quantised)), job.description, path)
 
 
 def products_of_attention(model: Any) -> list[str]:

@@ -38,13 +38,13 @@ class Form:
             network = self.classifier.network
             assert network is not None
             return sum(value.nbytes for value in network.state_dict().values()) / 1e6
-        files = self.file.rglob("*") if self.file.is_dir() else self.file.parent.glob(f"{self.file.stem}.*")
-        return sum(file.stat().st_size for file in files if file.is_file() and _belongs(file, self.file)) / 1e6
+        parts = self.file.rglob("*") if self.file.is_dir() else parts_of(self.file)
+        return sum(part.stat().st_size for part in parts if part.is_file()) / 1e6
 
 
-def _belongs(file: Path, form: Path) -> bool:
-    """Whether a file is part of a form: OpenVINO's has two."""
-    return form.is_dir() or file == form or (form.suffix == ".xml" and file == form.with_suffix(".bin"))
+def parts_of(file: Path) -> list[Path]:
+    """A file with those that belong to it: OpenVINO keeps the weights beside the network."""
+    return [file, file.with_suffix(".bin")] if file.suffix == ".xml" else [file]
 
 
 @dataclass

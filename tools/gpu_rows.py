@@ -24,10 +24,10 @@ if not __package__:
 import main
 import sepvit
 from tools import benchmark, benchmark_checkpoint, benchmark_machine
-from tools.benchmark_networks import Steps, bytes_of
+from tools.benchmark_networks import Steps
 from tools.benchmark_profile import profile_call
 from tools.gpu_record import Figures
-from training.measure import count_multiply_adds, median_time, timed
+from training.measure import bytes_of, count_multiply_adds, median_time, peak_memory, timed
 from training.state import Precision
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -208,7 +208,7 @@ def check_compiled(setup: Setup, figures: Figures, variant: str) -> None:
 
 def memory_of(steps: Steps, function: Callable[[], object], device: torch.device) -> float | None:
     """Most memory (GiB) in use at once during a call: weights, the optimiser's state, and what the call allocates."""
-    peak = benchmark_machine.peak_memory(function, device)
+    peak = peak_memory(function, device)
     return None if peak is None else (bytes_of(steps.training.model, steps.training.optimizer) + peak) / 2**30
 
 

@@ -338,7 +338,7 @@ def plan(scene: Scene, args: argparse.Namespace) -> Iterator[tuple[Path, Callabl
         for name, draw in drawings.items():
             file = Path(args.out) / f"{Path(args.image).stem}-{name}.{args.format}"
             if file.exists() and not args.overwrite:
-                raise UserError(f"--out {args.out}: {file} exists; name another folder, or replace it: --overwrite")
+                raise UserError(f"--out {args.out}: {file} exists; name another folder, or replace it with --overwrite")
             yield file, draw
 
 

@@ -1,0 +1,78 @@
+"""Entry points for torch.hub: `torch.hub.load(DIR, 'SepViT_Tiny', source='local')`.
+
+Importing this file needs torch and timm, and of this repository sepvit.py alone: torch.hub puts DIR in front of the
+path meanwhile, and its other modules (`utils`, `datasets`, …) may have namesakes in the calling program.
+"""
+
+import typing
+
+import timm
+from torch import nn
+
+import sepvit
+
+dependencies = ["torch", "timm"]
+
+
+def SepViT_Lite(checkpoint: str = "", **kwargs: typing.Any) -> nn.Module:
+    """SepViT-Lite: 3.7 M parameters, 0.57 G multiply-adds at 224 × 224; arguments as for `SepViT_Tiny`."""
+    return _classifier("SepViT_Lite", checkpoint, kwargs)
+
+
+def SepViT_Tiny(checkpoint: str = "", **kwargs: typing.Any) -> nn.Module:
+    """SepViT-T: 31.2 M parameters, 4.5 G multiply-adds at 224 × 224.
+
+    Args:
+        checkpoint: file with the weights, of main.py, of the published code, bare ones, or safetensors; averaged
+            weights where it has them. Random weights without it.
+        **kwargs: as for timm's `create_model`: `num_classes` (1000), `img_size` (224, or height and width),
+            `drop_path_rate`, …
+
+    Returns:
+        the network: logits, B × classes, from normalised images, B × 3 × H × W.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        RuntimeError: it would run code, or its weights do not fit.
+    """
+    return _classifier("SepViT_Tiny", checkpoint, kwargs)
+
+
+def SepViT_Small(checkpoint: str = "", **kwargs: typing.Any) -> nn.Module:
+    """SepViT-S: 46.6 M parameters, 7.5 G multiply-adds at 224 × 224; arguments as for `SepViT_Tiny`."""
+    return _classifier("SepViT_Small", checkpoint, kwargs)
+
+
+def SepViT_Base(checkpoint: str = "", **kwargs: typing.Any) -> nn.Module:
+    """SepViT-B: 82.4 M parameters, 13.1 G multiply-adds at 224 × 224; arguments as for `SepViT_Tiny`."""
+    return _classifier("SepViT_Base", checkpoint, kwargs)
+
+
+def sepvit_dense(variant: str = "SepViT_Tiny", checkpoint: str = "", **kwargs: typing.Any) -> nn.Module:
+    """The dense prediction form of a variant: four maps, strides 4, 8, 16 and 32, from images of any size.
+
+    Args:
+        variant: 'SepViT_Lite', 'SepViT_Tiny', 'SepViT_Small' or 'SepViT_Base'.
+        checkpoint: as for `SepViT_Tiny`. What this form does not have, such as the classifier, is dropped.
+        **kwargs: as for `sepvit.SepViTDense`: `out_indices`, `drop_path_rate`, …
+
+    Returns:
+        the network: maps, B × C × H' × W' each, from normalised images, B × 3 × H × W.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        RuntimeError: it would run code, or its weights do not fit.
+        ValueError: the variant is unknown.
+    """
+    return _loaded(sepvit.create_dense(variant, **kwargs), checkpoint)
+
+
+def _classifier(variant: str, checkpoint: str, kwargs: dict[str, typing.Any]) -> nn.Module:
+    return _loaded(timm.create_model(variant, **kwargs), checkpoint)
+
+
+def _loaded(network: nn.Module, checkpoint: str) -> nn.Module:
+    """Load a network's weights, if there are any. Nothing in the file is executed."""
+    if checkpoint:
+        timm.models.load_checkpoint(network, checkpoint, weights_only=True)
+    return network

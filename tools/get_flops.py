@@ -1,0 +1,92 @@
+"""Count what a network costs: parameters, multiply-adds, activations and memory.
+
+    python tools/get_flops.py [--model SepViT_Tiny] [--dense] [--input-size 224] [--batch-size 1]
+
+Parameters, multiply-adds and activations are those of one image, by stage and kind: convolutions (patch embedding,
+positional encoding), projections (query, key, value, output, and the window tokens' query and key), attention inside
+and among windows, MLP, norms, classifier. Other networks of timm are counted by kind of layer. The memory of a forward
+pass and of a training step is measured, for a batch.
+"""
+
+import argparse
+import sys
+
+import timm
+import torch
+from torch import nn
+
+if not __package__:
+    import _repository  # noqa: F401
+import sepvit
+from training.commands import Parser, positive_int, run_command
+from training.complexity import costs_as_text, costs_of, memory_as_text, memory_of, summary
+from training.devices import best_device, check_device
+from training.errors import UserError
+from training.networks import create_network, place
+
+CLASSES = 1000
+
+
+def build_parser() -> Parser:
+    """Make the command's parser."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", default="SepViT_Tiny", metavar="NAME", help="a variant of SepViT, or another network of timm")
+    add("--dense", action="store_true", help="the dense prediction form")
+    add("--input-size", type=positive_int, nargs="+", default=[224], metavar="PIXELS",
+        help="one side, or H and W, default 224")  # fmt: skip
+    add("--batch-size", type=positive_int, default=1, metavar="N", help="images whose memory is measured, default 1")
+    add("--device", default=best_device(), help="cuda, mps or cpu, to measure memory on; default the best available")
+    return parser
+
+
+def build_network(model: str, is_dense: bool, size: tuple[int, int]) -> nn.Module:
+    """Build a network, randomly initialised, in evaluation mode.
+
+    Raises:
+        UserError: there is no such network.
+    """
+    if is_dense and model not in sepvit.VARIANTS:
+        raise UserError(f"--dense --model {model}: a form of SepViT alone; choose from {', '.join(sepvit.VARIANTS)}")
+    if not timm.is_model(model):
+        raise UserError(f"--model {model}: timm has no such model; choose from {', '.join(sepvit.VARIANTS)}, or from "
+                        "timm.list_models()")  # fmt: skip
+    if is_dense:
+        return sepvit.create_dense(model).eval()
+    network: nn.Module = create_network(f"--model {model}", model, CLASSES, size)
+    return network.eval()
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print what the network costs.
+
+    Raises:
+        UserError: a setting cannot work.
+    """
+    check_device(args.device)
+    if len(args.input_size) > 2:
+        raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: name one side, or H and W")
+    size, device = (args.input_size[0], args.input_size[-1]), torch.device(args.device)
+    torch.manual_seed(0)
+    network = build_network(args.model, args.dense, size)
+    try:
+        costs = costs_of(network, torch.zeros(1, 3, *size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if args.model in sepvit.VARIANTS:
+            raise
+        raise UserError(f"--input-size {size[0]} {size[1]}: {args.model} does not take it ({error})") from None
+    print(f"{args.model}{', dense form' if args.dense else ''}, {size[0]} × {size[1]} pixels: {summary(costs)}\n")
+    print(costs_as_text(costs), flush=True)
+    images = torch.randn(args.batch_size, 3, *size, device=device)
+    print(f"\n{memory_as_text(memory_of(place(network, device), images), args.batch_size, device)}")
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    parser = build_parser()
+    advice = "use a smaller --batch-size or --input-size"
+    return run_command("get_flops.py", lambda: main(parser.parse_args(arguments)), parser, advice)
+
+
+if __name__ == "__main__":
+    sys.exit(run())
