@@ -101,15 +101,17 @@ def open_file(path: Path, kind: Kind, what: str, device: torch.device) -> Opened
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def onnxruntime_session(path: Path, threads: int) -> Any:
-    """Open an ONNX file in ONNX Runtime, on the CPU."""
+def onnxruntime_session(model: Path | bytes, threads: int) -> Any:
+    """Open an ONNX file, or its content, in ONNX Runtime, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors only
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def run_onnxruntime(session: Any) -> Session:

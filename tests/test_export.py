@@ -87,7 +87,7 @@ def test_table(exported, trained_digits):
             parts = file.rglob("*") if file.is_dir() else export_table.parts_of(file)
             size = sum(part.stat().st_size for part in parts)
             assert float(row["MB"]) == pytest.approx(size / 1e6, abs=0.051)
-            bound = export.LARGEST_DIFFERENCE if export.FORMATS[name].is_exact else 1.0
+            bound = export_formats.LARGEST_DIFFERENCE if export.FORMATS[name].is_exact else 1.0
             assert float(row["largest difference"]) < bound
     assert re.search(r"^onnx-preprocessing: pixels differ from Pillow's by at most [01]\.\d\d of 255\.$",
                      exported.printed, re.MULTILINE)  # fmt: skip
@@ -194,6 +194,17 @@ def test_preprocessing_inside_the_graph_has_pillows_pixels(interpolation):
     for opset in (18, export_formats.OPSET, 23):
         graph = export_formats.preprocessing_graph(preprocessing, opset)
         assert export_formats.pixel_difference(graph, preprocessing, images) <= export_formats.LARGEST_PIXEL_DIFFERENCE
+
+
+def test_a_network_that_differs_is_noticed(exported, checkpoint):
+    classifier = load_classifier(str(checkpoint))
+    job = export_formats.Job(classifier, exported.out, samples=photographs().images)
+    graph = export_formats.preprocessing_graph(classifier.description.preprocessing)
+    export_formats.check_joined(graph, exported.out / FILES["onnx-preprocessing"], job)
+    with torch.no_grad():
+        classifier.network.head.bias += 0.01
+    with pytest.raises(ValueError, match=r"its logits differ by 0\.01 for the same prepared image"):
+        export_formats.check_joined(graph, exported.out / FILES["onnx-preprocessing"], job)
 
 
 def test_pixels_that_differ_are_noticed():

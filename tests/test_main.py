@@ -79,6 +79,7 @@ def test_output_folder(trained):
     checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
     assert checkpoint.keys() >= CHECKPOINT_KEYS
     assert checkpoint["epoch"] == 1
+    assert checkpoint["classes"] == list("0123456789")
     best = torch.load(folder / "checkpoint_best.pth", weights_only=True)
     accuracies = [entry["test_acc1"] for entry in read_log(folder)]
     assert best["epoch"] == int(np.argmax(accuracies))

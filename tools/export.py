@@ -30,13 +30,12 @@ from inference.packages import require
 from tools import export_backbone, export_formats, export_int8, export_table
 from tools.benchmark_rounds import reason
 from tools.export_data import Images, calibration_inputs, find_labelled, photographs
-from tools.export_formats import OPSET, OPSETS, Job
+from tools.export_formats import LARGEST_DIFFERENCE, OPSET, OPSETS, Job
 from tools.export_table import Form, Measured, parts_of
 from training.commands import Parser, path, positive_int, run_command
 from training.errors import UserError
 from training.storage import make_folder
 
-LARGEST_DIFFERENCE = 1e-3  # of the logits, in float32
 SAMPLES = 16  # images that preprocessing is checked with
 MOST_LOST = 100 * export_int8.MOST_LOST  # points of top-1, in bfloat16 and int8
 
@@ -49,7 +48,8 @@ class Format:
         write: writes the file, or the folder.
         ending: end of its name, after the model's.
         modules: packages that it needs.
-        is_exact: whether its logits have to agree with the checkpoint's.
+        is_exact: whether its logits have to agree with the checkpoint's for the same image. With preprocessing inside,
+            they have to for the same prepared image.
         is_calibrated: whether it needs calibration images.
     """
 
@@ -65,7 +65,7 @@ ONNX, OPENVINO = (*EXPORTER, "onnxruntime"), (*EXPORTER, "openvino")
 FORMATS = {
     "safetensors": Format(export_formats.write_safetensors, "-timm"),
     "onnx": Format(export_formats.write_onnx, ".onnx", ONNX),
-    "onnx-preprocessing": Format(export_formats.write_onnx_preprocessing, "-preprocessing.onnx", ONNX),
+    "onnx-preprocessing": Format(export_formats.write_onnx_preprocessing, "-preprocessing.onnx", ONNX, is_exact=False),
     "onnx-int8": Format(export_int8.write_onnx_int8, "-int8.onnx", ONNX, is_exact=False, is_calibrated=True),
     "openvino": Format(export_formats.write_openvino, ".xml", OPENVINO),
     "openvino-bfloat16": Format(export_formats.write_openvino_bfloat16, "-bfloat16.xml", OPENVINO, is_exact=False),

@@ -14,13 +14,12 @@ from inference.backbones import Backbone, load_backbone
 from inference.exported import kind_of, onnxruntime_session, run_onnxruntime
 from inference.packages import require
 from tools.benchmark_rounds import interleave, ratio
-from tools.export_formats import export_onnx
+from tools.export_formats import LARGEST_DIFFERENCE, export_onnx
 from training.devices import available_cores
 from training.errors import UserError
 from training.storage import make_folder
 
 FORMAT = "onnx"
-LARGEST_DIFFERENCE = 1e-3
 STRIDE = 32
 # Every block has several windows along each side: the exporter would take a single one for fixed.
 TRACED = (2, 3, 256, 320)

@@ -25,11 +25,13 @@ from timm.models._hub import generate_readme
 if not __package__:
     import _repository  # noqa: F401
 from inference.classifier import Classifier, Description
-from inference.exported import DESCRIPTION, METADATA, NUMBER_FORMAT
+from inference.exported import DESCRIPTION, METADATA, NUMBER_FORMAT, onnxruntime_session, run_onnxruntime
+from training.devices import available_cores
 from training.preprocessing import Preprocessing
 
 OPSET = 20  # of ONNX: the fastest in ONNX Runtime; see docs/using.md
 OPSETS = range(18, 24)  # those that torch.onnx.export writes
+LARGEST_DIFFERENCE = 1e-3  # of the logits, in float32
 LARGEST_PIXEL_DIFFERENCE = 1.01  # of 255: one level, where the last digits of a sum decide on the rounding
 CITATION = """@article{li2022sepvit,
   title   = {SepViT: Separable Vision Transformer},
@@ -230,17 +232,33 @@ def write_onnx_preprocessing(job: Job, path: Path) -> None:
     job.notes.append(f"onnx-preprocessing: pixels differ from Pillow's by at most {difference:.2f} of 255.")
     joined = onnx.compose.merge_models(pixels, network, io_map=[("prepared", "images")])
     save_onnx(joined, job.description, path)
+    check_joined(pixels, path, job)
+
+
+def check_joined(preprocessing: Any, path: Path, job: Job) -> None:
+    """Refuse a file whose logits are not the network's for the same prepared images.
+
+    For images prepared by Pillow they may differ by more: a level of one pixel changes the logits, too.
+
+    Raises:
+        ValueError: they differ.
+    """
+    prepare, run = (run_onnxruntime(onnxruntime_session(model, available_cores()))
+                    for model in (preprocessing.SerializeToString(), path))  # fmt: skip
+    for image in job.samples:
+        pixels = torch.from_numpy(np.array(image))
+        difference = float((run(pixels)[0] - job.classifier.run(prepare(pixels)[0])).abs().max())
+        if not difference <= LARGEST_DIFFERENCE:
+            raise ValueError(f"its logits differ by {difference:.2g} for the same prepared image")
 
 
 def pixel_difference(graph: Any, preprocessing: Preprocessing, images: Sequence[Image.Image]) -> float:
     """Largest difference of the graph's pixels from those of validation, of 255."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
-    std, transform, largest = np.array(preprocessing.std).reshape(3, 1, 1), preprocessing.transform(), 0.0
+    prepare = run_onnxruntime(onnxruntime_session(graph.SerializeToString(), available_cores()))
+    std, transform, largest = torch.tensor(preprocessing.std).view(3, 1, 1), preprocessing.transform(), 0.0
     for image in images:
-        (prepared,) = session.run(None, {"pixels": np.asarray(image)})
-        largest = max(largest, float(np.abs((prepared[0] - transform(image).numpy()) * std).max()))
+        prepared = prepare(torch.from_numpy(np.array(image)))[0][0]
+        largest = max(largest, float(((prepared - transform(image)) * std).abs().max()))
     return 255 * largest
 
 
