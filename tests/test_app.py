@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +35,7 @@ from inference.classifier import load_classifier
 from inference.exported import DESCRIPTION
 from inference.images import read_image
 from tools import app
+from tools.app_server import MOST_WAITING
 
 CLASSES = ("cat", "coffee", "rocket", "astronaut")
 PHOTOGRAPHS = dict(zip(CLASSES, ("chelsea", "coffee", "rocket", "astronaut")))
@@ -342,10 +344,17 @@ def test_digits_come_first_where_digits_are_classes():
 
 def heat(page, grid: tuple[int, int], side: int) -> np.ndarray:
     """The heat map's colours in the middle of each window, rows × columns × 3."""
-    drawn = pixels(page, "heat")
-    scale = drawn.shape[0] / 224
-    places = [[min(int((i + 0.5) * side * scale), drawn.shape[0] - 1) for i in range(count)] for count in grid]
-    return drawn[np.ix_(*places)][..., :3].astype(int)
+    rows, columns = ([min((i + 0.5) * side, 223) / 224 for i in range(count)] for count in grid)
+    found = page.evaluate(
+        """([rows, columns]) => {
+            const canvas = document.getElementById("heat");
+            const context = canvas.getContext("2d");
+            return rows.map((row) => columns.map((column) =>
+                [...context.getImageData(column * canvas.width, row * canvas.height, 1, 1).data.slice(0, 3)]));
+        }""",
+        [rows, columns],
+    )
+    return np.array(found)
 
 
 def colours(weights: torch.Tensor, window: int, grid: tuple[int, int]) -> np.ndarray:
@@ -356,7 +365,7 @@ def colours(weights: torch.Tensor, window: int, grid: tuple[int, int]) -> np.nda
         window: the chosen window's number.
         grid: rows and columns of windows.
     """
-    shares = (weights[window] / weights.max()).reshape(grid).numpy()
+    shares = (weights[window] / max(weights.max().item(), 2 / len(weights))).reshape(grid).numpy()
     return (255 * matplotlib.colormaps["inferno"](shares)[..., :3]).round().astype(int)
 
 
@@ -475,12 +484,12 @@ def test_everything_works_by_keyboard(page):
 def press_on_the_picture(page) -> None:
     """Move the window with the arrow keys, and keep it."""
     assert "row 5, column 5 of 8 × 8" in page.locator("#reading").inner_text()
-    before = pixels(page, "heat").tobytes()
+    before = heat(page, (8, 8), 28).tobytes()
     for key in ("ArrowUp", "ArrowUp", "ArrowRight"):
         page.keyboard.press(key)
     reading = page.locator("#reading").inner_text()
     assert "row 3, column 6 of 8 × 8" in reading
-    assert pixels(page, "heat").tobytes() != before
+    assert heat(page, (8, 8), 28).tobytes() != before
     page.locator("#live").filter(has_text=reading).wait_for(state="attached")
     page.keyboard.press("Enter")
     assert page.locator("#reading").inner_text() == reading + " Kept."
@@ -623,6 +632,23 @@ def test_several_at_once_and_one_that_goes_away(server, images):
     assert [(status, content["rows"][0]["name"]) for status, content in answers] == [(200, name) for name in names]
 
 
+def test_too_many_at_once_are_refused(server, images):
+    """Until others have gone, whose images are not there yet."""
+    image = images["cat"].read_bytes()
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n"
+    with ExitStack() as stack:
+        for _ in range(MOST_WAITING):
+            connection = socket.create_connection(("127.0.0.1", urlsplit(server.url).port), timeout=10)
+            stack.enter_context(connection).sendall(head)
+        answer = server.request("POST", "/predict", image)
+        while answer[0] == 200:  # until the server has read all heads
+            answer = server.request("POST", "/predict", image)
+        assert answer == (503, {"error": "Too many images are waiting. Try again in a moment."})
+    while answer[0] == 503:  # until it has noticed that they are gone
+        answer = server.request("POST", "/predict", image)
+    assert answer[0] == 200
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Segmentors and detectors
 # ----------------------------------------------------------------------------------------------------------------------
@@ -645,17 +671,22 @@ def segmentor(tmp_path_factory) -> Path:
     return save_model(SEGMENTATION, tmp_path_factory.mktemp("segmentor") / "iter_1.pth")
 
 
+@pytest.fixture(scope="module")
+def predictor(segmentor):
+    """The page's predictor of it."""
+    return loaded("--resume", segmentor, "--config", ROOT / SEGMENTATION)
+
+
 def loaded(*arguments: object):
     """The predictor of a command line."""
     args = app.build_parser().parse_args(list(map(str, arguments)))
     return app.load_predictor(args, torch.device("cpu"))
 
 
-def test_segmentor(open_page, images, segmentor, tmp_path_factory):
+def test_segmentor(open_page, images, segmentor, predictor, tmp_path_factory):
     """The page shows the labels over the picture, and the backbone's attention."""
     arguments = ["--resume", segmentor, "--config", ROOT / SEGMENTATION]
     image = read_image(images["cat"], "image")
-    predictor = loaded(*arguments)
     palette = np.array(predictor.model.dataset_meta["palette"])
     labels = predictor.run(np.asarray(image)).pred_sem_seg.data[0].numpy()
     for server in serving(*arguments, "--device", "cpu", factory=tmp_path_factory):
@@ -703,6 +734,5 @@ def test_a_backbone_that_runs_several_times_has_no_attention(images, segmentor, 
     assert answer.rows
 
 
-def test_large_images_are_made_smaller_for_segmentors(segmentor):
-    predictor = loaded("--resume", segmentor, "--config", ROOT / SEGMENTATION)
+def test_large_images_are_made_smaller_for_segmentors(predictor):
     assert predictor.predict(Image.new("RGB", (3000, 1500))).picture.size == (1024, 512)

@@ -252,12 +252,13 @@ function weight(block, from, to) {
   return sum / block.heads;
 }
 
-// One scale for all windows of a block and head, so that windows can be compared.
+// One scale for all windows of a block and head, so that windows can be compared. It reaches to twice the even weight at
+// least, so that attention that is spread evenly does not look strong.
 function highest(block) {
   block.highest ??= new Map();
   if (!block.highest.has(state.head)) {
     const n = block.rows * block.columns;
-    let found = 0;
+    let found = 2 / n;
     for (let from = 0; from < n; from++) for (let to = 0; to < n; to++) found = Math.max(found, weight(block, from, to));
     block.highest.set(state.head, found);
   }
@@ -291,6 +292,7 @@ function drawHeat() {
   }
   drawWindow(block);
   $("highest").textContent = percent(most);
+  $("even").style.left = `${100 / (block.rows * block.columns * most)}%`;
   $("reading").textContent = reading(block);
 }
 
