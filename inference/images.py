@@ -18,6 +18,8 @@ from training.errors import UserError, setting
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 PLACEHOLDER = "IMAGE"  # what the commands call an image in their help
+# Formats that Pillow decodes in memory by itself. For some others it starts programs, which work on files.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM")
 DEEP_MODES = ("I", "F")  # and I;16…: one channel of more than 8 bits
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -44,13 +46,19 @@ def read_image(source: str | Path | BinaryIO, what: str) -> Image.Image:
             raise OSError("not a file")  # a pipe could block for ever
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sizes below the limit, and metadata
-            with Image.open(source) as image:
+            with open_image(source) as image:
                 image.load()
                 return _rgb(ImageOps.exif_transpose(image))
     except MemoryError:
         raise UserError(f"{what}: cannot be read (too large for this machine's memory)") from None
     except Exception as error:  # Pillow's decoders raise errors of any type for damaged files
         raise UserError(f"{what}: cannot be read ({_reason(error)})") from None
+
+
+def open_image(source: str | Path | BinaryIO) -> Image.Image:
+    """Open an image of one of `FORMATS`, without decoding its pixels. Raises what Pillow raises."""
+    Image.init()  # loads the decoders, of which Pillow may lack some
+    return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def _reason(error: Exception) -> str:

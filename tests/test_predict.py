@@ -225,6 +225,12 @@ def test_first_frame_of_an_animation():
         assert (red > 200, blue < 60) == (True, True)
 
 
+def test_formats_for_which_programs_are_started_are_refused():
+    file = written(Image.new("RGB", (8, 8)), "EPS")
+    with pytest.raises(UserError, match=r"^IMAGE x: cannot be read \(not an image, or damaged\)$"):
+        read_image(file, "IMAGE x")
+
+
 def test_an_image_too_large_to_decode_is_refused(monkeypatch):
     file = written(Image.new("1", (400, 400)), "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400 * 100)

@@ -16,12 +16,10 @@ from torch import Tensor, nn
 
 from inference.attention import BlockAttention, record_attention, rollout
 from inference.classifier import Classifier
-from inference.images import read_image
+from inference.images import open_image, read_image
 from sepvit import SepViTStages
 from training.errors import UserError
 
-# Formats that Pillow decodes in memory by itself. For some others it starts programs that work on files.
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM")
 MOST_PIXELS = 50_000_000  # of an image; decoding takes up to 12 bytes for each
 MOST_WEIGHTS = 2**21  # of a block, sent to the page: 8 MiB
 TOP = 5
@@ -195,9 +193,7 @@ def read_upload(content: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sizes below the limit, and metadata
-            Image.init()  # loads the decoders, of which Pillow may lack some
-            formats = [name for name in FORMATS if name in Image.OPEN]
-            with Image.open(io.BytesIO(content), formats=formats) as opened:
+            with open_image(io.BytesIO(content)) as opened:
                 width, height = opened.size
     except Image.DecompressionBombError:
         raise UserError(f"The image has more than {MOST_PIXELS / 1e6:.0f} megapixels. Make it smaller.") from None
