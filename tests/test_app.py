@@ -378,12 +378,11 @@ def test_the_heat_map_follows_the_pointer(page, images, checkpoint):
     recorded = record_attention(classifier.network, classifier.prepare(image)[None])
     blocks = {block.name: block for block in recorded}
     several = [block.name.removeprefix("blocks.") for block in recorded if block.among is not None]
-    labels = ["{}.{}".format(*(int(part) + 1 for part in name.split("."))) for name in several]
-    assert page.locator("#blocks .pill").all_inner_texts() == [*labels, "All"]
+    assert page.locator("#blocks .pill").all_inner_texts() == [*several, "All"]
 
     box = page.locator("#stage").bounding_box()
     seen = []
-    for label, name, head in (("1.1", "blocks.0.0", None), ("3.1", "blocks.2.0", None), ("3.1", "blocks.2.0", 2)):
+    for label, name, head in (("0.0", "blocks.0.0", None), ("2.0", "blocks.2.0", None), ("2.0", "blocks.2.0", 2)):
         block = blocks[name]
         weights = block.among_mean()[0] if head is None else block.among[0, head]
         page.locator(f"#blocks input[value='{label}']").check()
@@ -395,13 +394,13 @@ def test_the_heat_map_follows_the_pointer(page, images, checkpoint):
             window = row * block.grid[1] + column
             shown = heat(page, block.grid, block.stride)
             assert abs(shown - colours(weights, window, block.grid)).max() <= SHADES
-            assert f"row {row + 1}, column {column + 1} of" in page.locator("#reading").inner_text()
+            assert f"row {row}, column {column} of" in page.locator("#reading").inner_text()
             seen.append(shown.tobytes())
     assert len(set(seen)) == len(seen)
 
     page.locator("#blocks input[value='rollout']").check()
     total = rollout(recorded)
-    row, column = (int(number) - 1 for number in page.locator("#reading").inner_text().split(" of ")[0]
+    row, column = (int(number) for number in page.locator("#reading").inner_text().split(" of ")[0]
                    .removeprefix("The window in row ").split(", column "))  # fmt: skip
     expected = colours(total.weights[0], row * total.grid[1] + column, total.grid)
     assert abs(heat(page, total.grid, total.stride) - expected).max() <= SHADES
@@ -412,12 +411,12 @@ def test_a_click_keeps_the_window(page, images):
     box = page.locator("#stage").bounding_box()
     page.mouse.click(box["x"] + 5, box["y"] + 5)
     kept = page.locator("#reading").inner_text()
-    assert "row 1, column 1" in kept
+    assert "row 0, column 0" in kept
     page.mouse.move(box["x"] + 300, box["y"] + 300)
     assert page.locator("#reading").inner_text() == kept
     page.mouse.click(box["x"] + 300, box["y"] + 300)
     page.mouse.move(box["x"] + 200, box["y"] + 200)
-    assert "row 1, column 1" not in page.locator("#reading").inner_text()
+    assert "row 0, column 0" not in page.locator("#reading").inner_text()
 
 
 def test_strength(page, images):
@@ -483,12 +482,12 @@ def test_everything_works_by_keyboard(page):
 
 def press_on_the_picture(page) -> None:
     """Move the window with the arrow keys, and keep it."""
-    assert "row 5, column 5 of 8 × 8" in page.locator("#reading").inner_text()
+    assert "row 4, column 4 of 8 × 8" in page.locator("#reading").inner_text()
     before = heat(page, (8, 8), 28).tobytes()
     for key in ("ArrowUp", "ArrowUp", "ArrowRight"):
         page.keyboard.press(key)
     reading = page.locator("#reading").inner_text()
-    assert "row 3, column 6 of 8 × 8" in reading
+    assert "row 2, column 5 of 8 × 8" in reading
     assert heat(page, (8, 8), 28).tobytes() != before
     page.locator("#live").filter(has_text=reading).wait_for(state="attached")
     page.keyboard.press("Enter")
@@ -504,9 +503,9 @@ def test_phone(open_page, server, images):
     page.locator("#stage").scroll_into_view_if_needed()
     box = page.locator("#stage").bounding_box()
     page.touchscreen.tap(box["x"] + box["width"] - 5, box["y"] + 5)
-    assert "row 1, column 8 of 8 × 8" in page.locator("#reading").inner_text()
+    assert "row 0, column 7 of 8 × 8" in page.locator("#reading").inner_text()
     page.touchscreen.tap(box["x"] + 5, box["y"] + 5)
-    assert "row 1, column 1 of 8 × 8" in page.locator("#reading").inner_text()
+    assert "row 0, column 0 of 8 × 8" in page.locator("#reading").inner_text()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -717,7 +716,7 @@ def test_detector(images, tmp_path):
     assert len(scores) > 1
     assert answer.picture.size == image.size == answer.overlay.size
     assert (np.asarray(answer.overlay) != np.asarray(image)).any()
-    assert answer.blocks[0].label == "1.1"
+    assert answer.blocks[0].label == "0.0"
     assert np.allclose(answer.blocks[0].weights.sum(-1), 1, atol=1e-5)
     assert json.loads(json.dumps(answer.to_json()))["summary"].count(" × ") >= 1
 

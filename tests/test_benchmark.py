@@ -274,14 +274,20 @@ def test_forms_that_a_format_or_a_measure_lacks():
     assert benchmark_networks.not_offered(subject, Setting("latency", CPU, 1, (32, 32))) == "a form of SepViT alone"
 
 
-@pytest.mark.parametrize("form", benchmark_runtimes.RUNTIMES)
-def test_exported_networks(form):
+EXPORTED = [
+    pytest.param(form, number_format, marks=[pytest.mark.slow] if form == "openvino" and number_format == "int8" else [])
+    for form in benchmark_runtimes.RUNTIMES
+    for number_format in benchmark_runtimes.NUMBER_FORMATS[form]
+]
+
+
+@pytest.mark.parametrize(("form", "number_format"), EXPORTED)
+def test_exported_networks(form, number_format):
     for package in (*benchmark_runtimes.PACKAGES[form], *benchmark_runtimes.QUANTIZATION.get(form, ())):
         pytest.importorskip(package)
-    for number_format in benchmark_runtimes.NUMBER_FORMATS[form]:
-        (row,) = measured([form], Setting("inference", CPU, 2, (64, 64)), number_format)
-        assert row.failure == ""
-        assert row.seconds
+    (row,) = measured([form], Setting("inference", CPU, 2, (64, 64)), number_format)
+    assert row.failure == ""
+    assert row.seconds
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])

@@ -102,6 +102,8 @@ DEMOS = dict(segmentation="fpn_sepvit_lite_112x112_demo.py", detection="mask_rcn
 
 # Commands that another test runs, and blocks of Python that it reads from the page.
 ELSEWHERE = {
+    r"python tools/app\.py --resume CHECKPOINT --config": "test_app.py::test_segmentor",
+    r"python tools/app\.py": "test_app.py::test_an_image_goes_in_and_its_class_comes_out",
     r"pip install (-e )?\.$": "test_package.py::test_a_host_with_its_own_utils_and_datasets",
     r"--data-set CIFAR": "test_data.py::test_cifar",  # torchvision knows the checksums of the real files
     r"bash slurm_(train|test)\.sh": "test_segmentation.py::test_slurm_scripts",

@@ -273,6 +273,7 @@ def test_compiles_in_one_graph(lite, lite_images, dense):
     assert model.patch_embeds[0].proj.weight.grad is not None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_compiles_to_native_code():
     model = tiny_network(SepViT, img_size=56, num_classes=5, depths=(1, 1, 1, 1)).eval()

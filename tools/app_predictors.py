@@ -258,8 +258,7 @@ def weights_of(blocks: Sequence[BlockAttention], scale: tuple[float, float]) -> 
         if weights.numel() > MOST_WEIGHTS:
             left_out += 1
             continue
-        stage, index = block.name.split(".")[-2:]
-        label = f"{int(stage) + 1}.{int(index) + 1}"
+        label = block.name.partition("blocks.")[2]  # STAGE.BLOCK, as tools/visualize.py takes it
         found.append(_block(label, block.grid, block.stride, scale, weights, is_mean=len(weights) < heads))
     if not found:
         return [], "At this size, every block has a single window, so there is no attention among windows."

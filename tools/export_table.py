@@ -18,6 +18,7 @@ from tools.export_data import BATCH_SIZE, Images
 
 CHECKPOINT = "checkpoint"  # the form that the others are compared with: PyTorch, eager, float32
 CPU = torch.device("cpu")
+LEAST = 0.3  # seconds of one timing: threads of the runtime before it spin for some milliseconds
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def time_forms(measured: Mapping[str, Measured], images: Images, rounds: int) ->
     for batch_size in (1, BATCH_SIZE):
         inputs = {name: _inputs(one.form.classifier, images, batch_size) for name, one in measured.items()}
         calls = {name: partial(one.form.classifier.logits, inputs[name]) for name, one in measured.items()}
-        times = interleave(calls, CPU, rounds)
+        times = interleave(calls, CPU, rounds, LEAST)
         for name, seconds in times.seconds.items():
             if batch_size == 1:
                 measured[name].latency = seconds

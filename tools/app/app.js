@@ -217,7 +217,7 @@ function chooseHeads() {
   const numbers = block.is_mean ? [] : [...Array(block.heads).keys()];
   if (!numbers.includes(state.head)) state.head = "mean";
   $("heads").hidden = numbers.length < 2;
-  fill("heads", [["mean", "Mean", "Mean over the heads"], ...numbers.map((head) => [head, `${head + 1}`, `Head ${head + 1}`])],
+  fill("heads", [["mean", "Mean", "Mean over the heads"], ...numbers.map((head) => [head, `${head}`, `Head ${head}`])],
     state.head, (head) => { state.head = head; drawHeat(); });
   drawHeat();
 }
@@ -312,9 +312,9 @@ function reading(block) {
   const [own, n] = [row * block.columns + column, block.rows * block.columns];
   let most = 0;
   for (let to = 1; to < n; to++) if (weight(block, own, to) > weight(block, own, most)) most = to;
-  const place = most === own ? "itself" : `row ${Math.floor(most / block.columns) + 1}, column ${most % block.columns + 1}`;
+  const place = most === own ? "itself" : `row ${Math.floor(most / block.columns)}, column ${most % block.columns}`;
   const rest = most === own ? "" : `, to itself ${percent(weight(block, own, own))}`;
-  return `The window in row ${row + 1}, column ${column + 1} of ${block.rows} × ${block.columns} listens most to ${place}: ` +
+  return `The window in row ${row}, column ${column} of ${block.rows} × ${block.columns} listens most to ${place}: ` +
     `${percent(weight(block, own, most))}${rest}. Evenly spread, each would get ${percent(1 / n)}.${state.isKept ? " Kept." : ""}`;
 }
 
