@@ -18,6 +18,7 @@ from training.errors import UserError
 DESCRIPTION = "description.json"  # in PyTorch's archives
 METADATA = "sepvit"  # name of the description in the metadata of ONNX, OpenVINO and AOTInductor
 NUMBER_FORMAT = "number_format"
+MOST_SHAPES = 4  # of batches, for which a model is kept compiled
 
 
 class Kind(Enum):
@@ -135,6 +136,30 @@ def compile_openvino(model: Any, number_format: str, threads: int) -> Any:
     return openvino.Core().compile_model(model, "CPU", hints)
 
 
+def run_openvino_by_shape(model: Any, number_format: str, threads: int) -> Session:
+    """Make a function from a batch to the outputs of a model for batches of any size.
+
+    The model is compiled for each shape of a batch: for a fixed shape it is up to twice as fast, in int8.
+
+    Args:
+        model: see `compile_openvino`. It is reshaped.
+        number_format: likewise.
+        threads: likewise.
+    """
+    sessions: dict[tuple[int, ...], Session] = {}
+
+    def run(batch: Tensor) -> list[Tensor]:
+        shape = tuple(batch.shape)
+        if shape not in sessions:
+            if len(sessions) == MOST_SHAPES:
+                sessions.pop(next(iter(sessions)))  # the oldest
+            model.reshape(list(shape))
+            sessions[shape] = run_openvino(compile_openvino(model, number_format, threads))
+        return sessions[shape](batch)
+
+    return run
+
+
 def run_openvino(compiled: Any) -> Session:
     """Make a function from a batch to the outputs of a compiled model. Each call overwrites the outputs of the last."""
 
@@ -161,8 +186,7 @@ def _open_openvino(path: Path, device: torch.device) -> Opened:
     def stored(name: str, default: str) -> str:
         return str(model.get_rt_info([METADATA, name]).value) if model.has_rt_info([METADATA, name]) else default
 
-    compiled = compile_openvino(model, stored(NUMBER_FORMAT, "float32"), available_cores())
-    run = run_openvino(compiled)
+    run = run_openvino_by_shape(model, stored(NUMBER_FORMAT, "float32"), available_cores())
     takes_pixels = model.inputs[0].get_element_type() == openvino.Type.u8
     return Opened(lambda batch: run(batch)[0].clone(), stored("description", ""), takes_pixels)
 

@@ -275,7 +275,9 @@ def test_forms_that_a_format_or_a_measure_lacks():
 
 
 EXPORTED = [
-    pytest.param(form, number_format, marks=[pytest.mark.slow] if form == "openvino" and number_format == "int8" else [])
+    pytest.param(
+        form, number_format, marks=[pytest.mark.slow] if form == "openvino" and number_format == "int8" else []
+    )
     for form in benchmark_runtimes.RUNTIMES
     for number_format in benchmark_runtimes.NUMBER_FORMATS[form]
 ]

@@ -29,7 +29,7 @@ from inference.exported import DESCRIPTION, METADATA, NUMBER_FORMAT, onnxruntime
 from training.devices import available_cores
 from training.preprocessing import Preprocessing
 
-OPSET = 20  # of ONNX: the fastest in ONNX Runtime; see docs/using.md
+OPSET = 23  # of ONNX: the fastest in ONNX Runtime; see docs/using.md
 OPSETS = range(18, 24)  # those that torch.onnx.export writes
 LARGEST_DIFFERENCE = 1e-3  # of the logits, in float32
 LARGEST_PIXEL_DIFFERENCE = 1.01  # of 255: one level, where the last digits of a sum decide on the rounding
