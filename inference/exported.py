@@ -1,5 +1,6 @@
 """Classifiers exported to files (tools/export.py), opened by the runtime of each kind."""
 
+import logging
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -211,6 +212,8 @@ def _open_exported_program(path: Path, device: torch.device) -> Opened:
 
 
 def _open_aotinductor(path: Path, device: torch.device) -> Opened:
+    # Where there is no GPU, a module that this imports reports it.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch._inductor import aoti_load_package
 
     compiled = aoti_load_package(str(path))
