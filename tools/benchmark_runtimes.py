@@ -78,5 +78,6 @@ def with_int8_weights(path: Path) -> Path:
     target = path.with_suffix(".int8.onnx")
     if not target.exists():
         logging.getLogger().setLevel(logging.ERROR)  # it advises to preprocess
-        quantize_dynamic(path, target, weight_type=QuantType.QInt8)
+        # Its rule for Attention is for an operator of ONNX Runtime of the same name.
+        quantize_dynamic(path, target, weight_type=QuantType.QInt8, op_types_to_quantize=["Conv", "MatMul"])
     return target
