@@ -51,18 +51,17 @@ demo-detection: install-mm
 		--show-dir $(DETECTION_RUN)/pictures --work-dir $(DETECTION_RUN) --cfg-options $(OBJECTS)
 	@echo "detections beside the truth: $(DEMO)/detection/pictures"
 
-# Three files at a time, the longest first, with one thread each: on two cores, since runs wait for processes, for files
-# and for faults half of the time.
-PARALLEL = OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Two files at a time, the longest first, with one thread each.
+TWO = OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: install-test lint
-	$(PARALLEL) -m "not slow"
+	$(TWO) -m "not slow"
 
 test-long: install-test
 	$(RUN) -m pytest
 
 test-faults: install-test
-	$(PARALLEL) tests/faults
+	$(TWO) tests/faults
 
 lint: install-fast
 	$(RUN) -m ruff check .
