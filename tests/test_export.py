@@ -94,16 +94,18 @@ def test_table(exported, trained_digits):
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != SLOW])
-def test_predict_takes_the_file(name, exported, checkpoint, few_digits):
+def test_predict_takes_the_file(name, exported, checkpoint, few_digits, tmp_path):
     """predict.py reads classes, size and normalisation from the file, and takes batches of any size."""
-    source, form = load_classifier(str(checkpoint)), load_classifier(str(exported.out / FILES[name]))
-    assert form.description == source.description
-    images = [read_image(task.path, "IMAGE") for task in find_images([str(few_digits / "val")])[:5]]
-    expected = source.logits([source.prepare(image) for image in images])
+    source = load_classifier(str(checkpoint))
+    paths = [task.path for task in find_images([str(few_digits / "val")])[:5]]
+    succeed(exported.out / FILES[name], tmp_path / "opened.pt", *paths, script="tests/fixtures/open_exported.py")
+    opened = torch.load(tmp_path / "opened.pt", weights_only=True)
+    assert Description.from_json(opened["description"]) == source.description
+    expected = source.logits([source.prepare(read_image(path, "IMAGE")) for path in paths])
     exact = export.FORMATS[name].is_exact
-    for part in (images[:1], images[:2], images):
-        logits = form.logits([form.prepare(image) for image in part])
-        assert torch.allclose(logits, expected[: len(part)], atol=1e-3 if exact else 1.0)
+    assert [len(logits) for logits in opened["logits"]] == [1, 2, 5]
+    for logits in opened["logits"]:
+        assert torch.allclose(logits, expected[: len(logits)], atol=1e-3 if exact else 1.0)
     if exact:
         file = next((few_digits / "val/1").iterdir())
         printed = [succeed(file, "--resume", path, "--json", "-", script="predict.py")
