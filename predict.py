@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from inference.classifier import Classifier, Preparation, load_classifier
 from inference.images import PLACEHOLDER, Task, check_pictures, find_images, read_image
-from inference.pictures import with_classes
+from inference.pictures import with_classes, write_picture
 from training.commands import Parser, natural, path, positive_int, run_command
 from training.devices import available_cores, best_device, check_device
 from training.errors import UserError, one_line
@@ -217,12 +217,7 @@ def draw(prediction: Prediction, out: Path) -> None:
     picture = prediction.task.picture(out)
     image = read_image(prediction.task.path, f"{PLACEHOLDER} {prediction.task.path}")
     drawn = with_classes(image, prediction.classes, prediction.probabilities)
-    try:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        write_file(picture, lambda file: drawn.save(file, format="PNG"))
-    except OSError as error:
-        raise UserError(f"--out {out}: {picture.name} cannot be written ({error.strerror}); make room, or name "
-                        "another folder") from None  # fmt: skip
+    write_picture(picture, lambda file: drawn.save(file, format="PNG"), str(out))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -8,20 +8,33 @@ from training.errors import UserError
 REQUIREMENTS = "tools/requirements.txt"
 
 
-def require(what: str, *modules: str) -> None:
+def lacking(*modules: str, install: str = "") -> str:
+    """Say which packages are missing and how to install them; "" if all are there.
+
+    Args:
+        *modules: names of the packages' modules.
+        install: what pip installs; by default the missing packages alone.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if not missing:
+        return ""
+    packages = f"the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+    return f"needs {packages}: pip install {install or ' '.join(map(_pinned, missing))}"
+
+
+def require(what: str, *modules: str, install: str = "") -> None:
     """Refuse to go on without some packages.
 
     Args:
         what: what needs them, for messages.
-        *modules: names of their modules.
+        *modules: see `lacking`.
+        install: likewise.
 
     Raises:
         UserError: names the missing ones, and how to install them.
     """
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        packages = f"the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
-        raise UserError(f"{what}: needs {packages}: pip install {' '.join(map(_pinned, missing))}")
+    if lack := lacking(*modules, install=install):
+        raise UserError(f"{what}: {lack}")
 
 
 def _pinned(module: str) -> str:

@@ -1,9 +1,14 @@
 """Pictures with an image's likeliest classes on them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
 
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
+
+from training.errors import UserError, setting
+from training.storage import write_file
 
 MIN_WIDTH = 320  # pixels; smaller images are enlarged, so that the classes are legible
 ROWS = 5
@@ -32,6 +37,25 @@ def with_classes(image: Image.Image, classes: Sequence[str], probabilities: Sequ
         text = _shortened(f"{100 * probability:.1f} %  {name}", font, image.width - 3 * margin)
         canvas.text((margin + line // 4, top + line // 2), text, fill="black", font=font, anchor="lm")
     return picture
+
+
+def write_picture(path: Path, write: Callable[[IO[bytes]], object], out: str) -> None:
+    """Write a picture, as a whole or not at all. Makes its folder.
+
+    Args:
+        path: its file.
+        write: writes to an open binary file.
+        out: the folder of all pictures, as the user named it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, write)
+    except OSError as error:
+        raise UserError(f"{setting('out', out)}: {path.name} cannot be written ({error.strerror}); make room, or name "
+                        "another folder") from None  # fmt: skip
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:

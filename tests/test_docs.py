@@ -250,7 +250,7 @@ class Run:
     variables: tuple[str, ...] = ()
 
     def signature(self) -> tuple[str, ...]:
-        """What it has in common with commands that need not run in the short form of the tests, too."""
+        """Script and flags. Of commands that share them, the short form of the tests runs one."""
         flags = {word.partition("=")[0] for word in self.arguments if word.startswith("--")} - {"--launcher"}
         return (self.script, *sorted(flags)) if self.script != "make" else (self.script, *self.arguments)
 

@@ -11,7 +11,6 @@ not written to disk.
 
 import argparse
 import errno
-import importlib.util
 import ipaddress
 import socket
 import sys
@@ -66,10 +65,7 @@ def load_predictor(args: argparse.Namespace, device: torch.device) -> Predictor:
     """
     if not args.config:
         return ClassifierPredictor(load_classifier(args.resume, args.model, args.averaged, Precision(device, None)))
-    missing = [module for module in DENSE_PACKAGES if importlib.util.find_spec(module) is None]
-    if missing:
-        names = f"the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
-        raise UserError(f"--config {args.config}: needs {names}: pip install -r requirements-mm.txt")
+    require(f"--config {args.config}", *DENSE_PACKAGES, install="-r requirements-mm.txt")
     from tools.app_dense import load_dense_predictor
 
     return load_dense_predictor(args.config, args.resume, device, args.score_thr)

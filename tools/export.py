@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.models import push_to_hf_hub
 from tqdm import tqdm
@@ -26,7 +25,7 @@ if not __package__:
     import _repository  # noqa: F401
 from datasets import DATA_SETS
 from inference.classifier import Classifier, load_classifier
-from inference.packages import require
+from inference.packages import lacking
 from tools import export_backbone, export_formats, export_int8, export_table
 from tools.benchmark_rounds import reason
 from tools.export_data import Images, calibration_inputs, find_labelled, photographs
@@ -123,14 +122,13 @@ def choose_formats(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]
     """
     missing: dict[str, str] = {}
     for name in args.formats or FORMATS:
-        try:
-            require(f"--formats {name}", *FORMATS[name].modules)
-            if name == "aotinductor" and not export_formats.has_compiler():
-                raise UserError(f"--formats {name}: needs a C++ compiler, such as g++; install one, or omit it")
-        except UserError as error:
-            if args.formats:
-                raise
-            missing[name] = str(error).partition(": ")[2]
+        lack = lacking(*FORMATS[name].modules)
+        if name == "aotinductor" and not export_formats.has_compiler():
+            lack = "needs a C++ compiler, such as g++; install one, or omit it"
+        if lack and args.formats:
+            raise UserError(f"--formats {name}: {lack}")
+        if lack:
+            missing[name] = lack
     chosen = [name for name in args.formats or FORMATS if name not in missing]
     return chosen, missing
 
@@ -290,5 +288,4 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     sys.exit(run())

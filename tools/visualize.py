@@ -3,7 +3,7 @@
     python tools/visualize.py IMAGE --resume PATH --out DIR [--window ROW COLUMN | --window all] [--figures NAME …]
 
 PATH is a checkpoint of main.py, a published one, a folder in timm's layout, or a checkpoint of a segmentor or detector
-(of its backbone, for which mmseg and mmdet need not be installed). The figures are:
+(its backbone; mmseg and mmdet are not needed). The figures are:
 
 * among: the windows that a window listens to, by block and head, and their rollout over all blocks;
 * inside: the pixels of that window that its window token and its central pixel listen to, by block and head;
@@ -37,14 +37,15 @@ from inference.backbones import load_backbone
 from inference.classifier import load_classifier
 from inference.images import PLACEHOLDER, read_image
 from inference.maps import attribution, principal_components, token_similarity
-from inference.packages import require
+from inference.packages import lacking, require
+from inference.pictures import write_picture
 from sepvit import SepViT, SepViTStages
 from tools import visualize_figures as figures
 from tools.visualize_figures import Subject
 from training.commands import Parser, path, positive_int, run_command
 from training.errors import UserError, one_line
 from training.preprocessing import Preprocessing
-from training.storage import make_folder, write_file
+from training.storage import make_folder
 
 FIGURES = ("among", "inside", "tokens", "features", "attribution")
 ALL = "all"
@@ -308,11 +309,7 @@ def attributed(scene: Scene) -> Drawings | str:
         maps = attribution(network, scene.inputs, index)
         return figures.attribution_figure(scene.subject, title, [values[0].double().numpy() for values in maps])
 
-    try:
-        require("attribution", "captum")
-    except UserError as error:
-        return str(error).removeprefix("attribution: ")
-    return {"attribution": draw}
+    return lacking("captum") or {"attribution": draw}
 
 
 KINDS: Mapping[str, Callable[[Scene], Drawings | str]] = {
@@ -350,11 +347,7 @@ def write(figure: Figure, file: Path, out: str) -> None:
     """
     kind = file.suffix[1:]
     metadata = {"Software": None} if kind == "png" else {"CreationDate": None}
-    try:
-        write_file(file, lambda content: figure.savefig(content, format=kind, dpi=DPI[kind], metadata=metadata))
-    except OSError as error:
-        raise UserError(f"--out {out}: {file.name} cannot be written ({error.strerror}); make room, or name another "
-                        "folder") from None  # fmt: skip
+    write_picture(file, lambda content: figure.savefig(content, format=kind, dpi=DPI[kind], metadata=metadata), out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
