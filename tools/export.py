@@ -33,7 +33,7 @@ from tools.export_formats import LARGEST_DIFFERENCE, OPSET, OPSETS, Job
 from tools.export_table import Form, Measured, parts_of
 from training.commands import Parser, path, positive_int, run_command
 from training.errors import UserError
-from training.storage import make_folder
+from training.storage import make_folder, write_file
 
 SAMPLES = 16  # images that preprocessing is checked with
 MOST_LOST = 100 * export_int8.MOST_LOST  # points of top-1, in bfloat16 and int8
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
         export_table.time_forms(kept, images, args.rounds)
         report = export_table.report(classifier.description, kept, failures, images, job.notes)
         keep([one.form.file for one in kept.values() if one.form.file], folder)
-    (folder / "exports.md").write_text(report, encoding="utf-8")
+    write_file(folder / "exports.md", lambda file: file.write(report.encode()))
     print(report)
     if args.push:
         push(classifier, args.push)
