@@ -25,8 +25,8 @@ from dense.parts import (
     is_remote,
     resolve,
 )
-from inference.images import IMAGE_SUFFIXES
 from training.errors import UserError
+from training.images import IMAGE_SUFFIXES
 from training.processes import on_main_process, on_processes, print_main
 from training.unreadable import unreadable_limit
 

@@ -14,6 +14,7 @@ from dense.settings import read_config, where_of
 from segmentation.drawing import IGNORED, shares
 from tools.app_predictors import Answer, BlockWeights, Row, record, timed, why_no_attention
 from training.errors import UserError
+from training.images import EXIF
 
 LONGEST = 1024  # pixels of an image's longer side; a segmentor's scores take 4 bytes for each pixel and class
 MOST_ROWS = 12
@@ -34,6 +35,7 @@ class DensePredictor:
         self.model = model
         self.kind = kind
         self.classes: Sequence[str] = tuple(model.dataset_meta["classes"])
+        self.orientation = EXIF
         self.title = f"{name}, a {kind} with {len(self.classes)} classes"
         self.facts: Mapping[str, str] = {"model": name, "classes": str(len(self.classes)), "input": "any size"}
         self.note = why_no_attention(model)
