@@ -428,11 +428,15 @@ def build_precision(args: argparse.Namespace, device: torch.device) -> Precision
 
 def build_model(args: argparse.Namespace, num_classes: int, precision: Precision) -> Any:
     """Build the network on its device."""
-    rates = dict(drop_rate=args.drop, drop_path_rate=args.drop_path)
-    model = create_network(f"--model {args.model}", args.model, num_classes, args.input_size, **rates)
+    rates, parser = dict(drop=args.drop, drop_path=args.drop_path), build_parser()
+    asked_for = [name for name, rate in rates.items() if rate != parser.get_default(name)]
+    model = create_network(f"--model {args.model}", args.model, num_classes, args.input_size, rates, asked_for)
     place(model, precision.device)
     if args.grad_checkpointing:
-        model.set_grad_checkpointing()
+        try:
+            model.set_grad_checkpointing()
+        except (AssertionError, AttributeError):
+            raise UserError(f"--grad-checkpointing: --model {args.model} does not support it; omit it") from None
     if args.compile:
         # Otherwise the compiler times kernels on the GPU and takes the faster, which differs from run to run.
         model.compile(options=dict(deterministic=True) if args.deterministic else None)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from inference import exported
 from sepvit import VARIANTS, entries_under, variant_of
 from training.checkpoints import (
+    classifier_of,
     has_averaged_weights,
     img_size_of,
     load_weights,
@@ -222,14 +223,11 @@ def _model_name(model: str, checkpoint: Mapping[str, Any], weights: dict[str, Te
 
 
 def _count_classes(name: str, weights: Mapping[str, Tensor], what: str) -> int:
-    classifier = get_pretrained_cfg_value(name, "classifier")
-    heads = [classifier] if isinstance(classifier, str) else list(classifier or ())
-    found = [weights[f"{head}.weight"] for head in heads if f"{head}.weight" in weights]
+    heads = get_pretrained_cfg_value(name, "classifier")
+    found = classifier_of(weights, heads)
     if not found:
-        raise UserError(
-            f"{what}: holds no classifier ({name} has one in {', '.join(heads)}); fine-tune it with main.py first"
-        )
-    return len(found[0])
+        raise UserError(f"{what}: holds no classifier ({name} has it in {heads}); fine-tune it with main.py first")
+    return len(weights[found[0]])
 
 
 def class_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:

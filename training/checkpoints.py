@@ -15,7 +15,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -462,7 +462,7 @@ def load_weights(
         weights |= {prefix + name: value for name, value in own.items()}
     elif _shapes(weights) != _shapes(expected):
         weights, report.adaptation.resampled = _resized_by_timm(weights, model)
-    classifier = getattr(model, "default_cfg", {}).get("classifier")
+    classifier = classifier_of(expected, getattr(model, "default_cfg", {}).get("classifier"))
     if new_classifier:
         report.classifier = _replace_classifier(weights, expected, classifier)
     if partly:
@@ -494,13 +494,25 @@ def _resized_by_timm(weights: dict[str, Tensor], model: nn.Module) -> tuple[dict
                      if name in weights and value.shape != weights[name].shape]  # fmt: skip
 
 
-def _replace_classifier(weights: dict[str, Tensor], expected: dict[str, Tensor], classifier: str | None) -> list[str]:
+def classifier_of(weights: Mapping[str, Tensor], heads: str | Sequence[str] | None) -> list[str]:
+    """Names of the entries of a classifier.
+
+    Args:
+        weights: a state dict.
+        heads: timm's name of the classifier, or names: distilled networks have two heads.
+    """
+    prefixes = [heads] if isinstance(heads, str) else heads or []
+    return [name for name in weights if name.startswith(tuple(f"{prefix}." for prefix in prefixes))]
+
+
+def _replace_classifier(
+    weights: dict[str, Tensor], expected: dict[str, Tensor], classifier: Sequence[str]
+) -> list[str]:
     """Use the model's own classifier if the checkpoint's does not fit. Returns the names of its entries, if used."""
-    names = [name for name in expected if classifier and name.startswith(f"{classifier}.")]
-    if all(name in weights and weights[name].shape == expected[name].shape for name in names):
+    if all(name in weights and weights[name].shape == expected[name].shape for name in classifier):
         return []
-    weights |= {name: expected[name] for name in names}
-    return names
+    weights |= {name: expected[name] for name in classifier}
+    return list(classifier)
 
 
 def _fill_up(weights: dict[str, Tensor], expected: dict[str, Tensor], prefix: str, report: LoadReport) -> None:
@@ -526,7 +538,7 @@ def _check_finite(weights: dict[str, Tensor], model: nn.Module, what: str) -> No
 
 
 def _check_entries(
-    weights: dict[str, Tensor], expected: dict[str, Tensor], what: str, classifier: str | None, classes_hint: str
+    weights: dict[str, Tensor], expected: dict[str, Tensor], what: str, classifier: Sequence[str], classes_hint: str
 ) -> None:
     """Refuse missing and unexpected entries, and entries of another shape."""
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
@@ -537,7 +549,7 @@ def _check_entries(
     for name, value in weights.items():
         if value.shape != expected[name].shape:
             shapes = f"{name} is {tuple(value.shape)}, the model's {tuple(expected[name].shape)}"
-            if classifier and name.startswith(f"{classifier}."):
+            if name in classifier:
                 classes = f"{len(value)} classes instead of {len(expected[name])}"
                 raise UserError(f"{what}: {classes} ({shapes}); {classes_hint}")
             raise UserError(f"{what}: does not fit this model: {shapes}")
