@@ -387,6 +387,20 @@ def test_paper_configs_on_two_processes(name, scenes, tmp_path):
         assert float(miou(text)) >= 0
 
 
+def test_batches_of_one_image_are_refused_by_batch_norm(scenes, tmp_path, capsys):
+    """UPerNet's pooling to 1 × 1 normalises over images."""
+    arguments = [
+        str(CONFIGS / "upernet_sepvit_t_512x512_160k_ade20k_swin_setting.py"),
+        "--from-scratch",
+        "--work-dir",
+        str(tmp_path / "run"),
+        *small(scenes),
+    ]
+    line = refusal(RUN["train"], "train", [*arguments, "train_dataloader.batch_size=1"], capsys)
+    assert "train_dataloader.batch_size: " in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["slurm_train.sh", pytest.param("slurm_test.sh", marks=pytest.mark.slow)])
 def test_slurm_scripts(name, trained, scenes, tmp_path):
     """A script takes the place of srun, and starts the tasks as it would."""

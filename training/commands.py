@@ -193,7 +193,7 @@ def _run(name: str, command: Callable[[], int | None], flags: Mapping[str, str],
         if out_of_files(error):
             return _refuse(name, f"too many open files; raise the limit (ulimit -n), or use fewer {workers}")
         if has_single_value(error):
-            batches = with_flags(setting("batch_size"), flags)
+            batches = flags.get("batch_size", "train_dataloader.batch_size")
             return _refuse(name, f"{batches}: BatchNorm needs more than one value per channel; use larger batches")
         if not is_transient(error):
             raise
