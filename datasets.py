@@ -42,6 +42,8 @@ from training.watchdog import ignore_preemption
 IMAGENET_FOLDERS = {True: ("train", "ILSVRC2012_img_train"), False: ("val", "ILSVRC2012_img_val")}
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19")
 READERS = ("wds", "hfds", "hfids", "tfds", "torch")  # prefixes that choose a reader of timm
+STREAMS = ("wds", "hfids", "tfds")  # those of streaming data sets
+SMALL_INPUT = 32  # side in pixels up to which training images are padded and cropped, not resized
 # Sections of an automatic augmentation's name, by its policy. timm ignores unknown ones silently.
 AUGMENTATIONS = {
     "rand": r"(m|n|mmax)\d+|mstd\d+(\.\d+)?|p\d+(\.\d+)?|inc[01]|t[a-z0-9]+",
@@ -317,7 +319,7 @@ def build_transform(is_train: bool, settings: TransformSettings) -> Any:
             )
         except (AssertionError, KeyError, ValueError) as error:
             raise UserError(f"{setting('aa', settings.aa)}: unknown to timm ({error})") from None
-        if size <= 32:
+        if size <= SMALL_INPUT:
             transform.transforms[0] = transforms.RandomCrop(size, padding=4, pad_if_needed=True)
         return transform
     return Preprocessing.for_size(size).transform()
