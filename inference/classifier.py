@@ -141,14 +141,26 @@ def load_classifier(
     """
     precision = precision or Precision(torch.device("cpu"), None)
     what = what or setting("resume", path)
-    if kind := exported.kind_of(Path(path)):
-        return _exported(path, kind, what, precision)
-    if Path(path).is_dir():
+    kind, is_folder = exported.kind_of(Path(path)), Path(path).is_dir()
+    if averaged and (kind or is_folder):
+        raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")
+    if kind:
+        return _checked_name(_exported(path, kind, what, precision), model, what)
+    if is_folder:
         network, description = _from_folder(Path(path), what)
     else:
         network, description = _from_checkpoint(path, model, averaged, what)
     place(network, precision.device).eval()
-    return Classifier(description, Preparation(description.preprocessing), _runner(network, precision), network)
+    classifier = Classifier(description, Preparation(description.preprocessing), _runner(network, precision), network)
+    return _checked_name(classifier, model, what)
+
+
+def _checked_name(classifier: Classifier, model: str, what: str) -> Classifier:
+    """Refuse a classifier with a different network from the one that was named, "" for none."""
+    held = classifier.description.model
+    if model and held.split(".")[0] != model.split(".")[0]:
+        raise UserError(f"{what}: contains {held}, not {model}; omit {setting('model')}")
+    return classifier
 
 
 def _runner(network: nn.Module, precision: Precision) -> Callable[[Tensor], Tensor]:

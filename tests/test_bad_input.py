@@ -163,7 +163,7 @@ MISTAKES = {
     "one beta": (["--opt-betas", "0.9"], ["--opt-betas 0.9", "two numbers"]),
     "betas of one": (["--opt-betas", "1", "1"], ["--opt-betas 1.0 1.0"]),
     "optimiser that cannot be built": (["--opt", "fusedadam"], ["--opt fusedadam"]),
-    "model that lacks these settings": (["--model", "vgg11"], ["--model vgg11"]),
+    "model that lacks these settings": (["--model", "vgg11", "--drop-path", "0.1"], ["--drop-path 0.1", "vgg11"]),
     "no epoch left": (["--start_epoch", "5"], ["--epochs 1"]),
     "number of processes without ranks": (["--world_size", "8"], ["--world_size 8", "torchrun"]),
     "unknown reader": (["--data-set", "foo/bar"], ["--data-set foo/bar", "wds/…"]),
