@@ -7,6 +7,7 @@ import os
 import platform
 import pty
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -20,8 +21,21 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, PLAIN, ROOT, SMALL, SMALLEST, command, free_port, link_digits, read_log, succeed
+from conftest import (
+    GOLDEN,
+    PLAIN,
+    ROOT,
+    SMALL,
+    SMALLEST,
+    command,
+    differences,
+    free_port,
+    link_digits,
+    read_log,
+    succeed,
+)
 from PIL import Image
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 import main
@@ -461,6 +475,24 @@ def test_resume_continues_training(few_digits, tmp_path):
     assert second["optimizer"]["state"][0]["step"] == 2 * first["optimizer"]["state"][0]["step"]
     assert second["best_accuracy"] == max(entry["test_acc1"] for entry in log)
     succeed(*settings, "--epochs", 4, "--resume", path, "--start_epoch", 0, "--eval")
+
+
+def test_checkpoints_are_contiguous_and_resume_bit_for_bit(few_digits, tmp_path):
+    """Convolutions train channels last. safetensors takes contiguous weights only."""
+    settings = [*SMALLEST, "--data-path", few_digits, "--device", "cpu", "--model-ema", "--checkpoint-every", 1,
+                "--keep-checkpoints", 9, "--auto-resume", "--warmup-epochs", 0, "--output_dir"]  # fmt: skip
+    assert main.run(list(map(str, [*settings, tmp_path / "whole"]))) == 0
+    checkpoint = torch.load(tmp_path / "whole/checkpoint.pth", weights_only=True)
+    for name in ("model", "model_ema"):
+        save_file(checkpoint[name], tmp_path / "weights.safetensors")
+    moments = checkpoint["optimizer"]["state"].values()
+    assert all(value.is_contiguous() for state in moments for value in state.values())
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(tmp_path / "whole/checkpoint-00000001.pth", tmp_path / "resumed")
+    assert main.run(list(map(str, [*settings, tmp_path / "resumed"]))) == 0
+    resumed = torch.load(tmp_path / "resumed/checkpoint.pth", weights_only=True)
+    for part in ("model", "model_ema", "optimizer"):
+        assert differences(checkpoint[part], resumed[part]) == []
 
 
 def test_resume_restores_the_training_state(tmp_path):

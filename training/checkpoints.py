@@ -681,9 +681,12 @@ class CheckpointWriter:
 
 
 def copied(value: Any) -> Any:
-    """Copy nested containers, and their tensors to the CPU, so that later steps do not change them."""
+    """Copy nested containers, and their tensors to the CPU, so that later steps do not change them.
+
+    The copies are contiguous, whatever the network's memory format: safetensors takes no others.
+    """
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if isinstance(value, dict):
         twin = copy.copy(value)  # of the same class, which may be a Counter or have attributes
         for key, entry in value.items():

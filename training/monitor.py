@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from training.checkpoints import copied
 from training.errors import Preempted, UserError, setting
 from training.processes import all_gather, all_reduce, get_rank, print_line
 from training.state import RunState
@@ -206,7 +207,7 @@ class StepMonitor:
         """Save the batch of a bad step, if the settings ask for it."""
         if self._batch is None:
             return
-        batch = {**flags.place, **self._batch}
+        batch = copied({**flags.place, **self._batch})
         path = self.folder / f"bad_batch-{state.global_step:08}-process{get_rank()}.pth"
         try:
             write_file(path, lambda file: torch.save(batch, file))
