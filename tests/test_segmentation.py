@@ -401,6 +401,19 @@ def test_batches_of_one_image_are_refused_by_batch_norm(scenes, tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
+def test_the_reason_of_unreadable_labels_ends_the_run(scenes, tmp_path, capsys):
+    """Labels beyond the classes, in all images but the first, which is checked before the run."""
+    shutil.copytree(scenes, tmp_path / "data", symlinks=True)
+    for path in sorted((tmp_path / "data/annotations/training").iterdir())[1:]:
+        labels = np.full_like(np.asarray(Image.open(path)), 200)
+        path.unlink()
+        Image.fromarray(labels).save(path)
+    arguments = [str(DEMO), "--work-dir", str(tmp_path / "run"), *small(tmp_path / "data")]
+    line = refusal(RUN["train"], "train", arguments, capsys)
+    assert "0 tried in its place" in line
+    assert "200" in line
+
+
 @pytest.mark.parametrize("name", ["slurm_train.sh", pytest.param("slurm_test.sh", marks=pytest.mark.slow)])
 def test_slurm_scripts(name, trained, scenes, tmp_path):
     """A script takes the place of srun, and starts the tasks as it would."""
