@@ -31,7 +31,7 @@ from training.networks import create_network, place
 from training.preprocessing import Preprocessing
 from training.state import Precision
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of a model's folder in timm's layout
+CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")  # of a model's folder in timm's layout
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,11 @@ def _exported(path: str, kind: exported.Kind, what: str, precision: Precision) -
 
 def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description]:
     """Load a folder in timm's layout."""
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    missing = [names for names in ((CONFIG,), WEIGHTS) if not any((folder / name).is_file() for name in names)]
     if missing:
-        raise UserError(f"{what}: a folder without {missing[0]}; name a checkpoint in it, or a folder of save_for_hf")
+        raise UserError(
+            f"{what}: a folder without {' or '.join(missing[0])}; name a checkpoint in it, or a folder of save_for_hf"
+        )
     try:
         network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # of any type, for files that are damaged or of other networks

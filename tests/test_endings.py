@@ -149,7 +149,8 @@ def unprinted(few_digits, tmp_path_factory) -> dict[str, SimpleNamespace]:
     )  # the run prints that it waits, until its reader has gone
     for name, redirection in OUTPUTS.items():
         stdout = subprocess.DEVNULL if redirection else subprocess.PIPE
-        processes[name] = start_real([*CPU, "--print-freq", "1", "--data-path", few_digits, "--output_dir", "run"],
+        processes[name] = start_real([*CPU, "--print-freq", "1", "--data-path", few_digits, "--output_dir", "run",
+                                      "--warmup-epochs", "0"],
                                      root / name, redirection=redirection, stdout=stdout)  # fmt: skip
     processes["mistake"] = start_real(["--epochs", "0"], root / "mistake", redirection=">/dev/full 2>&1")
     reader = processes["broken pipe"].stdout

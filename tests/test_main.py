@@ -621,10 +621,12 @@ def test_published_training_state_is_resumed(few_digits, tmp_path):
     assert "resuming at epoch 5" in printed
 
 
-def test_bare_weights_and_prefixes(few_digits, tmp_path):
+@pytest.mark.parametrize("prefix", ["module.", "model.", "model._orig_mod."])
+def test_bare_weights_and_prefixes(prefix, few_digits, tmp_path):
     model = timm.create_model("SepViT_Lite", img_size=32, num_classes=3)
     path = tmp_path / "bare.pth"
-    torch.save({f"module.{name}": value for name, value in model.state_dict().items()}, path)
+    weights = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": weights, "global_step": 3} if "model" in prefix else weights, path)
     settings = [*map(str, SMALL), "--data-path", str(few_digits), "--device", "cpu", "--resume", str(path)]
     assert main.run([*settings, "--eval"]) == 0
     assert main.run([*settings, "--output_dir", str(tmp_path / "run")]) == 0

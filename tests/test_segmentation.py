@@ -513,7 +513,7 @@ MISTAKES = {
     "predict by code": ("predict", ["{demo}", "{files}/code.pth", "{files}/image.png", "--out", "{files}/out"],
                         "could run code"),
     "load-from another variant": ("train", ["{demo}", "--load-from", "{files}/tiny.pth", "--cfg-options", DATA],
-                                  "holds SepViT_Tiny, not SepViT_Lite"),
+                                  "contains SepViT_Tiny, not SepViT_Lite"),
     "load-from a backbone": ("train", ["{demo}", "--load-from", "{files}/backbone.pth", "--cfg-options", DATA],
                              "to train from it, give --cfg-options model.backbone.pretrained={files}/backbone.pth"),
     "launcher without processes": ("train", ["{demo}", "--launcher", "pytorch", "--cfg-options", DATA],
@@ -529,7 +529,7 @@ MISTAKES = {
                            "CHECKPOINT none.pth: no such file"),
     "truncated": ("test", ["{demo}", "{files}/truncated.pth", "--eval", "mIoU", "--cfg-options", DATA], "truncated"),
     "another variant": ("test", ["{demo}", "{files}/tiny.pth", "--eval", "mIoU", "--cfg-options", DATA],
-                        "holds SepViT_Tiny, not SepViT_Lite; use that variant's config"),
+                        "contains SepViT_Tiny, not SepViT_Lite; use that variant's config"),
     "a backbone": ("test", ["{demo}", "{files}/backbone.pth", "--eval", "mIoU", "--cfg-options", DATA], "a backbone"),
     "incomplete": ("test", ["{demo}", "{files}/incomplete.pth", "--eval", "mIoU", "--cfg-options", DATA],
                    "1 entries are missing (decode_head.conv_seg.weight, …)"),
@@ -540,7 +540,7 @@ MISTAKES = {
     "no image": ("predict", [*GOOD, "{files}/text.jpg", "--out", "{files}/out"], "text.jpg: not an image"),
     "overwriting": ("predict", [*GOOD, "{files}/image.png", "--out", "{files}"], "would overwrite IMAGE"),
     "predict by another": ("predict", ["{demo}", "{files}/tiny.pth", "{files}/image.png", "--out", "{files}/out"],
-                           "holds SepViT_Tiny, not SepViT_Lite"),
+                           "contains SepViT_Tiny, not SepViT_Lite"),
 }  # fmt: skip
 
 

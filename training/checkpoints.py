@@ -396,7 +396,9 @@ def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) 
     """
     keys = (*EMA_KEYS, *MODEL_KEYS) if prefer_ema else (*MODEL_KEYS, *EMA_KEYS)
     weights = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in weights.items()}
+    weights = _without_wrappers(weights)
+    if all(name.startswith("model.") for name in weights):  # of Lightning's modules
+        weights = _without_wrappers({name.removeprefix("model."): value for name, value in weights.items()})
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{what}: holds no model weights (expected a state dict, or one under 'model')")
     for name, value in weights.items():
@@ -404,6 +406,18 @@ def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) 
             kind = "has no values" if value.is_meta else "is quantized" if value.is_quantized else "is sparse"
             raise UserError(f"{what}: {name} {kind}; save it as an ordinary tensor")
     return weights
+
+
+def _without_wrappers(weights: Mapping[Any, Any]) -> dict[str, Any]:
+    """Remove the prefixes of data-parallel and compiled networks from the names."""
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in weights.items()}
+
+
+def wrong_variant(what: str, held: str | None, wanted: str, way_out: str) -> UserError:
+    """Make the error for weights of a variant other than the wanted one; `held` is None if they are not a SepViT's."""
+    if held is None:
+        return UserError(f"{what}: contains no SepViT weights (expected {wanted})")
+    return UserError(f"{what}: contains {held}, not {wanted}; {way_out}")
 
 
 def has_averaged_weights(checkpoint: dict[str, Any]) -> bool:
@@ -454,7 +468,7 @@ def load_weights(
         own = entries_under(weights, network)
         held, wanted = variant_of(own), variant_of(inner.state_dict())
         if held != wanted:
-            raise UserError(f"{what}: holds {held or 'no SepViT'}, not {wanted}; {variant_hint}")
+            raise wrong_variant(what, held, str(wanted), variant_hint)
         report.adaptation = adaptation = adapt_state_dict(own, inner, img_size)
         for names in (adaptation.resampled, adaptation.fresh, adaptation.dropped):
             names[:] = [prefix + name for name in names]
