@@ -52,6 +52,8 @@ READER_ARGUMENTS: dict[str, dict[str, Any]] = {
     "wds": dict(input_key=";".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))),
     "hfids": dict(input_img_mode=""),
 }
+STREAMS = ("wds", "hfids", "tfds")  # those of streaming data sets
+SMALL_INPUT = 32  # side in pixels up to which training images are padded and cropped, not resized
 # Sections of an automatic augmentation's name, by its policy. timm ignores unknown ones silently.
 AUGMENTATIONS = {
     "rand": r"(m|n|mmax)\d+|mstd\d+(\.\d+)?|p\d+(\.\d+)?|inc[01]|t[a-z0-9]+",
@@ -382,7 +384,7 @@ def build_transform(is_train: bool, settings: TransformSettings) -> Any:
             )
         except (AssertionError, KeyError, ValueError) as error:
             raise UserError(f"{setting('aa', settings.aa)}: unknown to timm ({error})") from None
-        if size <= 32:
+        if size <= SMALL_INPUT:
             transform.transforms[0] = transforms.RandomCrop(size, padding=4, pad_if_needed=True)
         return transform
     return preprocessing.transform()

@@ -18,7 +18,7 @@ import pytest
 import timm
 import torch
 import torchvision.transforms as T
-from conftest import ROOT, SMALL, SMALLEST, command, read_log, succeed
+from conftest import ROOT, SMALL, SMALLEST, command, read_log, refusal, succeed
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -502,12 +502,30 @@ def test_webdataset_with_an_unreadable_image(webdataset, tmp_path):
         assert len(events) == 1
         assert events[0]["unreadable_image"].startswith(name)
     assert read_log(tmp_path / "skip")[0]["unreadable_images"] == 1
+    assert "UnidentifiedImageError" in events[0]["reason"]
     assert "--on-bad-image fail: 1 of 48 training images are unreadable" in result.stderr
+    assert f"{events[0]['unreadable_image']} ({events[0]['reason']})" in result.stderr
     result = command(*arguments, "--eval")
     assert result.returncode == 2
     line = result.stderr.strip().splitlines()[-1]
     assert line.startswith(f"main.py: image {tmp_path}/digits-val-1.tar: ")
     assert "cannot be read (UnidentifiedImageError" in line
+
+
+@pytest.mark.parametrize(("label", "reason"), [(b"9", "labelled 9"), (b"cat", "invalid literal")])
+@pytest.mark.parametrize("loader", ["faithful", "fast"])
+def test_webdataset_with_labels_that_are_no_classes(label, reason, loader, webdataset, tmp_path, capsys):
+    """The line that ends the run says what is wrong with them."""
+    for shard in webdataset.glob("*train*"):
+        with tarfile.open(shard) as archive, tarfile.open(tmp_path / shard.name, "w") as copy:
+            for member in archive:
+                content = label if member.name.endswith(".cls") else archive.extractfile(member).read()
+                member.size = len(content)
+                copy.addfile(member, io.BytesIO(content))
+    for shard in webdataset.glob("*val*"):
+        shutil.copy(shard, tmp_path)
+    arguments = [*SMALLEST, *WEBDATASET, "--data-path", tmp_path, "--loader", loader, "--output_dir", tmp_path / "run"]
+    assert reason in refusal(main.run, "main", arguments, capsys)
 
 
 def damaged_shard(webdataset: Path, folder: Path, name: str, how: str) -> Path:

@@ -7,6 +7,7 @@ import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -363,7 +364,8 @@ def foreign(tmp_path_factory) -> Path:
 
 def timms_inputs(size: int, folder: Path) -> torch.Tensor:
     """The digits as timm prepares them for the network."""
-    config = timm.data.resolve_data_config(pretrained_cfg=timm.models.get_pretrained_cfg("test_vit").to_dict())
+    settings_of_timm: Any = timm.models.get_pretrained_cfg("test_vit")
+    config = timm.data.resolve_data_config(pretrained_cfg=settings_of_timm.to_dict())
     transform = timm.data.create_transform(**{**config, "input_size": (3, size, size)})
     return torch.stack([transform(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*/*.png"))])
 
