@@ -37,6 +37,7 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "batch_size": ([], ["--batch-size", "8"]),
     "channels_last": ([], ["--channels-last"]),
     "checkpoint_every": ([], ["--checkpoint-every", "5"]),
+    "class_map": ([], ["--class-map", "{root}/map.txt"]),
     "clip_grad": ([], ["--clip-grad", "1"]),
     "color_jitter": (["--aa="], ["--color-jitter", "0.1"]),
     "compile": ([], ["--compile"]),
@@ -83,6 +84,7 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "num_workers": ([], ["--num_workers", "1"]),
     "on_bad_image": ([], ["--on-bad-image", "fail"]),
     "opt": ([], ["--opt", "lamb"]),
+    "orientation": ([], ["--orientation", "exif"]),
     "opt_betas": ([], ["--opt-betas", "0.8", "0.9"]),
     "opt_eps": ([], ["--opt-eps", "1e-3"]),
     "patience_epochs": (["--sched", "plateau", "--lr", "1"], ["--patience-epochs", "1"]),
@@ -192,6 +194,7 @@ def root(tmp_path_factory):
                     archive.addfile(info, io.BytesIO(content))
     (root / "inat").mkdir()
     inat_folder(root / "inat", with_kingdom=True)
+    (root / "map.txt").write_text("b\na\n")
     (root / "recipe.yaml").write_text("model_ema: true\n")
     torch.manual_seed(0)
     network = timm.create_model(small_model.MODEL, img_size=32, num_classes=2)
@@ -246,7 +249,8 @@ def _built(settings):
     precision = main.build_precision(args, device)
     val, train = main.build_data(args, is_train=False), main.build_data(args, is_train=True)
     model = main.build_model(args, train.num_classes, precision)
-    parts = main.build_parts(args, model, train, val, precision, args.accum_steps)
+    preprocessing = main.Preprocessing.for_size(args.input_size)
+    parts = main.build_parts(args, model, train, val, preprocessing, precision, args.accum_steps)
     training, order = parts.training, parts.train_loader.batch_sampler
     limits = main.settings_from(args, MonitorSettings, dataset_size=len(train), advice="")
     return dict(
@@ -259,7 +263,7 @@ def _built(settings):
         epoch=training.epoch,
         rates=rates_of(training),
         ema=training.ema and described([vars(training.ema), training.ema.module.state_dict()]),
-        data=[described([data.num_classes, data.classes, data.transform, data.decode, type(data.dataset).__name__,
+        data=[described([data.num_classes, data.classes, data.outputs, data.transform, data.decode, type(data.dataset).__name__,
                          getattr(data.dataset, "samples", None), getattr(data.dataset, "reader", None), len(data)])
               for data in (train, val)],
         loaders=[[loader.batch_size, loader.num_workers, loader.pin_memory, type(loader.sampler).__name__, len(loader)]
@@ -290,7 +294,7 @@ def outcome(root, arguments, folder, capsys):
     lines = [line for line in printed.splitlines() if not any(word in line for word in ("images/s", "WARN", "trained"))]
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
-    return status, lines, sorted(path.name for path in folder.glob("*.pth")), deterministic
+    return status, sorted(lines), sorted(path.name for path in folder.glob("*.pth")), deterministic
 
 
 def test_every_flag_is_tried():

@@ -231,7 +231,7 @@ def test_ignored_orientations_are_counted_said_and_kept(photographs, tmp_path):
     assert kept["reading"] == dict(orientation="stored", turned=48, sampled=48)
     assert kept["args"]["orientation"] == "stored"
     printed = succeed(*arguments, "--orientation", "exif", "--output_dir", tmp_path / "upright")
-    assert "WARNING" not in printed
+    assert "EXIF" not in printed
     assert torch.load(tmp_path / "upright/checkpoint.pth", weights_only=True)["reading"] == dict(orientation="exif")
     refused = command(*arguments, "--output_dir", tmp_path / "upright", "--auto-resume", "--orientation", "stored")
     assert (refused.returncode, "--orientation stored (was exif)" in refused.stderr) == (2, True)
@@ -396,7 +396,7 @@ def test_finetuned_foreign_weights_keep_their_normalisation(foreign, few_digits,
     top1 = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])["test_loss"]
     printed = succeed(*arguments, "--eval", "--resume", tmp_path / "checkpoint.pth")
     assert f"loss {top1:.4f}, 21 images" in printed
-    resumed = succeed(*arguments, "--auto-resume", "--epochs", 1)
+    resumed = succeed(*arguments, "--finetune", foreign / "bare.pth", "--auto-resume")
     assert "the run in" in resumed
 
 
