@@ -2,6 +2,8 @@
 
 import signal
 
+import training.environment  # noqa: F401 before timm
+
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends the process without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -5,6 +5,8 @@ python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--overwrite] [--score-t
 IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". EXIF orientations are applied.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import sys
 from collections import Counter
 from typing import Any
@@ -14,8 +16,6 @@ import numpy as np
 from mmdet.visualization import DetLocalVisualizer
 from PIL import Image
 
-if not __package__:
-    import _repository  # noqa: F401
 from dense.drawing import enlargement
 from dense.predict import build_predict_parser, run_prediction
 from training.commands import fraction

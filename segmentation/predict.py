@@ -5,6 +5,8 @@ python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--overwrite] [--cfg-opt
 IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". EXIF orientations are applied.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import sys
 from typing import Any
 
@@ -12,8 +14,6 @@ import mmcv
 import numpy as np
 from PIL import Image
 
-if not __package__:
-    import _repository  # noqa: F401
 from dense.predict import build_predict_parser, run_prediction
 from segmentation.drawing import draw, shares
 

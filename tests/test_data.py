@@ -37,7 +37,7 @@ from datasets import (
     epoch_batches,
 )
 from samplers import DistributedEvalSampler, TrainBatchSampler
-from training import samples
+from training import readers, samples
 from training.commands import run_command
 from training.errors import UserError
 from training.output import read_log as read_whole_log
@@ -526,6 +526,52 @@ def test_webdataset_with_labels_that_are_no_classes(label, reason, loader, webda
         shutil.copy(shard, tmp_path)
     arguments = [*SMALLEST, *WEBDATASET, "--data-path", tmp_path, "--loader", loader, "--output_dir", tmp_path / "run"]
     assert reason in refusal(main.run, "main", arguments, capsys)
+
+
+def write_shard(path: Path, names: list[str]) -> None:
+    """Write a shard of blank images, and labels that count from 0."""
+    blank = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(blank, "PNG")
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            content = b"0" if name.endswith(".cls") else blank.getvalue()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (["a.png", "a.cls", "b.png", "b.cls"], ["a", "b"]),
+        (["a.v1.cls", "a.v1.png", "a.v2.cls", "a.v2.png", "b.png", "b.cls"], ["a.v1", "a.v2", "b"]),
+        (["IMG.1.png", "IMG.2.png", "IMG.1.cls", "IMG.2.cls"], ["IMG.1", "IMG.2"]),
+        (["x.y/a.png", "x.y/a.cls"], ["x.y/a"]),
+        (["a.png", "a.cls", "a.seg.png", "a.meta.json"], ["a"]),  # parts of one sample, by webdataset's convention
+    ],
+)
+def test_dots_in_names_of_a_webdataset(names, keys, tmp_path):
+    write_shard(tmp_path / "x.tar", names)
+    samples = list(readers._samples_of_shard(str(tmp_path / "x.tar")))
+    assert [sample["__key__"] for sample in samples] == keys
+    assert all({"png", "cls"} <= sample.keys() for sample in samples)
+
+
+def test_ambiguous_dots_in_names_of_a_webdataset_are_named(tmp_path, capsys):
+    """The second image would not be read."""
+    write_shard(tmp_path / "x.tar", ["a.png", "a.cls", "a.v2.png", "a.v2.cls"])
+    arguments = [
+        *SMALLEST,
+        "--data-set",
+        "wds/x",
+        "--data-path",
+        tmp_path,
+        "--num-classes",
+        2,
+        "--val-split",
+        "x.tar|2",
+    ]
+    assert "a.v2.cls" in refusal(main.run, "main", [*arguments, "--eval"], capsys)
 
 
 def damaged_shard(webdataset: Path, folder: Path, name: str, how: str) -> Path:

@@ -8,6 +8,8 @@ and among windows, MLP, norms, classifier. Other networks of timm are counted by
 pass and of a training step is measured, for a batch.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import argparse
 import sys
 
@@ -15,8 +17,6 @@ import timm
 import torch
 from torch import nn
 
-if not __package__:
-    import _repository  # noqa: F401
 import sepvit
 from training.commands import Parser, positive_int, run_command
 from training.complexity import costs_as_text, costs_of, memory_as_text, memory_of, summary
