@@ -267,8 +267,7 @@ def use_checked_loading(cfg: Config) -> None:
     for hook in switching:
         hook.switch_pipeline = _named(hook.switch_pipeline, True)
     for node in dicts([cfg.get("val_evaluator"), cfg.get("test_evaluator")]):
-        if not node.get("sort_categories"):
-            _replace(node, METRICS)
+        _replace(node, METRICS)
     if any(node.get("type") in OF_MMDET for node in dicts(cfg)):
         _import_with(cfg, "dense.coco")
 

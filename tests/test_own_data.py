@@ -838,11 +838,6 @@ UNFIT_BOXED: dict[str, tuple[Spoil, str]] = {
         each("categories", lambda one: one.update(name=f"class {one['id']}")),
         FILE + f"no category is named cat, dog: {BOTH}class 3, class 7",
     ),
-    "another order": (
-        change(lambda content: content["categories"].reverse()),
-        FILE + "the classes are in another order than the file's categories, and would be mixed up: "
-        f"{BOTH}dog, cat; write them as dog, cat",
-    ),
     "the same name": (
         each("categories", lambda one: one.update(name="cat")),
         FILE + "has several categories named cat",
@@ -1023,24 +1018,130 @@ def test_missing_iscrowd_and_area_are_filled_in(missing, detection):
     assert figures.get("coco/segm_mAP", 1) == 1
 
 
-def perfect_figures(cfg: Config, root: Path) -> dict[str, float]:
-    """Evaluate detections that are the validation set's truth."""
+def mask_of(mark: dict[str, Any]) -> np.ndarray:
+    """Mask of a square object, which its box gives, too."""
+    left, top, width, height = (round(value) for value in mark["bbox"])
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[top : top + height, left : left + width] = 1
+    return mask
+
+
+def test_annotations_may_count_from_0(detection):
+    """pycocotools takes a match with annotation 0 for none."""
+    cfg, root = detection
+    each("annotations", lambda one: one.update(id=one["id"] - 1), "val2017")(cfg, root)
+    check_data(cfg, "val_dataloader")
+    figures = perfect_figures(cfg, root)
+    assert (figures["coco/bbox_mAP"], figures["coco/segm_mAP"]) == (1, 1)
+    cfg.val_evaluator.sort_categories = True
+    assert perfect_figures(cfg, root)["coco/bbox_mAP"] == 1
+
+
+def test_classes_in_another_order_than_the_categories(detection):
+    """Labels follow the classes, and so do the figures of each class, also where ids are in no order."""
+    cfg, root = detection
+    for split in ("train2017", "val2017"):
+        change(lambda content: content["categories"].reverse(), split)(cfg, root)
+    labels = [{one["bbox_label"] for one in info["instances"]} for info in map(built(cfg).get_data_info, range(6))]
+    assert labels == [{1}, {0}] * 3
+    for names in (("cat", "dog"), ("dog", "cat")):
+        for loader in ("train_dataloader", "val_dataloader"):
+            cfg[loader].dataset.metainfo = dict(classes=names)
+        check_data(cfg, "train_dataloader", "val_dataloader")
+        cfg.val_evaluator.classwise = True
+        figures = perfect_figures(cfg, root, missed=7)
+        assert (figures["coco/cat_precision"], figures["coco/dog_precision"]) == (1, 0)
+        objects = built(cfg, "val_dataloader").get_data_info(0)["instances"]
+        assert [names[one["bbox_label"]] for one in objects] == ["dog"]
+
+
+def test_names_in_either_form_of_unicode(detection):
+    """Names that were typed on a Mac may be decomposed."""
+    cfg, root = detection
+    names = {"cat": "b\u00e9b\u00e9", "dog": "dog"}
+    for split in ("train2017", "val2017"):
+        each("categories", lambda one: one.update(name=names[one["name"]]), split)(cfg, root)
+    decomposed = ("be\u0301be\u0301", "dog")
+    for loader in ("train_dataloader", "val_dataloader"):
+        cfg[loader].dataset.metainfo = dict(classes=decomposed)
+    check_data(cfg, "train_dataloader", "val_dataloader")
+    assert len(built(cfg).get_data_info(1)["instances"]) == 1
+    assert perfect_figures(cfg, root)["coco/bbox_mAP"] == 1
+
+
+SQUARE = [10, 10, 10, 40, 40, 40, 40, 10]
+NOTHING = {
+    "an empty polygon": dict(segmentation=[[]]),
+    "four numbers": dict(segmentation=[[10, 10, 40, 40]]),
+    "an odd number": dict(segmentation=[SQUARE[:7]]),
+    "a corner that is not finite": dict(segmentation=[[*SQUARE[:7], float("nan")]]),
+    "run lengths without counts": dict(segmentation=dict(size=[HEIGHT, WIDTH])),
+    "a box that is none": dict(bbox=[float("nan"), 10, 30, 30]),
+    "an endless box": dict(bbox=[10, 10, float("inf"), 30]),
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING)
+@pytest.mark.parametrize("has_masks", [True, False])
+def test_objects_without_extent_are_ignored(kind, has_masks, detection, capsys):
+    """In training and evaluation alike, with a warning. A box without a mask counts where masks are not used."""
+    cfg, root = detection
+    if not has_masks:
+        for node in dicts(cfg):
+            node.pop("with_mask", None)
+        cfg.val_evaluator.metric = "bbox"
+    usual = dict(image_id=1, category_id=3, iscrowd=0, bbox=[10, 10, 30, 30], area=900, segmentation=[SQUARE])
+    add = change(lambda content: content["annotations"].append(dict(usual, id=50, **NOTHING[kind])), "train2017")
+    add(cfg, root)
+    change(lambda content: content["annotations"].insert(0, dict(usual, id=50, **NOTHING[kind])), "val2017")(cfg, root)
+    check_data(cfg, "train_dataloader", "val_dataloader")
+    is_skipped = has_masks or "bbox" in NOTHING[kind]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("annotations/")[2].partition(":")[0] for line in lines] == (
+        ["instances_train2017.json", "instances_val2017.json"] if is_skipped else []
+    )
+    truth = built(cfg)[0]["data_samples"]
+    assert len(truth.gt_instances) == (1 if is_skipped else 2)
+    figures = perfect_figures(cfg, root)  # without the object
+    assert (figures["coco/bbox_mAP"] == 1) == is_skipped
+    assert figures.get("coco/segm_mAP", 1) == 1
+
+
+def test_a_sound_polygon_beside_an_empty_one(detection, capsys):
+    cfg, root = detection
+    plain = perfect_figures(cfg, root)
+    capsys.readouterr()
+    for split in ("train2017", "val2017"):
+        each("annotations", lambda one: one["segmentation"].insert(0, [1, 2]), split)(cfg, root)
+    check_data(cfg, "train_dataloader", "val_dataloader")
+    assert capsys.readouterr().out == ""
+    assert built(cfg)[0]["data_samples"].gt_instances.masks.areas.item() > 0
+    assert perfect_figures(cfg, root) == plain
+
+
+def perfect_figures(cfg: Config, root: Path, missed: int | None = None) -> dict[str, float]:
+    """Evaluate detections that are the validation set's truth, but for the objects of a category."""
     import torch
 
+    use_checked_loading(cfg)
     settings = {key: value for key, value in cfg.val_evaluator.items() if key != "_scope_"}
     metric = mmdet.registry.METRICS.build(settings)
     assert isinstance(metric, CompleteCocoMetric)
-    metric.dataset_meta = dict(classes=("cat", "dog"))
+    metric.dataset_meta = dict(classes=tuple(cfg.val_dataloader.dataset.metainfo.classes))
     api = CompleteCOCO(str(root / "annotations/instances_val2017.json"))
+    categories = api.get_cat_ids(cat_names=metric.dataset_meta["classes"])
     for image in api.load_imgs(api.get_img_ids()):
-        objects = api.load_anns(api.get_ann_ids([image["id"]]))
+        objects = [one for one in api.load_anns(api.get_ann_ids([image["id"]])) if one["category_id"] != missed]
+        objects = [one for one in objects if one["bbox"] != [10, 10, 30, 30]]  # which is to be ignored
         boxes = torch.tensor(
             [[x, y, x + width, y + height] for x, y, width, height in (one["bbox"] for one in objects)]
-        )
+        ).reshape(-1, 4)
         found = dict(bboxes=boxes.float(), scores=torch.ones(len(objects)),
-                     labels=torch.tensor([[3, 7].index(one["category_id"]) for one in objects]))  # fmt: skip
+                     labels=torch.tensor([categories.index(one["category_id"]) for one in objects]))  # fmt: skip
         if "segm" in metric.metrics:
-            found["masks"] = torch.from_numpy(np.stack([api.annToMask(one) for one in objects])).bool()
+            found["masks"] = torch.from_numpy(
+                np.array([mask_of(one) for one in objects]).reshape(-1, HEIGHT, WIDTH)
+            ).bool()
         metric.process({}, [dict(pred_instances=found, img_id=image["id"], ori_shape=(HEIGHT, WIDTH))])
     return metric.evaluate(len(api.imgs))
 
