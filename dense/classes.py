@@ -92,6 +92,12 @@ def _names_of(place: str, node: Mapping[str, Any], kind: Any) -> tuple[str, ...]
     if names and known and is_kind(kind, SEGMENTATION) and (others := [name for name in names if name not in known]):
         raise UserError(f"{place}.metainfo: {listed(others)} are none of the classes of {kind.__name__}, "
                         f"{listed(known)}; for data of your own, set metainfo at the top of the config")  # fmt: skip
+    if names and len(names) == 1 and is_kind(kind, SEGMENTATION):
+        two = f"set metainfo = dict(classes=('background', {names[0]!r})), for labels 0 and 1"
+        one = "for a head of one channel, set out_channels=1, num_classes=2 and loss_decode.use_sigmoid=True as well"
+        raise UserError(
+            f"{place}: one class, {names[0]}, which each labelled pixel has, cannot be learned; {two}; {one}"
+        )
     palette = meta.get("palette")
     if names and palette is not None and not isinstance(palette, str) and len(palette) != len(names):
         raise UserError(f"{place}.metainfo: palette has {len(palette)} colours for the {len(names)} classes "

@@ -4,6 +4,7 @@
 training loop counts, and which ends validation and tests.
 """
 
+import copy
 import importlib
 import os
 import stat
@@ -270,6 +271,14 @@ def use_checked_loading(cfg: Config) -> None:
         _replace(node, METRICS)
     if any(node.get("type") in OF_MMDET for node in dicts(cfg)):
         _import_with(cfg, "dense.coco")
+
+
+def checked_steps(steps: Any) -> list[Any]:
+    """Copy a pipeline, with checked transforms."""
+    steps = copy.deepcopy(list(steps))
+    for node in dicts(steps):
+        _replace(node, TRANSFORMS)
+    return steps
 
 
 def _named(steps: Any, is_training: bool) -> list[Any]:

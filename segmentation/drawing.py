@@ -14,6 +14,11 @@ MARGIN = 8
 OPACITY = 0.55
 
 
+def labels_in(field: Any) -> np.ndarray:
+    """Labels of a data sample's map, H × W, whole numbers. mmseg gives those of heads with one channel as floats."""
+    return field.data[0].cpu().numpy().astype(np.int64)
+
+
 def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
     """Colour an image (H × W × 3, RGB, 0 to 255) by its labels (H × W). Ignored pixels keep their colour."""
     colours = np.asarray(palette, dtype=np.float32)[np.where(labels == IGNORED, 0, labels)]  # H × W × 3
@@ -77,8 +82,8 @@ class DrawingHook(FileHook):
         """Draw an image."""
         maps = {}
         if "gt_sem_seg" in sample:
-            maps["truth"] = sample.gt_sem_seg.data[0].cpu().numpy()
-        maps["prediction"] = sample.pred_sem_seg.data[0].cpu().numpy()
+            maps["truth"] = labels_in(sample.gt_sem_seg)
+        maps["prediction"] = labels_in(sample.pred_sem_seg)
         save(draw(read_stored(sample.img_path), maps, metainfo["classes"], metainfo["palette"]), path)
 
 
@@ -87,7 +92,7 @@ class LabelsHook(FileHook):
 
     def write(self, sample: Any, metainfo: dict[str, Any], path: Path) -> None:
         """Write the labels of an image."""
-        labels = sample.pred_sem_seg.data[0].cpu().numpy()
+        labels = labels_in(sample.pred_sem_seg)
         if chosen := metainfo.get("label_map"):  # some of the data set's classes
             originals = {new: old for old, new in chosen.items() if new != IGNORED}
             labels = np.array([originals[new] for new in range(len(originals))])[labels]

@@ -15,7 +15,7 @@ from PIL import Image
 if not __package__:
     import _repository  # noqa: F401
 from dense.predict import build_predict_parser, run_prediction
-from segmentation.drawing import draw, shares
+from segmentation.drawing import draw, labels_in, shares
 
 
 def segment(model: Any, image: np.ndarray) -> Any:
@@ -45,7 +45,7 @@ def draw_prediction(model: Any, path: str, image: np.ndarray) -> tuple[Image.Ima
         the picture, and a line with the largest classes.
     """
     classes, palette = model.dataset_meta["classes"], model.dataset_meta["palette"]
-    labels = segment(model, image).pred_sem_seg.data[0].cpu().numpy()
+    labels = labels_in(segment(model, image).pred_sem_seg)
     share = shares(labels, len(classes))
     largest = [f"{classes[index]} {100 * share[index]:.1f} %" for index in np.argsort(-share)[:5] if share[index] > 0]
     return draw(image, {"prediction": labels}, classes, palette), ", ".join(largest)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dense.predict import build_inference_model
 from dense.settings import read_config, where_of
-from segmentation.drawing import IGNORED, shares
+from segmentation.drawing import IGNORED, labels_in, shares
 from tools.app_predictors import Answer, BlockWeights, Row, record, timed, why_no_attention
 from training.errors import UserError
 
@@ -84,7 +84,7 @@ class Segmentor(DensePredictor):
 
     def draw(self, sample: Any, pixels: np.ndarray) -> tuple[list[Row], Image.Image]:
         """Make the lines, the largest class first, and the labels as colours. Ignored pixels are transparent."""
-        labels = sample.pred_sem_seg.data[0].cpu().numpy()  # H × W
+        labels = labels_in(sample.pred_sem_seg)
         palette = np.asarray(self.model.dataset_meta["palette"], dtype=np.uint8)
         share = shares(labels, len(self.classes))
         largest = [int(index) for index in np.argsort(-share)[:MOST_ROWS] if share[index] > 0]
