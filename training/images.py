@@ -1,0 +1,166 @@
+"""One reading of image files for all commands: which files are images, and what their pixels are."""
+
+import io
+import os
+import stat
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from training.classes import canonical
+
+# Formats that Pillow decodes in memory by itself. For some others it starts programs, which work on files.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM")
+DEEP_MODES = ("I", "F")  # and I;16…: one channel of more than 8 bits
+STORED, EXIF = ORIENTATIONS = ("stored", "exif")  # pixels as in the file, or upright
+UPRIGHT = 1  # the EXIF orientation of an image that is stored upright
+
+Image.init()  # loads the decoders, of which Pillow may lack some
+IMAGE_SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+
+Encoded = bytes | Image.Image  # an image file's content, or an image of a data set that decodes by itself
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pixels
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: str | Path) -> bytes:
+    """Read an image file without decoding it.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe or a device, which could block forever.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a regular file")
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
+def open_image(source: str | Path | BinaryIO) -> Image.Image:
+    """Open an image of one of `FORMATS`, without decoding its pixels. Raises what Pillow raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about sizes below the limit, and metadata
+        return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def decode(source: Encoded, orientation: str = STORED) -> Image.Image:
+    """Decode an image to RGB, 8 bits per channel.
+
+    Values of 16 bits and floats are scaled to 0 to 255, transparent parts are white, and of an animation the first
+    frame is taken. Pixels of ordinary images are those of Pillow's `convert("RGB")`.
+
+    Args:
+        source: an image file's content, or an image.
+        orientation: 'stored', or 'exif' to turn the image upright by its EXIF orientation.
+
+    Raises:
+        Exception: whatever Pillow raises for an image that is unreadable.
+    """
+    image = open_image(io.BytesIO(source)) if isinstance(source, bytes) else source
+    if orientation == EXIF and orientation_of(image) != UPRIGHT:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(DEEP_MODES):
+        image = _scaled_to_8_bits(image)
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers)
+    return image.convert("RGB")
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation of an image, 1 to 8; 1, upright, if it has none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damaged metadata
+        value = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
+    return value if value in range(1, 9) else UPRIGHT
+
+
+def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale the values of a grey image with more than 8 bits to 0 to 255.
+
+    Integers have 16 bits in every common format. Floats from 0 to 1 are taken as such, others by their own range.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    if image.mode != "F" and low >= 0 and high <= 65535:
+        low, high = 0.0, 255.0 if image.mode == "I" and high <= 255 else 65535.0
+    elif low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    scaled = np.nan_to_num((values - low) / max(high - low, 1e-12)) * 255
+    return Image.fromarray(scaled.round().astype(np.uint8))
+
+
+def reason_of(error: Exception) -> str:
+    """Describe why an image could not be read, in a few words."""
+    if isinstance(error, MemoryError):
+        return "too large for this machine's memory"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image, or damaged"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, such as `._x.png` and `.ipynb_checkpoints`. It is nobody's image or class."""
+    return name.startswith(".")
+
+
+def is_image(name: str | Path) -> bool:
+    """Whether a file is an image, by its name."""
+    name = os.path.basename(name)
+    return not is_hidden(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield a folder and the folders in it that are not hidden, each with its visible files. Links are followed.
+
+    Folders and files are sorted by name, in the composed form of Unicode: a copy on a Mac has the same order.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = []
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name) and not _is_cycle(os.path.join(place, name))]
+        found.append((place, sorted((name for name in files if not is_hidden(name)), key=canonical)))
+    yield from sorted(found, key=lambda entry: canonical(entry[0]))
+
+
+def _is_cycle(folder: str) -> bool:
+    """Whether a folder is a link to a folder that it is in."""
+    if not os.path.islink(folder):
+        return False
+    target, parent = Path(os.path.realpath(folder)), Path(os.path.realpath(os.path.dirname(folder)))
+    return target in (parent, *parent.parents)
+
+
+def images_in(folder: str | Path) -> tuple[list[str], Counter[str]]:
+    """List the images in a folder and in its folders.
+
+    Returns:
+        their paths, and the number of other visible files by suffix.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    files = [os.path.join(place, name) for place, names in walk(folder) for name in names]
+    others = Counter(os.path.splitext(file)[1].lower() or "no suffix" for file in files if not is_image(file))
+    return [file for file in files if is_image(file)], others
