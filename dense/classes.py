@@ -1,4 +1,4 @@
-"""Checks that a config's data sets, heads, class weights and palettes agree on the classes."""
+"""Checks that a config's data sets, heads, class weights, palettes and checkpoint agree on the classes."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,26 @@ from typing import Any
 from mmengine.config import Config
 
 from dense.annotations import listed
-from dense.parts import SEGMENTATION, classes_of, data_sets, heads_of, is_kind, weighted_losses
+from dense.parts import (
+    COCO,
+    LOADS_LABELS,
+    SEGMENTATION,
+    class_name,
+    classes_of,
+    data_sets,
+    dicts,
+    heads_of,
+    is_kind,
+    step_name,
+    weighted_losses,
+)
+from training.classes import canonical, order_of
 from training.errors import UserError
+from training.processes import print_main
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Of a config
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def checked_names(names: Any, where: str) -> tuple[str, ...]:
@@ -118,3 +136,93 @@ def _check_head(place: str, head: Mapping[str, Any], names: Sequence[str]) -> No
             extra = " and the background" if background else ""
             raise UserError(f"{place}.{name}.class_weight has {len(loss['class_weight'])} weights for the {len(names)} "
                             f"classes {listed(names)}{extra}; state as many, or None")  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Of a checkpoint
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def classes_in(checkpoint: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Names of the classes that a checkpoint of mmengine, or of mmcv 1.x, was trained on; None if it has none."""
+    meta = checkpoint.get("meta") or {}
+    names = (meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES")
+    return tuple(map(str, names)) if names else None
+
+
+def has_other_classes(cfg: Config, checkpoint: Mapping[str, Any], loader: str) -> bool:
+    """Whether a checkpoint was trained on classes with different names than a loader's. Their order may differ."""
+    held, names = classes_in(checkpoint), _classes_of_loader(cfg, loader)
+    return None not in (held, names) and sorted(map(canonical, held or ())) != sorted(map(canonical, names or ()))
+
+
+def match_classes(cfg: Config, checkpoint: Mapping[str, Any], what: str, loaders: Sequence[str]) -> None:
+    """Let data sets number their classes as a checkpoint does, by name.
+
+    Args:
+        cfg: the config, with the same classes in all data sets.
+        checkpoint: the checkpoint.
+        what: flag and path, for messages.
+        loaders: names of the data loaders that will be used.
+
+    Raises:
+        UserError: names differ, or a data set cannot be numbered in another order.
+    """
+    held, names = classes_in(checkpoint), _classes_of_loader(cfg, loaders[0])
+    if names is None:
+        return
+    if held is None:
+        print_main(f"{what}: does not name its classes, which are compared by number")
+        return
+    hint = "set metainfo = dict(classes=…) to the names that it was trained on"
+    order = order_of(held, names, what, f"{loaders[0]}.dataset", hint)
+    if held == names:
+        return
+    palette = checkpoint["meta"].get("dataset_meta", {}).get("palette")
+    for loader in loaders:
+        for node, kind in data_sets(cfg, loader):
+            _renumber(
+                node, kind, names, held, order, palette, f"{what}: its classes are in another order than {loader}'s"
+            )
+    if order is not None:
+        print_main(f"{what}: its classes are in another order than {loaders[0]}.dataset's; they are matched by name")
+
+
+def _classes_of_loader(cfg: Config, loader: str) -> tuple[str, ...] | None:
+    return next((classes_of(node, kind) for node, kind in data_sets(cfg, loader)), None)
+
+
+def _renumber(
+    node: Any, kind: Any, names: Sequence[str], held: Sequence[str], order: list[int] | None, palette: Any, problem: str
+) -> None:
+    """Let a data set number its classes in a checkpoint's order.
+
+    Args:
+        node: its settings.
+        kind: its class.
+        names: its classes in its own order.
+        held: the same in the checkpoint's order, and spelling.
+        order: the number of each class in the checkpoint, None if it is that in the data set.
+        palette: the checkpoint's colours, None if it has none.
+        problem: what is reported if that is not possible.
+
+    Raises:
+        UserError: it is not.
+    """
+    is_own = bool(kind.METAINFO.get("classes"))  # mmseg's classes, by whose names files are numbered
+    meta = dict(node.get("metainfo") or {})
+    if order is not None and is_kind(kind, SEGMENTATION) and not is_own:
+        for step in dicts(node.get("pipeline")):
+            name = step_name(step)
+            if name in LOADS_LABELS:
+                step["label_map"] = list(order)
+            elif name.startswith("Load") and "Image" not in name:
+                raise UserError(f"{problem}, and {name} loads them as they are; write them as {listed(held)}")
+        meta["stored_classes"] = tuple(names)
+    elif order is not None and not is_kind(kind, SEGMENTATION) and class_name(kind) not in COCO:
+        raise UserError(f"{problem}, and {kind.__name__} numbers them itself; write them as {listed(held)}")
+    ordered = tuple(names) if order is None else tuple(names[order.index(number)] for number in range(len(names)))
+    meta["classes"] = ordered if is_own and is_kind(kind, SEGMENTATION) else tuple(held)
+    if isinstance(colours := meta.get("palette"), (list, tuple)) and order is not None:
+        meta["palette"] = palette or [colours[order.index(number)] for number in range(len(names))]
+    node["metainfo"] = meta

@@ -17,6 +17,7 @@ from dense.classes import check_classes
 from dense.loading import LARGEST, LoadReadableLabels, checked_steps
 from dense.parts import (
     COCO,
+    LOADS_LABELS,
     SEGMENTATION,
     as_list,
     class_name,
@@ -28,6 +29,7 @@ from dense.parts import (
     is_kind,
     is_remote,
     resolve,
+    step_name,
 )
 from training.errors import UserError
 from training.images import IMAGE_SUFFIXES, is_hidden, open_image, orientation_of
@@ -36,7 +38,6 @@ from training.unreadable import UnreadableImageError, unreadable_limit
 
 T = TypeVar("T")
 
-LOADS_LABELS = ("LoadAnnotations", "LoadReadableLabels")
 # Label maps that are read to find classes that no pixel has, and how many of them a class should have for itself: among
 # many classes, some are rare.
 MAX_LABELS, LABELS_PER_CLASS = 200, 10
@@ -222,9 +223,7 @@ def warn_of_unmet_classes(
     """
     if len(samples) > MAX_LABELS and len(names) * LABELS_PER_CLASS > MAX_LABELS:
         return
-    step = next(
-        step for step in dicts(node.get("pipeline")) if str(step.get("type")).rpartition(".")[2] in LOADS_LABELS
-    )
+    step = next(step for step in dicts(node.get("pipeline")) if step_name(step) in LOADS_LABELS)
     load = LoadReadableLabels(imdecode_backend=step.get("imdecode_backend", "pillow"))
     chosen = evenly_spaced(samples, MAX_LABELS)
     counts = np.zeros(LARGEST + 1, dtype=np.int64)

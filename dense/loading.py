@@ -8,7 +8,7 @@ import copy
 import importlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,6 +104,7 @@ class LoadReadableLabels(BaseTransform):
         reduce_zero_label: see mmseg's transform; None follows the data set.
         imdecode_backend: see mmseg's transform.
         backend_args: see mmseg's transform.
+        label_map: the number of each class, in the order of the files' numbers; None for those numbers.
     """
 
     def __init__(
@@ -113,12 +114,14 @@ class LoadReadableLabels(BaseTransform):
         reduce_zero_label: bool | None = None,
         imdecode_backend: str = "pillow",
         backend_args: dict[str, Any] | None = None,
+        label_map: Sequence[int] | None = None,
     ) -> None:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.reduce_zero_label = reduce_zero_label
         self.imdecode_backend = imdecode_backend
         self.backend_args = backend_args
+        self.label_map = None if label_map is None else dict(enumerate(label_map))
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Load a label map into `results`.
@@ -165,7 +168,7 @@ class LoadReadableLabels(BaseTransform):
         if reduced:
             table[1:-1] -= 1
             table[0] = LARGEST
-        if (mapping := results.get("label_map")) is not None:
+        if (mapping := self.label_map or results.get("label_map")) is not None:
             chosen = np.arange(LARGEST + 1, dtype=np.uint8)
             chosen[list(mapping.keys())] = list(mapping.values())
             table = chosen[table]
@@ -235,6 +238,23 @@ REPLACED = {
 OF_MMDET = {"LoadReadableInstances", "CompleteCocoDataset", "CompleteCocoMetric"}  # registered by dense.coco
 
 
+def use_checked_types(cfg: Config) -> None:
+    """Replace the transforms, data sets and metrics of a config by the checked ones, which take more arguments."""
+    places = [*(cfg.get(loader) for loader in LOADERS), cfg.get("tta_pipeline"), *switching_hooks(cfg)]
+    for node in dicts(places):
+        for registry in (TRANSFORMS, DATASETS):
+            _replace(node, registry)
+    for node in dicts([cfg.get("val_evaluator"), cfg.get("test_evaluator")]):
+        _replace(node, METRICS)
+    if any(node.get("type") in OF_MMDET for node in dicts(cfg)):
+        _import_with(cfg, "dense.coco")
+
+
+def switching_hooks(cfg: Config) -> list[Any]:
+    """Return the hooks of mmdet that give the training data set another pipeline."""
+    return [hook for hook in dicts(cfg.get("custom_hooks")) if hook.get("switch_pipeline")]
+
+
 def use_checked_loading(cfg: Config) -> None:
     """Let the data sets of a config load images, labels and annotations by the checked transforms and classes.
 
@@ -247,10 +267,10 @@ def use_checked_loading(cfg: Config) -> None:
     Raises:
         UserError: a pipeline has a setting that no longer exists.
     """
+    use_checked_types(cfg)
     head = cfg.model.get("module", cfg.model).get("decode_head") or {}
     ignored = (head[0] if isinstance(head, (list, tuple)) else head).get("ignore_index", 255)
     names: tuple[str, ...] | None = None
-    switching = [hook for hook in dicts(cfg.get("custom_hooks")) if hook.get("switch_pipeline")]  # of mmdet
     for loader in LOADERS:
         found = [*data_sets(cfg, loader)]
         names = next((classes_of(node, kind) for node, kind in found), names)
@@ -258,19 +278,13 @@ def use_checked_loading(cfg: Config) -> None:
         if loader == "test_dataloader" and cfg.get("tta_pipeline"):
             places.append(cfg.tta_pipeline)
         if loader == "train_dataloader":
-            places += [hook.switch_pipeline for hook in switching]
+            places += [hook.switch_pipeline for hook in switching_hooks(cfg)]
         for node in dicts(places):
-            _replace(node, TRANSFORMS)
             _check_transform(node, len(names) if names else None, ignored)
         for node, _ in found:
-            _replace(node, DATASETS)
             node.pipeline = _named(node.get("pipeline", []), loader == "train_dataloader")
-    for hook in switching:
+    for hook in switching_hooks(cfg):
         hook.switch_pipeline = _named(hook.switch_pipeline, True)
-    for node in dicts([cfg.get("val_evaluator"), cfg.get("test_evaluator")]):
-        _replace(node, METRICS)
-    if any(node.get("type") in OF_MMDET for node in dicts(cfg)):
-        _import_with(cfg, "dense.coco")
 
 
 def checked_steps(steps: Any) -> list[Any]:

@@ -10,6 +10,7 @@ LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 BASE = "mmengine.dataset.base_dataset.BaseDataset"
 SEGMENTATION = "mmseg.datasets.basesegdataset.BaseSegDataset"
 COCO = ("mmdet.datasets.coco.CocoDataset", "dense.coco.CompleteCocoDataset")
+LOADS_LABELS = ("LoadAnnotations", "LoadReadableLabels")  # transforms that load label maps
 # Heads that predict the classes of the data set. First stages predict one class, heads for stuff other ones.
 HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "roi_head.bbox_head", "roi_head.mask_head")
 OTHER_HEADS = ("STDCHead",)  # which stand among them, and predict something else: this one, boundaries
@@ -83,9 +84,14 @@ def is_elsewhere(node: Mapping[str, Any]) -> bool:
     return is_remote(node.get("data_root") or "") or bool(node.get("backend_args"))
 
 
+def step_name(step: Mapping[str, Any]) -> str:
+    """Return the name of a transform's class, without its module."""
+    return str(step.get("type")).rpartition(".")[2]
+
+
 def has_step(node: Any, *types: str, **settings: Any) -> bool:
     """Whether a data set's pipeline has a transform of one of some types, with some settings."""
-    steps = [step for step in dicts(node.get("pipeline")) if str(step.get("type")).rpartition(".")[2] in types]
+    steps = [step for step in dicts(node.get("pipeline")) if step_name(step) in types]
     return any(all(step.get(key) == value for key, value in settings.items()) for step in steps)
 
 

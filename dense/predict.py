@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from dense.checks import build_model, check_test_parts, check_weights, config_errors
+from dense.classes import classes_in
 from dense.console import progress_bar
 from dense.data import check_types
 from dense.parts import classes_of, data_sets
@@ -70,8 +71,12 @@ def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.M
         name = cfg.test_dataloader.dataset.get("type")
         raise UserError(f"test_dataloader.dataset.type={name}: has no classes and no pipeline; derive it from "
                         "mmengine's BaseDataset")  # fmt: skip
-    meta = checkpoint.get("meta", {}).get("dataset_meta")
-    model.dataset_meta = meta or {**kind.METAINFO, **(node.get("metainfo") or {}), "classes": classes_of(node, kind)}
+    names = classes_in(checkpoint)
+    if names is None:
+        print_line(f"CHECKPOINT {checkpoint_path}: does not name its classes, which get the config's names by number")
+    stated = {**kind.METAINFO, **(node.get("metainfo") or {})}
+    held = (checkpoint.get("meta") or {}).get("dataset_meta") or {}
+    model.dataset_meta = {**stated, **held, "classes": names or classes_of(node, kind)}
     model.cfg = copy.deepcopy(cfg)
     steps = [step for step in node.pipeline if not str(step.get("type")).rpartition(".")[2].startswith("Load")]
     model.cfg.test_pipeline = [dict(type=f"{cfg.default_scope}.LoadImageFromNDArray"), *steps]

@@ -52,7 +52,8 @@ COMPUTED = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "param_sc
             "model_wrapper_cfg", "find_unused_parameters", "efficient_conv_bn_eval")  # fmt: skip
 # Of these, what does not: where things are, and how they are read. The images' fingerprint is compared by itself.
 FREE_NAMES = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "data_root", "data_prefix",
-              "ann_file", "init_cfg", "pretrained", "with_cp", "outfile_prefix", "backend_args")  # fmt: skip
+              "ann_file", "init_cfg", "pretrained", "with_cp", "outfile_prefix", "backend_args", "label_map",
+              "stored_classes")  # fmt: skip
 # Settings of mmengine's checkpoint hook that are followed.
 SAVING = ("type", "interval", "by_epoch", "max_keep_ckpts", "save_best", "rule", "priority")
 FREE = re.compile(rf"(^|\.)({'|'.join(FREE_NAMES)})(\.|$)")

@@ -96,6 +96,8 @@ class LabelsHook(FileHook):
         if chosen := metainfo.get("label_map"):  # some of the data set's classes
             originals = {new: old for old, new in chosen.items() if new != IGNORED}
             labels = np.array([originals[new] for new in range(len(originals))])[labels]
+        if stored := metainfo.get("stored_classes"):  # the checkpoint numbers them in another order
+            labels = np.array([stored.index(name) for name in metainfo["classes"]])[labels]
         if metainfo.get("reduce_zero_label"):
             labels = labels + 1  # the data set's 0 belongs to no class
         save(Image.fromarray(labels.astype(np.uint8)), path)

@@ -695,6 +695,9 @@ UNFIT_LABELLED: dict[str, tuple[Spoil, str]] = {
         put("model", auxiliary_head=[dict(num_classes=2), dict(num_classes=3)]),
         "model.auxiliary_head.1.num_classes=3: the data set has 2 classes, ground, square",
     ),
+    "one class": (put(f"{TRAIN}.metainfo", classes=("square",)), "train_dataloader.dataset: one class, square, "),
+    "several suffixes": (put(TRAIN, img_suffix=(".jpg", ".png")), "img_suffix=('.jpg', '.png'): takes one suffix"),
+    "several suffixes of labels": (put(VAL, seg_map_suffix=[".png"]), "seg_map_suffix=['.png']: takes one suffix"),
     "class weights": (
         put("model.decode_head.loss_decode", class_weight=[1, 1, 1]),
         "model.decode_head.loss_decode.class_weight has 3 weights for the 2 classes ground, square",
@@ -728,6 +731,74 @@ def test_images_of_another_suffix_are_mentioned(segmentation, capsys):
     check_data(cfg, "train_dataloader", "val_dataloader")
     words = "images/training: 5 images end in .jpg; others are left out: 1 in .png\n"
     assert capsys.readouterr().out == f"WARNING: train data {root}/{words}"
+
+
+def test_hidden_files_and_blank_lines_name_no_image(segmentation, capsys):
+    """Those of Macs and notebooks, in folders; and the last lines of lists."""
+    cfg, root = segmentation
+    for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+        (root / f"{kind}/training/.ipynb_checkpoints").mkdir()
+        shutil.copy(root / f"{kind}/training/0.{suffix}", root / f"{kind}/training/.ipynb_checkpoints/0.{suffix}")
+        (root / f"{kind}/training/._0.{suffix}").touch()
+    (root / "images/training/._1.png").touch()
+    check_data(cfg, "train_dataloader")
+    assert capsys.readouterr().out == ""
+    assert len(built(cfg)) == 6
+    list_images("0\n\n5\n  \n")(cfg, root)
+    check_data(cfg, "train_dataloader")
+    assert [Path(built(cfg).get_data_info(index)["img_path"]).name for index in (0, 1)] == ["0.jpg", "5.jpg"]
+
+
+@pytest.mark.parametrize("values", [(0, 255), (1, 2), (0, 1)])
+def test_classes_that_no_label_has_are_named(values, segmentation, capsys):
+    """Masks of 0 and 255 have one class, since 255 is none; labels that count from 1 lack the first."""
+    cfg, root = segmentation
+    for loader in ("train_dataloader", "val_dataloader"):
+        cfg[loader].dataset.reduce_zero_label = False
+        cfg[loader].dataset.metainfo = dict(classes=("ground", "square", "sky"))
+    cfg.model.decode_head.num_classes = 3
+    cfg.model.decode_head.loss_decode.pop("class_weight", None)
+    for path in root.glob("annotations/*/*.png"):
+        Image.fromarray(np.array([0, *values], np.uint8)[np.asarray(Image.open(path))]).save(path)
+    check_data(cfg, "train_dataloader", "val_dataloader")
+    lines = capsys.readouterr().out.splitlines()
+    unmet = [name for number, name in enumerate(("ground", "square", "sky")) if number not in values]
+    assert [line.partition(" is of the classes ")[2].partition(";")[0] for line in lines] == [", ".join(unmet)]
+    assert f"train labels {root}/annotations/training: " in lines[0]
+    assert ("the value 255" in lines[0]) == (255 in values)
+
+
+def test_of_many_labels_a_sample_is_read(segmentation, capsys, monkeypatch):
+    """It says nothing about classes that are too many for it."""
+    cfg, root = segmentation
+    for path in root.glob("annotations/training/*.png"):
+        Image.fromarray(np.ones((HEIGHT, WIDTH), np.uint8)).save(path)
+    monkeypatch.setattr("dense.data.MAX_LABELS", 3)
+    check_data(cfg, "train_dataloader")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("dense.data.LABELS_PER_CLASS", 1)
+    check_data(cfg, "train_dataloader")
+    assert "no pixel in 3 of its 6 label maps is of the classes square" in capsys.readouterr().out
+
+
+def test_batches_of_images_of_different_sizes(segmentation):
+    """mmseg evaluates them one by one only. Batches whose images the pipeline resizes to one size are fine."""
+    cfg, root = segmentation
+    for loader in ("val_dataloader", "test_dataloader"):
+        cfg[loader].batch_size = 2
+    check_data(cfg, "val_dataloader", "test_dataloader")
+    for path in (root / "images/validation/1.jpg", root / "annotations/validation/1.png"):
+        Image.open(path).resize((WIDTH, WIDTH), Image.Resampling.NEAREST).save(path)
+    for loader in ("val_dataloader", "test_dataloader"):
+        with pytest.raises(UserError, match=rf"{loader}\.batch_size=2: .*/images/validation/0\.jpg"):
+            check_data(cfg, loader)
+    cfg.test_dataloader.dataset.pipeline = copy.deepcopy(cfg.tta_pipeline)
+    with pytest.raises(UserError, match=r"test_dataloader\.batch_size=2"):
+        check_data(cfg, "test_dataloader")
+    for node in dicts([cfg.val_dataloader, cfg.test_dataloader]):
+        if "keep_ratio" in node:
+            node["keep_ratio"] = False
+    check_data(cfg, "val_dataloader", "test_dataloader")
 
 
 def test_lists_and_images_without_labels(segmentation):
@@ -933,6 +1004,10 @@ WARNINGS: dict[str, tuple[Spoil, str]] = {
     "empty boxes without an area": (
         each("annotations", lambda one: one.update(bbox=[5, 5, 0, 9], area=None)),
         "all 6 annotations are crowds or empty boxes",
+    ),
+    "a class without objects": (
+        each("annotations", lambda one: one.update(category_id=3)),
+        "no annotation is of the classes dog",
     ),
     "a category that is not listed": (
         each("annotations", lambda one: one.update(category_id=5) if one["id"] == 1 else None),
