@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from mmengine.config import Config
@@ -17,6 +17,7 @@ from dense.classes import check_classes
 from dense.loading import LARGEST, LoadReadableLabels, checked_steps
 from dense.parts import (
     COCO,
+    LOADERS,
     LOADS_LABELS,
     SEGMENTATION,
     as_list,
@@ -28,15 +29,15 @@ from dense.parts import (
     is_elsewhere,
     is_kind,
     is_remote,
+    orientations_in,
     resolve,
     step_name,
 )
+from dense.samples import evenly_spaced
 from training.errors import UserError
 from training.images import IMAGE_SUFFIXES, is_hidden, open_image, orientation_of
 from training.processes import get_world_size, on_main_process, on_processes, print_main
 from training.unreadable import UnreadableImageError, unreadable_limit
-
-T = TypeVar("T")
 
 # Label maps that are read to find classes that no pixel has, and how many of them a class should have for itself: among
 # many classes, some are rare.
@@ -57,6 +58,7 @@ def check_data(cfg: Config, *loaders: str) -> None:
     """
     check_types(cfg, *loaders)
     check_classes(cfg, loaders)
+    check_orientations(cfg, loaders)
     found = [(loader, node, kind) for loader in loaders for node, kind in data_sets(cfg, loader)]
 
     def check_all_places() -> None:
@@ -85,6 +87,19 @@ def check_types(cfg: Config, *loaders: str) -> None:
         if resolve(DATASETS, dataset) is None:
             raise UserError(f"{loader}.dataset.type={dataset.get('type')}: no such data set; the registries have "
                             "BaseSegDataset, CocoDataset and those of custom_imports")  # fmt: skip
+
+
+def check_orientations(cfg: Config, loaders: Sequence[str]) -> None:
+    """Refuse loaders that read images in different orientations.
+
+    Raises:
+        UserError: they do.
+    """
+    found = {loader: orientations_in(cfg[loader]) for loader in LOADERS if cfg.get(loader)}
+    if len(set().union(*found.values())) > 1:
+        stated = ", ".join(f"{loader} {' and '.join(sorted(values))}" for loader, values in found.items())
+        hint = "set it at the top of the config, for all of them"
+        raise UserError(f"orientation of LoadImageFromFile: differs between loaders ({stated}); {hint}")
 
 
 def part_of(loader: str) -> str:
@@ -234,12 +249,6 @@ def warn_of_unmet_classes(
         labels = f"{len(chosen)} of its {len(samples)} label maps" if len(chosen) < len(samples) else "its label maps"
         ignored = f"; the value {LARGEST} in them is of no class" if counts[LARGEST] else ""
         print_main(f"WARNING: train labels {folder}: no pixel in {labels} is of the classes {listed(unmet)}{ignored}")
-
-
-def evenly_spaced(samples: Sequence[T], most: int) -> list[T]:
-    """Return some of many samples, evenly spaced, or all of a few."""
-    count = min(most, len(samples))
-    return [samples[number * len(samples) // count] for number in range(count)]
 
 
 def check_batches(loader: str, batch_size: int, node: Any, samples: Sequence[Mapping[str, Any]]) -> None:

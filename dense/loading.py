@@ -1,4 +1,4 @@
-"""Loading of images and labels that names what cannot be read, and does not fit.
+"""Loading of images as all commands read them, and of labels, that names what cannot be read or does not fit.
 
 `use_checked_loading` puts these transforms into the pipelines of a config. They raise `UnreadableImageError`, which the
 training loop counts, and which ends validation and tests.
@@ -9,6 +9,7 @@ import importlib
 import os
 import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +21,11 @@ from mmengine import fileio
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, METRICS, TRANSFORMS, Registry
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from dense.parts import LOADERS, class_name, classes_of, data_sets, dicts, is_remote, resolve
 from training.errors import MachineError, UserError, setting
+from training.images import EXIF, ORIENTATIONS, STORED, decode, open_image, orientation_of
 from training.storage import is_storage_error, with_retries
 from training.unreadable import UnreadableImageError
 
@@ -31,7 +33,8 @@ T = TypeVar("T")
 
 NO_IMAGE = "not an image, or a damaged one"
 LARGEST = 255  # largest label: mmseg's label maps are of 8 bits
-ORIENTED = ("cv2", "pillow")  # backends of mmcv that would turn an image by its EXIF orientation
+USUAL = ("cv2", "pillow")  # backends of mmcv, which would turn an image by its EXIF orientation
+TURNING = range(5, 9)  # EXIF orientations that exchange height and width
 
 
 def read_or_name(path: str, kind: str, read: Callable[[], T]) -> T:
@@ -61,18 +64,27 @@ def read_or_name(path: str, kind: str, read: Callable[[], T]) -> T:
 
 @TRANSFORMS.register_module()
 class LoadReadableImage(LoadImageFromFile):
-    """Load an image as mmcv's `LoadImageFromFile` does, but with its pixels as stored, and name it if it is unreadable.
+    """Load an image as all commands read it (`training.images.decode`), and name it if it is unreadable.
 
-    An EXIF orientation is ignored: labels and boxes have none. If the annotations state the image's size, it has to be
-    theirs.
+    Ordinary images have the pixels of mmcv's `LoadImageFromFile`. What Pillow does not open, and other settings than
+    colour by the usual backends, are left to mmcv. If the annotations state the image's size, it has to be theirs.
 
     Args:
+        orientation: 'stored', or 'exif' to turn images upright by their EXIF orientation, as annotation tools do.
         **kwargs: arguments of `LoadImageFromFile`.
+
+    Raises:
+        UserError: the orientation is unknown.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, orientation: str = STORED, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if self.imdecode_backend in ORIENTED and self.color_type in ("color", "grayscale"):
+        if orientation not in ORIENTATIONS:
+            raise UserError(f"LoadImageFromFile orientation={orientation!r}: choose {' or '.join(ORIENTATIONS)}")
+        self.orientation = orientation
+        is_usual = self.imdecode_backend in USUAL and self.file_client_args is None
+        self.is_common = is_usual and self.color_type == "color"
+        if is_usual and orientation == STORED and self.color_type in ("color", "grayscale"):
             self.color_type += "_ignore_orientation"
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +93,7 @@ class LoadReadableImage(LoadImageFromFile):
         Raises:
             UnreadableImageError: the image is unreadable, or its annotations are of another size.
         """
-        path, load = results["img_path"], super().transform
+        path, load = results["img_path"], self._load if self.is_common else super().transform
         loaded = read_or_name(path, "image", lambda: load(results))
         if loaded is None:  # mmcv's option `ignore_empty`
             raise UnreadableImageError.of(path, ValueError(NO_IMAGE))
@@ -89,9 +101,35 @@ class LoadReadableImage(LoadImageFromFile):
         stated = results.get("height", height), results.get("width", width)
         if stated != (height, width):
             words = f"it has {height} × {width} pixels, its annotations are for {stated[0]} × {stated[1]}"
-            turned = "; an EXIF orientation is ignored" if stated == (width, height) else ""
-            raise UnreadableImageError.of(path, ValueError(words + turned))
+            hint = orientation_hint(path, (height, width), stated)
+            raise UnreadableImageError.of(path, ValueError(words + hint))
         return loaded
+
+    def _load(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Load an image into `results`, H × W × 3, BGR."""
+        content = fileio.get(results["img_path"], backend_args=self.backend_args)
+        try:
+            pixels = np.ascontiguousarray(np.asarray(decode(content, self.orientation))[..., ::-1])
+        except (UnidentifiedImageError, Image.DecompressionBombError):  # JPEG 2000, or large maps
+            return super().transform(results)
+        results["img"] = pixels.astype(np.float32) if self.to_float32 else pixels
+        results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
+        return results
+
+
+def orientation_hint(path: str, found: tuple[int, ...], stated: tuple[int, ...]) -> str:
+    """Return the end of a message if an image's EXIF orientation explains why its annotations are of another size.
+
+    Args:
+        path: the image.
+        found: its height and width as loaded.
+        stated: those of its annotations.
+    """
+    with suppress(Exception), open_image(path) as image:
+        if orientation_of(image) in TURNING and stated == found[::-1]:
+            other = EXIF if image.size[::-1] == found else STORED
+            return f"; it has an EXIF orientation: set orientation={other!r} at the top of the config"
+    return ""
 
 
 @TRANSFORMS.register_module()
@@ -135,7 +173,8 @@ class LoadReadableLabels(BaseTransform):
         if stored.shape != size:
             rows, columns = stored.shape
             words = f"it has {rows} × {columns} pixels, its image {size[0]} × {size[1]}"
-            raise UnreadableImageError.of(path, ValueError(words), kind="label")
+            hint = orientation_hint(results.get("img_path", ""), size, stored.shape)
+            raise UnreadableImageError.of(path, ValueError(words + hint), kind="label")
         labels = self._numbering(results)[np.clip(stored, 0, LARGEST)]
         self._check_values(path, stored, labels)
         results["gt_seg_map"] = labels

@@ -6,10 +6,13 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DATASETS, Registry
 
+from training.images import STORED
+
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 BASE = "mmengine.dataset.base_dataset.BaseDataset"
 SEGMENTATION = "mmseg.datasets.basesegdataset.BaseSegDataset"
 COCO = ("mmdet.datasets.coco.CocoDataset", "dense.coco.CompleteCocoDataset")
+LOADS_IMAGES = ("LoadImageFromFile", "LoadReadableImage")  # transforms that load images
 LOADS_LABELS = ("LoadAnnotations", "LoadReadableLabels")  # transforms that load label maps
 # Heads that predict the classes of the data set. First stages predict one class, heads for stuff other ones.
 HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "roi_head.bbox_head", "roi_head.mask_head")
@@ -93,6 +96,11 @@ def has_step(node: Any, *types: str, **settings: Any) -> bool:
     """Whether a data set's pipeline has a transform of one of some types, with some settings."""
     steps = [step for step in dicts(node.get("pipeline")) if step_name(step) in types]
     return any(all(step.get(key) == value for key, value in settings.items()) for step in steps)
+
+
+def orientations_in(node: Any) -> set[str]:
+    """Orientations in which the transforms of a part of a config load images."""
+    return {step.get("orientation", STORED) for step in dicts(node) if step_name(step) in LOADS_IMAGES}
 
 
 def heads_of(cfg: Config) -> Iterator[tuple[str, Any]]:

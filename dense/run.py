@@ -31,11 +31,13 @@ from dense.loops import (
     hooks_of,
     is_better,
 )
+from dense.parts import orientations_in
 from dense.runner import DenseRunner, has_half_precision, unwrapped, without_mixed_precision
-from dense.samples import describe_samples, shield_workers
+from dense.samples import count_turned, describe_samples, shield_workers
 from training.checkpoints import settings_in
 from training.commands import first_line
 from training.errors import UserError, setting, with_flags
+from training.images import EXIF, STORED
 from training.monitor import DelayedFlags, MonitorSettings, StepMonitor
 from training.naming import CheckpointNames
 from training.output import Output
@@ -314,7 +316,11 @@ class TrainingRunner(DenseRunner):
             UserError: the checkpoint does not fit, or the folder holds another run.
         """
         run, source = self.run, self.run.source
-        self.data = self._describe_data()
+        self.data, self.reading = self._describe_data()
+        if self.reading["orientation"] == STORED and self.reading["turned"]:
+            counts = f"{self.reading['turned']} of {self.reading['sampled']} sampled training images"
+            hint = "orientation='exif' at the top of the config turns them upright"
+            print_main(f"WARNING: {counts} have an EXIF orientation, which is ignored; {hint}")
         if source is None:
             super().load_or_resume()
         else:
@@ -348,13 +354,17 @@ class TrainingRunner(DenseRunner):
         if changed := data_differences(source, self.data):
             print_main(f"{what} images: {', '.join(changed)}")
 
-    def _describe_data(self) -> dict[str, Any]:
-        """Describe the data sets. Rank 0 reads them for all."""
+    def _describe_data(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Describe the data sets, and how training images are read. Rank 0 reads them for all."""
         described = []
         if is_main_process():
             loops = dict(train=self.train_loop) | (dict(val=self.val_loop) if self.val_loop is not None else {})
-            described = [json.dumps({name: describe_samples(loop.dataloader.dataset) for name, loop in loops.items()})]
-        return json.loads(all_gather(described)[0])
+            data = {name: describe_samples(loop.dataloader.dataset) for name, loop in loops.items()}
+            orientation = EXIF if EXIF in orientations_in(self.cfg.train_dataloader) else STORED
+            reading = dict(orientation=orientation, **count_turned(self.train_loop.dataloader.dataset))
+            described = [json.dumps([data, reading])]
+        data, reading = json.loads(all_gather(described)[0])
+        return data, reading
 
     def restore(self, source: Source) -> None:
         """Restore weights, optimiser, schedules, loss scale, log and place in the run.
@@ -436,6 +446,7 @@ class TrainingRunner(DenseRunner):
             run=state.checkpoint(),
             args=self.run.settings,
             data=self.data,
+            reading=self.reading,
         )
         self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
         return checkpoint

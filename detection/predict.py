@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from typing import Any
 
-import mmcv
 import numpy as np
 from mmdet.visualization import DetLocalVisualizer
 from PIL import Image
@@ -17,7 +16,7 @@ from PIL import Image
 if not __package__:
     import _repository  # noqa: F401
 from dense.drawing import enlargement
-from dense.predict import build_predict_parser, run_prediction
+from dense.predict import build_predict_parser, infer, run_prediction
 from training.commands import fraction
 
 
@@ -34,7 +33,7 @@ def detect(model: Any, image: np.ndarray, lowest: float) -> Any:
     """
     from mmdet.apis import inference_detector  # prints lines of its own unless its parts are imported before
 
-    sample = inference_detector(model, mmcv.rgb2bgr(image))
+    sample = infer(inference_detector, model, image)
     sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= lowest]
     return sample
 
@@ -49,7 +48,7 @@ def draw_sample(model: Any, path: str, image: np.ndarray, sample: Any) -> Image.
         sample: what `detect` returned.
     """
     found = sample.pred_instances
-    scale = enlargement(len(image))
+    scale = enlargement(*image.shape[:2])
     found.bboxes *= scale
     if "masks" in found:
         found.masks = found.masks.repeat_interleave(scale, 1).repeat_interleave(scale, 2)

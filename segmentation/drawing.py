@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dense.drawing import FileHook, enlargement, read_stored
+from dense.drawing import FileHook, enlargement, read_pixels
 
 IGNORED = 255  # label of pixels that belong to no class
 MARGIN = 8
@@ -45,7 +45,7 @@ def draw(
     """
     panels = {"image": image} | {title: overlay(image, labels, palette) for title, labels in maps.items()}
     height, width = image.shape[:2]
-    scale = enlargement(height)
+    scale = enlargement(height, width)
     font = ImageFont.load_default(size=14)
     line = 20
     last = shares(list(maps.values())[-1], len(classes))
@@ -84,7 +84,7 @@ class DrawingHook(FileHook):
         if "gt_sem_seg" in sample:
             maps["truth"] = labels_in(sample.gt_sem_seg)
         maps["prediction"] = labels_in(sample.pred_sem_seg)
-        save(draw(read_stored(sample.img_path), maps, metainfo["classes"], metainfo["palette"]), path)
+        save(draw(read_pixels(sample.img_path, self.loader), maps, metainfo["classes"], metainfo["palette"]), path)
 
 
 class LabelsHook(FileHook):

@@ -8,13 +8,12 @@ IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". EXIF
 import sys
 from typing import Any
 
-import mmcv
 import numpy as np
 from PIL import Image
 
 if not __package__:
     import _repository  # noqa: F401
-from dense.predict import build_predict_parser, run_prediction
+from dense.predict import build_predict_parser, infer, run_prediction
 from segmentation.drawing import draw, labels_in, shares
 
 
@@ -30,7 +29,7 @@ def segment(model: Any, image: np.ndarray) -> Any:
     """
     from mmseg.apis import inference_model  # prints lines of its own unless its parts are imported before
 
-    return inference_model(model, mmcv.rgb2bgr(image))
+    return infer(inference_model, model, image)
 
 
 def draw_prediction(model: Any, path: str, image: np.ndarray) -> tuple[Image.Image, str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import mmdet.registry
 import mmseg.registry
 import numpy as np
@@ -24,13 +25,15 @@ from PIL import Image
 from dense.classes import check_classes
 from dense.coco import CompleteCOCO, CompleteCocoMetric
 from dense.data import check_data
+from dense.drawing import read_pixels
 from dense.loading import LoadReadableImage, LoadReadableLabels, use_checked_loading
 from dense.own_data import move, palette_of
 from dense.parts import dicts
-from dense.samples import describe_samples
+from dense.samples import count_turned, describe_samples
 from dense.settings import read_config
 from dense.train import build_train_parser, run_training
 from training.errors import MachineError, UserError
+from training.images import decode
 from training.unreadable import UnreadableImageError
 
 SEGMENTATION, DETECTION = ROOT / "segmentation/configs", ROOT / "detection/configs"
@@ -168,16 +171,72 @@ def save_as(kind: str, path: Path, pixels: np.ndarray) -> Path:
     return path if path.exists() else path.with_suffix(".jpg")
 
 
+KINDS = ["16-bit", "CMYK", "RGBA", "LA", "L", "P", "1", ".jpg", ".bmp", ".tif", ".webp"]
+
+
 @pytest.mark.parametrize("backend", ["cv2", "pillow"])
-@pytest.mark.parametrize("color_type", ["color", "grayscale"])
-@pytest.mark.parametrize("kind", ["16-bit", "CMYK", "RGBA", "LA", "L", "P", "1", ".jpg", ".bmp", ".tif", ".webp"])
+@pytest.mark.parametrize("color_type", ["color", "grayscale", "unchanged"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_pixels_are_those_of_mmcv(kind, color_type, backend, tmp_path):
+    """Ordinary images'. What mmcv's backends read differently, all commands read alike."""
     path = save_as(kind, tmp_path / "a", scene(np.random.default_rng(1))[0])
     settings = dict(color_type=color_type, imdecode_backend=backend)
     theirs = LoadImageFromFile(**settings).transform(dict(img_path=str(path)))
     ours = LoadReadableImage(**settings).transform(dict(img_path=str(path)))
-    np.testing.assert_array_equal(ours["img"], theirs["img"])
+    differs = {("16-bit", "pillow"), ("CMYK", "cv2"), ("LA", "cv2"), ("LA", "pillow")}
+    if color_type != "color" or (kind, backend) not in differs:
+        np.testing.assert_array_equal(ours["img"], theirs["img"])
+    if color_type == "color":
+        np.testing.assert_array_equal(ours["img"][..., ::-1], np.asarray(decode(path.read_bytes())))
+    assert ours["img"].dtype == theirs["img"].dtype
     assert (ours["img_shape"], ours["ori_shape"]) == (theirs["img_shape"], theirs["ori_shape"])
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(subsampling=2), dict(subsampling=0), dict(progressive=True), dict(quality=20)]
+)
+@pytest.mark.parametrize("size", [(61, 97), (1, 7), (480, 641)])
+def test_jpegs_have_the_pixels_of_opencv(settings, size, tmp_path):
+    rng = np.random.default_rng(3)
+    coarse = Image.fromarray(rng.integers(0, 255, (size[0] // 8 + 1, size[1] // 8 + 1, 3), dtype=np.uint8))
+    for mode in ("RGB", "L"):
+        coarse.resize(size[::-1]).convert(mode).save(tmp_path / "a.jpg", **settings)
+        theirs, ours = (load().transform(dict(img_path=str(tmp_path / "a.jpg")))["img"]
+                        for load in (LoadImageFromFile, LoadReadableImage))  # fmt: skip
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_images_of_more_than_8_bits_and_transparent_ones(tmp_path):
+    """Values are scaled, and transparent parts are white, as in all commands."""
+    values = np.linspace(0, 1, 20 * 30, dtype=np.float32).reshape(20, 30)
+    Image.fromarray(values).save(tmp_path / "float.tif")
+    Image.fromarray((values * 65535).astype(np.uint16)).save(tmp_path / "deep.png")
+    layers = Image.new("RGBA", (30, 20), (200, 0, 0, 255))
+    layers.putpixel((0, 0), (0, 0, 0, 0))
+    layers.save(tmp_path / "transparent.png")
+    for name in ("float.tif", "deep.png"):
+        image = LoadReadableImage(to_float32=True).transform(dict(img_path=str(tmp_path / name)))["img"]
+        np.testing.assert_allclose(image[..., 0], values * 255, atol=1)
+    image = LoadReadableImage().transform(dict(img_path=str(tmp_path / "transparent.png")))["img"]
+    assert [image[0, 0].tolist(), image[0, 1].tolist()] == [[255, 255, 255], [0, 0, 200]]
+
+
+def test_formats_that_pillow_does_not_open_are_left_to_mmcv(tmp_path):
+    image = scene(np.random.default_rng(1))[0]
+    assert cv2.imwrite(str(tmp_path / "a.jp2"), image)
+    loaded = LoadReadableImage().transform(dict(img_path=str(tmp_path / "a.jp2")))["img"]
+    assert loaded.shape == image.shape
+
+
+def test_pictures_have_the_colours_of_the_image(tmp_path):
+    """Those of `--show-dir`, in the orientation of the labels."""
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (40, 20), (250, 10, 10)).save(path)
+    turn(path, 6)
+    assert read_pixels(str(path), {})[0, 0].argmax() == 0
+    assert read_pixels(str(path), {}).shape == (20, 40, 3)
+    loader = dict(dataset=dict(pipeline=[dict(type="LoadImageFromFile", orientation="exif")]))
+    assert read_pixels(str(path), loader).shape == (40, 20, 3)
 
 
 def turn(path: Path, orientation: int) -> None:
@@ -246,10 +305,51 @@ def test_annotations_of_the_turned_image(detection):
     content["images"][1] |= dict(height=WIDTH, width=HEIGHT)
     path.write_text(json.dumps(content))
     words = (
-        f"2.jpg: cannot be read .*it has {HEIGHT} × {WIDTH} pixels, its annotations are for {WIDTH} × {HEIGHT}; an EXIF"
+        f"2.jpg: cannot be read .*it has {HEIGHT} × {WIDTH} pixels, its annotations are for {WIDTH} × {HEIGHT}; "
+        "it has an EXIF orientation: set orientation='exif'"
     )
     with pytest.raises(UnreadableImageError, match=words):
         built(cfg)[1]
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+@pytest.mark.parametrize("backend", ["cv2", "pillow"])
+def test_images_are_turned_upright_on_request(orientation, backend, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(scene(np.random.default_rng(1))[0]).save(path)
+    turn(path, orientation)
+    loaded = LoadReadableImage(orientation="exif", imdecode_backend=backend).transform(dict(img_path=str(path)))
+    upright = LoadImageFromFile(imdecode_backend=backend).transform(dict(img_path=str(path)))
+    np.testing.assert_array_equal(loaded["img"], upright["img"])
+    assert loaded["ori_shape"] == upright["ori_shape"]
+    with pytest.raises(UserError, match="orientation='up'"):
+        LoadReadableImage(orientation="up")
+
+
+def test_labels_of_upright_images(segmentation):
+    """Labels that were drawn on upright images are of another size than the images as stored. The line says why."""
+    cfg, root = segmentation
+    for name in ("training/2", "validation/1"):
+        turn(root / f"images/{name}.jpg", 6)
+        path = root / f"annotations/{name}.png"
+        Image.open(path).rotate(-90, expand=True).save(path)
+    upright = copy.deepcopy(cfg)
+    with pytest.raises(UnreadableImageError, match=r"2\.png: .*set orientation='exif'"):
+        built(cfg)[2]
+    for step in dicts(upright):
+        if step.get("type") == "LoadImageFromFile":
+            step["orientation"] = "exif"
+    check_data(upright, "train_dataloader", "val_dataloader")
+    sample = built(upright, "val_dataloader")[1]
+    assert sample["data_samples"].gt_sem_seg.data.shape[1:] == (WIDTH, HEIGHT)
+    assert count_turned(built(upright)) == dict(turned=1, sampled=6)
+
+
+def test_loaders_agree_on_the_orientation(segmentation):
+    cfg, _ = segmentation
+    cfg.train_dataloader.dataset.pipeline[0].orientation = "exif"
+    with pytest.raises(UserError, match=r"orientation .*train_dataloader exif.*val_dataloader stored"):
+        check_data(cfg, "train_dataloader", "val_dataloader")
 
 
 def damage(kind: str, path: Path) -> None:

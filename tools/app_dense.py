@@ -34,6 +34,7 @@ class DensePredictor:
         self.model = model
         self.kind = kind
         self.classes: Sequence[str] = tuple(model.dataset_meta["classes"])
+        self.orientation: str = model.orientation
         self.title = f"{name}, a {kind} with {len(self.classes)} classes"
         self.facts: Mapping[str, str] = {"model": name, "classes": str(len(self.classes)), "input": "any size"}
         self.note = why_no_attention(model)
