@@ -1,6 +1,7 @@
 """Data sets, transforms and loaders for training and validation."""
 
 import logging
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +20,15 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR100
 
 from samplers import DistributedEvalSampler, TrainBatchSampler
+from training.archives import Archive
 from training.augmentation import CropAugmentation
-from training.decoding import CropDecoder, Encoded, decode_and_crop
+from training.classes import listed, order_of, read_class_map
+from training.decoding import CropDecoder, decode_and_crop
 from training.errors import MachineError, UserError, setting
+from training.images import IMAGE_SUFFIXES, Encoded, decode, describe_skipped
 from training.preprocessing import Preprocessing
-from training.processes import get_rank, get_world_size
-from training.readers import archive_classes, archive_damage, read_exactly_once, shards_of
+from training.processes import get_rank, get_world_size, print_main
+from training.readers import read_exactly_once, shards_of
 from training.samples import (
     ClassFolders,
     ImageData,
@@ -34,6 +38,7 @@ from training.samples import (
     check_label,
     collate,
     import_hugging_face,
+    labels_of,
 )
 from training.storage import is_storage_error
 from training.streams import TrainStream, ValStream
@@ -42,6 +47,11 @@ from training.watchdog import ignore_preemption
 IMAGENET_FOLDERS = {True: ("train", "ILSVRC2012_img_train"), False: ("val", "ILSVRC2012_img_val")}
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19")
 READERS = ("wds", "hfds", "hfids", "tfds", "torch")  # prefixes that choose a reader of timm
+# What timm's readers need so that images of all kinds are found, and are decoded by `training.images` alone.
+READER_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "wds": dict(input_key=";".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))),
+    "hfids": dict(input_img_mode=""),
+}
 # Sections of an automatic augmentation's name, by its policy. timm ignores unknown ones silently.
 AUGMENTATIONS = {
     "rand": r"(m|n|mmax)\d+|mstd\d+(\.\d+)?|p\d+(\.\d+)?|inc[01]|t[a-z0-9]+",
@@ -58,6 +68,7 @@ class DataSettings:
     Attributes:
         data_set: one of `DATA_SETS`, or the name of a timm reader with one of the prefixes `READERS`.
         data_path: its folder.
+        class_map: file that numbers the classes, as timm reads it; "" to number them by their names.
         inat_category: level of iNaturalist's taxonomy, one of `INAT_CATEGORIES`.
         num_classes: number of classes, for readers that do not know it.
         train_split: name of the training split, for timm's readers.
@@ -70,6 +81,7 @@ class DataSettings:
 
     data_set: str
     data_path: str
+    class_map: str
     inat_category: str
     num_classes: int | None
     train_split: str
@@ -85,7 +97,8 @@ class TransformSettings:
     """How images are transformed.
 
     Attributes:
-        input_size: side of the images in pixels.
+        preprocessing: transform of validation images. Training images have its size, mean and standard deviation.
+        orientation: 'stored', or 'exif' to turn images upright.
         scale: smallest and largest area of the random crop, as a share of the image.
         ratio: smallest and largest aspect ratio of the random crop.
         hflip: probability of a horizontal flip.
@@ -99,7 +112,8 @@ class TransformSettings:
         device: the device, which augments if the loader is fast and it is a CUDA device.
     """
 
-    input_size: int
+    preprocessing: Preprocessing
+    orientation: str
     scale: Sequence[float]
     ratio: Sequence[float]
     hflip: float
@@ -150,23 +164,18 @@ class LoaderSettings:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def build_dataset(is_train: bool, settings: DataSettings, transform: TransformSettings) -> ImageData:
-    """Find the training or validation images, and build their transform.
+def find_dataset(is_train: bool, settings: DataSettings) -> ImageData:
+    """Find the training or validation images.
 
     Args:
         is_train: training or validation images.
         settings: which data set.
-        transform: how its images are transformed.
 
     Raises:
         UserError: the data set is missing or incomplete.
         MachineError: the storage does not respond.
     """
     data_path = setting("data_path", settings.data_path)
-    built = build_transform(is_train, transform)
-    decode = None
-    if is_train and transform.loader == "fast":
-        decode, built = build_fast_transform(built, transform)
     try:
         data = _find_images(is_train, settings)
     except OSError as error:
@@ -177,7 +186,68 @@ def build_dataset(is_train: bool, settings: DataSettings, transform: TransformSe
     if settings.num_classes and data.num_classes != settings.num_classes:
         raise UserError(f"{setting('num_classes', settings.num_classes)}: {settings.data_path} has {data.num_classes} "
                         "classes; omit it, only timm's readers may need it")  # fmt: skip
-    return replace(data, transform=built, decode=decode)
+    if settings.class_map:
+        data = _numbered(data, settings.class_map)
+    _check_number(data)
+    report_images(data, f"{settings.data_path}, {'training' if is_train else 'validation'} images")
+    return data
+
+
+def _numbered(data: ImageData, class_map: str) -> ImageData:
+    """Number the classes of a data set by a class map.
+
+    Raises:
+        UserError: the classes have no names, or the class map does not fit.
+    """
+    if data.classes is None:
+        raise UserError(f"{setting('class_map', class_map)}: the classes of the data set have no names; omit it")
+    classes, outputs = read_class_map(class_map, data.classes, setting("data_path"))
+    return replace(data, num_classes=len(classes), classes=classes, outputs=outputs, class_map=class_map)
+
+
+def _check_number(data: ImageData) -> None:
+    """Refuse a single class, which every network predicts right.
+
+    Raises:
+        UserError: there is a single class. If it has folders, they are named: they may be the classes.
+    """
+    if data.num_classes > 1:
+        return
+    name = (data.classes or ["0"])[0]
+    folder = Path(getattr(data.dataset, "root", "."), name)
+    inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
+    hint = f"its folders ({listed(inner)}) may be the classes: move them one level up" if inner else "name two or more"
+    raise UserError(f"{setting('data_path', folder.parent)}: a single class, {name}, leaves nothing to learn; {hint}")
+
+
+def report_images(data: ImageData, what: str) -> None:
+    """Warn of files that are skipped, and of classes without images.
+
+    Args:
+        data: the data set.
+        what: names it.
+    """
+    if skipped := getattr(data.dataset, "skipped", None):
+        print_main(f"WARNING: {what}: {describe_skipped(skipped)}")
+    labels = labels_of(data.dataset)
+    missing = sorted(set(range(data.num_classes)) - {data.outputs[n] if data.outputs else n for n in labels or ()})
+    if labels and missing:
+        names = [data.classes[number] if data.classes else str(number) for number in missing]
+        print_main(f"WARNING: {what}: {len(missing)} of {data.num_classes} classes have none: {listed(names)}")
+
+
+def prepared(data: ImageData, is_train: bool, settings: TransformSettings) -> ImageData:
+    """Set how a data set's images are decoded and transformed.
+
+    Raises:
+        UserError: timm does not know the automatic augmentation, or a decoder is not installed.
+    """
+    transform = build_transform(is_train, settings)
+    if is_train and settings.loader == "fast":
+        decoder, transform = build_fast_transform(transform, settings)
+    else:
+        decoder = partial(decode, orientation=settings.orientation)
+    return replace(data, decode=decoder, transform=transform)
 
 
 def _find_images(is_train: bool, settings: DataSettings) -> ImageData:
@@ -212,11 +282,7 @@ def _imagenet(root: Path, is_train: bool) -> ImageData:
             f"{setting('data_path', root)}: no {names[0]}/ folder there "
             "(expected train/ and val/, ILSVRC2012_img_train/ and ILSVRC2012_img_val/, or train.tar and val.tar)"
         )
-    try:
-        dataset = ClassFolders(str(folder))
-    except FileNotFoundError:
-        what = setting("data_path", folder)
-        raise UserError(f"{what}: no class folder there (expected a folder of images per class)") from None
+    dataset = ClassFolders(str(folder))
     return ImageData(dataset, len(dataset.classes), dataset.classes)
 
 
@@ -224,18 +290,12 @@ def _archive(path: Path) -> ImageData:
     """Read a tar archive of class folders. Classes are numbered by name, as in a folder."""
     what = setting("data_path", path)
     try:
-        dataset = create_dataset("", root=str(path))
-        classes = sorted(archive_classes(dataset.reader))
-        # timm sorts numbers in names by value. Reading an archive again is slow: only if the order differs.
-        if classes != archive_classes(dataset.reader):
-            dataset = create_dataset("", root=str(path), class_map={name: i for i, name in enumerate(classes)})
-    except (tarfile.TarError, ValueError, AssertionError, OSError) as error:
+        dataset = Archive(path)
+    except (tarfile.TarError, OSError) as error:
         raise UserError(f"{what}: not an archive of class folders, or damaged ({error})") from None
-    if classes == [""]:
-        raise UserError(f"{what}: its images are not in class folders")
-    if damage := archive_damage(dataset.reader):
-        raise UserError(f"{what}: damaged after the {len(dataset)} images found in it ({damage}); use an intact copy")
-    return ImageData(dataset, len(classes), classes)
+    if not dataset.samples or dataset.classes == [""]:
+        raise UserError(f"{what}: no image in class folders there")
+    return ImageData(dataset, len(dataset.classes), dataset.classes)
 
 
 def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
@@ -257,6 +317,7 @@ def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
             batch_size=settings.batch_size,
             seed=settings.seed,
             num_samples=settings.train_num_samples if is_train else settings.val_num_samples,
+            **READER_ARGUMENTS.get(name.split("/")[0], {}),
         )
     except Exception as error:  # each reader's library raises its own types
         raise UserError(f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
@@ -272,19 +333,20 @@ def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
     return ImageData(dataset, num_classes, list(class_to_idx) or None, is_hugging_face=is_hugging_face)
 
 
-def check_same_classes(train: ImageData, val: ImageData) -> None:
-    """Refuse training and validation sets with different classes: a label would mean different things in them.
+def match_splits(train: ImageData, val: ImageData) -> ImageData:
+    """Match the validation set's classes with the training set's: a label means the same in both.
+
+    Returns:
+        the validation set.
 
     Raises:
         UserError: the classes differ.
     """
-    if train.classes == val.classes:
-        return
-    differing = sorted(set(train.classes or []) ^ set(val.classes or []))
-    raise UserError(
-        f"{setting('data_path')}: {len(differing)} classes are only in the training or only in the validation images "
-        f"({', '.join(differing[:3])}{', …' if len(differing) > 3 else ''}); both need the same class folders"
-    )
+    if train.classes is None or val.classes is None:
+        return val
+    splits = "the training images", "the validation images", "both need the same class folders"
+    outputs = order_of(train.classes, val.classes, *splits)
+    return val if outputs is None else replace(val, outputs=outputs, classes=train.classes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -298,7 +360,8 @@ def build_transform(is_train: bool, settings: TransformSettings) -> Any:
     Raises:
         UserError: timm does not know the automatic augmentation.
     """
-    size = settings.input_size
+    preprocessing = settings.preprocessing
+    size = preprocessing.size[0]
     if is_train:
         _check_augmentation(settings.aa)
         try:
@@ -311,6 +374,8 @@ def build_transform(is_train: bool, settings: TransformSettings) -> Any:
                 color_jitter=settings.color_jitter,
                 auto_augment=settings.aa or None,
                 interpolation=settings.train_interpolation,
+                mean=preprocessing.mean,
+                std=preprocessing.std,
                 re_prob=settings.reprob,
                 re_mode=settings.remode,
                 re_count=settings.recount,
@@ -320,7 +385,7 @@ def build_transform(is_train: bool, settings: TransformSettings) -> Any:
         if size <= 32:
             transform.transforms[0] = transforms.RandomCrop(size, padding=4, pad_if_needed=True)
         return transform
-    return Preprocessing.for_size(size).transform()
+    return preprocessing.transform()
 
 
 def build_fast_transform(transform: Any, settings: TransformSettings) -> tuple[Callable[[Encoded], Any], Any]:
@@ -340,8 +405,9 @@ def build_fast_transform(transform: Any, settings: TransformSettings) -> tuple[C
     erasing = steps.pop() if isinstance(steps[-1], RandomErasing) else None
     steps = steps[:-2]  # without making a tensor and normalising it
     is_resized = isinstance(crop, RandomResizedCropAndInterpolation)
-    decode = CropDecoder(crop) if is_resized else partial(decode_and_crop, crop)
-    return decode, CropAugmentation(steps, erasing, settings.input_size, settings.augments_on_device)
+    orientation = settings.orientation
+    decoder = CropDecoder(crop, orientation) if is_resized else partial(decode_and_crop, crop, orientation)
+    return decoder, CropAugmentation(steps, erasing, settings.preprocessing.size[0], settings.augments_on_device)
 
 
 def _check_augmentation(name: str) -> None:

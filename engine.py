@@ -15,6 +15,7 @@ from datasets import epoch_batches
 from training.errors import Preempted, UserError, setting
 from training.measure import timed
 from training.monitor import StepMonitor
+from training.preprocessing import Preprocessing
 from training.processes import all_reduce, any_rank, broadcast, get_rank, get_world_size, is_main_process, print_main
 from training.state import Precision, Training, buffers_of
 from training.watchdog import Watchdog
@@ -111,6 +112,32 @@ class DistillationLoss(nn.Module):
             student, teacher = (F.log_softmax(logits / self.tau, dim=1) for logits in (outputs, teacher_outputs))
             distillation = F.kl_div(student, teacher, reduction="sum", log_target=True) * self.tau**2 / outputs.numel()
         return loss * (1 - self.alpha) + distillation * self.alpha
+
+
+class Renormalised(nn.Module):
+    """A network that takes images normalised for another one.
+
+    Args:
+        network: the network.
+        given: how the images were normalised.
+        own: how the network wants them.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: nn.Module, given: Preprocessing, own: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        mean, std, own_mean, own_std = (
+            torch.tensor(values).view(-1, 1, 1) for values in (given.mean, given.std, own.mean, own.std)
+        )
+        self.register_buffer("scale", std / own_std)
+        self.register_buffer("shift", (mean - own_mean) / own_std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the network's outputs for images, B × C × H × W."""
+        return self.network(images * self.scale + self.shift)
 
 
 def train_one_epoch(

@@ -45,21 +45,32 @@ from datasets import (
     DataSettings,
     LoaderSettings,
     TransformSettings,
-    build_dataset,
     build_train_loader,
     build_val_loader,
-    check_same_classes,
+    find_dataset,
+    match_splits,
+    prepared,
 )
 from engine import (
     DistillationLoss,
     EvaluationSettings,
     LoopSettings,
+    Renormalised,
     evaluate,
     measure_throughput,
     train_one_epoch,
 )
 from sepvit import VARIANTS
-from training.checkpoints import has_both_weights, img_size_of, load_weights, read_checkpoint, weights_of
+from training.checkpoints import (
+    has_both_weights,
+    img_size_of,
+    load_weights,
+    match_classifier,
+    read_checkpoint,
+    settings_in,
+    weights_of,
+)
+from training.classes import listed
 from training.commands import (
     Parser,
     fraction,
@@ -75,14 +86,16 @@ from training.commands import (
 from training.device_augmentation import DeviceAugmentation
 from training.devices import available_cores, best_device, check_device
 from training.errors import Preempted, UserError
+from training.images import ORIENTATIONS, STORED
 from training.monitor import DelayedFlags, MonitorSettings, StepMonitor
 from training.naming import StepNames
 from training.networks import create_network, place
 from training.output import Output, stopped
+from training.preprocessing import Preprocessing
 from training.processes import get_world_size, init_distributed, is_main_process, on_main_process, print_main
 from training.recipes import ARGS, parse_with_recipe, write_recipe
 from training.resume import PACKAGES, Source, check_source, describe_data, describe_run, find_checkpoint, restore
-from training.samples import ImageData
+from training.samples import NO_NAMES, ImageData, count_turned
 from training.state import DIVERGENCE_ADVICE, Precision, Training
 from training.storage import make_folder, write_file
 from training.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
@@ -137,22 +150,24 @@ def run_throughput(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
 
 def run_evaluation(args: argparse.Namespace, watchdog: Watchdog, precision: Precision) -> None:
     """`--eval`: validate the weights of `--resume`, and its averaged weights if it has any."""
-    val = build_data(args, is_train=False)
+    what = f"--resume {args.resume}"
+    checkpoint = read_checkpoint(args.resume, what) if args.resume else {}
+    val = build_data(args, False, adopt_reading(args, checkpoint, what))
+    if checkpoint:
+        val = val.matched(checkpoint.get("classes"), what)
     model = build_model(args, val.num_classes, precision)
     folder = Path(args.output_dir) if args.output_dir else None
     if folder is not None:
         on_main_process(lambda: make_folder(folder, f"--output_dir {folder}"))
     loader = build_val_loader(val, settings_from(args, LoaderSettings))
-    checkpoint = {}
-    if args.resume:
-        checkpoint = load_from(model, args.resume, "--resume", "evaluate it on images of its own classes")
+    if checkpoint:
+        load_from(model, checkpoint, what, "evaluate it on images of its own classes")
     else:
         print_main("--eval without --resume: evaluating random weights")
     settings = settings_from(args, EvaluationSettings)
     stats = prefixed("test", evaluate(model, loader, precision, "validation", settings, watchdog))
     check_outputs(stats, "validation")
     if has_both_weights(checkpoint):
-        what = f"--resume {args.resume}"
         averaged = weights_of(checkpoint, what, prefer_ema=True)
         load_weights(model, averaged, what, variant_hint=VARIANT_HINT, img_size=img_size_of(checkpoint))
         title = "validation, averaged weights"
@@ -221,18 +236,23 @@ class Parts:
 
 def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, precision: Precision) -> None:
     """Train epoch by epoch. Write checkpoints, log.txt, TensorBoard's files and curves.png."""
-    settings = dict(vars(args))
     val, train = build_data(args, is_train=False), build_data(args, is_train=True)
-    check_same_classes(train, val)
+    val = match_splits(train, val)
     model = build_model(args, train.num_classes, precision)
     data = describe_data(train, val)
     on_main_process(output.lock)
     source = find_checkpoint(args.resume, args.auto_resume, output.folder, output.names)
+    start = find_start(args, source)
+    preprocessing = adopt_reading(args, start.checkpoint, start.what)
+    settings = dict(vars(args))
     is_stream = isinstance(train.dataset, IterableDataset)
     accum_steps = check_source(source, settings, data, is_stream) if source else args.accum_steps
-    if args.finetune and not source:
-        load_from(model, args.finetune, "--finetune", prefer_ema=True, new_classifier=True)
-    parts = build_parts(args, model, train, val, precision, accum_steps)
+    train, val = (prepared(one, one is train, transform_settings(args, preprocessing)) for one in (train, val))
+    if source:
+        train, val = (one.matched(source.checkpoint.get("classes"), start.what) for one in (train, val))
+    elif start.checkpoint:
+        load_from(model, start.checkpoint, start.what, prefer_ema=True, new_classifier=True, data=train)
+    parts = build_parts(args, model, train, val, preprocessing, precision, accum_steps)
     training = parts.training
     if source:
         restore(training, source, settings)
@@ -242,12 +262,78 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     packages = (*PACKAGES, "simplejpeg") if args.loader == "fast" else PACKAGES
     run = describe_run(settings, data, precision.device, packages)
     on_main_process(lambda: open_output(output, run, training, source, args.auto_resume))
-    kept = dict(args=settings, data=data, classes=train.classes)
+    kept = dict(args=settings, data=data, classes=train.classes, preprocessing=preprocessing.to_json(),
+                reading=start.checkpoint.get("reading") if source else describe_reading(args, train))  # fmt: skip
     save = partial(save_checkpoint, training, output, kept, accum_steps)
     flags = DelayedFlags(precision.device, flag_delay(args, precision))
     limits = settings_from(args, MonitorSettings, dataset_size=len(train), advice=DIVERGENCE_ADVICE)
     monitor = StepMonitor(limits, watchdog, flags, output.folder, output.log_event, save)
     train_epochs(parts, output, monitor, save)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        checkpoint: the checkpoint that it resumes from or finetunes; empty for random weights.
+        what: flag and path, for messages.
+    """
+
+    checkpoint: dict[str, Any]
+    what: str
+
+
+def find_start(args: argparse.Namespace, source: Source | None) -> Start:
+    """Read what a run starts from.
+
+    Args:
+        args: the command's settings.
+        source: checkpoint that it resumes from, None for a fresh run.
+
+    Raises:
+        UserError: the checkpoint to finetune cannot be read.
+    """
+    if source:
+        return Start(source.checkpoint, f"{'--auto-resume' if source.is_automatic else '--resume'} {source.path}")
+    what = f"--finetune {args.finetune}"
+    return Start(read_checkpoint(args.finetune, what) if args.finetune else {}, what)
+
+
+def adopt_reading(args: argparse.Namespace, checkpoint: dict[str, Any], what: str) -> Preprocessing:
+    """Read images as a checkpoint's network was trained: sets `orientation`, unless the user has.
+
+    Args:
+        args: the command's settings.
+        checkpoint: the checkpoint, empty for random weights.
+        what: flag and path, for messages.
+
+    Returns:
+        the preprocessing.
+    """
+    before = settings_in(checkpoint)
+    args.orientation = args.orientation or before.get("orientation") or STORED
+    published = Preprocessing.for_size(args.input_size)
+    if not checkpoint:
+        return published
+    if img_size_of(checkpoint) and "orientation" not in before and not args.eval:
+        print_main(f"{what}: from a version that clipped values of 16 bits and ignored transparency; now they are "
+                   "scaled, and laid on white")  # fmt: skip
+    preprocessing = Preprocessing.of_weights(checkpoint, args.model, args.input_size)
+    if preprocessing != published:
+        print_main(f"{what}: {preprocessing}")
+    return preprocessing
+
+
+def describe_reading(args: argparse.Namespace, train: ImageData) -> dict[str, Any]:
+    """Describe how a run reads its training images: the orientation, and how many images of a sample it concerns."""
+    if args.orientation != STORED or not is_main_process():  # only rank 0 writes checkpoints
+        return dict(orientation=args.orientation)
+    counts = count_turned(train.dataset)
+    if counts["turned"]:
+        print_main(f"WARNING: --orientation stored: {counts['turned']} of {counts['sampled']} sampled training images "
+                   "have an EXIF orientation, which is ignored; exif turns them upright")  # fmt: skip
+    return dict(orientation=STORED, **counts)
 
 
 def open_output(output: Output, run: dict[str, Any], training: Training, source: Source | None, resumes: bool) -> None:
@@ -352,7 +438,7 @@ def save_checkpoint(
     Args:
         training: the run.
         output: its files.
-        run: settings, description of the data and names of the classes, also saved.
+        run: settings, description of the data, names of the classes, and how images are read, also saved.
         accum_steps: batches that each rank accumulates per step.
         is_best: whether the last epoch has the highest top-1.
 
@@ -380,9 +466,17 @@ def settings_from(args: argparse.Namespace, kind: type[T], **values: Any) -> T:
     return kind(**taken, **values)
 
 
-def build_data(args: argparse.Namespace, is_train: bool) -> ImageData:
-    """Find the training or validation images."""
-    return build_dataset(is_train, settings_from(args, DataSettings), settings_from(args, TransformSettings))
+def build_data(args: argparse.Namespace, is_train: bool, preprocessing: Preprocessing | None = None) -> ImageData:
+    """Find the training or validation images, and build their transform. Preprocessing is as published by default."""
+    data = find_dataset(is_train, settings_from(args, DataSettings))
+    return prepared(data, is_train, transform_settings(args, preprocessing))
+
+
+def transform_settings(args: argparse.Namespace, preprocessing: Preprocessing | None = None) -> TransformSettings:
+    """Gather how images are transformed. Preprocessing is as published by default."""
+    preprocessing = preprocessing or Preprocessing.for_size(args.input_size)
+    orientation = args.orientation or STORED
+    return settings_from(args, TransformSettings, preprocessing=preprocessing, orientation=orientation)
 
 
 def build_parts(
@@ -390,6 +484,7 @@ def build_parts(
     model: nn.Module,
     train: ImageData,
     val: ImageData,
+    preprocessing: Preprocessing,
     precision: Precision,
     accum_steps: int,
 ) -> Parts:
@@ -401,9 +496,9 @@ def build_parts(
         build_training(args, model, precision, accum_steps),
         train_loader,
         val_loader,
-        build_criterion(args, train.num_classes, precision, soft_targets=mixup is not None),
+        build_criterion(args, train, preprocessing, precision, soft_targets=mixup is not None),
         mixup,
-        build_preparation(args, precision),
+        build_preparation(args, preprocessing, precision),
         precision,
         settings_from(args, LoopSettings, accum_steps=accum_steps),
         settings_from(args, EvaluationSettings),
@@ -411,9 +506,11 @@ def build_parts(
     )
 
 
-def build_preparation(args: argparse.Namespace, precision: Precision) -> Callable[[Any], torch.Tensor]:
-    """Build what makes normalised images on the device of a training batch's images as loaded."""
-    return DeviceAugmentation(precision, args.remode) if args.loader == "fast" else precision.images
+def build_preparation(
+    args: argparse.Namespace, preprocessing: Preprocessing, precision: Precision
+) -> Callable[[Any], torch.Tensor]:
+    """Build what turns a loaded training batch into normalised images on the device."""
+    return DeviceAugmentation(precision, preprocessing, args.remode) if args.loader == "fast" else precision.images
 
 
 def build_precision(args: argparse.Namespace, device: torch.device) -> Precision:
@@ -512,9 +609,13 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 
 
 def build_criterion(
-    args: argparse.Namespace, num_classes: int, precision: Precision, soft_targets: bool
+    args: argparse.Namespace, train: ImageData, preprocessing: Preprocessing, precision: Precision, soft_targets: bool
 ) -> DistillationLoss:
-    """Build the training loss: cross entropy with soft, smoothed or plain targets, and distillation."""
+    """Build the training loss: cross entropy with soft, smoothed or plain targets, and distillation.
+
+    Raises:
+        UserError: the teacher cannot be loaded, or has other classes than the training images.
+    """
     base: nn.Module
     if soft_targets:
         base = SoftTargetCrossEntropy()
@@ -524,10 +625,17 @@ def build_criterion(
         base = nn.CrossEntropyLoss()
     if args.distillation_type == "none":
         return DistillationLoss(base)
-    what = f"--teacher-model {args.teacher_model}"
-    teacher = create_network(what, args.teacher_model, num_classes, args.input_size)
-    load_from(teacher, args.teacher_path, "--teacher-path", "use a teacher trained on the data set's classes",
-              "name it with --teacher-model")  # fmt: skip
+    what = f"--teacher-path {args.teacher_path}"
+    checkpoint = read_checkpoint(args.teacher_path, what)
+    train.matched(checkpoint.get("classes"), what)
+    teacher = create_network(f"--teacher-model {args.teacher_model}", args.teacher_model, train.num_classes,
+                             args.input_size)  # fmt: skip
+    load_from(teacher, checkpoint, what, "use a teacher trained on the data set's classes",
+              "name it with --teacher-model", data=train)  # fmt: skip
+    own = Preprocessing.of_weights(checkpoint, args.teacher_model, args.input_size)
+    if (own.mean, own.std) != (preprocessing.mean, preprocessing.std):
+        print_main(f"{what}: {own}")
+        teacher = Renormalised(teacher, preprocessing, own)
     place(teacher, precision.device).eval().requires_grad_(False)
     return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
 
@@ -541,42 +649,50 @@ VARIANT_HINT = "name it with --model"
 
 def load_from(
     model: nn.Module,
-    path: str,
-    flag: str,
+    checkpoint: dict[str, Any],
+    what: str,
     classes_hint: str = "use the data set with its classes",
     variant_hint: str = VARIANT_HINT,
     prefer_ema: bool = False,
     new_classifier: bool = False,
-) -> dict[str, Any]:
-    """Load a checkpoint's weights, and print what was adapted or reinitialised. Returns the checkpoint.
+    data: ImageData | None = None,
+) -> None:
+    """Load a checkpoint's weights, and print what was adapted or reinitialised.
 
     Args:
         model: the model.
-        path: path or https address.
-        flag: flag that named it.
+        checkpoint: the checkpoint.
+        what: flag and path, for messages.
         classes_hint: the way out if the weights have another number of classes.
         variant_hint: the way out if the weights are of another variant.
         prefer_ema: load the averaged weights if the checkpoint has them.
         new_classifier: keep a randomly initialised classifier if the weights have another number of classes.
+        data: the data set whose labels the outputs are to mean. Classes with a name are matched by name, and those that
+            the checkpoint lacks stay randomly initialised. None: outputs stay as they are.
 
     Raises:
-        UserError: the checkpoint cannot be read or does not fit.
+        UserError: the checkpoint does not fit.
     """
-    what = f"{flag} {path}"
-    checkpoint = read_checkpoint(path, what)
+    weights, held = weights_of(checkpoint, what, prefer_ema), checkpoint.get("classes")
+    if data is not None and data.classes and held and not data.class_map:
+        fresh = match_classifier(weights, model, held, data.classes)
+        if fresh:
+            print_main(f"{what}: {len(data.classes) - len(fresh)} of {len(data.classes)} classes of the classifier are "
+                       f"carried over by name; randomly initialised: {listed(fresh)}")  # fmt: skip
     report = load_weights(
         model,
-        weights_of(checkpoint, what, prefer_ema),
+        weights,
         what,
         variant_hint=variant_hint,
         classes_hint=classes_hint,
         new_classifier=new_classifier,
         img_size=img_size_of(checkpoint),
     )
+    if new_classifier and data is not None and not (held and data.classes) and not report.classifier:
+        print_main(f"{what}: {NO_NAMES}")
     if new_classifier or report.adaptation:
         averaged = "averaged weights, " if prefer_ema and has_both_weights(checkpoint) else ""
         print_main(f"{what}: {averaged}{report}")
-    return checkpoint
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -759,6 +875,15 @@ def add_distillation_settings(group: Any) -> None:
 def add_data_settings(group: Any) -> None:
     add = group.add_argument
     add("--data-path", type=path, default="imagenet")
+    add("--orientation", choices=ORIENTATIONS, default=None, help="stored: ignore EXIF orientations, as published; "
+        "exif: turn images upright; by default as the checkpoint was trained, or stored")  # fmt: skip
+    add(
+        "--class-map",
+        type=path,
+        default="",
+        metavar="FILE",
+        help="text file that numbers the classes, one name per line, for folders that were renamed",
+    )
     add("--loader", choices=("faithful", "fast"), default="faithful", help="of training images; faithful: PIL, as in "
         "the published runs; fast: JPEGs decoded at the size that the crop needs, and flips, RandAugment (rand-…), "
         "normalisation and random erasing on the GPU, if there is one; other augmentations by PIL, too")  # fmt: skip

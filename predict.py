@@ -56,11 +56,13 @@ class Inputs(Dataset):
     Args:
         tasks: the images.
         prepare: makes the inputs.
+        orientation: in which images are read.
     """
 
-    def __init__(self, tasks: Sequence[Task], prepare: Preparation) -> None:
+    def __init__(self, tasks: Sequence[Task], prepare: Preparation, orientation: str) -> None:
         self.tasks = tasks
         self.prepare = prepare
+        self.orientation = orientation
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -68,7 +70,7 @@ class Inputs(Dataset):
     def __getitem__(self, index: int) -> Tensor | str:
         file = self.tasks[index].path
         try:
-            return self.prepare(read_image(file, f"{PLACEHOLDER} {file}"))
+            return self.prepare(read_image(file, f"{PLACEHOLDER} {file}", self.orientation))
         except UserError as error:
             return str(error)
 
@@ -99,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
                 continue
             predictions.append(prediction)
             if args.out:
-                draw(prediction, Path(args.out))
+                draw(prediction, Path(args.out), classifier.description.orientation)
             if prints:
                 bar.write(as_text(prediction), file=sys.stdout)
     write_results(predictions, args)
@@ -109,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
 def predict(classifier: Classifier, tasks: Sequence[Task], args: argparse.Namespace) -> Iterator[Prediction | str]:
     """Classify images in batches. Yields their predictions in order; for an unreadable one, why it is unreadable."""
     loader = DataLoader(
-        Inputs(tasks, classifier.prepare),
+        Inputs(tasks, classifier.prepare, classifier.description.orientation),
         batch_size=args.batch_size,
         num_workers=min(args.num_workers, (len(tasks) - 1) // args.batch_size),  # none for a single batch
         collate_fn=list,
@@ -208,14 +210,14 @@ def _write(content: bytes, file: io.BufferedIOBase) -> None:
     file.write(content)
 
 
-def draw(prediction: Prediction, out: Path) -> None:
+def draw(prediction: Prediction, out: Path, orientation: str) -> None:
     """Write the picture of a prediction.
 
     Raises:
         UserError: it cannot be written.
     """
     picture = prediction.task.picture(out)
-    image = read_image(prediction.task.path, f"{PLACEHOLDER} {prediction.task.path}")
+    image = read_image(prediction.task.path, f"{PLACEHOLDER} {prediction.task.path}", orientation)
     drawn = with_classes(image, prediction.classes, prediction.probabilities)
     write_picture(picture, lambda file: drawn.save(file, format="PNG"), str(out))
 

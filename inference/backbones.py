@@ -9,6 +9,7 @@ import torch
 from sepvit import SepViTDense, create_dense, entries_under, variant_of
 from training.checkpoints import NUMPY_CLASSES, has_averaged_weights, load_weights, read_checkpoint, weights_of
 from training.errors import UserError
+from training.images import orientation_for
 from training.networks import place
 
 
@@ -41,10 +42,12 @@ class Backbone:
     Attributes:
         variant: its name, such as SepViT_Tiny.
         network: the network, in evaluation mode.
+        orientation: 'exif' to turn images upright, or 'stored'.
     """
 
     variant: str
     network: SepViTDense
+    orientation: str
 
 
 def load_backbone(path: str, what: str, averaged: bool = False, device: str = "cpu") -> Backbone | None:
@@ -73,4 +76,4 @@ def load_backbone(path: str, what: str, averaged: bool = False, device: str = "c
     network = create_dense(variant)
     load_weights(network, own, what, variant_hint="name another checkpoint")
     place(network, torch.device(device)).eval()
-    return Backbone(variant, network)
+    return Backbone(variant, network, orientation_for(checkpoint.get("reading")))

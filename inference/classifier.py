@@ -26,6 +26,7 @@ from training.checkpoints import (
     weights_of,
 )
 from training.errors import UserError, setting
+from training.images import EXIF, orientation_for
 from training.networks import create_network, place
 from training.preprocessing import Preprocessing
 from training.state import Precision
@@ -41,16 +42,17 @@ class Description:
         model: timm's name of the network.
         classes: names of the classes, in the order of the outputs.
         preprocessing: how an image becomes its input.
+        orientation: 'exif' to turn images upright, or 'stored'.
     """
 
     model: str
     classes: tuple[str, ...]
     preprocessing: Preprocessing
+    orientation: str = EXIF
 
     def to_json(self) -> str:
         """Return it as JSON."""
-        fields = dict(model=self.model, classes=self.classes, preprocessing=self.preprocessing.to_json())
-        return json.dumps(fields, ensure_ascii=False)
+        return json.dumps({**vars(self), "preprocessing": self.preprocessing.to_json()}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Description":
@@ -61,7 +63,8 @@ class Description:
         """
         try:
             fields = json.loads(text)
-            return cls(fields["model"], tuple(fields["classes"]), Preprocessing.from_json(fields["preprocessing"]))
+            preprocessing = Preprocessing.from_json(fields["preprocessing"])
+            return cls(fields["model"], tuple(fields["classes"]), preprocessing, fields.get("orientation", EXIF))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a classifier's description ({error!r})") from None
 
@@ -81,7 +84,7 @@ class Preparation:
     def __call__(self, image: Image.Image) -> Tensor:
         """Return an RGB image as 3 × H × W, normalised, or as pixels, H × W × 3, 0 to 255."""
         if self.takes_pixels:
-            return torch.from_numpy(np.array(image))
+            return torch.from_numpy(np.array(self.preprocessing.bounded(image)))
         return self.preprocessing.transform()(image)
 
 
@@ -95,12 +98,14 @@ class Classifier:
         run: computes logits, B × classes, from inputs, B × 3 × H × W, or from the pixels of one image, as `prepare`
             makes them.
         network: the network itself; None for an exported file.
+        is_named: whether the names of its classes are known. Otherwise they are numbers, or ImageNet's.
     """
 
     description: Description
     prepare: Preparation
     run: Callable[[Tensor], Tensor]
     network: nn.Module | None = None
+    is_named: bool = True
 
     def logits(self, inputs: Sequence[Tensor]) -> Tensor:
         """Compute logits, images × classes, in float32 on the CPU.
@@ -143,11 +148,12 @@ def load_classifier(
     if kind := exported.kind_of(Path(path)):
         return _exported(path, kind, what, precision)
     if Path(path).is_dir():
-        network, description = _from_folder(Path(path), what)
+        network, description, names = _from_folder(Path(path), what)
     else:
-        network, description = _from_checkpoint(path, model, averaged, what)
+        network, description, names = _from_checkpoint(path, model, averaged, what)
     place(network, precision.device).eval()
-    return Classifier(description, Preparation(description.preprocessing), _runner(network, precision), network)
+    run, prepare = _runner(network, precision), Preparation(description.preprocessing)
+    return Classifier(description, prepare, run, network, is_named=names is not None)
 
 
 def _runner(network: nn.Module, precision: Precision) -> Callable[[Tensor], Tensor]:
@@ -169,8 +175,8 @@ def _exported(path: str, kind: exported.Kind, what: str, precision: Precision) -
     return Classifier(description, Preparation(description.preprocessing, opened.takes_pixels), opened.run)
 
 
-def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description]:
-    """Load a folder in timm's layout."""
+def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description, Sequence[str] | None]:
+    """Load a folder in timm's layout. Returns also the names of the classes, if it has them."""
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{what}: a folder without {missing[0]}; name a checkpoint in it, or a folder of save_for_hf")
@@ -179,19 +185,16 @@ def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description]:
     except Exception as error:  # of any type, for files that are damaged or of other networks
         raise UserError(f"{what}: timm cannot load it ({' '.join(str(error).split())[:200]})") from None
     fields = network.pretrained_cfg
-    height, width = fields["input_size"][1:]
-    preprocessing = Preprocessing(
-        (height, width),
-        round(min(height, width) / fields["crop_pct"]),
-        tuple(fields["mean"]),
-        tuple(fields["std"]),
-        fields["interpolation"],
-    )
+    orientation = json.loads((folder / CONFIG).read_text()).get("orientation", EXIF)
     names = fields.get("label_names")
-    return network, Description(fields["architecture"], class_names(names, network.num_classes), preprocessing)
+    classes = class_names(names, network.num_classes)
+    return network, Description(fields["architecture"], classes, Preprocessing.from_timm(fields), orientation), names
 
 
-def _from_checkpoint(path: str, model: str, averaged: bool, what: str) -> tuple[nn.Module, Description]:
+def _from_checkpoint(
+    path: str, model: str, averaged: bool, what: str
+) -> tuple[nn.Module, Description, Sequence[str] | None]:
+    """Load a checkpoint. Returns also the names of the classes, if it has them."""
     checkpoint = read_checkpoint(path, what)
     if averaged and not has_averaged_weights(checkpoint):
         raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")
@@ -204,8 +207,10 @@ def _from_checkpoint(path: str, model: str, averaged: bool, what: str) -> tuple[
     load_weights(
         network, weights, what, variant_hint=f"name it with {setting('model')}", img_size=img_size_of(checkpoint)
     )
-    classes = class_names(checkpoint.get("classes"), num_classes)
-    return network, Description(name, classes, Preprocessing.for_size(size))
+    names = checkpoint.get("classes")
+    preprocessing, orientation = Preprocessing.of_weights(checkpoint, name, size), checkpoint.get("reading")
+    description = Description(name, class_names(names, num_classes), preprocessing, orientation_for(orientation))
+    return network, description, names
 
 
 def _model_name(model: str, checkpoint: Mapping[str, Any], weights: dict[str, Tensor], what: str) -> str:

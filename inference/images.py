@@ -1,103 +1,42 @@
-"""Images as people keep them: found by name, folder or pattern, read upright and in RGB, and the pictures of them."""
+"""Find images by file, folder or pattern; read them upright, in RGB."""
 
 import glob
-import io
 import os
-import stat
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
 
 from training.errors import UserError, setting
+from training.images import EXIF, IMAGE_SUFFIXES, decode, describe_skipped, images_in, is_image, read_file, reason_of
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 PLACEHOLDER = "IMAGE"  # what the commands call an image in their help
-# Formats that Pillow decodes in memory by itself. For some others it starts programs, which work on files.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM")
-DEEP_MODES = ("I", "F")  # and I;16…: one channel of more than 8 bits
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_image(source: str | Path | BinaryIO, what: str) -> Image.Image:
-    """Read an image as people see it: RGB, upright.
-
-    The EXIF orientation is applied, transparent parts are white, 16-bit values are scaled to 8 bits, CMYK is converted
-    by its colour profile, and of an animation the first frame is taken. Plain RGB and grey files have the pixels that
-    validation reads.
+def read_image(source: str | Path | bytes, what: str, orientation: str = EXIF) -> Image.Image:
+    """Read an image in RGB, upright. See `training.images.decode`.
 
     Args:
-        source: a path, or an open file.
+        source: a path, or a file's content.
         what: names the image in messages.
+        orientation: 'stored' for a network that was trained on images as stored.
 
     Raises:
         UserError: it is not an image, is damaged, or is too large to be decoded safely.
     """
     try:
-        if isinstance(source, (str, Path)) and not stat.S_ISREG(os.stat(source).st_mode):
-            raise OSError("not a file")  # a pipe could block for ever
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sizes below the limit, and metadata
-            with open_image(source) as image:
-                image.load()
-                return _rgb(ImageOps.exif_transpose(image))
-    except MemoryError:
-        raise UserError(f"{what}: cannot be read (too large for this machine's memory)") from None
+            return decode(source if isinstance(source, bytes) else read_file(source), orientation)
     except Exception as error:  # Pillow's decoders raise errors of any type for damaged files
-        raise UserError(f"{what}: cannot be read ({_reason(error)})") from None
-
-
-def open_image(source: str | Path | BinaryIO) -> Image.Image:
-    """Open an image of one of `FORMATS`, without decoding its pixels. Raises what Pillow raises."""
-    Image.init()  # loads the decoders, of which Pillow may lack some
-    return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, Image.DecompressionBombError):
-        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image, or damaged"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Convert an upright image to RGB."""
-    if image.mode.startswith(DEEP_MODES):
-        image = _scaled_to_8_bits(image)
-    if image.mode == "CMYK" and (profile := image.info.get("icc_profile")):
-        with suppress(ImageCms.PyCMSError, OSError):  # without a usable profile, Pillow's formula
-            srgb = ImageCms.createProfile("sRGB")
-            image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB") or image
-    if image.has_transparency_data:
-        layers = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers)
-    return image.convert("RGB")
-
-
-def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale the values of a grey image with more than 8 bits to 0 to 255.
-
-    Integers have 16 bits in every common format. Floats from 0 to 1 are taken as such, others by their own range.
-    """
-    values = np.asarray(image, dtype=np.float64)
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    if image.mode != "F" and low >= 0 and high <= 65535:
-        low, high = 0.0, 255.0 if image.mode == "I" and high <= 255 else 65535.0
-    elif low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
-    scaled = np.nan_to_num((values - low) / max(high - low, 1e-12)) * 255
-    return Image.fromarray(scaled.round().astype(np.uint8))
+        raise UserError(f"{what}: cannot be read ({reason_of(error)})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -140,19 +79,21 @@ def find_images(names: Sequence[str]) -> list[Task]:
 def _find(name: str) -> Iterator[Task]:
     path = Path(name)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        files, skipped = images_in(path)
         if not files:
             endings = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UserError(f"{PLACEHOLDER} {path}: a folder without images (files ending in {endings})")
-        for file in files:
+        if skipped:
+            print(f"WARNING: {PLACEHOLDER} {path}: {describe_skipped(skipped)}", file=sys.stderr, flush=True)
+        for file in map(Path, files):
             yield Task(file, file.relative_to(path))
     elif not path.exists() and glob.has_magic(name):
         matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-        files = [match for match in matches if match.is_file() and match.suffix.lower() in IMAGE_SUFFIXES]
-        if not files:
+        found = [match for match in matches if match.is_file() and is_image(match)]
+        if not found:
             raise UserError(f"{PLACEHOLDER} {name}: no image matches this pattern")
-        base = Path(os.path.commonpath([file.parent for file in files]))
-        for file in files:
+        base = Path(os.path.commonpath([file.parent for file in found]))
+        for file in found:
             yield Task(file, file.relative_to(base))
     elif path.exists():
         yield Task(path, Path(path.name))

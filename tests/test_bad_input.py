@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import engine
 import main
-from datasets import TransformSettings, build_transform
+from datasets import build_transform
 from tools import check_setup
 from training import checkpoints
 from training.errors import UserError
@@ -312,7 +312,7 @@ def test_tilde_after_an_equals_sign_is_expanded(monkeypatch):
                                   "original-mstd0.5", "v0r", "3a", ""])  # fmt: skip
 def test_timm_augmentations(name):
     args = main.build_parser().parse_args([f"--aa={name}"])
-    build_transform(True, main.settings_from(args, TransformSettings))
+    build_transform(True, main.transform_settings(args))
 
 
 @pytest.mark.parametrize("settings", [None, "text", [1], {}])
@@ -326,6 +326,13 @@ def test_settings_of_another_kind_in_a_checkpoint(settings, flags, files, few_di
     assert main.run([*arguments, *flags, str(tmp_path / "other.pth")]) == 0
 
 
+def finetune(model, path: str) -> None:
+    """Load weights as `--finetune` does."""
+    what = f"--finetune {path}"
+    checkpoint = checkpoints.read_checkpoint(path, what)
+    main.load_from(model, checkpoint, what, prefer_ema=True, new_classifier=True)
+
+
 def test_weights_that_timm_renames_are_checked(tmp_path):
     """An old Swin checkpoint names its classifier `head.weight`. timm renames it when it resizes."""
     model = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=3)
@@ -335,7 +342,7 @@ def test_weights_that_timm_renames_are_checked(tmp_path):
     weights["head.weight"][0, 0] = torch.nan
     torch.save(weights, tmp_path / "old.pth")
     with pytest.raises(UserError, match=r"head\.fc\.weight is not finite"):
-        main.load_from(model, str(tmp_path / "old.pth"), "--finetune", prefer_ema=True, new_classifier=True)
+        finetune(model, str(tmp_path / "old.pth"))
 
 
 @pytest.mark.parametrize("name", ["lite.safetensors", "renamed.pth"])
@@ -363,7 +370,7 @@ def test_timm_networks_are_finetuned_at_another_size(name, few_digits, tmp_path,
     torch.save(timm.create_model(name, img_size=64, num_classes=9).state_dict(), tmp_path / "64.pth")
     args = main.build_parser().parse_args(["--finetune", str(tmp_path / "64.pth")])
     model = timm.create_model(name, img_size=128, num_classes=3)
-    main.load_from(model, args.finetune, "--finetune", prefer_ema=True, new_classifier=True)
+    finetune(model, args.finetune)
     printed = capsys.readouterr().out
     assert "of another image size or form: resampled" in printed
     assert "another number of classes: randomly initialised 2" in printed
@@ -378,7 +385,7 @@ def test_weights_of_another_timm_network_are_refused(few_digits, tmp_path, capsy
     args = main.build_parser().parse_args(["--finetune", str(tmp_path / "small.pth")])
     model = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=3)
     with pytest.raises(UserError, match=r"another architecture: \d+ are unexpected \(layers\.2\.blocks\."):
-        main.load_from(model, args.finetune, "--finetune", prefer_ema=True, new_classifier=True)
+        finetune(model, args.finetune)
 
 
 def test_weights_that_become_infinite_are_not_saved(few_digits, tmp_path, capsys):

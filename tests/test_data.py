@@ -31,7 +31,6 @@ import main
 from datasets import (
     INAT_CATEGORIES,
     LoaderSettings,
-    TransformSettings,
     build_train_loader,
     build_transform,
     build_val_loader,
@@ -42,7 +41,7 @@ from training import samples
 from training.commands import run_command
 from training.errors import UserError
 from training.output import read_log as read_whole_log
-from training.samples import INaturalist, fingerprint
+from training.samples import INaturalist, fingerprint, read_sample
 
 hypothesis_settings = hypothesis.settings(max_examples=200, deadline=None)
 
@@ -53,7 +52,7 @@ def settings(*arguments):
 
 def transform(is_train, args):
     """The transform for a command's settings."""
-    return build_transform(is_train, main.settings_from(args, TransformSettings))
+    return build_transform(is_train, main.transform_settings(args))
 
 
 def train_loader(args):
@@ -179,12 +178,10 @@ def test_training_transform():
 
 
 def test_evaluation_transform():
-    resize, crop, *_, normalize = transform(False, settings()).transforms
-    assert resize.size == 256
-    assert resize.interpolation == T.InterpolationMode.BICUBIC
-    assert crop.size == (224, 224)
-    assert normalize.mean == (0.485, 0.456, 0.406)
-    image = Image.fromarray(np.full((300, 500, 3), 128, np.uint8))
+    published = T.Compose([T.Resize(256, T.InterpolationMode.BICUBIC), T.CenterCrop(224), T.ToTensor(),
+                           T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])  # fmt: skip
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 500, 3), np.uint8))
+    assert torch.equal(transform(False, settings())(image), published(image))
     output = transform(False, settings("--input-size", 96))(image)
     assert output.shape == (3, 96, 96)
 
@@ -266,7 +263,10 @@ def test_nested_archives_are_checked(few_digits, tmp_path):
             for label in "012":
                 archive.add(tmp_path / f"{label}.tar", arcname=f"{label}.tar")
     args = settings("--data-path", tmp_path / "whole", "--input-size", 32)
-    assert len(main.build_data(args, is_train=False).dataset) == 21
+    data = main.build_data(args, is_train=False)
+    assert (len(data.dataset), data.classes) == (21, ["0", "1", "2"])
+    for index, (name, label) in enumerate(data.dataset.samples):
+        assert data.dataset.read(index) == (few_digits / "val" / str(label) / name).read_bytes()
     with pytest.raises(UserError, match=r"broken/val\.tar: .*damaged"):
         main.build_data(settings("--data-path", tmp_path / "broken", "--input-size", 32), is_train=False)
 
@@ -279,15 +279,17 @@ def test_archives_number_classes_as_folders_do(tmp_path):
         archive.add(tmp_path / "x", arcname=".")
     data = main.build_data(settings("--data-path", tmp_path, "--input-size", 32), is_train=False)
     assert data.classes == ["1", "10", "2"]
-    assert sorted(target for _, target in data.dataset) == [0, 1, 2]
+    assert [target for _, target in data.dataset.samples] == [0, 2, 1]  # in natural order
+    assert [read_sample(data.dataset, index, ())[1] for index in range(3)] == [0, 2, 1]
 
 
 def test_fingerprints_tell_archives_apart(tmp_path):
     found = []
     for name in ("a", "a", "b"):
         folder = tmp_path / str(len(found))
-        (folder / "x/0").mkdir(parents=True)
-        Image.new("L", (8, 8)).save(folder / f"x/0/{name}.png")
+        for label in "01":
+            (folder / "x" / label).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(folder / "x" / label / f"{name}.png")
         with tarfile.open(folder / "val.tar", "w") as archive:
             archive.add(folder / "x", arcname=".")
         found.append(fingerprint(main.build_data(settings("--data-path", folder), is_train=False)))
@@ -349,9 +351,9 @@ def test_inaturalist(with_kingdom, tmp_path):
     inat_folder(tmp_path, with_kingdom)
     train, val = (INaturalist(tmp_path, is_train, 2018, "name") for is_train in (True, False))
     assert train.classes == val.classes == ["c", "b", "a"]  # in order of appearance in the training annotations
-    assert [target for _, target in train] == [0, 1, 2, 1]
-    assert [target for _, target in val] == [2, 0]
-    assert train[3][0].size == (8, 8)
+    assert [target for _, target in train.samples] == [0, 1, 2, 1]
+    assert [target for _, target in val.samples] == [2, 0]
+    assert read_sample(train, 3, ())[0].size == (8, 8)
     assert INaturalist(tmp_path, True, 2018, "kingdom").classes == ["Animalia", "Plantae"]
     data = main.build_data(
         settings("--data-path", tmp_path, "--data-set", "INAT", "--inat-category", "family"), is_train=True

@@ -126,7 +126,7 @@ NAMES = ["rand-m9-mstd0.5-inc1", "rand-m9-n3-mstd0.5", "rand-m7-p0.8-inc1", "ran
 def transform_settings(*arguments, device="cpu"):
     args = main.build_parser().parse_args(list(map(str, arguments)))
     args.device = device
-    return main.settings_from(args, TransformSettings)
+    return main.transform_settings(args)
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "random"])

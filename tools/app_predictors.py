@@ -3,7 +3,6 @@
 import base64
 import io
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 
 from inference.attention import BlockAttention, record_attention, rollout
 from inference.classifier import Classifier
-from inference.images import open_image, read_image
+from inference.images import read_image
 from sepvit import SepViTStages
 from training.errors import UserError
+from training.images import open_image
 
 MOST_PIXELS = 50_000_000  # of an image; decoding takes up to 12 bytes for each
 MOST_WEIGHTS = 2**21  # of a block, sent to the page: 8 MiB
@@ -103,6 +103,7 @@ class Predictor(Protocol):
         kind: 'classifier', 'segmentor' or 'detector'.
         title: what the network is, for people.
         classes: names of its classes.
+        orientation: in which images are read, 'exif' or 'stored'.
         facts: further facts for the page, such as the input's size.
         note: why there is no attention to show; "" if there is.
     """
@@ -110,6 +111,7 @@ class Predictor(Protocol):
     kind: str
     title: str
     classes: Sequence[str]
+    orientation: str
     facts: Mapping[str, str]
     note: str
 
@@ -134,6 +136,7 @@ class ClassifierPredictor:
         height, width = description.preprocessing.size
         self.classifier = classifier
         self.classes: Sequence[str] = description.classes
+        self.orientation = description.orientation
         self.title = f"{description.model} with {len(self.classes)} classes"
         self.facts: Mapping[str, str] = {
             "model": description.model,
@@ -179,11 +182,12 @@ def timed(times: dict[str, float], step: str) -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_upload(content: bytes) -> Image.Image:
-    """Read an image that was sent, in memory: RGB, upright.
+def read_upload(content: bytes, orientation: str) -> Image.Image:
+    """Read an image that was sent, in memory, in RGB.
 
     Args:
         content: the file's bytes.
+        orientation: see `training.images.decode`.
 
     Raises:
         UserError: it is not an image of a common format, is damaged, or has too many pixels.
@@ -191,10 +195,8 @@ def read_upload(content: bytes) -> Image.Image:
     if not content:
         raise UserError("The file is empty.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about sizes below the limit, and metadata
-            with open_image(io.BytesIO(content)) as opened:
-                width, height = opened.size
+        with open_image(io.BytesIO(content)) as opened:
+            width, height = opened.size
     except Image.DecompressionBombError:
         raise UserError(f"The image has more than {MOST_PIXELS / 1e6:.0f} megapixels. Make it smaller.") from None
     except Exception:  # Pillow's decoders raise errors of any type for damaged files
@@ -203,7 +205,7 @@ def read_upload(content: bytes) -> Image.Image:
     if width * height > MOST_PIXELS:
         raise UserError(f"The image has {width * height / 1e6:.0f} megapixels, more than {MOST_PIXELS / 1e6:.0f}. "
                         "Make it smaller.")  # fmt: skip
-    return read_image(io.BytesIO(content), "The image")
+    return read_image(content, "The image", orientation)
 
 
 def encoded_picture(picture: Image.Image) -> str:

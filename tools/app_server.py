@@ -133,7 +133,7 @@ class Service:
     def answer(self, content: bytes) -> Response:
         """Read an image and predict it."""
         try:
-            return JSONResponse(self.predictor.predict(read_upload(content)).to_json())
+            return JSONResponse(self.predictor.predict(read_upload(content, self.predictor.orientation)).to_json())
         except UserError as error:
             return refusal(422, str(error))
         except (RuntimeError, MemoryError) as error:

@@ -38,11 +38,13 @@ if not __package__:
 import main as classification
 from datasets import LoaderSettings, build_train_loader, epoch_batches
 from training.commands import Parser, natural, path, positive_int, run_command
-from training.decoding import CropDecoder, as_rgb
+from training.decoding import CropDecoder
 from training.device_augmentation import DeviceAugmentation, augment
 from training.devices import available_cores
 from training.errors import UserError
-from training.samples import ImageData, collate, read_file
+from training.images import decode, read_file
+from training.preprocessing import Preprocessing
+from training.samples import ImageData, collate
 from training.state import Precision
 from training.storage import write_file
 from utils import Stream, seed_cpu
@@ -143,7 +145,7 @@ def stages_of(data: ImageData) -> list[Stage]:
     crop, *steps, to_tensor, normalize, erasing = data.transform.transforms
     return [
         ("read", read_file),
-        ("decode", as_rgb),
+        ("decode", decode),
         ("crop", lambda image: functional.crop(image, *crop.get_params(image, crop.scale, crop.ratio))),
         ("resize", lambda image: functional.resize(image, crop.size, crop.interpolation)),
         ("augment", Compose(steps)),
@@ -156,7 +158,7 @@ def batch_stages_of(pipeline: str) -> list[Stage]:
     """The stages that turn samples into a batch, and a batch into images where no GPU does that."""
     if pipeline != ON_CPU:
         return [("collate", collate)]
-    device = DeviceAugmentation(CPU, "pixel")
+    device = DeviceAugmentation(CPU, Preprocessing.for_size(224), "pixel")
     return [
         ("collate", lambda samples: collate(samples)[0]),
         ("normalise", lambda batch: (device.normalise(augment(batch)), batch.regions)),
@@ -223,7 +225,7 @@ def measure_loaders(loaders: dict[tuple[str, str], DataLoader], rounds: int) -> 
     alone = all(loader.num_workers == 0 for loader in loaders.values())
     clock = time.process_time if alone else time.perf_counter
     rates: dict[tuple[str, str], list[float]] = {name: [] for name in loaders}
-    prepare = DeviceAugmentation(CPU, "pixel")
+    prepare = DeviceAugmentation(CPU, Preprocessing.for_size(224), "pixel")
     names = list(loaders)
     for number in range(rounds + 1):
         first = number % len(names)

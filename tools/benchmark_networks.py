@@ -23,6 +23,7 @@ import sepvit
 from tools import benchmark_runtimes
 from tools.benchmark_rounds import reason
 from tools.export_formats import export_onnx
+from training.checkpoints import read_checkpoint
 from training.errors import UserError
 from training.measure import bytes_of
 from training.networks import place
@@ -250,7 +251,8 @@ def create_network(model: str, setting: Setting, code: ModuleType = sepvit, **kw
     if code is not sepvit:
         network.load_state_dict(create_network(model, setting).state_dict())
     elif model in sepvit.VARIANTS and setting.checkpoint:
-        main.load_from(network, setting.checkpoint, "--checkpoint")
+        what = f"--checkpoint {setting.checkpoint}"
+        main.load_from(network, read_checkpoint(setting.checkpoint, what), what)
     else:
         for name, parameter in network.named_parameters():
             if name.endswith("win_tokens"):  # zeros would give all windows the same attention

@@ -268,6 +268,7 @@ def build_parser() -> Parser:
     add("--data-path", type=path, default="", metavar="DIR",
         help="data set of the classes, for top-1 and calibration; default: some photographs")  # fmt: skip
     add("--data-set", default="IMNET", help=f"its kind, as for main.py: {', '.join(DATA_SETS)}, or a timm reader")
+    add("--class-map", type=path, default="", metavar="FILE", help="numbers its classes, as for main.py")
     add("--images", type=positive_int, default=2000, metavar="N",
         help="validation images to compare on, evenly spaced, default 2000")  # fmt: skip
     add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not tell it")

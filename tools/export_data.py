@@ -3,8 +3,7 @@
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -14,9 +13,11 @@ from torch.utils.data import IterableDataset
 if not __package__:
     import _repository  # noqa: F401
 import main
-from inference.classifier import Classifier
+from inference.classifier import Classifier, class_names
 from tools.benchmark_networks import main_settings
 from training.errors import UserError
+from training.samples import ImageData, ValSamples
+from training.streams import ValStream
 
 CALIBRATION_IMAGES = 128
 BATCH_SIZE = 8
@@ -70,14 +71,15 @@ def find_labelled(args: argparse.Namespace, classifier: Classifier) -> Images:
     Raises:
         UserError: there are none, or they have other classes than the classifier.
     """
-    data = _find(args, classifier, is_train=False)
-    count = len(classifier.description.classes)
-    if data.num_classes != count:
-        raise UserError(f"--data-path {args.data_path}: has {data.num_classes} classes, the checkpoint {count}; "
+    data, names = _find(args, classifier, is_train=False), classifier.description.classes
+    if data.classes:  # as people know them, like the classifier's
+        data = replace(data, classes=list(class_names(data.classes, data.num_classes)))
+    data = data.matched(names if classifier.is_named else None, f"--resume {args.resume}")
+    if data.num_classes != len(names):
+        raise UserError(f"--data-path {args.data_path}: has {data.num_classes} classes, the checkpoint {len(names)}; "
                         "name the data set that it was trained on")  # fmt: skip
-    samples = list(_spaced(data.dataset, args.images))
-    source = f"{len(samples)} validation images of {args.data_path}"
-    return Images(source, [image.convert("RGB") for image, _ in samples], [int(label) for _, label in samples])
+    images, labels = zip(*_spaced(data, args.images))
+    return Images(f"{len(images)} validation images of {args.data_path}", images, labels)
 
 
 def calibration_inputs(args: argparse.Namespace, classifier: Classifier) -> list[Tensor]:
@@ -87,10 +89,10 @@ def calibration_inputs(args: argparse.Namespace, classifier: Classifier) -> list
         UserError: there are none.
     """
     data = _find(args, classifier, is_train=True)
-    return [classifier.prepare(image.convert("RGB")) for image, _ in _spaced(data.dataset, CALIBRATION_IMAGES)]
+    return [classifier.prepare(image) for image, _ in _spaced(data, CALIBRATION_IMAGES)]
 
 
-def _find(args: argparse.Namespace, classifier: Classifier, is_train: bool) -> Any:
+def _find(args: argparse.Namespace, classifier: Classifier, is_train: bool) -> ImageData:
     description = classifier.description
     settings = main_settings(
         description.model,
@@ -99,15 +101,18 @@ def _find(args: argparse.Namespace, classifier: Classifier, is_train: bool) -> A
         *("--data-path", args.data_path),
         *("--data-set", args.data_set),
         *("--input-size", str(min(description.preprocessing.size))),
+        *("--orientation", description.orientation),
+        *("--class-map", args.class_map),
     )
     return main.build_data(settings, is_train)
 
 
-def _spaced(dataset: Any, count: int) -> Iterator[tuple[Image.Image, int]]:
-    """At most `count` samples of a data set, evenly spaced; of a stream, the first ones."""
-    if isinstance(dataset, IterableDataset):
-        yield from itertools.islice(dataset, count)
+def _spaced(data: ImageData, count: int) -> Iterator[tuple[Image.Image, int]]:
+    """At most `count` images of a data set and their outputs, evenly spaced; of a stream, the first ones."""
+    data = replace(data, transform=lambda image: image)
+    if isinstance(data.dataset, IterableDataset):
+        yield from itertools.islice(ValStream(data), count)
         return
-    count = min(count, len(dataset))
+    samples, count = ValSamples(data), min(count, len(data))
     for number in range(count):
-        yield dataset[number * len(dataset) // count]
+        yield samples[number * len(samples) // count]

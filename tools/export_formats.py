@@ -123,9 +123,10 @@ def hub_settings(description: Description) -> dict[str, Any]:
         std=preprocessing.std,
         interpolation=preprocessing.interpolation,
         crop_pct=crop_share(preprocessing),
-        crop_mode="center",
+        crop_mode="squash" if preprocessing.squash else "center",
     )
-    return dict(model_config=dict(label_names=list(description.classes)), data_config=data, safe_serialization=True)
+    config = dict(label_names=list(description.classes), orientation=description.orientation)
+    return dict(model_config=config, data_config=data, safe_serialization=True)
 
 
 def crop_share(preprocessing: Preprocessing) -> float:
@@ -269,6 +270,8 @@ def preprocessing_graph(preprocessing: Preprocessing, opset: int = OPSET) -> Any
     """
     import onnx
 
+    if preprocessing.squash:
+        raise ValueError("images are squashed before the crop, which this graph does not do")
     make, cubic = onnx.helper.make_node, preprocessing.interpolation == "bicubic"
     mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     constants = {

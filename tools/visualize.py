@@ -98,8 +98,8 @@ class Scene:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load(args: argparse.Namespace, image: Image.Image) -> Loaded:
-    """Load the network.
+def load(args: argparse.Namespace) -> tuple[Loaded, Image.Image]:
+    """Load the network, and the image as it was trained to read it.
 
     Raises:
         UserError: the file holds no network with attention to show, or a setting is not for it.
@@ -111,7 +111,9 @@ def load(args: argparse.Namespace, image: Image.Image) -> Loaded:
     if not Path(args.resume).is_dir() and (backbone := load_backbone(args.resume, what, args.averaged)):
         if args.label:
             raise UserError(f"--class {args.label}: {what} holds a backbone, which has no classes; omit it")
-        return Loaded(backbone.network, f"{backbone.variant}, dense form", dense_preprocessing(image, args.input_size))
+        image = read_image(args.image, f"{PLACEHOLDER} {args.image}", backbone.orientation)
+        preprocessing = dense_preprocessing(image, args.input_size)
+        return Loaded(backbone.network, f"{backbone.variant}, dense form", preprocessing), image
     if args.input_size:
         raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: {what} holds a classifier, which takes "
                         "images of the size it was trained for; omit it")  # fmt: skip
@@ -119,7 +121,8 @@ def load(args: argparse.Namespace, image: Image.Image) -> Loaded:
     network, description = classifier.network, classifier.description
     if not isinstance(network, SepViT):
         raise UserError(f"{what}: holds {description.model}, not a SepViT, whose attention this command draws")
-    return Loaded(network, description.model, description.preprocessing, description.classes)
+    image = read_image(args.image, f"{PLACEHOLDER} {args.image}", description.orientation)
+    return Loaded(network, description.model, description.preprocessing, description.classes), image
 
 
 def dense_preprocessing(image: Image.Image, size: Sequence[int] | None) -> Preprocessing:
@@ -387,10 +390,9 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: the image or the network cannot be read, a setting does not fit them, or a file cannot be written.
     """
-    image = read_image(args.image, f"{PLACEHOLDER} {args.image}")
     if tuple(args.figures) != FIGURES and "attribution" in args.figures:
         require("--figures attribution", "captum")
-    loaded = load(args, image)
+    loaded, image = load(args)
     make_folder(Path(args.out), f"--out {args.out}")
     scene = observe(args, loaded, image)
     for file, draw in list(plan(scene, args)):

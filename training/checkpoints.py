@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sepvit import Adaptation, SepViTStages, adapt_state_dict, entries_under, mark_adapted, variant_of
+from training.classes import canonical
 from training.errors import UserError
 from training.naming import CheckpointNames
 from training.processes import is_main_process, on_processes, print_line
@@ -471,6 +472,36 @@ def load_weights(
     _check_entries(weights, expected, what, classifier, classes_hint)
     model.load_state_dict(mark_adapted(weights, network))
     return report
+
+
+def match_classifier(weights: dict[str, Tensor], model: Any, held: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Carry the rows of a classifier over to a model by the names of their classes.
+
+    Args:
+        weights: the state dict, whose classifier is replaced.
+        model: the model.
+        held: names of the classes in the weights.
+        names: names of the model's classes.
+
+    Returns:
+        the classes that the weights lack. They keep the model's initialisation.
+    """
+    rows = {canonical(name): index for index, name in enumerate(held)}
+    shared = [(index, rows[canonical(name)]) for index, name in enumerate(names) if canonical(name) in rows]
+    own, of_held = [list(indices) for indices in zip(*shared)] or ([], [])
+    for name, value in classifier_entries(model).items():
+        if name in weights and weights[name].shape == (len(held), *value.shape[1:]):
+            matched = value.detach().cpu().clone()
+            matched[own] = weights[name][of_held].to(matched)
+            weights[name] = matched
+    return [name for name in names if canonical(name) not in rows]
+
+
+def classifier_entries(model: Any) -> dict[str, Tensor]:
+    """Entries of a model's classifier. A distilled network has two."""
+    classifier = getattr(model, "default_cfg", {}).get("classifier") or ()
+    heads = (classifier,) if isinstance(classifier, str) else classifier
+    return {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] in heads}
 
 
 def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:

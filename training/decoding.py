@@ -16,25 +16,12 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from training.errors import UserError, setting
+from training.images import EXIF, STORED, UPRIGHT, Encoded, decode, open_image, orientation_of
 
 PLAIN = ("YCbCr", "Gray", "RGB")  # colour spaces of JPEGs that both PIL and simplejpeg convert to the same RGB
 SCALES = (8, 4, 2)  # fractions of a JPEG's size at which it can be decoded, by fewer coefficients of each block
 JPEG_START = b"\xff\xd8"
 ROUNDING = 1e-3  # of a pixel of the crop
-
-Encoded = bytes | Image.Image  # an image file's content, or an image of a data set that decodes by itself
-
-
-def as_rgb(source: Encoded) -> Image.Image:
-    """Decode an image by PIL, as the faithful loader does.
-
-    Args:
-        source: an image file's content, or an image.
-
-    Raises:
-        OSError: the image is unreadable.
-    """
-    return (Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source).convert("RGB")
 
 
 def import_decoder() -> Any:
@@ -72,17 +59,19 @@ class CropDecoder:
     The box is drawn by timm's transform, which the faithful loader uses too: the same random numbers give the same box.
     A JPEG whose box is at least 2, 4 or 8 times as large as the crop on both sides is decoded at that fraction of its
     size, by libjpeg-turbo's scaled inverse cosine transform. There, the box keeps its size, and its corner moves to the
-    nearest pixel. An EXIF orientation is ignored, as by the faithful loader.
+    nearest pixel.
 
     Args:
         crop: timm's transform.
+        orientation: see `training.images.decode`.
 
     Raises:
         UserError: simplejpeg is not installed.
     """
 
-    def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
+    def __init__(self, crop: RandomResizedCropAndInterpolation, orientation: str = STORED) -> None:
         self.crop = crop
+        self.orientation = orientation
         self.size: int = crop.size[0]
         import_decoder()
 
@@ -103,14 +92,16 @@ class CropDecoder:
                 return self.resize(self.decode(source))
             except ValueError:  # unusual or damaged: PIL says whether it is readable, and names the damage
                 pass
-        return decode_and_crop(self.crop, source)
+        return decode_and_crop(self.crop, self.orientation, source)
 
     def decode(self, content: bytes) -> Part:
         """Draw a random crop of a JPEG, and decode what it needs.
 
         Raises:
-            ValueError: the JPEG is damaged, or of a kind that only PIL decodes.
+            ValueError: the JPEG is damaged, has to be turned, or is of a kind that only PIL decodes.
         """
+        if self.orientation == EXIF and orientation_of(open_image(io.BytesIO(content))) != UPRIGHT:
+            raise ValueError("to be turned")
         jpeg = import_decoder()
         height, width, space, _ = jpeg.decode_jpeg_header(content)
         if space not in PLAIN or height * width > (Image.MAX_IMAGE_PIXELS or height * width):
@@ -138,11 +129,12 @@ class CropDecoder:
         return resized.permute(0, 2, 3, 1)[0].contiguous().numpy()
 
 
-def decode_and_crop(crop: Callable[[Image.Image], Image.Image], source: Encoded) -> np.ndarray:
+def decode_and_crop(crop: Callable[[Image.Image], Image.Image], orientation: str, source: Encoded) -> np.ndarray:
     """Decode and crop an image by PIL.
 
     Args:
         crop: transform of PIL images.
+        orientation: see `training.images.decode`.
         source: an image file's content, or an image.
 
     Returns:
@@ -151,7 +143,7 @@ def decode_and_crop(crop: Callable[[Image.Image], Image.Image], source: Encoded)
     Raises:
         OSError: the image is unreadable.
     """
-    return np.array(crop(as_rgb(source)))
+    return np.array(crop(decode(source, orientation)))
 
 
 def _blank(height: int, width: int) -> Tensor:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms.v2.functional import equalize
 
 from training.augmentation import FLIP, CropBatch, Region
+from training.preprocessing import Preprocessing
 from training.shifts import cubic_weights
 from training.state import Precision
 
@@ -24,14 +24,15 @@ class DeviceAugmentation:
 
     Args:
         precision: the device, and the images' memory format.
+        preprocessing: has the mean and standard deviation.
         remode: fill of erased regions: 'const' (zero), 'rand' (one normal colour a region) or 'pixel' (normal noise).
     """
 
-    def __init__(self, precision: Precision, remode: str) -> None:
+    def __init__(self, precision: Precision, preprocessing: Preprocessing, remode: str) -> None:
         self.precision = precision
         self.remode = remode
         mean, std = (torch.tensor(values, device=precision.device)[:, None, None]
-                     for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))  # fmt: skip
+                     for values in (preprocessing.mean, preprocessing.std))  # fmt: skip
         self.mean, self.std = 255 * mean, 255 * std
 
     def __call__(self, batch: CropBatch) -> Tensor:

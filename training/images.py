@@ -5,9 +5,9 @@ import os
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -18,6 +18,7 @@ from training.classes import canonical
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM")
 DEEP_MODES = ("I", "F")  # and I;16…: one channel of more than 8 bits
 STORED, EXIF = ORIENTATIONS = ("stored", "exif")  # pixels as in the file, or upright
+MAX_SUFFIXES = 5  # in a message
 UPRIGHT = 1  # the EXIF orientation of an image that is stored upright
 
 Image.init()  # loads the decoders, of which Pillow may lack some
@@ -81,6 +82,15 @@ def orientation_of(image: Image.Image) -> int:
     return value if value in range(1, 9) else UPRIGHT
 
 
+def orientation_for(reading: Mapping[str, Any] | None) -> str:
+    """Orientation in which a network's images are predicted: upright, unless it was trained on turned ones as stored.
+
+    Args:
+        reading: how its training images were read, from its checkpoint; None if that is unknown.
+    """
+    return STORED if reading and reading["orientation"] == STORED and reading.get("turned") else EXIF
+
+
 def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
     """Scale the values of a grey image with more than 8 bits to 0 to 255.
 
@@ -112,6 +122,16 @@ def reason_of(error: Exception) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def describe_skipped(skipped: Counter[str]) -> str:
+    """Describe files that are no images, for a warning.
+
+    Args:
+        skipped: their number by suffix.
+    """
+    counts = ", ".join(f"{number} {suffix}" for suffix, number in skipped.most_common(MAX_SUFFIXES))
+    return f"{skipped.total()} files are skipped, since their names are not those of images: {counts}"
 
 
 def is_hidden(name: str) -> bool:

@@ -1,108 +1,30 @@
-"""Adapters for timm's readers of archives and webdatasets.
+"""Adapters for timm's readers of streaming data sets.
 
 All attributes of timm's readers that this project uses are used here, for timm 1.0.31 and later 1.0 versions. They are
 tested in tests/test_private_parts.py.
 """
 
 import math
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import IO, Any
+from typing import Any
 
 import timm
 from timm.data.readers import reader_wds
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.data.readers.reader_wds import ReaderWds, WdsTargetKeyError
 
+from training.archives import CheckedTarInfo
 from training.errors import MachineError, UserError, setting
 from training.storage import is_storage_error
 from training.unreadable import UnreadableImageError
 
 BLANK = b"P5 1 1 255 \0"  # an image of one pixel, which PIL opens fast
 METADATA = re.compile(r"__[^/]*__($|/)")  # by webdataset's convention, members with these names belong to no sample
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Archives
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-# Subclasses of tarfile.HeaderError that its documentation does not list (Python 3.10 to 3.12).
-END_OF_ARCHIVE = tarfile.EOFHeaderError  # type: ignore[attr-defined]
-TRUNCATED = (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError)  # type: ignore[attr-defined]
-
-
-class CheckedTarInfo(tarfile.TarInfo):
-    """Member of a tar archive that must be complete. Python takes a broken or missing header for the archive's end."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> "CheckedTarInfo":
-        """Read the next member's header.
-
-        Raises:
-            tarfile.ReadError: there is no intact header and no end-of-archive mark.
-        """
-        try:
-            return super().fromtarfile(archive)
-        except END_OF_ARCHIVE:
-            raise
-        except TRUNCATED:
-            raise tarfile.ReadError("truncated: it has no end-of-archive mark") from None
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"damaged: {error}") from None
-
-
-def archive_damage(reader: ReaderImageInTar) -> str | None:
-    """Describe the damage to a tar archive after the last image that timm found in it; None if there is none.
-
-    timm has read all headers before that image, and the images themselves are decoded when they are read.
-    """
-    images = [sample[0] for sample in reader.samples if sample[2] is None]
-    inner: dict[int, list[tarfile.TarInfo]] = {}  # images in nested archives, by the archive's offset
-    archives = {}
-    for image, _, archive in reader.samples:
-        if archive is not None:
-            inner.setdefault(archive.offset_data, []).append(image)
-            archives[archive.offset_data] = archive
-    try:
-        with open(reader.root, "rb") as file:
-            _check_rest(file, images + list(archives.values()))
-        with tarfile.open(reader.root, "r:") as outer:
-            for begin, members in inner.items():
-                if inside := outer.extractfile(archives[begin]):
-                    _check_rest(inside, members)
-    except (tarfile.TarError, OSError) as error:
-        return str(error)
-    return None
-
-
-def _check_rest(file: IO[bytes], members: Sequence[tarfile.TarInfo]) -> None:
-    """Read the headers of an archive from its last known member to its end-of-archive mark.
-
-    Raises:
-        tarfile.ReadError: the archive is truncated or damaged.
-    """
-    last = max(members, key=lambda member: member.offset_data)
-    blocks = -(-last.size // tarfile.BLOCKSIZE)
-    file.seek(last.offset_data + blocks * tarfile.BLOCKSIZE)
-    with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedTarInfo) as rest:
-        for _ in rest:
-            pass
-
-
-def archive_classes(reader: ReaderImageInTar) -> list[str]:
-    """Names of an archive's classes, in the order of their labels."""
-    return list(reader.class_name_to_idx)
-
-
-def archive_labels(reader: ReaderImageInTar) -> Iterator[tuple[str, int]]:
-    """Names and labels of an archive's images."""
-    for sample, target in zip(reader.samples, reader.targets):
-        yield sample[0].path, target
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Webdatasets
@@ -113,7 +35,7 @@ def open_webdataset(
     reader: ReaderWds,
     skip: Callable[[UnreadableImageError], bool],
     seed: int,
-    decode: Callable[[bytes], Any] | None = None,
+    decode: Callable[[bytes], Any],
 ) -> None:
     """Restart timm's reader of a webdataset with a seed, and make it report unreadable images and shards.
 
@@ -127,7 +49,7 @@ def open_webdataset(
         reader: timm's reader.
         skip: called with each unreadable image or shard; returns whether to skip it.
         seed: seed of the shuffle.
-        decode: decodes an image file; None: timm does, to RGB.
+        decode: decodes an image file.
 
     Raises:
         UserError: this version of timm builds another pipeline.
@@ -145,10 +67,7 @@ def open_webdataset(
         raise UserError(f"{setting('data_set', 'wds/…')}: timm {timm.__version__} reads webdatasets differently from "
                         "the versions supported; install the version in requirements.txt")  # fmt: skip
     decoder = pipeline[decoding[0]]
-    decode_sample = decoder.args[0]
-    if decode is not None:
-        decode_sample = partial(_decoded_by, decode, decode_sample)
-    decoder.args = (partial(_decoded, decode_sample),)
+    decoder.args = (partial(_decoded, partial(_decoded_by, decode, decoder.args[0])),)
     decoder.kw["handler"] = partial(_handle_unreadable, skip)
     pipeline[expanding[0]] = partial(_samples_of_shards, skip, reader.root)
 
@@ -211,7 +130,14 @@ def _samples_of_shard(url: str) -> Iterator[dict[str, Any]]:
         yield sample
 
 
-def _decoded(decode: Callable[[dict], dict], sample: dict[str, Any]) -> dict[str, Any]:
+def first_images(reader: ReaderWds) -> Iterator[bytes]:
+    """Yield the image files of a webdataset, from its first shard on."""
+    for shard in reader.split_info.filenames:
+        for sample in _samples_of_shard(shard if ":" in shard else os.path.join(reader.root, shard)):
+            yield from (sample[ending] for ending in reader.input_key.split(";") if ending in sample)
+
+
+def _decoded(decode: Callable[[dict], dict | None], sample: dict[str, Any]) -> dict[str, Any] | None:
     """Decode a sample."""
     try:
         return decode(sample)
@@ -224,7 +150,7 @@ def _decoded(decode: Callable[[dict], dict], sample: dict[str, Any]) -> dict[str
 def _decoded_by(
     decode: Callable[[bytes], Any], decode_sample: Callable[[dict], dict | None], sample: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Decode a sample whose image timm does not decode. If the label is in JSON, timm finds it, with a blank image.
+    """Decode a sample. If its label is in JSON, timm finds it, with a blank image.
 
     Args:
         decode: decodes an image file.
@@ -239,6 +165,15 @@ def _decoded_by(
     if decoded is not None:
         decoded["jpg"] = decode(sample[endings[0]])
     return decoded
+
+
+def open_hugging_face(reader: Any) -> None:
+    """Make timm's streaming reader of Hugging Face's data sets yield image files, which the library would decode."""
+    from datasets import Image  # type: ignore[attr-defined]  # Hugging Face's; see `import_hugging_face`
+
+    if getattr(reader, "ds", None) is None:
+        reader._lazy_init()
+        reader.ds = reader.ds.cast_column(reader.input_key, Image(decode=False))
 
 
 def _handle_unreadable(skip: Callable[[UnreadableImageError], bool], error: Exception) -> bool:

@@ -29,7 +29,8 @@ from training.state import Training
 
 # Settings that do not change what a run computes. A run may be resumed with other values.
 FREE_SETTINGS = {
-    "auto_resume", "checkpoint_every", "config", "data_path", "device", "dist_eval", "dist_url", "dump_bad_batch",
+    "auto_resume", "checkpoint_every", "class_map", "config", "data_path", "device", "dist_eval", "dist_url",
+    "dump_bad_batch",
     "eval", "keep_checkpoints", "local_rank", "max_bad_steps", "model_ema_force_cpu", "num_workers", "on_bad_image",
     "output_dir", "pin_mem", "print_freq", "resume", "start_epoch", "throughput", "timeout", "world_size",
 }  # fmt: skip

@@ -6,34 +6,51 @@ classes by name, and there the name `datasets` may belong to Hugging Face's libr
 
 import hashlib
 import importlib
+import io
 import json
 import os
 import pickle
-import stat
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from timm.data.dataset import ImageDataset
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
-from torchvision.datasets import CIFAR100, ImageFolder, VisionDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets import CIFAR100
 
 from samplers import Draw
+from training.archives import Archive
 from training.augmentation import Crop, CropBatch, collate_crops
-from training.decoding import Encoded
+from training.classes import canonical, check_map, listed, order_of
 from training.errors import MachineError, UserError, setting
-from training.readers import archive_labels, shards_of
+from training.images import (
+    IMAGE_SUFFIXES,
+    UPRIGHT,
+    Encoded,
+    decode,
+    images_in,
+    is_hidden,
+    open_image,
+    orientation_of,
+    read_file,
+)
+from training.processes import print_main
+from training.readers import first_images, shards_of
 from training.storage import PAUSES, is_storage_error, with_retries
 from training.unreadable import Replacements, UnreadableImageError
 from utils import Stream, derived_seed, seed_cpu
 
+NO_NAMES = "the names of the classes are unknown; they are matched by number"
+SAMPLED = 500  # images whose orientation is looked at before training
 OWN_DATASETS = Path(__file__).resolve().parent.parent / "datasets.py"
 
 
@@ -42,23 +59,52 @@ class ImageData:
     """A data set of images, its classes, and the transform of its images.
 
     Attributes:
-        dataset: images without transform, and their labels.
+        dataset: image files and their labels.
         num_classes: number of classes.
         classes: names of the classes, None if the data set has none.
-        transform: transform of the images.
-        decode: decodes an image file for the transform, and may draw random numbers; None: the data set decodes.
+        decode: decodes an image file for the transform, and may draw random numbers.
+        transform: transform of the decoded images.
+        outputs: the network's output of each label of the data set; None if they are the same.
+        class_map: file that numbers the classes; "" if their names do.
         is_hugging_face: whether Hugging Face's library reads the images.
     """
 
     dataset: Any
     num_classes: int
     classes: list[str] | None = None
+    decode: Callable[[Encoded], Any] = decode
     transform: Any = None
-    decode: Callable[[Encoded], Any] | None = None
+    outputs: Sequence[int] | None = None
+    class_map: str = ""
     is_hugging_face: bool = False
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def matched(self, held: Sequence[str] | None, what: str) -> "ImageData":
+        """Match the classes with a network's by name, so that labels mean its outputs.
+
+        Names that are unknown, or numbered by a class map, are not compared; then the classes are matched by number.
+
+        Args:
+            held: names of the network's classes, in the order of its outputs; None if they are unknown.
+            what: the network, for messages.
+
+        Raises:
+            UserError: the names differ, or the class map contradicts them.
+        """
+        if held is None or self.classes is None:
+            print_main(f"{what}: {NO_NAMES}")
+            return self
+        if self.class_map:
+            check_map(self.class_map, self.classes, held, what)
+            return self
+        way_out = f"use the data set with its classes, or {setting('class_map', 'FILE')} for folders that were renamed"
+        outputs = order_of(held, self.classes, what, setting("data_path"), way_out)
+        if outputs is None:
+            return self
+        print_main(f"{what}: the data set has the same classes in a different order; they are matched by name")
+        return replace(self, outputs=outputs, classes=list(held))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,73 +112,54 @@ class ImageData:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_image(path: str) -> Image.Image:
-    """Load an image file, RGB.
-
-    Raises:
-        OSError: the image is unreadable, or is a pipe or a device, which could block for ever.
-    """
-    _check_regular(path)
-    return default_loader(path)
-
-
-def read_file(path: str) -> bytes:
-    """Read an image file without decoding it.
-
-    Raises:
-        OSError: it cannot be read, or is a pipe or a device, which could block for ever.
-    """
-    _check_regular(path)
-    with open(path, "rb", buffering=0) as file:
-        return file.read()
-
-
-def _check_regular(path: str) -> None:
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("not a regular file")
-
-
-class ClassFolders(ImageFolder):
-    """A folder of class folders of images. Unlike torchvision's, it does not skip unreadable folders.
+class ClassFolders:
+    """A folder of class folders of images. Folders whose names differ only in Unicode's form are one class.
 
     Args:
         root: the folder.
 
+    Attributes:
+        classes: names of the classes, sorted.
+        samples: paths and labels of the images, by class.
+        skipped: number of other visible files by suffix.
+
     Raises:
-        FileNotFoundError: the folder has no class folder.
-        UserError: a class folder has no images.
+        UserError: the folder has no class folder, or a class folder has no images.
         OSError: a folder cannot be read.
     """
 
     def __init__(self, root: str) -> None:
-        super().__init__(root, loader=load_image)
+        self.root = root
+        self.samples: list[tuple[str, int]] = []
+        self.skipped: Counter[str] = Counter()
+        folders: dict[str, list[str]] = {}
+        for entry in sorted(os.scandir(root), key=lambda entry: canonical(entry.name)):
+            if entry.is_dir() and not is_hidden(entry.name):
+                folders.setdefault(canonical(entry.name), []).append(entry.path)
+        self.classes = list(folders)
+        if not folders:
+            raise UserError(
+                f"{setting('data_path', root)}: no class folder there (expected a folder of images per class)"
+            )
+        for label, paths in enumerate(folders.values()):
+            for images, skipped in map(images_in, paths):
+                self.samples += [(image, label) for image in images]
+                self.skipped += skipped
+        if empty := [self.classes[label] for label in sorted(set(range(len(folders))) - {n for _, n in self.samples})]:
+            raise UserError(
+                f"{setting('data_path', root)}: no image in the class folders {listed(empty)} (images end in "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))})"
+            )
 
-    @staticmethod
-    def make_dataset(
-        directory: str, class_to_idx: dict[str, int], *unused: Any, **also_unused: Any
-    ) -> list[tuple[str, int]]:
-        """List paths and labels of all images, in torchvision's order."""
+    def __len__(self) -> int:
+        return len(self.samples)
 
-        def refuse(error: OSError) -> None:
-            raise error
-
-        samples: list[tuple[str, int]] = []
-        empty: list[str] = []
-        for name, label in sorted(class_to_idx.items()):
-            before = len(samples)
-            for folder, _, files in sorted(os.walk(os.path.join(directory, name), onerror=refuse, followlinks=True)):
-                images = sorted(file for file in files if file.lower().endswith(IMG_EXTENSIONS))
-                samples += [(os.path.join(folder, image), label) for image in images]
-            if len(samples) == before:
-                empty.append(name)
-        if empty:
-            more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
-            raise UserError(f"{setting('data_path', directory)}: no image in the class folders "
-                            f"{', '.join(empty[:3])}{more} (images end in {', '.join(IMG_EXTENSIONS)})")  # fmt: skip
-        return samples
+    def read(self, index: int) -> bytes:
+        """Read an image's file. See `read_file`."""
+        return read_file(self.samples[index][0])
 
 
-class INaturalist(VisionDataset):
+class INaturalist:
     """iNaturalist 2018 and 2019 at one level of the taxonomy.
 
     Classes are numbered in the order of their first appearance in the training annotations. Images are at the path in
@@ -144,12 +171,16 @@ class INaturalist(VisionDataset):
         year: 2018 or 2019.
         category: level of the taxonomy, one of `datasets.INAT_CATEGORIES`.
 
+    Attributes:
+        classes: names of the classes.
+        samples: paths and labels of the images.
+
     Raises:
         UserError: a file is missing or is not JSON, or the images are missing.
     """
 
     def __init__(self, root: Path, train: bool, year: int, category: str) -> None:
-        super().__init__(str(root))
+        self.root = str(root)
         try:
             self._read_annotations(root, train, year, category)
         except (KeyError, TypeError, ValueError) as error:
@@ -178,9 +209,9 @@ class INaturalist(VisionDataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, target = self.samples[index]
-        return load_image(path), target
+    def read(self, index: int) -> bytes:
+        """Read an image's file. See `read_file`."""
+        return read_file(self.samples[index][0])
 
 
 def _read_json(path: Path) -> Any:
@@ -222,18 +253,60 @@ def import_hugging_face() -> None:
         sys.path = path
 
 
+def labels_of(dataset: Any) -> set[int] | None:
+    """Labels that a data set's images have; None if they are only known from reading it."""
+    reader: Any = getattr(dataset, "reader", None)
+    if hasattr(dataset, "samples"):
+        return {label for _, label in dataset.samples}
+    if hasattr(reader, "dataset") and hasattr(reader, "label_key"):  # Hugging Face's
+        return set(reader.dataset.unique(reader.label_key))
+    return set(map(int, dataset.targets)) if hasattr(dataset, "targets") else None
+
+
+def count_turned(dataset: Any) -> dict[str, int]:
+    """Count the images whose EXIF orientation is not upright, in an evenly spaced sample. Pixels are not decoded.
+
+    Returns:
+        `turned` images among the `sampled` ones.
+    """
+    turned = sampled = 0
+    for image in islice(_opened(dataset), SAMPLED):
+        sampled += 1
+        turned += orientation_of(image) != UPRIGHT
+    return dict(turned=turned, sampled=sampled)
+
+
+def _opened(dataset: Any) -> Iterator[Image.Image]:
+    """Open images of a data set, evenly spaced; of a webdataset the first ones. Unreadable images are skipped."""
+    if shards_of(dataset):
+        with suppress(OSError, EOFError, ValueError, tarfile.TarError):  # of damaged shards, which training reports
+            for content in first_images(dataset.reader):
+                with suppress(Exception):  # Pillow's decoders raise errors of any type for damaged files
+                    yield open_image(io.BytesIO(content))
+    elif isinstance(dataset, (ClassFolders, INaturalist, Archive, ImageDataset)):
+        count = min(SAMPLED, len(dataset))
+        for number in range(count):
+            with suppress(Exception):
+                yield open_image(_file(dataset, number * len(dataset) // count))
+
+
+def _file(dataset: Any, index: int) -> Any:
+    """An image's file for `open_image`, which reads no more than its head."""
+    if isinstance(dataset, ImageDataset):
+        return dataset.reader[index][0]
+    return io.BytesIO(dataset.read(index)) if isinstance(dataset, Archive) else dataset.samples[index][0]
+
+
 def fingerprint(data: ImageData) -> str:
     """Hash the names and labels of a data set's images, not their pixels."""
     dataset = data.dataset
-    digest = hashlib.sha256(json.dumps(data.classes).encode())
+    digest = hashlib.sha256(json.dumps(data.classes and [canonical(name) for name in data.classes]).encode())
     if hasattr(dataset, "samples"):
         for path, target in dataset.samples:
-            digest.update(os.fsencode(f"{path.removeprefix(str(dataset.root))}\0{target}\n"))
+            name = canonical(path.removeprefix(dataset.root))
+            digest.update(os.fsencode(f"{name}\0{target}\n"))
     elif isinstance(dataset, CIFAR100):
         digest.update(dataset.data.tobytes())
-    elif isinstance(getattr(dataset, "reader", None), ReaderImageInTar):
-        for name, target in archive_labels(dataset.reader):
-            digest.update(os.fsencode(f"{name}\0{target}\n"))
     else:
         reader = getattr(dataset, "reader", dataset)
         files = shards_of(dataset) or ()
@@ -247,7 +320,7 @@ def fingerprint(data: ImageData) -> str:
 
 
 def read_sample(
-    dataset: Any, index: int, pauses: Sequence[int], decode: Callable[[Encoded], Any] | None = None
+    dataset: Any, index: int, pauses: Sequence[int], decode: Callable[[Encoded], Any] = decode
 ) -> tuple[Any, int]:
     """Read an image, without transform, and its label. Retries while the storage does not respond.
 
@@ -255,21 +328,15 @@ def read_sample(
         dataset: the data set.
         index: the image's index in it.
         pauses: seconds between the attempts.
-        decode: decodes an image file; None: the data set does, to RGB.
+        decode: decodes an image file.
 
     Raises:
         UnreadableImageError: the image is unreadable.
     """
 
     def read() -> tuple[Any, int]:
-        if decode is not None:
-            encoded, target = read_encoded(dataset, index)
-            return decode(encoded), target
-        if isinstance(dataset, ImageDataset):  # timm's own __getitem__ would replace an unreadable image silently
-            file, target = dataset.reader[index]
-            image = Image.open(file).convert("RGB")
-            return image, dataset.target_transform(target) if dataset.target_transform else target
-        return dataset[index]
+        encoded, target = read_encoded(dataset, index)
+        return decode(encoded), target
 
     folder = getattr(dataset, "root", ".")
     try:
@@ -286,10 +353,9 @@ def read_sample(
 
 def read_encoded(dataset: Any, index: int) -> tuple[Encoded, int]:
     """Read an image's file and its label; or its image, from a data set that does not keep files."""
-    if isinstance(dataset, (ClassFolders, INaturalist)):
-        path, target = dataset.samples[index]
-        return read_file(path), target
-    if isinstance(dataset, ImageDataset):
+    if isinstance(dataset, (ClassFolders, INaturalist, Archive)):
+        return dataset.read(index), dataset.samples[index][1]
+    if isinstance(dataset, ImageDataset):  # timm's own __getitem__ would replace an unreadable image silently
         file, target = dataset.reader[index]
         with file:
             content = file.read()
@@ -309,11 +375,16 @@ class Samples(Dataset):
         self.dataset: Any = data.dataset
         self.transform = data.transform
         self.decode: Any = data.decode
+        self.outputs = data.outputs
         self.is_hugging_face = data.is_hugging_face
         self.seed = seed
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def output_of(self, target: int) -> int:
+        """The network's output of a label."""
+        return target if self.outputs is None else self.outputs[target]
 
     def __getstate__(self) -> dict[str, Any]:
         """State for a spawned worker, which must import Hugging Face's library before it unpickles its classes."""
@@ -340,10 +411,10 @@ class ValSamples(Samples):
             MachineError: the storage does not respond.
         """
         try:
-            image, target = read_sample(self.dataset, index, PAUSES)
+            image, target = read_sample(self.dataset, index, PAUSES, self.decode)
         except UnreadableImageError as error:
             raise (MachineError(str(error)) if error.is_storage_error else error) from None
-        return self.transform(image), target
+        return self.transform(image), self.output_of(target)
 
 
 class TrainSamples(Samples):
@@ -368,7 +439,7 @@ class TrainSamples(Samples):
                 pauses = () if error.is_storage_error else pauses  # do not wait again
                 index = derived_seed(Stream.REPLACEMENT, self.seed, draw.epoch, draw.place, attempt) % len(self)
                 attempt += 1
-        return self.transform(image), target, replacements.take()
+        return self.transform(image), self.output_of(target), replacements.take()
 
 
 def collate(samples: list[Any]) -> list[Any]:

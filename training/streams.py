@@ -7,9 +7,9 @@ import torch
 from timm.data.readers.reader_wds import ReaderWds
 from torch.utils.data import IterableDataset, get_worker_info
 
-from training.decoding import Encoded
+from training.images import Encoded, read_file
 from training.processes import get_rank
-from training.readers import open_webdataset
+from training.readers import open_hugging_face, open_webdataset
 from training.samples import ImageData, Samples
 from training.unreadable import Replacements, UnreadableImageError
 from utils import Stream, derived_seed, seed_cpu
@@ -20,21 +20,18 @@ class ValStream(Samples, IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         """Yield image and label."""
-        for image, target in self._images(lambda error: False):
-            yield self.transform(image), target
+        for image, target in self._images(lambda error: False, self.decode):
+            yield self.transform(image), self.output_of(target)
 
     def _images(
-        self,
-        skip: Callable[[UnreadableImageError], bool],
-        seed: int = 0,
-        decode: Callable[[Encoded], Any] | None = None,
+        self, skip: Callable[[UnreadableImageError], bool], decode: Callable[[Encoded], Any], seed: int = 0
     ) -> Iterator[tuple[Any, int]]:
         """Yield images without transform, and their labels.
 
         Args:
             skip: called with each unreadable image or shard; returns whether to skip it. Only webdatasets can.
+            decode: decodes an image file.
             seed: seed of a webdataset's shuffle.
-            decode: decodes an image file; None: timm does, to RGB.
 
         Raises:
             UnreadableImageError: an image is unreadable and must not be skipped.
@@ -42,10 +39,14 @@ class ValStream(Samples, IterableDataset):
         in_reader = isinstance(self.dataset.reader, ReaderWds)
         if in_reader:
             open_webdataset(self.dataset.reader, skip, seed, decode)
+        if type(self.dataset.reader).__name__ == "ReaderHfids":  # importing it needs the library
+            open_hugging_face(self.dataset.reader)
         number = 0
         try:
             for image, target in self.dataset:
-                yield (image if in_reader or decode is None else decode(image)), target
+                if isinstance(image, dict):  # a file of Hugging Face's library
+                    image = image["bytes"] or read_file(image["path"])
+                yield (image if in_reader else decode(image)), target
                 number += 1
         except (OSError, SyntaxError) as error:  # which PIL raises for broken images
             raise UnreadableImageError.of(f"number {number} of this worker", error) from None
@@ -85,8 +86,6 @@ class TrainStream(ValStream):
             return self.decode(encoded)
 
         seed = derived_seed(Stream.SHUFFLE, self.seed, *place)
-        for image, target in self._images(skip, seed, None if self.decode is None else decode):
-            if self.decode is None:
-                seed_cpu(Stream.AUGMENTATION, self.seed, *place, number)
-            yield self.transform(image), target, replacements.take()
+        for image, target in self._images(skip, decode, seed):
+            yield self.transform(image), self.output_of(target), replacements.take()
             number += 1
