@@ -109,10 +109,7 @@ def infer(function: Callable[..., Any], model: nn.Module, image: np.ndarray) -> 
     try:
         return function(model, mmcv.rgb2bgr(image))
     except cv2.error:
-        height, width = image.shape[:2]
-        raise NarrowImageError(
-            f"The image, of {height} × {width} pixels, is too narrow to be resized; crop it"
-        ) from None
+        raise NarrowImageError("The image is too narrow to be resized for the network; crop it.") from None
 
 
 def predict(args: argparse.Namespace, draw: Draw) -> int:

@@ -2,7 +2,8 @@
 
 python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--overwrite] [--score-thr SCORE] [--cfg-options KEY=VALUE …]
 
-IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". EXIF orientations are applied.
+IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". Images are read upright,
+unless the network was trained on turned images as stored. Exit status 1: some cannot be read.
 """
 
 import sys

@@ -733,5 +733,10 @@ def test_a_backbone_that_runs_several_times_has_no_attention(images, segmentor, 
     assert answer.rows
 
 
+def test_narrow_images_are_answered_in_a_sentence(predictor):
+    with pytest.raises(UserError, match=r"The image is too narrow to be resized for the network; crop it\."):
+        predictor.predict(Image.new("RGB", (12000, 1)))
+
+
 def test_large_images_are_made_smaller_for_segmentors(predictor):
     assert predictor.predict(Image.new("RGB", (3000, 1500))).picture.size == (1024, 512)
