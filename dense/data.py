@@ -25,6 +25,7 @@ from dense.parts import (
     classes_of,
     data_sets,
     dicts,
+    evenly_spaced,
     has_step,
     is_elsewhere,
     is_kind,
@@ -33,7 +34,6 @@ from dense.parts import (
     resolve,
     step_name,
 )
-from dense.samples import evenly_spaced
 from training.errors import UserError
 from training.images import IMAGE_SUFFIXES, is_hidden, open_image, orientation_of
 from training.processes import get_world_size, on_main_process, on_processes, print_main

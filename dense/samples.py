@@ -3,24 +3,22 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import count, islice
-from typing import Any, TypeVar
+from typing import Any
 
 from mmengine.dist import get_dist_info
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from dense.parts import inner_data_sets
+from dense.parts import evenly_spaced, inner_data_sets
 from samplers import Draw
 from training.errors import MachineError, UserError
 from training.images import UPRIGHT, open_image, orientation_of
 from training.unreadable import Replacements, UnreadableImageError
 from training.watchdog import ignore_preemption
 from utils import Stream, derived_seed, seed_everything
-
-T = TypeVar("T")
 
 MAX_HEADERS = 500  # images whose EXIF orientation is looked up
 
@@ -177,12 +175,6 @@ def describe_samples(dataset: Any) -> dict[str, Any]:
         objects = [(one.get("bbox"), one.get("bbox_label")) for one in info.get("instances", ())]
         digest.update(json.dumps([names, objects], default=str).encode())
     return dict(images=len(dataset), fingerprint=digest.hexdigest()[:16])
-
-
-def evenly_spaced(samples: Sequence[T], most: int) -> list[T]:
-    """Return some of many samples, evenly spaced, or all of a few."""
-    count = min(most, len(samples))
-    return [samples[number * len(samples) // count] for number in range(count)]
 
 
 def count_turned(dataset: Any) -> dict[str, int]:

@@ -36,6 +36,7 @@ from inference.exported import DESCRIPTION
 from inference.images import read_image
 from tools import app
 from tools.app_server import MOST_WAITING
+from training.errors import UserError
 
 CLASSES = ("cat", "coffee", "rocket", "astronaut")
 PHOTOGRAPHS = dict(zip(CLASSES, ("chelsea", "coffee", "rocket", "astronaut")))
