@@ -58,7 +58,7 @@ def check_data(cfg: Config, *loaders: str) -> None:
     """
     check_types(cfg, *loaders)
     check_classes(cfg, loaders)
-    check_orientations(cfg, loaders)
+    check_orientations(cfg)
     found = [(loader, node, kind) for loader in loaders for node, kind in data_sets(cfg, loader)]
 
     def check_all_places() -> None:
@@ -89,17 +89,17 @@ def check_types(cfg: Config, *loaders: str) -> None:
                             "BaseSegDataset, CocoDataset and those of custom_imports")  # fmt: skip
 
 
-def check_orientations(cfg: Config, loaders: Sequence[str]) -> None:
-    """Refuse loaders that read images in different orientations.
+def check_orientations(cfg: Config) -> None:
+    """Refuse pipelines that read images in different orientations.
 
     Raises:
         UserError: they do.
     """
-    found = {loader: orientations_in(cfg[loader]) for loader in LOADERS if cfg.get(loader)}
+    found = {part: orientations_in(cfg[part]) for part in (*LOADERS, "tta_pipeline", "custom_hooks") if cfg.get(part)}
     if len(set().union(*found.values())) > 1:
-        stated = ", ".join(f"{loader} {' and '.join(sorted(values))}" for loader, values in found.items())
+        stated = ", ".join(f"{part} {' and '.join(sorted(values))}" for part, values in found.items() if values)
         hint = "set it at the top of the config, for all of them"
-        raise UserError(f"orientation of LoadImageFromFile: differs between loaders ({stated}); {hint}")
+        raise UserError(f"orientation of LoadImageFromFile: differs between pipelines ({stated}); {hint}")
 
 
 def part_of(loader: str) -> str:

@@ -328,7 +328,7 @@ MISTAKES = {
     "no out": ("test", ["{demo}", "{checkpoint}", "--out", "new", "--show-dir", "{checkpoint}/pictures",
                         "--cfg-options", DATA], "--show-dir {checkpoint}/pictures: cannot be written"),
     "folder without images": ("predict", ["{demo}", "{checkpoint}", "{folder}", "--out", "new"],
-                              "IMAGE {folder}: a folder without images (files ending in .bmp, "),
+                              "IMAGE {folder}: a folder without images (files ending in "),
     "one picture for two": ("predict", ["{demo}", "{checkpoint}", "{scenes}/images/validation/a/1.jpg",
                                         "{scenes}/images/validation/b/1.jpg", "--out", "new"],
                             "IMAGE {scenes}/images/validation/b/1.jpg: would get the same picture as "),
