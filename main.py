@@ -263,7 +263,7 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     run = describe_run(settings, data, precision.device, packages)
     on_main_process(lambda: open_output(output, run, training, source, args.auto_resume))
     kept = dict(args=settings, data=data, classes=train.classes, preprocessing=preprocessing.to_json(),
-                reading=start.checkpoint.get("reading") if source else describe_reading(args, train))  # fmt: skip
+                reading=(source and start.checkpoint.get("reading")) or describe_reading(args, train))  # fmt: skip
     save = partial(save_checkpoint, training, output, kept, accum_steps)
     flags = DelayedFlags(precision.device, flag_delay(args, precision))
     limits = settings_from(args, MonitorSettings, dataset_size=len(train), advice=DIVERGENCE_ADVICE)
@@ -510,7 +510,7 @@ def build_preparation(
     args: argparse.Namespace, preprocessing: Preprocessing, precision: Precision
 ) -> Callable[[Any], torch.Tensor]:
     """Build what turns a loaded training batch into normalised images on the device."""
-    return DeviceAugmentation(precision, preprocessing, args.remode) if args.loader == "fast" else precision.images
+    return DeviceAugmentation(precision, args.remode, preprocessing) if args.loader == "fast" else precision.images
 
 
 def build_precision(args: argparse.Namespace, device: torch.device) -> Precision:
@@ -676,9 +676,10 @@ def load_from(
     weights, held = weights_of(checkpoint, what, prefer_ema), checkpoint.get("classes")
     if data is not None and data.classes and held and not data.class_map:
         fresh = match_classifier(weights, model, held, data.classes)
-        if fresh:
+        if list(held) != data.classes:
+            rest = f"; randomly initialised: {listed(fresh)}" if fresh else ""
             print_main(f"{what}: {len(data.classes) - len(fresh)} of {len(data.classes)} classes of the classifier are "
-                       f"carried over by name; randomly initialised: {listed(fresh)}")  # fmt: skip
+                       f"carried over by name{rest}")  # fmt: skip
     report = load_weights(
         model,
         weights,

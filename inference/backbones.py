@@ -9,7 +9,7 @@ import torch
 from sepvit import SepViTDense, create_dense, entries_under, variant_of
 from training.checkpoints import NUMPY_CLASSES, has_averaged_weights, load_weights, read_checkpoint, weights_of
 from training.errors import UserError
-from training.images import orientation_for
+from training.images import EXIF, orientation_for
 from training.networks import place
 
 
@@ -47,7 +47,7 @@ class Backbone:
 
     variant: str
     network: SepViTDense
-    orientation: str
+    orientation: str = EXIF
 
 
 def load_backbone(path: str, what: str, averaged: bool = False, device: str = "cpu") -> Backbone | None:

@@ -46,13 +46,15 @@ def files(tmp_path_factory, few_digits):
     torch.save(timm.create_model("SepViT_Lite", img_size=96, num_classes=3).state_dict(), root / "size96.pth")
     write_foreign_files(root, lite)
     for name in ("no_images", "no_val", "no_classes", "other_classes"):
-        (root / name / "train/0").mkdir(parents=True)
-        Image.new("L", (8, 8)).save(root / name / "train/0/a.png")
-    (root / "no_images/train/1").mkdir()
+        for label in "01":
+            (root / name / "train" / label).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(root / name / "train" / label / "a.png")
+    (root / "no_images/train/1/a.png").unlink()
     (root / "no_images/val").symlink_to(few_digits / "val")
     (root / "no_classes/val").mkdir()
-    (root / "other_classes/val/7").mkdir(parents=True)
-    Image.new("L", (8, 8)).save(root / "other_classes/val/7/a.png")
+    for label in "17":
+        (root / "other_classes/val" / label).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(root / "other_classes/val" / label / "a.png")
     (root / "empty").mkdir()
     (root / "broken_tar").mkdir()
     (root / "broken_tar/val.tar").write_text("no archive")
@@ -127,8 +129,8 @@ MISTAKES = {
     "empty data folder": (["--data-path", "{root}/empty"], ["{root}/empty", "train/ and val/"]),
     "no validation folder": (["--data-path", "{root}/no_val"], ["no val/ folder"]),
     "no class folders": (["--data-path", "{root}/no_classes"], ["no_classes/val", "class folder"]),
-    "class folder without images": (["--data-path", "{root}/no_images"], ["folders 1", ".jpeg, .png"]),
-    "different classes in validation": (["--data-path", "{root}/other_classes"], ["2 classes", "0, 7"]),
+    "class folder without images": (["--data-path", "{root}/no_images"], ["folders 1", ".jpeg, ", ".png"]),
+    "different classes in validation": (["--data-path", "{root}/other_classes"], ["2 differ", "7, 0"]),
     "unknown data set": (["--data-set", "MNIST"], ["--data-set MNIST", "IMNET"]),
     "missing CIFAR-100": (["--data-set", "CIFAR"], ["CIFAR-100"]),
     "missing iNaturalist": (["--data-set", "INAT"], ["categories.json"]),

@@ -29,12 +29,15 @@ from tools import benchmark_data
 from training.augmentation import Crop, CropAugmentation, CropBatch, collate_crops, recording, without_pixels
 from training.decoding import CropDecoder
 from training.device_augmentation import OPERATIONS, DeviceAugmentation
+from training.images import decode
 from training.output import read_log
+from training.preprocessing import Preprocessing
 from training.samples import TrainSamples
 from training.shifts import with_shifts
 from training.state import Precision
 from utils import seed_everything
 
+PUBLISHED = Preprocessing.for_size(224)
 CPU = Precision(torch.device("cpu"), None)
 FILL = (124, 116, 104)
 SURE = 1e-4  # a test of equal distributions fails if they would differ as much with this probability
@@ -148,7 +151,7 @@ def test_the_device_augments_as_timm_does(name, interpolation):
         expected.append(result)
         seed_everything(seed)
         crops.append(recorded(np.array(image)))
-    images = DeviceAugmentation(CPU, "const")(collate_crops(crops))
+    images = DeviceAugmentation(CPU, "const", PUBLISHED)(collate_crops(crops))
     close = (images - torch.stack(expected)).abs().amax(1) < 2.5 / 255 / 0.224
     # Where one operation differs by a level, another one after it (equalize, solarize) may amplify that.
     assert close.float().mean((1, 2)).min() > 0.97
@@ -173,7 +176,7 @@ def test_operations_of_an_image_keep_their_order():
     pixels = torch.full((1, 1, 3), 100, dtype=torch.uint8)
     crops = [Crop(pixels, False, order, [])
              for order in ([invert, dark], [dark, invert], [], [dark, dark], [invert])]  # fmt: skip
-    images = DeviceAugmentation(CPU, "const")(collate_crops(crops))
+    images = DeviceAugmentation(CPU, "const", PUBLISHED)(collate_crops(crops))
     red = (images[:, 0, 0, 0] * 0.229 + 0.485) * 255
     assert red.round().tolist() == [77, 205, 100, 25, 155]
 
@@ -183,7 +186,7 @@ def test_erased_regions_are_filled_as_timm_does(mode):
     images = torch.full((400, 3, 16, 16), 7.0)
     regions = [(index, region) for index in range(0, 400, 2) for region in ((2, 3, 10, 9), (8, 1, 14, 6))]
     torch.manual_seed(0)
-    erased = DeviceAugmentation(CPU, mode).erase(images, regions)
+    erased = DeviceAugmentation(CPU, mode, PUBLISHED).erase(images, regions)
     inside = torch.zeros(16, 16, dtype=torch.bool)
     inside[2:10, 3:9] = inside[8:14, 1:6] = True
     assert (erased[1::2] == 7).all()
@@ -443,7 +446,7 @@ def test_distribution_of_pixels(photographs):
         loader = loader_of(photographs, *flags, "--seed", len(figures), device=device)
         images = [batch[0] for epoch in range(8) for batch in batches_of(loader, epoch)]
         torch.manual_seed(0)
-        whole = torch.cat([DeviceAugmentation(CPU, "pixel")(batch) if flags else batch for batch in images])
+        whole = torch.cat([DeviceAugmentation(CPU, "pixel", PUBLISHED)(batch) if flags else batch for batch in images])
         figures[name] = whole.mean((1, 2, 3)).numpy(), whole.std((1, 2, 3)).numpy()
     for name in ("fast", "device"):
         for ours, faithful in zip(figures[name], figures["faithful"]):
@@ -467,7 +470,7 @@ def test_the_fast_loader_draws_the_same_images_as_the_faithful_one(photographs):
 def pairs_of(root, *flags):
     """Batches of both loaders, as images."""
     plain, fast = (batches_of(loader_of(root, *flags, "--loader", name)) for name in ("faithful", "fast"))
-    prepare = DeviceAugmentation(CPU, "const")
+    prepare = DeviceAugmentation(CPU, "const", PUBLISHED)
     return plain, [[prepare(batch), *rest] for batch, *rest in fast]
 
 
@@ -510,7 +513,7 @@ def test_evaluation_is_untouched(photographs):
         for name in ("faithful", "fast"):
             args = main.build_parser().parse_args(list(map(str, [*SIZE, "--data-path", photographs, "--loader", name])))
             data = main.build_data(args, split_is_train)
-            assert data.decode is None
+            assert (data.decode.func, data.decode.keywords) == (decode, {"orientation": "stored"})
             batches.append(list(val_loader(args)))
         assert not differences(*batches)
 
@@ -687,8 +690,8 @@ def test_mistakes(photographs, tmp_path, monkeypatch, capsys):
 def test_a_gpu_augments_as_the_cpu_does_and_is_not_waited_for(photographs):
     args = ["--loader", "fast", "--remode", "const"]
     batches = [batch[0] for batch in batches_of(loader_of(photographs, *args, device="cuda"))]
-    on_cpu = [DeviceAugmentation(CPU, "const")(batch) for batch in batches]
-    augment = DeviceAugmentation(Precision(torch.device("cuda"), None), "const")
+    on_cpu = [DeviceAugmentation(CPU, "const", PUBLISHED)(batch) for batch in batches]
+    augment = DeviceAugmentation(Precision(torch.device("cuda"), None), "const", PUBLISHED)
     pinned = [batch.pin_memory() for batch in batches]
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -603,7 +603,7 @@ def test_finetune_reports_what_it_loaded(trained, few_digits, tmp_path):
                       "--finetune", trained[0] / "checkpoint.pth", "--lr", 0)  # fmt: skip
     assert re.search(r"loaded \d+ of \d+ entries", printed)
     assert "resampled" in printed
-    assert "another number of classes: randomly initialised 2: head.weight, head.bias" in printed
+    assert "3 of 3 classes of the classifier are carried over by name" in printed
     source = torch.load(trained[0] / "checkpoint.pth", weights_only=True)["model_ema"]
     tuned = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["model"]
     assert torch.allclose(tuned["blocks.2.0.mlp.fc1.weight"], source["blocks.2.0.mlp.fc1.weight"], atol=1e-3)

@@ -43,7 +43,9 @@ def test_an_old_run_resumes(old, few_digits):
     assert "checkpoint run/checkpoint-00000009.pth: resuming at epoch 1, step 3" in result.stdout
     name = "checkpoint-00000018.pth"
     resumed, undisturbed = (torch.load(old / folder / name, weights_only=True) for folder in ("run", "undisturbed"))
-    assert resumed.keys() == undisturbed.keys() | {"classes"}  # which the old run did not keep
+    # What the old run did not keep.
+    assert resumed.keys() == undisturbed.keys() | {"classes", "preprocessing", "reading"}
+    assert "they are scaled, and laid on white" in result.stdout
     for weights in ("model", "model_ema"):
         for entry, value in undisturbed[weights].items():
             torch.testing.assert_close(resumed[weights][entry], value, rtol=1e-3, atol=1e-5)

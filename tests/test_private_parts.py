@@ -93,11 +93,10 @@ def test_timms_webdataset_reader_has_the_known_pipeline(tmp_path):
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     dataset = timm.data.create_dataset("wds/x", root=str(tmp_path), split="train-{0..0}.tar|1", is_training=True)
-    readers.open_webdataset(dataset.reader, lambda error: False, seed=7)
+    readers.open_webdataset(dataset.reader, lambda error: False, seed=7, decode=len)
     assert dataset.reader.worker_seed == 7
     ours = [stage for stage in dataset.reader.ds.pipeline if getattr(stage, "func", None) is readers._samples_of_shards]
     assert len(ours) == 1
-    readers.open_webdataset(dataset.reader, lambda error: False, seed=7, decode=len)  # in place of timm
     sample = next(iter(dataset.reader.ds))
     assert (sample["image"], sample["target"]) == (len(png()), 1)
     dataset.reader.target_key = "label"
@@ -107,20 +106,7 @@ def test_timms_webdataset_reader_has_the_known_pipeline(tmp_path):
     dataset.reader.ds.pipeline = []
     dataset.reader._lazy_init = lambda: None
     with pytest.raises(UserError, match=rf"timm {re.escape(timm.__version__)} reads webdatasets differently"):
-        readers.open_webdataset(dataset.reader, lambda error: False, seed=7)
-
-
-def test_timms_archive_reader_has_classes_and_labels(tmp_path):
-    with tarfile.open(tmp_path / "train.tar", "w") as archive:
-        for name in ("a/1.png", "b/2.png"):
-            member = tarfile.TarInfo(name)
-            member.size = len(png())
-            archive.addfile(member, io.BytesIO(png()))
-    reader = timm.data.create_dataset("", root=str(tmp_path / "train.tar")).reader
-    assert readers.archive_classes(reader) == ["a", "b"]
-    assert list(readers.archive_labels(reader)) == [("a/1.png", 0), ("b/2.png", 1)]
-    assert readers.archive_damage(reader) is None
-    assert readers.shards_of(reader) is None
+        readers.open_webdataset(dataset.reader, lambda error: False, seed=7, decode=len)
 
 
 def test_timms_streams_are_shared_among_ranks(tmp_path):

@@ -158,7 +158,7 @@ def batch_stages_of(pipeline: str) -> list[Stage]:
     """The stages that turn samples into a batch, and a batch into images where no GPU does that."""
     if pipeline != ON_CPU:
         return [("collate", collate)]
-    device = DeviceAugmentation(CPU, Preprocessing.for_size(224), "pixel")
+    device = DeviceAugmentation(CPU, "pixel", Preprocessing.for_size(224))
     return [
         ("collate", lambda samples: collate(samples)[0]),
         ("normalise", lambda batch: (device.normalise(augment(batch)), batch.regions)),
@@ -225,7 +225,7 @@ def measure_loaders(loaders: dict[tuple[str, str], DataLoader], rounds: int) -> 
     alone = all(loader.num_workers == 0 for loader in loaders.values())
     clock = time.process_time if alone else time.perf_counter
     rates: dict[tuple[str, str], list[float]] = {name: [] for name in loaders}
-    prepare = DeviceAugmentation(CPU, Preprocessing.for_size(224), "pixel")
+    prepare = DeviceAugmentation(CPU, "pixel", Preprocessing.for_size(224))
     names = list(loaders)
     for number in range(rounds + 1):
         first = number % len(names)

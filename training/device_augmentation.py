@@ -24,11 +24,11 @@ class DeviceAugmentation:
 
     Args:
         precision: the device, and the images' memory format.
-        preprocessing: has the mean and standard deviation.
         remode: fill of erased regions: 'const' (zero), 'rand' (one normal colour a region) or 'pixel' (normal noise).
+        preprocessing: has the mean and standard deviation.
     """
 
-    def __init__(self, precision: Precision, preprocessing: Preprocessing, remode: str) -> None:
+    def __init__(self, precision: Precision, remode: str, preprocessing: Preprocessing) -> None:
         self.precision = precision
         self.remode = remode
         mean, std = (torch.tensor(values, device=precision.device)[:, None, None]

@@ -7,6 +7,7 @@ tested in tests/test_private_parts.py.
 import math
 import os
 import re
+import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -169,11 +170,10 @@ def _decoded_by(
 
 def open_hugging_face(reader: Any) -> None:
     """Make timm's streaming reader of Hugging Face's data sets yield image files, which the library would decode."""
-    from datasets import Image  # type: ignore[attr-defined]  # Hugging Face's; see `import_hugging_face`
-
     if getattr(reader, "ds", None) is None:
         reader._lazy_init()
-        reader.ds = reader.ds.cast_column(reader.input_key, Image(decode=False))
+        image = sys.modules["datasets"].Image(decode=False)  # Hugging Face's; see `import_hugging_face`
+        reader.ds = reader.ds.cast_column(reader.input_key, image)
 
 
 def _handle_unreadable(skip: Callable[[UnreadableImageError], bool], error: Exception) -> bool:

@@ -100,7 +100,8 @@ class ImageData:
             check_map(self.class_map, self.classes, held, what)
             return self
         way_out = f"use the data set with its classes, or {setting('class_map', 'FILE')} for folders that were renamed"
-        outputs = order_of(held, self.classes, what, setting("data_path"), way_out)
+        data = setting("data_path", *filter(None, [getattr(self.dataset, "root", "")]))
+        outputs = order_of(held, self.classes, what, data, way_out)
         if outputs is None:
             return self
         print_main(f"{what}: the data set has the same classes in a different order; they are matched by name")
