@@ -41,14 +41,15 @@ def checked_names(names: Any, where: str) -> tuple[str, ...]:
     """
     if isinstance(names, str) and os.path.isfile(names):
         with open(names, encoding="utf-8") as file:
-            names = file.read().splitlines()
+            names = [line for line in file.read().splitlines() if line.strip()]
     if isinstance(names, str):
         raise UserError(f"{where} classes={names!r}: a text, neither names nor a file of names; a tuple of one name "
                         f"has a comma: classes=({names!r},)")  # fmt: skip
     if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where} classes={names!r}: takes the names of the classes, texts, as in "
                         "classes=('road', 'sky')")  # fmt: skip
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    forms = [canonical(name) for name in names]
+    if twice := sorted({name for name in forms if forms.count(name) > 1}):
         raise UserError(f"{where} classes: has {listed(twice)} several times; names are different")
     return tuple(names)
 
@@ -129,6 +130,11 @@ def _check_head(place: str, head: Mapping[str, Any], names: Sequence[str]) -> No
     if count != len(names):
         raise UserError(f"{place}.num_classes={count}: the data set has {len(names)} classes, {listed(names)}; state "
                         "as many, or set metainfo = dict(classes=…) to those of the data set")  # fmt: skip
+    losses = head.get("loss_decode") or dict(type="CrossEntropyLoss")  # mmseg's default
+    softmax = [loss for loss in dicts(losses) if step_name(loss) == "CrossEntropyLoss" and not loss.get("use_sigmoid")]
+    if head.get("out_channels") == 1 and softmax:
+        hint = f"set {place}.loss_decode.use_sigmoid=True"
+        raise UserError(f"{place}.out_channels=1: a softmax over one channel learns nothing; {hint}")
     for name, loss in weighted_losses(head):
         # Detectors that do not decide each class by itself have a class for the background.
         background = int(name == "loss_cls" and not loss.get("use_sigmoid", False))

@@ -143,6 +143,9 @@ TAKEN = {
     "param_scheduler.0.begin=10": lambda cfg: cfg.param_scheduler[0].begin == 10,
     "custom_hooks=[{'type':'EMAHook'}]": lambda cfg: cfg.custom_hooks == [dict(type="EMAHook")],
     "find_unused_parameters=True": lambda cfg: cfg.find_unused_parameters,
+    "orientation=exif": lambda cfg: cfg.orientation == "exif",
+    "train_dataloader.dataset.pipeline.0.orientation=exif": lambda cfg: cfg.train_dataloader.dataset.pipeline[0]
+    == dict(type="LoadImageFromFile", orientation="exif"),
     "randomness.seed=3": lambda cfg: cfg.randomness.seed == 3,
     "val_dataloader=None": lambda cfg: cfg.val_dataloader is None,
     "default_hooks.checkpoint.interval=-1": lambda cfg: cfg.default_hooks.checkpoint.interval == -1,  # never

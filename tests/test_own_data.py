@@ -779,6 +779,7 @@ UNFIT_LABELLED: dict[str, tuple[Spoil, str]] = {
     ),
     "numbers": (put(f"{TRAIN}.metainfo", classes=(0, 1)), "metainfo classes=(0, 1): takes the names of the classes"),
     "twice": (put(f"{TRAIN}.metainfo", classes=("a", "b", "a")), "metainfo classes: has a several times"),
+    "twice, in two forms": (put(f"{TRAIN}.metainfo", classes=("\u00e9", "e\u0301")), "several times"),
     "none of ADE20K's": (
         put(TRAIN, type="ADE20KDataset"),
         f"train_dataloader.dataset.metainfo: ground, square are none of the classes of ADE20KDataset, {ADE20K}",
@@ -794,6 +795,10 @@ UNFIT_LABELLED: dict[str, tuple[Spoil, str]] = {
     "auxiliary heads": (
         put("model", auxiliary_head=[dict(num_classes=2), dict(num_classes=3)]),
         "model.auxiliary_head.1.num_classes=3: the data set has 2 classes, ground, square",
+    ),
+    "a softmax over one channel": (
+        put("model.decode_head", out_channels=1),
+        "model.decode_head.out_channels=1: a softmax over one channel learns nothing; set",
     ),
     "one class": (put(f"{TRAIN}.metainfo", classes=("square",)), "train_dataloader.dataset: one class, square, "),
     "several suffixes": (put(TRAIN, img_suffix=(".jpg", ".png")), "img_suffix=('.jpg', '.png'): takes one suffix"),
@@ -1532,7 +1537,7 @@ def test_bases_that_do_not_name_their_folder(child):
 
 
 def test_a_file_of_names(child, tmp_path):
-    (tmp_path / "names.txt").write_text("x\ny\n")
+    (tmp_path / "names.txt").write_text("x\ny\n\n")
     cfg = child(LABELLED_BASE, f"metainfo = dict(classes={str(tmp_path / 'names.txt')!r})\n")
     assert classes(cfg) == {("x", "y")}
 
