@@ -660,8 +660,9 @@ def save_model(config: str, path: Path) -> Path:
     from dense.settings import read_config
 
     torch.manual_seed(0)
-    model = build_model(read_config(argparse.Namespace(config=str(ROOT / config), cfg_options={})))
-    torch.save({"state_dict": model.state_dict()}, path)
+    cfg = read_config(argparse.Namespace(config=str(ROOT / config), cfg_options={}))
+    meta = dict(dataset_meta=cfg.test_dataloader.dataset.metainfo.to_dict())
+    torch.save({"state_dict": build_model(cfg).state_dict(), "meta": meta}, path)
     return path
 
 
