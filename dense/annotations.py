@@ -1,10 +1,12 @@
 """Checks of COCO's annotation files, before a data set is built from one."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from training.classes import canonical
 from training.errors import UserError
 
 MOST_NAMES = 12  # in a message
@@ -21,6 +23,28 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "height": (int, float),
     "width": (int, float),
 }
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number. JSON files may hold NaN and Infinity."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def has_finite_box(mark: Mapping[str, Any]) -> bool:
+    """Whether the box of an annotation is of finite numbers."""
+    return all(map(is_finite, mark.get("bbox", ())))
+
+
+def sound_polygons(mask: Sequence[Any]) -> list[Any]:
+    """Return the polygons of a mask that enclose something: of three corners at least, at finite coordinates."""
+    return [one for one in mask if isinstance(one, list) and len(one) >= 6 and len(one) % 2 == 0
+            and not any(isinstance(value, float) and not math.isfinite(value) for value in one)]  # fmt: skip
+
+
+def has_usable_mask(mark: Mapping[str, Any]) -> bool:
+    """Whether an annotation has a polygon or run lengths that can be decoded."""
+    mask = mark.get("segmentation")
+    return bool(mask.get("counts") and mask.get("size") if isinstance(mask, dict) else sound_polygons(mask or ()))
 
 
 def listed(names: Sequence[Any]) -> str:
@@ -85,9 +109,13 @@ def check_annotations(
         raise UserError(f"{what}: {len(unknown)} annotations are of category {unknown[0]['category_id']!r}, which its "
                         f"categories have not: {listed([*names])}")  # fmt: skip
     marks = [mark for mark in marks if mark["category_id"] in names]
-    chosen = [mark for mark in marks if names[mark["category_id"]] in classes]
+    infinite = [mark["id"] for mark in marks if not has_finite_box(mark)]
+    marks = [mark for mark in marks if has_finite_box(mark)]
+    wanted = set(map(canonical, classes))
+    chosen = [mark for mark in marks if canonical(names[mark["category_id"]]) in wanted]
     if needs_objects and not chosen:
-        raise UserError(f"{what}: none of its {len(marks)} annotations is of the classes {listed(classes)}")
+        finite = " with a finite box" if infinite else ""
+        raise UserError(f"{what}: none of its {len(marks)} annotations{finite} is of the classes {listed(classes)}")
     images = {image["id"] for image in content["images"]}
     lost = [mark["image_id"] for mark in marks if mark["image_id"] not in images]
     if lost and len(lost) == len(marks):
@@ -97,7 +125,11 @@ def check_annotations(
         raise UserError(f"{what}: {len(bare)} of {len(chosen)} annotations have no segmentation, the first is "
                         f"{bare[0]['id']}; a model with masks needs it, RetinaNet does not")  # fmt: skip
     small = _check_kept_images(what, content, chosen, filters)
-    left_out = Counter(names[mark["category_id"]] for mark in marks) - Counter(dict.fromkeys(classes, len(marks)))
+    left_out = Counter(name for mark in marks if canonical(name := names[mark["category_id"]]) not in wanted)
+    used = [mark for mark in chosen if _is_used(mark)]
+    maskless = [mark["id"] for mark in used if mark.get("segmentation") and not has_usable_mask(mark)]
+    met = {canonical(names[mark["category_id"]]) for mark in used}
+    unmet = [name for name in classes if canonical(name) not in met]
     warnings = [f"{len(lost)} annotations are of no image, the first of image_id {lost[0]!r}"] if lost else []
     if unknown:
         warnings.append(f"{len(unknown)} annotations are left out, of categories that it does not list, such as "
@@ -108,8 +140,18 @@ def check_annotations(
     if small:
         warnings.append(f"{small} of its {len(images)} images are smaller than {filters['min_size']} pixels, and left "
                         "out by filter_cfg")  # fmt: skip
-    if chosen and not any(_is_used(mark) for mark in chosen):
+    if infinite:
+        warnings.append(
+            f"{len(infinite)} annotations have a box that is not finite and are skipped, the first is {infinite[0]}"
+        )
+    if needs_masks and maskless:
+        warnings.append(
+            f"{len(maskless)} annotations have a mask that encloses nothing and are ignored, the first is {maskless[0]}"
+        )
+    if chosen and not used:
         warnings.append(f"all {len(chosen)} annotations are crowds or empty boxes, from which nothing is learned")
+    elif unmet and needs_objects:
+        warnings.append(f"no annotation is of the classes {listed(unmet)}")
     return warnings
 
 
@@ -152,16 +194,13 @@ def _check_ids(what: str, key: str, ids: list[Any]) -> None:
 def _check_categories(what: str, content: Mapping[str, Any], classes: Sequence[str]) -> None:
     """Refuse categories that do not fit the classes. The line has both lists."""
     names = [category["name"] for category in content["categories"]]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
+    if twice := [name for name, count in Counter(map(canonical, names)).items() if count > 1]:
         raise UserError(f"{what}: has several categories named {listed(twice)}")
-    both = f"the classes are {listed(classes)}; the file's categories are {listed(names)}"
-    if missing := [name for name in classes if name not in names]:
-        raise UserError(f"{what}: no category is named {listed(missing)}: {both}; set metainfo = dict(classes=…) to "
-                        "names of the file")  # fmt: skip
-    # mmdet numbers labels in the file's order, and names them in the classes' order.
-    if (ordered := [name for name in names if name in classes]) != list(classes):
-        raise UserError(f"{what}: the classes are in another order than the file's categories, and would be mixed up: "
-                        f"{both}; write them as {listed(ordered)}")  # fmt: skip
+    known = set(map(canonical, names))
+    if missing := [name for name in classes if canonical(name) not in known]:
+        both = f"the classes are {listed(classes)}; the file's categories are {listed(names)}"
+        hint = "set metainfo = dict(classes=…) to names of the file"
+        raise UserError(f"{what}: no category is named {listed(missing)}: {both}; {hint}")
 
 
 def _check_kept_images(

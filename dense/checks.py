@@ -34,6 +34,7 @@ from torch import nn
 
 from dense.backbone import SepViTBackbone
 from dense.console import quiet, without_noise
+from dense.loading import use_checked_types
 from dense.mmengine_adapter import innermost_build
 from dense.options import (
     OF_TYPED,
@@ -43,12 +44,13 @@ from dense.options import (
     registered_names,
     text_for_number,
 )
-from dense.parts import resolve
+from dense.parts import heads_of, resolve
 from dense.runner import VARIANT_HINT, unwrapped, without_mixed_precision
 from training.checkpoints import load_weights, weights_of
 from training.errors import OneLineError, UserError, out_of_memory
 
 LOOP_TYPES = ("IterBasedTrainLoop", "EpochBasedTrainLoop")  # of `train_cfg`, by its key `by_epoch`
+COCO_CLASSES = 80  # number of classes of mmdet's heads by default
 PLAIN_SAMPLERS = ("DefaultSampler", "InfiniteSampler")  # they need nothing of the data but its length
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def rehearse(cfg: Config, where: str, *loaders: str) -> nn.Module:
     """Build the parts of a config without their data and discard them, so that mistakes are found before a run starts.
 
     Args:
-        cfg: the config.
+        cfg: the config. Its loading becomes checked.
         where: names the config in messages.
         *loaders: names of the data loaders that will be used: 'train_dataloader', …. With that one, the optimiser and
             the schedules are built too.
@@ -210,6 +212,7 @@ def rehearse(cfg: Config, where: str, *loaders: str) -> nn.Module:
     Raises:
         UserError: a part cannot be built, or pretrained weights do not fit.
     """
+    use_checked_types(cfg)
     with warnings.catch_warnings(), quiet(), without_noise():
         warnings.simplefilter("ignore")
         for place, part, registry in _later_parts(cfg, loaders):
@@ -245,6 +248,19 @@ def check_weights(model: nn.Module, checkpoint: dict[str, Any], what: str, partl
     """
     load_weights(unwrapped(model), weights_of(checkpoint, what), what, variant_hint=VARIANT_HINT, network="backbone",
                  partly=partly)  # fmt: skip
+
+
+def entries_of_classes(cfg: Config) -> set[str]:
+    """Names of the entries of a model's state dict that depend on the classes: whose shape depends on their number."""
+    other = copy.deepcopy(cfg)
+    for _, head in heads_of(other):
+        head["num_classes"] = head.get("num_classes", COCO_CLASSES) + 1
+        if head.get("out_channels") is not None:
+            head["out_channels"] = head["num_classes"]
+    with warnings.catch_warnings(), quiet(), without_noise():
+        warnings.simplefilter("ignore")
+        usual, changed = (build_model(one).state_dict() for one in (cfg, other))
+    return {name for name, value in usual.items() if name not in changed or value.shape != changed[name].shape}
 
 
 def build_model(cfg: Config) -> nn.Module:

@@ -3,32 +3,45 @@
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.registry import DATASETS
 
-from dense.annotations import check_annotations, read_annotations
+from dense.annotations import check_annotations, listed, read_annotations
 from dense.classes import check_classes
+from dense.loading import LARGEST, LoadReadableLabels, checked_steps
 from dense.parts import (
     COCO,
+    LOADERS,
+    LOADS_LABELS,
     SEGMENTATION,
     as_list,
     class_name,
     classes_of,
     data_sets,
     dicts,
+    evenly_spaced,
     has_step,
     is_elsewhere,
     is_kind,
     is_remote,
+    orientations_in,
     resolve,
+    step_name,
 )
 from training.errors import UserError
-from training.images import IMAGE_SUFFIXES
-from training.processes import on_main_process, on_processes, print_main
-from training.unreadable import unreadable_limit
+from training.images import IMAGE_SUFFIXES, is_hidden, open_image, orientation_of
+from training.processes import get_world_size, on_main_process, on_processes, print_main
+from training.unreadable import UnreadableImageError, unreadable_limit
+
+# Label maps that are read to find classes that no pixel has, and how many of them a class should have for itself: among
+# many classes, some are rare.
+MAX_LABELS, LABELS_PER_CLASS = 200, 10
 
 
 def check_data(cfg: Config, *loaders: str) -> None:
@@ -45,6 +58,7 @@ def check_data(cfg: Config, *loaders: str) -> None:
     """
     check_types(cfg, *loaders)
     check_classes(cfg, loaders)
+    check_orientations(cfg)
     found = [(loader, node, kind) for loader in loaders for node, kind in data_sets(cfg, loader)]
 
     def check_all_places() -> None:
@@ -54,7 +68,7 @@ def check_data(cfg: Config, *loaders: str) -> None:
     def check_all_contents() -> None:
         for loader, node, kind in found:
             if is_kind(kind, SEGMENTATION):
-                check_segmentation(loader, node, kind)
+                check_segmentation(cfg, loader, node, kind)
             elif class_name(kind) in COCO:
                 check_coco(cfg, loader, node, kind)
 
@@ -73,6 +87,19 @@ def check_types(cfg: Config, *loaders: str) -> None:
         if resolve(DATASETS, dataset) is None:
             raise UserError(f"{loader}.dataset.type={dataset.get('type')}: no such data set; the registries have "
                             "BaseSegDataset, CocoDataset and those of custom_imports")  # fmt: skip
+
+
+def check_orientations(cfg: Config) -> None:
+    """Refuse pipelines that read images in different orientations.
+
+    Raises:
+        UserError: they do.
+    """
+    found = {part: orientations_in(cfg[part]) for part in (*LOADERS, "tta_pipeline", "custom_hooks") if cfg.get(part)}
+    if len(set().union(*found.values())) > 1:
+        stated = ", ".join(f"{part} {' and '.join(sorted(values))}" for part, values in found.items() if values)
+        hint = "set it at the top of the config, for all of them"
+        raise UserError(f"orientation of LoadImageFromFile: differs between pipelines ({stated}); {hint}")
 
 
 def part_of(loader: str) -> str:
@@ -130,10 +157,11 @@ def missing_files(paths: Sequence[str], folder: str) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_segmentation(loader: str, node: Mapping[str, Any], kind: Any) -> None:
+def check_segmentation(cfg: Config, loader: str, node: Mapping[str, Any], kind: Any) -> None:
     """Refuse a segmentation data set without images, or with images without labels. Warn of images left out.
 
     Args:
+        cfg: the config.
         loader: its loader.
         node: its settings.
         kind: its class.
@@ -149,6 +177,10 @@ def check_segmentation(loader: str, node: Mapping[str, Any], kind: Any) -> None:
         dataset = kind(**settings)
     except TypeError as error:
         raise UserError(f"{loader}.dataset: {error}") from None
+    for key in ("img_suffix", "seg_map_suffix"):
+        if not isinstance(value := getattr(dataset, key), str):
+            hint = "for several, use a data set for each, in a ConcatDataset"
+            raise UserError(f"{loader}.dataset.{key}={value!r}: takes one suffix, a text; {hint}")
     folder, suffix, part = dataset.data_prefix["img_path"], dataset.img_suffix, part_of(loader)
     samples = dataset.load_data_list()
     images = [sample["img_path"] for sample in samples]
@@ -162,18 +194,23 @@ def check_segmentation(loader: str, node: Mapping[str, Any], kind: Any) -> None:
     if not images:
         raise UserError(f"{part} data {dataset.ann_file or folder}: names no image; add some, or remove the loader")
     labels = [sample["seg_map_path"] for sample in samples if sample.get("seg_map_path")]
-    if labels and has_step(node, "LoadAnnotations", "LoadReadableLabels"):
+    if labels and has_step(node, *LOADS_LABELS):
         lost = missing_files(labels, dataset.data_prefix["seg_map_path"])
         if lost:
             image = images[labels.index(lost[0])]
             words = f"{len(lost)} of {len(labels)} are missing, the first is {os.path.basename(lost[0])}, of {image}"
             hint = f"labels have their image's name with seg_map_suffix={dataset.seg_map_suffix!r}"
             raise UserError(f"{part} labels {dataset.data_prefix['seg_map_path']}: {words}; {hint}")
+        if part == "train":
+            warn_of_unmet_classes(node, samples, classes_of(node, kind) or (), dataset.data_prefix["seg_map_path"])
+    if part != "train":
+        check_batches(loader, cfg[loader].get("batch_size", 1), node, samples)
 
 
 def _check_suffixes(loader: str, folder: str, suffix: str, count: int) -> None:
     """Refuse a folder whose images all have another suffix. Warn if some have."""
-    suffixes = Counter(Path(file).suffix for file in files_below(folder) if not file.endswith(suffix))
+    visible = [file for file in files_below(folder) if not any(map(is_hidden, Path(file).parts))]
+    suffixes = Counter(Path(file).suffix for file in visible if not file.endswith(suffix))
     others = {name: number for name, number in suffixes.most_common() if name.lower() in IMAGE_SUFFIXES}
     found = ", ".join(f"{number} in {name}" for name, number in others.items())
     if count == 0 and others:
@@ -184,6 +221,71 @@ def _check_suffixes(loader: str, folder: str, suffix: str, count: int) -> None:
     if others:
         print_main(f"WARNING: {part_of(loader)} data {folder}: {count} images end in {suffix}; others are left out: "
                    f"{found}")  # fmt: skip
+
+
+def warn_of_unmet_classes(
+    node: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], names: Sequence[str], folder: str
+) -> None:
+    """Warn of classes that no label has, such as those of masks of 0 and 255. Of many labels, a sample is read.
+
+    A sample is silent about rare classes among many.
+
+    Args:
+        node: the settings of a training data set.
+        samples: its images and labels.
+        names: its classes.
+        folder: its labels' folder, for the message.
+    """
+    if len(samples) > MAX_LABELS and len(names) * LABELS_PER_CLASS > MAX_LABELS:
+        return
+    step = next(step for step in dicts(node.get("pipeline")) if step_name(step) in LOADS_LABELS)
+    load = LoadReadableLabels(imdecode_backend=step.get("imdecode_backend", "pillow"))
+    chosen = evenly_spaced(samples, MAX_LABELS)
+    counts = np.zeros(LARGEST + 1, dtype=np.int64)
+    for sample in chosen:
+        with suppress(UnreadableImageError):  # training names it
+            counts += np.bincount(load.transform(dict(sample))["gt_seg_map"].ravel(), minlength=len(counts))
+    if unmet := [name for number, name in enumerate(names) if not counts[number]]:
+        labels = f"{len(chosen)} of its {len(samples)} label maps" if len(chosen) < len(samples) else "its label maps"
+        ignored = f"; the value {LARGEST} in them is of no class" if counts[LARGEST] else ""
+        print_main(f"WARNING: train labels {folder}: no pixel in {labels} is of the classes {listed(unmet)}{ignored}")
+
+
+def check_batches(loader: str, batch_size: int, node: Any, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse batches of images that the pipeline leaves at different sizes, which mmseg evaluates one by one only.
+
+    Args:
+        loader: the loader of validation or test images.
+        batch_size: its batch size.
+        node: the data set's settings.
+        samples: its images, in their order.
+
+    Raises:
+        UserError: names the first image of such a batch.
+    """
+    if batch_size == 1:
+        return
+    steps = Compose(checked_steps(node.get("pipeline") or []))
+    known: dict[tuple[Any, ...], Any] = {}
+
+    def shape_of(sample: Mapping[str, Any]) -> Any:
+        """Sizes of an image after the pipeline, which follow from that of the file."""
+        with suppress(Exception):  # an unreadable image is named when it is evaluated
+            with open_image(sample["img_path"]) as image:
+                key = (*image.size, orientation_of(image))
+            if key not in known:
+                inputs = steps(dict(sample))["inputs"]  # several with test-time augmentation
+                known[key] = [one.shape[-2:] for one in (inputs if isinstance(inputs, list) else [inputs])]
+            return known[key]
+
+    for rank in range(get_world_size()):
+        own = samples[rank :: get_world_size()]
+        for batch in (own[start : start + batch_size] for start in range(0, len(own), batch_size)):
+            shapes = [shape for shape in map(shape_of, batch) if shape is not None]
+            if any(shape != shapes[0] for shape in shapes):
+                hint = "set batch_size=1, or resize all images to one size"
+                first = f"{batch[0]['img_path']} and the next"
+                raise UserError(f"{loader}.batch_size={batch_size}: images differ in size, such as {first}; {hint}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

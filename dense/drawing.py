@@ -5,27 +5,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mmcv
 import numpy as np
-from mmengine import fileio
 from mmengine.hooks import Hook
 
-from dense.parts import inner_data_sets
+from dense.loading import LoadReadableImage
+from dense.parts import inner_data_sets, orientations_in
+from training.images import EXIF, STORED
 
-MIN_HEIGHT = 256  # in pixels
+MIN_HEIGHT, MAX_WIDTH = 256, 4096  # of enlarged images, in pixels
 
 
-def enlargement(height: int) -> int:
-    """Return the factor by which an image of some height (in pixels) is enlarged for drawing.
+def enlargement(height: int, width: int) -> int:
+    """Return the factor by which an image of some size (in pixels) is enlarged for drawing.
 
     Small images are enlarged, so that class names are legible.
     """
-    return max(1, -(-MIN_HEIGHT // height))
+    return max(1, min(-(-MIN_HEIGHT // height), MAX_WIDTH // width))
 
 
-def read_stored(path: str) -> np.ndarray:
-    """Read an image of a data set, H × W × 3, RGB, 0 to 255, as its labels are: an EXIF orientation is ignored."""
-    return mmcv.imfrombytes(fileio.get(path), flag="color_ignore_orientation", channel_order="rgb")
+def read_pixels(path: str, loader: Any) -> np.ndarray:
+    """Read an image of a data set, H × W × 3, RGB, 0 to 255, in the orientation of its labels.
+
+    Args:
+        path: the image.
+        loader: settings of its loader.
+    """
+    orientation = EXIF if EXIF in orientations_in(loader) else STORED
+    loaded = LoadReadableImage(orientation=orientation).transform(dict(img_path=path))
+    return loaded["img"][..., ::-1]
 
 
 def place_in(dataset: Any, image: str) -> Path:
@@ -60,12 +67,14 @@ class FileHook(Hook):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.loader: Any = {}
 
     def after_test_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
     ) -> None:
         """Write the files of a batch."""
         dataset = runner.test_dataloader.dataset
+        self.loader = runner.cfg.test_dataloader
         for sample in outputs or ():
             self.write(sample, dataset.metainfo, self.folder / place_in(dataset, sample.img_path))
 

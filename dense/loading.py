@@ -1,13 +1,15 @@
-"""Loading of images and labels that names what cannot be read, and does not fit.
+"""Loading of images as all commands read them, and of labels, that names what cannot be read or does not fit.
 
 `use_checked_loading` puts these transforms into the pipelines of a config. They raise `UnreadableImageError`, which the
 training loop counts, and which ends validation and tests.
 """
 
+import copy
 import importlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,10 +21,11 @@ from mmengine import fileio
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, METRICS, TRANSFORMS, Registry
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from dense.parts import LOADERS, class_name, classes_of, data_sets, dicts, is_remote, resolve
 from training.errors import MachineError, UserError, setting
+from training.images import EXIF, ORIENTATIONS, STORED, decode, open_image, orientation_of
 from training.storage import is_storage_error, with_retries
 from training.unreadable import UnreadableImageError
 
@@ -30,7 +33,8 @@ T = TypeVar("T")
 
 NO_IMAGE = "not an image, or a damaged one"
 LARGEST = 255  # largest label: mmseg's label maps are of 8 bits
-ORIENTED = ("cv2", "pillow")  # backends of mmcv that would turn an image by its EXIF orientation
+USUAL = ("cv2", "pillow")  # backends of mmcv, which would turn an image by its EXIF orientation
+TURNING = range(5, 9)  # EXIF orientations that exchange height and width
 
 
 def read_or_name(path: str, kind: str, read: Callable[[], T]) -> T:
@@ -60,18 +64,27 @@ def read_or_name(path: str, kind: str, read: Callable[[], T]) -> T:
 
 @TRANSFORMS.register_module()
 class LoadReadableImage(LoadImageFromFile):
-    """Load an image as mmcv's `LoadImageFromFile` does, but with its pixels as stored, and name it if it is unreadable.
+    """Load an image as all commands read it (`training.images.decode`), and name it if it is unreadable.
 
-    An EXIF orientation is ignored: labels and boxes have none. If the annotations state the image's size, it has to be
-    theirs.
+    Ordinary images have the pixels of mmcv's `LoadImageFromFile`. What Pillow does not open, and other settings than
+    colour by the usual backends, are left to mmcv. If the annotations state the image's size, it has to be theirs.
 
     Args:
+        orientation: 'stored', or 'exif' to turn images upright by their EXIF orientation, as annotation tools do.
         **kwargs: arguments of `LoadImageFromFile`.
+
+    Raises:
+        UserError: the orientation is unknown.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, orientation: str = STORED, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if self.imdecode_backend in ORIENTED and self.color_type in ("color", "grayscale"):
+        if orientation not in ORIENTATIONS:
+            raise UserError(f"LoadImageFromFile orientation={orientation!r}: choose {' or '.join(ORIENTATIONS)}")
+        self.orientation = orientation
+        is_usual = self.imdecode_backend in USUAL and self.file_client_args is None
+        self.is_common = is_usual and self.color_type == "color"
+        if is_usual and orientation == STORED and self.color_type in ("color", "grayscale"):
             self.color_type += "_ignore_orientation"
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +93,7 @@ class LoadReadableImage(LoadImageFromFile):
         Raises:
             UnreadableImageError: the image is unreadable, or its annotations are of another size.
         """
-        path, load = results["img_path"], super().transform
+        path, load = results["img_path"], self._load if self.is_common else super().transform
         loaded = read_or_name(path, "image", lambda: load(results))
         if loaded is None:  # mmcv's option `ignore_empty`
             raise UnreadableImageError.of(path, ValueError(NO_IMAGE))
@@ -88,9 +101,35 @@ class LoadReadableImage(LoadImageFromFile):
         stated = results.get("height", height), results.get("width", width)
         if stated != (height, width):
             words = f"it has {height} × {width} pixels, its annotations are for {stated[0]} × {stated[1]}"
-            turned = "; an EXIF orientation is ignored" if stated == (width, height) else ""
-            raise UnreadableImageError.of(path, ValueError(words + turned))
+            hint = orientation_hint(path, (height, width), stated)
+            raise UnreadableImageError.of(path, ValueError(words + hint))
         return loaded
+
+    def _load(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Load an image into `results`, H × W × 3, BGR."""
+        content = fileio.get(results["img_path"], backend_args=self.backend_args)
+        try:
+            pixels = np.ascontiguousarray(np.asarray(decode(content, self.orientation))[..., ::-1])
+        except (UnidentifiedImageError, Image.DecompressionBombError):  # JPEG 2000, or large maps
+            return super().transform(results)
+        results["img"] = pixels.astype(np.float32) if self.to_float32 else pixels
+        results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
+        return results
+
+
+def orientation_hint(path: str, found: tuple[int, ...], stated: tuple[int, ...]) -> str:
+    """Return the end of a message if an image's EXIF orientation explains why its annotations are of another size.
+
+    Args:
+        path: the image.
+        found: its height and width as loaded.
+        stated: those of its annotations.
+    """
+    with suppress(Exception), open_image(path) as image:
+        if orientation_of(image) in TURNING and stated == found[::-1]:
+            other = EXIF if image.size[::-1] == found else STORED
+            return f"; it has an EXIF orientation: set orientation={other!r} at the top of the config"
+    return ""
 
 
 @TRANSFORMS.register_module()
@@ -103,6 +142,7 @@ class LoadReadableLabels(BaseTransform):
         reduce_zero_label: see mmseg's transform; None follows the data set.
         imdecode_backend: see mmseg's transform.
         backend_args: see mmseg's transform.
+        label_map: the number of each class, in the order of the files' numbers; None for those numbers.
     """
 
     def __init__(
@@ -112,12 +152,14 @@ class LoadReadableLabels(BaseTransform):
         reduce_zero_label: bool | None = None,
         imdecode_backend: str = "pillow",
         backend_args: dict[str, Any] | None = None,
+        label_map: Sequence[int] | None = None,
     ) -> None:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.reduce_zero_label = reduce_zero_label
         self.imdecode_backend = imdecode_backend
         self.backend_args = backend_args
+        self.label_map = None if label_map is None else dict(enumerate(label_map))
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Load a label map into `results`.
@@ -131,7 +173,8 @@ class LoadReadableLabels(BaseTransform):
         if stored.shape != size:
             rows, columns = stored.shape
             words = f"it has {rows} × {columns} pixels, its image {size[0]} × {size[1]}"
-            raise UnreadableImageError.of(path, ValueError(words), kind="label")
+            hint = orientation_hint(results.get("img_path", ""), size, stored.shape)
+            raise UnreadableImageError.of(path, ValueError(words + hint), kind="label")
         labels = self._numbering(results)[np.clip(stored, 0, LARGEST)]
         self._check_values(path, stored, labels)
         results["gt_seg_map"] = labels
@@ -164,7 +207,7 @@ class LoadReadableLabels(BaseTransform):
         if reduced:
             table[1:-1] -= 1
             table[0] = LARGEST
-        if (mapping := results.get("label_map")) is not None:
+        if (mapping := self.label_map or results.get("label_map")) is not None:
             chosen = np.arange(LARGEST + 1, dtype=np.uint8)
             chosen[list(mapping.keys())] = list(mapping.values())
             table = chosen[table]
@@ -234,6 +277,23 @@ REPLACED = {
 OF_MMDET = {"LoadReadableInstances", "CompleteCocoDataset", "CompleteCocoMetric"}  # registered by dense.coco
 
 
+def use_checked_types(cfg: Config) -> None:
+    """Replace the transforms, data sets and metrics of a config by the checked ones, which take more arguments."""
+    places = [*(cfg.get(loader) for loader in LOADERS), cfg.get("tta_pipeline"), *switching_hooks(cfg)]
+    for node in dicts(places):
+        for registry in (TRANSFORMS, DATASETS):
+            _replace(node, registry)
+    for node in dicts([cfg.get("val_evaluator"), cfg.get("test_evaluator")]):
+        _replace(node, METRICS)
+    if any(node.get("type") in OF_MMDET for node in dicts(cfg)):
+        _import_with(cfg, "dense.coco")
+
+
+def switching_hooks(cfg: Config) -> list[Any]:
+    """Return the hooks of mmdet that give the training data set another pipeline."""
+    return [hook for hook in dicts(cfg.get("custom_hooks")) if hook.get("switch_pipeline")]
+
+
 def use_checked_loading(cfg: Config) -> None:
     """Let the data sets of a config load images, labels and annotations by the checked transforms and classes.
 
@@ -246,10 +306,10 @@ def use_checked_loading(cfg: Config) -> None:
     Raises:
         UserError: a pipeline has a setting that no longer exists.
     """
+    use_checked_types(cfg)
     head = cfg.model.get("module", cfg.model).get("decode_head") or {}
     ignored = (head[0] if isinstance(head, (list, tuple)) else head).get("ignore_index", 255)
     names: tuple[str, ...] | None = None
-    switching = [hook for hook in dicts(cfg.get("custom_hooks")) if hook.get("switch_pipeline")]  # of mmdet
     for loader in LOADERS:
         found = [*data_sets(cfg, loader)]
         names = next((classes_of(node, kind) for node, kind in found), names)
@@ -257,20 +317,21 @@ def use_checked_loading(cfg: Config) -> None:
         if loader == "test_dataloader" and cfg.get("tta_pipeline"):
             places.append(cfg.tta_pipeline)
         if loader == "train_dataloader":
-            places += [hook.switch_pipeline for hook in switching]
+            places += [hook.switch_pipeline for hook in switching_hooks(cfg)]
         for node in dicts(places):
-            _replace(node, TRANSFORMS)
             _check_transform(node, len(names) if names else None, ignored)
         for node, _ in found:
-            _replace(node, DATASETS)
             node.pipeline = _named(node.get("pipeline", []), loader == "train_dataloader")
-    for hook in switching:
+    for hook in switching_hooks(cfg):
         hook.switch_pipeline = _named(hook.switch_pipeline, True)
-    for node in dicts([cfg.get("val_evaluator"), cfg.get("test_evaluator")]):
-        if not node.get("sort_categories"):
-            _replace(node, METRICS)
-    if any(node.get("type") in OF_MMDET for node in dicts(cfg)):
-        _import_with(cfg, "dense.coco")
+
+
+def checked_steps(steps: Any) -> list[Any]:
+    """Copy a pipeline, with checked transforms."""
+    steps = copy.deepcopy(list(steps))
+    for node in dicts(steps):
+        _replace(node, TRANSFORMS)
+    return steps
 
 
 def _named(steps: Any, is_training: bool) -> list[Any]:

@@ -16,7 +16,9 @@ from mmengine.registry import DefaultScope, Registry
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
+from dense.loading import REPLACED
 from dense.own_data import TOP_LEVEL
+from dense.parts import class_name
 from training.errors import UserError
 
 FLAG = "--cfg-options"
@@ -236,8 +238,10 @@ def built_by(kind: str) -> list[Callable[..., Any]]:
 
 
 def registered(registry: Registry, kind: str) -> Callable[..., Any] | None:
-    """Return what a registry builds for a `type` in the config's scope; None if it is unknown."""
-    return _scoped(registry).get(kind)
+    """Return what the commands build for a `type` in the config's scope; None if it is unknown."""
+    found = _scoped(registry).get(kind)
+    checked = REPLACED.get(class_name(found)) if isinstance(found, type) else None
+    return (checked and registry.get(checked)) or found
 
 
 def registered_names(registry: Registry) -> set[str]:

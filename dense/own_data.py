@@ -15,11 +15,22 @@ from mmengine.config import Config
 
 from dense.annotations import listed
 from dense.classes import checked_names, checked_palette
-from dense.parts import LOADERS, SEGMENTATION, classes_of, data_sets, dicts, heads_of, is_kind, weighted_losses
+from dense.parts import (
+    LOADERS,
+    LOADS_IMAGES,
+    SEGMENTATION,
+    classes_of,
+    data_sets,
+    dicts,
+    heads_of,
+    is_kind,
+    step_name,
+    weighted_losses,
+)
 from training.errors import UserError
 
 DATA_SET_KEYS = ("img_suffix", "seg_map_suffix", "reduce_zero_label")  # of mmseg's data sets
-TOP_LEVEL = ("data_root", "metainfo", "classes", "num_classes", *DATA_SET_KEYS)
+TOP_LEVEL = ("data_root", "metainfo", "classes", "num_classes", "orientation", *DATA_SET_KEYS)
 
 
 class Bases(Iterable[Config]):
@@ -51,6 +62,7 @@ def apply_top_level(cfg: Config, where: str, bases: Iterable[Config]) -> None:
       a `BaseSegDataset`.
     - The heads get as many classes. Class weights and a palette of other classes are dropped, and colours are chosen.
     - Evaluators read the annotations of their data set.
+    - `orientation` becomes that of the transforms that load images, unless they state one.
 
     What is not inherited from a base, but set by the config itself, stays. `dense.data.check_data` refuses it if it
     disagrees.
@@ -64,6 +76,10 @@ def apply_top_level(cfg: Config, where: str, bases: Iterable[Config]) -> None:
         UserError: a value is of another kind, or it is unclear what it is meant for.
     """
     follows = [*_following_evaluators(cfg, bases)]
+    if cfg.get("orientation") is not None:
+        for step in dicts([*(cfg.get(loader) for loader in LOADERS), cfg.get("tta_pipeline"), cfg.get("custom_hooks")]):
+            if step_name(step) in LOADS_IMAGES:
+                step.setdefault("orientation", cfg.orientation)
     _move_root(cfg, where, bases)
     _move_settings(cfg, bases)
     has_changed = _move_metainfo(cfg, where, bases)

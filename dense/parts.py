@@ -1,15 +1,21 @@
 """The parts of a config that are about its data: the data sets, their pipelines, and the heads that predict classes."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS, Registry
+
+from training.images import STORED
+
+T = TypeVar("T")
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 BASE = "mmengine.dataset.base_dataset.BaseDataset"
 SEGMENTATION = "mmseg.datasets.basesegdataset.BaseSegDataset"
 COCO = ("mmdet.datasets.coco.CocoDataset", "dense.coco.CompleteCocoDataset")
+LOADS_IMAGES = ("LoadImageFromFile", "LoadReadableImage")  # transforms that load images
+LOADS_LABELS = ("LoadAnnotations", "LoadReadableLabels")  # transforms that load label maps
 # Heads that predict the classes of the data set. First stages predict one class, heads for stuff other ones.
 HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "roi_head.bbox_head", "roi_head.mask_head")
 OTHER_HEADS = ("STDCHead",)  # which stand among them, and predict something else: this one, boundaries
@@ -27,6 +33,12 @@ def dicts(node: Any) -> Iterator[Any]:
 def as_list(value: Any) -> list[Any]:
     """Return a list or tuple as a list, and anything else as the one entry of a list."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def evenly_spaced(samples: Sequence[T], most: int) -> list[T]:
+    """Return some of many samples, evenly spaced, or all of a few."""
+    count = min(most, len(samples))
+    return [samples[number * len(samples) // count] for number in range(count)]
 
 
 def class_name(kind: type) -> str:
@@ -83,10 +95,20 @@ def is_elsewhere(node: Mapping[str, Any]) -> bool:
     return is_remote(node.get("data_root") or "") or bool(node.get("backend_args"))
 
 
+def step_name(step: Mapping[str, Any]) -> str:
+    """Return the name of a transform's class, without its module."""
+    return str(step.get("type")).rpartition(".")[2]
+
+
 def has_step(node: Any, *types: str, **settings: Any) -> bool:
     """Whether a data set's pipeline has a transform of one of some types, with some settings."""
-    steps = [step for step in dicts(node.get("pipeline")) if str(step.get("type")).rpartition(".")[2] in types]
+    steps = [step for step in dicts(node.get("pipeline")) if step_name(step) in types]
     return any(all(step.get(key) == value for key, value in settings.items()) for step in steps)
+
+
+def orientations_in(node: Any) -> set[str]:
+    """Orientations in which the transforms of a part of a config load images."""
+    return {step.get("orientation", STORED) for step in dicts(node) if step_name(step) in LOADS_IMAGES}
 
 
 def heads_of(cfg: Config) -> Iterator[tuple[str, Any]]:

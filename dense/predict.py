@@ -2,8 +2,10 @@
 
 import argparse
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import mmcv
@@ -16,16 +18,19 @@ from PIL import Image
 from torch import nn
 
 from dense.checks import build_model, check_test_parts, check_weights, config_errors
+from dense.classes import classes_in
 from dense.console import progress_bar
 from dense.data import check_types
 from dense.parts import classes_of, data_sets
 from dense.settings import CommandParser, build_parser, drop_pretrained, read_config, read_model_checkpoint, where_of
-from inference.images import check_pictures, find_images
+from inference.images import PLACEHOLDER, Task, check_pictures, find_images, read_image
 from training.commands import path, run_command
 from training.errors import UserError
+from training.images import orientation_for
 from training.processes import print_line
 from training.storage import make_folder
 
+UNREADABLE_STATUS = 1
 # From model, path and image (H × W × 3, RGB), and the lowest score if the command has one, to a picture and a line that
 # describes its content.
 Draw = Callable[..., tuple[Image.Image, str]]
@@ -48,7 +53,8 @@ def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.M
     """Build a config's model with a checkpoint's weights, in evaluation mode on the best device.
 
     The model gets the attributes `cfg` and `dataset_meta` (classes and palette), as the inference functions of mmseg
-    and mmdet expect. Its pipeline is for images in memory, upright, and without labels.
+    and mmdet expect, and `orientation`, in which images are to be read. Its pipeline is for images in memory, without
+    labels.
 
     Args:
         cfg: the config.
@@ -70,8 +76,13 @@ def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.M
         name = cfg.test_dataloader.dataset.get("type")
         raise UserError(f"test_dataloader.dataset.type={name}: has no classes and no pipeline; derive it from "
                         "mmengine's BaseDataset")  # fmt: skip
-    meta = checkpoint.get("meta", {}).get("dataset_meta")
-    model.dataset_meta = meta or {**kind.METAINFO, **(node.get("metainfo") or {}), "classes": classes_of(node, kind)}
+    names = classes_in(checkpoint)
+    if names is None:
+        print_line(f"CHECKPOINT {checkpoint_path}: does not name its classes, which get the config's names by number")
+    stated = {**kind.METAINFO, **(node.get("metainfo") or {})}
+    held = (checkpoint.get("meta") or {}).get("dataset_meta") or {}
+    model.dataset_meta = {**stated, **held, "classes": names or classes_of(node, kind)}
+    model.orientation = orientation_for(checkpoint.get("reading"))
     model.cfg = copy.deepcopy(cfg)
     steps = [step for step in node.pipeline if not str(step.get("type")).rpartition(".")[2].startswith("Load")]
     model.cfg.test_pipeline = [dict(type=f"{cfg.default_scope}.LoadImageFromNDArray"), *steps]
@@ -80,48 +91,75 @@ def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.M
     return model.to(get_device()).eval()
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Read an image, H × W × 3, RGB, 0 to 255, upright: its EXIF orientation is applied.
+class NarrowImageError(UserError):
+    """An image is too narrow to be resized."""
+
+
+def infer(function: Callable[..., Any], model: nn.Module, image: np.ndarray) -> Any:
+    """Predict an image by mmseg's or mmdet's function.
+
+    Args:
+        function: takes a model and an image in BGR.
+        model: see `build_inference_model`.
+        image: H × W × 3, RGB, 0 to 255.
 
     Raises:
-        UserError: the file is not an image.
+        NarrowImageError: the image is too narrow to be resized.
     """
     try:
-        image = mmcv.imfrombytes(path.read_bytes(), channel_order="rgb")
-    except (OSError, ValueError, AssertionError, cv2.error):
-        image = None
-    if image is None:
-        raise UserError(f"IMAGE {path}: not an image, or a damaged one")
-    return image
+        return function(model, mmcv.rgb2bgr(image))
+    except cv2.error:
+        raise NarrowImageError("The image is too narrow to be resized for the network; crop it.") from None
 
 
-def predict(args: argparse.Namespace, draw: Draw) -> None:
-    """Draw the predictions for each image.
+def predict(args: argparse.Namespace, draw: Draw) -> int:
+    """Draw the predictions for each image. Images that cannot be read or resized are named.
 
     Args:
         args: the command line.
         draw: see `Draw`.
 
+    Returns:
+        the exit status: 1 if there are such images.
+
     Raises:
-        UserError: an image is unreadable, a picture would overwrite a file, or the folder is not writable.
+        UserError: there is no image, a picture would overwrite a file, or the folder is not writable.
     """
     cfg, out = read_config(args), Path(args.out)
     tasks = find_images(args.images)
     check_pictures(tasks, out, args.overwrite)
-    for task in tasks:
-        read_image(task.path)
     model = build_inference_model(cfg, args.checkpoint, where_of(args))
     make_folder(out, f"--out {args.out}")
     lowest = [args.score_thr] if "score_thr" in args else []
+    failed = 0
     with progress_bar(len(tasks), "predict") as bar:
         for task in tasks:
-            with torch.no_grad():
-                picture, line = draw(model, str(task.path), read_image(task.path), *lowest)
+            result = _drawn(model, draw, task, lowest)
+            bar.update()
+            if isinstance(result, str):
+                failed += 1
+                bar.write(f"predict.py: {result}", file=sys.stderr)
+                continue
+            picture, line = result
             place = task.picture(out)
             place.parent.mkdir(parents=True, exist_ok=True)
             picture.save(place)
             print_line(f"{task.path}: {line}; drawn in {place}")
-            bar.update()
+    return UNREADABLE_STATUS if failed else 0
+
+
+def _drawn(model: Any, draw: Draw, task: Task, lowest: Sequence[float]) -> tuple[Image.Image, str] | str:
+    """Draw the prediction for an image. Returns the reason if it cannot be read or resized."""
+    what = f"{PLACEHOLDER} {task.path}"
+    try:
+        image = np.asarray(read_image(task.path, what, model.orientation))
+    except UserError as error:
+        return str(error)
+    try:
+        with torch.no_grad():
+            return draw(model, str(task.path), image, *lowest)
+    except NarrowImageError as error:
+        return f"{what}: {error}"
 
 
 def run_prediction(parser: CommandParser, draw: Draw, arguments: list[str] | None = None) -> int:

@@ -31,11 +31,13 @@ from dense.loops import (
     hooks_of,
     is_better,
 )
+from dense.parts import orientations_in
 from dense.runner import DenseRunner, has_half_precision, unwrapped, without_mixed_precision
-from dense.samples import describe_samples, shield_workers
+from dense.samples import count_turned, describe_samples, shield_workers
 from training.checkpoints import settings_in
 from training.commands import first_line
 from training.errors import UserError, setting, with_flags
+from training.images import EXIF, STORED
 from training.monitor import DelayedFlags, MonitorSettings, StepMonitor
 from training.naming import CheckpointNames
 from training.output import Output
@@ -52,7 +54,8 @@ COMPUTED = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "param_sc
             "model_wrapper_cfg", "find_unused_parameters", "efficient_conv_bn_eval")  # fmt: skip
 # Of these, what does not: where things are, and how they are read. The images' fingerprint is compared by itself.
 FREE_NAMES = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "data_root", "data_prefix",
-              "ann_file", "init_cfg", "pretrained", "with_cp", "outfile_prefix", "backend_args")  # fmt: skip
+              "ann_file", "init_cfg", "pretrained", "with_cp", "outfile_prefix", "backend_args", "label_map",
+              "stored_classes")  # fmt: skip
 # Settings of mmengine's checkpoint hook that are followed.
 SAVING = ("type", "interval", "by_epoch", "max_keep_ckpts", "save_best", "rule", "priority")
 FREE = re.compile(rf"(^|\.)({'|'.join(FREE_NAMES)})(\.|$)")
@@ -313,7 +316,11 @@ class TrainingRunner(DenseRunner):
             UserError: the checkpoint does not fit, or the folder holds another run.
         """
         run, source = self.run, self.run.source
-        self.data = self._describe_data()
+        self.data, self.reading = self._describe_data()
+        if self.reading["orientation"] == STORED and self.reading["turned"]:
+            counts = f"{self.reading['turned']} of {self.reading['sampled']} sampled training images"
+            hint = "orientation='exif' at the top of the config turns them upright"
+            print_main(f"WARNING: {counts} have an EXIF orientation, which is ignored; {hint}")
         if source is None:
             super().load_or_resume()
         else:
@@ -347,13 +354,17 @@ class TrainingRunner(DenseRunner):
         if changed := data_differences(source, self.data):
             print_main(f"{what} images: {', '.join(changed)}")
 
-    def _describe_data(self) -> dict[str, Any]:
-        """Describe the data sets. Rank 0 reads them for all."""
+    def _describe_data(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Describe the data sets, and how training images are read. Rank 0 reads them for all."""
         described = []
         if is_main_process():
             loops = dict(train=self.train_loop) | (dict(val=self.val_loop) if self.val_loop is not None else {})
-            described = [json.dumps({name: describe_samples(loop.dataloader.dataset) for name, loop in loops.items()})]
-        return json.loads(all_gather(described)[0])
+            data = {name: describe_samples(loop.dataloader.dataset) for name, loop in loops.items()}
+            orientation = EXIF if EXIF in orientations_in(self.cfg.train_dataloader) else STORED
+            reading = dict(orientation=orientation, **count_turned(self.train_loop.dataloader.dataset))
+            described = [json.dumps([data, reading])]
+        data, reading = json.loads(all_gather(described)[0])
+        return data, reading
 
     def restore(self, source: Source) -> None:
         """Restore weights, optimiser, schedules, loss scale, log and place in the run.
@@ -435,6 +446,7 @@ class TrainingRunner(DenseRunner):
             run=state.checkpoint(),
             args=self.run.settings,
             data=self.data,
+            reading=self.reading,
         )
         self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
         return checkpoint

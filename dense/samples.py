@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import count, islice
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 from mmengine.dist import get_dist_info
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from dense.parts import inner_data_sets
+from dense.parts import evenly_spaced, inner_data_sets
 from samplers import Draw
 from training.errors import MachineError, UserError
+from training.images import UPRIGHT, open_image, orientation_of
 from training.unreadable import Replacements, UnreadableImageError
 from training.watchdog import ignore_preemption
 from utils import Stream, derived_seed, seed_everything
+
+MAX_HEADERS = 500  # images whose EXIF orientation is looked up
 
 
 class SeededSamples(Dataset):
@@ -171,6 +175,20 @@ def describe_samples(dataset: Any) -> dict[str, Any]:
         objects = [(one.get("bbox"), one.get("bbox_label")) for one in info.get("instances", ())]
         digest.update(json.dumps([names, objects], default=str).encode())
     return dict(images=len(dataset), fingerprint=digest.hexdigest()[:16])
+
+
+def count_turned(dataset: Any) -> dict[str, int]:
+    """Count the images whose EXIF orientation is not upright, in an evenly spaced sample. Pixels are not decoded.
+
+    Returns:
+        `turned` images among the `sampled` ones. Unreadable ones are skipped.
+    """
+    turned = sampled = 0
+    for index in evenly_spaced(range(len(dataset) if hasattr(dataset, "get_data_info") else 0), MAX_HEADERS):
+        with suppress(Exception), open_image(dataset.get_data_info(index)["img_path"]) as image:
+            turned += orientation_of(image) != UPRIGHT
+            sampled += 1
+    return dict(turned=turned, sampled=sampled)
 
 
 def data_roots(dataset: Any) -> list[str]:

@@ -26,6 +26,7 @@ from training.devices import best_device
 from training.errors import UserError
 from training.processes import init_distributed
 
+OWN_DATA_SETS = dict(mmseg="dense.labelled", mmdet="dense.coco")  # what the commands change in a library's data sets
 # Old flags of mmsegmentation 0.10 and mmdetection 2.8, and what to use now.
 FORMER = {"--options": "use --cfg-options KEY=VALUE, with test_evaluator.KEY=VALUE for the evaluation"}
 FORMER_OF_TRAINING = {
@@ -136,8 +137,9 @@ def _read_file(path: str, where: str) -> Config:
 def _enter_scope(cfg: Config) -> None:
     """Make the classes of the config's library known."""
     scope = cfg.get("default_scope") or "mmengine"
-    if scope in ("mmseg", "mmdet"):
-        import_quietly(*(f"{scope}.{part}" for part in ("datasets", "engine", "evaluation", "models", "visualization")))
+    if scope in OWN_DATA_SETS:
+        parts = ("datasets", "engine", "evaluation", "models", "visualization")
+        import_quietly(*(f"{scope}.{part}" for part in parts), OWN_DATA_SETS[scope])
     init_default_scope(scope)
 
 

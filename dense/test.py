@@ -9,9 +9,10 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 
 from dense.checks import check_test_parts, check_weights, rehearse
+from dense.classes import match_classes
 from dense.console import TestProgressHook
 from dense.data import check_data
-from dense.parts import LOADERS, data_sets, is_elsewhere
+from dense.parts import LOADERS, data_sets, heads_of, is_elsewhere
 from dense.runner import DenseRunner
 from dense.settings import (
     FORMER_OF_TESTING,
@@ -111,6 +112,7 @@ def test(args: argparse.Namespace, prepare: Prepare) -> None:
     check_data(cfg, "test_dataloader")
     what = f"CHECKPOINT {args.checkpoint}"
     checkpoint = read_model_checkpoint(cfg, args.checkpoint, "CHECKPOINT")
+    match_classes(cfg, checkpoint, what, ["test_dataloader"])
     check_weights(rehearse(cfg, where, "test_dataloader"), checkpoint, what)
     cfg.train_dataloader = cfg.train_cfg = cfg.optim_wrapper = cfg.param_scheduler = None
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
@@ -184,6 +186,9 @@ def augment(cfg: Config, path: str) -> None:
     if not (cfg.get("tta_model") and cfg.get("tta_pipeline")):
         hint = "remove the flag, or set both as segmentation/configs/_base_/ade20k.py does"
         raise UserError(f"--aug-test: CONFIG {path} has no tta_model and tta_pipeline; {hint}")
+    if single := [place for place, head in heads_of(cfg) if head.get("out_channels") == 1]:
+        raise UserError(f"--aug-test: {single[0]}.out_channels=1: mmseg passes the scores of one channel through the "
+                        "sigmoid twice, so that all pixels exceed its threshold; remove the flag")  # fmt: skip
     for dataset, _ in data_sets(cfg, "test_dataloader"):
         dataset["pipeline"] = cfg.tta_pipeline
     cfg.model = dict(**cfg.tta_model, module=cfg.model)

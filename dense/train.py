@@ -13,7 +13,8 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
-from dense.checks import check_training_parts, rehearse
+from dense.checks import check_training_parts, entries_of_classes, rehearse
+from dense.classes import has_other_classes, match_classes
 from dense.data import check_data
 from dense.loops import DenseState, Schedule
 from dense.parts import dicts
@@ -28,6 +29,7 @@ from dense.settings import (
     read_model_checkpoint,
     where_of,
 )
+from training.checkpoints import weights_of
 from training.commands import natural, number, path, positive_int, run_command, seconds
 from training.errors import Preempted, UserError
 from training.monitor import MonitorSettings
@@ -325,10 +327,10 @@ def set_starting_point(cfg: Config, args: argparse.Namespace, source: Source | N
     if cfg.load_from or args.from_scratch:
         drop_pretrained(cfg)
     if source:
+        match_classes(cfg, source.checkpoint, source.what, used_loaders(cfg))
         return {source.path: source.checkpoint}
     if cfg.load_from:
-        flag = "--load-from" if args.load_from else "load_from"
-        return {cfg.load_from: read_model_checkpoint(cfg, cfg.load_from, flag)}
+        return {cfg.load_from: read_starting_weights(cfg, "--load-from" if args.load_from else "load_from")}
     settings = backbone.get("init_cfg")
     pretrained = backbone.get("pretrained") or (settings.get("checkpoint") if isinstance(settings, dict) else None)
     if pretrained and "://" not in pretrained and not Path(pretrained).is_file():
@@ -337,6 +339,29 @@ def set_starting_point(cfg: Config, args: argparse.Namespace, source: Source | N
             f"model.backbone.pretrained=PATH, or train without one: --from-scratch"
         )
     return {}
+
+
+def read_starting_weights(cfg: Config, flag: str) -> dict[str, Any]:
+    """Read the checkpoint of `load_from`. Of one with other classes, only what does not depend on them is kept.
+
+    Args:
+        cfg: the config.
+        flag: the flag or setting that names the checkpoint, for messages.
+
+    Raises:
+        UserError: the checkpoint is missing or of another variant.
+    """
+    checkpoint, what = read_model_checkpoint(cfg, cfg.load_from, flag), f"{flag} {cfg.load_from}"
+    if not has_other_classes(cfg, checkpoint, "train_dataloader"):
+        match_classes(cfg, checkpoint, what, used_loaders(cfg))
+        return checkpoint
+    weights, depending = weights_of(checkpoint, what), entries_of_classes(cfg)
+    kept = {name: value for name, value in weights.items() if name not in depending}
+    count = len(weights) - len(kept)
+    print_main(
+        f"{what}: was trained on classes with different names; the {count} entries that depend on them stay fresh"
+    )
+    return {"meta": checkpoint.get("meta", {}), "state_dict": kept}
 
 
 def run_training(parser: CommandParser, arguments: list[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 from mmdet.visualization import DetLocalVisualizer
 
-from dense.drawing import FileHook, read_stored
+from dense.drawing import FileHook, read_pixels
 
 WRITABLE = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
@@ -28,5 +28,5 @@ class DrawingHook(FileHook):
         visualizer.dataset_meta = metainfo
         if path.suffix.lower() not in WRITABLE:
             path = path.with_name(f"{path.name}.png")
-        visualizer.add_datasample(str(path), read_stored(sample.img_path), sample, pred_score_thr=self.lowest,
-                                  out_file=str(path))  # fmt: skip
+        image = read_pixels(sample.img_path, self.loader)
+        visualizer.add_datasample(str(path), image, sample, pred_score_thr=self.lowest, out_file=str(path))

@@ -2,7 +2,8 @@
 
 python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--overwrite] [--score-thr SCORE] [--cfg-options KEY=VALUE …]
 
-IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". EXIF orientations are applied.
+IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". Images are read upright,
+unless the network was trained on turned images as stored. Exit status 1: some cannot be read.
 """
 
 if not __package__:
@@ -11,13 +12,12 @@ import sys
 from collections import Counter
 from typing import Any
 
-import mmcv
 import numpy as np
 from mmdet.visualization import DetLocalVisualizer
 from PIL import Image
 
 from dense.drawing import enlargement
-from dense.predict import build_predict_parser, run_prediction
+from dense.predict import build_predict_parser, infer, run_prediction
 from training.commands import fraction
 
 
@@ -34,7 +34,7 @@ def detect(model: Any, image: np.ndarray, lowest: float) -> Any:
     """
     from mmdet.apis import inference_detector  # prints lines of its own unless its parts are imported before
 
-    sample = inference_detector(model, mmcv.rgb2bgr(image))
+    sample = infer(inference_detector, model, image)
     sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= lowest]
     return sample
 
@@ -49,7 +49,7 @@ def draw_sample(model: Any, path: str, image: np.ndarray, sample: Any) -> Image.
         sample: what `detect` returned.
     """
     found = sample.pred_instances
-    scale = enlargement(len(image))
+    scale = enlargement(*image.shape[:2])
     found.bboxes *= scale
     if "masks" in found:
         found.masks = found.masks.repeat_interleave(scale, 1).repeat_interleave(scale, 2)

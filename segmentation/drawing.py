@@ -7,11 +7,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dense.drawing import FileHook, enlargement, read_stored
+from dense.drawing import FileHook, enlargement, read_pixels
 
 IGNORED = 255  # label of pixels that belong to no class
 MARGIN = 8
 OPACITY = 0.55
+
+
+def labels_in(field: Any) -> np.ndarray:
+    """Labels of a data sample's map, H × W, whole numbers. mmseg gives those of heads with one channel as floats."""
+    return field.data[0].cpu().numpy().astype(np.int64)
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
@@ -40,7 +45,7 @@ def draw(
     """
     panels = {"image": image} | {title: overlay(image, labels, palette) for title, labels in maps.items()}
     height, width = image.shape[:2]
-    scale = enlargement(height)
+    scale = enlargement(height, width)
     font = ImageFont.load_default(size=14)
     line = 20
     last = shares(list(maps.values())[-1], len(classes))
@@ -77,9 +82,9 @@ class DrawingHook(FileHook):
         """Draw an image."""
         maps = {}
         if "gt_sem_seg" in sample:
-            maps["truth"] = sample.gt_sem_seg.data[0].cpu().numpy()
-        maps["prediction"] = sample.pred_sem_seg.data[0].cpu().numpy()
-        save(draw(read_stored(sample.img_path), maps, metainfo["classes"], metainfo["palette"]), path)
+            maps["truth"] = labels_in(sample.gt_sem_seg)
+        maps["prediction"] = labels_in(sample.pred_sem_seg)
+        save(draw(read_pixels(sample.img_path, self.loader), maps, metainfo["classes"], metainfo["palette"]), path)
 
 
 class LabelsHook(FileHook):
@@ -87,10 +92,12 @@ class LabelsHook(FileHook):
 
     def write(self, sample: Any, metainfo: dict[str, Any], path: Path) -> None:
         """Write the labels of an image."""
-        labels = sample.pred_sem_seg.data[0].cpu().numpy()
+        labels = labels_in(sample.pred_sem_seg)
         if chosen := metainfo.get("label_map"):  # some of the data set's classes
             originals = {new: old for old, new in chosen.items() if new != IGNORED}
             labels = np.array([originals[new] for new in range(len(originals))])[labels]
+        if stored := metainfo.get("stored_classes"):  # the checkpoint numbers them in another order
+            labels = np.array([stored.index(name) for name in metainfo["classes"]])[labels]
         if metainfo.get("reduce_zero_label"):
             labels = labels + 1  # the data set's 0 belongs to no class
         save(Image.fromarray(labels.astype(np.uint8)), path)

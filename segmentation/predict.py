@@ -2,7 +2,8 @@
 
 python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--overwrite] [--cfg-options KEY=VALUE …]
 
-IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". EXIF orientations are applied.
+IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". Images are read upright,
+unless the network was trained on turned images as stored. Exit status 1: some cannot be read.
 """
 
 if not __package__:
@@ -10,12 +11,11 @@ if not __package__:
 import sys
 from typing import Any
 
-import mmcv
 import numpy as np
 from PIL import Image
 
-from dense.predict import build_predict_parser, run_prediction
-from segmentation.drawing import draw, shares
+from dense.predict import build_predict_parser, infer, run_prediction
+from segmentation.drawing import draw, labels_in, shares
 
 
 def segment(model: Any, image: np.ndarray) -> Any:
@@ -30,7 +30,7 @@ def segment(model: Any, image: np.ndarray) -> Any:
     """
     from mmseg.apis import inference_model  # prints lines of its own unless its parts are imported before
 
-    return inference_model(model, mmcv.rgb2bgr(image))
+    return infer(inference_model, model, image)
 
 
 def draw_prediction(model: Any, path: str, image: np.ndarray) -> tuple[Image.Image, str]:
@@ -45,7 +45,7 @@ def draw_prediction(model: Any, path: str, image: np.ndarray) -> tuple[Image.Ima
         the picture, and a line with the largest classes.
     """
     classes, palette = model.dataset_meta["classes"], model.dataset_meta["palette"]
-    labels = segment(model, image).pred_sem_seg.data[0].cpu().numpy()
+    labels = labels_in(segment(model, image).pred_sem_seg)
     share = shares(labels, len(classes))
     largest = [f"{classes[index]} {100 * share[index]:.1f} %" for index in np.argsort(-share)[:5] if share[index] > 0]
     return draw(image, {"prediction": labels}, classes, palette), ", ".join(largest)

@@ -36,6 +36,7 @@ from inference.exported import DESCRIPTION
 from inference.images import read_image
 from tools import app
 from tools.app_server import MOST_WAITING
+from training.errors import UserError
 
 CLASSES = ("cat", "coffee", "rocket", "astronaut")
 PHOTOGRAPHS = dict(zip(CLASSES, ("chelsea", "coffee", "rocket", "astronaut")))
@@ -659,8 +660,9 @@ def save_model(config: str, path: Path) -> Path:
     from dense.settings import read_config
 
     torch.manual_seed(0)
-    model = build_model(read_config(argparse.Namespace(config=str(ROOT / config), cfg_options={})))
-    torch.save({"state_dict": model.state_dict()}, path)
+    cfg = read_config(argparse.Namespace(config=str(ROOT / config), cfg_options={}))
+    meta = dict(dataset_meta=cfg.test_dataloader.dataset.metainfo.to_dict())
+    torch.save({"state_dict": build_model(cfg).state_dict(), "meta": meta}, path)
     return path
 
 
@@ -731,6 +733,11 @@ def test_a_backbone_that_runs_several_times_has_no_attention(images, segmentor, 
     assert answer.blocks == []
     assert "several times" in answer.note
     assert answer.rows
+
+
+def test_narrow_images_are_answered_in_a_sentence(predictor):
+    with pytest.raises(UserError, match=r"The image is too narrow to be resized for the network; crop it\."):
+        predictor.predict(Image.new("RGB", (12000, 1)))
 
 
 def test_large_images_are_made_smaller_for_segmentors(predictor):

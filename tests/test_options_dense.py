@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import shutil
 import struct
 import subprocess
 import sys
@@ -33,10 +34,10 @@ import segmentation.drawing
 import segmentation.predict
 import segmentation.test
 from dense.checks import build_model, check_shapes, check_training_parts, rehearse
+from dense.drawing import enlargement
 from dense.loading import use_checked_loading
 from dense.mmengine_adapter import read_checkpoint
 from dense.options import NUMBERS, accepted_arguments, check_numbers, merge_options
-from dense.predict import read_image
 from dense.run import DenseNames, plain_state
 from dense.samples import SeededSamples
 from dense.settings import build_parser, join_processes, read_config
@@ -142,6 +143,9 @@ TAKEN = {
     "param_scheduler.0.begin=10": lambda cfg: cfg.param_scheduler[0].begin == 10,
     "custom_hooks=[{'type':'EMAHook'}]": lambda cfg: cfg.custom_hooks == [dict(type="EMAHook")],
     "find_unused_parameters=True": lambda cfg: cfg.find_unused_parameters,
+    "orientation=exif": lambda cfg: cfg.orientation == "exif",
+    "train_dataloader.dataset.pipeline.0.orientation=exif": lambda cfg: cfg.train_dataloader.dataset.pipeline[0]
+    == dict(type="LoadImageFromFile", orientation="exif"),
     "randomness.seed=3": lambda cfg: cfg.randomness.seed == 3,
     "val_dataloader=None": lambda cfg: cfg.val_dataloader is None,
     "default_hooks.checkpoint.interval=-1": lambda cfg: cfg.default_hooks.checkpoint.interval == -1,  # never
@@ -326,10 +330,8 @@ MISTAKES = {
                      "CONFIG {untested}: has no test_dataloader; set it: test_dataloader = val_dataloader"),
     "no out": ("test", ["{demo}", "{checkpoint}", "--out", "new", "--show-dir", "{checkpoint}/pictures",
                         "--cfg-options", DATA], "--show-dir {checkpoint}/pictures: cannot be written"),
-    "zero bytes": ("predict", ["{demo}", "{checkpoint}", "{nothing}", "--out", "new"],
-                   "IMAGE {nothing}: not an image, or a damaged one"),
     "folder without images": ("predict", ["{demo}", "{checkpoint}", "{folder}", "--out", "new"],
-                              "IMAGE {folder}: a folder without images (files ending in .bmp, "),
+                              "IMAGE {folder}: a folder without images (files ending in "),
     "one picture for two": ("predict", ["{demo}", "{checkpoint}", "{scenes}/images/validation/a/1.jpg",
                                         "{scenes}/images/validation/b/1.jpg", "--out", "new"],
                             "IMAGE {scenes}/images/validation/b/1.jpg: would get the same picture as "),
@@ -632,17 +634,6 @@ def test_outputs_of_detection_keep_the_folders(scenes, detector, tmp_path):
 ROTATED = 6  # of EXIF: to be turned clockwise by 90°
 
 
-def test_images_are_read_upright(tmp_path):
-    """A photograph and its copy whose pixels are turned look the same."""
-    exif = Image.Exif()
-    exif[0x0112] = ROTATED
-    image = draw_scene(tmp_path / "photo.png", 1, exif=exif)
-    upright = read_image(tmp_path / "photo.png")
-    np.testing.assert_array_equal(upright, np.asarray(image.rotate(-90, expand=True)))
-    draw_scene(tmp_path / "photo.jpg", 1, exif=exif)
-    assert read_image(tmp_path / "photo.jpg").shape == (96, 64, 3)
-
-
 def test_predict_images_of_all_kinds(scenes, segmentor, detector, tmp_path):
     """Pictures of a folder's images keep its structure."""
     image = draw_scene(tmp_path / "in/rgb.jpg", 3)
@@ -669,6 +660,55 @@ def test_predict_images_of_all_kinds(scenes, segmentor, detector, tmp_path):
     run("segmentation", "predict.py", SEGMENTATION, segmentor, tmp_path / "in", "--out", tmp_path / "segmentation",
         "--overwrite")  # fmt: skip
     assert (tmp_path / "segmentation/rgb.png").read_bytes() == first
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_images_that_cannot_be_predicted_are_named(task, scenes, segmentor, detector, tmp_path):
+    """The others are predicted."""
+    config, checkpoint = (SEGMENTATION, segmentor) if task == "segmentation" else (DETECTION, detector)
+    draw_scene(tmp_path / "in/good.jpg", 3)
+    (tmp_path / "in/empty.jpg").touch()
+    Image.new("RGB", (12000, 1)).save(tmp_path / "in/narrow.png")
+    result = command(config, checkpoint, tmp_path / "in", "--out", tmp_path / "out", script=f"{task}/predict.py",
+                     cwd=ROOT / task)  # fmt: skip
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("predict.py: ")]
+    assert [line.partition(f"IMAGE {tmp_path}/in/")[2].partition(":")[0] for line in errors] == [
+        "empty.jpg",
+        "narrow.png",
+    ]
+    assert files_in(tmp_path / "out") == ["good.png"]
+
+
+@pytest.mark.parametrize(
+    ("size", "factor"), [((64, 96), 4), ((300, 300), 1), ((1, 12000), 1), ((12000, 1), 1), ((1, 1), 256)]
+)
+def test_pictures_of_narrow_images_stay_small(size, factor):
+    assert enlargement(*size) == factor
+    assert size[0] * size[1] * factor**2 < 2**24
+
+
+def test_training_images_with_an_orientation(scenes, tmp_path):
+    """They are counted, and predictions read images as the network knows them."""
+    root = shutil.copytree(scenes, tmp_path / "data")
+    exif = Image.Exif()
+    exif[0x0112] = 3  # of the same size
+    draw_scene(root / "images/training/a/1.jpg", 1, exif=exif)
+    exif[0x0112] = ROTATED
+    photo = tmp_path / "photo.jpg"
+    draw_scene(photo, 1, exif=exif)
+    options = [*small(root), "train_cfg.max_iters=1", "train_cfg.val_interval=9"]
+    shapes = {}
+    for orientation in ("stored", "exif"):
+        folder = tmp_path / orientation
+        text = run("segmentation", "train.py", SEGMENTATION, "--from-scratch", "--no-validate", "--work-dir", folder,
+                   *options, f"orientation={orientation}")  # fmt: skip
+        assert ("1 of 2 sampled training images have an EXIF orientation" in text) == (orientation == "stored")
+        reading = read_checkpoint(str(folder / "iter_1.pth"), "checkpoint")["reading"]
+        assert reading == dict(orientation=orientation, turned=1, sampled=2)
+        run("segmentation", "predict.py", SEGMENTATION, folder / "iter_1.pth", photo, "--out", folder / "drawn")
+        shapes[orientation] = Image.open(folder / "drawn/photo.png").width
+    assert shapes["stored"] > shapes["exif"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

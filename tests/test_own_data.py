@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import mmdet.registry
 import mmseg.registry
 import numpy as np
@@ -24,13 +25,15 @@ from PIL import Image
 from dense.classes import check_classes
 from dense.coco import CompleteCOCO, CompleteCocoMetric
 from dense.data import check_data
+from dense.drawing import read_pixels
 from dense.loading import LoadReadableImage, LoadReadableLabels, use_checked_loading
 from dense.own_data import move, palette_of
 from dense.parts import dicts
-from dense.samples import describe_samples
+from dense.samples import count_turned, describe_samples
 from dense.settings import read_config
 from dense.train import build_train_parser, run_training
 from training.errors import MachineError, UserError
+from training.images import decode
 from training.unreadable import UnreadableImageError
 
 SEGMENTATION, DETECTION = ROOT / "segmentation/configs", ROOT / "detection/configs"
@@ -168,16 +171,72 @@ def save_as(kind: str, path: Path, pixels: np.ndarray) -> Path:
     return path if path.exists() else path.with_suffix(".jpg")
 
 
+KINDS = ["16-bit", "CMYK", "RGBA", "LA", "L", "P", "1", ".jpg", ".bmp", ".tif", ".webp"]
+
+
 @pytest.mark.parametrize("backend", ["cv2", "pillow"])
-@pytest.mark.parametrize("color_type", ["color", "grayscale"])
-@pytest.mark.parametrize("kind", ["16-bit", "CMYK", "RGBA", "LA", "L", "P", "1", ".jpg", ".bmp", ".tif", ".webp"])
+@pytest.mark.parametrize("color_type", ["color", "grayscale", "unchanged"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_pixels_are_those_of_mmcv(kind, color_type, backend, tmp_path):
+    """Ordinary images'. What mmcv's backends read differently, all commands read alike."""
     path = save_as(kind, tmp_path / "a", scene(np.random.default_rng(1))[0])
     settings = dict(color_type=color_type, imdecode_backend=backend)
     theirs = LoadImageFromFile(**settings).transform(dict(img_path=str(path)))
     ours = LoadReadableImage(**settings).transform(dict(img_path=str(path)))
-    np.testing.assert_array_equal(ours["img"], theirs["img"])
+    differs = {("16-bit", "pillow"), ("CMYK", "cv2"), ("LA", "cv2"), ("LA", "pillow")}
+    if color_type != "color" or (kind, backend) not in differs:
+        np.testing.assert_array_equal(ours["img"], theirs["img"])
+    if color_type == "color":
+        np.testing.assert_array_equal(ours["img"][..., ::-1], np.asarray(decode(path.read_bytes())))
+    assert ours["img"].dtype == theirs["img"].dtype
     assert (ours["img_shape"], ours["ori_shape"]) == (theirs["img_shape"], theirs["ori_shape"])
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(subsampling=2), dict(subsampling=0), dict(progressive=True), dict(quality=20)]
+)
+@pytest.mark.parametrize("size", [(61, 97), (1, 7), (480, 641)])
+def test_jpegs_have_the_pixels_of_opencv(settings, size, tmp_path):
+    rng = np.random.default_rng(3)
+    coarse = Image.fromarray(rng.integers(0, 255, (size[0] // 8 + 1, size[1] // 8 + 1, 3), dtype=np.uint8))
+    for mode in ("RGB", "L"):
+        coarse.resize(size[::-1]).convert(mode).save(tmp_path / "a.jpg", **settings)
+        theirs, ours = (load().transform(dict(img_path=str(tmp_path / "a.jpg")))["img"]
+                        for load in (LoadImageFromFile, LoadReadableImage))  # fmt: skip
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_images_of_more_than_8_bits_and_transparent_ones(tmp_path):
+    """Values are scaled, and transparent parts are white, as in all commands."""
+    values = np.linspace(0, 1, 20 * 30, dtype=np.float32).reshape(20, 30)
+    Image.fromarray(values).save(tmp_path / "float.tif")
+    Image.fromarray((values * 65535).astype(np.uint16)).save(tmp_path / "deep.png")
+    layers = Image.new("RGBA", (30, 20), (200, 0, 0, 255))
+    layers.putpixel((0, 0), (0, 0, 0, 0))
+    layers.save(tmp_path / "transparent.png")
+    for name in ("float.tif", "deep.png"):
+        image = LoadReadableImage(to_float32=True).transform(dict(img_path=str(tmp_path / name)))["img"]
+        np.testing.assert_allclose(image[..., 0], values * 255, atol=1)
+    image = LoadReadableImage().transform(dict(img_path=str(tmp_path / "transparent.png")))["img"]
+    assert [image[0, 0].tolist(), image[0, 1].tolist()] == [[255, 255, 255], [0, 0, 200]]
+
+
+def test_formats_that_pillow_does_not_open_are_left_to_mmcv(tmp_path):
+    image = scene(np.random.default_rng(1))[0]
+    assert cv2.imwrite(str(tmp_path / "a.jp2"), image)
+    loaded = LoadReadableImage().transform(dict(img_path=str(tmp_path / "a.jp2")))["img"]
+    assert loaded.shape == image.shape
+
+
+def test_pictures_have_the_colours_of_the_image(tmp_path):
+    """Those of `--show-dir`, in the orientation of the labels."""
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (40, 20), (250, 10, 10)).save(path)
+    turn(path, 6)
+    assert read_pixels(str(path), {})[0, 0].argmax() == 0
+    assert read_pixels(str(path), {}).shape == (20, 40, 3)
+    loader = dict(dataset=dict(pipeline=[dict(type="LoadImageFromFile", orientation="exif")]))
+    assert read_pixels(str(path), loader).shape == (40, 20, 3)
 
 
 def turn(path: Path, orientation: int) -> None:
@@ -246,10 +305,51 @@ def test_annotations_of_the_turned_image(detection):
     content["images"][1] |= dict(height=WIDTH, width=HEIGHT)
     path.write_text(json.dumps(content))
     words = (
-        f"2.jpg: cannot be read .*it has {HEIGHT} × {WIDTH} pixels, its annotations are for {WIDTH} × {HEIGHT}; an EXIF"
+        f"2.jpg: cannot be read .*it has {HEIGHT} × {WIDTH} pixels, its annotations are for {WIDTH} × {HEIGHT}; "
+        "it has an EXIF orientation: set orientation='exif'"
     )
     with pytest.raises(UnreadableImageError, match=words):
         built(cfg)[1]
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+@pytest.mark.parametrize("backend", ["cv2", "pillow"])
+def test_images_are_turned_upright_on_request(orientation, backend, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(scene(np.random.default_rng(1))[0]).save(path)
+    turn(path, orientation)
+    loaded = LoadReadableImage(orientation="exif", imdecode_backend=backend).transform(dict(img_path=str(path)))
+    upright = LoadImageFromFile(imdecode_backend=backend).transform(dict(img_path=str(path)))
+    np.testing.assert_array_equal(loaded["img"], upright["img"])
+    assert loaded["ori_shape"] == upright["ori_shape"]
+    with pytest.raises(UserError, match="orientation='up'"):
+        LoadReadableImage(orientation="up")
+
+
+def test_labels_of_upright_images(segmentation):
+    """Labels that were drawn on upright images are of another size than the images as stored. The line says why."""
+    cfg, root = segmentation
+    for name in ("training/2", "validation/1"):
+        turn(root / f"images/{name}.jpg", 6)
+        path = root / f"annotations/{name}.png"
+        Image.open(path).rotate(-90, expand=True).save(path)
+    upright = copy.deepcopy(cfg)
+    with pytest.raises(UnreadableImageError, match=r"2\.png: .*set orientation='exif'"):
+        built(cfg)[2]
+    for step in dicts(upright):
+        if step.get("type") == "LoadImageFromFile":
+            step["orientation"] = "exif"
+    check_data(upright, "train_dataloader", "val_dataloader")
+    sample = built(upright, "val_dataloader")[1]
+    assert sample["data_samples"].gt_sem_seg.data.shape[1:] == (WIDTH, HEIGHT)
+    assert count_turned(built(upright)) == dict(turned=1, sampled=6)
+
+
+def test_loaders_agree_on_the_orientation(segmentation):
+    cfg, _ = segmentation
+    cfg.train_dataloader.dataset.pipeline[0].orientation = "exif"
+    with pytest.raises(UserError, match=r"orientation .*train_dataloader exif.*val_dataloader stored"):
+        check_data(cfg, "train_dataloader", "val_dataloader")
 
 
 def damage(kind: str, path: Path) -> None:
@@ -679,6 +779,7 @@ UNFIT_LABELLED: dict[str, tuple[Spoil, str]] = {
     ),
     "numbers": (put(f"{TRAIN}.metainfo", classes=(0, 1)), "metainfo classes=(0, 1): takes the names of the classes"),
     "twice": (put(f"{TRAIN}.metainfo", classes=("a", "b", "a")), "metainfo classes: has a several times"),
+    "twice, in two forms": (put(f"{TRAIN}.metainfo", classes=("\u00e9", "e\u0301")), "several times"),
     "none of ADE20K's": (
         put(TRAIN, type="ADE20KDataset"),
         f"train_dataloader.dataset.metainfo: ground, square are none of the classes of ADE20KDataset, {ADE20K}",
@@ -695,6 +796,13 @@ UNFIT_LABELLED: dict[str, tuple[Spoil, str]] = {
         put("model", auxiliary_head=[dict(num_classes=2), dict(num_classes=3)]),
         "model.auxiliary_head.1.num_classes=3: the data set has 2 classes, ground, square",
     ),
+    "a softmax over one channel": (
+        put("model.decode_head", out_channels=1),
+        "model.decode_head.out_channels=1: a softmax over one channel learns nothing; set",
+    ),
+    "one class": (put(f"{TRAIN}.metainfo", classes=("square",)), "train_dataloader.dataset: one class, square, "),
+    "several suffixes": (put(TRAIN, img_suffix=(".jpg", ".png")), "img_suffix=('.jpg', '.png'): takes one suffix"),
+    "several suffixes of labels": (put(VAL, seg_map_suffix=[".png"]), "seg_map_suffix=['.png']: takes one suffix"),
     "class weights": (
         put("model.decode_head.loss_decode", class_weight=[1, 1, 1]),
         "model.decode_head.loss_decode.class_weight has 3 weights for the 2 classes ground, square",
@@ -728,6 +836,74 @@ def test_images_of_another_suffix_are_mentioned(segmentation, capsys):
     check_data(cfg, "train_dataloader", "val_dataloader")
     words = "images/training: 5 images end in .jpg; others are left out: 1 in .png\n"
     assert capsys.readouterr().out == f"WARNING: train data {root}/{words}"
+
+
+def test_hidden_files_and_blank_lines_name_no_image(segmentation, capsys):
+    """Those of Macs and notebooks, in folders; and the last lines of lists."""
+    cfg, root = segmentation
+    for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+        (root / f"{kind}/training/.ipynb_checkpoints").mkdir()
+        shutil.copy(root / f"{kind}/training/0.{suffix}", root / f"{kind}/training/.ipynb_checkpoints/0.{suffix}")
+        (root / f"{kind}/training/._0.{suffix}").touch()
+    (root / "images/training/._1.png").touch()
+    check_data(cfg, "train_dataloader")
+    assert capsys.readouterr().out == ""
+    assert len(built(cfg)) == 6
+    list_images("0\n\n5\n  \n")(cfg, root)
+    check_data(cfg, "train_dataloader")
+    assert [Path(built(cfg).get_data_info(index)["img_path"]).name for index in (0, 1)] == ["0.jpg", "5.jpg"]
+
+
+@pytest.mark.parametrize("values", [(0, 255), (1, 2), (0, 1)])
+def test_classes_that_no_label_has_are_named(values, segmentation, capsys):
+    """Masks of 0 and 255 have one class, since 255 is none; labels that count from 1 lack the first."""
+    cfg, root = segmentation
+    for loader in ("train_dataloader", "val_dataloader"):
+        cfg[loader].dataset.reduce_zero_label = False
+        cfg[loader].dataset.metainfo = dict(classes=("ground", "square", "sky"))
+    cfg.model.decode_head.num_classes = 3
+    cfg.model.decode_head.loss_decode.pop("class_weight", None)
+    for path in root.glob("annotations/*/*.png"):
+        Image.fromarray(np.array([0, *values], np.uint8)[np.asarray(Image.open(path))]).save(path)
+    check_data(cfg, "train_dataloader", "val_dataloader")
+    lines = capsys.readouterr().out.splitlines()
+    unmet = [name for number, name in enumerate(("ground", "square", "sky")) if number not in values]
+    assert [line.partition(" is of the classes ")[2].partition(";")[0] for line in lines] == [", ".join(unmet)]
+    assert f"train labels {root}/annotations/training: " in lines[0]
+    assert ("the value 255" in lines[0]) == (255 in values)
+
+
+def test_of_many_labels_a_sample_is_read(segmentation, capsys, monkeypatch):
+    """It says nothing about classes that are too many for it."""
+    cfg, root = segmentation
+    for path in root.glob("annotations/training/*.png"):
+        Image.fromarray(np.ones((HEIGHT, WIDTH), np.uint8)).save(path)
+    monkeypatch.setattr("dense.data.MAX_LABELS", 3)
+    check_data(cfg, "train_dataloader")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("dense.data.LABELS_PER_CLASS", 1)
+    check_data(cfg, "train_dataloader")
+    assert "no pixel in 3 of its 6 label maps is of the classes square" in capsys.readouterr().out
+
+
+def test_batches_of_images_of_different_sizes(segmentation):
+    """mmseg evaluates them one by one only. Batches whose images the pipeline resizes to one size are fine."""
+    cfg, root = segmentation
+    for loader in ("val_dataloader", "test_dataloader"):
+        cfg[loader].batch_size = 2
+    check_data(cfg, "val_dataloader", "test_dataloader")
+    for path in (root / "images/validation/1.jpg", root / "annotations/validation/1.png"):
+        Image.open(path).resize((WIDTH, WIDTH), Image.Resampling.NEAREST).save(path)
+    for loader in ("val_dataloader", "test_dataloader"):
+        with pytest.raises(UserError, match=rf"{loader}\.batch_size=2: .*/images/validation/0\.jpg"):
+            check_data(cfg, loader)
+    cfg.test_dataloader.dataset.pipeline = copy.deepcopy(cfg.tta_pipeline)
+    with pytest.raises(UserError, match=r"test_dataloader\.batch_size=2"):
+        check_data(cfg, "test_dataloader")
+    for node in dicts([cfg.val_dataloader, cfg.test_dataloader]):
+        if "keep_ratio" in node:
+            node["keep_ratio"] = False
+    check_data(cfg, "val_dataloader", "test_dataloader")
 
 
 def test_lists_and_images_without_labels(segmentation):
@@ -838,11 +1014,6 @@ UNFIT_BOXED: dict[str, tuple[Spoil, str]] = {
         each("categories", lambda one: one.update(name=f"class {one['id']}")),
         FILE + f"no category is named cat, dog: {BOTH}class 3, class 7",
     ),
-    "another order": (
-        change(lambda content: content["categories"].reverse()),
-        FILE + "the classes are in another order than the file's categories, and would be mixed up: "
-        f"{BOTH}dog, cat; write them as dog, cat",
-    ),
     "the same name": (
         each("categories", lambda one: one.update(name="cat")),
         FILE + "has several categories named cat",
@@ -939,6 +1110,10 @@ WARNINGS: dict[str, tuple[Spoil, str]] = {
         each("annotations", lambda one: one.update(bbox=[5, 5, 0, 9], area=None)),
         "all 6 annotations are crowds or empty boxes",
     ),
+    "a class without objects": (
+        each("annotations", lambda one: one.update(category_id=3)),
+        "no annotation is of the classes dog",
+    ),
     "a category that is not listed": (
         each("annotations", lambda one: one.update(category_id=5) if one["id"] == 1 else None),
         "1 annotations are left out, of categories that it does not list, such as 5",
@@ -1023,24 +1198,130 @@ def test_missing_iscrowd_and_area_are_filled_in(missing, detection):
     assert figures.get("coco/segm_mAP", 1) == 1
 
 
-def perfect_figures(cfg: Config, root: Path) -> dict[str, float]:
-    """Evaluate detections that are the validation set's truth."""
+def mask_of(mark: dict[str, Any]) -> np.ndarray:
+    """Mask of a square object, which its box gives, too."""
+    left, top, width, height = (round(value) for value in mark["bbox"])
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[top : top + height, left : left + width] = 1
+    return mask
+
+
+def test_annotations_may_count_from_0(detection):
+    """pycocotools takes a match with annotation 0 for none."""
+    cfg, root = detection
+    each("annotations", lambda one: one.update(id=one["id"] - 1), "val2017")(cfg, root)
+    check_data(cfg, "val_dataloader")
+    figures = perfect_figures(cfg, root)
+    assert (figures["coco/bbox_mAP"], figures["coco/segm_mAP"]) == (1, 1)
+    cfg.val_evaluator.sort_categories = True
+    assert perfect_figures(cfg, root)["coco/bbox_mAP"] == 1
+
+
+def test_classes_in_another_order_than_the_categories(detection):
+    """Labels follow the classes, and so do the figures of each class, also where ids are in no order."""
+    cfg, root = detection
+    for split in ("train2017", "val2017"):
+        change(lambda content: content["categories"].reverse(), split)(cfg, root)
+    labels = [{one["bbox_label"] for one in info["instances"]} for info in map(built(cfg).get_data_info, range(6))]
+    assert labels == [{1}, {0}] * 3
+    for names in (("cat", "dog"), ("dog", "cat")):
+        for loader in ("train_dataloader", "val_dataloader"):
+            cfg[loader].dataset.metainfo = dict(classes=names)
+        check_data(cfg, "train_dataloader", "val_dataloader")
+        cfg.val_evaluator.classwise = True
+        figures = perfect_figures(cfg, root, missed=7)
+        assert (figures["coco/cat_precision"], figures["coco/dog_precision"]) == (1, 0)
+        objects = built(cfg, "val_dataloader").get_data_info(0)["instances"]
+        assert [names[one["bbox_label"]] for one in objects] == ["dog"]
+
+
+def test_names_in_either_form_of_unicode(detection):
+    """Names that were typed on a Mac may be decomposed."""
+    cfg, root = detection
+    names = {"cat": "b\u00e9b\u00e9", "dog": "dog"}
+    for split in ("train2017", "val2017"):
+        each("categories", lambda one: one.update(name=names[one["name"]]), split)(cfg, root)
+    decomposed = ("be\u0301be\u0301", "dog")
+    for loader in ("train_dataloader", "val_dataloader"):
+        cfg[loader].dataset.metainfo = dict(classes=decomposed)
+    check_data(cfg, "train_dataloader", "val_dataloader")
+    assert len(built(cfg).get_data_info(1)["instances"]) == 1
+    assert perfect_figures(cfg, root)["coco/bbox_mAP"] == 1
+
+
+SQUARE = [10, 10, 10, 40, 40, 40, 40, 10]
+NOTHING = {
+    "an empty polygon": dict(segmentation=[[]]),
+    "four numbers": dict(segmentation=[[10, 10, 40, 40]]),
+    "an odd number": dict(segmentation=[SQUARE[:7]]),
+    "a corner that is not finite": dict(segmentation=[[*SQUARE[:7], float("nan")]]),
+    "run lengths without counts": dict(segmentation=dict(size=[HEIGHT, WIDTH])),
+    "a box that is none": dict(bbox=[float("nan"), 10, 30, 30]),
+    "an endless box": dict(bbox=[10, 10, float("inf"), 30]),
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING)
+@pytest.mark.parametrize("has_masks", [True, False])
+def test_objects_without_extent_are_ignored(kind, has_masks, detection, capsys):
+    """In training and evaluation alike, with a warning. A box without a mask counts where masks are not used."""
+    cfg, root = detection
+    if not has_masks:
+        for node in dicts(cfg):
+            node.pop("with_mask", None)
+        cfg.val_evaluator.metric = "bbox"
+    usual = dict(image_id=1, category_id=3, iscrowd=0, bbox=[10, 10, 30, 30], area=900, segmentation=[SQUARE])
+    add = change(lambda content: content["annotations"].append(dict(usual, id=50, **NOTHING[kind])), "train2017")
+    add(cfg, root)
+    change(lambda content: content["annotations"].insert(0, dict(usual, id=50, **NOTHING[kind])), "val2017")(cfg, root)
+    check_data(cfg, "train_dataloader", "val_dataloader")
+    is_skipped = has_masks or "bbox" in NOTHING[kind]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("annotations/")[2].partition(":")[0] for line in lines] == (
+        ["instances_train2017.json", "instances_val2017.json"] if is_skipped else []
+    )
+    truth = built(cfg)[0]["data_samples"]
+    assert len(truth.gt_instances) == (1 if is_skipped else 2)
+    figures = perfect_figures(cfg, root)  # without the object
+    assert (figures["coco/bbox_mAP"] == 1) == is_skipped
+    assert figures.get("coco/segm_mAP", 1) == 1
+
+
+def test_a_sound_polygon_beside_an_empty_one(detection, capsys):
+    cfg, root = detection
+    plain = perfect_figures(cfg, root)
+    capsys.readouterr()
+    for split in ("train2017", "val2017"):
+        each("annotations", lambda one: one["segmentation"].insert(0, [1, 2]), split)(cfg, root)
+    check_data(cfg, "train_dataloader", "val_dataloader")
+    assert capsys.readouterr().out == ""
+    assert built(cfg)[0]["data_samples"].gt_instances.masks.areas.item() > 0
+    assert perfect_figures(cfg, root) == plain
+
+
+def perfect_figures(cfg: Config, root: Path, missed: int | None = None) -> dict[str, float]:
+    """Evaluate detections that are the validation set's truth, but for the objects of a category."""
     import torch
 
+    use_checked_loading(cfg)
     settings = {key: value for key, value in cfg.val_evaluator.items() if key != "_scope_"}
     metric = mmdet.registry.METRICS.build(settings)
     assert isinstance(metric, CompleteCocoMetric)
-    metric.dataset_meta = dict(classes=("cat", "dog"))
+    metric.dataset_meta = dict(classes=tuple(cfg.val_dataloader.dataset.metainfo.classes))
     api = CompleteCOCO(str(root / "annotations/instances_val2017.json"))
+    categories = api.get_cat_ids(cat_names=metric.dataset_meta["classes"])
     for image in api.load_imgs(api.get_img_ids()):
-        objects = api.load_anns(api.get_ann_ids([image["id"]]))
+        objects = [one for one in api.load_anns(api.get_ann_ids([image["id"]])) if one["category_id"] != missed]
+        objects = [one for one in objects if one["bbox"] != [10, 10, 30, 30]]  # which is to be ignored
         boxes = torch.tensor(
             [[x, y, x + width, y + height] for x, y, width, height in (one["bbox"] for one in objects)]
-        )
+        ).reshape(-1, 4)
         found = dict(bboxes=boxes.float(), scores=torch.ones(len(objects)),
-                     labels=torch.tensor([[3, 7].index(one["category_id"]) for one in objects]))  # fmt: skip
+                     labels=torch.tensor([categories.index(one["category_id"]) for one in objects]))  # fmt: skip
         if "segm" in metric.metrics:
-            found["masks"] = torch.from_numpy(np.stack([api.annToMask(one) for one in objects])).bool()
+            found["masks"] = torch.from_numpy(
+                np.array([mask_of(one) for one in objects]).reshape(-1, HEIGHT, WIDTH)
+            ).bool()
         metric.process({}, [dict(pred_instances=found, img_id=image["id"], ori_shape=(HEIGHT, WIDTH))])
     return metric.evaluate(len(api.imgs))
 
@@ -1256,7 +1537,7 @@ def test_bases_that_do_not_name_their_folder(child):
 
 
 def test_a_file_of_names(child, tmp_path):
-    (tmp_path / "names.txt").write_text("x\ny\n")
+    (tmp_path / "names.txt").write_text("x\ny\n\n")
     cfg = child(LABELLED_BASE, f"metainfo = dict(classes={str(tmp_path / 'names.txt')!r})\n")
     assert classes(cfg) == {("x", "y")}
 

@@ -11,10 +11,9 @@ from PIL import Image
 
 from dense.predict import build_inference_model
 from dense.settings import read_config, where_of
-from segmentation.drawing import IGNORED, shares
+from segmentation.drawing import IGNORED, labels_in, shares
 from tools.app_predictors import Answer, BlockWeights, Row, record, timed, why_no_attention
 from training.errors import UserError
-from training.images import EXIF
 
 LONGEST = 1024  # pixels of an image's longer side; a segmentor's scores take 4 bytes for each pixel and class
 MOST_ROWS = 12
@@ -35,7 +34,7 @@ class DensePredictor:
         self.model = model
         self.kind = kind
         self.classes: Sequence[str] = tuple(model.dataset_meta["classes"])
-        self.orientation = EXIF
+        self.orientation: str = model.orientation
         self.title = f"{name}, a {kind} with {len(self.classes)} classes"
         self.facts: Mapping[str, str] = {"model": name, "classes": str(len(self.classes)), "input": "any size"}
         self.note = why_no_attention(model)
@@ -86,7 +85,7 @@ class Segmentor(DensePredictor):
 
     def draw(self, sample: Any, pixels: np.ndarray) -> tuple[list[Row], Image.Image]:
         """Make the lines, the largest class first, and the labels as colours. Ignored pixels are transparent."""
-        labels = sample.pred_sem_seg.data[0].cpu().numpy()  # H × W
+        labels = labels_in(sample.pred_sem_seg)
         palette = np.asarray(self.model.dataset_meta["palette"], dtype=np.uint8)
         share = shares(labels, len(self.classes))
         largest = [int(index) for index in np.argsort(-share)[:MOST_ROWS] if share[index] > 0]
