@@ -264,7 +264,8 @@ def _built(settings):
         rates=rates_of(training),
         ema=training.ema and described([vars(training.ema), training.ema.module.state_dict()]),
         data=[described([data.num_classes, data.classes, data.outputs, data.transform, data.decode,
-                         type(data.dataset).__name__, getattr(data.dataset, "samples", None), getattr(data.dataset, "reader", None), len(data)])
+                         type(data.dataset).__name__, getattr(data.dataset, "samples", None),
+                         getattr(data.dataset, "reader", None), len(data)])
               for data in (train, val)],
         loaders=[[loader.batch_size, loader.num_workers, loader.pin_memory, type(loader.sampler).__name__, len(loader)]
                  for loader in (parts.train_loader, parts.val_loader)],
