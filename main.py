@@ -157,7 +157,8 @@ def run_evaluation(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
     """`--eval`: validate the weights of `--resume`, and its averaged weights if it has any."""
     what = f"--resume {args.resume}"
     checkpoint = read_checkpoint(args.resume, what) if args.resume else {}
-    val = build_data(args, False, adopt_reading(args, checkpoint, what))
+    args, preprocessing = adopt_reading(args, checkpoint, what)
+    val = build_data(args, False, preprocessing)
     if checkpoint:
         val = val.matched(checkpoint.get("classes"), what)
     model = build_model(args, val.num_classes, precision)
@@ -248,7 +249,7 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     on_main_process(output.lock)
     source = find_checkpoint(args.resume, args.auto_resume, output.folder, output.names)
     start = find_start(args, source)
-    preprocessing = adopt_reading(args, start.checkpoint, start.what)
+    args, preprocessing = adopt_reading(args, start.checkpoint, start.what)
     settings = dict(vars(args))
     is_stream = isinstance(train.dataset, IterableDataset)
     accum_steps = check_source(source, settings, data, is_stream) if source else args.accum_steps
@@ -305,8 +306,10 @@ def find_start(args: argparse.Namespace, source: Source | None) -> Start:
     return Start(read_checkpoint(args.finetune, what) if args.finetune else {}, what)
 
 
-def adopt_reading(args: argparse.Namespace, checkpoint: dict[str, Any], what: str) -> Preprocessing:
-    """Read images as a checkpoint's network was trained: sets `orientation`, unless the user has.
+def adopt_reading(
+    args: argparse.Namespace, checkpoint: dict[str, Any], what: str
+) -> tuple[argparse.Namespace, Preprocessing]:
+    """Read images as a checkpoint's network was trained.
 
     Args:
         args: the command's settings.
@@ -314,20 +317,21 @@ def adopt_reading(args: argparse.Namespace, checkpoint: dict[str, Any], what: st
         what: flag and path, for messages.
 
     Returns:
-        the preprocessing.
+        the settings with the checkpoint's orientation, unless the user has chosen one; and the preprocessing.
     """
     before = settings_in(checkpoint)
-    args.orientation = args.orientation or before.get("orientation") or STORED
+    orientation = args.orientation or before.get("orientation") or STORED
+    args = argparse.Namespace(**{**vars(args), "orientation": orientation})
     published = Preprocessing.for_size(args.input_size)
     if not checkpoint:
-        return published
+        return args, published
     if img_size_of(checkpoint) and "orientation" not in before and not args.eval:
         print_main(f"{what}: from a version that clipped values of 16 bits and ignored transparency; now they are "
                    "scaled, and laid on white")  # fmt: skip
     preprocessing = Preprocessing.of_weights(checkpoint, args.model, args.input_size)
     if preprocessing != published:
         print_main(f"{what}: {preprocessing}")
-    return preprocessing
+    return args, preprocessing
 
 
 def describe_reading(args: argparse.Namespace, train: ImageData) -> dict[str, Any]:
