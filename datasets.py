@@ -204,7 +204,7 @@ def _numbered(data: ImageData, class_map: str) -> ImageData:
     if data.classes is None:
         raise UserError(f"{setting('class_map', class_map)}: the classes of the data set have no names; omit it")
     classes, outputs = read_class_map(class_map, data.classes, setting("data_path"))
-    return replace(data, num_classes=len(classes), classes=classes, outputs=outputs, class_map=class_map)
+    return replace(data.renumbered(outputs, classes), class_map=class_map)
 
 
 def _check_number(data: ImageData) -> None:
@@ -332,7 +332,8 @@ def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
     if not num_classes:
         raise UserError(f"{what}: its reader does not know the number of classes; set {setting('num_classes')}")
     dataset.target_transform = partial(check_label, num_classes=num_classes)
-    return ImageData(dataset, num_classes, list(class_to_idx) or None, is_hugging_face=is_hugging_face)
+    classes = sorted(class_to_idx, key=lambda name: class_to_idx[name])
+    return ImageData(dataset, num_classes, classes or None, is_hugging_face=is_hugging_face)
 
 
 def match_splits(train: ImageData, val: ImageData) -> ImageData:
@@ -348,7 +349,7 @@ def match_splits(train: ImageData, val: ImageData) -> ImageData:
         return val
     splits = "the training images", "the validation images", "both need the same class folders"
     outputs = order_of(train.classes, val.classes, *splits)
-    return val if outputs is None else replace(val, outputs=outputs, classes=train.classes)
+    return val if outputs is None else val.renumbered(outputs, train.classes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

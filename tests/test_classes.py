@@ -13,6 +13,7 @@ import torch
 from conftest import SMALL, command, refusal, succeed
 from PIL import Image
 
+import datasets
 import main
 import sepvit
 from training.checkpoints import read_checkpoint
@@ -208,6 +209,15 @@ def test_forms_of_unicode_are_the_same_name(trained_digits, few_digits, tmp_path
     torch.save({**checkpoint, "classes": ["z", unicodedata.normalize("NFD", "é"), "f"]}, tmp_path / "checkpoint.pth")
     succeed(*SMALL, "--data-path", mac, "--output_dir", tmp_path, "--eval", "--resume", tmp_path / "checkpoint.pth")
     assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-6)
+
+
+def test_renumbering_twice():
+    """A validation set in another order than the training set, which is in another order than the checkpoint."""
+    names = ["c", "a", "b"]
+    val = datasets.match_splits(main.ImageData(None, 3, ["a", "b", "c"]), main.ImageData(None, 3, names))
+    val = val.matched(["b", "c", "a"], "x")
+    assert val.classes == ["b", "c", "a"]
+    assert [val.classes[output] for output in val.outputs] == names
 
 
 def test_order():
