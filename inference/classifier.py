@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,6 +252,8 @@ def _count_classes(name: str, weights: Mapping[str, Tensor], what: str) -> int:
 def class_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
     """Names of the classes as people know them: ImageNet's words for its codes, and numbers where nothing is known.
 
+    Classes of the same name have their code, or their number, after it.
+
     Args:
         names: names of the classes in the data set; None if unknown, which for 1000 classes means ImageNet's.
         num_classes: number of classes.
@@ -258,7 +261,10 @@ def class_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...
     if names is None or len(names) != num_classes:
         names = ImageNetInfo().label_names() if num_classes == 1000 else [str(index) for index in range(num_classes)]
     codes = ImageNetInfo()
-    return tuple(_words(codes, name) if re.fullmatch(r"n\d{8}", name) else name for name in names)
+    words = [_words(codes, name) if re.fullmatch(r"n\d{8}", name) else name for name in names]
+    count = Counter(words)  # two of ImageNet's classes are called crane
+    return tuple(word if count[word] == 1 else f"{word} ({name if name != word else index})"
+                 for index, (word, name) in enumerate(zip(words, names)))  # fmt: skip
 
 
 def _words(codes: ImageNetInfo, code: str) -> str:

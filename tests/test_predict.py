@@ -131,6 +131,9 @@ def test_names_of_classes(checkpoint):
     assert class_names(None, 1000)[281] == "tabby, tabby cat"  # ImageNet's
     assert class_names(["n01440764", "n99999999", "mine"], 3) == ("tench, Tinca tinca", "n99999999", "mine")
     assert class_names(None, 2) == ("0", "1")
+    assert [class_names(None, 1000)[index] for index in (134, 517)] == ["crane (n02012849)", "crane (n03126707)"]
+    assert len(set(class_names(None, 1000))) == 1000
+    assert class_names(["a", "b", "a"], 3) == ("a (0)", "b", "a (2)")
 
 
 def test_bare_weights_of_another_size(tmp_path):
