@@ -35,6 +35,7 @@ from training.preprocessing import Preprocessing
 from training.samples import TrainSamples
 from training.shifts import with_shifts
 from training.state import Precision
+from training.unreadable import unreadable_images
 from utils import seed_everything
 
 PUBLISHED = Preprocessing.for_size(224)
@@ -571,10 +572,12 @@ def test_unreadable_images_are_named_and_replaced_as_before(photographs, tmp_pat
         samples = loader.dataset
         assert isinstance(samples, TrainSamples)
         found[name] = [
-            (target, names) for draws in loader.batch_sampler for _, target, names in map(samples.__getitem__, draws)
+            (target, unreadable_images(text))
+            for draws in loader.batch_sampler
+            for _, target, text in map(samples.__getitem__, draws)
         ]
     assert found["fast"] == found["faithful"]
-    names = {name for _, name in found["fast"] if name}
+    names = {name for _, images in found["fast"] for name, _ in images}
     assert names == {str(root / "train/1/3.jpg"), str(root / "train/2/5.jpg")}
 
 

@@ -73,7 +73,7 @@ def _check_size(network: nn.Module, name: str, size: tuple[int, int]) -> None:
         UserError: it does not.
     """
     own: Any = get_pretrained_cfg_value(name, "input_size")
-    if name in VARIANTS or own[1:] == size:
+    if name in VARIANTS or own is None or own[1:] == size:
         return
     try:
         with torch.no_grad():

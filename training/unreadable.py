@@ -34,7 +34,9 @@ class UnreadableImageError(UserError):
             is_storage_error: whether the storage does not respond.
             kind: 'image' or 'shard'.
         """
-        reason = re.sub("\0| at 0x[0-9a-f]+", "", " ".join(f"{type(error).__name__}: {error}".split()))
+        reason = re.sub(
+            r" <_io\..*>|\0", "", " ".join(f"{type(error).__name__}: {error}".split())
+        )  # the same each time
         way_out = "" if is_storage_error else "; repair or remove it"
         unreadable = cls(f"{kind} {name}: cannot be read ({reason}){way_out}")
         unreadable.name = name
