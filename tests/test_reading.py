@@ -27,6 +27,7 @@ from datasets import LoaderSettings, build_train_loader, epoch_batches
 from engine import Renormalised
 from inference.classifier import load_classifier
 from inference.images import find_images, read_image
+from tools.export_formats import hub_settings
 from training.augmentation import collate_crops
 from training.images import decode, images_in, orientation_for
 from training.preprocessing import MAX_ASPECT, Preprocessing
@@ -378,6 +379,9 @@ def test_bare_weights_see_the_pixels_that_timm_says(foreign, few_digits, tmp_pat
     paths = sorted((few_digits / "val").glob("*/*.png"))
     images = [read_image(path, "IMAGE") for path in paths]
     assert torch.equal(torch.stack([bare.prepare(image) for image in images]), expected)
+    written = hub_settings(bare.description)["data_config"]
+    assert (written["mean"], written["std"]) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert Preprocessing.from_timm(written) == bare.description.preprocessing
     printed = succeed("--model", "test_vit", "--input-size", 160, "--data-path", few_digits, "--eval", "--resume",
                       foreign / "bare.pth", "--num_workers", 0, "--device", "cpu")  # fmt: skip
     assert "mean 0.5 0.5 0.5" in printed
@@ -427,3 +431,39 @@ def test_a_teacher_sees_its_own_normalisation(foreign, few_digits):
     student = transforms.Normalize(published.mean, published.std)(pixels)
     network = load_classifier(str(foreign / "folder"))
     torch.testing.assert_close(criterion.teacher(student), network.run((pixels - 0.5) / 0.5), rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The demo
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["16 bits", "turned"])
+def test_the_demo_on_other_files(kind, demo_data, tmp_path):
+    """The digits as PNGs of 16 bits, and as JPEGs upside down with a tag: the demo's accuracy, predicted and evaluated."""
+    for path in demo_data.glob("imagenet/*/*/*.png"):
+        image, target = Image.open(path).convert("L"), tmp_path / path.relative_to(demo_data)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "16 bits":
+            Image.fromarray(np.asarray(image).astype(np.uint16) * 257).save(target)
+        else:
+            image.rotate(180).save(target.with_suffix(".jpg"), quality=95, exif=exif(TURNED))
+    recipe = [
+        "--config",
+        ROOT / "recipes/digits.yaml",
+        "--data-path",
+        tmp_path / "imagenet",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    succeed(*recipe, timeout=1800)
+    succeed(*recipe, "--eval", "--resume", tmp_path / "run/checkpoint.pth")
+    evaluated = json.loads((tmp_path / "run/eval.json").read_text())["test_acc1"]
+    printed = succeed(tmp_path / "imagenet/val", "--resume", tmp_path / "run/checkpoint.pth", "--topk", 1, "--json", "-",
+                      script="predict.py")  # fmt: skip
+    predictions = json.loads(printed)
+    right = [Path(entry["image"]).parent.name == entry["predictions"][0]["class"] for entry in predictions]
+    print(f"{kind}: evaluated {evaluated:.2f} %, predicted {100 * np.mean(right):.2f} % of {len(right)} images")
+    assert evaluated >= 95
+    assert 100 * np.mean(right) == pytest.approx(evaluated)

@@ -234,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
     check_settings(args)
     validation = calibration = None
     if args.data_path is not None:
-        validation = Validation.build(args.model, args.data_path, args.input_size[0])
+        validation = Validation.build(args.model, args.data_path, args.input_size[0], args.checkpoint)
         if "int8" in args.formats:
             calibration = calibration_images(args.model, args.data_path, args.input_size[0])
     out = Path(args.out)

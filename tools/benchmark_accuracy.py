@@ -14,6 +14,7 @@ import main
 from datasets import LoaderSettings, build_train_loader, build_val_loader
 from tools.benchmark_networks import main_settings
 from tools.benchmark_runtimes import CALIBRATION_IMAGES
+from training.checkpoints import read_checkpoint
 
 
 def calibration_images(model: str, data_path: str, size: int) -> Tensor:
@@ -45,14 +46,16 @@ class Validation:
     classes: int
 
     @classmethod
-    def build(cls, model: str, data_path: str, size: int) -> "Validation":
-        """Find the images as main.py does.
+    def build(cls, model: str, data_path: str, size: int, checkpoint: str) -> "Validation":
+        """Find the images, and read them, as main.py does to evaluate a checkpoint.
 
         Raises:
-            UserError: there are none.
+            UserError: there are none, or the checkpoint is of other classes.
         """
-        args = main_settings(model, torch.device("cpu"), 64, "--data-path", data_path, "--input-size", str(size))
-        data = main.build_data(args, is_train=False)
+        flags, what = ("--data-path", data_path, "--input-size", str(size), "--eval"), f"--checkpoint {checkpoint}"
+        held = read_checkpoint(checkpoint, what)
+        args, preprocessing = main.adopt_reading(main_settings(model, torch.device("cpu"), 64, *flags), held, what)
+        data = main.build_data(args, False, preprocessing).matched(held.get("classes"), what)
         return cls(build_val_loader(data, main.settings_from(args, LoaderSettings)), data.num_classes)
 
     def top1(self, outputs: Callable[[Tensor], Tensor], batch_size: int) -> float:
