@@ -441,7 +441,7 @@ def test_a_teacher_sees_its_own_normalisation(foreign, few_digits):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["16 bits", "turned"])
 def test_the_demo_on_other_files(kind, demo_data, tmp_path):
-    """The digits as PNGs of 16 bits, and as JPEGs upside down with a tag: the demo's accuracy, predicted and evaluated."""
+    """The digits as PNGs of 16 bits, and as JPEGs upside down with a tag: predicted and evaluated alike."""
     for path in demo_data.glob("imagenet/*/*/*.png"):
         image, target = Image.open(path).convert("L"), tmp_path / path.relative_to(demo_data)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -458,10 +458,10 @@ def test_the_demo_on_other_files(kind, demo_data, tmp_path):
         tmp_path / "run",
     ]
     succeed(*recipe, timeout=1800)
-    succeed(*recipe, "--eval", "--resume", tmp_path / "run/checkpoint.pth")
-    evaluated = json.loads((tmp_path / "run/eval.json").read_text())["test_acc1"]
-    printed = succeed(tmp_path / "imagenet/val", "--resume", tmp_path / "run/checkpoint.pth", "--topk", 1, "--json", "-",
-                      script="predict.py")  # fmt: skip
+    succeed(*recipe, "--eval", "--resume", run / "checkpoint.pth")
+    evaluated = json.loads((run / "eval.json").read_text())["test_acc1"]
+    output = ["--topk", 1, "--json", "-"]
+    printed = succeed(tmp_path / "imagenet/val", "--resume", run / "checkpoint.pth", *output, script="predict.py")
     predictions = json.loads(printed)
     right = [Path(entry["image"]).parent.name == entry["predictions"][0]["class"] for entry in predictions]
     print(f"{kind}: evaluated {evaluated:.2f} %, predicted {100 * np.mean(right):.2f} % of {len(right)} images")
