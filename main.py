@@ -255,6 +255,9 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     accum_steps = check_source(source, settings, data, is_stream) if source else args.accum_steps
     train, val = (prepared(one, one is train, transform_settings(args, preprocessing)) for one in (train, val))
     if source:
+        if img_size_of(start.checkpoint) and "reading" not in start.checkpoint:
+            print_main(f"{start.what}: its run clipped values of 16 bits and ignored transparency; now values are "
+                       "scaled, and transparent parts are white")  # fmt: skip
         train, val = (one.matched(source.checkpoint.get("classes"), start.what) for one in (train, val))
     elif start.checkpoint:
         load_from(model, start.checkpoint, start.what, prefer_ema=True, new_classifier=True, data=train)
@@ -325,9 +328,6 @@ def adopt_reading(
     published = Preprocessing.for_size(args.input_size)
     if not checkpoint:
         return args, published
-    if img_size_of(checkpoint) and "orientation" not in before and not args.eval:
-        print_main(f"{what}: from a version that clipped values of 16 bits and ignored transparency; now they are "
-                   "scaled, and laid on white")  # fmt: skip
     preprocessing = Preprocessing.of_weights(checkpoint, args.model, args.input_size)
     if preprocessing != published:
         print_main(f"{what}: {preprocessing}")

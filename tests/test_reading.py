@@ -449,13 +449,14 @@ def test_the_demo_on_other_files(kind, demo_data, tmp_path):
             Image.fromarray(np.asarray(image).astype(np.uint16) * 257).save(target)
         else:
             image.rotate(180).save(target.with_suffix(".jpg"), quality=95, exif=exif(TURNED))
+    run = tmp_path / "run"
     recipe = [
         "--config",
         ROOT / "recipes/digits.yaml",
         "--data-path",
         tmp_path / "imagenet",
         "--output_dir",
-        tmp_path / "run",
+        run,
     ]
     succeed(*recipe, timeout=1800)
     succeed(*recipe, "--eval", "--resume", run / "checkpoint.pth")

@@ -22,6 +22,7 @@ from training.checkpoints import (
     weights_of,
 )
 from training.errors import UserError, setting
+from training.images import STORED
 from training.naming import CheckpointNames
 from training.processes import all_gather, get_world_size, on_main_process, print_main
 from training.samples import ImageData, fingerprint
@@ -34,6 +35,9 @@ FREE_SETTINGS = {
     "eval", "keep_checkpoints", "local_rank", "max_bad_steps", "model_ema_force_cpu", "num_workers", "on_bad_image",
     "output_dir", "pin_mem", "print_freq", "resume", "start_epoch", "throughput", "timeout", "world_size",
 }  # fmt: skip
+
+# Settings that older runs lack, with the values that these had.
+FORMER_VALUES = {"orientation": STORED, "decay_milestones": [30, 60]}
 
 PACKAGES = ("torchvision", "timm", "numpy", "pillow")  # whose versions are recorded, besides torch
 
@@ -205,7 +209,7 @@ def check_same_run(
         UserError: names what differs.
     """
     before = settings_in(source.checkpoint)
-    if before and (differing := differences(before, settings, free)):
+    if before and (differing := differences({**FORMER_VALUES, **before}, settings, free)):
         raise UserError(f"{source.what}: of a run with other settings: {', '.join(differing)}; use those, or "
                         f"another {setting(folder)}, or resume with these by "
                         f"{setting('resume', source.path)}")  # fmt: skip
