@@ -52,6 +52,8 @@ READER_ARGUMENTS: dict[str, dict[str, Any]] = {
     "wds": dict(input_key=";".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))),
     "hfids": dict(input_img_mode=""),
 }
+STREAMS = ("wds", "hfids", "tfds")  # those of streaming data sets
+SMALL_INPUT = 32  # side in pixels up to which training images are padded and cropped, not resized
 # Sections of an automatic augmentation's name, by its policy. timm ignores unknown ones silently.
 AUGMENTATIONS = {
     "rand": r"(m|n|mmax)\d+|mstd\d+(\.\d+)?|p\d+(\.\d+)?|inc[01]|t[a-z0-9]+",
@@ -202,7 +204,7 @@ def _numbered(data: ImageData, class_map: str) -> ImageData:
     if data.classes is None:
         raise UserError(f"{setting('class_map', class_map)}: the classes of the data set have no names; omit it")
     classes, outputs = read_class_map(class_map, data.classes, setting("data_path"))
-    return replace(data, num_classes=len(classes), classes=classes, outputs=outputs, class_map=class_map)
+    return replace(data.renumbered(outputs, classes), class_map=class_map)
 
 
 def _check_number(data: ImageData) -> None:
@@ -330,7 +332,8 @@ def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
     if not num_classes:
         raise UserError(f"{what}: its reader does not know the number of classes; set {setting('num_classes')}")
     dataset.target_transform = partial(check_label, num_classes=num_classes)
-    return ImageData(dataset, num_classes, list(class_to_idx) or None, is_hugging_face=is_hugging_face)
+    classes = sorted(class_to_idx, key=lambda name: class_to_idx[name])
+    return ImageData(dataset, num_classes, classes or None, is_hugging_face=is_hugging_face)
 
 
 def match_splits(train: ImageData, val: ImageData) -> ImageData:
@@ -346,7 +349,7 @@ def match_splits(train: ImageData, val: ImageData) -> ImageData:
         return val
     splits = "the training images", "the validation images", "both need the same class folders"
     outputs = order_of(train.classes, val.classes, *splits)
-    return val if outputs is None else replace(val, outputs=outputs, classes=train.classes)
+    return val if outputs is None else val.renumbered(outputs, train.classes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -382,7 +385,7 @@ def build_transform(is_train: bool, settings: TransformSettings) -> Any:
             )
         except (AssertionError, KeyError, ValueError) as error:
             raise UserError(f"{setting('aa', settings.aa)}: unknown to timm ({error})") from None
-        if size <= 32:
+        if size <= SMALL_INPUT:
             transform.transforms[0] = transforms.RandomCrop(size, padding=4, pad_if_needed=True)
         return transform
     return preprocessing.transform()

@@ -2,6 +2,8 @@
 
 import signal
 
+import training.environment  # noqa: F401 before timm
+
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends the process without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -42,6 +44,8 @@ from datasets import (
     DATA_SETS,
     INAT_CATEGORIES,
     READERS,
+    SMALL_INPUT,
+    STREAMS,
     DataSettings,
     LoaderSettings,
     TransformSettings,
@@ -122,6 +126,7 @@ def main(args: argparse.Namespace) -> None:
     torch.use_deterministic_algorithms(args.deterministic)
     precision = build_precision(args, device)
     is_training = not (args.throughput or args.eval)
+    warn_of_settings(args)
     advice = RESUME if is_training else RERUN
     names = StepNames(args.keep_checkpoints)
     with (
@@ -152,7 +157,8 @@ def run_evaluation(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
     """`--eval`: validate the weights of `--resume`, and its averaged weights if it has any."""
     what = f"--resume {args.resume}"
     checkpoint = read_checkpoint(args.resume, what) if args.resume else {}
-    val = build_data(args, False, adopt_reading(args, checkpoint, what))
+    args, preprocessing = adopt_reading(args, checkpoint, what)
+    val = build_data(args, False, preprocessing)
     if checkpoint:
         val = val.matched(checkpoint.get("classes"), what)
     model = build_model(args, val.num_classes, precision)
@@ -243,7 +249,7 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     on_main_process(output.lock)
     source = find_checkpoint(args.resume, args.auto_resume, output.folder, output.names)
     start = find_start(args, source)
-    preprocessing = adopt_reading(args, start.checkpoint, start.what)
+    args, preprocessing = adopt_reading(args, start.checkpoint, start.what)
     settings = dict(vars(args))
     is_stream = isinstance(train.dataset, IterableDataset)
     accum_steps = check_source(source, settings, data, is_stream) if source else args.accum_steps
@@ -300,8 +306,10 @@ def find_start(args: argparse.Namespace, source: Source | None) -> Start:
     return Start(read_checkpoint(args.finetune, what) if args.finetune else {}, what)
 
 
-def adopt_reading(args: argparse.Namespace, checkpoint: dict[str, Any], what: str) -> Preprocessing:
-    """Read images as a checkpoint's network was trained: sets `orientation`, unless the user has.
+def adopt_reading(
+    args: argparse.Namespace, checkpoint: dict[str, Any], what: str
+) -> tuple[argparse.Namespace, Preprocessing]:
+    """Read images as a checkpoint's network was trained.
 
     Args:
         args: the command's settings.
@@ -309,20 +317,21 @@ def adopt_reading(args: argparse.Namespace, checkpoint: dict[str, Any], what: st
         what: flag and path, for messages.
 
     Returns:
-        the preprocessing.
+        the settings with the checkpoint's orientation, unless the user has chosen one; and the preprocessing.
     """
     before = settings_in(checkpoint)
-    args.orientation = args.orientation or before.get("orientation") or STORED
+    orientation = args.orientation or before.get("orientation") or STORED
+    args = argparse.Namespace(**{**vars(args), "orientation": orientation})
     published = Preprocessing.for_size(args.input_size)
     if not checkpoint:
-        return published
+        return args, published
     if img_size_of(checkpoint) and "orientation" not in before and not args.eval:
         print_main(f"{what}: from a version that clipped values of 16 bits and ignored transparency; now they are "
                    "scaled, and laid on white")  # fmt: skip
     preprocessing = Preprocessing.of_weights(checkpoint, args.model, args.input_size)
     if preprocessing != published:
         print_main(f"{what}: {preprocessing}")
-    return preprocessing
+    return args, preprocessing
 
 
 def describe_reading(args: argparse.Namespace, train: ImageData) -> dict[str, Any]:
@@ -525,11 +534,15 @@ def build_precision(args: argparse.Namespace, device: torch.device) -> Precision
 
 def build_model(args: argparse.Namespace, num_classes: int, precision: Precision) -> Any:
     """Build the network on its device."""
-    rates = dict(drop_rate=args.drop, drop_path_rate=args.drop_path)
-    model = create_network(f"--model {args.model}", args.model, num_classes, args.input_size, **rates)
+    rates, parser = dict(drop=args.drop, drop_path=args.drop_path), build_parser()
+    asked_for = [name for name, rate in rates.items() if rate != parser.get_default(name)]
+    model = create_network(f"--model {args.model}", args.model, num_classes, args.input_size, rates, asked_for)
     place(model, precision.device)
     if args.grad_checkpointing:
-        model.set_grad_checkpointing()
+        try:
+            model.set_grad_checkpointing()
+        except (AssertionError, AttributeError):
+            raise UserError(f"--grad-checkpointing: --model {args.model} does not support it; omit it") from None
     if args.compile:
         # Otherwise the compiler times kernels on the GPU and takes the faster, which differs from run to run.
         model.compile(options=dict(deterministic=True) if args.deterministic else None)
@@ -813,9 +826,11 @@ def add_schedule_settings(group: Any) -> None:
     add("--lr-noise-std", type=positive, default=1.0)
     add("--warmup-lr", type=non_negative, default=1e-6)
     add("--min-lr", type=non_negative, default=1e-5)
-    add("--decay-epochs", type=positive, default=30)
+    add("--decay-epochs", type=positive, default=30, help="epochs between two decays of --sched step")
+    add("--decay-milestones", type=positive_int, nargs="+", default=[30, 60], metavar="EPOCH",
+        help="epochs before which --sched multistep decays")  # fmt: skip
     add("--warmup-epochs", type=natural, default=5)
-    add("--cooldown-epochs", type=natural, default=10)
+    add("--cooldown-epochs", type=natural, default=10, help="accepted for DeiT's commands; has no effect")
     add("--patience-epochs", type=natural, default=10)
     add("--decay-rate", "--dr", type=positive, default=0.1)
 
@@ -845,7 +860,7 @@ def add_augmentation_settings(group: Any) -> None:
     add("--reprob", type=fraction, default=0.25, help="probability of random erasing")
     add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="fill of the erased regions")
     add("--recount", type=positive_int, default=1, help="erased regions per image")
-    add("--resplit", **SWITCH, help="accepted for DeiT's commands; only affects augmentation splits")
+    add("--resplit", **SWITCH, help="accepted for DeiT's commands; has no effect")
 
 
 def add_mixing_settings(group: Any) -> None:
@@ -948,6 +963,9 @@ def check_ranges(args: argparse.Namespace) -> None:
     for flag, pair in (("--scale", args.scale), ("--ratio", args.ratio), ("--cutmix-minmax", args.cutmix_minmax)):
         if pair and pair[0] > pair[1]:
             raise UserError(f"{flag} {pair[0]:g} {pair[1]:g}: takes the smaller number first")
+    if args.decay_milestones != sorted(set(args.decay_milestones)):
+        milestones = " ".join(map(str, args.decay_milestones))
+        raise UserError(f"--decay-milestones {milestones}: takes epochs in ascending order")
     if args.cutmix_minmax and len({int(args.input_size * share) for share in args.cutmix_minmax}) == 1:
         raise UserError(f"--cutmix-minmax {' '.join(map(str, args.cutmix_minmax))}: both are the same number of "
                         f"pixels at --input-size {args.input_size}; move them apart")  # fmt: skip
@@ -978,6 +996,83 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise UserError("--resume and --finetune: choose one: resume a run, or start a fresh one from its weights")
     if args.eval and args.finetune:
         raise UserError(f"--eval --finetune {args.finetune}: evaluation takes its weights from --resume")
+
+
+def _optimizer_lacks(feature: str) -> Callable[[argparse.Namespace], bool]:
+    return lambda args: not getattr(get_optimizer_info(args.opt), feature)
+
+
+def _schedule_is(*schedules: str) -> Callable[[argparse.Namespace], bool]:
+    return lambda args: args.sched in schedules
+
+
+def _is_stream(args: argparse.Namespace) -> bool:
+    return args.data_set.split("/")[0] in STREAMS
+
+
+def _mixes(args: argparse.Namespace) -> tuple[bool, bool]:
+    """Whether mixup is on, and CutMix."""
+    return args.mixup > 0, args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+# Settings without effect: their names, when they have none, and the settings that are the reason.
+WITHOUT_EFFECT: tuple[tuple[str, Callable[[argparse.Namespace], bool], str], ...] = (
+    ("cooldown_epochs resplit", lambda args: True, ""),
+    ("decay_epochs", lambda args: args.sched != "step", "sched"),
+    ("decay_milestones", lambda args: args.sched != "multistep", "sched"),
+    ("patience_epochs", lambda args: args.sched != "plateau", "sched"),
+    ("decay_rate", _schedule_is("cosine", "tanh", "constant"), "sched"),
+    ("min_lr", _schedule_is("step", "multistep", "constant"), "sched"),
+    ("warmup_lr", lambda args: not args.warmup_epochs, "warmup_epochs"),
+    ("lr_noise_pct lr_noise_std", lambda args: not args.lr_noise, "lr_noise"),
+    ("start_epoch", lambda args: bool(args.resume), "resume"),
+    ("momentum", _optimizer_lacks("has_momentum"), "opt"),
+    ("opt_eps", _optimizer_lacks("has_eps"), "opt"),
+    ("opt_betas", _optimizer_lacks("has_betas"), "opt"),
+    ("decay_window_tokens", lambda args: not args.weight_decay, "weight_decay"),
+    ("model_ema_decay model_ema_force_cpu model_ema_warmup", lambda args: not args.model_ema, "model_ema"),
+    ("color_jitter", lambda args: args.color_jitter > 0 and args.aa and "3a" not in args.aa, "aa"),
+    ("scale ratio", lambda args: args.input_size <= SMALL_INPUT, "input_size"),
+    ("train_interpolation", lambda args: args.input_size <= SMALL_INPUT and not args.aa, "input_size aa"),
+    ("remode recount", lambda args: not args.reprob, "reprob"),
+    ("repeated_aug", _is_stream, "data_set"),
+    ("cutmix", lambda args: args.cutmix_minmax is not None, "cutmix_minmax"),
+    ("mixup_prob mixup_mode", lambda args: not any(_mixes(args)), "mixup cutmix"),
+    ("mixup_switch_prob", lambda args: not all(_mixes(args)), "mixup cutmix"),
+    ("teacher_model distillation_alpha", lambda args: args.distillation_type == "none", "distillation_type"),
+    ("distillation_tau", lambda args: args.distillation_type != "soft", "distillation_type"),
+    ("inat_category", lambda args: not args.data_set.startswith("INAT"), "data_set"),
+    ("train_split val_split", lambda args: "/" not in args.data_set, "data_set"),
+    ("train_num_samples val_num_samples", lambda args: not _is_stream(args), "data_set"),
+    ("eval resume finetune", lambda args: args.throughput, "throughput"),
+)
+
+
+def warn_of_settings(args: argparse.Namespace) -> None:
+    """Name the settings that differ from their defaults and have no effect, and those that keep the rate from --lr."""
+    parser = build_parser()
+    flags = parser.flags()
+
+    def written(name: str) -> str:
+        value = getattr(args, name)
+        if isinstance(value, bool) or value is None:
+            return flags[name] if value else f"no {flags[name]}"
+        return " ".join([flags[name], *map(str, value if isinstance(value, (list, tuple)) else [value])])
+
+    for names, is_ignored, reasons in WITHOUT_EFFECT:
+        changed = [name for name in names.split() if getattr(args, name) != parser.get_default(name)]
+        if changed and is_ignored(args):
+            given = f" with {', '.join(map(written, reasons.split()))}" if reasons else ""
+            print_main(f"WARNING: {', '.join(map(written, changed))}: no effect{given}")
+    if args.eval or args.throughput:
+        return
+    if args.warmup_epochs >= args.epochs:
+        print_main(f"WARNING: --warmup-epochs {args.warmup_epochs}: as long as the run of --epochs {args.epochs}, or "
+                   "longer; the learning rate never reaches its full value")  # fmt: skip
+    first_decay = dict(step=args.decay_epochs, multistep=args.decay_milestones[0]).get(args.sched, 0)
+    if first_decay >= args.epochs:
+        print_main(f"WARNING: --sched {args.sched}: the first decay, at {first_decay:g} epochs, is not within --epochs "
+                   f"{args.epochs}")  # fmt: skip
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -7,6 +7,9 @@ published one, a folder in timm's layout, or a file that tools/export.py wrote. 
 others are classified; the exit status is then 1.
 """
 
+import training.environment  # noqa: F401 before timm
+
+# isort: split
 import argparse
 import csv
 import io

@@ -20,7 +20,7 @@ from dense.own_data import Bases, apply_top_level
 from dense.parts import dicts, resolve
 from dense.runner import VARIANT_HINT
 from sepvit import entries_under, variant_of
-from training.checkpoints import weights_of
+from training.checkpoints import weights_of, wrong_variant
 from training.commands import Parser, path
 from training.devices import best_device
 from training.errors import UserError
@@ -215,9 +215,9 @@ def read_model_checkpoint(cfg: Config, path: str, flag: str) -> dict[str, Any]:
     wanted = getattr(resolve(MODELS, backbone), "variant", None)
     if held is None and (alone := variant_of(weights)) is not None:
         hint = f"to train from it, give --cfg-options model.backbone.pretrained={path}"
-        raise UserError(f"{what}: holds a backbone only, {alone}; {hint}")
+        raise UserError(f"{what}: contains a backbone only, {alone}; {hint}")
     if wanted is not None and held != wanted:
-        raise UserError(f"{what}: holds {held or 'no SepViT'}, not {wanted}; {VARIANT_HINT}")
+        raise wrong_variant(what, held, wanted, VARIANT_HINT)
     return checkpoint
 
 

@@ -259,7 +259,7 @@ def run_to_the_end(runner: TrainingRunner) -> None:
         runner.save()
         place = f"before iteration {runner.state.global_step + 1}"
         raise stopped(output, place, watchdog.preemption.status, watchdog.flags) from None
-    except UserError:  # in the first step, such as an operator that is missing
+    except (UserError, ValueError):  # in the first step, such as an operator that is missing
         if watchdog.preemption.has_progress and runner.state.place() == start.place() and start.validated:
             watchdog.preemption.has_progress = False
         raise

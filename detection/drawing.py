@@ -6,6 +6,7 @@ from typing import Any
 from mmdet.visualization import DetLocalVisualizer
 
 from dense.drawing import FileHook, read_pixels
+from inference.fonts import use_in_figures
 
 WRITABLE = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
@@ -26,6 +27,7 @@ class DrawingHook(FileHook):
         """Draw an image."""
         visualizer = DetLocalVisualizer.get_instance("test")
         visualizer.dataset_meta = metainfo
+        use_in_figures(metainfo["classes"])
         if path.suffix.lower() not in WRITABLE:
             path = path.with_name(f"{path.name}.png")
         image = read_pixels(sample.img_path, self.loader)

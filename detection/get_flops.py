@@ -6,12 +6,12 @@ The second stage of a two-stage detector is counted for the boxes that an untrai
 python get_flops.py CONFIG [--shape H W] [--memory] [--cfg-options KEY=VALUE …]
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import sys
 
 from mmdet.structures import DetDataSample
 
-if not __package__:
-    import _repository  # noqa: F401
 from dense.flops import run_count
 
 

@@ -6,6 +6,8 @@ IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". Imag
 unless the network was trained on turned images as stored. Exit status 1: some cannot be read.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import sys
 from collections import Counter
 from typing import Any
@@ -14,10 +16,9 @@ import numpy as np
 from mmdet.visualization import DetLocalVisualizer
 from PIL import Image
 
-if not __package__:
-    import _repository  # noqa: F401
 from dense.drawing import enlargement
 from dense.predict import build_predict_parser, infer, run_prediction
+from inference.fonts import use_in_figures
 from training.commands import fraction
 
 
@@ -55,6 +56,7 @@ def draw_sample(model: Any, path: str, image: np.ndarray, sample: Any) -> Image.
         found.masks = found.masks.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     visualizer = DetLocalVisualizer.get_instance("predict")
     visualizer.dataset_meta = model.dataset_meta
+    use_in_figures(model.dataset_meta["classes"])
     enlarged = image.repeat(scale, 0).repeat(scale, 1)
     visualizer.add_datasample(path, enlarged, sample, draw_gt=False, pred_score_thr=0)
     return Image.fromarray(visualizer.get_image())

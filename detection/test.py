@@ -8,6 +8,8 @@
 start it on several processes.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import argparse
 import sys
 from collections.abc import Iterable
@@ -17,8 +19,6 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import METRICS as METRICS_OF
 
-if not __package__:
-    import _repository  # noqa: F401
 from dense.options import accepted_arguments, registered
 from dense.parts import as_list, dicts
 from dense.settings import CommandParser

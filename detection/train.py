@@ -7,10 +7,10 @@
 dist_train.sh and slurm_train.sh start it on several processes.
 """
 
-import sys
-
 if not __package__:
     import _repository  # noqa: F401
+import sys
+
 from dense.train import build_train_parser, run_training
 
 if __name__ == "__main__":

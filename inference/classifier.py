@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from inference import exported
 from sepvit import VARIANTS, entries_under, variant_of
 from training.checkpoints import (
+    classifier_of,
     has_averaged_weights,
     img_size_of,
     load_weights,
@@ -31,7 +33,7 @@ from training.networks import create_network, place
 from training.preprocessing import Preprocessing
 from training.state import Precision
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of a model's folder in timm's layout
+CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")  # of a model's folder in timm's layout
 
 
 @dataclass(frozen=True)
@@ -145,15 +147,26 @@ def load_classifier(
     """
     precision = precision or Precision(torch.device("cpu"), None)
     what = what or setting("resume", path)
-    if kind := exported.kind_of(Path(path)):
-        return _exported(path, kind, what, precision)
-    if Path(path).is_dir():
+    kind, is_folder = exported.kind_of(Path(path)), Path(path).is_dir()
+    if averaged and (kind or is_folder):
+        raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")
+    if kind:
+        return _checked_name(_exported(path, kind, what, precision), model, what)
+    if is_folder:
         network, description, names = _from_folder(Path(path), what)
     else:
         network, description, names = _from_checkpoint(path, model, averaged, what)
     place(network, precision.device).eval()
     run, prepare = _runner(network, precision), Preparation(description.preprocessing)
-    return Classifier(description, prepare, run, network, is_named=names is not None)
+    return _checked_name(Classifier(description, prepare, run, network, is_named=names is not None), model, what)
+
+
+def _checked_name(classifier: Classifier, model: str, what: str) -> Classifier:
+    """Refuse a classifier with a different network from the one that was named, "" for none."""
+    held = classifier.description.model
+    if model and held.split(".")[0] != model.split(".")[0]:
+        raise UserError(f"{what}: contains {held}, not {model}; omit {setting('model')}")
+    return classifier
 
 
 def _runner(network: nn.Module, precision: Precision) -> Callable[[Tensor], Tensor]:
@@ -177,9 +190,11 @@ def _exported(path: str, kind: exported.Kind, what: str, precision: Precision) -
 
 def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description, Sequence[str] | None]:
     """Load a folder in timm's layout. Returns also the names of the classes, if it has them."""
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    missing = [names for names in ((CONFIG,), WEIGHTS) if not any((folder / name).is_file() for name in names)]
     if missing:
-        raise UserError(f"{what}: a folder without {missing[0]}; name a checkpoint in it, or a folder of save_for_hf")
+        raise UserError(
+            f"{what}: a folder without {' or '.join(missing[0])}; name a checkpoint in it, or a folder of save_for_hf"
+        )
     try:
         network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # of any type, for files that are damaged or of other networks
@@ -227,18 +242,17 @@ def _model_name(model: str, checkpoint: Mapping[str, Any], weights: dict[str, Te
 
 
 def _count_classes(name: str, weights: Mapping[str, Tensor], what: str) -> int:
-    classifier = get_pretrained_cfg_value(name, "classifier")
-    heads = [classifier] if isinstance(classifier, str) else list(classifier or ())
-    found = [weights[f"{head}.weight"] for head in heads if f"{head}.weight" in weights]
+    heads = get_pretrained_cfg_value(name, "classifier")
+    found = classifier_of(weights, heads)
     if not found:
-        raise UserError(
-            f"{what}: holds no classifier ({name} has one in {', '.join(heads)}); fine-tune it with main.py first"
-        )
-    return len(found[0])
+        raise UserError(f"{what}: holds no classifier ({name} has it in {heads}); fine-tune it with main.py first")
+    return len(weights[found[0]])
 
 
 def class_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
     """Names of the classes as people know them: ImageNet's words for its codes, and numbers where nothing is known.
+
+    Classes of the same name have their code, or their number, after it.
 
     Args:
         names: names of the classes in the data set; None if unknown, which for 1000 classes means ImageNet's.
@@ -247,7 +261,10 @@ def class_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...
     if names is None or len(names) != num_classes:
         names = ImageNetInfo().label_names() if num_classes == 1000 else [str(index) for index in range(num_classes)]
     codes = ImageNetInfo()
-    return tuple(_words(codes, name) if re.fullmatch(r"n\d{8}", name) else name for name in names)
+    words = [_words(codes, name) if re.fullmatch(r"n\d{8}", name) else name for name in names]
+    count = Counter(words)  # two of ImageNet's classes are called crane
+    return tuple(word if count[word] == 1 else f"{word} ({name if name != word else index})"
+                 for index, (word, name) in enumerate(zip(words, names)))  # fmt: skip
 
 
 def _words(codes: ImageNetInfo, code: str) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
-from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
+from inference.fonts import font_file
 from training.errors import UserError, setting
 from training.storage import write_file
 
@@ -25,7 +25,7 @@ def with_classes(image: Image.Image, classes: Sequence[str], probabilities: Sequ
     factor = max(1, -(-MIN_WIDTH // image.width))
     image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
     line = max(18, image.width // 24)  # height of a row in pixels
-    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), int(0.62 * line))
+    font = ImageFont.truetype(font_file([*classes[:ROWS], " %.…0123456789"]), int(0.62 * line))
     margin, rows = line // 3, list(zip(classes, probabilities))[:ROWS]
     picture = Image.new("RGB", (image.width, image.height + line * len(rows) + 2 * margin), "white")
     picture.paste(image)

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dense.drawing import FileHook, enlargement, read_pixels
+from inference.fonts import font_file
 
 IGNORED = 255  # label of pixels that belong to no class
 MARGIN = 8
@@ -46,12 +47,11 @@ def draw(
     panels = {"image": image} | {title: overlay(image, labels, palette) for title, labels in maps.items()}
     height, width = image.shape[:2]
     scale = enlargement(height, width)
-    font = ImageFont.load_default(size=14)
-    line = 20
     last = shares(list(maps.values())[-1], len(classes))
     most = np.max([shares(labels, len(classes)) for labels in maps.values()], axis=0)
     present = [index for index in np.argsort(-most, kind="stable") if most[index] > 0]
     entries = [f"{classes[index]}  {100 * last[index]:.1f} %" for index in present]
+    font, line = ImageFont.truetype(font_file([*entries, *panels]), size=14), 20
     legend = max([font.getlength(entry) for entry in entries], default=0) + 2 * line
     picture = Image.new(
         "RGB",

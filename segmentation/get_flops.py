@@ -3,10 +3,10 @@
 python get_flops.py CONFIG [--shape H W] [--memory] [--cfg-options KEY=VALUE …]
 """
 
-import sys
-
 if not __package__:
     import _repository  # noqa: F401
+import sys
+
 from dense.flops import run_count
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". Imag
 unless the network was trained on turned images as stored. Exit status 1: some cannot be read.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import sys
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-if not __package__:
-    import _repository  # noqa: F401
 from dense.predict import build_predict_parser, infer, run_prediction
 from segmentation.drawing import draw, labels_in, shares
 

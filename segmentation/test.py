@@ -6,6 +6,8 @@
 dist_test.sh and slurm_test.sh start it on several processes.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import argparse
 import sys
 from pathlib import Path
@@ -13,8 +15,6 @@ from typing import Any
 
 from mmengine.config import Config
 
-if not __package__:
-    import _repository  # noqa: F401
 from dense.parts import dicts
 from dense.settings import CommandParser
 from dense.test import Results, as_configured, build_test_parser, find_metric, run_testing

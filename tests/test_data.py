@@ -18,7 +18,7 @@ import pytest
 import timm
 import torch
 import torchvision.transforms as T
-from conftest import ROOT, SMALL, SMALLEST, command, read_log, succeed
+from conftest import ROOT, SMALL, SMALLEST, command, read_log, refusal, succeed
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -37,7 +37,7 @@ from datasets import (
     epoch_batches,
 )
 from samplers import DistributedEvalSampler, TrainBatchSampler
-from training import samples
+from training import readers, samples
 from training.commands import run_command
 from training.errors import UserError
 from training.output import read_log as read_whole_log
@@ -502,12 +502,76 @@ def test_webdataset_with_an_unreadable_image(webdataset, tmp_path):
         assert len(events) == 1
         assert events[0]["unreadable_image"].startswith(name)
     assert read_log(tmp_path / "skip")[0]["unreadable_images"] == 1
+    assert "UnidentifiedImageError" in events[0]["reason"]
     assert "--on-bad-image fail: 1 of 48 training images are unreadable" in result.stderr
+    assert f"{events[0]['unreadable_image']} ({events[0]['reason']})" in result.stderr
     result = command(*arguments, "--eval")
     assert result.returncode == 2
     line = result.stderr.strip().splitlines()[-1]
     assert line.startswith(f"main.py: image {tmp_path}/digits-val-1.tar: ")
     assert "cannot be read (UnidentifiedImageError" in line
+
+
+@pytest.mark.parametrize(("label", "reason"), [(b"9", "labelled 9"), (b"cat", "invalid literal")])
+@pytest.mark.parametrize("loader", ["faithful", "fast"])
+def test_webdataset_with_labels_that_are_no_classes(label, reason, loader, webdataset, tmp_path, capsys):
+    """The line that ends the run says what is wrong with them."""
+    for shard in webdataset.glob("*train*"):
+        with tarfile.open(shard) as archive, tarfile.open(tmp_path / shard.name, "w") as copy:
+            for member in archive:
+                content = label if member.name.endswith(".cls") else archive.extractfile(member).read()
+                member.size = len(content)
+                copy.addfile(member, io.BytesIO(content))
+    for shard in webdataset.glob("*val*"):
+        shutil.copy(shard, tmp_path)
+    arguments = [*SMALLEST, *WEBDATASET, "--data-path", tmp_path, "--loader", loader, "--output_dir", tmp_path / "run"]
+    assert reason in refusal(main.run, "main", arguments, capsys)
+
+
+def write_shard(path: Path, names: list[str]) -> None:
+    """Write a shard of blank images, and labels that count from 0."""
+    blank = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(blank, "PNG")
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            content = b"0" if name.endswith(".cls") else blank.getvalue()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (["a.png", "a.cls", "b.png", "b.cls"], ["a", "b"]),
+        (["a.v1.cls", "a.v1.png", "a.v2.cls", "a.v2.png", "b.png", "b.cls"], ["a.v1", "a.v2", "b"]),
+        (["IMG.1.png", "IMG.2.png", "IMG.1.cls", "IMG.2.cls"], ["IMG.1", "IMG.2"]),
+        (["x.y/a.png", "x.y/a.cls"], ["x.y/a"]),
+        (["a.png", "a.cls", "a.seg.png", "a.meta.json"], ["a"]),  # parts of one sample, by webdataset's convention
+    ],
+)
+def test_dots_in_names_of_a_webdataset(names, keys, tmp_path):
+    write_shard(tmp_path / "x.tar", names)
+    samples = list(readers._samples_of_shard(str(tmp_path / "x.tar")))
+    assert [sample["__key__"] for sample in samples] == keys
+    assert all({"png", "cls"} <= sample.keys() for sample in samples)
+
+
+def test_ambiguous_dots_in_names_of_a_webdataset_are_named(tmp_path, capsys):
+    """The second image would not be read."""
+    write_shard(tmp_path / "x.tar", ["a.png", "a.cls", "a.v2.png", "a.v2.cls"])
+    arguments = [
+        *SMALLEST,
+        "--data-set",
+        "wds/x",
+        "--data-path",
+        tmp_path,
+        "--num-classes",
+        2,
+        "--val-split",
+        "x.tar|2",
+    ]
+    assert "a.v2.cls" in refusal(main.run, "main", [*arguments, "--eval"], capsys)
 
 
 def damaged_shard(webdataset: Path, folder: Path, name: str, how: str) -> Path:

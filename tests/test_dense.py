@@ -158,7 +158,7 @@ def test_pretrained_refusals(classifier, tmp_path):
     torch.save(timm.create_model("SepViT_Tiny").state_dict(), tmp_path / "tiny.pth")
     torch.save({"model": classifier.state_dict(), "args": Code(tmp_path / "ran")}, tmp_path / "code.pth")
     for name, words in (
-        ("tiny.pth", "holds SepViT_Tiny, not SepViT_Lite"),
+        ("tiny.pth", "contains SepViT_Tiny, not SepViT_Lite"),
         ("code.pth", "could run code"),
         ("none.pth", "no such file"),
     ):

@@ -452,7 +452,7 @@ MISTAKES = {
     "no TTA": ("test", [*GOOD, "--eval", "bbox", "--aug-test"], "--aug-test: CONFIG"),
     "score beyond one": ("test", [*GOOD, "--show-dir", "a", "--show-score-thr", "30"], "--show-score-thr: 30"),
     "missing checkpoint": ("test", ["{demo}", "none.pth", *EVALUATE], "CHECKPOINT none.pth: no such file"),
-    "another variant": ("test", ["{demo}", "{files}/tiny.pth", *EVALUATE], "holds SepViT_Tiny, not SepViT_Lite"),
+    "another variant": ("test", ["{demo}", "{files}/tiny.pth", *EVALUATE], "contains SepViT_Tiny, not SepViT_Lite"),
     "code": ("test", ["{demo}", "{files}/code.pth", *EVALUATE], "could run code"),
     "resume code": ("train", ["{demo}", "--resume", "{files}/code.pth", *SCENES], "could run code"),
     "load code": ("train", ["{demo}", "--load-from", "{files}/code.pth", *SCENES], "could run code"),

@@ -7,6 +7,7 @@ import os
 import platform
 import pty
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -20,8 +21,21 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, PLAIN, ROOT, SMALL, SMALLEST, command, free_port, link_digits, read_log, succeed
+from conftest import (
+    GOLDEN,
+    PLAIN,
+    ROOT,
+    SMALL,
+    SMALLEST,
+    command,
+    differences,
+    free_port,
+    link_digits,
+    read_log,
+    succeed,
+)
 from PIL import Image
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 import main
@@ -463,6 +477,24 @@ def test_resume_continues_training(few_digits, tmp_path):
     succeed(*settings, "--epochs", 4, "--resume", path, "--start_epoch", 0, "--eval")
 
 
+def test_checkpoints_are_contiguous_and_resume_bit_for_bit(few_digits, tmp_path):
+    """Convolutions train channels last. safetensors takes contiguous weights only."""
+    settings = [*SMALLEST, "--data-path", few_digits, "--device", "cpu", "--model-ema", "--checkpoint-every", 1,
+                "--keep-checkpoints", 9, "--auto-resume", "--warmup-epochs", 0, "--output_dir"]  # fmt: skip
+    assert main.run(list(map(str, [*settings, tmp_path / "whole"]))) == 0
+    checkpoint = torch.load(tmp_path / "whole/checkpoint.pth", weights_only=True)
+    for name in ("model", "model_ema"):
+        save_file(checkpoint[name], tmp_path / "weights.safetensors")
+    moments = checkpoint["optimizer"]["state"].values()
+    assert all(value.is_contiguous() for state in moments for value in state.values())
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(tmp_path / "whole/checkpoint-00000001.pth", tmp_path / "resumed")
+    assert main.run(list(map(str, [*settings, tmp_path / "resumed"]))) == 0
+    resumed = torch.load(tmp_path / "resumed/checkpoint.pth", weights_only=True)
+    for part in ("model", "model_ema", "optimizer"):
+        assert differences(checkpoint[part], resumed[part]) == []
+
+
 def test_resume_restores_the_training_state(tmp_path):
     args, precision, training = prepared("--model-ema", "--epochs", 5)
     one_epoch(args, precision, training)
@@ -589,10 +621,12 @@ def test_published_training_state_is_resumed(few_digits, tmp_path):
     assert "resuming at epoch 5" in printed
 
 
-def test_bare_weights_and_prefixes(few_digits, tmp_path):
+@pytest.mark.parametrize("prefix", ["module.", "model.", "model._orig_mod."])
+def test_bare_weights_and_prefixes(prefix, few_digits, tmp_path):
     model = timm.create_model("SepViT_Lite", img_size=32, num_classes=3)
     path = tmp_path / "bare.pth"
-    torch.save({f"module.{name}": value for name, value in model.state_dict().items()}, path)
+    weights = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": weights, "global_step": 3} if "model" in prefix else weights, path)
     settings = [*map(str, SMALL), "--data-path", str(few_digits), "--device", "cpu", "--resume", str(path)]
     assert main.run([*settings, "--eval"]) == 0
     assert main.run([*settings, "--output_dir", str(tmp_path / "run")]) == 0

@@ -323,7 +323,7 @@ MISTAKES = {
     "folder without checkpoints": ("test", ["{demo}", "{empty}", "--eval", "mIoU", "--cfg-options", DATA],
                                    "CHECKPOINT {empty}: a folder; it holds no checkpoint"),
     "pretrained of another variant": ("train", ["{demo}", "--cfg-options", DATA, "model.backbone.pretrained={tiny}"],
-                                      "pretrained {tiny}: holds SepViT_Tiny, not SepViT_Lite"),
+                                      "pretrained {tiny}: contains SepViT_Tiny, not SepViT_Lite"),
     "missing pretrained": ("train", ["{demo}", "--cfg-options", DATA, "model.backbone.pretrained=none.pth"],
                            "name one with --cfg-options model.backbone.pretrained=PATH"),
     "no test data": ("test", ["{untested}", "{checkpoint}", "--eval", "mIoU", "--cfg-options", DATA],

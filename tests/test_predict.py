@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, command, refusal, succeed
+from conftest import ROOT, Code, command, refusal, succeed
 from PIL import Image
+from timm.models import save_for_hf
 
 import predict
 import sepvit
@@ -130,6 +131,9 @@ def test_names_of_classes(checkpoint):
     assert class_names(None, 1000)[281] == "tabby, tabby cat"  # ImageNet's
     assert class_names(["n01440764", "n99999999", "mine"], 3) == ("tench, Tinca tinca", "n99999999", "mine")
     assert class_names(None, 2) == ("0", "1")
+    assert [class_names(None, 1000)[index] for index in (134, 517)] == ["crane (n02012849)", "crane (n03126707)"]
+    assert len(set(class_names(None, 1000))) == 1000
+    assert class_names(["a", "b", "a"], 3) == ("a (0)", "b", "a (2)")
 
 
 def test_bare_weights_of_another_size(tmp_path):
@@ -139,6 +143,26 @@ def test_bare_weights_of_another_size(tmp_path):
     description = load_classifier(str(tmp_path / "weights.pth")).description
     assert (description.model, description.preprocessing) == ("SepViT_Lite", Preprocessing.for_size(224))
     assert description.classes[0] == "tench, Tinca tinca"
+
+
+@pytest.mark.parametrize("is_safe", [False, True])
+def test_folders_of_timm(is_safe, tmp_path):
+    """With the weights in safetensors, and as timm's `save_for_hf` writes them by default."""
+    network = timm.create_model("test_vit", num_classes=3).eval()
+    save_for_hf(network, tmp_path, model_config=dict(label_names=["a", "b", "c"]), safe_serialization=is_safe)
+    classifier = load_classifier(str(tmp_path))
+    assert classifier.description.classes == ("a", "b", "c")
+    images = torch.randn(1, *network.default_cfg["input_size"])
+    with torch.no_grad():
+        assert torch.equal(classifier.logits(list(images)), network(images))
+
+
+def test_a_folder_runs_no_code(tmp_path):
+    save_for_hf(timm.create_model("test_vit"), tmp_path)
+    torch.save({"weight": Code(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="timm cannot load it"):
+        load_classifier(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_another_network_is_named(tmp_path, few_digits):
@@ -274,7 +298,10 @@ MISTAKES = {
     "no averaged weights": (["{image}", "--resume", "{root}/plain.pth", "--averaged"], "omit --averaged"),
     "unknown model": (["{image}", "--resume", "{root}/plain.pth", "--model", "vit"], "--model vit: unknown; choose "),
     "another model": (["{image}", "--resume", "{root}/plain.pth", "--model", "SepViT_Tiny"],
-                      "holds SepViT_Lite, not SepViT_Tiny; name it with --model"),
+                      "contains SepViT_Lite, not SepViT_Tiny; name it with --model"),
+    "averaged weights of a folder": (["{image}", "--resume", "{root}/a/hf", "--averaged"], "omit --averaged"),
+    "another model than a folder's": (["{image}", "--resume", "{root}/a/hf", "--model", "SepViT_Tiny"],
+                                      "contains SepViT_Lite, not SepViT_Tiny"),
     "no classifier": (["{image}", "--resume", "{root}/headless.pth"], "holds no classifier"),
     "no folder for results": (["{image}", "--json", "{root}/no/x.json"],
                               "--json {root}/no/x.json: takes a file in a folder that exists, or - for "),
@@ -297,7 +324,9 @@ def root(tmp_path_factory, few_digits):
     for name in ("1.png", "a/1.png"):
         shutil.copy(image, root / name)
     (root / "bad.onnx").write_text("no model")
-    weights = sepvit.SepViT_Lite(img_size=32, num_classes=3).state_dict()
+    network = timm.create_model("SepViT_Lite", img_size=32, num_classes=3)
+    save_for_hf(network, root / "a/hf")
+    weights = network.state_dict()
     torch.save(weights, root / "plain.pth")
     torch.save({"state_dict": {f"backbone.{name}": value for name, value in weights.items()}}, root / "segmentor.pth")
     torch.save({name: value for name, value in weights.items() if "head" not in name}, root / "headless.pth")

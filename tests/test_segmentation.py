@@ -387,6 +387,33 @@ def test_paper_configs_on_two_processes(name, scenes, tmp_path):
         assert float(miou(text)) >= 0
 
 
+def test_batches_of_one_image_are_refused_by_batch_norm(scenes, tmp_path, capsys):
+    """UPerNet's pooling to 1 × 1 normalises over images."""
+    arguments = [
+        str(CONFIGS / "upernet_sepvit_t_512x512_160k_ade20k_swin_setting.py"),
+        "--from-scratch",
+        "--work-dir",
+        str(tmp_path / "run"),
+        *small(scenes),
+    ]
+    line = refusal(RUN["train"], "train", [*arguments, "train_dataloader.batch_size=1"], capsys)
+    assert "train_dataloader.batch_size: " in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_reason_of_unreadable_labels_ends_the_run(scenes, tmp_path, capsys):
+    """Labels beyond the classes, in all images."""
+    shutil.copytree(scenes, tmp_path / "data", symlinks=True)
+    for path in sorted((tmp_path / "data/annotations/training").iterdir()):
+        labels = np.full_like(np.asarray(Image.open(path)), 200)
+        path.unlink()
+        Image.fromarray(labels).save(path)
+    arguments = [str(DEMO), "--work-dir", str(tmp_path / "run"), *small(tmp_path / "data")]
+    line = refusal(RUN["train"], "train", arguments, capsys)
+    assert "10 tried in its place" in line
+    assert "200" in line
+
+
 @pytest.mark.parametrize("name", ["slurm_train.sh", pytest.param("slurm_test.sh", marks=pytest.mark.slow)])
 def test_slurm_scripts(name, trained, scenes, tmp_path):
     """A script takes the place of srun, and starts the tasks as it would."""
@@ -485,7 +512,7 @@ MISTAKES = {
     "predict by code": ("predict", ["{demo}", "{files}/code.pth", "{files}/image.png", "--out", "{files}/out"],
                         "could run code"),
     "load-from another variant": ("train", ["{demo}", "--load-from", "{files}/tiny.pth", "--cfg-options", DATA],
-                                  "holds SepViT_Tiny, not SepViT_Lite"),
+                                  "contains SepViT_Tiny, not SepViT_Lite"),
     "load-from a backbone": ("train", ["{demo}", "--load-from", "{files}/backbone.pth", "--cfg-options", DATA],
                              "to train from it, give --cfg-options model.backbone.pretrained={files}/backbone.pth"),
     "launcher without processes": ("train", ["{demo}", "--launcher", "pytorch", "--cfg-options", DATA],
@@ -501,7 +528,7 @@ MISTAKES = {
                            "CHECKPOINT none.pth: no such file"),
     "truncated": ("test", ["{demo}", "{files}/truncated.pth", "--eval", "mIoU", "--cfg-options", DATA], "truncated"),
     "another variant": ("test", ["{demo}", "{files}/tiny.pth", "--eval", "mIoU", "--cfg-options", DATA],
-                        "holds SepViT_Tiny, not SepViT_Lite; use that variant's config"),
+                        "contains SepViT_Tiny, not SepViT_Lite; use that variant's config"),
     "a backbone": ("test", ["{demo}", "{files}/backbone.pth", "--eval", "mIoU", "--cfg-options", DATA], "a backbone"),
     "incomplete": ("test", ["{demo}", "{files}/incomplete.pth", "--eval", "mIoU", "--cfg-options", DATA],
                    "1 entries are missing (decode_head.conv_seg.weight, …)"),
@@ -511,7 +538,7 @@ MISTAKES = {
     "missing image": ("predict", [*GOOD, "none.jpg", "--out", "{files}/out"], "IMAGE none.jpg: no such file"),
     "overwriting": ("predict", [*GOOD, "{files}/image.png", "--out", "{files}"], "would overwrite IMAGE"),
     "predict by another": ("predict", ["{demo}", "{files}/tiny.pth", "{files}/image.png", "--out", "{files}/out"],
-                           "holds SepViT_Tiny, not SepViT_Lite"),
+                           "contains SepViT_Tiny, not SepViT_Lite"),
 }  # fmt: skip
 
 

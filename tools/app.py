@@ -9,6 +9,8 @@ segmentor or detector, whose prediction is drawn over the image. Nothing is load
 not written to disk.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import argparse
 import errno
 import ipaddress
@@ -18,8 +20,6 @@ from pathlib import Path
 
 import torch
 
-if not __package__:
-    import _repository  # noqa: F401
 from inference.classifier import load_classifier
 from inference.packages import require
 from tools.app_predictors import ClassifierPredictor, Predictor

@@ -9,6 +9,8 @@ table takes the place of an earlier one with the same settings.
     python tools/benchmark.py --data PATH …       the input pipeline alone; see tools/benchmark_data.py
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import argparse
 import gc
 import hashlib
@@ -27,8 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-if not __package__:
-    import _repository  # noqa: F401
 import sepvit
 from tools import benchmark_networks, benchmark_runtimes
 from tools.benchmark_accuracy import Validation, calibration_images

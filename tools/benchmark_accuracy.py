@@ -1,5 +1,7 @@
 """Top-1 of whatever the benchmarks measure, on validation images; training images to quantise it with."""
 
+if not __package__:
+    import _repository  # noqa: F401
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -8,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-if not __package__:
-    import _repository  # noqa: F401
 import main
 from datasets import LoaderSettings, build_train_loader, build_val_loader
 from tools.benchmark_networks import main_settings

@@ -6,6 +6,8 @@ A checkpoint holds the network, AdamW's moments and averaged weights. It is save
 medians and their ratio.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import argparse
 import statistics
 import sys
@@ -18,8 +20,6 @@ import torch
 from timm.scheduler import StepLRScheduler
 from timm.utils import ModelEmaV3
 
-if not __package__:
-    import _repository  # noqa: F401
 import sepvit
 from training.checkpoints import CheckpointWriter
 from training.commands import Parser, path, positive_int, run_command

@@ -3,6 +3,8 @@
 The points of a curve are measured in the same rounds.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import functools
 import multiprocessing
 import tempfile
@@ -18,8 +20,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-if not __package__:
-    import _repository  # noqa: F401
 import main as training_command
 import sepvit
 from tools.benchmark_networks import Port, Setting, Steps, create_network, main_settings

@@ -9,6 +9,8 @@ pair by pair. Each is read from class folders and from a webdataset of the same 
 folder. `--synthetic` writes JPEGs (quality 90) composed of scikit-image's and scikit-learn's photographs.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import argparse
 import io
 import itertools
@@ -33,8 +35,6 @@ from sklearn.datasets import load_sample_image
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, functional
 
-if not __package__:
-    import _repository  # noqa: F401
 import main as classification
 from datasets import LoaderSettings, build_train_loader, epoch_batches
 from training.commands import Parser, natural, path, positive_int, run_command

@@ -12,6 +12,8 @@
 The points of a curve are measured in the same rounds. Writes growth-DEVICE.json, a page and a picture into benchmarks/.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import argparse
 import io
 import json
@@ -23,8 +25,6 @@ from typing import Any
 
 import torch
 
-if not __package__:
-    import _repository  # noqa: F401
 import sepvit
 from tools import benchmark_curves
 from tools.benchmark_curves import Figures, Method

@@ -1,5 +1,7 @@
 """What the benchmarks know of a machine: description, rates, resident memory, other work on it."""
 
+if not __package__:
+    import _repository  # noqa: F401
 import ctypes
 import os
 import platform
@@ -15,8 +17,6 @@ from typing import Any
 
 import torch
 
-if not __package__:
-    import _repository  # noqa: F401
 from training.devices import available_cores
 from training.measure import median_time
 

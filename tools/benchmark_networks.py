@@ -1,5 +1,7 @@
 """The networks that the benchmarks measure: SepViT in its forms, its peers, and training steps of all of them."""
 
+if not __package__:
+    import _repository  # noqa: F401
 import importlib.util
 import math
 import sys
@@ -16,8 +18,6 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models import get_pretrained_cfg_value, register_model
 from torch import Tensor, nn
 
-if not __package__:
-    import _repository  # noqa: F401
 import main
 import sepvit
 from tools import benchmark_runtimes

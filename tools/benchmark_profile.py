@@ -1,5 +1,7 @@
 """What the time of a call goes to: operations, and how fast they multiply and move bytes."""
 
+if not __package__:
+    import _repository  # noqa: F401
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,8 +12,6 @@ from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-if not __package__:
-    import _repository  # noqa: F401
 from training.devices import synchronize
 from training.measure import multiply_adds
 

@@ -1,5 +1,7 @@
 """Records of benchmarks: tables of one machine, as text, as JSON, as a page, and as a picture."""
 
+if not __package__:
+    import _repository  # noqa: F401
 import importlib.util
 import io
 import json
@@ -9,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if not __package__:
-    import _repository  # noqa: F401
 from tools.benchmark_networks import OF_SEPVIT
 from tools.benchmark_rounds import Spread
 from tools.benchmark_table import COPY, MATRIX_PRODUCT, Row, Table

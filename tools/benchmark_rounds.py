@@ -1,5 +1,7 @@
 """Times of several calls, interleaved round by round, so that a drifting machine changes all of them alike."""
 
+if not __package__:
+    import _repository  # noqa: F401
 import gc
 import math
 import random
@@ -12,8 +14,6 @@ from typing import Generic, TypeVar
 
 import torch
 
-if not __package__:
-    import _repository  # noqa: F401
 from training.commands import first_line
 from training.errors import out_of_memory
 from training.measure import timed

@@ -3,14 +3,14 @@
 Both are optional packages.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-if not __package__:
-    import _repository  # noqa: F401
 from inference.exported import Session, compile_openvino, onnxruntime_session, run_onnxruntime, run_openvino
 from inference.packages import require
 from tools.export_int8 import quantised_by_nncf

@@ -1,5 +1,7 @@
 """Measuring one table of a benchmark: subjects are built, checked, and timed in rounds."""
 
+if not __package__:
+    import _repository  # noqa: F401
 import functools
 import gc
 import json
@@ -15,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-if not __package__:
-    import _repository  # noqa: F401
 from tools import benchmark_machine, benchmark_networks
 from tools.benchmark_accuracy import Validation
 from tools.benchmark_networks import DTYPES, TOP1, Ready, Setting, Subject

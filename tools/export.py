@@ -7,6 +7,8 @@ normalisation are in each file's metadata; predict.py reads them. The backbone o
 ONNX, for images of any size divisible by 32.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import argparse
 import math
 import shutil
@@ -21,8 +23,6 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.models import push_to_hf_hub
 from tqdm import tqdm
 
-if not __package__:
-    import _repository  # noqa: F401
 from datasets import DATA_SETS
 from inference.classifier import Classifier, load_classifier
 from inference.packages import lacking

@@ -1,5 +1,7 @@
 """The backbone of a segmentor or detector in ONNX, for images of any size divisible by 32 and batches of any size."""
 
+if not __package__:
+    import _repository  # noqa: F401
 import argparse
 import tempfile
 from pathlib import Path
@@ -8,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-if not __package__:
-    import _repository  # noqa: F401
 from inference.backbones import Backbone, load_backbone
 from inference.exported import kind_of, onnxruntime_session, run_onnxruntime
 from inference.packages import require

@@ -1,5 +1,7 @@
 """Real images that export.py compares on and calibrates with."""
 
+if not __package__:
+    import _repository  # noqa: F401
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +12,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-if not __package__:
-    import _repository  # noqa: F401
 import main
 from inference.classifier import Classifier, class_names
 from tools.benchmark_networks import main_settings

@@ -1,5 +1,7 @@
 """The formats that export.py writes: one function each, from a classifier to a file."""
 
+if not __package__:
+    import _repository  # noqa: F401
 import copy
 import logging
 import math
@@ -22,8 +24,6 @@ from torch.export import Dim, ExportedProgram
 # Private in timm, and without a public counterpart. Tested with timm 1.0.31.
 from timm.models._hub import generate_readme
 
-if not __package__:
-    import _repository  # noqa: F401
 from inference.classifier import Classifier, Description
 from inference.exported import DESCRIPTION, METADATA, NUMBER_FORMAT, onnxruntime_session, run_onnxruntime
 from training.devices import available_cores

@@ -1,5 +1,7 @@
 """int8: quantisation of weights and activations by NNCF for OpenVINO, and by ONNX Runtime's own quantiser."""
 
+if not __package__:
+    import _repository  # noqa: F401
 import contextlib
 import io
 import logging
@@ -11,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-if not __package__:
-    import _repository  # noqa: F401
 from inference.exported import compile_openvino, run_openvino
 from tools.export_formats import Job, quiet, read_openvino, save_onnx, save_openvino
 from training.devices import available_cores

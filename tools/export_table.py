@@ -1,5 +1,7 @@
 """What export.py tells of each form: size, difference, top-1 and speed, in one table."""
 
+if not __package__:
+    import _repository  # noqa: F401
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-if not __package__:
-    import _repository  # noqa: F401
 from inference.classifier import Classifier, Description
 from tools.benchmark_machine import describe
 from tools.benchmark_rounds import Spread, interleave, ratio

@@ -10,6 +10,8 @@ Each row runs in a process of its own with a time limit, so that one that fails,
 others. The files are named after the device and rewritten after each row. The exit status is 1 if a row failed.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import argparse
 import json
 import multiprocessing
@@ -27,8 +29,6 @@ from pathlib import Path
 
 import torch
 
-if not __package__:
-    import _repository  # noqa: F401
 from tools import benchmark_machine, gpu_rows, gpu_runs
 from tools.gpu_record import CRASHED, FAILED, PASSED, SKIPPED, TIMED_OUT, Figures, Record, Result, described
 from tools.gpu_rows import Row, Setup

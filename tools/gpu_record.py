@@ -1,5 +1,7 @@
 """The record of gpu_check.py: results of rows, as JSON and as a page; and how all records are written."""
 
+if not __package__:
+    import _repository  # noqa: F401
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -8,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-if not __package__:
-    import _repository  # noqa: F401
 from training.errors import UserError
 from training.storage import write_file
 

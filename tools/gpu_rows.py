@@ -4,6 +4,8 @@ A row is a function that runs in a process of its own. It fills `figures`, and r
 outside its limit.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import contextlib
 import io
 import math
@@ -19,8 +21,6 @@ import timm
 import torch
 from torch import Tensor, nn
 
-if not __package__:
-    import _repository  # noqa: F401
 import main
 import sepvit
 from tools import benchmark, benchmark_checkpoint, benchmark_machine

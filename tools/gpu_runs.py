@@ -3,6 +3,8 @@
 Commands run as in the tests: forked from the row's process, which has imported the libraries.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import contextlib
 import io
 import itertools
@@ -22,8 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-if not __package__:
-    import _repository  # noqa: F401
 import main
 from tools.gpu_record import Figures
 from tools.gpu_rows import CheckError, Row, Setup, require

@@ -13,6 +13,8 @@ photograph.
 DIR/coco/{train2017,val2017,annotations}: the same scenes in COCO's layout, with a box and a mask for each digit.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import argparse
 import json
 import sys
@@ -24,8 +26,6 @@ import skimage
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
-if not __package__:
-    import _repository  # noqa: F401
 from training.commands import Parser, path, run_command
 from training.errors import UserError
 

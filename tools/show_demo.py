@@ -5,13 +5,13 @@
 The exit status is 1 if the two figures differ, or if the top-1 is below `--least`.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import argparse
 import json
 import sys
 from pathlib import Path
 
-if not __package__:
-    import _repository  # noqa: F401
 from training.commands import Parser, number, path, run_command
 from training.errors import UserError
 

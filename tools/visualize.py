@@ -15,6 +15,8 @@ Windows are counted from 0, from the top and left, on the grid of the finest blo
 middle. Attention is checked: rows sum to one, and each block's output, recomputed from them, equals the network's.
 """
 
+if not __package__:
+    import _repository  # noqa: F401
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,8 +31,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-if not __package__:
-    import _repository  # noqa: F401
 from inference import exported
 from inference.attention import BlockAttention, record_attention, rollout
 from inference.backbones import load_backbone

@@ -16,6 +16,7 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from inference.attention import BlockAttention, Rollout
+from inference.fonts import use_in_figures
 
 PANEL, LARGE_PANEL = 1.25, 2.2  # inches; the large ones hold one map per window
 COLUMNS, LARGE_COLUMNS = 5, 3
@@ -76,6 +77,7 @@ def panels(
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
+    use_in_figures([title])
     figure.suptitle(title, fontsize=8)
     return figure, grid.tolist()
 

@@ -15,7 +15,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -397,7 +397,9 @@ def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) 
     """
     keys = (*EMA_KEYS, *MODEL_KEYS) if prefer_ema else (*MODEL_KEYS, *EMA_KEYS)
     weights = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in weights.items()}
+    weights = _without_wrappers(weights)
+    if all(name.startswith("model.") for name in weights):  # of Lightning's modules
+        weights = _without_wrappers({name.removeprefix("model."): value for name, value in weights.items()})
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{what}: holds no model weights (expected a state dict, or one under 'model')")
     for name, value in weights.items():
@@ -405,6 +407,18 @@ def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) 
             kind = "has no values" if value.is_meta else "is quantized" if value.is_quantized else "is sparse"
             raise UserError(f"{what}: {name} {kind}; save it as an ordinary tensor")
     return weights
+
+
+def _without_wrappers(weights: Mapping[Any, Any]) -> dict[str, Any]:
+    """Remove the prefixes of data-parallel and compiled networks from the names."""
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in weights.items()}
+
+
+def wrong_variant(what: str, held: str | None, wanted: str, way_out: str) -> UserError:
+    """Make the error for weights of a variant other than the wanted one; `held` is None if they are not a SepViT's."""
+    if held is None:
+        return UserError(f"{what}: contains no SepViT weights (expected {wanted})")
+    return UserError(f"{what}: contains {held}, not {wanted}; {way_out}")
 
 
 def has_averaged_weights(checkpoint: dict[str, Any]) -> bool:
@@ -455,7 +469,7 @@ def load_weights(
         own = entries_under(weights, network)
         held, wanted = variant_of(own), variant_of(inner.state_dict())
         if held != wanted:
-            raise UserError(f"{what}: holds {held or 'no SepViT'}, not {wanted}; {variant_hint}")
+            raise wrong_variant(what, held, str(wanted), variant_hint)
         report.adaptation = adaptation = adapt_state_dict(own, inner, img_size)
         for names in (adaptation.resampled, adaptation.fresh, adaptation.dropped):
             names[:] = [prefix + name for name in names]
@@ -463,7 +477,7 @@ def load_weights(
         weights |= {prefix + name: value for name, value in own.items()}
     elif _shapes(weights) != _shapes(expected):
         weights, report.adaptation.resampled = _resized_by_timm(weights, model)
-    classifier = getattr(model, "default_cfg", {}).get("classifier")
+    classifier = classifier_of(expected, getattr(model, "default_cfg", {}).get("classifier"))
     if new_classifier:
         report.classifier = _replace_classifier(weights, expected, classifier)
     if partly:
@@ -489,19 +503,14 @@ def match_classifier(weights: dict[str, Tensor], model: Any, held: Sequence[str]
     rows = {canonical(name): index for index, name in enumerate(held)}
     shared = [(index, rows[canonical(name)]) for index, name in enumerate(names) if canonical(name) in rows]
     own, of_held = [list(indices) for indices in zip(*shared)] or ([], [])
-    for name, value in classifier_entries(model).items():
+    expected = model.state_dict()
+    for name in classifier_of(expected, getattr(model, "default_cfg", {}).get("classifier")):
+        value = expected[name]
         if name in weights and weights[name].shape == (len(held), *value.shape[1:]):
             matched = value.detach().cpu().clone()
             matched[own] = weights[name][of_held].to(matched)
             weights[name] = matched
     return [name for name in names if canonical(name) not in rows]
-
-
-def classifier_entries(model: Any) -> dict[str, Tensor]:
-    """Entries of a model's classifier. A distilled network has two."""
-    classifier = getattr(model, "default_cfg", {}).get("classifier") or ()
-    heads = (classifier,) if isinstance(classifier, str) else classifier
-    return {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] in heads}
 
 
 def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
@@ -525,13 +534,25 @@ def _resized_by_timm(weights: dict[str, Tensor], model: nn.Module) -> tuple[dict
                      if name in weights and value.shape != weights[name].shape]  # fmt: skip
 
 
-def _replace_classifier(weights: dict[str, Tensor], expected: dict[str, Tensor], classifier: str | None) -> list[str]:
+def classifier_of(weights: Mapping[str, Tensor], heads: str | Sequence[str] | None) -> list[str]:
+    """Names of the entries of a classifier.
+
+    Args:
+        weights: a state dict.
+        heads: timm's name of the classifier, or names: distilled networks have two heads.
+    """
+    prefixes = [heads] if isinstance(heads, str) else heads or []
+    return [name for name in weights if name.startswith(tuple(f"{prefix}." for prefix in prefixes))]
+
+
+def _replace_classifier(
+    weights: dict[str, Tensor], expected: dict[str, Tensor], classifier: Sequence[str]
+) -> list[str]:
     """Use the model's own classifier if the checkpoint's does not fit. Returns the names of its entries, if used."""
-    names = [name for name in expected if classifier and name.startswith(f"{classifier}.")]
-    if all(name in weights and weights[name].shape == expected[name].shape for name in names):
+    if all(name in weights and weights[name].shape == expected[name].shape for name in classifier):
         return []
-    weights |= {name: expected[name] for name in names}
-    return names
+    weights |= {name: expected[name] for name in classifier}
+    return list(classifier)
 
 
 def _fill_up(weights: dict[str, Tensor], expected: dict[str, Tensor], prefix: str, report: LoadReport) -> None:
@@ -557,7 +578,7 @@ def _check_finite(weights: dict[str, Tensor], model: nn.Module, what: str) -> No
 
 
 def _check_entries(
-    weights: dict[str, Tensor], expected: dict[str, Tensor], what: str, classifier: str | None, classes_hint: str
+    weights: dict[str, Tensor], expected: dict[str, Tensor], what: str, classifier: Sequence[str], classes_hint: str
 ) -> None:
     """Refuse missing and unexpected entries, and entries of another shape."""
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
@@ -568,7 +589,7 @@ def _check_entries(
     for name, value in weights.items():
         if value.shape != expected[name].shape:
             shapes = f"{name} is {tuple(value.shape)}, the model's {tuple(expected[name].shape)}"
-            if classifier and name.startswith(f"{classifier}."):
+            if name in classifier:
                 classes = f"{len(value)} classes instead of {len(expected[name])}"
                 raise UserError(f"{what}: {classes} ({shapes}); {classes_hint}")
             raise UserError(f"{what}: does not fit this model: {shapes}")
@@ -700,9 +721,12 @@ class CheckpointWriter:
 
 
 def copied(value: Any) -> Any:
-    """Copy nested containers, and their tensors to the CPU, so that later steps do not change them."""
+    """Copy nested containers, and their tensors to the CPU, so that later steps do not change them.
+
+    The copies are contiguous, whatever the network's memory format: safetensors takes no others.
+    """
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if isinstance(value, dict):
         twin = copy.copy(value)  # of the same class, which may be a Counter or have attributes
         for key, entry in value.items():

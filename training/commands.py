@@ -28,6 +28,7 @@ from training.errors import (
     MachineError,
     Preempted,
     UserError,
+    has_single_value,
     is_transient,
     is_worker_traceback,
     one_line,
@@ -183,7 +184,7 @@ def _run(name: str, command: Callable[[], int | None], flags: Mapping[str, str],
     except Preempted as place:
         print_main(f"{name}: stopped by a signal {place}")
         return place.status
-    except (MachineError, RuntimeError, MemoryError, OSError) as error:
+    except (MachineError, RuntimeError, MemoryError, OSError, ValueError) as error:
         if out_of_shared_memory(error):
             return _refuse(name, with_flags(shared_memory_advice(), flags))
         workers = with_flags(setting("num_workers"), flags)
@@ -191,6 +192,9 @@ def _run(name: str, command: Callable[[], int | None], flags: Mapping[str, str],
             return _refuse(name, f"out of memory ({first_line(error)}); {memory_advice}")
         if out_of_files(error):
             return _refuse(name, f"too many open files; raise the limit (ulimit -n), or use fewer {workers}")
+        if has_single_value(error):
+            batches = flags.get("batch_size", "train_dataloader.batch_size")
+            return _refuse(name, f"{batches}: BatchNorm needs more than one value per channel; use larger batches")
         if not is_transient(error):
             raise
         hint = "" if isinstance(error, MachineError) else f", with fewer {workers} if memory ran out"

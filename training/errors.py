@@ -112,6 +112,11 @@ def out_of_memory(error: BaseException) -> bool:
     return by_text or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
+def has_single_value(error: BaseException) -> bool:
+    """Whether BatchNorm got one value per channel in training, which has no variance."""
+    return isinstance(error, (RuntimeError, ValueError)) and "Expected more than 1 value per channel" in str(error)
+
+
 def out_of_shared_memory(error: BaseException) -> bool:
     """Whether shared memory ran out, through which loader workers pass their batches."""
     pattern = r"shared memory\(shm\)|</torch_\w+>: No space left|Bus error"

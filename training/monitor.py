@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from training.checkpoints import copied
 from training.errors import Preempted, UserError, setting
 from training.processes import all_gather, all_reduce, get_rank, print_line
 from training.state import RunState
 from training.storage import write_file
-from training.unreadable import NAMES_END, check_unreadable, unreadable_limit
+from training.unreadable import SEPARATOR, check_unreadable, unreadable_images, unreadable_limit
 from training.watchdog import Watchdog
 
 
@@ -145,10 +146,10 @@ class StepMonitor:
         Args:
             finite: whether its loss is finite, a boolean scalar on the device.
             batch: what is saved of it if it is bad: images and targets.
-            unreadable: for each image, the names of unreadable images that it replaces.
+            unreadable: for each image, the names of unreadable images that it replaces, and the reasons, as a text.
         """
         self._bad_loss |= ~finite
-        self._unreadable += [name for names in unreadable if names for name in names.split(NAMES_END)]
+        self._unreadable += [SEPARATOR.join(image) for text in unreadable for image in unreadable_images(text)]
         if self.settings.dump_bad_batch and (self._batch is None or not finite):
             self._batch = batch
 
@@ -206,7 +207,7 @@ class StepMonitor:
         """Save the batch of a bad step, if the settings ask for it."""
         if self._batch is None:
             return
-        batch = {**flags.place, **self._batch}
+        batch = copied({**flags.place, **self._batch})
         path = self.folder / f"bad_batch-{state.global_step:08}-process{get_rank()}.pth"
         try:
             write_file(path, lambda file: torch.save(batch, file))
@@ -215,11 +216,13 @@ class StepMonitor:
 
     def _note_unreadable(self, state: RunState, flags: StepFlags) -> None:
         """Log new unreadable images, and refuse too many."""
-        for name in dict.fromkeys(all_gather(self._unreadable)):
-            if name not in state.unreadable_images:
-                state.unreadable_images.append(name)
-                self.log({**flags.place, "unreadable_image": name})
-        self._unreadable.clear()
         names, policy, size = state.unreadable_images, self.settings.on_bad_image, self.settings.dataset_size
-        check_unreadable(len(names), unreadable_limit(policy, size), names[-1], setting("on_bad_image", policy), size,
-                         "see `unreadable_image` in log.txt")  # fmt: skip
+        example = ""
+        for name, reason in unreadable_images(SEPARATOR.join(all_gather(self._unreadable))):
+            if name not in names:
+                names.append(name)
+                self.log({**flags.place, "unreadable_image": name, "reason": reason})
+                example = f"{name} ({reason})"
+        self._unreadable.clear()
+        check_unreadable(len(names), unreadable_limit(policy, size), example or names[-1],
+                         setting("on_bad_image", policy), size, "see `unreadable_image` in log.txt")  # fmt: skip

@@ -102,9 +102,12 @@ def _samples_of_shards(
 def _samples_of_shard(url: str) -> Iterator[dict[str, Any]]:
     """Yield the samples of a shard. Members that share a name up to its extension form a sample: contents by extension.
 
+    An extension begins at the first dot of a name, as webdataset has it, unless that leaves several samples in one; see
+    `_split`.
+
     Raises:
         tarfile.TarError: the shard is damaged. Its last, incomplete sample is not yielded.
-        ValueError: two members have the same name.
+        ValueError: two members have the same name, or the dots in their names are ambiguous.
         OSError: the shard cannot be read.
     """
     from webdataset.gopen import gopen
@@ -119,14 +122,40 @@ def _samples_of_shard(url: str) -> Iterator[dict[str, Any]]:
             if key is None or not member.isreg() or (member.name[:2] == "__" and METADATA.match(member.name)):
                 continue
             if key != sample.get("__key__"):
-                if sample:
-                    yield sample
+                yield from _split(sample)
                 sample = dict(__key__=key, __url__=url)
             if ending.lower() in sample:
                 raise ValueError(f"it holds {member.name} twice")
             if content := archive.extractfile(member):
                 sample[ending.lower()] = content.read()
             archive.members = []  # type: ignore[attr-defined] # tarfile would keep all of them in memory
+    yield from _split(sample)
+
+
+def _split(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Split a sample whose members' names have dots before their extension: `a.v1.jpg`, `a.v1.cls`, `a.v2.jpg`, …
+
+    They are samples of their own if each has a label and nothing is named without the dot.
+
+    Args:
+        sample: contents by extension, with `__key__` and `__url__`; empty for none.
+
+    Raises:
+        ValueError: there are labels both with and without such a dot.
+    """
+    parts: dict[str, dict[str, Any]] = {}
+    for name, content in sample.items():
+        begin, _, extension = name.rpartition(".")
+        parts.setdefault(begin, {})[extension] = content
+    common = parts.pop("", {})
+    labelled = [begin for begin, part in parts.items() if len(part) > 1 and ("cls" in part or "json" in part)]
+    if labelled and common.keys() == {"__key__", "__url__"} and len(labelled) == len(parts):
+        for begin, part in parts.items():
+            yield {**common, "__key__": f"{sample['__key__']}.{begin}", **part}
+        return
+    if ambiguous := [begin for begin in labelled if "cls" in common and "cls" in parts[begin]]:
+        raise ValueError(f"{sample['__key__']}.cls and {sample['__key__']}.{ambiguous[0]}.cls would be of one sample, "
+                         "as names are split at their first dot; rename one")  # fmt: skip
     if sample:
         yield sample
 

@@ -105,7 +105,17 @@ class ImageData:
         if outputs is None:
             return self
         print_main(f"{what}: the data set has the same classes in a different order; they are matched by name")
-        return replace(self, outputs=outputs, classes=list(held))
+        return self.renumbered(outputs, held)
+
+    def renumbered(self, order: Sequence[int], classes: Sequence[str]) -> "ImageData":
+        """Give the classes other numbers.
+
+        Args:
+            order: the new number of each class.
+            classes: names of the classes in the new order.
+        """
+        outputs = range(len(order)) if self.outputs is None else self.outputs
+        return replace(self, num_classes=len(classes), classes=list(classes), outputs=[order[n] for n in outputs])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

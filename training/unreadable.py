@@ -1,9 +1,11 @@
 """The policy for unreadable images: how they are reported and replaced, and how many a run may have."""
 
+import re
+
 from training.errors import MachineError, UserError
 
 REPLACEMENTS = 10  # images tried in place of an unreadable one
-NAMES_END = "\0"  # separates names of unreadable images; names may contain any other character
+SEPARATOR = "\0"  # of names of unreadable images and reasons; names may contain any other character
 UNREADABLE_SHARE = 0.001  # share of the training images that may be skipped
 
 
@@ -12,10 +14,12 @@ class UnreadableImageError(UserError):
 
     Attributes:
         name: the image, by its path if it has one.
+        reason: what reading it raised.
         is_storage_error: whether the storage does not respond, so that the image may be intact.
     """
 
     name: str
+    reason: str
     is_storage_error: bool
 
     @classmethod
@@ -30,10 +34,11 @@ class UnreadableImageError(UserError):
             is_storage_error: whether the storage does not respond.
             kind: 'image' or 'shard'.
         """
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = re.sub("\0| at 0x[0-9a-f]+", "", " ".join(f"{type(error).__name__}: {error}".split()))
         way_out = "" if is_storage_error else "; repair or remove it"
         unreadable = cls(f"{kind} {name}: cannot be read ({reason}){way_out}")
         unreadable.name = name
+        unreadable.reason = reason
         unreadable.is_storage_error = is_storage_error
         return unreadable
 
@@ -42,11 +47,11 @@ class Replacements:
     """Unreadable images in a row, which the next readable one replaces. Their number is limited.
 
     Attributes:
-        names: the images.
+        errors: why each is unreadable.
     """
 
     def __init__(self) -> None:
-        self.names: list[str] = []
+        self.errors: list[UnreadableImageError] = []
 
     def add(self, error: UnreadableImageError) -> None:
         """Add an image.
@@ -55,16 +60,24 @@ class Replacements:
             UserError: there are too many in a row.
             MachineError: there are too many, because the storage does not respond.
         """
-        self.names.append(error.name)
-        if len(self.names) > REPLACEMENTS:
+        self.errors.append(error)
+        if len(self.errors) > REPLACEMENTS:
             kind = MachineError if error.is_storage_error else UserError
-            raise kind(f"image {self.names[0]}: cannot be read, nor can the {REPLACEMENTS} tried in its place")
+            first = self.errors[0]
+            raise kind(f"image {first.name}: cannot be read ({first.reason}), nor can the {REPLACEMENTS} tried in its "
+                       "place")  # fmt: skip
 
     def take(self) -> str:
-        """Return all names, separated by `NAMES_END`, and forget them."""
-        names = NAMES_END.join(self.names)
-        self.names.clear()
-        return names
+        """Return all names and reasons as a text, for `unreadable_images`, and forget them."""
+        text = SEPARATOR.join(part for error in self.errors for part in (error.name, error.reason))
+        self.errors.clear()
+        return text
+
+
+def unreadable_images(text: str) -> list[tuple[str, str]]:
+    """Names and reasons in a text of `Replacements.take`."""
+    parts = text.split(SEPARATOR)
+    return list(zip(parts[::2], parts[1::2]))
 
 
 def unreadable_limit(policy: str, dataset_size: int) -> int:
@@ -85,7 +98,7 @@ def check_unreadable(
     Args:
         count: unreadable images so far.
         limit: how many there may be.
-        example: one of them.
+        example: one of them, with the reason if it is known.
         what: the setting of the limit, for messages.
         dataset_size: number of training images, None if unknown.
         hint: the way out or where to look, for messages.
