@@ -37,8 +37,14 @@ def has_finite_box(mark: Mapping[str, Any]) -> bool:
 
 def sound_polygons(mask: Sequence[Any]) -> list[Any]:
     """Return the polygons of a mask that enclose something: of three corners at least, at finite coordinates."""
-    return [one for one in mask if isinstance(one, list) and len(one) >= 6 and len(one) % 2 == 0
-            and not any(isinstance(value, float) and not math.isfinite(value) for value in one)]  # fmt: skip
+    return [
+        one
+        for one in mask
+        if isinstance(one, list)
+        and len(one) >= 6
+        and len(one) % 2 == 0
+        and not any(isinstance(value, float) and not math.isfinite(value) for value in one)
+    ]
 
 
 def has_usable_mask(mark: Mapping[str, Any]) -> bool:

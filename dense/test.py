@@ -187,8 +187,10 @@ def augment(cfg: Config, path: str) -> None:
         hint = "remove the flag, or set both as segmentation/configs/_base_/ade20k.py does"
         raise UserError(f"--aug-test: CONFIG {path} has no tta_model and tta_pipeline; {hint}")
     if single := [place for place, head in heads_of(cfg) if head.get("out_channels") == 1]:
-        raise UserError(f"--aug-test: {single[0]}.out_channels=1: mmseg passes the scores of one channel through the "
-                        "sigmoid twice, so that all pixels exceed its threshold; remove the flag")  # fmt: skip
+        raise UserError(
+            f"--aug-test: {single[0]}.out_channels=1: mmseg passes the scores of one channel through the "
+            "sigmoid twice, so that all pixels exceed its threshold; remove the flag"
+        )
     for dataset, _ in data_sets(cfg, "test_dataloader"):
         dataset["pipeline"] = cfg.tta_pipeline
     cfg.model = dict(**cfg.tta_model, module=cfg.model)

@@ -23,8 +23,13 @@ from dense.parts import has_step
 from dense.settings import read_config
 from dense.train import build_train_parser, read_starting_weights, run_training
 
-OPTIONS = ("train_dataloader.num_workers=0", "val_dataloader.num_workers=0", "test_dataloader.num_workers=0",
-           "train_dataloader.batch_size=2", "default_hooks.logger.interval=1")  # fmt: skip
+OPTIONS = (
+    "train_dataloader.num_workers=0",
+    "val_dataloader.num_workers=0",
+    "test_dataloader.num_workers=0",
+    "train_dataloader.batch_size=2",
+    "default_hooks.logger.interval=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +74,35 @@ model = dict(decode_head=dict(num_classes=2, out_channels=1, threshold=0.5,
 def test_binary_segmentation_with_one_channel(labelled, tmp_path, capsys, monkeypatch):
     """mmseg advises it, and gives its labels as floats."""
     config = child(tmp_path / "binary.py", LABELLED, labelled, ("ground", "square"), ONE_CHANNEL)
-    run("segmentation", "train.py", config, "--from-scratch", "--work-dir", tmp_path / "run", "--cfg-options", *OPTIONS,
-        "train_cfg.max_iters=1", "train_cfg.val_interval=1")  # fmt: skip
+    run(
+        "segmentation",
+        "train.py",
+        config,
+        "--from-scratch",
+        "--work-dir",
+        tmp_path / "run",
+        "--cfg-options",
+        *OPTIONS,
+        "train_cfg.max_iters=1",
+        "train_cfg.val_interval=1",
+    )
     checkpoint = tmp_path / "run/iter_1.pth"
-    text = run("segmentation", "test.py", config, checkpoint, "--eval", "mIoU", "--out", tmp_path / "out", "--show-dir",
-               tmp_path / "shown", "--work-dir", tmp_path / "work", "--cfg-options", *OPTIONS)  # fmt: skip
+    text = run(
+        "segmentation",
+        "test.py",
+        config,
+        checkpoint,
+        "--eval",
+        "mIoU",
+        "--out",
+        tmp_path / "out",
+        "--show-dir",
+        tmp_path / "shown",
+        "--work-dir",
+        tmp_path / "work",
+        "--cfg-options",
+        *OPTIONS,
+    )
     assert "mIoU" in text
     assert sorted(path.name for path in (tmp_path / "shown").iterdir()) == ["0.png", "1.png"]
     assert set(np.unique(Image.open(tmp_path / "out/0.png"))) <= {1, 2}
@@ -124,8 +153,20 @@ def test_segmentor_with_classes_in_another_order(labelled, tmp_path):
     found, labels = [], []
     for config in (usual, turned):
         out = tmp_path / f"out_{config.stem}"
-        text = run("segmentation", "test.py", config, checkpoint, "--eval", "mIoU", "--out", out, "--work-dir",
-                   tmp_path / "work", "--cfg-options", *OPTIONS)  # fmt: skip
+        text = run(
+            "segmentation",
+            "test.py",
+            config,
+            checkpoint,
+            "--eval",
+            "mIoU",
+            "--out",
+            out,
+            "--work-dir",
+            tmp_path / "work",
+            "--cfg-options",
+            *OPTIONS,
+        )
         found.append(ious(text, names))
         labels.append(set(np.unique(Image.open(out / "0.png"))))
         assert ("they are matched by name" in text) == (config == turned)
@@ -142,8 +183,18 @@ def test_detector_with_classes_in_another_order(boxed, tmp_path):
         config = child(tmp_path / f"{number}.py", BOXED, boxed, names)
         checkpoint = checkpoint or save_model(config, tmp_path / "a.pth")
         work = tmp_path / f"work{number}"
-        text = run("detection", "test.py", config, checkpoint, "--format-only", "--work-dir", work, "--cfg-options",
-                   *OPTIONS, "model.test_cfg.rcnn.score_thr=0")  # fmt: skip
+        text = run(
+            "detection",
+            "test.py",
+            config,
+            checkpoint,
+            "--format-only",
+            "--work-dir",
+            work,
+            "--cfg-options",
+            *OPTIONS,
+            "model.test_cfg.rcnn.score_thr=0",
+        )
         results.append(json.loads((work / "results.bbox.json").read_text()))
         assert ("they are matched by name" in text) == (number == 1)
     assert results[0] == results[1]
@@ -206,9 +257,14 @@ def test_starting_weights_of_other_classes(task, labelled, boxed, tmp_path):
         depending = {"decode_head.conv_seg.weight", "decode_head.conv_seg.bias"}
     else:
         base, root, names = BOXED, boxed, ("cat", "dog")
-        depending = {"roi_head.bbox_head.fc_cls.weight", "roi_head.bbox_head.fc_cls.bias",
-                     "roi_head.bbox_head.fc_reg.weight", "roi_head.bbox_head.fc_reg.bias",
-                     "roi_head.mask_head.conv_logits.weight", "roi_head.mask_head.conv_logits.bias"}  # fmt: skip
+        depending = {
+            "roi_head.bbox_head.fc_cls.weight",
+            "roi_head.bbox_head.fc_cls.bias",
+            "roi_head.bbox_head.fc_reg.weight",
+            "roi_head.bbox_head.fc_reg.bias",
+            "roi_head.mask_head.conv_logits.weight",
+            "roi_head.mask_head.conv_logits.bias",
+        }
     config = child(tmp_path / "own.py", base, root, names)
     args = build_train_parser("").parse_args([str(config), "--load-from", str(tmp_path / "a.pth")])
     cfg = read_config(args)

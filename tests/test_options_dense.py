@@ -669,8 +669,9 @@ def test_images_that_cannot_be_predicted_are_named(task, scenes, segmentor, dete
     draw_scene(tmp_path / "in/good.jpg", 3)
     (tmp_path / "in/empty.jpg").touch()
     Image.new("RGB", (12000, 1)).save(tmp_path / "in/narrow.png")
-    result = command(config, checkpoint, tmp_path / "in", "--out", tmp_path / "out", script=f"{task}/predict.py",
-                     cwd=ROOT / task)  # fmt: skip
+    result = command(
+        config, checkpoint, tmp_path / "in", "--out", tmp_path / "out", script=f"{task}/predict.py", cwd=ROOT / task
+    )
     assert result.returncode == 1
     errors = [line for line in result.stderr.splitlines() if line.startswith("predict.py: ")]
     assert [line.partition(f"IMAGE {tmp_path}/in/")[2].partition(":")[0] for line in errors] == [
@@ -701,8 +702,17 @@ def test_training_images_with_an_orientation(scenes, tmp_path):
     shapes = {}
     for orientation in ("stored", "exif"):
         folder = tmp_path / orientation
-        text = run("segmentation", "train.py", SEGMENTATION, "--from-scratch", "--no-validate", "--work-dir", folder,
-                   *options, f"orientation={orientation}")  # fmt: skip
+        text = run(
+            "segmentation",
+            "train.py",
+            SEGMENTATION,
+            "--from-scratch",
+            "--no-validate",
+            "--work-dir",
+            folder,
+            *options,
+            f"orientation={orientation}",
+        )
         assert ("1 of 2 sampled training images have an EXIF orientation" in text) == (orientation == "stored")
         reading = read_checkpoint(str(folder / "iter_1.pth"), "checkpoint")["reading"]
         assert reading == dict(orientation=orientation, turned=1, sampled=2)

@@ -201,8 +201,10 @@ def test_jpegs_have_the_pixels_of_opencv(settings, size, tmp_path):
     coarse = Image.fromarray(rng.integers(0, 255, (size[0] // 8 + 1, size[1] // 8 + 1, 3), dtype=np.uint8))
     for mode in ("RGB", "L"):
         coarse.resize(size[::-1]).convert(mode).save(tmp_path / "a.jpg", **settings)
-        theirs, ours = (load().transform(dict(img_path=str(tmp_path / "a.jpg")))["img"]
-                        for load in (LoadImageFromFile, LoadReadableImage))  # fmt: skip
+        theirs, ours = (
+            load().transform(dict(img_path=str(tmp_path / "a.jpg")))["img"]
+            for load in (LoadImageFromFile, LoadReadableImage)
+        )
         np.testing.assert_array_equal(ours, theirs)
 
 
