@@ -132,10 +132,6 @@ def check_annotations(
                         f"{bare[0]['id']}; a model with masks needs it, RetinaNet does not")  # fmt: skip
     small = _check_kept_images(what, content, chosen, filters)
     left_out = Counter(name for mark in marks if canonical(name := names[mark["category_id"]]) not in wanted)
-    used = [mark for mark in chosen if _is_used(mark)]
-    maskless = [mark["id"] for mark in used if mark.get("segmentation") and not has_usable_mask(mark)]
-    met = {canonical(names[mark["category_id"]]) for mark in used}
-    unmet = [name for name in classes if canonical(name) not in met]
     warnings = [f"{len(lost)} annotations are of no image, the first of image_id {lost[0]!r}"] if lost else []
     if unknown:
         warnings.append(f"{len(unknown)} annotations are left out, of categories that it does not list, such as "
@@ -150,13 +146,29 @@ def check_annotations(
         warnings.append(
             f"{len(infinite)} annotations have a box that is not finite and are skipped, the first is {infinite[0]}"
         )
+    met = {canonical(names[mark["category_id"]]) for mark in chosen if _is_used(mark)}
+    unmet = [name for name in classes if canonical(name) not in met]
+    return warnings + _warnings_of_objects(chosen, unmet if needs_objects else (), needs_masks)
+
+
+def _warnings_of_objects(chosen: Sequence[Mapping[str, Any]], unmet: Sequence[str], needs_masks: bool) -> list[str]:
+    """Describe annotations from which nothing is learned.
+
+    Args:
+        chosen: the annotations of the classes.
+        unmet: classes without any that is learned from.
+        needs_masks: whether the model or its evaluation needs a mask of each object.
+    """
+    used = [mark for mark in chosen if _is_used(mark)]
+    maskless = [mark["id"] for mark in used if mark.get("segmentation") and not has_usable_mask(mark)]
+    warnings = []
     if needs_masks and maskless:
         warnings.append(
             f"{len(maskless)} annotations have a mask that encloses nothing and are ignored, the first is {maskless[0]}"
         )
     if chosen and not used:
         warnings.append(f"all {len(chosen)} annotations are crowds or empty boxes, from which nothing is learned")
-    elif unmet and needs_objects:
+    elif unmet:
         warnings.append(f"no annotation is of the classes {listed(unmet)}")
     return warnings
 
