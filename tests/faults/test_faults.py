@@ -495,7 +495,7 @@ def test_unreadable_images(few_digits, tmp_path, table):
     assert output.epoch_entries(log)[-1]["unreadable_images"] == 1
     run = Run(tmp_path / "fail", data, "--on-bad-image", "fail")
     assert run.start().wait(LIMIT) == 2
-    assert f"--on-bad-image fail: 1 of 47 training images are unreadable (limit 0), e.g. {first}; " in run.text()
+    assert f"--on-bad-image fail: 1 of 47 training images are unreadable (limit 0), e.g. {first} (" in run.text()
     table.add("unreadable images", 3)
 
 
