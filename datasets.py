@@ -17,7 +17,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms
-from torchvision.datasets import CIFAR100
+from torchvision.datasets import CIFAR100, ImageFolder
 
 from samplers import DistributedEvalSampler, TrainBatchSampler
 from training.archives import Archive
@@ -25,7 +25,7 @@ from training.augmentation import CropAugmentation
 from training.classes import listed, order_of, read_class_map
 from training.decoding import CropDecoder, decode_and_crop
 from training.errors import MachineError, UserError, setting
-from training.images import IMAGE_SUFFIXES, Encoded, decode, describe_skipped
+from training.images import IMAGE_SUFFIXES, Encoded, decode, describe_skipped, is_hidden
 from training.preprocessing import Preprocessing
 from training.processes import get_rank, get_world_size, print_main
 from training.readers import read_exactly_once, shards_of
@@ -217,8 +217,16 @@ def _check_number(data: ImageData) -> None:
         return
     name = (data.classes or ["0"])[0]
     folder = Path(getattr(data.dataset, "root", "."), name)
-    inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
-    hint = f"its folders ({listed(inner)}) may be the classes: move them one level up" if inner else "name two or more"
+    inner = (
+        sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
+        if folder.is_dir()
+        else []
+    )
+    hint = (
+        f"its folders ({listed(inner)}) may be the classes: move them one level up"
+        if inner
+        else "add another class folder"
+    )
     raise UserError(f"{setting('data_path', folder.parent)}: a single class, {name}, leaves nothing to learn; {hint}")
 
 
@@ -235,7 +243,7 @@ def report_images(data: ImageData, what: str) -> None:
     missing = sorted(set(range(data.num_classes)) - {data.outputs[n] if data.outputs else n for n in labels or ()})
     if labels and missing:
         names = [data.classes[number] if data.classes else str(number) for number in missing]
-        print_main(f"WARNING: {what}: {len(missing)} of {data.num_classes} classes have none: {listed(names)}")
+        print_main(f"WARNING: no {what} for {len(missing)} of {data.num_classes} classes: {listed(names)}")
 
 
 def prepared(data: ImageData, is_train: bool, settings: TransformSettings) -> ImageData:
@@ -323,6 +331,9 @@ def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
         )
     except Exception as error:  # each reader's library raises its own types
         raise UserError(f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+    if type(dataset) is ImageFolder:
+        dataset = ClassFolders(str(dataset.root))
+        return ImageData(dataset, len(dataset.classes), dataset.classes)
     shards = shards_of(dataset) or () if name.startswith("wds/") else ()
     missing = [shard for shard in shards if ":" not in shard and not (Path(root) / shard).is_file()]
     if missing:

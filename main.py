@@ -74,7 +74,7 @@ from training.checkpoints import (
     settings_in,
     weights_of,
 )
-from training.classes import listed
+from training.classes import check_map, listed
 from training.commands import (
     Parser,
     fraction,
@@ -90,7 +90,7 @@ from training.commands import (
 from training.device_augmentation import DeviceAugmentation
 from training.devices import available_cores, best_device, check_device
 from training.errors import Preempted, UserError
-from training.images import ORIENTATIONS, STORED
+from training.images import ORIENTATIONS, STORED, count_turned
 from training.monitor import DelayedFlags, MonitorSettings, StepMonitor
 from training.naming import StepNames
 from training.networks import create_network, place
@@ -99,7 +99,7 @@ from training.preprocessing import Preprocessing
 from training.processes import get_world_size, init_distributed, is_main_process, on_main_process, print_main
 from training.recipes import ARGS, parse_with_recipe, write_recipe
 from training.resume import PACKAGES, Source, check_source, describe_data, describe_run, find_checkpoint, restore
-from training.samples import NO_NAMES, ImageData, count_turned
+from training.samples import BY_CLASS_MAP, NO_NAMES, ImageData, sampled_files
 from training.state import DIVERGENCE_ADVICE, Precision, Training
 from training.storage import make_folder, write_file
 from training.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
@@ -156,24 +156,24 @@ def run_throughput(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
 def run_evaluation(args: argparse.Namespace, watchdog: Watchdog, precision: Precision) -> None:
     """`--eval`: validate the weights of `--resume`, and its averaged weights if it has any."""
     what = f"--resume {args.resume}"
-    checkpoint = read_checkpoint(args.resume, what) if args.resume else {}
+    checkpoint = read_checkpoint(args.resume, what) if args.resume else None
     args, preprocessing = adopt_reading(args, checkpoint, what)
     val = build_data(args, False, preprocessing)
-    if checkpoint:
+    if checkpoint is not None:
         val = val.matched(checkpoint.get("classes"), what)
     model = build_model(args, val.num_classes, precision)
     folder = Path(args.output_dir) if args.output_dir else None
     if folder is not None:
         on_main_process(lambda: make_folder(folder, f"--output_dir {folder}"))
     loader = build_val_loader(val, settings_from(args, LoaderSettings))
-    if checkpoint:
+    if checkpoint is not None:
         load_from(model, checkpoint, what, "evaluate it on images of its own classes")
     else:
         print_main("--eval without --resume: evaluating random weights")
     settings = settings_from(args, EvaluationSettings)
     stats = prefixed("test", evaluate(model, loader, precision, "validation", settings, watchdog))
     check_outputs(stats, "validation")
-    if has_both_weights(checkpoint):
+    if checkpoint is not None and has_both_weights(checkpoint):
         averaged = weights_of(checkpoint, what, prefer_ema=True)
         load_weights(model, averaged, what, variant_hint=VARIANT_HINT, img_size=img_size_of(checkpoint))
         title = "validation, averaged weights"
@@ -251,15 +251,12 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     start = find_start(args, source)
     args, preprocessing = adopt_reading(args, start.checkpoint, start.what)
     settings = dict(vars(args))
-    is_stream = isinstance(train.dataset, IterableDataset)
-    accum_steps = check_source(source, settings, data, is_stream) if source else args.accum_steps
     train, val = (prepared(one, one is train, transform_settings(args, preprocessing)) for one in (train, val))
+    accum_steps = args.accum_steps
     if source:
-        if img_size_of(start.checkpoint) and "reading" not in start.checkpoint:
-            print_main(f"{start.what}: its run clipped values of 16 bits and ignored transparency; now values are "
-                       "scaled, and transparent parts are white")  # fmt: skip
-        train, val = (one.matched(source.checkpoint.get("classes"), start.what) for one in (train, val))
-    elif start.checkpoint:
+        train, val = match_resumed(train, val, source.checkpoint, start.what)
+        accum_steps = check_source(source, settings, data, isinstance(train.dataset, IterableDataset))
+    elif start.checkpoint is not None:
         load_from(model, start.checkpoint, start.what, prefer_ema=True, new_classifier=True, data=train)
     parts = build_parts(args, model, train, val, preprocessing, precision, accum_steps)
     training = parts.training
@@ -272,7 +269,7 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     run = describe_run(settings, data, precision.device, packages)
     on_main_process(lambda: open_output(output, run, training, source, args.auto_resume))
     kept = dict(args=settings, data=data, classes=train.classes, preprocessing=preprocessing.to_json(),
-                reading=(source and start.checkpoint.get("reading")) or describe_reading(args, train))  # fmt: skip
+                reading=describe_reading(args, train))  # fmt: skip
     save = partial(save_checkpoint, training, output, kept, accum_steps)
     flags = DelayedFlags(precision.device, flag_delay(args, precision))
     limits = settings_from(args, MonitorSettings, dataset_size=len(train), advice=DIVERGENCE_ADVICE)
@@ -285,11 +282,11 @@ class Start:
     """What a run starts from.
 
     Attributes:
-        checkpoint: the checkpoint that it resumes from or finetunes; empty for random weights.
+        checkpoint: the checkpoint that it resumes from or finetunes; None for random weights.
         what: flag and path, for messages.
     """
 
-    checkpoint: dict[str, Any]
+    checkpoint: dict[str, Any] | None
     what: str
 
 
@@ -306,27 +303,29 @@ def find_start(args: argparse.Namespace, source: Source | None) -> Start:
     if source:
         return Start(source.checkpoint, f"{'--auto-resume' if source.is_automatic else '--resume'} {source.path}")
     what = f"--finetune {args.finetune}"
-    return Start(read_checkpoint(args.finetune, what) if args.finetune else {}, what)
+    return Start(read_checkpoint(args.finetune, what) if args.finetune else None, what)
 
 
 def adopt_reading(
-    args: argparse.Namespace, checkpoint: dict[str, Any], what: str
+    args: argparse.Namespace, checkpoint: dict[str, Any] | None, what: str
 ) -> tuple[argparse.Namespace, Preprocessing]:
     """Read images as a checkpoint's network was trained.
 
     Args:
         args: the command's settings.
-        checkpoint: the checkpoint, empty for random weights.
+        checkpoint: the checkpoint, None for random weights.
         what: flag and path, for messages.
 
     Returns:
         the settings with the checkpoint's orientation, unless the user has chosen one; and the preprocessing.
     """
-    before = settings_in(checkpoint)
+    before = settings_in(checkpoint or {})
     orientation = args.orientation or before.get("orientation") or STORED
+    if args.auto_resume and "input_size" in before and "orientation" not in before:
+        orientation = STORED  # of a run that began before there were orientations, whatever its recipe says now
     args = argparse.Namespace(**{**vars(args), "orientation": orientation})
     published = Preprocessing.for_size(args.input_size)
-    if not checkpoint:
+    if checkpoint is None:
         return args, published
     preprocessing = Preprocessing.of_weights(checkpoint, args.model, args.input_size)
     if preprocessing != published:
@@ -334,11 +333,32 @@ def adopt_reading(
     return args, preprocessing
 
 
+def match_resumed(
+    train: ImageData, val: ImageData, checkpoint: dict[str, Any], what: str
+) -> tuple[ImageData, ImageData]:
+    """Match the classes of both data sets, which are the same, with those of the run that is resumed.
+
+    Args:
+        train: training images.
+        val: validation images.
+        checkpoint: the run's checkpoint.
+        what: flag and path, for messages.
+
+    Raises:
+        UserError: the names of the classes differ.
+    """
+    if img_size_of(checkpoint) and "reading" not in checkpoint:
+        print_main(f"{what}: this run clipped 16-bit values and dropped transparency; from now on, values are scaled "
+                   "and transparency is laid on white")  # fmt: skip
+    held = checkpoint.get("classes")
+    return train.matched(held, what), val.matched(held, what, quietly=True)
+
+
 def describe_reading(args: argparse.Namespace, train: ImageData) -> dict[str, Any]:
     """Describe how a run reads its training images: the orientation, and how many images of a sample it concerns."""
     if args.orientation != STORED or not is_main_process():  # only rank 0 writes checkpoints
         return dict(orientation=args.orientation)
-    counts = count_turned(train.dataset)
+    counts = count_turned(sampled_files(train.dataset))
     if counts["turned"]:
         print_main(f"WARNING: --orientation stored: {counts['turned']} of {counts['sampled']} sampled training images "
                    "have an EXIF orientation, which is ignored; exif turns them upright")  # fmt: skip
@@ -687,12 +707,16 @@ def load_from(
         UserError: the checkpoint does not fit.
     """
     weights, held = weights_of(checkpoint, what, prefer_ema), checkpoint.get("classes")
-    if data is not None and data.classes and held and not data.class_map:
-        fresh = match_classifier(weights, model, held, data.classes)
-        if list(held) != data.classes:
+    names = data.classes if data is not None else None
+    if data is not None and data.class_map and held and names and len(held) == len(names):
+        check_map(data.class_map, names, held, what)
+        held = None  # the user numbers the classes
+    if held and names:
+        fresh = match_classifier(weights, model, held, names)
+        if list(held) != names:
             rest = f"; randomly initialised: {listed(fresh)}" if fresh else ""
-            print_main(f"{what}: {len(data.classes) - len(fresh)} of {len(data.classes)} classes of the classifier are "
-                       f"carried over by name{rest}")  # fmt: skip
+            shared = len(names) - len(fresh)
+            print_main(f"{what}: {shared} of {len(names)} classes of the classifier are carried over by name{rest}")
     report = load_weights(
         model,
         weights,
@@ -702,8 +726,8 @@ def load_from(
         new_classifier=new_classifier,
         img_size=img_size_of(checkpoint),
     )
-    if new_classifier and data is not None and not (held and data.classes) and not report.classifier:
-        print_main(f"{what}: {NO_NAMES}")
+    if new_classifier and data is not None and not (held and names) and not report.classifier:
+        print_main(f"{what}: {BY_CLASS_MAP if data.class_map else NO_NAMES}")
     if new_classifier or report.adaptation:
         averaged = "averaged weights, " if prefer_ema and has_both_weights(checkpoint) else ""
         print_main(f"{what}: {averaged}{report}")

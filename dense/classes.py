@@ -115,7 +115,7 @@ def _names_of(place: str, node: Mapping[str, Any], kind: Any) -> tuple[str, ...]
         two = f"set metainfo = dict(classes=('background', {names[0]!r})), for labels 0 and 1"
         one = "for a head of one channel, set out_channels=1, num_classes=2 and loss_decode.use_sigmoid=True as well"
         raise UserError(
-            f"{place}: one class, {names[0]}, which each labelled pixel has, cannot be learned; {two}; {one}"
+            f"{place}: a single class ({names[0]}) leaves nothing to learn, every labelled pixel has it; {two}; {one}"
         )
     palette = meta.get("palette")
     if names and palette is not None and not isinstance(palette, str) and len(palette) != len(names):

@@ -25,7 +25,6 @@ from dense.parts import (
     classes_of,
     data_sets,
     dicts,
-    evenly_spaced,
     has_step,
     is_elsewhere,
     is_kind,
@@ -35,7 +34,7 @@ from dense.parts import (
     step_name,
 )
 from training.errors import UserError
-from training.images import IMAGE_SUFFIXES, is_hidden, open_image, orientation_of
+from training.images import EXIF, IMAGE_SUFFIXES, STORED, evenly_spaced, is_hidden, open_image, orientation_of
 from training.processes import get_world_size, on_main_process, on_processes, print_main
 from training.unreadable import UnreadableImageError, unreadable_limit
 
@@ -100,6 +99,25 @@ def check_orientations(cfg: Config) -> None:
         stated = ", ".join(f"{part} {' and '.join(sorted(values))}" for part, values in found.items() if values)
         hint = "set it at the top of the config, for all of them"
         raise UserError(f"orientation of LoadImageFromFile: differs between pipelines ({stated}); {hint}")
+
+
+def check_reading(cfg: Config, checkpoint: Mapping[str, Any], what: str) -> None:
+    """Refuse to test a network on images in a different orientation from those that it was trained on.
+
+    Args:
+        cfg: the config.
+        checkpoint: the network's checkpoint.
+        what: flag and path, for messages.
+
+    Raises:
+        UserError: the orientations differ.
+    """
+    reading = checkpoint.get("reading") or {}
+    own = EXIF if EXIF in orientations_in(cfg.test_dataloader) else STORED
+    if reading.get("turned") and reading["orientation"] != own:
+        trained = reading["orientation"]
+        raise UserError(f"{what}: was trained on images with orientation={trained!r}, the config has {own!r}; set it "
+                        f"with --cfg-options orientation={trained}")  # fmt: skip
 
 
 def part_of(loader: str) -> str:
@@ -247,8 +265,8 @@ def warn_of_unmet_classes(
             counts += np.bincount(load.transform(dict(sample))["gt_seg_map"].ravel(), minlength=len(counts))
     if unmet := [name for number, name in enumerate(names) if not counts[number]]:
         labels = f"{len(chosen)} of its {len(samples)} label maps" if len(chosen) < len(samples) else "its label maps"
-        ignored = f"; the value {LARGEST} in them is of no class" if counts[LARGEST] else ""
-        print_main(f"WARNING: train labels {folder}: no pixel in {labels} is of the classes {listed(unmet)}{ignored}")
+        ignored = f"; {LARGEST} is ignored" if counts[LARGEST] else ""
+        print_main(f"WARNING: train labels {folder}: no pixel of the classes {listed(unmet)} in {labels}{ignored}")
 
 
 def check_batches(loader: str, batch_size: int, node: Any, samples: Sequence[Mapping[str, Any]]) -> None:

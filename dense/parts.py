@@ -1,6 +1,6 @@
 """The parts of a config that are about its data: the data sets, their pipelines, and the heads that predict classes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from mmengine.config import Config
@@ -33,12 +33,6 @@ def dicts(node: Any) -> Iterator[Any]:
 def as_list(value: Any) -> list[Any]:
     """Return a list or tuple as a list, and anything else as the one entry of a list."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def evenly_spaced(samples: Sequence[T], most: int) -> list[T]:
-    """Return some of many samples, evenly spaced, or all of a few."""
-    count = min(most, len(samples))
-    return [samples[number * len(samples) // count] for number in range(count)]
 
 
 def class_name(kind: type) -> str:

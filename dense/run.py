@@ -33,11 +33,11 @@ from dense.loops import (
 )
 from dense.parts import orientations_in
 from dense.runner import DenseRunner, has_half_precision, unwrapped, without_mixed_precision
-from dense.samples import count_turned, describe_samples, shield_workers
+from dense.samples import describe_samples, sampled_files, shield_workers
 from training.checkpoints import settings_in
 from training.commands import first_line
 from training.errors import UserError, setting, with_flags
-from training.images import EXIF, STORED
+from training.images import EXIF, STORED, count_turned
 from training.monitor import DelayedFlags, MonitorSettings, StepMonitor
 from training.naming import CheckpointNames
 from training.output import Output
@@ -324,6 +324,8 @@ class TrainingRunner(DenseRunner):
         if source is None:
             super().load_or_resume()
         else:
+            if settings_in(source.checkpoint) and "reading" not in source.checkpoint:
+                print_main(f"checkpoint {source.path}: this run dropped transparency; from now on, it is laid on white")
             self._compare(source)
             self.restore(source)
         described = describe_run(run.settings, self.data, self.device, PACKAGES)
@@ -361,7 +363,7 @@ class TrainingRunner(DenseRunner):
             loops = dict(train=self.train_loop) | (dict(val=self.val_loop) if self.val_loop is not None else {})
             data = {name: describe_samples(loop.dataloader.dataset) for name, loop in loops.items()}
             orientation = EXIF if EXIF in orientations_in(self.cfg.train_dataloader) else STORED
-            reading = dict(orientation=orientation, **count_turned(self.train_loop.dataloader.dataset))
+            reading = dict(orientation=orientation, **count_turned(sampled_files(self.train_loop.dataloader.dataset)))
             described = [json.dumps([data, reading])]
         data, reading = json.loads(all_gather(described)[0])
         return data, reading

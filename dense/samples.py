@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from itertools import count, islice
 from typing import Any
@@ -12,15 +11,13 @@ from typing import Any
 from mmengine.dist import get_dist_info
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from dense.parts import evenly_spaced, inner_data_sets
+from dense.parts import inner_data_sets
 from samplers import Draw
 from training.errors import MachineError, UserError
-from training.images import UPRIGHT, open_image, orientation_of
+from training.images import MAX_HEADERS, evenly_spaced
 from training.unreadable import Replacements, UnreadableImageError
 from training.watchdog import ignore_preemption
 from utils import Stream, derived_seed, seed_everything
-
-MAX_HEADERS = 500  # images whose EXIF orientation is looked up
 
 
 class SeededSamples(Dataset):
@@ -177,18 +174,18 @@ def describe_samples(dataset: Any) -> dict[str, Any]:
     return dict(images=len(dataset), fingerprint=digest.hexdigest()[:16])
 
 
-def count_turned(dataset: Any) -> dict[str, int]:
-    """Count the images whose EXIF orientation is not upright, in an evenly spaced sample. Pixels are not decoded.
+def sampled_files(dataset: Any) -> Iterator[Callable[[], str]]:
+    """Yield functions that give the paths of images, evenly spaced, for `training.images.count_turned`."""
+    if hasattr(dataset, "get_data_info"):
+        for index in evenly_spaced(range(len(dataset)), MAX_HEADERS):
+            yield partial(_path, dataset, index)
+    else:
+        for inner in inner_data_sets(dataset):
+            yield from sampled_files(inner)
 
-    Returns:
-        `turned` images among the `sampled` ones. Unreadable ones are skipped.
-    """
-    turned = sampled = 0
-    for index in evenly_spaced(range(len(dataset) if hasattr(dataset, "get_data_info") else 0), MAX_HEADERS):
-        with suppress(Exception), open_image(dataset.get_data_info(index)["img_path"]) as image:
-            turned += orientation_of(image) != UPRIGHT
-            sampled += 1
-    return dict(turned=turned, sampled=sampled)
+
+def _path(dataset: Any, index: int) -> str:
+    return dataset.get_data_info(index)["img_path"]
 
 
 def data_roots(dataset: Any) -> list[str]:

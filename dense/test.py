@@ -11,7 +11,7 @@ from mmengine.hooks import Hook
 from dense.checks import check_test_parts, check_weights, rehearse
 from dense.classes import match_classes
 from dense.console import TestProgressHook
-from dense.data import check_data
+from dense.data import check_data, check_reading
 from dense.parts import LOADERS, data_sets, heads_of, is_elsewhere
 from dense.runner import DenseRunner
 from dense.settings import (
@@ -113,6 +113,7 @@ def test(args: argparse.Namespace, prepare: Prepare) -> None:
     what = f"CHECKPOINT {args.checkpoint}"
     checkpoint = read_model_checkpoint(cfg, args.checkpoint, "CHECKPOINT")
     match_classes(cfg, checkpoint, what, ["test_dataloader"])
+    check_reading(cfg, checkpoint, what)
     check_weights(rehearse(cfg, where, "test_dataloader"), checkpoint, what)
     cfg.train_dataloader = cfg.train_cfg = cfg.optim_wrapper = cfg.param_scheduler = None
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None

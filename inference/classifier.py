@@ -200,7 +200,7 @@ def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description, Seque
     except Exception as error:  # of any type, for files that are damaged or of other networks
         raise UserError(f"{what}: timm cannot load it ({' '.join(str(error).split())[:200]})") from None
     fields = network.pretrained_cfg
-    orientation = json.loads((folder / CONFIG).read_text()).get("orientation", EXIF)
+    orientation = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("orientation", EXIF)
     names = fields.get("label_names")
     classes = class_names(names, network.num_classes)
     return network, Description(fields["architecture"], classes, Preprocessing.from_timm(fields), orientation), names

@@ -45,7 +45,7 @@ def _characters_of(path: str) -> frozenset[int]:
 
 @cache
 def _report(script: str) -> None:
-    tqdm.write(f"WARNING: no font of this machine has all characters of the pictures' text ({script}); install one",
+    tqdm.write(f"WARNING: no installed font covers all characters in the class names ({script}); install one",
                file=sys.stderr)  # fmt: skip
 
 

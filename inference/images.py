@@ -33,7 +33,7 @@ def read_image(source: str | Path | bytes, what: str, orientation: str = EXIF) -
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about sizes below the limit, and metadata
+            warnings.simplefilter("ignore")  # about metadata
             return decode(source if isinstance(source, bytes) else read_file(source), orientation)
     except Exception as error:  # Pillow's decoders raise errors of any type for damaged files
         raise UserError(f"{what}: cannot be read ({reason_of(error)})") from None
@@ -79,7 +79,12 @@ def find_images(names: Sequence[str]) -> list[Task]:
 def _find(name: str) -> Iterator[Task]:
     path = Path(name)
     if path.is_dir():
-        files, skipped = images_in(path)
+        try:
+            files, skipped = images_in(path)
+        except OSError as error:
+            raise UserError(
+                f"{PLACEHOLDER} {error.filename}: cannot be read ({error.strerror}); correct its permissions"
+            ) from None
         if not files:
             endings = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UserError(f"{PLACEHOLDER} {path}: a folder without images (files ending in {endings})")

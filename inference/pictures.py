@@ -11,6 +11,7 @@ from training.errors import UserError, setting
 from training.storage import write_file
 
 MIN_WIDTH = 320  # pixels; smaller images are enlarged, so that the classes are legible
+MAX_SIDE = 4096  # pixels; longer images are not enlarged, and their text does not grow
 ROWS = 5
 
 
@@ -22,19 +23,20 @@ def with_classes(image: Image.Image, classes: Sequence[str], probabilities: Sequ
         classes: names of the classes, the likeliest first.
         probabilities: their probabilities, 0 to 1.
     """
-    factor = max(1, -(-MIN_WIDTH // image.width))
+    factor = max(1, min(-(-MIN_WIDTH // image.width), MAX_SIDE // image.height))
     image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
-    line = max(18, image.width // 24)  # height of a row in pixels
+    width = max(image.width, MIN_WIDTH)
+    line = max(18, min(width, MAX_SIDE) // 24)  # height of a row in pixels
     font = ImageFont.truetype(font_file([*classes[:ROWS], " %.…0123456789"]), int(0.62 * line))
     margin, rows = line // 3, list(zip(classes, probabilities))[:ROWS]
-    picture = Image.new("RGB", (image.width, image.height + line * len(rows) + 2 * margin), "white")
+    picture = Image.new("RGB", (width, image.height + line * len(rows) + 2 * margin), "white")
     picture.paste(image)
     canvas = ImageDraw.Draw(picture)
     for number, (name, probability) in enumerate(rows):
         top = image.height + margin + number * line
-        length = round((image.width - 2 * margin) * probability)
+        length = round((width - 2 * margin) * probability)
         canvas.rectangle((margin, top + 1, margin + max(1, length), top + line - 2), fill="#a9c7e8")
-        text = _shortened(f"{100 * probability:.1f} %  {name}", font, image.width - 3 * margin)
+        text = _shortened(f"{100 * probability:.1f} %  {name}", font, width - 3 * margin)
         canvas.text((margin + line // 4, top + line // 2), text, fill="black", font=font, anchor="lm")
     return picture
 

@@ -130,7 +130,7 @@ MISTAKES = {
     "no validation folder": (["--data-path", "{root}/no_val"], ["no val/ folder"]),
     "no class folders": (["--data-path", "{root}/no_classes"], ["no_classes/val", "class folder"]),
     "class folder without images": (["--data-path", "{root}/no_images"], ["folders 1", ".jpeg, ", ".png"]),
-    "different classes in validation": (["--data-path", "{root}/other_classes"], ["2 differ", "7, 0"]),
+    "different classes in validation": (["--data-path", "{root}/other_classes"], ["2 names differ", "7, 0"]),
     "unknown data set": (["--data-set", "MNIST"], ["--data-set MNIST", "IMNET"]),
     "missing CIFAR-100": (["--data-set", "CIFAR"], ["CIFAR-100"]),
     "missing iNaturalist": (["--data-set", "INAT"], ["categories.json"]),

@@ -78,7 +78,7 @@ def test_other_names_are_refused(use, trained_digits, shifted, tmp_path, capsys)
         trained_digits / "checkpoint.pth",
     ]
     line = refusal(main.run, "main", list(map(str, arguments)), capsys)
-    for part in (str(trained_digits / "checkpoint.pth"), "2 differ (9, 0)", "--class-map FILE", str(shifted)):
+    for part in (str(trained_digits / "checkpoint.pth"), "2 names differ (9, 0)", "--class-map FILE", str(shifted)):
         assert part in line
 
 
@@ -86,7 +86,7 @@ def test_an_export_is_not_scored_on_other_names(trained_digits, shifted, tmp_pat
     arguments = ["--resume", trained_digits / "checkpoint.pth", "--out", tmp_path / "out", "--formats", "torchscript",
                  "--data-path", shifted]  # fmt: skip
     result = command(*arguments, script="tools/export.py")
-    assert (result.returncode, "2 differ (9, 0)" in result.stderr) == (2, True)
+    assert (result.returncode, "2 names differ (9, 0)" in result.stderr) == (2, True)
     assert not (tmp_path / "out").exists()
     (tmp_path / "map.txt").write_text("9\n1\n2\n")
     printed = succeed(*arguments, "--class-map", tmp_path / "map.txt", "--rounds", 1, script="tools/export.py")
@@ -103,7 +103,7 @@ def test_renamed_folders_are_numbered_by_a_class_map(trained_digits, shifted, tm
 @pytest.mark.parametrize(
     ("lines", "problem"),
     [
-        ("9\n2\n1\n", "numbers 2 1, which is class 2 of"),
+        ("9\n2\n1\n", "puts 2 at number 1, but"),
         ("1\n2\n", "lacks 1 classes"),
         ("9\n\n1\n\n2\n", "does not number its classes from 0 on"),
         (None, "not a class map"),
@@ -166,6 +166,35 @@ def test_finetuning_carries_the_rows_of_shared_names_over(labels, trained_digits
     assert f"{shared} of 3 classes of the classifier are carried over by name" in capsys.readouterr().out
 
 
+def test_finetuning_with_a_class_map_keeps_its_numbers(trained_digits, tmp_path, capsys):
+    what, path = "--finetune x", str(trained_digits / "checkpoint.pth")
+    checkpoint = read_checkpoint(path, what)
+    for names, problem in ((["9", "1", "2"], ""), (["1", "0", "2"], "puts 1 at number 0")):
+        model = sepvit.SepViT_Lite(img_size=32, num_classes=3)
+        data = main.ImageData(None, 3, names, class_map="map.txt")
+        if problem:
+            with pytest.raises(UserError, match=problem):
+                main.load_from(model, checkpoint, what, new_classifier=True, data=data)
+        else:
+            main.load_from(model, checkpoint, what, new_classifier=True, data=data)
+            assert torch.equal(model.head.weight, checkpoint["model"]["head.weight"])
+            assert "class map" in capsys.readouterr().out
+
+
+def test_an_empty_checkpoint_is_refused(few_digits, tmp_path, capsys):
+    torch.save({}, tmp_path / "empty.pth")
+    for flag in (["--eval", "--resume"], ["--finetune"], ["--resume"]):
+        arguments = [*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", *flag, tmp_path / "empty.pth"]
+        assert "empty.pth" in refusal(main.run, "main", arguments, capsys)
+
+
+def test_two_processes_match_classes(permuted, trained_digits, few_digits, tmp_path):
+    printed = succeed(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path, "--eval", "--dist-eval", "--resume",
+                      permuted, processes=2)  # fmt: skip
+    assert printed.count("matched by name") == 1
+    assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-6)
+
+
 def test_the_published_command_without_names(few_digits, tmp_path):
     """Published checkpoints have no names. Their classes are compared by number, and one line says so."""
     torch.manual_seed(0)
@@ -177,7 +206,7 @@ def test_the_published_command_without_names(few_digits, tmp_path):
     literal = ["--eval", "--resume", "SepViT_Tiny.pth", "--model", "SepViT_Tiny", "--data-path", "imagenet"]
     printed = succeed(*literal, "--num_workers", 0, "--device", "cpu", cwd=tmp_path).splitlines()
     assert [line for line in printed if "number" in line] == [
-        "--resume SepViT_Tiny.pth: the names of the classes are unknown; they are matched by number"
+        "--resume SepViT_Tiny.pth: no class names known; classes are matched by number"
     ]
     assert not [line for line in printed if "SepViT_Tiny.pth" in line][1:]
     images = [next((tmp_path / "imagenet/val" / label).iterdir()) for label in "012"]
@@ -250,7 +279,7 @@ def test_a_class_without_images_is_named(few_digits, tmp_path):
     (tmp_path / "map.txt").write_text("0\n1\n2\ncat\n")
     printed = succeed(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--eval",
                       "--class-map", tmp_path / "map.txt")  # fmt: skip
-    assert "1 of 4 classes have none: cat" in printed
+    assert "validation images for 1 of 4 classes: cat" in printed
 
 
 def test_hidden_folders_and_files_of_archives_are_nobodys(few_digits, tmp_path):

@@ -218,12 +218,12 @@ def test_other_classes_are_refused(task, labelled, boxed, tmp_path, capsys, monk
     torch.save({**checkpoint, "optimizer": {}, "message_hub": {}}, tmp_path / "a.pth")
     test = dict(segmentation=segmentation.test.main, detection=detection.test.main)[task]
     line = refusal(test, "test", [config, tmp_path / "a.pth", "--work-dir", "new"], capsys)
-    assert "2 differ (" in line
+    assert "2 names differ (" in line
     assert "metainfo = dict(classes=" in line
     train = [config, "--resume", tmp_path / "a.pth", "--work-dir", "new"]
     line = refusal(lambda arguments: run_training(build_train_parser(""), arguments), "train", train, capsys)
     assert line.startswith(f"train.py: --resume {tmp_path}/a.pth: ")
-    assert "2 differ (" in line
+    assert "2 names differ (" in line
     assert not (tmp_path / "new").exists()
 
 

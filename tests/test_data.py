@@ -283,7 +283,7 @@ def test_archives_number_classes_as_folders_do(tmp_path):
     assert [read_sample(data.dataset, index, ())[1] for index in range(3)] == [0, 2, 1]
 
 
-def test_fingerprints_tell_archives_apart(tmp_path):
+def test_fingerprints_tell_archives_apart(tmp_path, monkeypatch):
     found = []
     for name in ("a", "a", "b"):
         folder = tmp_path / str(len(found))
@@ -294,6 +294,8 @@ def test_fingerprints_tell_archives_apart(tmp_path):
             archive.add(folder / "x", arcname=".")
         found.append(fingerprint(main.build_data(settings("--data-path", folder), is_train=False)))
     assert found[0] == found[1] != found[2]
+    monkeypatch.chdir(tmp_path / "0")
+    assert fingerprint(main.build_data(settings("--data-path", "."), is_train=False)) == found[0]
 
 
 def test_hugging_face_data_set(few_digits, tmp_path):

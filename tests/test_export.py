@@ -335,7 +335,7 @@ MISTAKES = {
     "unknown format": (["--formats", "tflite"], "invalid choice: 'tflite'"),
     "unwritable folder": (["--out", "{root}/a_file/x"], "--out {root}/a_file/x: cannot be written"),
     "no data": (["--data-path", "{root}/nothing"], "--data-path {root}/nothing: no such folder"),
-    "other classes": (["--data-path", "{other}"], "different names than --data-path {other}/val: 7 differ (3, 4, 5, "),
+    "other classes": (["--data-path", "{other}"], "different classes than --data-path {other}/val: 7 names "),
     "exported file": (["--resume", "{root}/a.onnx"], "--resume {root}/a.onnx: "),
     "file is there": (["--out", "{root}/full", "--formats", "torchscript"],
                       "--out {root}/full: SepViT_Lite-torchscript.pt exists; name another folder, or replace "),

@@ -54,7 +54,7 @@ def test_two_heads_are_evaluated_and_finetuned(data, few_digits, tmp_path, capsy
     assert run(*common, "--eval", "--resume", tmp_path / "two/checkpoint.pth") == 0
     three = settings(few_digits, tmp_path / "three", "deit_tiny_distilled_patch16_224")
     line = refusal(main.run, "main", [*three, "--eval", "--resume", tmp_path / "two/checkpoint.pth"], capsys)
-    assert "1 differ (2)" in line
+    assert "1 names differ (2)" in line
     assert run(*three, "--finetune", tmp_path / "two/checkpoint.pth") == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias"))

@@ -29,11 +29,11 @@ from dense.drawing import read_pixels
 from dense.loading import LoadReadableImage, LoadReadableLabels, use_checked_loading
 from dense.own_data import move, palette_of
 from dense.parts import dicts
-from dense.samples import count_turned, describe_samples
+from dense.samples import describe_samples, sampled_files
 from dense.settings import read_config
 from dense.train import build_train_parser, run_training
 from training.errors import MachineError, UserError
-from training.images import decode
+from training.images import count_turned, decode
 from training.unreadable import UnreadableImageError
 
 SEGMENTATION, DETECTION = ROOT / "segmentation/configs", ROOT / "detection/configs"
@@ -344,7 +344,7 @@ def test_labels_of_upright_images(segmentation):
     check_data(upright, "train_dataloader", "val_dataloader")
     sample = built(upright, "val_dataloader")[1]
     assert sample["data_samples"].gt_sem_seg.data.shape[1:] == (WIDTH, HEIGHT)
-    assert count_turned(built(upright)) == dict(turned=1, sampled=6)
+    assert count_turned(sampled_files(built(upright))) == dict(turned=1, sampled=6)
 
 
 def test_loaders_agree_on_the_orientation(segmentation):

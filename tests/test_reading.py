@@ -29,9 +29,9 @@ from inference.classifier import load_classifier
 from inference.images import find_images, read_image
 from tools.export_formats import hub_settings
 from training.augmentation import collate_crops
-from training.images import decode, images_in, orientation_for
+from training.images import count_turned, decode, images_in, orientation_for
 from training.preprocessing import MAX_ASPECT, Preprocessing
-from training.samples import count_turned
+from training.samples import read_sample, sampled_files
 
 TURNED = 3  # EXIF orientation: upside down
 
@@ -246,7 +246,33 @@ def test_orientations_are_counted_in_every_source(tmp_path):
     for source in ("folder", "archive", "webdataset"):
         arguments = written_as(source, tmp_path / source)
         data = main.build_data(main.build_parser().parse_args(arguments), is_train=True)
-        assert count_turned(data.dataset) == dict(turned=1, sampled=5)
+        assert count_turned(sampled_files(data.dataset)) == dict(turned=1, sampled=5)
+
+
+def test_another_orientation_of_a_resumed_run_is_kept(photographs, tmp_path):
+    """What predict.py reads follows what the network was trained on last."""
+    arguments = [*SMALLEST, "--data-path", photographs["stored"], "--output_dir", tmp_path / "run"]
+    succeed(*arguments)
+    succeed(*arguments, "--resume", tmp_path / "run/checkpoint.pth", "--epochs", 2, "--orientation", "exif")
+    assert torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["reading"] == dict(orientation="exif")
+
+
+def test_folders_read_by_torchvision_are_read_alike(mixed, tmp_path):
+    """`torch/image_folder` is a folder of class folders, hidden ones excepted."""
+    (mixed / "val/1/deep.png").write_bytes(FILES["16 bits"])
+    flags = ["--data-set", "torch/image_folder", "--data-path", str(mixed), "--val-split", "val", "--num-classes", "2"]
+    data = main.build_data(main.build_parser().parse_args(flags), is_train=False)
+    assert (data.classes, len(data)) == (["0", "1"], 2 + 2 + len(KINDS) + 1)
+    names = [Path(path).name for path, _ in data.dataset.samples]
+    read = read_sample(data.dataset, names.index("deep.png"), (), data.decode)[0]
+    assert np.array_equal(np.asarray(read), np.asarray(decode(FILES["16 bits"])))
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_a_pixel_that_is_not_finite_spoils_no_other(value):
+    pixels = np.array([[0, 0.5, 1, value]], np.float32)
+    read = np.asarray(decode(encoded(Image.fromarray(pixels), "TIFF")))
+    assert read[0, :3, 0].tolist() == [0, 128, 255]
 
 
 def test_orientation_of_predictions():
@@ -291,12 +317,15 @@ sys.exit(predict.run(sys.argv[1:]))
 def test_thin_images_take_little_memory(trained_digits, few_digits, tmp_path):
     """14 GB otherwise, for a file of some hundred bytes."""
     Image.new("L", (50_000, 1)).save(tmp_path / "thin.png")
+    Image.new("L", (1, 12_000)).save(tmp_path / "tall.png")
     shutil.copy(next((few_digits / "val/1").iterdir()), tmp_path / "one.png")
     (tmp_path / "thin.py").write_text(THIN.format(root=str(ROOT)))
     printed = succeed(tmp_path, "--resume", trained_digits / "checkpoint.pth", "--topk", 1, "--json", "-",
-                      script=tmp_path / "thin.py")  # fmt: skip
+                      "--out", tmp_path / "pictures", script=tmp_path / "thin.py")  # fmt: skip
     assert [entry["predictions"][0]["class"] for entry in json.loads(printed)][:1] == ["1"]
-    assert len(json.loads(printed)) == 2
+    assert len(json.loads(printed)) == 3
+    with Image.open(tmp_path / "pictures/tall.png") as picture:
+        assert picture.width == 320
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -327,7 +356,7 @@ def mixed(few_digits, tmp_path) -> Path:
 def test_all_images_of_a_class_folder_are_read(mixed, tmp_path):
     printed = succeed(*SMALLEST, "--data-path", mixed, "--output_dir", tmp_path / "run", "--batch-size", 2)
     for split in ("training", "validation"):
-        assert f"WARNING: {mixed}, {split} images: 3 files are skipped" in printed
+        assert f"WARNING: {mixed}, {split} images: skipped 3 files" in printed
     assert "2 .txt, 1 .psd" in printed
     assert f"{2 + 2 + len(KINDS)} images" in printed
     assert torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["classes"] == ["0", "1"]
@@ -341,7 +370,7 @@ def test_predict_finds_the_images_that_training_does(mixed, trained_digits, tmp_
     found = {task.inner for task in find_images([str(tmp_path / "outer")])}
     assert found == {Path(path).relative_to(tmp_path / "outer") for path in images_in(tmp_path / "outer")[0]}
     assert len(found) == 2 + 2 + len(KINDS)
-    assert "3 files are skipped" in capsys.readouterr().err
+    assert "skipped 3 files" in capsys.readouterr().err
     arguments = [tmp_path / "outer", "--resume", trained_digits / "checkpoint.pth", "--json", tmp_path / "x.json"]
     assert predict.run(list(map(str, arguments))) == 0
     assert len(json.loads((tmp_path / "x.json").read_text())) == len(found)
@@ -388,6 +417,13 @@ def test_bare_weights_see_the_pixels_that_timm_says(foreign, few_digits, tmp_pat
     labels = torch.tensor([int(path.parent.name) for path in paths])
     loss = torch.nn.functional.cross_entropy(bare.run(expected), labels).item()
     assert f"loss {loss:.4f}, 21 images" in printed
+
+
+@pytest.mark.parametrize("trained_at", [32, 160, 192, 224, 384])
+def test_networks_are_evaluated_at_other_sizes_as_published(trained_at):
+    saved = dict(preprocessing=Preprocessing.for_size(trained_at).to_json())
+    for size in (32, 160, 224, 288):
+        assert Preprocessing.of_weights(saved, "SepViT_Tiny", size) == Preprocessing.for_size(size)
 
 
 def test_finetuned_foreign_weights_keep_their_normalisation(foreign, few_digits, tmp_path):

@@ -16,6 +16,7 @@ import main
 from inference.classifier import Classifier, class_names
 from tools.benchmark_networks import main_settings
 from training.errors import UserError
+from training.images import evenly_spaced
 from training.samples import ImageData, ValSamples
 from training.streams import ValStream
 
@@ -113,6 +114,5 @@ def _spaced(data: ImageData, count: int) -> Iterator[tuple[Image.Image, int]]:
     if isinstance(data.dataset, IterableDataset):
         yield from itertools.islice(ValStream(data), count)
         return
-    samples, count = ValSamples(data), min(count, len(data))
-    for number in range(count):
-        yield samples[number * len(samples) // count]
+    samples = ValSamples(data)
+    yield from (samples[index] for index in evenly_spaced(range(len(samples)), count))

@@ -43,7 +43,7 @@ def order_of(held: Sequence[str], names: Sequence[str], what: str, data: str, wa
     differing = [name for name in names if name not in outputs] + sorted(set(held) - set(names), key=held.index)
     if differing or len(held) != len(names):
         raise UserError(
-            f"{what}: was trained on classes with different names than {data}: {len(differing)} differ "
+            f"{what}: was trained on different classes than {data}: {len(differing)} names differ "
             f"({listed(differing)}); {way_out}"
         )
     return [outputs[name] for name in names]
@@ -92,6 +92,6 @@ def check_map(path: str, names: Sequence[str], held: Sequence[str], what: str) -
     for number, name in enumerate(map(canonical, names)):
         if outputs.get(name, number) != number:
             raise UserError(
-                f"{setting('class_map', path)}: numbers {name} {number}, which is class {outputs[name]} of {what}; "
-                "order its lines as the network's classes"
+                f"{setting('class_map', path)}: puts {name} at number {number}, but {what} has it at {outputs[name]}; "
+                "list the names in the network's order"
             )

@@ -5,20 +5,25 @@ import os
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from training.classes import canonical
 
+T = TypeVar("T")
+
 # Formats that Pillow decodes in memory by itself. For some others it starts programs, which work on files.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM")
 DEEP_MODES = ("I", "F")  # and I;16…: one channel of more than 8 bits
 STORED, EXIF = ORIENTATIONS = ("stored", "exif")  # pixels as in the file, or upright
 MAX_SUFFIXES = 5  # in a message
+MAX_HEADERS = 500  # images whose orientation is looked up before training
 UPRIGHT = 1  # the EXIF orientation of an image that is stored upright
 
 Image.init()  # loads the decoders, of which Pillow may lack some
@@ -91,18 +96,42 @@ def orientation_for(reading: Mapping[str, Any] | None) -> str:
     return STORED if reading and reading["orientation"] == STORED and reading.get("turned") else EXIF
 
 
+def evenly_spaced(entries: Sequence[T], most: int) -> list[T]:
+    """Return some of many entries, evenly spaced, or all of a few."""
+    count = min(most, len(entries))
+    return [entries[number * len(entries) // count] for number in range(count)]
+
+
+def count_turned(files: Iterable[Callable[[], Any]]) -> dict[str, int]:
+    """Count the images whose EXIF orientation is not upright, among the first `MAX_HEADERS`. Pixels are not decoded.
+
+    Args:
+        files: functions that give a path or an open file.
+
+    Returns:
+        `turned` images among the `sampled` ones. Unreadable ones are skipped.
+    """
+    turned = sampled = 0
+    for file in islice(files, MAX_HEADERS):
+        with suppress(Exception), open_image(file()) as image:  # Pillow's decoders raise errors of any type
+            turned += orientation_of(image) != UPRIGHT
+            sampled += 1
+    return dict(turned=turned, sampled=sampled)
+
+
 def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
     """Scale the values of a grey image with more than 8 bits to 0 to 255.
 
     Integers have 16 bits in every common format. Floats from 0 to 1 are taken as such, others by their own range.
     """
     values = np.asarray(image, dtype=np.float64)
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     if image.mode != "F" and low >= 0 and high <= 65535:
         low, high = 0.0, 255.0 if image.mode == "I" and high <= 255 else 65535.0
     elif low >= 0 and high <= 1:
         low, high = 0.0, 1.0
-    scaled = np.nan_to_num((values - low) / max(high - low, 1e-12)) * 255
+    scaled = np.nan_to_num((values - low) / max(high - low, 1e-12), posinf=1, neginf=0) * 255
     return Image.fromarray(scaled.round().astype(np.uint8))
 
 
@@ -131,7 +160,7 @@ def describe_skipped(skipped: Counter[str]) -> str:
         skipped: their number by suffix.
     """
     counts = ", ".join(f"{number} {suffix}" for suffix, number in skipped.most_common(MAX_SUFFIXES))
-    return f"{skipped.total()} files are skipped, since their names are not those of images: {counts}"
+    return f"skipped {skipped.total()} files without an image suffix: {counts}"
 
 
 def is_hidden(name: str) -> bool:

@@ -65,7 +65,10 @@ class Preprocessing:
         """
         if "preprocessing" in checkpoint:
             saved = cls.from_json(checkpoint["preprocessing"])
-            return replace(saved, size=(size, size), resize=int(size * saved.resize / min(saved.size)))
+            side = min(saved.size)
+            is_published = saved.resize == cls.for_size(side).resize
+            resize = cls.for_size(size).resize if is_published else int(size * saved.resize / side)
+            return replace(saved, size=(size, size), resize=resize)
         known = get_pretrained_cfg(model)
         if img_size_of(dict(checkpoint)) or known is None:
             return cls.for_size(size)

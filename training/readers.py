@@ -91,6 +91,8 @@ def _samples_of_shards(
     for shard in shards:
         try:
             yield from _samples_of_shard(shard["url"])
+        except UserError:  # about the names in it
+            raise
         except (OSError, EOFError, ValueError, tarfile.TarError) as error:
             unreadable = UnreadableImageError.of(shard["url"], error, is_storage_error(error, root), kind="shard")
             if unreadable.is_storage_error:
@@ -107,7 +109,8 @@ def _samples_of_shard(url: str) -> Iterator[dict[str, Any]]:
 
     Raises:
         tarfile.TarError: the shard is damaged. Its last, incomplete sample is not yielded.
-        ValueError: two members have the same name, or the dots in their names are ambiguous.
+        ValueError: two members have the same name.
+        UserError: the dots in their names are ambiguous.
         OSError: the shard cannot be read.
     """
     from webdataset.gopen import gopen
@@ -141,7 +144,7 @@ def _split(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
         sample: contents by extension, with `__key__` and `__url__`; empty for none.
 
     Raises:
-        ValueError: there are labels both with and without such a dot.
+        UserError: there are labels both with and without such a dot.
     """
     parts: dict[str, dict[str, Any]] = {}
     for name, content in sample.items():
@@ -153,9 +156,11 @@ def _split(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for begin, part in parts.items():
             yield {**common, "__key__": f"{sample['__key__']}.{begin}", **part}
         return
-    if ambiguous := [begin for begin in labelled if "cls" in common and "cls" in parts[begin]]:
-        raise ValueError(f"{sample['__key__']}.cls and {sample['__key__']}.{ambiguous[0]}.cls would be of one sample, "
-                         "as names are split at their first dot; rename one")  # fmt: skip
+    for begin in labelled:
+        for kind in {"cls", "json"} & common.keys() & parts[begin].keys():
+            names = f"{sample['__key__']}.{kind} and {sample['__key__']}.{begin}.{kind}"
+            raise UserError(f"shard {sample['__url__']}: {names} would be of one sample, as names are split at their "
+                            "first dot; rename one")  # fmt: skip
     if sample:
         yield sample
 

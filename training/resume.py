@@ -22,7 +22,6 @@ from training.checkpoints import (
     weights_of,
 )
 from training.errors import UserError, setting
-from training.images import STORED
 from training.naming import CheckpointNames
 from training.processes import all_gather, get_world_size, on_main_process, print_main
 from training.samples import ImageData, fingerprint
@@ -37,7 +36,7 @@ FREE_SETTINGS = {
 }  # fmt: skip
 
 # Settings that older runs lack, with the values that these had.
-FORMER_VALUES = {"orientation": STORED, "decay_milestones": [30, 60]}
+FORMER_VALUES = {"decay_milestones": [30, 60]}
 
 PACKAGES = ("torchvision", "timm", "numpy", "pillow")  # whose versions are recorded, besides torch
 
@@ -216,7 +215,8 @@ def check_same_run(
     if different := data_differences(source, data):
         path = setting(images, settings.get(images) or "")
         raise UserError(f"{source.what}: of a run on other images than {path}: {', '.join(different)}; name the run's "
-                        f"images, or another {setting(folder)}")  # fmt: skip
+                        f"images, or another {setting(folder)}, or resume with these by "
+                        f"{setting('resume', source.path)}")  # fmt: skip
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> list[str]:

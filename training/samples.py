@@ -16,16 +16,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from timm.data.dataset import ImageDataset
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
-from torchvision.datasets import CIFAR100
+from torchvision.datasets import CIFAR100, DatasetFolder
 
 from samplers import Draw
 from training.archives import Archive
@@ -34,13 +33,12 @@ from training.classes import canonical, check_map, listed, order_of
 from training.errors import MachineError, UserError, setting
 from training.images import (
     IMAGE_SUFFIXES,
-    UPRIGHT,
+    MAX_HEADERS,
     Encoded,
     decode,
+    evenly_spaced,
     images_in,
     is_hidden,
-    open_image,
-    orientation_of,
     read_file,
 )
 from training.processes import print_main
@@ -49,8 +47,8 @@ from training.storage import PAUSES, is_storage_error, with_retries
 from training.unreadable import Replacements, UnreadableImageError
 from utils import Stream, derived_seed, seed_cpu
 
-NO_NAMES = "the names of the classes are unknown; they are matched by number"
-SAMPLED = 500  # images whose orientation is looked at before training
+BY_CLASS_MAP = "the class map numbers the classes; they are matched by number"
+NO_NAMES = "no class names known; classes are matched by number"
 OWN_DATASETS = Path(__file__).resolve().parent.parent / "datasets.py"
 
 
@@ -81,7 +79,7 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def matched(self, held: Sequence[str] | None, what: str) -> "ImageData":
+    def matched(self, held: Sequence[str] | None, what: str, quietly: bool = False) -> "ImageData":
         """Match the classes with a network's by name, so that labels mean its outputs.
 
         Names that are unknown, or numbered by a class map, are not compared; then the classes are matched by number.
@@ -89,12 +87,14 @@ class ImageData:
         Args:
             held: names of the network's classes, in the order of its outputs; None if they are unknown.
             what: the network, for messages.
+            quietly: print no line about it.
 
         Raises:
             UserError: the names differ, or the class map contradicts them.
         """
         if held is None or self.classes is None:
-            print_main(f"{what}: {NO_NAMES}")
+            if not quietly:
+                print_main(f"{what}: {NO_NAMES}")
             return self
         if self.class_map:
             check_map(self.class_map, self.classes, held, what)
@@ -104,7 +104,8 @@ class ImageData:
         outputs = order_of(held, self.classes, what, data, way_out)
         if outputs is None:
             return self
-        print_main(f"{what}: the data set has the same classes in a different order; they are matched by name")
+        if not quietly:
+            print_main(f"{what}: the data set has the same classes in a different order; they are matched by name")
         return self.renumbered(outputs, held)
 
     def renumbered(self, order: Sequence[int], classes: Sequence[str]) -> "ImageData":
@@ -274,31 +275,14 @@ def labels_of(dataset: Any) -> set[int] | None:
     return set(map(int, dataset.targets)) if hasattr(dataset, "targets") else None
 
 
-def count_turned(dataset: Any) -> dict[str, int]:
-    """Count the images whose EXIF orientation is not upright, in an evenly spaced sample. Pixels are not decoded.
-
-    Returns:
-        `turned` images among the `sampled` ones.
-    """
-    turned = sampled = 0
-    for image in islice(_opened(dataset), SAMPLED):
-        sampled += 1
-        turned += orientation_of(image) != UPRIGHT
-    return dict(turned=turned, sampled=sampled)
-
-
-def _opened(dataset: Any) -> Iterator[Image.Image]:
-    """Open images of a data set, evenly spaced; of a webdataset the first ones. Unreadable images are skipped."""
+def sampled_files(dataset: Any) -> Iterator[Callable[[], Any]]:
+    """Yield functions that give image files for `count_turned`: evenly spaced ones, of a webdataset the first."""
     if shards_of(dataset):
-        with suppress(OSError, EOFError, ValueError, tarfile.TarError):  # of damaged shards, which training reports
+        with suppress(OSError, EOFError, ValueError, tarfile.TarError, UserError):  # of shards, which training reports
             for content in first_images(dataset.reader):
-                with suppress(Exception):  # Pillow's decoders raise errors of any type for damaged files
-                    yield open_image(io.BytesIO(content))
-    elif isinstance(dataset, (ClassFolders, INaturalist, Archive, ImageDataset)):
-        count = min(SAMPLED, len(dataset))
-        for number in range(count):
-            with suppress(Exception):
-                yield open_image(_file(dataset, number * len(dataset) // count))
+                yield partial(io.BytesIO, content)
+    elif isinstance(dataset, (ClassFolders, INaturalist, Archive, ImageDataset, DatasetFolder)):
+        yield from (partial(_file, dataset, index) for index in evenly_spaced(range(len(dataset)), MAX_HEADERS))
 
 
 def _file(dataset: Any, index: int) -> Any:
@@ -314,7 +298,7 @@ def fingerprint(data: ImageData) -> str:
     digest = hashlib.sha256(json.dumps(data.classes and [canonical(name) for name in data.classes]).encode())
     if hasattr(dataset, "samples"):
         for path, target in dataset.samples:
-            name = canonical(path.removeprefix(dataset.root))
+            name = canonical(path if isinstance(dataset, Archive) else path.removeprefix(dataset.root))
             digest.update(os.fsencode(f"{name}\0{target}\n"))
     elif isinstance(dataset, CIFAR100):
         digest.update(dataset.data.tobytes())
@@ -366,6 +350,8 @@ def read_encoded(dataset: Any, index: int) -> tuple[Encoded, int]:
     """Read an image's file and its label; or its image, from a data set that does not keep files."""
     if isinstance(dataset, (ClassFolders, INaturalist, Archive)):
         return dataset.read(index), dataset.samples[index][1]
+    if isinstance(dataset, DatasetFolder):  # of torchvision
+        return read_file(dataset.samples[index][0]), dataset.samples[index][1]
     if isinstance(dataset, ImageDataset):  # timm's own __getitem__ would replace an unreadable image silently
         file, target = dataset.reader[index]
         with file:
