@@ -9,7 +9,7 @@ from pathlib import Path
 from timm.utils import natural_key
 
 from training.classes import canonical
-from training.images import is_hidden, is_image
+from training.images import ImageFiles, is_hidden, is_image
 
 # Subclasses of tarfile.HeaderError that its documentation does not list (Python 3.10 to 3.12).
 END_OF_ARCHIVE = tarfile.EOFHeaderError  # type: ignore[attr-defined]
@@ -36,17 +36,11 @@ class CheckedTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"damaged: {error}") from None
 
 
-class Archive:
-    """Images in a tar archive. A class is a folder, or an archive inside the archive.
+class Archive(ImageFiles):
+    """Images in a tar archive, in natural order. A class is a folder, or an archive inside the archive.
 
     Args:
         path: the archive.
-
-    Attributes:
-        root: its folder.
-        classes: names of the classes, sorted.
-        samples: names and labels of the images, in natural order.
-        skipped: number of other visible files by suffix.
 
     Raises:
         tarfile.TarError: it is damaged, or no archive.
@@ -55,7 +49,7 @@ class Archive:
 
     def __init__(self, path: Path) -> None:
         self.path, self.root = path, str(path.parent)
-        self.skipped: Counter[str] = Counter()
+        self.skipped = Counter()
         with tarfile.open(path, "r:", tarinfo=CheckedTarInfo) as archive:
             found = sorted(self._images(archive), key=lambda image: natural_key(image[0]))
         self.classes = sorted({label for _, label, _, _ in found})
@@ -87,9 +81,6 @@ class Archive:
             else:
                 self.skipped[suffix.lower() or "no suffix"] += 1
         yield from own
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
     def read(self, index: int) -> bytes:
         """Read an image's file.

@@ -35,6 +35,7 @@ from training.images import (
     IMAGE_SUFFIXES,
     MAX_HEADERS,
     Encoded,
+    ImageFiles,
     decode,
     evenly_spaced,
     images_in,
@@ -124,16 +125,11 @@ class ImageData:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class ClassFolders:
+class ClassFolders(ImageFiles):
     """A folder of class folders of images. Folders whose names differ only in Unicode's form are one class.
 
     Args:
         root: the folder.
-
-    Attributes:
-        classes: names of the classes, sorted.
-        samples: paths and labels of the images, by class.
-        skipped: number of other visible files by suffix.
 
     Raises:
         UserError: the folder has no class folder, or a class folder has no images.
@@ -142,8 +138,8 @@ class ClassFolders:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.samples: list[tuple[str, int]] = []
-        self.skipped: Counter[str] = Counter()
+        self.samples = []
+        self.skipped = Counter()
         folders: dict[str, list[str]] = {}
         for entry in sorted(os.scandir(root), key=lambda entry: canonical(entry.name)):
             if entry.is_dir() and not is_hidden(entry.name):
@@ -163,15 +159,8 @@ class ClassFolders:
                 f"{', '.join(sorted(IMAGE_SUFFIXES))})"
             )
 
-    def __len__(self) -> int:
-        return len(self.samples)
 
-    def read(self, index: int) -> bytes:
-        """Read an image's file. See `read_file`."""
-        return read_file(self.samples[index][0])
-
-
-class INaturalist:
+class INaturalist(ImageFiles):
     """iNaturalist 2018 and 2019 at one level of the taxonomy.
 
     Classes are numbered in the order of their first appearance in the training annotations. Images are at the path in
@@ -182,10 +171,6 @@ class INaturalist:
         train: whether to read the training or the validation images.
         year: 2018 or 2019.
         category: level of the taxonomy, one of `datasets.INAT_CATEGORIES`.
-
-    Attributes:
-        classes: names of the classes.
-        samples: paths and labels of the images.
 
     Raises:
         UserError: a file is missing or is not JSON, or the images are missing.
@@ -209,7 +194,7 @@ class INaturalist:
         self.class_to_idx = {name: index for index, name in enumerate(self.classes)}
         images = (training if train else _read_json(root / f"val{year}.json"))["images"]
         with_kingdom: dict[Path, bool] = {}
-        self.samples: list[tuple[str, int]] = []
+        self.samples = []
         for image in images:
             split, kingdom, category_id, file = image["file_name"].split("/")[-4:]
             folder = root / split / kingdom
@@ -217,13 +202,6 @@ class INaturalist:
                 with_kingdom[folder] = folder.is_dir()
             path = (folder if with_kingdom[folder] else root / split) / category_id / file
             self.samples.append((str(path), self.class_to_idx[str(taxonomy[int(category_id)][category])]))
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def read(self, index: int) -> bytes:
-        """Read an image's file. See `read_file`."""
-        return read_file(self.samples[index][0])
 
 
 def _read_json(path: Path) -> Any:
@@ -281,7 +259,7 @@ def sampled_files(dataset: Any) -> Iterator[Callable[[], Any]]:
         with suppress(OSError, EOFError, ValueError, tarfile.TarError, UserError):  # of shards, which training reports
             for content in first_images(dataset.reader):
                 yield partial(io.BytesIO, content)
-    elif isinstance(dataset, (ClassFolders, INaturalist, Archive, ImageDataset, DatasetFolder)):
+    elif isinstance(dataset, (ImageFiles, ImageDataset, DatasetFolder)):
         yield from (partial(_file, dataset, index) for index in evenly_spaced(range(len(dataset)), MAX_HEADERS))
 
 
@@ -348,7 +326,7 @@ def read_sample(
 
 def read_encoded(dataset: Any, index: int) -> tuple[Encoded, int]:
     """Read an image's file and its label; or its image, from a data set that does not keep files."""
-    if isinstance(dataset, (ClassFolders, INaturalist, Archive)):
+    if isinstance(dataset, ImageFiles):
         return dataset.read(index), dataset.samples[index][1]
     if isinstance(dataset, DatasetFolder):  # of torchvision
         return read_file(dataset.samples[index][0]), dataset.samples[index][1]
