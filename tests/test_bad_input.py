@@ -10,7 +10,7 @@ import numpy
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL, SMALLEST, Code, command, free_port, refusal
+from conftest import ROOT, SMALL, SMALLEST, Code, command, free_port, link_digits, refusal
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -477,16 +477,17 @@ def test_window_tokens_decay_on_request():
     }
 
 
-def test_auto_resume_names_the_differences(run_folder, few_digits, some_digits, capsys):
+def test_auto_resume_names_the_differences(run_folder, digits, few_digits, tmp_path, capsys):
     """And the flag that resumes with other settings."""
     arguments = [*map(str, SMALL), "--output_dir", str(run_folder), "--auto-resume"]
     assert main.run([*arguments, "--data-path", str(few_digits), "--epochs", "5"]) == 2
     error = capsys.readouterr().err
     assert "--epochs 5 (was 1)" in error
     assert f"or resume with these by --resume {run_folder}/checkpoint-00000003.pth" in error
-    assert main.run([*arguments, "--data-path", str(some_digits)]) == 2
+    others = link_digits(digits, tmp_path, "012", train=20, val=5)
+    assert main.run([*arguments, "--data-path", str(others)]) == 2
     error = capsys.readouterr().err
-    assert "300 training images (were 48), 100 validation images (were 21)" in error
+    assert "60 training images (were 48), 15 validation images (were 21)" in error
     assert "{" not in error
 
 

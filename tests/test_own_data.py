@@ -802,7 +802,7 @@ UNFIT_LABELLED: dict[str, tuple[Spoil, str]] = {
         put("model.decode_head", out_channels=1),
         "model.decode_head.out_channels=1: a softmax over one channel learns nothing; set",
     ),
-    "one class": (put(f"{TRAIN}.metainfo", classes=("square",)), "train_dataloader.dataset: one class, square, "),
+    "one class": (put(f"{TRAIN}.metainfo", classes=("square",)), "train_dataloader.dataset: a single class (square) "),
     "several suffixes": (put(TRAIN, img_suffix=(".jpg", ".png")), "img_suffix=('.jpg', '.png'): takes one suffix"),
     "several suffixes of labels": (put(VAL, seg_map_suffix=[".png"]), "seg_map_suffix=['.png']: takes one suffix"),
     "class weights": (

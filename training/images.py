@@ -42,14 +42,20 @@ def read_file(path: str | Path) -> bytes:
     Raises:
         OSError: it cannot be read, or is a pipe or a device, which could block forever.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("not a regular file")
+    _check_regular(path)
     with open(path, "rb", buffering=0) as file:
         return file.read()
 
 
+def _check_regular(path: str | Path) -> None:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a regular file")
+
+
 def open_image(source: str | Path | BinaryIO) -> Image.Image:
-    """Open an image of one of `FORMATS`, without decoding its pixels. Raises what Pillow raises."""
+    """Open an image of one of `FORMATS`, without decoding its pixels. Raises what Pillow and `read_file` raise."""
+    if isinstance(source, (str, Path)):
+        _check_regular(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about sizes below the limit, and metadata
         return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
