@@ -329,6 +329,8 @@ def test_a_change_of_the_command_has_an_effect(name, root, tmp_path, capsys):
     beside, change = RUNS[name]
     before, after = (outcome(root, [*beside, *more], tmp_path / str(len(more)), capsys) for more in ([], change))
     assert before != after
+    # Another network than the teacher's file holds, and processes that nothing starts, are refused.
+    assert (after[0] == 0) == (name not in ("teacher_model", "world_size"))
 
 
 @pytest.mark.parametrize("name", IGNORED)
