@@ -249,7 +249,8 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     on_main_process(output.lock)
     source = find_checkpoint(args.resume, args.auto_resume, output.folder, output.names)
     start = find_start(args, source)
-    args, preprocessing = adopt_reading(args, start.checkpoint, start.what)
+    keeps = source is not None and source.is_automatic
+    args, preprocessing = adopt_reading(args, start.checkpoint, start.what, keeps)
     settings = dict(vars(args))
     train, val = (prepared(one, one is train, transform_settings(args, preprocessing)) for one in (train, val))
     accum_steps = args.accum_steps
@@ -307,7 +308,7 @@ def find_start(args: argparse.Namespace, source: Source | None) -> Start:
 
 
 def adopt_reading(
-    args: argparse.Namespace, checkpoint: dict[str, Any] | None, what: str
+    args: argparse.Namespace, checkpoint: dict[str, Any] | None, what: str, keeps: bool = False
 ) -> tuple[argparse.Namespace, Preprocessing]:
     """Read images as a checkpoint's network was trained.
 
@@ -315,13 +316,14 @@ def adopt_reading(
         args: the command's settings.
         checkpoint: the checkpoint, None for random weights.
         what: flag and path, for messages.
+        keeps: whether the checkpoint's run continues, with the orientation that it began with.
 
     Returns:
         the settings with the checkpoint's orientation, unless the user has chosen one; and the preprocessing.
     """
     before = settings_in(checkpoint or {})
     orientation = args.orientation or before.get("orientation") or STORED
-    if args.auto_resume and "input_size" in before and "orientation" not in before:
+    if keeps and "orientation" not in before:
         orientation = STORED  # of a run that began before there were orientations, whatever its recipe says now
     args = argparse.Namespace(**{**vars(args), "orientation": orientation})
     published = Preprocessing.for_size(args.input_size)

@@ -118,7 +118,7 @@ class LoadReadableImage(LoadImageFromFile):
 
 
 def orientation_hint(path: str, found: tuple[int, ...], stated: tuple[int, ...]) -> str:
-    """Return the end of a message if an image's EXIF orientation explains why its annotations are of another size.
+    """Return the end of a message if an image's EXIF orientation explains why its annotations have a different size.
 
     Args:
         path: the image.

@@ -329,7 +329,7 @@ def test_images_are_turned_upright_on_request(orientation, backend, tmp_path):
 
 
 def test_labels_of_upright_images(segmentation):
-    """Labels that were drawn on upright images are of another size than the images as stored. The line says why."""
+    """Labels that were drawn on upright images differ in size from the images as stored. The line says why."""
     cfg, root = segmentation
     for name in ("training/2", "validation/1"):
         turn(root / f"images/{name}.jpg", 6)

@@ -257,6 +257,14 @@ def test_another_orientation_of_a_resumed_run_is_kept(photographs, tmp_path):
     assert torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["reading"] == dict(orientation="exif")
 
 
+def test_a_run_that_may_resume_reads_as_it_is_told(trained_digits, few_digits, tmp_path):
+    """The weights that it starts from are of an older version, without orientations; the run is not."""
+    succeed(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path, "--auto-resume", "--orientation", "exif",
+            "--finetune", trained_digits / "checkpoint.pth")  # fmt: skip
+    kept = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert kept["args"]["orientation"] == kept["reading"]["orientation"] == "exif"
+
+
 def test_folders_read_by_torchvision_are_read_alike(mixed, tmp_path):
     """`torch/image_folder` is a folder of class folders, hidden ones excepted."""
     (mixed / "val/1/deep.png").write_bytes(FILES["16 bits"])
