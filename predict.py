@@ -30,11 +30,10 @@ from inference.images import PLACEHOLDER, Task, check_pictures, find_images, rea
 from inference.pictures import with_classes, write_picture
 from training.commands import Parser, natural, path, positive_int, run_command
 from training.devices import available_cores, best_device, check_device
-from training.errors import UserError, one_line
+from training.errors import UNREADABLE_STATUS, UserError, one_line
 from training.state import Precision
 from training.storage import make_folder, write_file
 
-UNREADABLE_STATUS = 1
 STANDARD_OUTPUT = "-"
 
 

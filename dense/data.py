@@ -29,12 +29,13 @@ from dense.parts import (
     is_elsewhere,
     is_kind,
     is_remote,
+    orientation_in,
     orientations_in,
     resolve,
     step_name,
 )
 from training.errors import UserError
-from training.images import EXIF, IMAGE_SUFFIXES, STORED, evenly_spaced, is_hidden, open_image, orientation_of
+from training.images import IMAGE_SUFFIXES, evenly_spaced, is_hidden, open_image, orientation_of
 from training.processes import get_world_size, on_main_process, on_processes, print_main
 from training.unreadable import UnreadableImageError, unreadable_limit
 
@@ -113,7 +114,7 @@ def check_reading(cfg: Config, checkpoint: Mapping[str, Any], what: str) -> None
         UserError: the orientations differ.
     """
     reading = checkpoint.get("reading") or {}
-    own = EXIF if EXIF in orientations_in(cfg.test_dataloader) else STORED
+    own = orientation_in(cfg.test_dataloader)
     if reading.get("turned") and reading["orientation"] != own:
         trained = reading["orientation"]
         raise UserError(f"{what}: was trained on images with orientation={trained!r}, the config has {own!r}; set it "

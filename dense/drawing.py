@@ -9,8 +9,7 @@ import numpy as np
 from mmengine.hooks import Hook
 
 from dense.loading import LoadReadableImage
-from dense.parts import inner_data_sets, orientations_in
-from training.images import EXIF, STORED
+from dense.parts import inner_data_sets, orientation_in
 
 MIN_HEIGHT, MAX_WIDTH = 256, 4096  # of enlarged images, in pixels
 
@@ -30,7 +29,7 @@ def read_pixels(path: str, loader: Any) -> np.ndarray:
         path: the image.
         loader: settings of its loader.
     """
-    orientation = EXIF if EXIF in orientations_in(loader) else STORED
+    orientation = orientation_in(loader)
     loaded = LoadReadableImage(orientation=orientation).transform(dict(img_path=path))
     return loaded["img"][..., ::-1]
 

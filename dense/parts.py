@@ -1,14 +1,12 @@
 """The parts of a config that are about its data: the data sets, their pipelines, and the heads that predict classes."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS, Registry
 
-from training.images import STORED
-
-T = TypeVar("T")
+from training.images import EXIF, STORED
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 BASE = "mmengine.dataset.base_dataset.BaseDataset"
@@ -103,6 +101,11 @@ def has_step(node: Any, *types: str, **settings: Any) -> bool:
 def orientations_in(node: Any) -> set[str]:
     """Orientations in which the transforms of a part of a config load images."""
     return {step.get("orientation", STORED) for step in dicts(node) if step_name(step) in LOADS_IMAGES}
+
+
+def orientation_in(node: Any) -> str:
+    """Orientation in which a loader reads its images; 'stored' if it loads them by other transforms."""
+    return EXIF if EXIF in orientations_in(node) else STORED
 
 
 def heads_of(cfg: Config) -> Iterator[tuple[str, Any]]:

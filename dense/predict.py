@@ -25,12 +25,11 @@ from dense.parts import classes_of, data_sets
 from dense.settings import CommandParser, build_parser, drop_pretrained, read_config, read_model_checkpoint, where_of
 from inference.images import PLACEHOLDER, Task, check_pictures, find_images, read_image
 from training.commands import path, run_command
-from training.errors import UserError
+from training.errors import UNREADABLE_STATUS, UserError
 from training.images import orientation_for
 from training.processes import print_line
 from training.storage import make_folder
 
-UNREADABLE_STATUS = 1
 # From model, path and image (H × W × 3, RGB), and the lowest score if the command has one, to a picture and a line that
 # describes its content.
 Draw = Callable[..., tuple[Image.Image, str]]

@@ -31,13 +31,13 @@ from dense.loops import (
     hooks_of,
     is_better,
 )
-from dense.parts import orientations_in
+from dense.parts import orientation_in
 from dense.runner import DenseRunner, has_half_precision, unwrapped, without_mixed_precision
 from dense.samples import describe_samples, sampled_files, shield_workers
 from training.checkpoints import settings_in
 from training.commands import first_line
 from training.errors import UserError, setting, with_flags
-from training.images import EXIF, STORED, count_turned
+from training.images import STORED, count_turned
 from training.monitor import DelayedFlags, MonitorSettings, StepMonitor
 from training.naming import CheckpointNames
 from training.output import Output
@@ -362,7 +362,7 @@ class TrainingRunner(DenseRunner):
         if is_main_process():
             loops = dict(train=self.train_loop) | (dict(val=self.val_loop) if self.val_loop is not None else {})
             data = {name: describe_samples(loop.dataloader.dataset) for name, loop in loops.items()}
-            orientation = EXIF if EXIF in orientations_in(self.cfg.train_dataloader) else STORED
+            orientation = orientation_in(self.cfg.train_dataloader)
             reading = dict(orientation=orientation, **count_turned(sampled_files(self.train_loop.dataloader.dataset)))
             described = [json.dumps([data, reading])]
         data, reading = json.loads(all_gather(described)[0])

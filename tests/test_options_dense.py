@@ -719,6 +719,18 @@ def test_training_images_with_an_orientation(scenes, tmp_path):
         run("segmentation", "predict.py", SEGMENTATION, folder / "iter_1.pth", photo, "--out", folder / "drawn")
         shapes[orientation] = Image.open(folder / "drawn/photo.png").width
     assert shapes["stored"] > shapes["exif"]
+    for orientation, other in (("stored", "exif"), ("exif", "stored")):
+        options_of_test = ["--cfg-options", f"data_root={root}", f"orientation={other}"]
+        checkpoint = tmp_path / orientation / "iter_1.pth"
+        arguments = [SEGMENTATION, checkpoint, "--eval", "mIoU", "--work-dir", tmp_path / "test", *options_of_test]
+        result = command(*arguments, script="segmentation/test.py", cwd=ROOT / "segmentation")
+        assert (result.returncode, f"--cfg-options orientation={orientation}" in result.stderr) == (2, True)
+    saved = read_checkpoint(str(tmp_path / "stored/iter_1.pth"), "checkpoint")
+    del saved["reading"]  # as before the reading was kept
+    torch.save(saved, tmp_path / "old.pth")
+    train = ["segmentation", "train.py", SEGMENTATION, "--no-validate", "--work-dir", tmp_path / "resumed"]
+    longer = ["train_cfg.max_iters=2" if option == "train_cfg.max_iters=1" else option for option in options]
+    assert "this run dropped transparency" in run(*train, "--resume", tmp_path / "old.pth", *longer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch.distributed as dist
 RESUME_STATUS = 75  # exit status for "run the same command again" (EX_TEMPFAIL of sysexits.h)
 INTERRUPT_STATUS = 130  # exit status after Ctrl-C
 USER_ERROR_STATUS = 2
+UNREADABLE_STATUS = 1  # of predict.py: some images cannot be read
 
 SETTING = re.compile(r"`([\w.]+)`")
 
