@@ -186,8 +186,10 @@ def find_dataset(is_train: bool, settings: DataSettings) -> ImageData:
             raise MachineError(what) from None
         raise UserError(f"{what}; correct its permissions, or name another folder") from None
     if settings.num_classes and data.num_classes != settings.num_classes:
-        raise UserError(f"{setting('num_classes', settings.num_classes)}: {settings.data_path} has {data.num_classes} "
-                        "classes; omit it, only timm's readers may need it")  # fmt: skip
+        raise UserError(
+            f"{setting('num_classes', settings.num_classes)}: {settings.data_path} has {data.num_classes} "
+            "classes; omit it, only timm's readers may need it"
+        )
     if settings.class_map:
         data = _numbered(data, settings.class_map)
     _check_number(data)
@@ -433,11 +435,13 @@ def _check_augmentation(name: str) -> None:
     policy, *sections = name.split("-")
     pattern = next((sections for begin, sections in AUGMENTATIONS.items() if re.fullmatch(begin, policy)), None)
     if name and pattern is None:
-        raise UserError(f"{setting('aa', name)}: unknown to timm; names begin with rand, augmix, original, originalr, "
-                        "v0, v0r or 3a")  # fmt: skip
+        raise UserError(
+            f"{setting('aa', name)}: unknown to timm; names begin with rand, augmix, original, originalr, v0, v0r or 3a"
+        )
     if unknown := [section for section in sections if pattern and not re.fullmatch(pattern, section)]:
-        raise UserError(f"{setting('aa', name)}: {policy} has no section {unknown[0] or '-'}; a valid name is "
-                        "rand-m9-mstd0.5-inc1")  # fmt: skip
+        raise UserError(
+            f"{setting('aa', name)}: {policy} has no section {unknown[0] or '-'}; a valid name is rand-m9-mstd0.5-inc1"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -481,8 +485,10 @@ def _no_step(images: int, processes: int, settings: LoaderSettings) -> str:
     factors += [f"{processes} processes"] if processes > 1 else []
     step = f"{' × '.join(factors)}: a step takes {step_size} images"
     if settings.repeated_aug and images >= step_size:
-        return (f"{setting('repeated_aug')}: an epoch takes {images // 256 * 256} of the {images} training images, a "
-                f"multiple of 256, and {step}; use {setting('no_repeated_aug')} or smaller steps")  # fmt: skip
+        return (
+            f"{setting('repeated_aug')}: an epoch takes {images // 256 * 256} of the {images} training images, a "
+            f"multiple of 256, and {step}; use {setting('no_repeated_aug')} or smaller steps"
+        )
     return f"{step}, more than the {images} training images; choose smaller ones"
 
 

@@ -210,8 +210,15 @@ def _progress(training: Training, loader: DataLoader, settings: LoopSettings, wa
     """Progress over the epoch's remaining batches."""
     batches = epoch_batches(loader, training.epoch, training.epoch_step, settings.accum_steps, watchdog.tick)
     done = min(training.epoch_step * settings.accum_steps, len(loader))
-    return Progress(batches, f"epoch {training.epoch}", settings.print_freq, len(loader), done=done,
-                    later=settings.epochs - training.epoch - 1, print_line=reporter())  # fmt: skip
+    return Progress(
+        batches,
+        f"epoch {training.epoch}",
+        settings.print_freq,
+        len(loader),
+        done=done,
+        later=settings.epochs - training.epoch - 1,
+        print_line=reporter(),
+    )
 
 
 def reporter() -> Callable[[str], None] | None:
@@ -225,8 +232,10 @@ def _refuse_skipped_epoch(training: Training, is_search: bool, epochs: int) -> N
     A short epoch may pass while float16 searches for its loss scale (`is_search`), except for the last one.
     """
     if not is_search or training.epoch == epochs - 1:
-        raise UserError(f"epoch {training.epoch}: loss or gradients were not finite in any step, and all steps were "
-                        f"skipped; try a lower {setting('lr')}, or {setting('amp', 'bfloat16')} or off")  # fmt: skip
+        raise UserError(
+            f"epoch {training.epoch}: loss or gradients were not finite in any step, and all steps were "
+            f"skipped; try a lower {setting('lr')}, or {setting('amp', 'bfloat16')} or off"
+        )
 
 
 def _accumulated(batches: Progress, accum_steps: int) -> Iterator[tuple[Any, int, int, bool]]:
@@ -306,8 +315,10 @@ def evaluate(
     if images_seen == 0:
         raise UserError(f"{setting('data_path', settings.data_path)}: no validation image could be read")
     stats = {"loss": loss / images_seen, "acc1": 100 * acc1 / images_seen, "acc5": 100 * acc5 / images_seen}
-    print_main(f"{title}: top-1 {stats['acc1']:.3f} %, top-5 {stats['acc5']:.3f} %, loss {stats['loss']:.4f}, "
-               f"{int(images_seen)} images")  # fmt: skip
+    print_main(
+        f"{title}: top-1 {stats['acc1']:.3f} %, top-5 {stats['acc5']:.3f} %, loss {stats['loss']:.4f}, "
+        f"{int(images_seen)} images"
+    )
     return stats
 
 

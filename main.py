@@ -149,8 +149,10 @@ def run_throughput(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
     loader = build_val_loader(val, settings_from(args, LoaderSettings))
     throughput = measure_throughput(model, loader, precision, args.print_freq, watchdog)
     number_format = "float32" if precision.dtype is None else str(precision.dtype).removeprefix("torch.")
-    print_main(f"batch size {throughput.batch_size} (validation batches are 1.5 × --batch-size {args.batch_size}), "
-               f"{number_format}: {throughput.images_per_second:.1f} images/s")  # fmt: skip
+    print_main(
+        f"batch size {throughput.batch_size} (validation batches are 1.5 × --batch-size {args.batch_size}), "
+        f"{number_format}: {throughput.images_per_second:.1f} images/s"
+    )
 
 
 def run_evaluation(args: argparse.Namespace, watchdog: Watchdog, precision: Precision) -> None:
@@ -189,8 +191,10 @@ def check_outputs(stats: dict[str, float], title: str) -> None:
         UserError: the validation loss is not finite.
     """
     if not math.isfinite(stats["test_loss"]):
-        raise UserError(f"{title}: the loss is {stats['test_loss']}, the network's outputs are not finite; try "
-                        "--amp off, or train with a lower --lr")  # fmt: skip
+        raise UserError(
+            f"{title}: the loss is {stats['test_loss']}, the network's outputs are not finite; try "
+            "--amp off, or train with a lower --lr"
+        )
 
 
 def write_figures(stats: dict[str, float], path: Path) -> None:
@@ -202,8 +206,10 @@ def write_figures(stats: dict[str, float], path: Path) -> None:
     try:
         write_file(path, lambda file: file.write(json.dumps(stats).encode() + b"\n"))
     except OSError as error:
-        raise UserError(f"--output_dir {path.parent}: {path.name} could not be written ({error.strerror}); make room, "
-                        "or name another folder") from None  # fmt: skip
+        raise UserError(
+            f"--output_dir {path.parent}: {path.name} could not be written ({error.strerror}); make room, "
+            "or name another folder"
+        ) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,8 +275,13 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     packages = (*PACKAGES, "simplejpeg") if args.loader == "fast" else PACKAGES
     run = describe_run(settings, data, precision.device, packages)
     on_main_process(lambda: open_output(output, run, training, source, args.auto_resume))
-    kept = dict(args=settings, data=data, classes=train.classes, preprocessing=preprocessing.to_json(),
-                reading=describe_reading(args, train))  # fmt: skip
+    kept = dict(
+        args=settings,
+        data=data,
+        classes=train.classes,
+        preprocessing=preprocessing.to_json(),
+        reading=describe_reading(args, train),
+    )
     save = partial(save_checkpoint, training, output, kept, accum_steps)
     flags = DelayedFlags(precision.device, flag_delay(args, precision))
     limits = settings_from(args, MonitorSettings, dataset_size=len(train), advice=DIVERGENCE_ADVICE)
@@ -350,8 +361,10 @@ def match_resumed(
         UserError: the names of the classes differ.
     """
     if img_size_of(checkpoint) and "reading" not in checkpoint:
-        print_main(f"{what}: this run clipped 16-bit values and dropped transparency; from now on, values are scaled "
-                   "and transparency is laid on white")  # fmt: skip
+        print_main(
+            f"{what}: this run clipped 16-bit values and dropped transparency; from now on, values are scaled "
+            "and transparency is laid on white"
+        )
     held = checkpoint.get("classes")
     return train.matched(held, what), val.matched(held, what, quietly=True)
 
@@ -362,8 +375,10 @@ def describe_reading(args: argparse.Namespace, train: ImageData) -> dict[str, An
         return dict(orientation=args.orientation)
     counts = count_turned(sampled_files(train.dataset))
     if counts["turned"]:
-        print_main(f"WARNING: --orientation stored: {counts['turned']} of {counts['sampled']} sampled training images "
-                   "have an EXIF orientation, which is ignored; exif turns them upright")  # fmt: skip
+        print_main(
+            f"WARNING: --orientation stored: {counts['turned']} of {counts['sampled']} sampled training images "
+            "have an EXIF orientation, which is ignored; exif turns them upright"
+        )
     return dict(orientation=STORED, **counts)
 
 
@@ -390,8 +405,16 @@ def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Calla
     stats: dict[str, float] = {}
     try:
         while training.epoch < parts.loop.epochs:
-            loss = train_one_epoch(training, parts.train_loader, parts.criterion, parts.precision, parts.loop,
-                                   parts.mixup, monitor, parts.prepare)  # fmt: skip
+            loss = train_one_epoch(
+                training,
+                parts.train_loader,
+                parts.criterion,
+                parts.precision,
+                parts.loop,
+                parts.mixup,
+                monitor,
+                parts.prepare,
+            )
             stats = prefixed("train", loss) | validate(parts, watchdog)
             finish_epoch(training, output, save, stats)
     except Preempted:
@@ -403,8 +426,10 @@ def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Calla
     check_outputs(stats, f"epoch {training.epoch - 1} validation")
     if is_main_process():
         duration = timedelta(seconds=round(time.perf_counter() - start))
-        print(f"trained in {duration}, best top-1 {training.best_accuracy:.3f} %: checkpoints, log.txt and curves.png "
-              f"are in {output.folder}")  # fmt: skip
+        print(
+            f"trained in {duration}, best top-1 {training.best_accuracy:.3f} %: checkpoints, log.txt and curves.png "
+            f"are in {output.folder}"
+        )
 
 
 def validate(parts: Parts, watchdog: Watchdog) -> dict[str, float]:
@@ -432,8 +457,13 @@ def finish_epoch(training: Training, output: Output, save: Callable[..., None], 
     is_best = stats["test_acc1"] > training.best_accuracy and math.isfinite(stats["test_loss"])
     training.best_accuracy = stats["test_acc1"] if is_best else training.best_accuracy
     n_parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
-    entry = {**stats, "epoch": training.epoch, "n_parameters": n_parameters, "bad_steps": training.bad_steps,
-             "unreadable_images": len(training.unreadable_images)}  # fmt: skip
+    entry = {
+        **stats,
+        "epoch": training.epoch,
+        "n_parameters": n_parameters,
+        "bad_steps": training.bad_steps,
+        "unreadable_images": len(training.unreadable_images),
+    }
     output.log_epoch(entry, stats, training.epoch)
     training.lr_scheduler.step(training.epoch, stats["test_acc1"])
     training.end_epoch()
@@ -457,8 +487,10 @@ def complete_output(output: Output) -> None:
     try:
         output.complete()
     except OSError as error:
-        print_main(f"WARNING: {output.folder}: checkpoint.pth or curves.png could not be written ({error.strerror}); "
-                   "make room and run the command again with --auto-resume")  # fmt: skip
+        print_main(
+            f"WARNING: {output.folder}: checkpoint.pth or curves.png could not be written ({error.strerror}); "
+            "make room and run the command again with --auto-resume"
+        )
 
 
 def save_checkpoint(
@@ -663,10 +695,17 @@ def build_criterion(
     what = f"--teacher-path {args.teacher_path}"
     checkpoint = read_checkpoint(args.teacher_path, what)
     train.matched(checkpoint.get("classes"), what)
-    teacher = create_network(f"--teacher-model {args.teacher_model}", args.teacher_model, train.num_classes,
-                             args.input_size)  # fmt: skip
-    load_from(teacher, checkpoint, what, "use a teacher trained on the data set's classes",
-              "name it with --teacher-model", data=train)  # fmt: skip
+    teacher = create_network(
+        f"--teacher-model {args.teacher_model}", args.teacher_model, train.num_classes, args.input_size
+    )
+    load_from(
+        teacher,
+        checkpoint,
+        what,
+        "use a teacher trained on the data set's classes",
+        "name it with --teacher-model",
+        data=train,
+    )
     own = Preprocessing.of_weights(checkpoint, args.teacher_model, args.input_size)
     if (own.mean, own.std) != (preprocessing.mean, preprocessing.std):
         print_main(f"{what}: {own}")
@@ -770,8 +809,13 @@ def add_run_settings(group: Any) -> None:
     add("--epochs", type=positive_int, default=300)
     add("--start_epoch", type=natural, default=0)
     add("--seed", type=natural, default=0)
-    add("--config", type=path, default=None, metavar="FILE.yaml",
-        help="a recipe, as in recipes/; the command line takes precedence")  # fmt: skip
+    add(
+        "--config",
+        type=path,
+        default=None,
+        metavar="FILE.yaml",
+        help="a recipe, as in recipes/; the command line takes precedence",
+    )
     add("--output_dir", type=path, default="", help="folder for checkpoints and logs; by default the model's name")
     add("--resume", type=path, default="", help="checkpoint to resume from or to evaluate, a path or an https address")
     add("--auto-resume", **SWITCH, help="resume from the output folder's newest checkpoint, if there is one")
@@ -789,23 +833,41 @@ def add_run_settings(group: Any) -> None:
     add("--throughput", **SWITCH, help="only measure images per second")
     add("--print-freq", type=positive_int, default=20, help="batches between two reports")
     add("--deterministic", **SWITCH, help="reproduce weights bit for bit; slower on GPUs")
-    add("--max-bad-steps", type=positive_int, default=10, metavar="N",
-        help="end the run after N skipped steps in a row, with a non-finite loss or non-finite gradients")  # fmt: skip
+    add(
+        "--max-bad-steps",
+        type=positive_int,
+        default=10,
+        metavar="N",
+        help="end the run after N skipped steps in a row, with a non-finite loss or non-finite gradients",
+    )
     add("--dump-bad-batch", **SWITCH, help="save the batches of such steps")
 
 
 def add_device_settings(group: Any) -> None:
     add = group.add_argument
     add("--device", default=best_device(), help="cuda, mps or cpu; by default the best available")
-    add("--amp", choices=("auto", "bfloat16", "float16", "off"), default="auto",
-        help="mixed precision; auto: bfloat16 or float16 on CUDA, off elsewhere")  # fmt: skip
+    add(
+        "--amp",
+        choices=("auto", "bfloat16", "float16", "off"),
+        default="auto",
+        help="mixed precision; auto: bfloat16 or float16 on CUDA, off elsewhere",
+    )
     add("--compile", **SWITCH, help="compile the network with torch.compile")
     add("--channels-last", **SWITCH, help="keep images channels last in memory")
     add("--grad-checkpointing", **SWITCH, help="recompute activations to save memory")
-    add("--timeout", type=seconds, default=600.0, metavar="SECONDS",
-        help="hang timeout, after which all processes exit; a dead one is noticed after a tenth of it")  # fmt: skip
-    add("--num_workers", type=natural, default=min(10, available_cores()),
-        help="loader workers per process; by default the number of cores, at most 10")  # fmt: skip
+    add(
+        "--timeout",
+        type=seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="hang timeout, after which all processes exit; a dead one is noticed after a tenth of it",
+    )
+    add(
+        "--num_workers",
+        type=natural,
+        default=min(10, available_cores()),
+        help="loader workers per process; by default the number of cores, at most 10",
+    )
     add("--pin-mem", action=argparse.BooleanOptionalAction, default=True, help="load images into pinned memory")
     add("--world_size", type=positive_int, default=1, help="number of processes, if the environment does not set it")
     add("--dist_url", default="env://", help="rendezvous address of the processes")
@@ -853,8 +915,14 @@ def add_schedule_settings(group: Any) -> None:
     add("--warmup-lr", type=non_negative, default=1e-6)
     add("--min-lr", type=non_negative, default=1e-5)
     add("--decay-epochs", type=positive, default=30, help="epochs between two decays of --sched step")
-    add("--decay-milestones", type=positive_int, nargs="+", default=[30, 60], metavar="EPOCH",
-        help="epochs before which --sched multistep decays")  # fmt: skip
+    add(
+        "--decay-milestones",
+        type=positive_int,
+        nargs="+",
+        default=[30, 60],
+        metavar="EPOCH",
+        help="epochs before which --sched multistep decays",
+    )
     add("--warmup-epochs", type=natural, default=5)
     add("--cooldown-epochs", type=natural, default=10, help="accepted for DeiT's commands; has no effect")
     add("--patience-epochs", type=natural, default=10)
@@ -917,8 +985,13 @@ def add_distillation_settings(group: Any) -> None:
 def add_data_settings(group: Any) -> None:
     add = group.add_argument
     add("--data-path", type=path, default="imagenet")
-    add("--orientation", choices=ORIENTATIONS, default=None, help="stored: ignore EXIF orientations, as published; "
-        "exif: turn images upright; by default as the checkpoint was trained, or stored")  # fmt: skip
+    add(
+        "--orientation",
+        choices=ORIENTATIONS,
+        default=None,
+        help="stored: ignore EXIF orientations, as published; "
+        "exif: turn images upright; by default as the checkpoint was trained, or stored",
+    )
     add(
         "--class-map",
         type=path,
@@ -926,15 +999,28 @@ def add_data_settings(group: Any) -> None:
         metavar="FILE",
         help="text file that numbers the classes, one name per line, for folders that were renamed",
     )
-    add("--loader", choices=("faithful", "fast"), default="faithful", help="of training images; faithful: PIL, as in "
+    add(
+        "--loader",
+        choices=("faithful", "fast"),
+        default="faithful",
+        help="of training images; faithful: PIL, as in "
         "the published runs; fast: JPEGs decoded at the size that the crop needs, and flips, RandAugment (rand-…), "
-        "normalisation and random erasing on the GPU, if there is one; other augmentations by PIL, too")  # fmt: skip
-    add("--data-set", default="IMNET", help="IMNET (a folder of class folders), CIFAR, INAT, INAT19, or the name of "
-        "a timm reader: wds/…, hfds/…, tfds/…, torch/…")  # fmt: skip
+        "normalisation and random erasing on the GPU, if there is one; other augmentations by PIL, too",
+    )
+    add(
+        "--data-set",
+        default="IMNET",
+        help="IMNET (a folder of class folders), CIFAR, INAT, INAT19, or the name of "
+        "a timm reader: wds/…, hfds/…, tfds/…, torch/…",
+    )
     add("--inat-category", choices=INAT_CATEGORIES, default="name")
     add("--num-classes", type=positive_int, default=None, help="number of classes, if a timm reader does not know it")
-    add("--on-bad-image", choices=("skip", "fail"), default="skip", help="skip: replace unreadable training "
-        "images, up to 0.1 %% of the set; fail: end the run at the first one")  # fmt: skip
+    add(
+        "--on-bad-image",
+        choices=("skip", "fail"),
+        default="skip",
+        help="skip: replace unreadable training images, up to 0.1 %% of the set; fail: end the run at the first one",
+    )
     add(
         "--train-split", default="train", help="split of a timm reader; of a webdataset also SHARDS{00..99}.tar|SAMPLES"
     )
@@ -993,8 +1079,10 @@ def check_ranges(args: argparse.Namespace) -> None:
         milestones = " ".join(map(str, args.decay_milestones))
         raise UserError(f"--decay-milestones {milestones}: takes epochs in ascending order")
     if args.cutmix_minmax and len({int(args.input_size * share) for share in args.cutmix_minmax}) == 1:
-        raise UserError(f"--cutmix-minmax {' '.join(map(str, args.cutmix_minmax))}: both are the same number of "
-                        f"pixels at --input-size {args.input_size}; move them apart")  # fmt: skip
+        raise UserError(
+            f"--cutmix-minmax {' '.join(map(str, args.cutmix_minmax))}: both are the same number of "
+            f"pixels at --input-size {args.input_size}; move them apart"
+        )
     if args.sched == "plateau" and args.decay_rate >= 1:
         raise UserError(
             f"--decay-rate {args.decay_rate:g}: --sched plateau multiplies the learning rate by it; use less than 1"
@@ -1093,12 +1181,16 @@ def warn_of_settings(args: argparse.Namespace) -> None:
     if args.eval or args.throughput:
         return
     if args.warmup_epochs >= args.epochs:
-        print_main(f"WARNING: --warmup-epochs {args.warmup_epochs}: as long as the run of --epochs {args.epochs}, or "
-                   "longer; the learning rate never reaches its full value")  # fmt: skip
+        print_main(
+            f"WARNING: --warmup-epochs {args.warmup_epochs}: as long as the run of --epochs {args.epochs}, or "
+            "longer; the learning rate never reaches its full value"
+        )
     first_decay = dict(step=args.decay_epochs, multistep=args.decay_milestones[0]).get(args.sched, 0)
     if first_decay >= args.epochs:
-        print_main(f"WARNING: --sched {args.sched}: the first decay, at {first_decay:g} epochs, is not within --epochs "
-                   f"{args.epochs}")  # fmt: skip
+        print_main(
+            f"WARNING: --sched {args.sched}: the first decay, at {first_decay:g} epochs, is not within --epochs "
+            f"{args.epochs}"
+        )
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -94,8 +94,14 @@ def main(args: argparse.Namespace) -> int:
         make_folder(Path(args.out), f"--out {args.out}")
     predictions: list[Prediction] = []
     prints = STANDARD_OUTPUT not in (args.json, args.csv)
-    with tqdm(total=len(tasks), desc="predict", unit=" images", dynamic_ncols=True, file=sys.stderr,
-              disable=not sys.stderr.isatty()) as bar:  # fmt: skip
+    with tqdm(
+        total=len(tasks),
+        desc="predict",
+        unit=" images",
+        dynamic_ncols=True,
+        file=sys.stderr,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
         for prediction in predict(classifier, tasks, args):
             bar.update()
             if isinstance(prediction, str):
@@ -244,11 +250,20 @@ def build_parser() -> Parser:
     add("--out", type=path, metavar="DIR", help="write pictures with the classes on them")
     add("--overwrite", action="store_true", help="replace pictures that are in DIR already")
     add("--batch-size", type=positive_int, default=32, metavar="N", help="images per forward pass, default 32")
-    add("--num_workers", type=natural, default=min(10, available_cores()), metavar="N",
-        help="processes that read images, default the number of cores, at most 10")  # fmt: skip
+    add(
+        "--num_workers",
+        type=natural,
+        default=min(10, available_cores()),
+        metavar="N",
+        help="processes that read images, default the number of cores, at most 10",
+    )
     add("--device", default=best_device(), help="cuda, mps or cpu, default the best available")
-    add("--amp", choices=("auto", "bfloat16", "float16", "off"), default="auto",
-        help="mixed precision; auto: bfloat16 or float16 on CUDA, off elsewhere")  # fmt: skip
+    add(
+        "--amp",
+        choices=("auto", "bfloat16", "float16", "off"),
+        default="auto",
+        help="mixed precision; auto: bfloat16 or float16 on CUDA, off elsewhere",
+    )
     return parser
 
 

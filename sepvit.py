@@ -137,8 +137,10 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, most: int 
         return F.dropout(P, dropout).to(v.dtype) @ v
     if q.shape[0] <= most:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    parts = [F.scaled_dot_product_attention(qs, ks, vs, dropout_p=dropout)
-             for qs, ks, vs in zip(q.split(most), k.split(most), v.split(most))]  # fmt: skip
+    parts = [
+        F.scaled_dot_product_attention(qs, ks, vs, dropout_p=dropout)
+        for qs, ks, vs in zip(q.split(most), k.split(most), v.split(most))
+    ]
     return torch.cat(parts)
 
 
@@ -835,8 +837,10 @@ def _source_grids(
 
     def distance(grids: list[tuple[int, int]]) -> tuple[bool, float, int, float]:
         is_square = all(rows == columns for rows, columns in grids)
-        aspects = [abs(math.log(rows / columns * own_columns / own_rows))
-                   for (rows, columns), (own_rows, own_columns) in zip(grids, own)]  # fmt: skip
+        aspects = [
+            abs(math.log(rows / columns * own_columns / own_rows))
+            for (rows, columns), (own_rows, own_columns) in zip(grids, own)
+        ]
         # The first block's aspect ratio decides; ties go to fewer rows there, then to the other blocks' aspect ratios.
         return not is_square, aspects[0], grids[0][0], sum(aspects)
 

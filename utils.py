@@ -90,8 +90,14 @@ class Progress:
         self.bar: tqdm | None = None
         if print_line is not None and sys.stdout.isatty():
             layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-            self.bar = tqdm(total=self.total or None, initial=done, desc=title, bar_format=layout, file=sys.stdout,
-                            dynamic_ncols=True)  # fmt: skip
+            self.bar = tqdm(
+                total=self.total or None,
+                initial=done,
+                desc=title,
+                bar_format=layout,
+                file=sys.stdout,
+                dynamic_ncols=True,
+            )
 
     def __iter__(self) -> Iterator[Any]:
         try:

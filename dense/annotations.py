@@ -112,8 +112,10 @@ def check_annotations(
     marks = content.get("annotations") or []
     unknown = [mark for mark in marks if mark["category_id"] not in names]
     if unknown and len(unknown) == len(marks):
-        raise UserError(f"{what}: {len(unknown)} annotations are of category {unknown[0]['category_id']!r}, which its "
-                        f"categories have not: {listed([*names])}")  # fmt: skip
+        raise UserError(
+            f"{what}: {len(unknown)} annotations are of category {unknown[0]['category_id']!r}, which its "
+            f"categories have not: {listed([*names])}"
+        )
     marks = [mark for mark in marks if mark["category_id"] in names]
     infinite = [mark["id"] for mark in marks if not has_finite_box(mark)]
     marks = [mark for mark in marks if has_finite_box(mark)]
@@ -125,23 +127,33 @@ def check_annotations(
     images = {image["id"] for image in content["images"]}
     lost = [mark["image_id"] for mark in marks if mark["image_id"] not in images]
     if lost and len(lost) == len(marks):
-        raise UserError(f"{what}: no annotation is of its images, the first is of image_id {lost[0]!r}; image_id is "
-                        "the id of an image")  # fmt: skip
+        raise UserError(
+            f"{what}: no annotation is of its images, the first is of image_id {lost[0]!r}; image_id is "
+            "the id of an image"
+        )
     if needs_masks and (bare := [mark for mark in chosen if _is_used(mark) and not mark.get("segmentation")]):
-        raise UserError(f"{what}: {len(bare)} of {len(chosen)} annotations have no segmentation, the first is "
-                        f"{bare[0]['id']}; a model with masks needs it, RetinaNet does not")  # fmt: skip
+        raise UserError(
+            f"{what}: {len(bare)} of {len(chosen)} annotations have no segmentation, the first is "
+            f"{bare[0]['id']}; a model with masks needs it, RetinaNet does not"
+        )
     small = _check_kept_images(what, content, chosen, filters)
     left_out = Counter(name for mark in marks if canonical(name := names[mark["category_id"]]) not in wanted)
     warnings = [f"{len(lost)} annotations are of no image, the first of image_id {lost[0]!r}"] if lost else []
     if unknown:
-        warnings.append(f"{len(unknown)} annotations are left out, of categories that it does not list, such as "
-                        f"{unknown[0]['category_id']!r}")  # fmt: skip
+        warnings.append(
+            f"{len(unknown)} annotations are left out, of categories that it does not list, such as "
+            f"{unknown[0]['category_id']!r}"
+        )
     if left_out:
-        warnings.append(f"{left_out.total()} annotations are left out, of categories that are not classes: "
-                        f"{listed(sorted(left_out))}")  # fmt: skip
+        warnings.append(
+            f"{left_out.total()} annotations are left out, of categories that are not classes: "
+            f"{listed(sorted(left_out))}"
+        )
     if small:
-        warnings.append(f"{small} of its {len(images)} images are smaller than {filters['min_size']} pixels, and left "
-                        "out by filter_cfg")  # fmt: skip
+        warnings.append(
+            f"{small} of its {len(images)} images are smaller than {filters['min_size']} pixels, and left "
+            "out by filter_cfg"
+        )
     if infinite:
         warnings.append(
             f"{len(infinite)} annotations have a box that is not finite and are skipped, the first is {infinite[0]}"
@@ -189,14 +201,17 @@ def _check_entries(what: str, content: Mapping[str, Any], needs_objects: bool) -
                 raise UserError(f"{what}: {key}[{number}] has no {' and no '.join(missing)}")
             for name in TYPES.keys() & required:
                 if not isinstance(entry[name], TYPES[name]):
-                    raise UserError(f"{what}: {key}[{number}] has {name} {entry[name]!r:.40}, not "
-                                    f"{'a text' if TYPES[name] is str else 'a number'}")  # fmt: skip
+                    raise UserError(
+                        f"{what}: {key}[{number}] has {name} {entry[name]!r:.40}, not "
+                        f"{'a text' if TYPES[name] is str else 'a number'}"
+                    )
         _check_ids(what, key, [entry["id"] for entry in entries])
     for mark in content.get("annotations") or []:
         box = mark["bbox"]
         if not (isinstance(box, list) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)):
-            raise UserError(f"{what}: annotation {mark['id']} has bbox {box!r:.60}, not four numbers: "
-                            "x, y, width and height")  # fmt: skip
+            raise UserError(
+                f"{what}: annotation {mark['id']} has bbox {box!r:.60}, not four numbers: x, y, width and height"
+            )
 
 
 def _check_ids(what: str, key: str, ids: list[Any]) -> None:
@@ -229,8 +244,10 @@ def _check_kept_images(
     least = filters.get("min_size", 0)
     large = [image for image in content["images"] if min(image["width"], image["height"]) >= least]
     if not large:
-        raise UserError(f"{what}: all {len(content['images'])} images are smaller than {least} pixels, and filter_cfg "
-                        f"leaves them out; set train_dataloader.dataset.filter_cfg.min_size=0")  # fmt: skip
+        raise UserError(
+            f"{what}: all {len(content['images'])} images are smaller than {least} pixels, and filter_cfg "
+            f"leaves them out; set train_dataloader.dataset.filter_cfg.min_size=0"
+        )
     if filters.get("filter_empty_gt") and not any(image["id"] in with_objects for image in large):
         raise UserError(f"{what}: no image has annotations of the classes; image_id of an annotation is an image's id")
     return len(content["images"]) - len(large)

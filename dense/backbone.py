@@ -117,8 +117,12 @@ class SepViTBackbone(SepViTDense):
         prefix, source = settings.get("prefix", ""), ""
         if not prefix and variant_of(weights) is None and variant_of(entries_under(weights, "backbone")):
             prefix, source = "backbone", ", the backbone of a whole segmentor or detector"
-        report = load_weights(self, entries_under(weights, prefix), what,
-                              variant_hint="use that variant's config, or this variant's weights")  # fmt: skip
+        report = load_weights(
+            self,
+            entries_under(weights, prefix),
+            what,
+            variant_hint="use that variant's config, or this variant's weights",
+        )
         averaged = ", averaged weights" if has_averaged_weights(checkpoint) else ""
         return f"{what}: {self.variant}{averaged}{source}: {report}"
 

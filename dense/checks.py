@@ -168,8 +168,12 @@ def place_of(whole: Mapping[str, Any], part: Mapping[str, Any]) -> str | None:
         whole: the config, of plain dicts and lists.
         part: the part, perhaps with more keys than the config has.
     """
-    found = [(len(node), place) for place, node in _typed(whole) if node["type"] == part.get("type")
-             and all(key in part and _equal(part[key], value) for key, value in node.items())]  # fmt: skip
+    found = [
+        (len(node), place)
+        for place, node in _typed(whole)
+        if node["type"] == part.get("type")
+        and all(key in part and _equal(part[key], value) for key, value in node.items())
+    ]
     return max(found, key=lambda entry: entry[0])[1] if found else None  # of equal ones, the first
 
 
@@ -246,8 +250,14 @@ def check_weights(model: nn.Module, checkpoint: dict[str, Any], what: str, partl
     Raises:
         UserError: the checkpoint does not fit.
     """
-    load_weights(unwrapped(model), weights_of(checkpoint, what), what, variant_hint=VARIANT_HINT, network="backbone",
-                 partly=partly)  # fmt: skip
+    load_weights(
+        unwrapped(model),
+        weights_of(checkpoint, what),
+        what,
+        variant_hint=VARIANT_HINT,
+        network="backbone",
+        partly=partly,
+    )
 
 
 def entries_of_classes(cfg: Config) -> set[str]:

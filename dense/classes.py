@@ -43,11 +43,14 @@ def checked_names(names: Any, where: str) -> tuple[str, ...]:
         with open(names, encoding="utf-8") as file:
             names = [line for line in file.read().splitlines() if line.strip()]
     if isinstance(names, str):
-        raise UserError(f"{where} classes={names!r}: a text, neither names nor a file of names; a tuple of one name "
-                        f"has a comma: classes=({names!r},)")  # fmt: skip
+        raise UserError(
+            f"{where} classes={names!r}: a text, neither names nor a file of names; a tuple of one name "
+            f"has a comma: classes=({names!r},)"
+        )
     if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{where} classes={names!r}: takes the names of the classes, texts, as in "
-                        "classes=('road', 'sky')")  # fmt: skip
+        raise UserError(
+            f"{where} classes={names!r}: takes the names of the classes, texts, as in classes=('road', 'sky')"
+        )
     forms = [canonical(name) for name in names]
     if twice := sorted({name for name in forms if forms.count(name) > 1}):
         raise UserError(f"{where} classes: has {listed(twice)} several times; names are different")
@@ -69,8 +72,10 @@ def checked_palette(palette: Any, where: str) -> Any:
     for colour in palette if isinstance(palette, (list, tuple)) else [palette]:
         parts = colour if isinstance(colour, (list, tuple)) else ()
         if len(parts) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in parts):
-            raise UserError(f"{where} palette: has {colour!r}; a colour is three whole numbers from 0 to 255, and a "
-                            "palette a list of them")  # fmt: skip
+            raise UserError(
+                f"{where} palette: has {colour!r}; a colour is three whole numbers from 0 to 255, and a "
+                "palette a list of them"
+            )
     return [tuple(colour) for colour in palette]
 
 
@@ -92,8 +97,10 @@ def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
             if own is None:
                 continue
             if names is not None and own != names:
-                raise UserError(f"{loader}.dataset has the classes {listed(own)}, {first} {listed(names)}; set "
-                                "metainfo at the top of the config, for all of them")  # fmt: skip
+                raise UserError(
+                    f"{loader}.dataset has the classes {listed(own)}, {first} {listed(names)}; set "
+                    "metainfo at the top of the config, for all of them"
+                )
             names, first = own, f"{loader}.dataset"
     if names is not None:
         for place, head in heads_of(cfg):
@@ -109,8 +116,10 @@ def _names_of(place: str, node: Mapping[str, Any], kind: Any) -> tuple[str, ...]
     if names is None and is_kind(kind, SEGMENTATION):
         raise UserError(f"{place}: {kind.__name__} has no classes; set metainfo = dict(classes=('road', 'sky', …))")
     if names and known and is_kind(kind, SEGMENTATION) and (others := [name for name in names if name not in known]):
-        raise UserError(f"{place}.metainfo: {listed(others)} are none of the classes of {kind.__name__}, "
-                        f"{listed(known)}; for data of your own, set metainfo at the top of the config")  # fmt: skip
+        raise UserError(
+            f"{place}.metainfo: {listed(others)} are none of the classes of {kind.__name__}, "
+            f"{listed(known)}; for data of your own, set metainfo at the top of the config"
+        )
     if names and len(names) == 1 and is_kind(kind, SEGMENTATION):
         two = f"set metainfo = dict(classes=('background', {names[0]!r})), for labels 0 and 1"
         one = "for a head of one channel, set out_channels=1, num_classes=2 and loss_decode.use_sigmoid=True as well"
@@ -119,8 +128,10 @@ def _names_of(place: str, node: Mapping[str, Any], kind: Any) -> tuple[str, ...]
         )
     palette = meta.get("palette")
     if names and palette is not None and not isinstance(palette, str) and len(palette) != len(names):
-        raise UserError(f"{place}.metainfo: palette has {len(palette)} colours for the {len(names)} classes "
-                        f"{listed(names)}; state as many, or none")  # fmt: skip
+        raise UserError(
+            f"{place}.metainfo: palette has {len(palette)} colours for the {len(names)} classes "
+            f"{listed(names)}; state as many, or none"
+        )
     return names
 
 
@@ -128,8 +139,10 @@ def _check_head(place: str, head: Mapping[str, Any], names: Sequence[str]) -> No
     """Refuse a head with another number of classes or class weights."""
     count = head.get("num_classes", len(names))
     if count != len(names):
-        raise UserError(f"{place}.num_classes={count}: the data set has {len(names)} classes, {listed(names)}; state "
-                        "as many, or set metainfo = dict(classes=…) to those of the data set")  # fmt: skip
+        raise UserError(
+            f"{place}.num_classes={count}: the data set has {len(names)} classes, {listed(names)}; state "
+            "as many, or set metainfo = dict(classes=…) to those of the data set"
+        )
     losses = head.get("loss_decode") or dict(type="CrossEntropyLoss")  # mmseg's default
     softmax = [loss for loss in dicts(losses) if step_name(loss) == "CrossEntropyLoss" and not loss.get("use_sigmoid")]
     if head.get("out_channels") == 1 and softmax:
@@ -140,8 +153,10 @@ def _check_head(place: str, head: Mapping[str, Any], names: Sequence[str]) -> No
         background = int(name == "loss_cls" and not loss.get("use_sigmoid", False))
         if len(loss["class_weight"]) != len(names) + background:
             extra = " and the background" if background else ""
-            raise UserError(f"{place}.{name}.class_weight has {len(loss['class_weight'])} weights for the {len(names)} "
-                            f"classes {listed(names)}{extra}; state as many, or None")  # fmt: skip
+            raise UserError(
+                f"{place}.{name}.class_weight has {len(loss['class_weight'])} weights for the {len(names)} "
+                f"classes {listed(names)}{extra}; state as many, or None"
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -85,8 +85,10 @@ def check_types(cfg: Config, *loaders: str) -> None:
     for loader in loaders:
         dataset = (cfg.get(loader) or {}).get("dataset") or {}
         if resolve(DATASETS, dataset) is None:
-            raise UserError(f"{loader}.dataset.type={dataset.get('type')}: no such data set; the registries have "
-                            "BaseSegDataset, CocoDataset and those of custom_imports")  # fmt: skip
+            raise UserError(
+                f"{loader}.dataset.type={dataset.get('type')}: no such data set; the registries have "
+                "BaseSegDataset, CocoDataset and those of custom_imports"
+            )
 
 
 def check_orientations(cfg: Config) -> None:
@@ -117,8 +119,10 @@ def check_reading(cfg: Config, checkpoint: Mapping[str, Any], what: str) -> None
     own = orientation_in(cfg.test_dataloader)
     if reading.get("turned") and reading["orientation"] != own:
         trained = reading["orientation"]
-        raise UserError(f"{what}: was trained on images with orientation={trained!r}, the config has {own!r}; set it "
-                        f"with --cfg-options orientation={trained}")  # fmt: skip
+        raise UserError(
+            f"{what}: was trained on images with orientation={trained!r}, the config has {own!r}; set it "
+            f"with --cfg-options orientation={trained}"
+        )
 
 
 def part_of(loader: str) -> str:
@@ -167,8 +171,7 @@ def files_below(folder: str) -> set[str]:
 def missing_files(paths: Sequence[str], folder: str) -> list[str]:
     """Return which of some paths do not exist. Those in the folder are looked up in its listing."""
     present = files_below(folder) if os.path.isdir(folder) else set()
-    return [path for path in paths
-            if os.path.relpath(path, folder) not in present and not os.path.isfile(path)]  # fmt: skip
+    return [path for path in paths if os.path.relpath(path, folder) not in present and not os.path.isfile(path)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -233,13 +236,16 @@ def _check_suffixes(loader: str, folder: str, suffix: str, count: int) -> None:
     others = {name: number for name, number in suffixes.most_common() if name.lower() in IMAGE_SUFFIXES}
     found = ", ".join(f"{number} in {name}" for name, number in others.items())
     if count == 0 and others:
-        raise UserError(f"{part_of(loader)} data {folder}: no image ends in {suffix}, {found}; set "
-                        f"img_suffix={next(iter(others))!r} in the config")  # fmt: skip
+        raise UserError(
+            f"{part_of(loader)} data {folder}: no image ends in {suffix}, {found}; set "
+            f"img_suffix={next(iter(others))!r} in the config"
+        )
     if count == 0:
         raise UserError(f"{part_of(loader)} data {folder}: no image ends in {suffix}; set img_suffix in the config")
     if others:
-        print_main(f"WARNING: {part_of(loader)} data {folder}: {count} images end in {suffix}; others are left out: "
-                   f"{found}")  # fmt: skip
+        print_main(
+            f"WARNING: {part_of(loader)} data {folder}: {count} images end in {suffix}; others are left out: {found}"
+        )
 
 
 def warn_of_unmet_classes(
@@ -337,9 +343,13 @@ def check_coco(cfg: Config, loader: str, node: Mapping[str, Any], kind: Any) -> 
     what = f"{part} annotations {path}"
     content = read_annotations(path, what)
     warnings = check_annotations(
-        what, content, classes_of(node, kind) or (), needs_masks, part == "train" or bool(measured),
+        what,
+        content,
+        classes_of(node, kind) or (),
+        needs_masks,
+        part == "train" or bool(measured),
         node.get("filter_cfg") or {} if part == "train" else {},
-    )  # fmt: skip
+    )
     for warning in warnings:
         print_main(f"WARNING: {what}: {warning}")
     prefix = (node.get("data_prefix") or {}).get("img", "")
@@ -362,5 +372,7 @@ def _check_evaluator(name: str, path: str, of_dataset: str, images: set[Any]) ->
         raise UserError(f"{name}.ann_file={path}: no such file; the data set's is {of_dataset}")
     held = read_annotations(path, f"{name}.ann_file={path}").get("images") or []
     if not images <= {image.get("id") for image in held}:
-        raise UserError(f"{name}.ann_file={path}: has not all images of {of_dataset}, whose detections it evaluates; "
-                        "name the same file in both")  # fmt: skip
+        raise UserError(
+            f"{name}.ann_file={path}: has not all images of {of_dataset}, whose detections it evaluates; "
+            "name the same file in both"
+        )

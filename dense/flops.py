@@ -35,8 +35,10 @@ def count(args: argparse.Namespace, samples: Callable[[int, int], list[Any]] | N
             print(f"{name + ':':20} {sum(p.numel() for p in part.parameters()) / 1e6:8.3f} M parameters")
     backbone = costs_of(model.backbone, images)
     print(f"{'backbone:':20} {total_of(backbone, 'multiply_adds') / 1e9:8.3f} G multiply-adds")
-    print(f"{cfg.model.type}, {args.shape[0]} × {args.shape[1]} pixels: {total / 1e6:.3f} M parameters, "
-          f"{count_multiply_adds(model, *inputs) / 1e9:.3f} G multiply-adds")  # fmt: skip
+    print(
+        f"{cfg.model.type}, {args.shape[0]} × {args.shape[1]} pixels: {total / 1e6:.3f} M parameters, "
+        f"{count_multiply_adds(model, *inputs) / 1e9:.3f} G multiply-adds"
+    )
     print(f"\nbackbone, {cfg.model.backbone.type}: {summary(backbone)}\n")
     print(costs_as_text(backbone), flush=True)
     if args.memory:
@@ -58,9 +60,17 @@ def run_count(
         samples: see `count`.
     """
     parser = build_parser(description, launchers=False)
-    parser.add_argument("--shape", type=positive_int, nargs=2, default=shape, metavar=("H", "W"),
-                        help=f"image size in pixels, default {shape[0]} {shape[1]}")  # fmt: skip
-    parser.add_argument("--memory", action="store_true",
-                        help="measure the memory of the backbone's forward pass and training step, too")  # fmt: skip
-    return run_command("get_flops.py", lambda: count(parser.parse_args(arguments), samples), parser,
-                       "use a smaller --shape")  # fmt: skip
+    parser.add_argument(
+        "--shape",
+        type=positive_int,
+        nargs=2,
+        default=shape,
+        metavar=("H", "W"),
+        help=f"image size in pixels, default {shape[0]} {shape[1]}",
+    )
+    parser.add_argument(
+        "--memory", action="store_true", help="measure the memory of the backbone's forward pass and training step, too"
+    )
+    return run_command(
+        "get_flops.py", lambda: count(parser.parse_args(arguments), samples), parser, "use a smaller --shape"
+    )

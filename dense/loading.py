@@ -202,8 +202,10 @@ class LoadReadableLabels(BaseTransform):
         table: np.ndarray = np.arange(LARGEST + 1, dtype=np.uint8)
         reduced = results.get("reduce_zero_label", False)
         if self.reduce_zero_label not in (None, reduced):
-            raise UserError(f"LoadAnnotations reduce_zero_label={self.reduce_zero_label}: the data set has {reduced}; "
-                            "remove it from the transform")  # fmt: skip
+            raise UserError(
+                f"LoadAnnotations reduce_zero_label={self.reduce_zero_label}: the data set has {reduced}; "
+                "remove it from the transform"
+            )
         if reduced:
             table[1:-1] -= 1
             table[0] = LARGEST
@@ -353,8 +355,10 @@ def _check_transform(node: Any, num_classes: int | None, ignore_index: int) -> N
         node.setdefault("num_classes", num_classes)
         node.setdefault("ignore_index", ignore_index)
     if node.get("type") == "LoadReadableImage" and "max_unreadable" in node:
-        raise UserError(f"LoadReadableImage max_unreadable={node['max_unreadable']}: no longer a setting; remove it "
-                        f"from the config, {setting('on_bad_image')} takes its place")  # fmt: skip
+        raise UserError(
+            f"LoadReadableImage max_unreadable={node['max_unreadable']}: no longer a setting; remove it "
+            f"from the config, {setting('on_bad_image')} takes its place"
+        )
 
 
 def _import_with(cfg: Config, module: str) -> None:

@@ -196,9 +196,11 @@ class TrainLoop(BaseLoop):
         self.dataloader = seeded_loader(self.dataloader, self.batches, runner.seed)
         accumulated = runner.cfg.optim_wrapper.get("accumulative_counts", 1)
         if schedule.by_epoch and len(self.dataloader) % accumulated:
-            raise UserError(f"optim_wrapper.accumulative_counts={accumulated}: does not divide the "
-                            f"{len(self.dataloader)} batches of an epoch; choose 1, another one, or another "
-                            "train_dataloader.batch_size")  # fmt: skip
+            raise UserError(
+                f"optim_wrapper.accumulative_counts={accumulated}: does not divide the "
+                f"{len(self.dataloader)} batches of an epoch; choose 1, another one, or another "
+                "train_dataloader.batch_size"
+            )
         self.schedule = schedule
         self.monitor = make_monitor(len(self.dataloader.dataset))
         self.state = DenseState()
@@ -380,8 +382,9 @@ class TrainLoop(BaseLoop):
             self.monitor.watchdog.is_evaluating = False
         self.state.validated = True
         self.state.stopped = self.stop_training
-        self.state.patience = [(hook.wait_count, float(hook.best_score))
-                               for hook in hooks_of(self.runner, EarlyStoppingHook)]  # fmt: skip
+        self.state.patience = [
+            (hook.wait_count, float(hook.best_score)) for hook in hooks_of(self.runner, EarlyStoppingHook)
+        ]
         self.after_validation(metrics)
 
 

@@ -298,8 +298,10 @@ def raise_missing(name: str) -> NoReturn:
     Raises:
         UserError: always.
     """
-    raise UserError(f"mmcv's operator {name}: torchvision has none, it needs mmcv's compiled ones; install a C++ "
-                    f"compiler, then: {INSTALL}")  # fmt: skip
+    raise UserError(
+        f"mmcv's operator {name}: torchvision has none, it needs mmcv's compiled ones; install a C++ "
+        f"compiler, then: {INSTALL}"
+    )
 
 
 def missing_operator(name: str) -> Callable[..., NoReturn]:
@@ -345,8 +347,10 @@ class CompiledLoader(ExtensionFileLoader):
         try:
             return super().create_module(spec)
         except ImportError as error:
-            raise UserError(f"mmcv's compiled operators: do not load with torch {torch.__version__} ({error}); "
-                            f"set {CHOICE}={TORCHVISION}, or compile them again: {INSTALL}") from None  # fmt: skip
+            raise UserError(
+                f"mmcv's compiled operators: do not load with torch {torch.__version__} ({error}); "
+                f"set {CHOICE}={TORCHVISION}, or compile them again: {INSTALL}"
+            ) from None
 
 
 class OperatorFinder(MetaPathFinder):
@@ -364,13 +368,16 @@ class OperatorFinder(MetaPathFinder):
             return None
         choice = os.environ.get(CHOICE, "")
         if choice not in ("", COMPILED, TORCHVISION):
-            raise UserError(f"environment variable {CHOICE}={choice}: takes {COMPILED} or {TORCHVISION}; unset it or "
-                            "correct it")  # fmt: skip
+            raise UserError(
+                f"environment variable {CHOICE}={choice}: takes {COMPILED} or {TORCHVISION}; unset it or correct it"
+            )
         others = [finder for finder in sys.meta_path if finder is not self]
         compiled = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
         if choice == COMPILED and compiled is None:
-            raise UserError(f"environment variable {CHOICE}={choice}: mmcv has no compiled operators; unset it, or "
-                            f"install them: {INSTALL}")  # fmt: skip
+            raise UserError(
+                f"environment variable {CHOICE}={choice}: mmcv has no compiled operators; unset it, or "
+                f"install them: {INSTALL}"
+            )
         if choice == TORCHVISION or compiled is None:
             self._log("torchvision's, as SEPVIT_OPERATORS asks" if compiled else "torchvision's, none are compiled")
             return ModuleSpec(name, OperatorLoader(), origin=torchvision.__file__)

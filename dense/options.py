@@ -30,9 +30,19 @@ OF_TYPED = EVERYWHERE | {"priority", "requires_grad", "convert_to_iter_based", "
 OF_OPTIMISER = {"optimizer", "paramwise_cfg", "constructor"}
 OF_LOADER = {"dataset", "num_batch_per_epoch", "collate_fn", "worker_init_fn", "disable_subprocess_warning"}
 # Keys that mmengine, mmseg, mmdet and these commands read from the top of a config, besides arguments of the runner.
-TOP = {*TOP_LEVEL, "activation_checkpointing", "compile", "custom_imports", "efficient_conv_bn_eval",
-       "find_unused_parameters", "model_wrapper_cfg", "sync_bn", "test_pipeline", "tta_model",
-       "tta_pipeline"}  # fmt: skip
+TOP = {
+    *TOP_LEVEL,
+    "activation_checkpointing",
+    "compile",
+    "custom_imports",
+    "efficient_conv_bn_eval",
+    "find_unused_parameters",
+    "model_wrapper_cfg",
+    "sync_bn",
+    "test_pipeline",
+    "tta_model",
+    "tta_pipeline",
+}
 
 
 class KeyValueAction(DictAction):
@@ -61,8 +71,10 @@ def _parse_literal(pair: str, value: str) -> Any:
     try:
         return ast.literal_eval(value.strip())
     except (SyntaxError, ValueError):
-        raise UserError(f"{FLAG} {pair}: not a dict as Python writes it, such as \"{{'type': 'SGD', 'lr': 0.1}}\"; or "
-                        "set its keys one by one, KEY.INNER_KEY=VALUE") from None  # fmt: skip
+        raise UserError(
+            f"{FLAG} {pair}: not a dict as Python writes it, such as \"{{'type': 'SGD', 'lr': 0.1}}\"; or "
+            "set its keys one by one, KEY.INNER_KEY=VALUE"
+        ) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -353,8 +365,9 @@ def text_for_number(built: Callable[..., Any], part: Mapping[str, Any]) -> str |
     for constructor in reversed(_constructors(built)):
         with suppress(TypeError, ValueError):  # not written in Python
             defaults |= {name: p.default for name, p in inspect.signature(constructor).parameters.items()}
-    numeric = {name for name, value in defaults.items()
-               if isinstance(value, (int, float)) and not isinstance(value, bool)}  # fmt: skip
+    numeric = {
+        name for name, value in defaults.items() if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
     return next((name for name, value in part.items() if name in numeric and isinstance(value, str)), None)
 
 

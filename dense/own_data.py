@@ -145,11 +145,14 @@ def _move_root(cfg: Config, where: str, bases: Iterable[Config]) -> None:
                 return
     if is_named:
         return
-    inherited = sorted({place.rstrip("/") for place in _elsewhere(cfg, new)
-                        if _is_inherited(place, "data_root", bases)})  # fmt: skip
+    inherited = sorted(
+        {place.rstrip("/") for place in _elsewhere(cfg, new) if _is_inherited(place, "data_root", bases)}
+    )
     if len(inherited) > 1:
-        raise UserError(f"{where} data_root={root}: the data sets of its base have several folders, "
-                        f"{listed(inherited)}; set data_root of each data set")  # fmt: skip
+        raise UserError(
+            f"{where} data_root={root}: the data sets of its base have several folders, "
+            f"{listed(inherited)}; set data_root of each data set"
+        )
     for place in inherited:
         move(cfg, place, new)
 
@@ -234,8 +237,11 @@ def _replace_palette(meta: Any, bases: Iterable[Config]) -> None:
     """Choose colours if a `metainfo` has a base's for another number of classes."""
     palette, number = meta.get("palette"), len(meta["classes"])
     if palette is not None and len(palette) != number:
-        others = (node.get("palette") for base in bases
-                  for node in dicts([base.get("metainfo"), *(base.get(loader) for loader in LOADERS)]))  # fmt: skip
+        others = (
+            node.get("palette")
+            for base in bases
+            for node in dicts([base.get("metainfo"), *(base.get(loader) for loader in LOADERS)])
+        )
         if any(_plain(palette) == _plain(other) for other in others):
             meta["palette"] = palette_of(number)
 
@@ -249,9 +255,13 @@ def _plain(value: Any) -> Any:
 
 def _is_inherited(value: Any, key: str, bases: Iterable[Config], now: Any = None) -> bool:
     """Whether a data set's value of a key is that of a data set of a base, whose top states another value than now."""
-    return any(_plain(node.get(key)) == _plain(value)
-               for base in bases if now is None or _plain(base.get(key)) != _plain(now)
-               for loader in LOADERS for node, _ in data_sets(base, loader))  # fmt: skip
+    return any(
+        _plain(node.get(key)) == _plain(value)
+        for base in bases
+        if now is None or _plain(base.get(key)) != _plain(now)
+        for loader in LOADERS
+        for node, _ in data_sets(base, loader)
+    )
 
 
 def _move_metainfo(cfg: Config, where: str, bases: Iterable[Config]) -> bool:
@@ -330,8 +340,9 @@ def _move_num_classes(cfg: Config, where: str, bases: Iterable[Config], has_chan
 
     def others(place: str) -> Iterator[Mapping[str, Any]]:
         """Yield a head as it is in the bases of other classes."""
-        return (head for base in bases if _names_in(base) not in (None, names)
-                for at, head in heads_of(base) if at == place)  # fmt: skip
+        return (
+            head for base in bases if _names_in(base) not in (None, names) for at, head in heads_of(base) if at == place
+        )
 
     _check_stated(cfg, where, names, bases)
     for place, head in heads_of(cfg):
@@ -342,8 +353,9 @@ def _move_num_classes(cfg: Config, where: str, bases: Iterable[Config], has_chan
             weights = loss["class_weight"]
             if (has_changed or len(weights) not in (len(names), len(names) + 1)) and any(
                 _plain(weights) == _plain(inner["class_weight"])
-                for other in others(place) for _, inner in weighted_losses(other)
-            ):  # fmt: skip
+                for other in others(place)
+                for _, inner in weighted_losses(other)
+            ):
                 del loss["class_weight"]
 
 
@@ -361,5 +373,7 @@ def _check_stated(cfg: Config, where: str, names: Sequence[str], bases: Iterable
     if any(base.get("num_classes") == stated and _names_in(base) != names for base in bases):
         cfg.num_classes = len(names)
         return
-    raise UserError(f"{where} num_classes={stated!r}: the data set has {len(names)} classes, {listed(names)}; set "
-                    "metainfo = dict(classes=…) to the names of its classes, or remove num_classes")  # fmt: skip
+    raise UserError(
+        f"{where} num_classes={stated!r}: the data set has {len(names)} classes, {listed(names)}; set "
+        "metainfo = dict(classes=…) to the names of its classes, or remove num_classes"
+    )

@@ -41,8 +41,9 @@ def build_predict_parser(description: str | None) -> CommandParser:
     parser.add_argument(
         "checkpoint", type=path, metavar="CHECKPOINT", help="checkpoint of the whole segmentor or detector"
     )
-    parser.add_argument("images", nargs="+", type=path, metavar="IMAGE",
-                        help="an image, a folder of images, or a pattern")  # fmt: skip
+    parser.add_argument(
+        "images", nargs="+", type=path, metavar="IMAGE", help="an image, a folder of images, or a pattern"
+    )
     parser.add_argument("--out", required=True, type=path, metavar="DIR", help="folder for the pictures")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in DIR already")
     return parser
@@ -73,8 +74,10 @@ def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.M
     node, kind = next(data_sets(cfg, "test_dataloader"), (None, None))
     if node is None or kind is None:
         name = cfg.test_dataloader.dataset.get("type")
-        raise UserError(f"test_dataloader.dataset.type={name}: has no classes and no pipeline; derive it from "
-                        "mmengine's BaseDataset")  # fmt: skip
+        raise UserError(
+            f"test_dataloader.dataset.type={name}: has no classes and no pipeline; derive it from "
+            "mmengine's BaseDataset"
+        )
     names = classes_in(checkpoint)
     if names is None:
         print_line(f"CHECKPOINT {checkpoint_path}: does not name its classes, which get the config's names by number")

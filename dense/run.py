@@ -49,13 +49,41 @@ from training.watchdog import Watchdog
 ADVICE = "a lower `optim_wrapper.optimizer.lr`, or training without half precision"
 PACKAGES = ("torchvision", "timm", "numpy", "onedl-mmengine", "onedl-mmcv")  # whose versions log.txt records
 # Parts of a config that decide what a run computes.
-COMPUTED = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr",
-            "val_dataloader", "val_evaluator", "val_cfg", "randomness", "custom_hooks", "sync_bn", "data_preprocessor",
-            "model_wrapper_cfg", "find_unused_parameters", "efficient_conv_bn_eval")  # fmt: skip
+COMPUTED = (
+    "model",
+    "train_dataloader",
+    "train_cfg",
+    "optim_wrapper",
+    "param_scheduler",
+    "auto_scale_lr",
+    "val_dataloader",
+    "val_evaluator",
+    "val_cfg",
+    "randomness",
+    "custom_hooks",
+    "sync_bn",
+    "data_preprocessor",
+    "model_wrapper_cfg",
+    "find_unused_parameters",
+    "efficient_conv_bn_eval",
+)
 # Of these, what does not: where things are, and how they are read. The images' fingerprint is compared by itself.
-FREE_NAMES = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "data_root", "data_prefix",
-              "ann_file", "init_cfg", "pretrained", "with_cp", "outfile_prefix", "backend_args", "label_map",
-              "stored_classes")  # fmt: skip
+FREE_NAMES = (
+    "num_workers",
+    "persistent_workers",
+    "pin_memory",
+    "prefetch_factor",
+    "data_root",
+    "data_prefix",
+    "ann_file",
+    "init_cfg",
+    "pretrained",
+    "with_cp",
+    "outfile_prefix",
+    "backend_args",
+    "label_map",
+    "stored_classes",
+)
 # Settings of mmengine's checkpoint hook that are followed.
 SAVING = ("type", "interval", "by_epoch", "max_keep_ckpts", "save_best", "rule", "priority")
 FREE = re.compile(rf"(^|\.)({'|'.join(FREE_NAMES)})(\.|$)")
@@ -384,8 +412,10 @@ class TrainingRunner(DenseRunner):
             for scheduler, state in zip(self.param_schedulers or (), checkpoint["param_schedulers"], strict=True):
                 scheduler.load_state_dict(state)
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise UserError(f"{what}: its training state does not fit the config ({first_line(error)}); "
-                            f"{setting('load_from')} uses its weights alone") from None  # fmt: skip
+            raise UserError(
+                f"{what}: its training state does not fit the config ({first_line(error)}); "
+                f"{setting('load_from')} uses its weights alone"
+            ) from None
         self.train_loop.state = state = DenseState.from_checkpoint(checkpoint)
         self.train_loop.stop_training = state.stopped
         for hook, (waited, score) in zip(hooks_of(self, EarlyStoppingHook), state.patience):
@@ -413,8 +443,10 @@ class TrainingRunner(DenseRunner):
         candidates = [name for name in (wanted, "mIoU", "coco/bbox_mAP", *figures) if name in figures]
         name = candidates[0] if candidates else None
         if wanted not in (None, "auto", name):
-            print_main(f"WARNING: default_hooks.checkpoint.save_best={wanted}: no such metric, best.pth follows "
-                       f"{name}; choose from {', '.join(figures)}")  # fmt: skip
+            print_main(
+                f"WARNING: default_hooks.checkpoint.save_best={wanted}: no such metric, best.pth follows "
+                f"{name}; choose from {', '.join(figures)}"
+            )
         return name, hook.get("rule") == "less" or "loss" in (name or "")
 
     def save(self, is_best: bool = False) -> None:
@@ -481,9 +513,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], wha
         names = ("betas", "momentum", "alpha", "rho")  # which tell optimisers apart
         if unknown := [name for name in names if (name in now) != (name in before)]:
             has = "without" if unknown[0] in now else "with"
-            raise UserError(f"{what}: optim_wrapper.optimizer.type={type(optimizer).__name__}: its optimiser is "
-                            f"another one, {has} {unknown[0]}; {hint}")  # fmt: skip
+            raise UserError(
+                f"{what}: optim_wrapper.optimizer.type={type(optimizer).__name__}: its optimiser is "
+                f"another one, {has} {unknown[0]}; {hint}"
+            )
         for name, key in (("lr", "initial_lr"), ("weight_decay", "weight_decay")):
             if key in now and key in before and now[key] != before[key]:
-                raise UserError(f"{what}: its run has optim_wrapper.optimizer.{name}={before[key]:g}, not "
-                                f"{now[key]:g}; {hint}")  # fmt: skip
+                raise UserError(
+                    f"{what}: its run has optim_wrapper.optimizer.{name}={before[key]:g}, not {now[key]:g}; {hint}"
+                )

@@ -160,8 +160,14 @@ class DenseRunner(QuietRunner):
         checkpoint = self.checkpoints.pop(filename, None) or read_checkpoint(filename, what)
         is_new_training = self.cfg.get("train_cfg") is not None and not self.cfg.get("resume")
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
-        report = load_weights(unwrapped(self.model), weights_of(checkpoint, what), what,
-                              variant_hint=VARIANT_HINT, network="backbone", partly=is_new_training)  # fmt: skip
+        report = load_weights(
+            unwrapped(self.model),
+            weights_of(checkpoint, what),
+            what,
+            variant_hint=VARIANT_HINT,
+            network="backbone",
+            partly=is_new_training,
+        )
         self.logger.log(logging.WARNING if report.is_partial else logging.INFO, f"{what}: {report}")
         mark_loaded(self)
         return checkpoint

@@ -85,8 +85,10 @@ class SeededBatches(Sampler[list[Draw]]):
 
     def __init__(self, loader: DataLoader, is_endless: bool) -> None:
         if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-            raise UserError(f"train_dataloader.dataset {type(loader.dataset).__name__}: a stream, which cannot be "
-                            "resumed; use a data set with a length and batches")  # fmt: skip
+            raise UserError(
+                f"train_dataloader.dataset {type(loader.dataset).__name__}: a stream, which cannot be "
+                "resumed; use a data set with a length and batches"
+            )
         batches: Any = loader.batch_sampler
         self.batch_sampler = batches
         self.sampler = getattr(batches, "sampler", loader.sampler)

@@ -88,8 +88,14 @@ def build_parser(
         )
         parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
         parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--cfg-options", nargs="+", action=KeyValueAction, default={}, metavar="KEY=VALUE",
-                        help="change the config; data_root=DIR moves the whole data set")  # fmt: skip
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=KeyValueAction,
+        default={},
+        metavar="KEY=VALUE",
+        help="change the config; data_root=DIR moves the whole data set",
+    )
     return parser
 
 

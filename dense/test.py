@@ -147,13 +147,18 @@ def check_folders(cfg: Config, folders: Sequence[tuple[Path, str]]) -> None:
     """
     nodes = [node for loader in LOADERS for node, _ in data_sets(cfg, loader) if not is_elsewhere(node)]
     roots = {Path(node["data_root"]).resolve() for node in nodes if node.get("data_root")}
-    data = {Path(node.get("data_root") or "", inner).resolve() for node in nodes
-            for inner in (node.get("data_prefix") or {}).values() if isinstance(inner, str) and inner}  # fmt: skip
+    data = {
+        Path(node.get("data_root") or "", inner).resolve()
+        for node in nodes
+        for inner in (node.get("data_prefix") or {}).values()
+        if isinstance(inner, str) and inner
+    }
     for folder, what in folders:
         place = folder.resolve()
         if place in roots or data & {place, *place.parents}:
-            raise UserError(f"{what}: holds images or labels of a data set, which results would replace; name another "
-                            "folder")  # fmt: skip
+            raise UserError(
+                f"{what}: holds images or labels of a data set, which results would replace; name another folder"
+            )
 
 
 def make_folders(folders: Sequence[tuple[Path, str]]) -> None:

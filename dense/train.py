@@ -39,8 +39,14 @@ from training.resume import Source, find_checkpoint
 from training.storage import make_folder, missing_folders, remove_empty
 from training.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
 
-STATEFUL = ("BatchSyncRandomResize", "CachedMixUp", "CachedMosaic", "DynamicRoIHead", "GroupMultiSourceSampler",
-            "SyncBuffersHook")  # fmt: skip
+STATEFUL = (
+    "BatchSyncRandomResize",
+    "CachedMixUp",
+    "CachedMosaic",
+    "DynamicRoIHead",
+    "GroupMultiSourceSampler",
+    "SyncBuffersHook",
+)
 RESUME = "run the same command with --auto-resume to resume from the last checkpoint"
 
 
@@ -48,10 +54,19 @@ def build_train_parser(description: str | None) -> CommandParser:
     """Make the parser of train.py."""
     parser = build_parser(description, former=FORMER_OF_TRAINING)
     add = parser.add_argument
-    add("--auto-resume", action="store_true",
-        help="resume from the work dir's newest checkpoint, if there is one, as if the run never stopped")  # fmt: skip
-    add("--resume", nargs="?", const="", type=path, metavar="PATH",
-        help="resume from a checkpoint; without PATH, from the newest in the work dir, if there is one")  # fmt: skip
+    add(
+        "--auto-resume",
+        action="store_true",
+        help="resume from the work dir's newest checkpoint, if there is one, as if the run never stopped",
+    )
+    add(
+        "--resume",
+        nargs="?",
+        const="",
+        type=path,
+        metavar="PATH",
+        help="resume from a checkpoint; without PATH, from the newest in the work dir, if there is one",
+    )
     add("--load-from", type=path, metavar="PATH", help="start from the weights of a whole segmentor or detector")
     add("--from-scratch", action="store_true", help="start from random weights, without a pretrained backbone")
     add("--amp", action="store_true", help="mixed precision (float16 with loss scaling)")
@@ -59,16 +74,41 @@ def build_train_parser(description: str | None) -> CommandParser:
     add("--no-validate", action="store_true", help="do not validate during training")
     add("--seed", type=number(int, 0, 2**32 - 1), default=None, help="default 0")  # NumPy takes no larger one
     add("--deterministic", action="store_true")
-    add("--checkpoint-every", type=natural, default=0, metavar="ITERATIONS",
-        help="also save every ITERATIONS iterations; 0: only as the config says, and before validation")  # fmt: skip
-    add("--keep-checkpoints", type=positive_int, default=2, metavar="N",
-        help="keep the newest N checkpoints, default 2, besides those at the config's interval")  # fmt: skip
-    add("--on-bad-image", choices=("skip", "fail"), default="skip", help="skip: replace unreadable training images and "
-        "labels, up to 0.1 %% of the set; fail: end the run at the first one")  # fmt: skip
-    add("--max-bad-steps", type=positive_int, default=10, metavar="N", help="end the run after N skipped steps in a "
-        "row, with a non-finite loss or non-finite gradients, default 10")  # fmt: skip
-    add("--timeout", type=seconds, default=600.0, metavar="SECONDS",
-        help="seconds without progress after which a process counts as hanging, default 600")  # fmt: skip
+    add(
+        "--checkpoint-every",
+        type=natural,
+        default=0,
+        metavar="ITERATIONS",
+        help="also save every ITERATIONS iterations; 0: only as the config says, and before validation",
+    )
+    add(
+        "--keep-checkpoints",
+        type=positive_int,
+        default=2,
+        metavar="N",
+        help="keep the newest N checkpoints, default 2, besides those at the config's interval",
+    )
+    add(
+        "--on-bad-image",
+        choices=("skip", "fail"),
+        default="skip",
+        help="skip: replace unreadable training images and "
+        "labels, up to 0.1 %% of the set; fail: end the run at the first one",
+    )
+    add(
+        "--max-bad-steps",
+        type=positive_int,
+        default=10,
+        metavar="N",
+        help="end the run after N skipped steps in a row, with a non-finite loss or non-finite gradients, default 10",
+    )
+    add(
+        "--timeout",
+        type=seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="seconds without progress after which a process counts as hanging, default 600",
+    )
     return parser
 
 
@@ -141,8 +181,10 @@ def check_states(cfg: Config) -> None:
     """
     for node in dicts(cfg):
         if (name := str(node.get("type")).rpartition(".")[2]) in STATEFUL:
-            raise UserError(f"--auto-resume: {name} has a state that no checkpoint holds, so that a resumed run would "
-                            "differ; use --resume, or another part")  # fmt: skip
+            raise UserError(
+                f"--auto-resume: {name} has a state that no checkpoint holds, so that a resumed run would "
+                "differ; use --resume, or another part"
+            )
 
 
 def check_accumulation(cfg: Config, checkpoint_every: int) -> None:
@@ -164,8 +206,10 @@ def check_accumulation(cfg: Config, checkpoint_every: int) -> None:
                 intervals[f"train_cfg.val_interval={interval}"] = interval
     for place, interval in intervals.items():
         if interval % accumulated:
-            raise UserError(f"{place}: takes a multiple of optim_wrapper.accumulative_counts={accumulated}, since "
-                            "checkpoints hold no gradients")  # fmt: skip
+            raise UserError(
+                f"{place}: takes a multiple of optim_wrapper.accumulative_counts={accumulated}, since "
+                "checkpoints hold no gradients"
+            )
 
 
 def used_loaders(cfg: Config) -> list[str]:
@@ -184,8 +228,15 @@ def find_source(cfg: Config, args: argparse.Namespace, output: Output) -> Source
     Raises:
         UserError: the checkpoint cannot be read, or holds weights only, or settings exclude each other.
     """
-    chosen = [flag for flag, value in (("--resume", args.resume), ("--load-from", args.load_from),
-                                       ("--from-scratch", args.from_scratch)) if value]  # fmt: skip
+    chosen = [
+        flag
+        for flag, value in (
+            ("--resume", args.resume),
+            ("--load-from", args.load_from),
+            ("--from-scratch", args.from_scratch),
+        )
+        if value
+    ]
     if len(chosen) > 1 and chosen != ["--resume", "--from-scratch"]:
         raise UserError(f"{' and '.join(chosen)}: choose one")
 
@@ -302,8 +353,11 @@ def own_folder(output: Output, config: str, preemption: Preemption) -> Iterator[
 
 def log_folders(folder: Path) -> list[Path]:
     """Folders of this process's log files below a work dir."""
-    files = [handler.baseFilename for handler in MMLogger.get_current_instance().handlers
-             if isinstance(handler, logging.FileHandler)]  # fmt: skip
+    files = [
+        handler.baseFilename
+        for handler in MMLogger.get_current_instance().handlers
+        if isinstance(handler, logging.FileHandler)
+    ]
     return [path for path in (Path(file).parent for file in files) if path.parent == Path(os.path.abspath(folder))]
 
 

@@ -83,8 +83,9 @@ def draw_detections(model: Any, path: str, image: np.ndarray, lowest: float) -> 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns its exit status."""
     parser = build_predict_parser(__doc__)
-    parser.add_argument("--score-thr", type=fraction, default=0.3, metavar="SCORE",
-                        help="lowest score to draw, default 0.3")  # fmt: skip
+    parser.add_argument(
+        "--score-thr", type=fraction, default=0.3, metavar="SCORE", help="lowest score to draw, default 0.3"
+    )
     return run_prediction(parser, draw_detections, arguments)
 
 

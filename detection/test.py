@@ -62,8 +62,10 @@ def prepare(cfg: Config, args: argparse.Namespace) -> Results:
         evaluators = [{**one, **settings} for one in as_list(cfg.test_evaluator) if takes(one, settings)]
         if not evaluators:
             flag = "--format-only" if args.format_only else f"--eval {' '.join(args.eval)}"
-            raise UserError(f"{flag}: needs a CocoMetric as test_evaluator in the config; without the flag, the "
-                            "config's own evaluators are used")  # fmt: skip
+            raise UserError(
+                f"{flag}: needs a CocoMetric as test_evaluator in the config; without the flag, the "
+                "config's own evaluators are used"
+            )
     if args.out:
         evaluators.append(dict(type="DumpDetResults", out_file_path=args.out))
         results.add(None, Path(args.out).parent, f"--out {args.out}")

@@ -140,8 +140,9 @@ def _record(
     if attention.PSA_qk is not None:
         among = attention.pointwise_weights(a)  # B × h × n × n
         f = attention.mix_windows(among, a)  # B × h × n × L·d
-    difference = _check(name, [weights for weights in (inside, among) if weights is not None],
-                        attention.project(f, H, W), output)  # fmt: skip
+    difference = _check(
+        name, [weights for weights in (inside, among) if weights is not None], attention.project(f, H, W), output
+    )
     w = attention.window_size
     records[name] = BlockAttention(
         name=name,
@@ -170,8 +171,10 @@ def _check(name: str, weights: Sequence[Tensor], recomputed: Tensor, output: Ten
     largest = output.double().abs().max().item()
     difference = (recomputed.double() - output.double()).abs().max().item() / max(largest, 1e-30)
     if not difference <= tolerance:
-        raise RuntimeError(f"{name}: the output recomputed from its attention differs from the network's by "
-                           f"{difference:.1g} of the largest value, more than {tolerance:g}")  # fmt: skip
+        raise RuntimeError(
+            f"{name}: the output recomputed from its attention differs from the network's by "
+            f"{difference:.1g} of the largest value, more than {tolerance:g}"
+        )
     return difference
 
 

@@ -233,8 +233,10 @@ def _model_name(model: str, checkpoint: Mapping[str, Any], weights: dict[str, Te
     name = model or settings_in(dict(checkpoint)).get("model") or variant_of(weights)
     if not name:
         if variant := variant_of(entries_under(weights, "backbone")):
-            raise UserError(f"{what}: holds a segmentor or detector with {variant}, not a classifier; use "
-                            "segmentation/predict.py or detection/predict.py")  # fmt: skip
+            raise UserError(
+                f"{what}: holds a segmentor or detector with {variant}, not a classifier; use "
+                "segmentation/predict.py or detection/predict.py"
+            )
         raise UserError(f"{what}: does not tell its model; name it with {setting('model')}")
     if not timm.is_model(name):
         raise UserError(f"{setting('model', name)}: unknown; choose {', '.join(VARIANTS)}, or a timm model")
@@ -263,8 +265,10 @@ def class_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...
     codes = ImageNetInfo()
     words = [_words(codes, name) if re.fullmatch(r"n\d{8}", name) else name for name in names]
     count = Counter(words)  # two of ImageNet's classes are called crane
-    return tuple(word if count[word] == 1 else f"{word} ({name if name != word else index})"
-                 for index, (word, name) in enumerate(zip(words, names)))  # fmt: skip
+    return tuple(
+        word if count[word] == 1 else f"{word} ({name if name != word else index})"
+        for index, (word, name) in enumerate(zip(words, names))
+    )
 
 
 def _words(codes: ImageNetInfo, code: str) -> str:

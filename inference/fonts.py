@@ -45,8 +45,9 @@ def _characters_of(path: str) -> frozenset[int]:
 
 @cache
 def _report(script: str) -> None:
-    tqdm.write(f"WARNING: no installed font covers all characters in the class names ({script}); install one",
-               file=sys.stderr)  # fmt: skip
+    tqdm.write(
+        f"WARNING: no installed font covers all characters in the class names ({script}); install one", file=sys.stderr
+    )
 
 
 def use_in_figures(texts: Iterable[str]) -> None:

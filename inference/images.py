@@ -123,10 +123,14 @@ def check_pictures(tasks: Sequence[Task], out: Path, overwrite: bool) -> None:
         picture = task.picture(out)
         other = places.setdefault(picture, task.path)
         if other != task.path:
-            raise UserError(f"{PLACEHOLDER} {task.path}: would get the same picture as {other}, {picture}; rename one, "
-                            "name the folder that holds both, or predict them into two folders")  # fmt: skip
+            raise UserError(
+                f"{PLACEHOLDER} {task.path}: would get the same picture as {other}, {picture}; rename one, "
+                "name the folder that holds both, or predict them into two folders"
+            )
         if picture.resolve() in images:
             raise UserError(f"{setting('out', out)}: would overwrite {PLACEHOLDER} {picture}; name another folder")
         if picture.exists() and not overwrite:
-            raise UserError(f"{setting('out', out)}: {picture} exists; name another folder, or replace it with "
-                            f"{setting('overwrite')}")  # fmt: skip
+            raise UserError(
+                f"{setting('out', out)}: {picture} exists; name another folder, or replace it with "
+                f"{setting('overwrite')}"
+            )

@@ -56,8 +56,10 @@ def write_picture(path: Path, write: Callable[[IO[bytes]], object], out: str) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, write)
     except OSError as error:
-        raise UserError(f"{setting('out', out)}: {path.name} cannot be written ({error.strerror}); make room, or name "
-                        "another folder") from None  # fmt: skip
+        raise UserError(
+            f"{setting('out', out)}: {path.name} cannot be written ({error.strerror}); make room, or name "
+            "another folder"
+        ) from None
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:

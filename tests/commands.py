@@ -122,8 +122,18 @@ def start_tasks(
 ) -> list[Command]:
     """Start the ranks of a distributed run with the environment variables that torchrun would set."""
     tasks = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), OMP_NUM_THREADS="1")
-    return [Command(script, arguments, folder, {**environment, **tasks, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout, stderr, start_new_session=True) for rank in range(count)]  # fmt: skip
+    return [
+        Command(
+            script,
+            arguments,
+            folder,
+            {**environment, **tasks, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout,
+            stderr,
+            start_new_session=True,
+        )
+        for rank in range(count)
+    ]
 
 
 def free_port() -> str:

@@ -160,17 +160,46 @@ def trained_digits(few_digits, tmp_path_factory) -> Path:
         head = torch.linalg.pinv(features[part], rtol=0.02) @ targets[part]  # cut off: rounding is not amplified
         return {**weights, "head.weight": head.T.contiguous(), "head.bias": torch.zeros(3)}
 
-    checkpoint = dict(model=solved(slice(None)), model_ema=solved(slice(None, None, 4)), classes=["0", "1", "2"],
-                      args=dict(model="SepViT_Lite", input_size=32))  # fmt: skip
+    checkpoint = dict(
+        model=solved(slice(None)),
+        model_ema=solved(slice(None, None, 4)),
+        classes=["0", "1", "2"],
+        args=dict(model="SepViT_Lite", input_size=32),
+    )
     torch.save(checkpoint, out / "checkpoint.pth")
     succeed(*SMALL, "--data-path", few_digits, "--output_dir", out, "--eval", "--resume", out / "checkpoint.pth")
     return out
 
 
 # Nothing random except the shuffle, and a step size that depends on the gradients alone.
-PLAIN = ["--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--drop-path", "0", "--aa=", "--reprob", "0",
-         "--color-jitter", "0", "--hflip", "0", "--scale", "1", "1", "--opt", "sgd", "--lr", "1", "--sched", "constant",
-         "--warmup-epochs", "0"]  # fmt: skip
+PLAIN = [
+    "--mixup",
+    "0",
+    "--cutmix",
+    "0",
+    "--smoothing",
+    "0",
+    "--drop-path",
+    "0",
+    "--aa=",
+    "--reprob",
+    "0",
+    "--color-jitter",
+    "0",
+    "--hflip",
+    "0",
+    "--scale",
+    "1",
+    "1",
+    "--opt",
+    "sgd",
+    "--lr",
+    "1",
+    "--sched",
+    "constant",
+    "--warmup-epochs",
+    "0",
+]
 
 
 def read_log(folder: Path) -> list[dict]:

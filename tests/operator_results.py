@@ -80,8 +80,15 @@ def of_a_training_step() -> dict[str, torch.Tensor]:
         corners = np.sort(rng.integers(0, 32, (3, 2, 2)) * 4, axis=1)
         boxes = torch.tensor(np.concatenate((corners[:, 0], corners[:, 1] + 8), axis=1), dtype=torch.float32)
         masks = BitmapMasks(rng.integers(0, 2, (3, 136, 136), dtype=np.uint8), 136, 136)
-        sample = DetDataSample(metainfo=dict(img_shape=(136, 136), ori_shape=(136, 136), pad_shape=(136, 136),
-                                             batch_input_shape=(160, 160), scale_factor=(1.0, 1.0)))  # fmt: skip
+        sample = DetDataSample(
+            metainfo=dict(
+                img_shape=(136, 136),
+                ori_shape=(136, 136),
+                pad_shape=(136, 136),
+                batch_input_shape=(160, 160),
+                scale_factor=(1.0, 1.0),
+            )
+        )
         sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([0, 3, 7]), masks=masks)
         sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), masks=masks[[]])
         samples.append(sample)

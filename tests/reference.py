@@ -109,8 +109,10 @@ def forward(weights, images, num_heads, depths, dense):
     x = images.permute(0, 2, 3, 1)
     maps = []
     for stage in range(4):
-        embed = {key: weights[f"patch_embeds.{stage}.{key}"] for key in
-                 ("proj.weight", "proj.bias", "norm.weight", "norm.bias")}  # fmt: skip
+        embed = {
+            key: weights[f"patch_embeds.{stage}.{key}"]
+            for key in ("proj.weight", "proj.bias", "norm.weight", "norm.bias")
+        }
         x = convolution(x, embed["proj.weight"], embed["proj.bias"], *((4, 3) if stage == 0 else (2, 1)))
         x = layer_norm(x, embed["norm.weight"], embed["norm.bias"], 1e-5)
         for index in range(depths[stage]):

@@ -91,8 +91,9 @@ class Server:
         self.folder.mkdir()
         self.printed = folder / "stdout", folder / "stderr"
         environment = {**os.environ, "TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        self.command = Command(ROOT / "tools/app.py", [*map(str, arguments), "--port", "0"], self.folder, environment,
-                               *self.printed)  # fmt: skip
+        self.command = Command(
+            ROOT / "tools/app.py", [*map(str, arguments), "--port", "0"], self.folder, environment, *self.printed
+        )
         while "\n" not in self.text(0).rpartition("http://")[2]:
             assert self.command.poll() is None, self.text(1)
             time.sleep(0.05)
@@ -248,10 +249,12 @@ MISTAKES = {
     "model of a segmentor": (["--resume", "{good}", "--config", "x.py", "--model", "SepViT_Lite"], ["--model: is for"]),
     "averaged segmentor": (["--resume", "{good}", "--config", "x.py", "--averaged"], ["--averaged: is for"]),
     "score of a classifier": (["--resume", "{good}", "--score-thr", "0.5"], ["--score-thr 0.5: is for detectors"]),
-    "score of a segmentor": (["--resume", "{good}", "--config", SEGMENTATION, "--score-thr", "0.5"],
-                             ["--score-thr 0.5: is for detectors", "of a segmentor; omit it"]),
+    "score of a segmentor": (
+        ["--resume", "{good}", "--config", SEGMENTATION, "--score-thr", "0.5"],
+        ["--score-thr 0.5: is for detectors", "of a segmentor; omit it"],
+    ),
     "unknown flag": (["--resume", "{good}", "--prot", "1"], ["--prot: unknown setting; did you mean --port?"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -274,11 +277,14 @@ def test_a_taken_port(checkpoint, capsys):
     assert line == f"app.py: --port {port}: taken by another program; name another, or 0 for any free one"
 
 
-@pytest.mark.parametrize(("module", "arguments", "advice"), [
-    ("starlette", [], "the page: needs the package starlette: pip install starlette=="),
-    ("uvicorn", [], "the page: needs the package uvicorn: pip install uvicorn=="),
-    ("mmdet", ["--config", SEGMENTATION], "needs the package mmdet: pip install -r requirements-mm.txt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("module", "arguments", "advice"),
+    [
+        ("starlette", [], "the page: needs the package starlette: pip install starlette=="),
+        ("uvicorn", [], "the page: needs the package uvicorn: pip install uvicorn=="),
+        ("mmdet", ["--config", SEGMENTATION], "needs the package mmdet: pip install -r requirements-mm.txt"),
+    ],
+)
 def test_a_missing_package(module, arguments, advice, checkpoint, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
     line = refusal(app.run, "app", ["--resume", checkpoint, "--port", "0", *arguments], capsys)
@@ -401,8 +407,14 @@ def test_the_heat_map_follows_the_pointer(page, images, checkpoint):
 
     page.locator("#blocks input[value='rollout']").check()
     total = rollout(recorded)
-    row, column = (int(number) for number in page.locator("#reading").inner_text().split(" of ")[0]
-                   .removeprefix("The window in row ").split(", column "))  # fmt: skip
+    row, column = (
+        int(number)
+        for number in page.locator("#reading")
+        .inner_text()
+        .split(" of ")[0]
+        .removeprefix("The window in row ")
+        .split(", column ")
+    )
     expected = colours(total.weights[0], row * total.grid[1] + column, total.grid)
     assert abs(heat(page, total.grid, total.stride) - expected).max() <= SHADES
 

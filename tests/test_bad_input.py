@@ -77,8 +77,12 @@ def write_foreign_files(root: Path, lite: torch.nn.Module) -> None:
     save_file(lite.state_dict(), root / "lite.safetensors")
     (root / "cut.safetensors").write_bytes((root / "lite.safetensors").read_bytes()[:-100])
     os.mkfifo(root / "pipe.pth")
-    for name, tensor in (("sparse", torch.ones(3).to_sparse()), ("meta", torch.ones(3, device="meta")),
-                         ("nan", torch.full((3,), torch.nan)), ("inf", torch.tensor([1, torch.inf, 0]))):  # fmt: skip
+    for name, tensor in (
+        ("sparse", torch.ones(3).to_sparse()),
+        ("meta", torch.ones(3, device="meta")),
+        ("nan", torch.full((3,), torch.nan)),
+        ("inf", torch.tensor([1, torch.inf, 0])),
+    ):
         torch.save({**lite.state_dict(), "head.bias": tensor}, root / f"{name}.pth")
 
 
@@ -99,16 +103,19 @@ MISTAKES = {
     "evaluation of non-finite weights": ([*EVAL, "{root}/nan.pth"], ["head.bias is not finite (3 of 3 values)"]),
     "resuming from non-finite weights": (["--resume", "{root}/inf.pth"], ["head.bias is not finite (1 of 3"]),
     "non-finite teacher": ([*TEACHER, "{root}/nan.pth"], ["--teacher-path {root}/nan.pth: head.bias is not"]),
-    "evaluation with another number of classes": ([*EVAL, "{root}/nine.pth"],
-        ["9 classes instead of 3", "evaluate it on images of its own classes"]),
-    "teacher with another number of classes": ([*TEACHER, "{root}/nine.pth"],
-        ["9 classes instead of 3", "use a teacher"]),
+    "evaluation with another number of classes": (
+        [*EVAL, "{root}/nine.pth"],
+        ["9 classes instead of 3", "evaluate it on images of its own classes"],
+    ),
+    "teacher with another number of classes": (
+        [*TEACHER, "{root}/nine.pth"],
+        ["9 classes instead of 3", "use a teacher"],
+    ),
     "evaluation with --finetune": (["--eval", "--finetune", "{root}/lite.pth"], ["--resume"]),
     "teacher without distillation": (["--teacher-path", "{root}/lite.pth"], ["--distillation-type soft or hard"]),
     "infinite learning rate": (["--lr", "inf"], ["--lr", "inf is not a finite number"]),
     "second-order optimiser": (["--opt", "adahessian"], ["--opt adahessian", "second derivatives"]),
-    "reversed cutmix range": (["--cutmix-minmax", "0.8", "0.2"],
-        ["--cutmix-minmax 0.8 0.2", "smaller number first"]),
+    "reversed cutmix range": (["--cutmix-minmax", "0.8", "0.2"], ["--cutmix-minmax 0.8 0.2", "smaller number first"]),
     "cutmix range of one size": (["--cutmix-minmax", "0.5", "0.51"], ["--cutmix-minmax 0.5 0.51", "--input-size 32"]),
     "infinite timeout": (["--timeout", "inf"], ["--timeout", "inf is not a finite number"]),
     "timeout out of range": (["--timeout", "1e300"], ["--timeout", "1e300 is out of range"]),
@@ -120,8 +127,10 @@ MISTAKES = {
     "empty augmentation section": (["--aa", "rand-m9-"], ["--aa rand-m9-", "no section -"]),
     "number of classes for class folders": (["--num-classes", "5"], ["--num-classes 5", "has 3 classes"]),
     "misspelled setting": (["--output_dri", "x"], ["--output_dri: unknown", "did you mean --output_dir?"]),
-    "step larger than the data set": (["--accum-steps", "4"],
-        ["--batch-size 16 × --accum-steps 4: a step takes 64 images, more than the 48 training images"]),
+    "step larger than the data set": (
+        ["--accum-steps", "4"],
+        ["--batch-size 16 × --accum-steps 4: a step takes 64 images, more than the 48 training images"],
+    ),
     "unknown kind of rendezvous address": (["--dist_url", "http://node0"], ["http://node0: unknown", "tcp://"]),
     "missing recipe": (["--config", "{root}/nowhere.yaml"], ["--config {root}/nowhere.yaml", "No such file"]),
     "unknown model": (["--model", "SepViT_Huge"], ["--model SepViT_Huge", "SepViT_Tiny"]),
@@ -169,8 +178,10 @@ MISTAKES = {
     "no epoch left": (["--start_epoch", "5"], ["--epochs 1"]),
     "number of processes without ranks": (["--world_size", "8"], ["--world_size 8", "torchrun"]),
     "unknown reader": (["--data-set", "foo/bar"], ["--data-set foo/bar", "wds/…"]),
-    "missing shards": (["--data-set", "wds/x", "--num-classes", "3", "--val-split", "v-{{0..1}}.tar|9"],
-                       ["2 of 2 shards", "v-0.tar"]),
+    "missing shards": (
+        ["--data-set", "wds/x", "--num-classes", "3", "--val-split", "v-{{0..1}}.tar|9"],
+        ["2 of 2 shards", "v-0.tar"],
+    ),
     "broken archive": (["--data-path", "{root}/broken_tar"], ["val.tar", "not an archive"]),
     "unwritable folder for evaluation": (["--eval", "--output_dir", "/proc/x"], ["--output_dir /proc/x"]),
     "invalid iNaturalist annotations": (["--data-path", "{root}/broken_inat", "--data-set", "INAT"], ["annotations"]),
@@ -184,7 +195,7 @@ MISTAKES = {
     "resume from a folder": (["--resume", "{root}"], ["--resume {root}: no such file"]),
     "checkpoint below a file": (["--resume", "{root}/a_file/x.pth"], ["--resume {root}/a_file/x.pth: no such file"]),
     "failed download": (["--resume", "https://127.0.0.1:9/x.pth"], ["127.0.0.1:9/x.pth", "failed"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -215,8 +226,18 @@ def test_mistake_as_a_command(mistake, files, few_digits):
 
 
 def test_two_processes_print_a_mistake_once(files, few_digits):
-    result = command(*SMALLEST, "--data-path", few_digits, "--output_dir", files / "a_file/run", "--batch-size", 8,
-                     "--device", "cpu", processes=2)  # fmt: skip
+    result = command(
+        *SMALLEST,
+        "--data-path",
+        few_digits,
+        "--output_dir",
+        files / "a_file/run",
+        "--batch-size",
+        8,
+        "--device",
+        "cpu",
+        processes=2,
+    )
     assert result.returncode != 0
     assert result.stderr.count("main.py: --output_dir") == 1
 
@@ -310,8 +331,18 @@ def test_tilde_after_an_equals_sign_is_expanded(monkeypatch):
     }
 
 
-@pytest.mark.parametrize("name", ["rand-m9-mstd0.5-inc1", "rand-m9-n3-p0.5-mmax12-tweights", "augmix-m5-w4-d2-b1-a1.0",
-                                  "original-mstd0.5", "v0r", "3a", ""])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rand-m9-mstd0.5-inc1",
+        "rand-m9-n3-p0.5-mmax12-tweights",
+        "augmix-m5-w4-d2-b1-a1.0",
+        "original-mstd0.5",
+        "v0r",
+        "3a",
+        "",
+    ],
+)
 def test_timm_augmentations(name):
     args = main.build_parser().parse_args([f"--aa={name}"])
     build_transform(True, main.transform_settings(args))
@@ -392,9 +423,27 @@ def test_weights_of_another_timm_network_are_refused(few_digits, tmp_path, capsy
 
 def test_weights_that_become_infinite_are_not_saved(few_digits, tmp_path, capsys):
     """The gradients are finite, but the updated weights are not."""
-    arguments = [*map(str, SMALLEST), "--data-path", str(few_digits), "--output_dir", str(tmp_path / "run"),
-                 "--opt", "momentum", "--momentum", "0", "--lr", "3e38", "--weight-decay", "3e38", "--batch-size", "48",
-                 "--warmup-epochs", "0", "--sched", "constant"]  # fmt: skip
+    arguments = [
+        *map(str, SMALLEST),
+        "--data-path",
+        str(few_digits),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--opt",
+        "momentum",
+        "--momentum",
+        "0",
+        "--lr",
+        "3e38",
+        "--weight-decay",
+        "3e38",
+        "--batch-size",
+        "48",
+        "--warmup-epochs",
+        "0",
+        "--sched",
+        "constant",
+    ]
     assert main.run(arguments) == 2
     assert "the weights are no longer finite and are not saved" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*.pth"))
@@ -506,7 +555,19 @@ def test_a_log_line_that_is_not_an_object_is_refused(tmp_path):
 
 def test_ordinary_runs_print_no_warnings(few_digits, tmp_path):
     """On two processes, neither DDP (about strides) nor timm's plateau schedule warns."""
-    result = command(*SMALLEST, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--sched", "plateau",
-                     "--batch-size", 8, "--device", "cpu", processes=2)  # fmt: skip
+    result = command(
+        *SMALLEST,
+        "--data-path",
+        few_digits,
+        "--output_dir",
+        tmp_path / "run",
+        "--sched",
+        "plateau",
+        "--batch-size",
+        8,
+        "--device",
+        "cpu",
+        processes=2,
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""

@@ -198,8 +198,15 @@ def test_ratios_are_taken_round_by_round():
 
 
 def table_of(setting, number_format="float32"):
-    settings = dict(model="SepViT_Lite", baseline="eager", is_dense=setting.is_dense, batch_size=setting.batch_size,
-                    size=list(setting.size), threads=1, channels_last=False)  # fmt: skip
+    settings = dict(
+        model="SepViT_Lite",
+        baseline="eager",
+        is_dense=setting.is_dense,
+        batch_size=setting.batch_size,
+        size=list(setting.size),
+        threads=1,
+        channels_last=False,
+    )
     return Table(setting.measure, number_format, settings, dict(date="", revision="", rounds=2, machine={}))
 
 
@@ -355,10 +362,17 @@ def test_tables_have_every_row_asked_for(tmp_path):
             assert len(row["seconds"]) == 2
             assert row["bytes_held"] >= 4 * row["parameters"] * (3 if measure == "training" else 1)
         shares = [baseline["share"][name] for name in ("low", "high")]
-        limits = [max(
-            (3 if measure == "training" else 1) * table["settings"]["batch_size"] * baseline["multiply_adds"] / rate,
-            0 if measure == "training" else 4 * baseline["parameters"] / copy,
-        ) / seconds for rate, copy, seconds in zip(*table["rates"].values(), baseline["seconds"])]  # fmt: skip
+        limits = [
+            max(
+                (3 if measure == "training" else 1)
+                * table["settings"]["batch_size"]
+                * baseline["multiply_adds"]
+                / rate,
+                0 if measure == "training" else 4 * baseline["parameters"] / copy,
+            )
+            / seconds
+            for rate, copy, seconds in zip(*table["rates"].values(), baseline["seconds"])
+        ]
         assert min(limits) <= shares[0] * 1.001
         assert math.isfinite(shares[1])
         assert f"SepViT_Lite, 32 × 32, {measure}, batch {table['settings']['batch_size']}, {number_format}" in printed
@@ -376,7 +390,10 @@ def test_a_run_replaces_its_tables_and_keeps_others(tmp_path):
     profile = tables[0]["rows"][0]["profile"].values()
     assert 0.5 < sum(operation["share"] for operation in profile) <= 1.001
     assert [(table["settings"]["is_dense"], table["settings"]["baseline"]) for table in tables] == [
-        (False, "eager"), (True, "eager"), (False, "port")]  # fmt: skip
+        (False, "eager"),
+        (True, "eager"),
+        (False, "port"),
+    ]
     (other,) = (Record.read(json.loads(path.read_text())["device"], True, tmp_path) for path in tmp_path.glob("*.json"))
     assert [table.rows[0].parameters for table in other.tables] == [table["rows"][0]["parameters"] for table in tables]
 
@@ -512,8 +529,25 @@ def test_all_reduce_of_a_ring():
     assert benchmark_curves.all_reduce_seconds(100e6, 64, 1e9) == pytest.approx(0.196875)
 
 
-GROWTH = ["--quick", "--device", "cpu", "--threads", "1", "--model", "SepViT_Lite", "--sizes", "32", "64", "--batches",
-          "1", "2", "--batch-size", "2", "--input-size", "32"]  # fmt: skip
+GROWTH = [
+    "--quick",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--model",
+    "SepViT_Lite",
+    "--sizes",
+    "32",
+    "64",
+    "--batches",
+    "1",
+    "2",
+    "--batch-size",
+    "2",
+    "--input-size",
+    "32",
+]
 
 
 def growth(folder, *arguments):

@@ -75,10 +75,27 @@ def server(weights, tmp_path, monkeypatch):
     """A server with a self-signed certificate that this process trusts: its address and its handler."""
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
-         "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "1",
+            "-subj",
+            "/CN=localhost",
+            "-addext",
+            "subjectAltName=DNS:localhost",
+            "-keyout",
+            key,
+            "-out",
+            certificate,
+        ],
+        check=True,
+        capture_output=True,
+    )
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     urllib.request.install_opener(None)  # from Python 3.12 on, it keeps the certificates of its first call
@@ -105,11 +122,14 @@ def test_download(way, server, weights, tmp_path):
     assert handler.requests[f"/{way}/{path.name}"] == expected.get(way, 3)
 
 
-@pytest.mark.parametrize(("way", "words"), [
-    ("missing", "HTTP Error 404: Not Found"),
-    ("wrong", "does not have the hash in its name"),
-    ("without-length", "is damaged (truncated)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("missing", "HTTP Error 404: Not Found"),
+        ("wrong", "does not have the hash in its name"),
+        ("without-length", "is damaged (truncated)"),
+    ],
+)
 def test_download_that_fails_leaves_nothing(way, words, server, tmp_path):
     address, _ = server
     path = tmp_path / "out" / ("weights-00000000.pth" if way == "wrong" else "weights.pth")
@@ -157,8 +177,16 @@ def test_resume_from_the_web(server, few_digits, tmp_path):
 def test_code_in_a_checkpoint_never_runs(flag, few_digits, tmp_path):
     torch.save({"model": {}, "args": Code(tmp_path / "ran")}, tmp_path / "code.pth")
     distillation = ["--distillation-type", "hard", "--teacher-model", "SepViT_Lite"]
-    result = command(*SMALLEST, "--data-path", few_digits, "--output_dir", tmp_path / "run", flag,
-                     tmp_path / "code.pth", *(distillation if flag == "--teacher-path" else []))  # fmt: skip
+    result = command(
+        *SMALLEST,
+        "--data-path",
+        few_digits,
+        "--output_dir",
+        tmp_path / "run",
+        flag,
+        tmp_path / "code.pth",
+        *(distillation if flag == "--teacher-path" else []),
+    )
     assert result.returncode == 2
     assert f"main.py: {flag} {tmp_path / 'code.pth'}: refused, it holds" in result.stderr
     assert not (tmp_path / "ran").exists()

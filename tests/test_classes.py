@@ -83,8 +83,16 @@ def test_other_names_are_refused(use, trained_digits, shifted, tmp_path, capsys)
 
 
 def test_an_export_is_not_scored_on_other_names(trained_digits, shifted, tmp_path):
-    arguments = ["--resume", trained_digits / "checkpoint.pth", "--out", tmp_path / "out", "--formats", "torchscript",
-                 "--data-path", shifted]  # fmt: skip
+    arguments = [
+        "--resume",
+        trained_digits / "checkpoint.pth",
+        "--out",
+        tmp_path / "out",
+        "--formats",
+        "torchscript",
+        "--data-path",
+        shifted,
+    ]
     result = command(*arguments, script="tools/export.py")
     assert (result.returncode, "2 names differ (9, 0)" in result.stderr) == (2, True)
     assert not (tmp_path / "out").exists()
@@ -95,8 +103,18 @@ def test_an_export_is_not_scored_on_other_names(trained_digits, shifted, tmp_pat
 
 def test_renamed_folders_are_numbered_by_a_class_map(trained_digits, shifted, tmp_path):
     (tmp_path / "map.txt").write_text("9\n1\n2\n")
-    succeed(*SMALL, "--data-path", shifted, "--output_dir", tmp_path, "--eval", "--class-map", tmp_path / "map.txt",
-            "--resume", trained_digits / "checkpoint.pth")  # fmt: skip
+    succeed(
+        *SMALL,
+        "--data-path",
+        shifted,
+        "--output_dir",
+        tmp_path,
+        "--eval",
+        "--class-map",
+        tmp_path / "map.txt",
+        "--resume",
+        trained_digits / "checkpoint.pth",
+    )
     assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-6)
 
 
@@ -113,8 +131,16 @@ def test_renamed_folders_are_numbered_by_a_class_map(trained_digits, shifted, tm
 def test_class_maps_that_do_not_fit_are_refused(lines, problem, trained_digits, shifted, tmp_path, capsys):
     if lines is not None:
         (tmp_path / "map.txt").write_text(lines)
-    arguments = [*SMALL, "--data-path", shifted, "--eval", "--class-map", tmp_path / "map.txt",
-                 "--resume", trained_digits / "checkpoint.pth"]  # fmt: skip
+    arguments = [
+        *SMALL,
+        "--data-path",
+        shifted,
+        "--eval",
+        "--class-map",
+        tmp_path / "map.txt",
+        "--resume",
+        trained_digits / "checkpoint.pth",
+    ]
     line = refusal(main.run, "main", list(map(str, arguments)), capsys)
     assert f"--class-map {tmp_path / 'map.txt'}: {problem}" in line
 
@@ -123,14 +149,40 @@ def test_another_order_is_matched_by_name(permuted, trained_digits, few_digits, 
     printed = succeed(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path, "--eval", "--resume", permuted)
     assert "matched by name" in printed
     assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-6)
-    printed = succeed("--resume", permuted, "--out", tmp_path / "out", "--formats", "torchscript", "--rounds", 1,
-                      "--data-path", few_digits, script="tools/export.py")  # fmt: skip
+    printed = succeed(
+        "--resume",
+        permuted,
+        "--out",
+        tmp_path / "out",
+        "--formats",
+        "torchscript",
+        "--rounds",
+        1,
+        "--data-path",
+        few_digits,
+        script="tools/export.py",
+    )
     assert scored(printed) == 100
 
 
 def test_a_resumed_run_keeps_the_order_of_its_checkpoint(permuted, trained_digits, few_digits, tmp_path):
-    printed = succeed(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path, "--resume", permuted, "--lr", 0,
-                      "--mixup", 0, "--cutmix", 0, "--warmup-epochs", 0)  # fmt: skip
+    printed = succeed(
+        *SMALL,
+        "--data-path",
+        few_digits,
+        "--output_dir",
+        tmp_path,
+        "--resume",
+        permuted,
+        "--lr",
+        0,
+        "--mixup",
+        0,
+        "--cutmix",
+        0,
+        "--warmup-epochs",
+        0,
+    )
     assert "matched by name" in printed
     after = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert after["classes"] == ["2", "0", "1"]
@@ -189,8 +241,18 @@ def test_an_empty_checkpoint_is_refused(few_digits, tmp_path, capsys):
 
 
 def test_two_processes_match_classes(permuted, trained_digits, few_digits, tmp_path):
-    printed = succeed(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path, "--eval", "--dist-eval", "--resume",
-                      permuted, processes=2)  # fmt: skip
+    printed = succeed(
+        *SMALL,
+        "--data-path",
+        few_digits,
+        "--output_dir",
+        tmp_path,
+        "--eval",
+        "--dist-eval",
+        "--resume",
+        permuted,
+        processes=2,
+    )
     assert printed.count("matched by name") == 1
     assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-6)
 
@@ -277,8 +339,16 @@ def test_a_single_class_is_refused(few_digits, tmp_path, capsys):
 
 def test_a_class_without_images_is_named(few_digits, tmp_path):
     (tmp_path / "map.txt").write_text("0\n1\n2\ncat\n")
-    printed = succeed(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--eval",
-                      "--class-map", tmp_path / "map.txt")  # fmt: skip
+    printed = succeed(
+        *SMALL,
+        "--data-path",
+        few_digits,
+        "--output_dir",
+        tmp_path / "run",
+        "--eval",
+        "--class-map",
+        tmp_path / "map.txt",
+    )
     assert "validation images for 1 of 4 classes: cat" in printed
 
 

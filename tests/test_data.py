@@ -80,8 +80,10 @@ def test_eval_sampler_yields_every_index_once(size, processes):
 
 def epoch_of(size, batch_size, accum_steps, processes, epoch=0, start_step=0, **kwargs):
     """All ranks' draws in an epoch: a list of steps, each a list of its batches over all ranks."""
-    samplers = [TrainBatchSampler(range(size), batch_size, accum_steps, processes, rank, seed=1, **kwargs)
-                for rank in range(processes)]  # fmt: skip
+    samplers = [
+        TrainBatchSampler(range(size), batch_size, accum_steps, processes, rank, seed=1, **kwargs)
+        for rank in range(processes)
+    ]
     for sampler in samplers:
         sampler.set_epoch(epoch, start_step)
     shares = [list(sampler) for sampler in samplers]
@@ -119,8 +121,12 @@ def test_train_sampler_yields_every_index_once(size, batch_size, processes, accu
 @hypothesis_settings
 @given(size=st.integers(256, 1500), batch_size=st.integers(1, 64), processes=st.integers(1, 4))
 def test_repeated_augmentation(size, batch_size, processes):
-    draws = [draw for step in epoch_of(size, batch_size, 1, processes, repeated_augmentation=True)
-             for batch in step for draw in batch]  # fmt: skip
+    draws = [
+        draw
+        for step in epoch_of(size, batch_size, 1, processes, repeated_augmentation=True)
+        for batch in step
+        for draw in batch
+    ]
     per_step = batch_size * processes
     assert len(draws) == size // 256 * 256 // per_step * per_step
     order = [draw.index for draw in sorted(draws, key=lambda draw: draw.place)]
@@ -169,8 +175,12 @@ def test_training_transform():
     steps = transform(True, settings()).transforms
     assert isinstance(steps[0], RandomResizedCropAndInterpolation)
     assert [type(step).__name__ for step in steps[1:]] == [
-        "RandomHorizontalFlip", "RandAugment", "MaybeToTensor", "Normalize", "RandomErasing"
-    ]  # fmt: skip
+        "RandomHorizontalFlip",
+        "RandAugment",
+        "MaybeToTensor",
+        "Normalize",
+        "RandomErasing",
+    ]
     assert steps[-1].probability == 0.25
     small = transform(True, settings("--input-size", 32)).transforms
     assert isinstance(small[0], T.RandomCrop)
@@ -178,8 +188,14 @@ def test_training_transform():
 
 
 def test_evaluation_transform():
-    published = T.Compose([T.Resize(256, T.InterpolationMode.BICUBIC), T.CenterCrop(224), T.ToTensor(),
-                           T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])  # fmt: skip
+    published = T.Compose(
+        [
+            T.Resize(256, T.InterpolationMode.BICUBIC),
+            T.CenterCrop(224),
+            T.ToTensor(),
+            T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 500, 3), np.uint8))
     assert torch.equal(transform(False, settings())(image), published(image))
     output = transform(False, settings("--input-size", 96))(image)
@@ -226,8 +242,10 @@ def members_of(path: Path) -> list[tarfile.TarInfo]:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("how", ["truncated in an image", "truncated between images", "truncated in a header",
-                                 "without its end", "junk inside"])  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    ["truncated in an image", "truncated between images", "truncated in a header", "without its end", "junk inside"],
+)
 def test_damaged_archives_are_named(how, split, few_digits, tmp_path, capsys):
     """Python and timm take a damaged or missing header for the end of the archive."""
     for name in ("train", "val"):
@@ -236,8 +254,12 @@ def test_damaged_archives_are_named(how, split, few_digits, tmp_path, capsys):
     content, members = path.read_bytes(), members_of(path)
     middle = [member for member in members if member.isfile()][len(members) // 2]
     end = max(member.offset_data + -(-member.size // 512) * 512 for member in members)
-    cuts = {"truncated in an image": middle.offset_data + 10, "truncated between images": middle.offset,
-            "truncated in a header": middle.offset + 99, "without its end": end}  # fmt: skip
+    cuts = {
+        "truncated in an image": middle.offset_data + 10,
+        "truncated between images": middle.offset,
+        "truncated in a header": middle.offset + 99,
+        "without its end": end,
+    }
     if how in cuts:
         path.write_bytes(content[: cuts[how]])
     else:
@@ -300,9 +322,18 @@ def test_fingerprints_tell_archives_apart(tmp_path, monkeypatch):
 
 def test_hugging_face_data_set(few_digits, tmp_path):
     """Hugging Face's library and a module of this repository are both called `datasets`. Both are found."""
-    printed = succeed(*SMALLEST, "--data-set", f"hfds/{few_digits}", "--data-path", tmp_path / "cache",
-                      "--num-classes", 3, "--output_dir", tmp_path / "run",
-                      environment={"HF_HUB_OFFLINE": "1"})  # fmt: skip
+    printed = succeed(
+        *SMALLEST,
+        "--data-set",
+        f"hfds/{few_digits}",
+        "--data-path",
+        tmp_path / "cache",
+        "--num-classes",
+        3,
+        "--output_dir",
+        tmp_path / "run",
+        environment={"HF_HUB_OFFLINE": "1"},
+    )
     assert "21 images" in printed
 
 
@@ -318,12 +349,18 @@ def test_spawned_workers(reader, few_digits, webdataset, tmp_path):
         "    multiprocessing.set_start_method('spawn', force=True)\n"
         "    sys.exit(main.run())\n"
     )
-    data = dict(hfds=["--data-set", f"hfds/{few_digits}", "--data-path", tmp_path / "cache", "--num-classes", 3],
-                imnet=["--data-path", few_digits], wds=[*WEBDATASET, "--data-path", webdataset])[reader]  # fmt: skip
+    data = dict(
+        hfds=["--data-set", f"hfds/{few_digits}", "--data-path", tmp_path / "cache", "--num-classes", 3],
+        imnet=["--data-path", few_digits],
+        wds=[*WEBDATASET, "--data-path", webdataset],
+    )[reader]
     result = subprocess.run(
-        [sys.executable, script, *map(str, [*SMALL, *data]), "--num_workers", "1", "--eval"], capture_output=True,
-        text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+        [sys.executable, script, *map(str, [*SMALL, *data]), "--num_workers", "1", "--eval"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert result.returncode == 0, result.stderr
     assert f"{31 if reader == 'wds' else 21} images" in result.stdout
 
@@ -331,9 +368,12 @@ def test_spawned_workers(reader, few_digits, webdataset, tmp_path):
 def inat_folder(root, with_kingdom: bool):
     categories = [
         dict(zip(INAT_CATEGORIES, (k, p, "c", "o", s, f, "g", n)))
-        for k, p, f, s, n in (("Plantae", "P1", "F1", "S1", "b"), ("Plantae", "P1", "F2", "S1", "a"),
-                              ("Animalia", "P2", "F3", "S2", "c"))
-    ]  # fmt: skip
+        for k, p, f, s, n in (
+            ("Plantae", "P1", "F1", "S1", "b"),
+            ("Plantae", "P1", "F2", "S1", "a"),
+            ("Animalia", "P2", "F3", "S2", "c"),
+        )
+    ]
     (root / "categories.json").write_text(json.dumps(categories))
     for split, labels in (("train", [2, 0, 1, 0]), ("val", [1, 2])):
         images, annotations = [], []
@@ -412,8 +452,16 @@ def webdataset(digits, tmp_path_factory):
     return root
 
 
-WEBDATASET = ["--data-set", "wds/digits", "--train-split", "digits-train-{0..3}.tar|48",
-              "--val-split", "digits-val-{0..2}.tar|31", "--num-classes", 3]  # fmt: skip
+WEBDATASET = [
+    "--data-set",
+    "wds/digits",
+    "--train-split",
+    "digits-train-{0..3}.tar|48",
+    "--val-split",
+    "digits-val-{0..2}.tar|31",
+    "--num-classes",
+    3,
+]
 
 
 @pytest.mark.parametrize("processes", [0, 2])
@@ -448,8 +496,23 @@ def test_webdataset_complete_epoch_has_no_batches_left(webdataset):
 
 def test_webdataset_resumes_bit_for_bit(webdataset, tmp_path):
     """From the middle of the second epoch, with readers that never read the first one."""
-    arguments = [*SMALLEST, *WEBDATASET, "--data-path", webdataset, "--batch-size", 8, "--epochs", 2,
-                 "--num_workers", 2, "--auto-resume", "--checkpoint-every", 4, "--keep-checkpoints", 9]  # fmt: skip
+    arguments = [
+        *SMALLEST,
+        *WEBDATASET,
+        "--data-path",
+        webdataset,
+        "--batch-size",
+        8,
+        "--epochs",
+        2,
+        "--num_workers",
+        2,
+        "--auto-resume",
+        "--checkpoint-every",
+        4,
+        "--keep-checkpoints",
+        9,
+    ]
     succeed(*arguments, "--output_dir", tmp_path / "whole")
     names = sorted(path.name for path in (tmp_path / "whole").glob("checkpoint-*"))
     assert names == [f"checkpoint-{steps:08}.pth" for steps in (4, 6, 8, 12)]
@@ -484,8 +547,11 @@ def test_storage_outage_in_validation(workers, few_digits, tmp_path, monkeypatch
     (tmp_path / "data").rename(tmp_path / "away")
     assert run_command("main.py", lambda: list(loader)) == 75
     message = capsys.readouterr().err
-    assert re.fullmatch(r"main\.py: process 0: image \S+: cannot be read \(FileNotFoundError: .*\); run the same "
-                        r"command again\n", message)  # fmt: skip
+    assert re.fullmatch(
+        r"main\.py: process 0: image \S+: cannot be read \(FileNotFoundError: .*\); run the same "
+        r"command again\n",
+        message,
+    )
 
 
 def test_webdataset_with_an_unreadable_image(webdataset, tmp_path):
@@ -581,16 +647,26 @@ def damaged_shard(webdataset: Path, folder: Path, name: str, how: str) -> Path:
     shutil.copytree(webdataset, folder)
     path = folder / name
     content, members = path.read_bytes(), members_of(path)
-    damaged = {"junk": b"junk" * 2000, "empty": b"", "truncated in an image": content[: members[4].offset_data + 9],
-               "truncated between images": content[: members[4].offset],
-               "truncated within a sample": content[: members[5].offset],
-               "without its end": content[: members[-1].offset_data + 512]}  # fmt: skip
+    damaged = {
+        "junk": b"junk" * 2000,
+        "empty": b"",
+        "truncated in an image": content[: members[4].offset_data + 9],
+        "truncated between images": content[: members[4].offset],
+        "truncated within a sample": content[: members[5].offset],
+        "without its end": content[: members[-1].offset_data + 512],
+    }
     path.write_bytes(damaged[how])
     return path
 
 
-SHARD_DAMAGES = ["junk", "empty", "truncated in an image", "truncated between images", "truncated within a sample",
-                 "without its end"]  # fmt: skip
+SHARD_DAMAGES = [
+    "junk",
+    "empty",
+    "truncated in an image",
+    "truncated between images",
+    "truncated within a sample",
+    "without its end",
+]
 
 
 @pytest.mark.parametrize("how", SHARD_DAMAGES)
@@ -609,8 +685,18 @@ def test_damaged_shards_are_named_in_evaluation(how, webdataset, tmp_path, capsy
 def test_damaged_shards_count_in_training(how, policy, status, webdataset, tmp_path, capsys):
     """Each counts as one unreadable image. A partial sample at its end is not counted."""
     path = damaged_shard(webdataset, tmp_path / "data", "digits-train-2.tar", how)
-    arguments = [*SMALLEST, *WEBDATASET, "--data-path", tmp_path / "data", "--output_dir", tmp_path / "run",
-                 "--on-bad-image", policy, "--batch-size", 8]  # fmt: skip
+    arguments = [
+        *SMALLEST,
+        *WEBDATASET,
+        "--data-path",
+        tmp_path / "data",
+        "--output_dir",
+        tmp_path / "run",
+        "--on-bad-image",
+        policy,
+        "--batch-size",
+        8,
+    ]
     assert main.run([str(argument) for argument in arguments]) == status
     log = read_whole_log(tmp_path / "run/log.txt")
     assert [entry["unreadable_image"] for entry in log if "unreadable_image" in entry] == [str(path)]

@@ -82,8 +82,11 @@ def test_frozen_stages(frozen_stages, frozen):
     assert {name: not p.requires_grad for name, p in model.named_parameters()} == is_frozen
     model(torch.randn(1, 3, 64, 64))[-1].sum().backward()
     assert all((p.grad is None) == is_frozen[name] for name, p in model.named_parameters() if "norm_list" not in name)
-    assert all(module.training != any(f"{name}.".startswith(prefix) for prefix in prefixes)
-               for name, module in model.named_modules() if name and "." in name)  # fmt: skip
+    assert all(
+        module.training != any(f"{name}.".startswith(prefix) for prefix in prefixes)
+        for name, module in model.named_modules()
+        if name and "." in name
+    )
 
 
 def test_frozen_stages_out_of_range():

@@ -104,8 +104,12 @@ def test_optimizer(detector, schedule, variant):
     assert len([name for name in undecayed if ".pos_block." in name]) == (8 if schedule == 3 else 0)
     if schedule == 3:  # only the backbone has norms, and all have the word in their names
         kinds = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.modules.batchnorm._BatchNorm)
-        norms = {f"{where}.{name}" for where, module in model.named_modules() if isinstance(module, kinds)
-                 for name, _ in module.named_parameters()}  # fmt: skip
+        norms = {
+            f"{where}.{name}"
+            for where, module in model.named_modules()
+            if isinstance(module, kinds)
+            for name, _ in module.named_parameters()
+        }
         assert norms == {name for name in undecayed if ".pos_block." not in name}
     for name, group in optimizer_groups(cfg, model).items():
         assert group["weight_decay"] == (0 if name in undecayed else weight_decay), name
@@ -136,8 +140,10 @@ def test_schedule(detector, schedule, variant):
     assert (cfg.train_cfg.type, cfg.train_cfg.max_epochs) == ("EpochBasedTrainLoop", epochs)
     per_epoch = 1000
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedulers = [(setting.by_epoch, PARAM_SCHEDULERS.build(dict(setting), default_args=dict(optimizer=optimizer)))
-                  for setting in cfg.param_scheduler]  # fmt: skip
+    schedulers = [
+        (setting.by_epoch, PARAM_SCHEDULERS.build(dict(setting), default_args=dict(optimizer=optimizer)))
+        for setting in cfg.param_scheduler
+    ]
     rates = []
     for i in range(epochs * per_epoch):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -243,10 +249,18 @@ def scenes(demo_data, tmp_path_factory) -> Path:
 
 def small(scenes: Path, epochs: int = 1) -> list[str]:
     """Options that make a run small: two iterations per epoch on one process."""
-    return ["--cfg-options", f"data_root={scenes}", f"train_cfg.max_epochs={epochs}", "train_cfg.val_interval=1",
-            "default_hooks.checkpoint.interval=1", "train_dataloader.batch_size=4", "train_dataloader.num_workers=0",
-            "val_dataloader.num_workers=0", "test_dataloader.num_workers=0",
-            "default_hooks.logger.interval=1"]  # fmt: skip
+    return [
+        "--cfg-options",
+        f"data_root={scenes}",
+        f"train_cfg.max_epochs={epochs}",
+        "train_cfg.val_interval=1",
+        "default_hooks.checkpoint.interval=1",
+        "train_dataloader.batch_size=4",
+        "train_dataloader.num_workers=0",
+        "val_dataloader.num_workers=0",
+        "test_dataloader.num_workers=0",
+        "default_hooks.logger.interval=1",
+    ]
 
 
 def run(name: str, *arguments, **kwargs) -> str:
@@ -293,9 +307,18 @@ def trained(scenes, tmp_path_factory) -> Path:
 
 
 def test_resume(trained, scenes, tmp_path):
-    text = run("train.py", DEMO, "--work-dir", tmp_path, "--resume", trained / "epoch_1.pth", "--no-validate", "--amp",
-               "--auto-scale-lr",
-               *small(scenes, 2))  # fmt: skip
+    text = run(
+        "train.py",
+        DEMO,
+        "--work-dir",
+        tmp_path,
+        "--resume",
+        trained / "epoch_1.pth",
+        "--no-validate",
+        "--amp",
+        "--auto-scale-lr",
+        *small(scenes, 2),
+    )
     assert "epoch_1.pth: resuming at iteration 3" in text
     assert "Epoch(train) [2][2/2]" in text
     assert "Epoch(val)" not in text
@@ -304,8 +327,22 @@ def test_resume(trained, scenes, tmp_path):
 
 def test_evaluation_detections_and_pictures(trained, scenes, tmp_path):
     out, pictures = tmp_path / "results.pkl", tmp_path / "pictures"
-    text = run("test.py", DEMO, trained / "epoch_1.pth", "--eval", "mAP", "--out", out, "--show-dir", pictures,
-               "--show-score-thr", "0.01", "--work-dir", tmp_path, *small(scenes))  # fmt: skip
+    text = run(
+        "test.py",
+        DEMO,
+        trained / "epoch_1.pth",
+        "--eval",
+        "mAP",
+        "--out",
+        out,
+        "--show-dir",
+        pictures,
+        "--show-score-thr",
+        "0.01",
+        "--work-dir",
+        tmp_path,
+        *small(scenes),
+    )
     assert all(figures(text))
     results = pickle.loads(out.read_bytes())
     assert [result["img_id"] for result in results] == [1, 2]
@@ -372,8 +409,18 @@ def test_paper_configs_on_two_processes(detector, schedule, scenes, tmp_path):
         options.append("model.test_cfg.score_thr=0.0")  # otherwise there is nothing to evaluate
     text = script("dist_train.sh", path, 2, "--from-scratch", "--work-dir", tmp_path, *options, environment=port)
     assert "Epoch(val)" in text
-    text = script("dist_test.sh", path, tmp_path / "epoch_1.pth", 2, "--eval", "mAP", "--work-dir", tmp_path, *options,
-                  environment=port)  # fmt: skip
+    text = script(
+        "dist_test.sh",
+        path,
+        tmp_path / "epoch_1.pth",
+        2,
+        "--eval",
+        "mAP",
+        "--work-dir",
+        tmp_path,
+        *options,
+        environment=port,
+    )
     assert figures(text)[0]
 
 
@@ -381,8 +428,17 @@ def test_paper_configs_on_two_processes(detector, schedule, scenes, tmp_path):
 def test_slurm_script(scenes, tmp_path):
     """A script takes the place of srun, and starts the tasks as it would."""
     environment = {**play_srun(tmp_path), "GPUS": "2"}
-    text = script("slurm_train.sh", "gpu", "job", DEMO, "--no-validate", "--work-dir", tmp_path, *small(scenes),
-                  environment=environment)  # fmt: skip
+    text = script(
+        "slurm_train.sh",
+        "gpu",
+        "job",
+        DEMO,
+        "--no-validate",
+        "--work-dir",
+        tmp_path,
+        *small(scenes),
+        environment=environment,
+    )
     assert text.count(": checkpoints and logs are in ") == 1
     assert {"--partition=gpu", "--job-name=job", "--ntasks=2"} <= set((tmp_path / "srun.txt").read_text().splitlines())
 
@@ -440,12 +496,18 @@ GOOD, EVALUATE = ["{demo}", "{files}/good.pth"], ["--eval", "bbox", *SCENES]
 MISTAKES = {
     "missing config": ("train", ["none.py"], "CONFIG none.py: no such file"),
     "missing data": ("train", ["{demo}", "--cfg-options", "data_root=nothing"], "train data nothing/: no such folder"),
-    "missing pretrained": ("train", ["{demo}", *SCENES, "model.backbone.pretrained=none.pth"],
-                           "pretrained none.pth: no such file"),
+    "missing pretrained": (
+        "train",
+        ["{demo}", *SCENES, "model.backbone.pretrained=none.pth"],
+        "pretrained none.pth: no such file",
+    ),
     "classes of COCO": ("train", ["{tiny}", *SCENES], "no category is named person, bicycle, car, "),
     "unknown metric": ("test", [*GOOD, "--eval", "mIoU"], "--eval mIoU: unknown; choose from bbox, segm, mAP"),
-    "masks of RetinaNet": ("test", ["{tiny}", "{files}/good.pth", "--eval", "segm"],
-                           "--eval segm: RetinaNet predicts no masks; choose bbox"),
+    "masks of RetinaNet": (
+        "test",
+        ["{tiny}", "{files}/good.pth", "--eval", "segm"],
+        "--eval segm: RetinaNet predicts no masks; choose bbox",
+    ),
     "two at once": ("test", [*GOOD, "--eval", "bbox", "--format-only"], "--eval and --format-only: choose one"),
     "out that is no pickle": ("test", [*GOOD, "--out", "a.json"], "--out a.json: takes the name of a .pkl file"),
     "flag of mmdet 2.8": ("test", [*GOOD, "--show"], "--show: use --show-dir DIR, which writes the pictures"),
@@ -457,10 +519,13 @@ MISTAKES = {
     "resume code": ("train", ["{demo}", "--resume", "{files}/code.pth", *SCENES], "could run code"),
     "load code": ("train", ["{demo}", "--load-from", "{files}/code.pth", *SCENES], "could run code"),
     "predict by code": ("predict", ["{demo}", "{files}/code.pth", "{image}", "--out", "out"], "could run code"),
-    "missing annotations": ("test", [*GOOD, "--eval", "bbox", "--cfg-options", "data_root={files}"],
-                            "test data {files}/annotations/instances_val2017.json: no such file"),
+    "missing annotations": (
+        "test",
+        [*GOOD, "--eval", "bbox", "--cfg-options", "data_root={files}"],
+        "test data {files}/annotations/instances_val2017.json: no such file",
+    ),
     "missing image": ("predict", [*GOOD, "none.jpg", "--out", "out"], "IMAGE none.jpg: no such file"),
-}  # fmt: skip
+}
 
 
 RUN = {
@@ -474,8 +539,13 @@ RUN = {
 def test_mistakes(mistake, files, scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command, arguments, words = MISTAKES[mistake]
-    places = dict(demo=DEMO, tiny=CONFIGS / "retinanet_sepvit_t_fpn_1x_coco_pvt_setting.py", files=files, scenes=scenes,
-                  image=next((scenes / "val2017").iterdir()))  # fmt: skip
+    places = dict(
+        demo=DEMO,
+        tiny=CONFIGS / "retinanet_sepvit_t_fpn_1x_coco_pvt_setting.py",
+        files=files,
+        scenes=scenes,
+        image=next((scenes / "val2017").iterdir()),
+    )
     arguments = [argument.format(**places) for argument in arguments]
     assert words.format(**places) in refusal(RUN[command], command, arguments, capsys)
     assert not (files / "ran").exists()

@@ -414,8 +414,12 @@ def exported(demo, tmp_path_factory) -> Path:
 
 def link_repository(root: Path, demo: Path) -> Path:
     """Make a folder with links to all of the repository, in which commands may leave files."""
-    linked = (*ROOT.glob("*.py"), *ROOT.glob("*.txt"), ROOT / "Makefile",
-              *(ROOT / name for name in ("dense", "inference", "recipes", "tests", "tools", "training")))  # fmt: skip
+    linked = (
+        *ROOT.glob("*.py"),
+        *ROOT.glob("*.txt"),
+        ROOT / "Makefile",
+        *(ROOT / name for name in ("dense", "inference", "recipes", "tests", "tools", "training")),
+    )
     for path in linked:
         (root / path.name).symlink_to(path)
     (root / "demo").symlink_to(demo)
@@ -515,8 +519,11 @@ def test_a_page_with_a_new_command_fails(tmp_path, monkeypatch):
     assert run_of(found[3]).arguments[-2:] == ("--epochs", "1")
 
 
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block.kind not in ("inline", "indented")],
-                         ids=lambda block: f"{block.page}:{block.line}")  # fmt: skip
+@pytest.mark.parametrize(
+    "block",
+    [block for block in BLOCKS if block.kind not in ("inline", "indented")],
+    ids=lambda block: f"{block.page}:{block.line}",
+)
 def test_blocks_of_other_languages_hold_no_commands(block):
     assert block.kind in ("", "bash", "python", "bibtex"), "a block of a language that no rule knows"
     if block.kind == "":
@@ -585,8 +592,11 @@ if "model" in cfg and "_base_" not in open(sys.argv[1]).read():
 """
 
 
-@pytest.mark.parametrize("block", [block for block in PROGRAM_BLOCKS if not is_elsewhere(block.text)],
-                         ids=lambda block: f"{block.page}:{block.line}")  # fmt: skip
+@pytest.mark.parametrize(
+    "block",
+    [block for block in PROGRAM_BLOCKS if not is_elsewhere(block.text)],
+    ids=lambda block: f"{block.page}:{block.line}",
+)
 def test_python(block, reader):
     """Programs run. Configs are read, on top of the page's demo if they are a part of one."""
     folder = Path(block.page).stem

@@ -79,8 +79,15 @@ def start_real(
     folder.mkdir(exist_ok=True)
     whole = ["bash", "-c", f'exec "$@" {redirection}', "bash", *before, sys.executable, ROOT / "main.py", *arguments]
     with (folder / "errors.txt").open("w") as errors:
-        process = subprocess.Popen(list(map(str, whole)), cwd=folder, stdout=stdout, stderr=errors, text=True,
-                                   env=real_environment(**variables), start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            list(map(str, whole)),
+            cwd=folder,
+            stdout=stdout,
+            stderr=errors,
+            text=True,
+            env=real_environment(**variables),
+            start_new_session=True,
+        )
     STARTED.append(process)
     return process
 
@@ -111,8 +118,9 @@ def write_script(folder: Path, body: str) -> Path:
 def start_script(script: Path, *arguments: str | Path) -> SimpleNamespace:
     """Start a script in its folder and a new session. `text()` returns what it has printed so far."""
     printed = script.parent / "printed.txt"
-    process = commands.Command(script, list(map(str, arguments)), script.parent, dict(os.environ), printed, printed,
-                               start_new_session=True)  # fmt: skip
+    process = commands.Command(
+        script, list(map(str, arguments)), script.parent, dict(os.environ), printed, printed, start_new_session=True
+    )
     STARTED.append(process)
     return SimpleNamespace(process=process, text=lambda: printed.read_text() if printed.exists() else "")
 
@@ -149,9 +157,12 @@ def unprinted(few_digits, tmp_path_factory) -> dict[str, SimpleNamespace]:
     )  # the run prints that it waits, until its reader has gone
     for name, redirection in OUTPUTS.items():
         stdout = subprocess.DEVNULL if redirection else subprocess.PIPE
-        processes[name] = start_real([*CPU, "--print-freq", "1", "--data-path", few_digits, "--output_dir", "run",
-                                      "--warmup-epochs", "0"],
-                                     root / name, redirection=redirection, stdout=stdout)  # fmt: skip
+        processes[name] = start_real(
+            [*CPU, "--print-freq", "1", "--data-path", few_digits, "--output_dir", "run", "--warmup-epochs", "0"],
+            root / name,
+            redirection=redirection,
+            stdout=stdout,
+        )
     processes["mistake"] = start_real(["--epochs", "0"], root / "mistake", redirection=">/dev/full 2>&1")
     reader = processes["broken pipe"].stdout
     assert reader is not None
@@ -159,8 +170,12 @@ def unprinted(few_digits, tmp_path_factory) -> dict[str, SimpleNamespace]:
     first = reader.readline().rstrip("\n")
     reader.close()
     os.close(lock)
-    return {name: SimpleNamespace(status=process.wait(LIMIT), run=root / name / "run", errors=errors_of(root / name),
-                                  read=first) for name, process in processes.items()}  # fmt: skip
+    return {
+        name: SimpleNamespace(
+            status=process.wait(LIMIT), run=root / name / "run", errors=errors_of(root / name), read=first
+        )
+        for name, process in processes.items()
+    }
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)
@@ -223,8 +238,14 @@ def test_names_in_ascii(few_digits, tmp_path, capsys, monkeypatch):
 def test_names_in_the_c_locale(few_digits, tmp_path):
     """File names are not UTF-8 in the C locale. `--throughput` prints "×", and the folder is called "ü"."""
     (tmp_path / "ü").symlink_to(few_digits)
-    process = start_real([*CPU, "--batch-size", "2", "--throughput", "--data-path", "ü"], tmp_path,
-                         redirection=">printed.txt", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")  # fmt: skip
+    process = start_real(
+        [*CPU, "--batch-size", "2", "--throughput", "--data-path", "ü"],
+        tmp_path,
+        redirection=">printed.txt",
+        LC_ALL="C",
+        PYTHONUTF8="0",
+        PYTHONCOERCECLOCALE="0",
+    )
     assert process.wait(LIMIT) == 0, errors_of(tmp_path)
     assert "UnicodeEncodeError" not in errors_of(tmp_path)
     assert b"validation batches are 1.5 \\xd7 --batch-size 2" in (tmp_path / "printed.txt").read_bytes()
@@ -265,8 +286,13 @@ def test_shared_memory_errors_are_recognised():
     assert not out_of_shared_memory(RuntimeError("unable to open shared memory object: Too many open files (24)"))
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"),
-                                   worker_error(RuntimeError("unable to open: Too many open files (24)"))])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        worker_error(RuntimeError("unable to open: Too many open files (24)")),
+    ],
+)
 def test_too_many_open_files_give_advice(error, capsys):
     def fail() -> None:
         raise error
@@ -277,8 +303,9 @@ def test_too_many_open_files_give_advice(error, capsys):
     )
 
 
-@pytest.mark.parametrize("error", [worker_error(RuntimeError(FULL)), RuntimeError(BUS_ERROR)],
-                         ids=["full", "bus error"])  # fmt: skip
+@pytest.mark.parametrize(
+    "error", [worker_error(RuntimeError(FULL)), RuntimeError(BUS_ERROR)], ids=["full", "bus error"]
+)
 def test_full_shared_memory_gives_advice(error, capsys):
     def fail() -> None:
         raise error
@@ -310,12 +337,16 @@ def test_small_shared_memory(few_digits, tmp_path):
 
 MEMORY_SETTINGS = ("--batch-size", "--accum-steps", "--grad-checkpointing", "--input-size")
 OUT_OF_MEMORY = {
-    "GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 8 GiB"
-                                  " of which 1 MiB is free.\nSee documentation for Memory Management"),
-    "torch": RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
-                          "you tried to allocate 4294967296 bytes. Error code 12 (Cannot allocate memory)"),
+    "GPU": torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 8 GiB"
+        " of which 1 MiB is free.\nSee documentation for Memory Management"
+    ),
+    "torch": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 4294967296 bytes. Error code 12 (Cannot allocate memory)"
+    ),
     "Python": MemoryError(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("memory", OUT_OF_MEMORY)
@@ -337,10 +368,13 @@ def test_memory_errors_are_recognised():
 @pytest.mark.slow
 def test_memory_limit(few_digits, tmp_path):
     """The limit leaves 400 MB. The first stage alone needs more for images of 1024 × 1024 pixels."""
-    script = write_script(tmp_path, """
+    script = write_script(
+        tmp_path,
+        """
 import resource
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + 400_000_000,) * 2)""")  # fmt: skip
+resource.setrlimit(resource.RLIMIT_AS, (taken + 400_000_000,) * 2)""",
+    )
     started = start_script(script, "--eval", *CPU, "--input-size", "1024", "--data-path", few_digits)
     assert started.process.wait(LIMIT) == 2, started.text()
     last = started.text().splitlines()[-1]
@@ -375,10 +409,18 @@ def test_a_hanging_single_process(few_digits, tmp_path):
     run = Run(tmp_path / "train", few_digits, *SIX_STEPS, "--timeout", "10", environment=dict(HANG="0:4"))
     run.command[1] = str(ROOT / "tests/faults/sabotage.py")
     training = run.start()
-    evaluation = start_script(write_script(tmp_path / "eval", STUCK), "--eval", *SMALL_BATCHES, "--timeout", "10",
-                              "--data-path", few_digits)  # fmt: skip
-    throughput = start_script(write_script(tmp_path / "throughput", STUCK), "--throughput", *SMALL_BATCHES, "--timeout",
-                              "10", "--data-path", few_digits)  # fmt: skip
+    evaluation = start_script(
+        write_script(tmp_path / "eval", STUCK), "--eval", *SMALL_BATCHES, "--timeout", "10", "--data-path", few_digits
+    )
+    throughput = start_script(
+        write_script(tmp_path / "throughput", STUCK),
+        "--throughput",
+        *SMALL_BATCHES,
+        "--timeout",
+        "10",
+        "--data-path",
+        few_digits,
+    )
     for process, text, place, advice in (
         (training, run.text, "epoch 0, step 3", main.RESUME),
         (evaluation.process, evaluation.text, "batch 1 of validation", "run the same command again"),
@@ -454,8 +496,9 @@ class Polls:
         return not self.seconds
 
 
-@pytest.mark.parametrize(("seconds", "ends"), [([1.0] * 14, True), ([1.0, 1.0, 60.0, *[1.0] * 9], False)],
-                         ids=["hangs", "suspended"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("seconds", "ends"), [([1.0] * 14, True), ([1.0, 1.0, 60.0, *[1.0] * 9], False)], ids=["hangs", "suspended"]
+)
 def test_a_suspended_process_does_not_hang(seconds, ends, no_exit, monkeypatch, capsys):
     """Ctrl-Z suspends the watchdog, too."""
     preemption = Preemption("main.py")
@@ -537,8 +580,9 @@ def test_interrupt_before_the_first_step(few_digits, tmp_path):
 
 
 def test_interrupted_evaluation(few_digits, tmp_path):
-    started = start_script(write_script(tmp_path, STUCK), "--eval", *SMALL_BATCHES, "--num_workers", "1", "--data-path",
-                           few_digits)  # fmt: skip
+    started = start_script(
+        write_script(tmp_path, STUCK), "--eval", *SMALL_BATCHES, "--num_workers", "1", "--data-path", few_digits
+    )
     wait_for(lambda: "validation [2/4]" in started.text(), started.process)
     os.killpg(started.process.pid, signal.SIGINT)
     assert started.process.wait(LIMIT) == INTERRUPT_STATUS
@@ -730,9 +774,20 @@ def test_evaluation_on_a_full_disk(before, few_digits, tmp_path, capsys, monkeyp
 # Launchers
 # ----------------------------------------------------------------------------------------------------------------------
 
-LAUNCHER_VARIABLES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS",
-                      "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST",
-                      "OMPI_COMM_WORLD_RANK"]  # fmt: skip
+LAUNCHER_VARIABLES = [
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "SLURM_LOCALID",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_NODELIST",
+    "SLURM_JOB_NODELIST",
+    "OMPI_COMM_WORLD_RANK",
+]
 ADDRESS = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29512")
 INVALID_VARIABLES = [
     (dict(RANK="0"), "RANK=0 is set, MASTER_ADDR and MASTER_PORT not"),

@@ -11,8 +11,14 @@ from conftest import ROOT, SMALL
 
 USER = 12345
 # The user may read every file, also in folders that are closed to others, such as pytest's, but write none of them.
-AS_USER = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--inh-caps=+dac_read_search",
-           "--ambient-caps=+dac_read_search"]  # fmt: skip
+AS_USER = [
+    "setpriv",
+    f"--reuid={USER}",
+    f"--regid={USER}",
+    "--clear-groups",
+    "--inh-caps=+dac_read_search",
+    "--ambient-caps=+dac_read_search",
+]
 FOLDERS = ("tools", "segmentation", "detection")
 
 
@@ -49,8 +55,9 @@ def test_a_user_without_a_name_trains_and_predicts(home, few_digits, tmp_path):
 
 
 @needs_root
-@pytest.mark.parametrize("script", ["segmentation/train.py", "detection/test.py", "tools/export.py",
-                                    "tools/visualize.py"])  # fmt: skip
+@pytest.mark.parametrize(
+    "script", ["segmentation/train.py", "detection/test.py", "tools/export.py", "tools/visualize.py"]
+)
 def test_a_user_without_a_name_gets_help(script):
     assert "usage" in run(script, "--help", home=None)
 

@@ -50,8 +50,19 @@ def exported(checkpoint, few_digits, tmp_path_factory):
     """A classifier in every format but the slow one: the folder, and what the command printed."""
     out = tmp_path_factory.mktemp("exported") / "out"
     formats = [name for name in export.FORMATS if name != SLOW]
-    printed = succeed("--resume", checkpoint, "--out", out, "--data-path", few_digits, "--formats", *formats,
-                      "--rounds", "1", script=SCRIPT)  # fmt: skip
+    printed = succeed(
+        "--resume",
+        checkpoint,
+        "--out",
+        out,
+        "--data-path",
+        few_digits,
+        "--formats",
+        *formats,
+        "--rounds",
+        "1",
+        script=SCRIPT,
+    )
     return SimpleNamespace(out=out, printed=printed)
 
 
@@ -89,8 +100,11 @@ def test_table(exported, trained_digits):
             assert float(row["MB"]) == pytest.approx(size / 1e6, abs=0.051)
             bound = export_formats.LARGEST_DIFFERENCE if export.FORMATS[name].is_exact else 1.0
             assert float(row["largest difference"]) < bound
-    assert re.search(r"^onnx-preprocessing: pixels differ from Pillow's by at most [01]\.\d\d of 255\.$",
-                     exported.printed, re.MULTILINE)  # fmt: skip
+    assert re.search(
+        r"^onnx-preprocessing: pixels differ from Pillow's by at most [01]\.\d\d of 255\.$",
+        exported.printed,
+        re.MULTILINE,
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != SLOW])
@@ -108,8 +122,10 @@ def test_predict_takes_the_file(name, exported, checkpoint, few_digits, tmp_path
         assert torch.allclose(logits, expected[: len(logits)], atol=1e-3 if exact else 1.0)
     if exact:
         file = next((few_digits / "val/1").iterdir())
-        printed = [succeed(file, "--resume", path, "--json", "-", script="predict.py")
-                   for path in (checkpoint, exported.out / FILES[name])]  # fmt: skip
+        printed = [
+            succeed(file, "--resume", path, "--json", "-", script="predict.py")
+            for path in (checkpoint, exported.out / FILES[name])
+        ]
         (one,), (other,) = map(json.loads, printed)
         for a, b in zip(one["predictions"], other["predictions"]):
             assert (a["class"], a["probability"]) == (b["class"], pytest.approx(b["probability"], abs=1e-3))
@@ -191,8 +207,10 @@ def test_preprocessing_inside_the_graph_has_pillows_pixels(interpolation):
     """Photographs, and noise of many shapes: larger and smaller than the crop, odd and even."""
     preprocessing = Preprocessing((32, 32), 36, interpolation=interpolation)
     noise = np.random.default_rng(0)
-    images = [*photographs().images, *(Image.fromarray(noise.integers(0, 256, (*shape, 3), dtype=np.uint8))
-                                       for shape in SHAPES)]  # fmt: skip
+    images = [
+        *photographs().images,
+        *(Image.fromarray(noise.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in SHAPES),
+    ]
     for opset in (18, export_formats.OPSET, 23):
         graph = export_formats.preprocessing_graph(preprocessing, opset)
         assert export_formats.pixel_difference(graph, preprocessing, images) <= export_formats.LARGEST_PIXEL_DIFFERENCE
@@ -286,14 +304,22 @@ def test_another_format_of_a_backbone(tmp_path, capsys):
 
 def measured(**forms):
     """Forms with a largest difference and a top-1 each."""
-    return {name: export_table.Measured(SimpleNamespace(), difference, top1)
-            for name, (difference, top1) in forms.items()}  # fmt: skip
+    return {
+        name: export_table.Measured(SimpleNamespace(), difference, top1) for name, (difference, top1) in forms.items()
+    }
 
 
 def test_what_is_refused():
     nan = float("nan")
-    forms = {"checkpoint": (0, 90.0), "onnx": (2e-3, 90.0), "openvino": (1e-4, 90.0), "torchscript": (nan, 90.0),
-             "openvino-bfloat16": (0.1, 89.5), "openvino-int8": (0.1, 88.5), "onnx-int8": (nan, 90.0)}  # fmt: skip
+    forms = {
+        "checkpoint": (0, 90.0),
+        "onnx": (2e-3, 90.0),
+        "openvino": (1e-4, 90.0),
+        "torchscript": (nan, 90.0),
+        "openvino-bfloat16": (0.1, 89.5),
+        "openvino-int8": (0.1, 88.5),
+        "onnx-int8": (nan, 90.0),
+    }
     reasons = export.refused(measured(**forms), export.FORMATS, 1000)
     assert reasons == {
         "onnx": "refused: its logits differ by 0.002, more than 0.001",
@@ -337,10 +363,12 @@ MISTAKES = {
     "no data": (["--data-path", "{root}/nothing"], "--data-path {root}/nothing: no such folder"),
     "other classes": (["--data-path", "{other}"], "different classes than --data-path {other}/val: 7 names "),
     "exported file": (["--resume", "{root}/a.onnx"], "--resume {root}/a.onnx: "),
-    "file is there": (["--out", "{root}/full", "--formats", "torchscript"],
-                      "--out {root}/full: SepViT_Lite-torchscript.pt exists; name another folder, or replace "),
+    "file is there": (
+        ["--out", "{root}/full", "--formats", "torchscript"],
+        "--out {root}/full: SepViT_Lite-torchscript.pt exists; name another folder, or replace ",
+    ),
     "no such repository": (["--formats", "safetensors", "--push", "a/b/c"], "--push a/b/c: Repo id must be "),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -69,13 +69,37 @@ def levels(a, b) -> np.ndarray:
 
 
 STRENGTHS = [
-    ("shear_x", 0.27), ("shear_x", -0.3), ("shear_y", 0.2), ("translate_x_rel", 0.213), ("translate_x_rel", -0.45),
-    ("translate_y_rel", 0.4), ("rotate", 27.3), ("rotate", -11), ("auto_contrast",), ("equalize",), ("invert",),
-    ("posterize", -1), ("posterize", 0), ("posterize", 1), ("posterize", 4), ("posterize", 8), ("solarize", 0),
-    ("solarize", 26), ("solarize", 256), ("solarize_add", 0), ("solarize_add", 99), ("color", 0.19), ("color", 1.81),
-    ("contrast", 0.19), ("contrast", 1.81), ("brightness", 0.19), ("brightness", 1.81), ("sharpness", 0.19),
-    ("sharpness", 1.0), ("sharpness", 1.81),
-]  # fmt: skip
+    ("shear_x", 0.27),
+    ("shear_x", -0.3),
+    ("shear_y", 0.2),
+    ("translate_x_rel", 0.213),
+    ("translate_x_rel", -0.45),
+    ("translate_y_rel", 0.4),
+    ("rotate", 27.3),
+    ("rotate", -11),
+    ("auto_contrast",),
+    ("equalize",),
+    ("invert",),
+    ("posterize", -1),
+    ("posterize", 0),
+    ("posterize", 1),
+    ("posterize", 4),
+    ("posterize", 8),
+    ("solarize", 0),
+    ("solarize", 26),
+    ("solarize", 256),
+    ("solarize_add", 0),
+    ("solarize_add", 99),
+    ("color", 0.19),
+    ("color", 1.81),
+    ("contrast", 0.19),
+    ("contrast", 1.81),
+    ("brightness", 0.19),
+    ("brightness", 1.81),
+    ("sharpness", 0.19),
+    ("sharpness", 1.0),
+    ("sharpness", 1.81),
+]
 
 
 @pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
@@ -84,8 +108,11 @@ def test_device_operations_equal_timms(case, resample):
     """On three images at once, one of them grey and of low contrast. Affine transforms may differ by one level."""
     name, *level = case
     how = dict(fillcolor=FILL, resample=resample)
-    images = [photograph(96, 96, 1), photograph(96, 96, 2), photograph(96, 96).convert("L").convert("RGB").point(
-        [100 + value // 8 for value in range(256)] * 3)]  # fmt: skip
+    images = [
+        photograph(96, 96, 1),
+        photograph(96, 96, 2),
+        photograph(96, 96).convert("L").convert("RGB").point([100 + value // 8 for value in range(256)] * 3),
+    ]
     function = getattr(auto_augment, name)
     ((operation,),) = {tuple(record([], function, level, how)) for _ in images}
     crops = [Crop(torch.from_numpy(np.array(image)), False, [operation], []) for image in images]
@@ -123,8 +150,14 @@ def record(operations, function, level, how):
     return recording(augmentation, 96)(operations)
 
 
-NAMES = ["rand-m9-mstd0.5-inc1", "rand-m9-n3-mstd0.5", "rand-m7-p0.8-inc1", "rand-mstd101-inc1",
-         "rand-m5-mstd1-tweights", "rand-m15-mmax20-mstd3-inc1"]  # fmt: skip
+NAMES = [
+    "rand-m9-mstd0.5-inc1",
+    "rand-m9-n3-mstd0.5",
+    "rand-m7-p0.8-inc1",
+    "rand-mstd101-inc1",
+    "rand-m5-mstd1-tweights",
+    "rand-m15-mmax20-mstd3-inc1",
+]
 
 
 def transform_settings(*arguments, device="cpu"):
@@ -137,8 +170,20 @@ def transform_settings(*arguments, device="cpu"):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_device_augments_as_timm_does(name, interpolation):
     """With the same random numbers: flips, operations, levels, erased regions. Constant fill, so that it compares."""
-    flags = ["--aa", name, "--train-interpolation", interpolation, "--remode", "const", "--reprob", 0.6, "--recount", 2,
-             "--input-size", 96]  # fmt: skip
+    flags = [
+        "--aa",
+        name,
+        "--train-interpolation",
+        interpolation,
+        "--remode",
+        "const",
+        "--reprob",
+        0.6,
+        "--recount",
+        2,
+        "--input-size",
+        96,
+    ]
     faithful = datasets.build_transform(True, transform_settings(*flags))
     fast = transform_settings(*flags, "--loader", "fast", device="cuda")
     _, recorded = datasets.build_fast_transform(datasets.build_transform(True, fast), fast)
@@ -172,11 +217,12 @@ def test_what_the_device_cannot_do_is_done_by_the_worker():
 
 
 def test_operations_of_an_image_keep_their_order():
-    invert, dark = (next(iter(record([], getattr(auto_augment, name), level, dict(resample=2))))
-                    for name, level in (("invert", ()), ("brightness", (0.5,))))  # fmt: skip
+    invert, dark = (
+        next(iter(record([], getattr(auto_augment, name), level, dict(resample=2))))
+        for name, level in (("invert", ()), ("brightness", (0.5,)))
+    )
     pixels = torch.full((1, 1, 3), 100, dtype=torch.uint8)
-    crops = [Crop(pixels, False, order, [])
-             for order in ([invert, dark], [dark, invert], [], [dark, dark], [invert])]  # fmt: skip
+    crops = [Crop(pixels, False, order, []) for order in ([invert, dark], [dark, invert], [], [dark, dark], [invert])]
     images = DeviceAugmentation(CPU, "const", PUBLISHED)(collate_crops(crops))
     red = (images[:, 0, 0, 0] * 0.229 + 0.485) * 255
     assert red.round().tolist() == [77, 205, 100, 25, 155]
@@ -253,8 +299,10 @@ def test_scaled_decoding_keeps_the_box(scale):
     for seed in range(4):
         seed_everything(seed)
         top, left, rows, columns = crop.get_params(image, shares, crop.ratio)
-        x, y = (scale * min(round(corner / scale), int((limit - side) / scale))
-                for corner, side, limit in ((left, columns, image.width), (top, rows, image.height)))  # fmt: skip
+        x, y = (
+            scale * min(round(corner / scale), int((limit - side) / scale))
+            for corner, side, limit in ((left, columns, image.width), (top, rows, image.height))
+        )
         assert max(abs(x - left), abs(y - top)) <= scale / 2
         seed_everything(seed)
         fast = CropDecoder(crop)(content)
@@ -442,8 +490,11 @@ def batches_of(loader, epoch=0, step=0):
 def test_distribution_of_pixels(photographs):
     """Means and standard deviations of whole images, augmented by both loaders with different random numbers."""
     figures = {}
-    for name, flags, device in (("faithful", [], "cpu"), ("fast", ["--loader", "fast"], "cpu"),
-                                ("device", ["--loader", "fast"], "cuda")):  # fmt: skip
+    for name, flags, device in (
+        ("faithful", [], "cpu"),
+        ("fast", ["--loader", "fast"], "cpu"),
+        ("device", ["--loader", "fast"], "cuda"),
+    ):
         loader = loader_of(photographs, *flags, "--seed", len(figures), device=device)
         images = [batch[0] for epoch in range(8) for batch in batches_of(loader, epoch)]
         torch.manual_seed(0)
@@ -601,8 +652,20 @@ def test_unreadable_images_of_webdatasets_are_skipped_as_before(shards, place, t
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
-RUN = [*SMALLEST, "--loader", "fast", "--input-size", 64, "--auto-resume", "--checkpoint-every", 1,
-       "--keep-checkpoints", 9, "--device", "cpu"]  # fmt: skip
+RUN = [
+    *SMALLEST,
+    "--loader",
+    "fast",
+    "--input-size",
+    64,
+    "--auto-resume",
+    "--checkpoint-every",
+    1,
+    "--keep-checkpoints",
+    9,
+    "--device",
+    "cpu",
+]
 
 
 def resumed_equals_whole(run, data, folder) -> None:
@@ -712,8 +775,23 @@ def test_a_gpu_augments_as_the_cpu_does_and_is_not_waited_for(photographs):
 def test_benchmark(tmp_path, capsys):
     """All pipelines, sources and stages are measured, and recorded."""
     path = tmp_path / "record.json"
-    arguments = ["--synthetic", "90x70", "--count", 16, "--input-size", 48, "--batch-size", 8, "--workers", 0, 1,
-                 "--rounds", 1, "--out", path]  # fmt: skip
+    arguments = [
+        "--synthetic",
+        "90x70",
+        "--count",
+        16,
+        "--input-size",
+        48,
+        "--batch-size",
+        8,
+        "--workers",
+        0,
+        1,
+        "--rounds",
+        1,
+        "--out",
+        path,
+    ]
     assert benchmark_data.run(list(map(str, arguments))) == 0
     printed = capsys.readouterr().out
     record = json.loads(path.read_text())

@@ -24,8 +24,18 @@ from training.errors import UserError
 from training.monitor import MonitorSettings
 
 TEACHER = ["--distillation-type", "soft", "--teacher-model", small_model.MODEL, "--teacher-path", "{root}/teacher.pth"]
-SHARDS = ["--data-set", "wds/x", "--data-path", "{root}/wds", "--num-classes", "2", "--train-split", "a-0.tar|16",
-          "--val-split", "a-1.tar|16"]  # fmt: skip
+SHARDS = [
+    "--data-set",
+    "wds/x",
+    "--data-path",
+    "{root}/wds",
+    "--num-classes",
+    "2",
+    "--train-split",
+    "a-0.tar|16",
+    "--val-split",
+    "a-1.tar|16",
+]
 MOMENTUM = ["--opt", "momentum"]
 LARGE = ["--input-size", "64"]
 
@@ -60,8 +70,10 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "epochs": ([], ["--epochs", "7"]),
     "grad_checkpointing": ([], ["--grad-checkpointing"]),
     "hflip": ([], ["--hflip", "0.1"]),
-    "inat_category": (["--data-set", "INAT", "--data-path", "{root}/inat", "--batch-size", "2"],
-        ["--inat-category", "kingdom"]),
+    "inat_category": (
+        ["--data-set", "INAT", "--data-path", "{root}/inat", "--batch-size", "2"],
+        ["--inat-category", "kingdom"],
+    ),
     "input_size": ([], LARGE),
     "loader": ([], ["--loader", "fast"]),
     "lr": ([], ["--lr", "0.1"]),
@@ -108,7 +120,7 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "warmup_epochs": ([], ["--warmup-epochs", "3"]),
     "warmup_lr": ([], ["--warmup-lr", "1e-5"]),
     "weight_decay": ([], ["--weight-decay", "0.1"]),
-}  # fmt: skip
+}
 
 # Flags that change what a command does: their changes, and what runs before.
 RUNS: dict[str, tuple[list[str], list[str]]] = {
@@ -121,11 +133,13 @@ RUNS: dict[str, tuple[list[str], list[str]]] = {
     "output_dir": ([], ["--output_dir", "{root}/elsewhere"]),
     "resume": (["--eval"], ["--resume", "{root}/teacher.pth"]),
     "teacher_model": (TEACHER, ["--teacher-model", "test_resnet"]),
-    "teacher_path": (["--distillation-type", "hard", "--teacher-model", small_model.MODEL],
-        ["--teacher-path", "{root}/teacher.pth"]),
+    "teacher_path": (
+        ["--distillation-type", "hard", "--teacher-model", small_model.MODEL],
+        ["--teacher-path", "{root}/teacher.pth"],
+    ),
     "throughput": ([], ["--throughput"]),
     "world_size": ([], ["--world_size", "2"]),
-}  # fmt: skip
+}
 
 # Flags of several processes and of faults, which the named tests start.
 ELSEWHERE = {"dist_url": "test_bad_input.py", "timeout": "test_bad_input.py"}
@@ -220,8 +234,10 @@ def described(value, seen=None):
         content = hashlib.sha256(value.detach().float().cpu().numpy().tobytes()).hexdigest()
         return [str(value.dtype), str(value.device), list(value.shape), value.stride(), content]
     if isinstance(value, torch.nn.Module):
-        own = {name: {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}
-               for name, module in value.named_modules()}  # fmt: skip
+        own = {
+            name: {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}
+            for name, module in value.named_modules()
+        }
         return [type(value).__name__, own, value._compiled_call_impl is not None, described(value.state_dict(), seen)]
     if isinstance(value, dict):
         return {str(key): described(entry, seen) for key, entry in value.items()}
@@ -257,24 +273,42 @@ def _built(settings):
         precision=described(precision),
         device=args.device,
         model=described(model),
-        optimizer=[type(training.optimizer).__name__,
-                   [{k: described(v) for k, v in g.items() if k != "params"} | dict(number=len(g["params"]))
-                    for g in training.optimizer.param_groups]],
+        optimizer=[
+            type(training.optimizer).__name__,
+            [
+                {k: described(v) for k, v in g.items() if k != "params"} | dict(number=len(g["params"]))
+                for g in training.optimizer.param_groups
+            ],
+        ],
         epoch=training.epoch,
         rates=rates_of(training),
         ema=training.ema and described([vars(training.ema), training.ema.module.state_dict()]),
-        data=[described([data.num_classes, data.classes, data.outputs, data.transform, data.decode,
-                         type(data.dataset).__name__, getattr(data.dataset, "samples", None),
-                         getattr(data.dataset, "reader", None), len(data)])
-              for data in (train, val)],
-        loaders=[[loader.batch_size, loader.num_workers, loader.pin_memory, type(loader.sampler).__name__, len(loader)]
-                 for loader in (parts.train_loader, parts.val_loader)],
+        data=[
+            described(
+                [
+                    data.num_classes,
+                    data.classes,
+                    data.outputs,
+                    data.transform,
+                    data.decode,
+                    type(data.dataset).__name__,
+                    getattr(data.dataset, "samples", None),
+                    getattr(data.dataset, "reader", None),
+                    len(data),
+                ]
+            )
+            for data in (train, val)
+        ],
+        loaders=[
+            [loader.batch_size, loader.num_workers, loader.pin_memory, type(loader.sampler).__name__, len(loader)]
+            for loader in (parts.train_loader, parts.val_loader)
+        ],
         order=str(next(iter(order))) + str(order.batch_size) if "seed" in vars(order) else None,
         criterion=described(parts.criterion),
         mixup=parts.mixup and described(parts.mixup),
         prepare=described(getattr(parts.prepare, "__self__", parts.prepare)),
         settings=[dataclasses.asdict(settings) for settings in (parts.loop, parts.evaluation, limits)],
-    )  # fmt: skip
+    )
 
 
 def rates_of(training):

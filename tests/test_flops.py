@@ -122,17 +122,23 @@ def test_command():
     network, image = timm.create_model("SepViT_Lite").eval(), torch.zeros(1, 3, 224, 224)
     parameters = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     multiply_adds, activations = (count(network, image) / 1e6 for count in (count_multiply_adds, count_activations))
-    assert first == (f"SepViT_Lite, 224 × 224 pixels: {parameters:.3f} M parameters, {multiply_adds / 1e3:.3f} G "
-                     f"multiply-adds, {activations:.3f} M activations")  # fmt: skip
+    assert first == (
+        f"SepViT_Lite, 224 × 224 pixels: {parameters:.3f} M parameters, {multiply_adds / 1e3:.3f} G "
+        f"multiply-adds, {activations:.3f} M activations"
+    )
     table = "\n".join(rest)
     heads = [line.split()[0] for line in rest if "stage 1" in line]
     assert heads == ["parameters,", "multiply-adds,", "activations,"]
     assert re.findall(r"^total .*?([\d.,]+) +100\.0 %$", table, re.MULTILINE) == [
-        f"{parameters:.3f}", f"{multiply_adds:.2f}", f"{activations:.3f}"
-    ]  # fmt: skip
+        f"{parameters:.3f}",
+        f"{multiply_adds:.2f}",
+        f"{activations:.3f}",
+    ]
     for call, most in (("forward pass", 50), ("training step", 200)):
-        weights, total = (float(re.search(rf"^{call} {pattern}$", table, re.MULTILINE)[1])
-                          for pattern in (r" *([\d.]+) .*", r".* ([\d.]+)"))  # fmt: skip
+        weights, total = (
+            float(re.search(rf"^{call} {pattern}$", table, re.MULTILINE)[1])
+            for pattern in (r" *([\d.]+) .*", r".* ([\d.]+)")
+        )
         assert weights == pytest.approx(parameters * 4e6 / 2**20, abs=0.05)
         assert weights < total < most
 
@@ -183,9 +189,13 @@ def test_a_mistake_as_a_command():
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
 
 
-@pytest.mark.parametrize(("folder", "config"), [
-    ("segmentation", "fpn_sepvit_lite_112x112_demo.py"), ("detection", "mask_rcnn_sepvit_lite_fpn_demo.py"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("folder", "config"),
+    [
+        ("segmentation", "fpn_sepvit_lite_112x112_demo.py"),
+        ("detection", "mask_rcnn_sepvit_lite_fpn_demo.py"),
+    ],
+)
 def test_backbones_have_the_same_table(folder, config):
     arguments = [f"configs/{config}", "--shape", 64, 96, "--memory"]
     printed = succeed(*arguments, script=f"{folder}/get_flops.py", cwd=ROOT / folder)

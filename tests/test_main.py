@@ -61,11 +61,45 @@ def trained(digits, tmp_path_factory):
     """A short real training run: SepViT_Lite on all digits at 64 × 64 pixels, two epochs, with averaged weights."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     printed = succeed(
-        "--model", "SepViT_Lite", "--data-path", digits, "--output_dir", folder, "--input-size", 64, "--epochs", 2,
-        "--batch-size", 32, "--lr", 0.032, "--warmup-epochs", 0, "--drop-path", 0, "--mixup", 0, "--cutmix", 0,
-        "--smoothing", 0, "--aa=", "--reprob", 0, "--color-jitter", 0, "--scale", 0.8, 1, "--hflip", 0,
-        "--num_workers", 1, "--model-ema", "--model-ema-warmup",
-    )  # fmt: skip
+        "--model",
+        "SepViT_Lite",
+        "--data-path",
+        digits,
+        "--output_dir",
+        folder,
+        "--input-size",
+        64,
+        "--epochs",
+        2,
+        "--batch-size",
+        32,
+        "--lr",
+        0.032,
+        "--warmup-epochs",
+        0,
+        "--drop-path",
+        0,
+        "--mixup",
+        0,
+        "--cutmix",
+        0,
+        "--smoothing",
+        0,
+        "--aa=",
+        "--reprob",
+        0,
+        "--color-jitter",
+        0,
+        "--scale",
+        0.8,
+        1,
+        "--hflip",
+        0,
+        "--num_workers",
+        1,
+        "--model-ema",
+        "--model-ema-warmup",
+    )
     return folder, printed
 
 
@@ -119,9 +153,22 @@ def test_tensorboard_scalars_match_the_log(trained):
 def test_eval_reproduces_the_accuracy_of_training(trained, digits, tmp_path):
     folder, _ = trained
     printed = succeed(
-        "--eval", "--resume", folder / "checkpoint.pth", "--model", "SepViT_Lite", "--input-size", 64,
-        "--batch-size", 16, "--data-path", digits, "--num_workers", 1, "--output_dir", tmp_path,
-    )  # fmt: skip
+        "--eval",
+        "--resume",
+        folder / "checkpoint.pth",
+        "--model",
+        "SepViT_Lite",
+        "--input-size",
+        64,
+        "--batch-size",
+        16,
+        "--data-path",
+        digits,
+        "--num_workers",
+        1,
+        "--output_dir",
+        tmp_path,
+    )
     last = read_log(folder)[-1]
     assert json.loads((tmp_path / "eval.json").read_text())["test_acc1"] == last["test_acc1"]
     assert f"validation: top-1 {last['test_acc1']:.3f} %" in printed
@@ -141,16 +188,41 @@ def test_eval_and_throughput_need_only_validation_images(trained, some_digits, t
 
 
 def test_dist_eval_is_exact_on_any_number_of_processes(trained, some_digits):
-    settings = ["--eval", "--resume", trained[0] / "checkpoint.pth", "--model", "SepViT_Lite", "--input-size", 64,
-                "--batch-size", 8, "--data-path", some_digits, "--num_workers", 0, "--dist-eval"]  # fmt: skip
+    settings = [
+        "--eval",
+        "--resume",
+        trained[0] / "checkpoint.pth",
+        "--model",
+        "SepViT_Lite",
+        "--input-size",
+        64,
+        "--batch-size",
+        8,
+        "--data-path",
+        some_digits,
+        "--num_workers",
+        0,
+        "--dist-eval",
+    ]
     outputs = [succeed(*settings, processes=n) for n in (0, 2, 3)]
     assert accuracy(outputs[0]) == accuracy(outputs[1]) == accuracy(outputs[2])
     assert all(printed.count("100 images") == 2 for printed in outputs)  # once each for trained and averaged weights
 
 
 def test_eval_at_another_input_size_resamples_window_tokens(trained, some_digits):
-    printed = succeed("--eval", "--resume", trained[0] / "checkpoint.pth", "--model", "SepViT_Lite",
-                      "--input-size", 96, "--data-path", some_digits, "--num_workers", 1)  # fmt: skip
+    printed = succeed(
+        "--eval",
+        "--resume",
+        trained[0] / "checkpoint.pth",
+        "--model",
+        "SepViT_Lite",
+        "--input-size",
+        96,
+        "--data-path",
+        some_digits,
+        "--num_workers",
+        1,
+    )
     assert "of another image size or form: resampled" in printed
     assert "blocks.0.0.win_tokens" in printed
     assert "100 images" in printed
@@ -159,18 +231,61 @@ def test_eval_at_another_input_size_resamples_window_tokens(trained, some_digits
 def test_defaults_are_the_reference_recipe():
     args = vars(main.build_parser().parse_args([]))
     expected = dict(
-        batch_size=64, epochs=300, seed=0, num_workers=min(10, available_cores()), pin_mem=True,
-        output_dir="", resume="", start_epoch=0,
-        eval=False, dist_eval=False, throughput=False, finetune="", world_size=1, dist_url="env://",
-        model="SepViT_Tiny", input_size=224, drop=0.0, drop_path=0.2,
-        opt="adamw", opt_eps=1e-8, opt_betas=None, clip_grad=5, momentum=0.9, weight_decay=0.05,
-        sched="cosine", lr=5e-4, lr_noise=None, lr_noise_pct=0.67, lr_noise_std=1.0, warmup_lr=1e-6, min_lr=1e-5,
-        decay_epochs=30, warmup_epochs=5, cooldown_epochs=10, patience_epochs=10, decay_rate=0.1,
-        color_jitter=0.4, aa="rand-m9-mstd0.5-inc1", smoothing=0.1, train_interpolation="bicubic",
-        repeated_aug=False, reprob=0.25, remode="pixel", recount=1, resplit=False,
-        mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode="batch",
-        data_path="imagenet", data_set="IMNET", inat_category="name",
-    )  # fmt: skip
+        batch_size=64,
+        epochs=300,
+        seed=0,
+        num_workers=min(10, available_cores()),
+        pin_mem=True,
+        output_dir="",
+        resume="",
+        start_epoch=0,
+        eval=False,
+        dist_eval=False,
+        throughput=False,
+        finetune="",
+        world_size=1,
+        dist_url="env://",
+        model="SepViT_Tiny",
+        input_size=224,
+        drop=0.0,
+        drop_path=0.2,
+        opt="adamw",
+        opt_eps=1e-8,
+        opt_betas=None,
+        clip_grad=5,
+        momentum=0.9,
+        weight_decay=0.05,
+        sched="cosine",
+        lr=5e-4,
+        lr_noise=None,
+        lr_noise_pct=0.67,
+        lr_noise_std=1.0,
+        warmup_lr=1e-6,
+        min_lr=1e-5,
+        decay_epochs=30,
+        warmup_epochs=5,
+        cooldown_epochs=10,
+        patience_epochs=10,
+        decay_rate=0.1,
+        color_jitter=0.4,
+        aa="rand-m9-mstd0.5-inc1",
+        smoothing=0.1,
+        train_interpolation="bicubic",
+        repeated_aug=False,
+        reprob=0.25,
+        remode="pixel",
+        recount=1,
+        resplit=False,
+        mixup=0.8,
+        cutmix=1.0,
+        cutmix_minmax=None,
+        mixup_prob=1.0,
+        mixup_switch_prob=0.5,
+        mixup_mode="batch",
+        data_path="imagenet",
+        data_set="IMNET",
+        inat_category="name",
+    )
     assert {name: args[name] for name in expected} == expected
 
 
@@ -211,11 +326,22 @@ VARIATIONS = {
     "float16, activation checkpointing": ["--amp", "float16", "--grad-checkpointing", "--no-pin-mem"],
     "sgd, step schedule, dropout": ["--opt", "sgd", "--sched", "step", "--drop", 0.1, "--clip-grad", 0],
     "noisy plateau": ["--sched", "plateau", "--lr-noise", 0.1, 0.9, "--warmup-epochs", 0, "--opt-betas", 0.9, 0.95],
-    "augmentation": ["--aa", "augmix-m3-w2", "--remode", "const", "--recount", 2, "--train-interpolation", "random",
-                     "--resplit", "--color-jitter", 0.2],
+    "augmentation": [
+        "--aa",
+        "augmix-m3-w2",
+        "--remode",
+        "const",
+        "--recount",
+        2,
+        "--train-interpolation",
+        "random",
+        "--resplit",
+        "--color-jitter",
+        0.2,
+    ],
     "workers": ["--num_workers", 2],
     "averaged weights in CPU memory": ["--model-ema", "--model-ema-force-cpu", "--input-size", 32],
-}  # fmt: skip
+}
 
 
 # Half precision is slow on CPUs.
@@ -444,8 +570,20 @@ def test_training_steps_do_not_wait_for_the_device(few_digits, tmp_path, monkeyp
     counts = []
     for batch_size in (16, 8):
         reads.clear()
-        arguments = [*SMALLEST, "--data-path", few_digits, "--output_dir", tmp_path / str(batch_size),
-                     "--device", "cpu", "--batch-size", batch_size, "--print-freq", 1000, "--model-ema"]  # fmt: skip
+        arguments = [
+            *SMALLEST,
+            "--data-path",
+            few_digits,
+            "--output_dir",
+            tmp_path / str(batch_size),
+            "--device",
+            "cpu",
+            "--batch-size",
+            batch_size,
+            "--print-freq",
+            1000,
+            "--model-ema",
+        ]
         assert main.run([str(argument) for argument in arguments]) == 0
         counts.append(len(reads))
     assert counts[0] == counts[1] > 0, reads
@@ -456,9 +594,15 @@ def test_training_steps_do_not_wait_for_the_device(few_digits, tmp_path, monkeyp
 
 def test_resume_continues_training(few_digits, tmp_path):
     settings = [
-        *SMALLEST, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--model-ema", "--warmup-epochs",
+        *SMALLEST,
+        "--data-path",
+        few_digits,
+        "--output_dir",
+        tmp_path / "run",
+        "--model-ema",
+        "--warmup-epochs",
         1,
-    ]  # fmt: skip
+    ]
     succeed(*settings, "--epochs", 2)
     path = tmp_path / "run/checkpoint.pth"
     first = torch.load(path, weights_only=True)
@@ -479,8 +623,22 @@ def test_resume_continues_training(few_digits, tmp_path):
 
 def test_checkpoints_are_contiguous_and_resume_bit_for_bit(few_digits, tmp_path):
     """Convolutions train channels last. safetensors takes contiguous weights only."""
-    settings = [*SMALLEST, "--data-path", few_digits, "--device", "cpu", "--model-ema", "--checkpoint-every", 1,
-                "--keep-checkpoints", 9, "--auto-resume", "--warmup-epochs", 0, "--output_dir"]  # fmt: skip
+    settings = [
+        *SMALLEST,
+        "--data-path",
+        few_digits,
+        "--device",
+        "cpu",
+        "--model-ema",
+        "--checkpoint-every",
+        1,
+        "--keep-checkpoints",
+        9,
+        "--auto-resume",
+        "--warmup-epochs",
+        0,
+        "--output_dir",
+    ]
     assert main.run(list(map(str, [*settings, tmp_path / "whole"]))) == 0
     checkpoint = torch.load(tmp_path / "whole/checkpoint.pth", weights_only=True)
     for name in ("model", "model_ema"):
@@ -534,17 +692,20 @@ def test_resume_uses_the_settings_of_the_new_command(tmp_path):
     assert all(torch.equal(ours[i]["exp_avg"], theirs[i]["exp_avg"]) for i in theirs)
 
 
-@pytest.mark.parametrize(("files", "source", "taken"), [
-    ([], None, False),
-    (["checkpoint_best.pth"], None, True),
-    (["log.txt"], None, True),
-    (["checkpoint.pth"], ("--resume", "elsewhere/checkpoint.pth"), True),
-    (["checkpoint.pth"], ("--resume", "checkpoint.pth"), False),  # as the published code resumes
-    (["checkpoint.pth", "weights.pth"], ("--resume", "weights.pth"), True),
-    (["checkpoint.pth", "checkpoint-00000004.pth"], ("--resume", "checkpoint-00000004.pth"), False),
-    (["checkpoint-00000004.pth", "checkpoint-00000008.pth"], ("--resume", "checkpoint-00000004.pth"), True),
-    (["checkpoint-00000004.pth", "checkpoint-00000008.pth"], ("--auto-resume", "checkpoint-00000004.pth"), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("files", "source", "taken"),
+    [
+        ([], None, False),
+        (["checkpoint_best.pth"], None, True),
+        (["log.txt"], None, True),
+        (["checkpoint.pth"], ("--resume", "elsewhere/checkpoint.pth"), True),
+        (["checkpoint.pth"], ("--resume", "checkpoint.pth"), False),  # as the published code resumes
+        (["checkpoint.pth", "weights.pth"], ("--resume", "weights.pth"), True),
+        (["checkpoint.pth", "checkpoint-00000004.pth"], ("--resume", "checkpoint-00000004.pth"), False),
+        (["checkpoint-00000004.pth", "checkpoint-00000008.pth"], ("--resume", "checkpoint-00000004.pth"), True),
+        (["checkpoint-00000004.pth", "checkpoint-00000008.pth"], ("--auto-resume", "checkpoint-00000004.pth"), False),
+    ],
+)
 def test_which_output_folders_are_taken(files, source, taken, tmp_path):
     for name in files:
         (tmp_path / name).write_text('{"epoch": 0, "train_loss": 1.0}\n')
@@ -602,11 +763,19 @@ def test_published_training_state_is_resumed(few_digits, tmp_path):
     optimizer.step()
     moments = {n: optimizer.state[p]["exp_avg"].clone() for group in groups for n, p in group}
     published = dict(
-        model=model.state_dict(), optimizer=optimizer.state_dict(), lr_scheduler={"t_initial": 300}, epoch=4,
-        scaler={"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
-                "_growth_tracker": 0},
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        lr_scheduler={"t_initial": 300},
+        epoch=4,
+        scaler={
+            "scale": 65536.0,
+            "growth_factor": 2.0,
+            "backoff_factor": 0.5,
+            "growth_interval": 2000,
+            "_growth_tracker": 0,
+        },
         args=argparse.Namespace(model="SepViT_Lite", lr=5e-4),
-    )  # fmt: skip
+    )
     path = tmp_path / "published.pth"
     torch.save(published, path)
     args, _, training = prepared("--model", "SepViT_Lite", "--epochs", 300)
@@ -633,8 +802,19 @@ def test_bare_weights_and_prefixes(prefix, few_digits, tmp_path):
 
 
 def test_finetune_reports_what_it_loaded(trained, few_digits, tmp_path):
-    printed = succeed(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--input-size", 96,
-                      "--finetune", trained[0] / "checkpoint.pth", "--lr", 0)  # fmt: skip
+    printed = succeed(
+        *SMALL,
+        "--data-path",
+        few_digits,
+        "--output_dir",
+        tmp_path / "run",
+        "--input-size",
+        96,
+        "--finetune",
+        trained[0] / "checkpoint.pth",
+        "--lr",
+        0,
+    )
     assert re.search(r"loaded \d+ of \d+ entries", printed)
     assert "resampled" in printed
     assert "3 of 3 classes of the classifier are carried over by name" in printed
@@ -647,9 +827,27 @@ def test_finetune_reports_what_it_loaded(trained, few_digits, tmp_path):
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distillation_trains(kind, trained, digits, tmp_path):
     images = link_digits(digits, tmp_path / "images", "0123456789", train=4, val=2)
-    arguments = [*SMALLEST, "--data-path", images, "--output_dir", tmp_path / "run", "--input-size", 64,
-                 "--batch-size", 32, "--distillation-type", kind, "--teacher-model", "SepViT_Lite", "--device", "cpu",
-                 "--teacher-path", trained[0] / "checkpoint.pth", "--distillation-tau", 2]  # fmt: skip
+    arguments = [
+        *SMALLEST,
+        "--data-path",
+        images,
+        "--output_dir",
+        tmp_path / "run",
+        "--input-size",
+        64,
+        "--batch-size",
+        32,
+        "--distillation-type",
+        kind,
+        "--teacher-model",
+        "SepViT_Lite",
+        "--device",
+        "cpu",
+        "--teacher-path",
+        trained[0] / "checkpoint.pth",
+        "--distillation-tau",
+        2,
+    ]
     assert main.run([str(argument) for argument in arguments]) == 0
     assert np.isfinite(read_log(tmp_path / "run")[0]["train_loss"])
 
@@ -685,12 +883,30 @@ def test_two_processes_train(accumulate, few_digits, tmp_path):
 def test_torch_distributed_launch(flags, few_digits, tmp_path):
     """The paper's command, with two processes. Without --use_env, each process gets a --local-rank argument."""
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", *flags,
-         f"--master_port={free_port()}",
-         ROOT / "main.py", *map(str, SMALL), "--data-path", few_digits, "--dist-eval", "--drop-path", "0.2",
-         "--device", "cpu", "--batch-size", "8"],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.launch",
+            "--nproc_per_node=2",
+            *flags,
+            f"--master_port={free_port()}",
+            ROOT / "main.py",
+            *map(str, SMALL),
+            "--data-path",
+            few_digits,
+            "--dist-eval",
+            "--drop-path",
+            "0.2",
+            "--device",
+            "cpu",
+            "--batch-size",
+            "8",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "SepViT_Lite/checkpoint.pth").exists()  # the output folder is the model's name by default
 
@@ -699,13 +915,23 @@ def test_torchrun_on_two_nodes(few_digits, tmp_path):
     port = free_port()
 
     def node(rank: int):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={rank}",
-                    "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]  # fmt: skip
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            f"--node_rank={rank}",
+            "--nproc_per_node=1",
+            "--master_addr=127.0.0.1",
+            f"--master_port={port}",
+        ]
         settings = [*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--device", "cpu"]
         return subprocess.run(
             [*launcher, ROOT / "main.py", *map(str, settings), "--batch-size", "8"],
-            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
 
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(node, range(2)))
@@ -718,13 +944,26 @@ def test_torchrun_on_two_nodes(few_digits, tmp_path):
 def test_slurm_variables(address, few_digits, tmp_path):
     port = free_port()
     settings = [
-        *SMALLEST, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--device", "cpu", "--batch-size",
+        *SMALLEST,
+        "--data-path",
+        few_digits,
+        "--output_dir",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+        "--batch-size",
         8,
-    ]  # fmt: skip
+    ]
 
     def task(rank: int):
-        environment = dict(SLURM_PROCID=str(rank), SLURM_NTASKS="2", SLURM_LOCALID=str(rank), MASTER_PORT=str(port),
-                           SLURM_JOB_NODELIST="127.0.0.1", OMP_NUM_THREADS="1")  # fmt: skip
+        environment = dict(
+            SLURM_PROCID=str(rank),
+            SLURM_NTASKS="2",
+            SLURM_LOCALID=str(rank),
+            MASTER_PORT=str(port),
+            SLURM_JOB_NODELIST="127.0.0.1",
+            OMP_NUM_THREADS="1",
+        )
         return command(*settings, "--dist_url", address.format(port=port), environment=environment)
 
     with ThreadPoolExecutor() as pool:

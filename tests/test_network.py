@@ -550,8 +550,14 @@ def load_by_command_under_a_prefix(source: SepViT, target: SepViT, path: Path) -
     return target
 
 
-ROUTES = [load_directly, load_by_timm, load_marked, load_marked_under_a_prefix, load_by_command,
-          load_by_command_under_a_prefix]  # fmt: skip
+ROUTES = [
+    load_directly,
+    load_by_timm,
+    load_marked,
+    load_marked_under_a_prefix,
+    load_by_command,
+    load_by_command_under_a_prefix,
+]
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -619,8 +625,10 @@ def test_given_image_size_decides_the_source_grids(new):
     for (name, block), other in zip(all_blocks(target).items(), all_blocks(source).values()):
         rows, columns = other.grid
         assert rows < columns
-        true, transposed = (sepvit.resample_window_tokens(other.win_tokens.data, grid, block.grid)
-                            for grid in ((rows, columns), (columns, rows)))  # fmt: skip
+        true, transposed = (
+            sepvit.resample_window_tokens(other.win_tokens.data, grid, block.grid)
+            for grid in ((rows, columns), (columns, rows))
+        )
         assert torch.equal(given[name], true), name
         assert largest_difference(searched[name], transposed) < 1e-5, name
         assert largest_difference(true, transposed) > 1e-3, name

@@ -16,9 +16,32 @@ from conftest import ROOT, command
 from training.output import EntryKind, kind_of, read_log
 
 FIXTURES = ROOT / "tests/fixtures"
-SETTINGS = ["--model", "sepvit_fixture", "--input-size", 64, "--batch-size", 8, "--epochs", 3, "--model-ema",
-            "--model-ema-warmup", "--warmup-epochs", 1, "--lr", 5e-3, "--device", "cpu", "--checkpoint-every", 2,
-            "--print-freq", 1, "--keep-checkpoints", 1, "--num_workers", 0]  # fmt: skip
+SETTINGS = [
+    "--model",
+    "sepvit_fixture",
+    "--input-size",
+    64,
+    "--batch-size",
+    8,
+    "--epochs",
+    3,
+    "--model-ema",
+    "--model-ema-warmup",
+    "--warmup-epochs",
+    1,
+    "--lr",
+    5e-3,
+    "--device",
+    "cpu",
+    "--checkpoint-every",
+    2,
+    "--print-freq",
+    1,
+    "--keep-checkpoints",
+    1,
+    "--num_workers",
+    0,
+]
 
 
 @pytest.fixture
@@ -33,8 +56,9 @@ def run(old: Path, few_digits: Path, *arguments: object):
     """Run small_main.py in the fixture's folder with one thread, as when the fixture was written."""
     (old / "few").symlink_to(few_digits)
     script = FIXTURES / "small_main.py"
-    return command(*SETTINGS, "--data-path", "few", *arguments, script=script, cwd=old,
-                   environment=dict(OMP_NUM_THREADS="1"))  # fmt: skip
+    return command(
+        *SETTINGS, "--data-path", "few", *arguments, script=script, cwd=old, environment=dict(OMP_NUM_THREADS="1")
+    )
 
 
 def test_an_old_run_resumes(old, few_digits):
@@ -49,8 +73,10 @@ def test_an_old_run_resumes(old, few_digits):
     for weights in ("model", "model_ema"):
         for entry, value in undisturbed[weights].items():
             torch.testing.assert_close(resumed[weights][entry], value, rtol=1e-3, atol=1e-5)
-    before, after = ([entry for entry in read_log(old / folder / "log.txt") if kind_of(entry) is EntryKind.EPOCH]
-                     for folder in ("undisturbed", "run"))  # fmt: skip
+    before, after = (
+        [entry for entry in read_log(old / folder / "log.txt") if kind_of(entry) is EntryKind.EPOCH]
+        for folder in ("undisturbed", "run")
+    )
     assert [entry["epoch"] for entry in after] == [0, 1, 2]
     assert [entry.keys() for entry in after] == [entry.keys() for entry in before]
 

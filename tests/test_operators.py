@@ -210,9 +210,17 @@ def slow_roi_align(maps: np.ndarray, rois: np.ndarray, size, scale, ratio, align
 
 
 SPECIAL = [  # inside, the whole map, beyond each edge, far beyond, thinner than a pixel, empty, the wrong way round
-    [0, 10, 6, 30, 20], [1, 0, 0, 52, 36], [0, -20, 3, 9, 20], [1, 40, 3, 90, 20], [0, 5, -30, 30, 8],
-    [1, 5, 30, 30, 80], [0, 200, 200, 300, 300], [1, 11.3, 7.9, 11.9, 30.1], [0, 12, 8, 12, 8], [1, 30, 20, 10, 6],
-]  # fmt: skip
+    [0, 10, 6, 30, 20],
+    [1, 0, 0, 52, 36],
+    [0, -20, 3, 9, 20],
+    [1, 40, 3, 90, 20],
+    [0, 5, -30, 30, 8],
+    [1, 5, 30, 30, 80],
+    [0, 200, 200, 300, 300],
+    [1, 11.3, 7.9, 11.9, 30.1],
+    [0, 12, 8, 12, 8],
+    [1, 30, 20, 10, 6],
+]
 
 
 @on_devices
@@ -227,8 +235,15 @@ def test_roi_align(size, ratio, aligned, device):
     pooled = RoIAlign(size, 0.25, ratio, aligned=aligned)(maps, rois.to(device))
     gradient = torch.randn_like(pooled)
     pooled.backward(gradient)
-    expected = slow_roi_align(maps.detach().double().cpu().numpy(), rois.double().numpy(), size, 0.25, ratio, aligned,
-                              gradient.double().cpu().numpy())  # fmt: skip
+    expected = slow_roi_align(
+        maps.detach().double().cpu().numpy(),
+        rois.double().numpy(),
+        size,
+        0.25,
+        ratio,
+        aligned,
+        gradient.double().cpu().numpy(),
+    )
     np.testing.assert_allclose(pooled.detach().cpu().numpy(), expected[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(maps.grad.cpu().numpy(), expected[1], rtol=1e-4, atol=1e-4)
 
@@ -263,8 +278,10 @@ def test_roi_align_with_deterministic_algorithms(device):
     maps, rois = torch.randn(2, 8, 40, 40, device=device), regions(200, 160).to(device)
     torch.use_deterministic_algorithms(True)
     try:
-        gradients = [torch.autograd.functional.vjp(lambda x: RoIAlign((7, 7), 0.25)(x, rois).square().sum(), maps)[1]
-                     for _ in range(3)]  # fmt: skip
+        gradients = [
+            torch.autograd.functional.vjp(lambda x: RoIAlign((7, 7), 0.25)(x, rois).square().sum(), maps)[1]
+            for _ in range(3)
+        ]
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
@@ -334,8 +351,16 @@ def test_missing_operators_are_named():
     refused("roi_align_forward with pool_mode='max'", RoIAlign((3, 3), pool_mode="max"), maps, rois)
     refused("nms_match", mmcv.ops.nms_match, torch.rand(3, 5), 0.5)
     weights = torch.ones(6)
-    refused("sigmoid_focal_loss_forward with weights of classes", sigmoid_focal_loss, torch.randn(2, 6),
-            torch.tensor([0, 1]), 2.0, 0.25, weights, "none")  # fmt: skip
+    refused(
+        "sigmoid_focal_loss_forward with weights of classes",
+        sigmoid_focal_loss,
+        torch.randn(2, 6),
+        torch.tensor([0, 1]),
+        2.0,
+        0.25,
+        weights,
+        "none",
+    )
     with pytest.raises(AttributeError):
         importlib.import_module(operators.MODULE).__path__  # noqa: B018
 
@@ -417,8 +442,9 @@ import mmcv.ops
 def test_mmdet_imported_first(tmp_path):
     """mmdet's modules that found no operators get them. One log line says which are used."""
     environment = {**os.environ, "PYTHONPATH": python_path(ROOT)}
-    result = subprocess.run([sys.executable, "-c", EARLY], cwd=tmp_path, capture_output=True, text=True,
-                            env=environment)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", EARLY], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("mmcv's operators: torchvision's") == 1
 

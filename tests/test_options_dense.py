@@ -271,16 +271,32 @@ def scenes(tmp_path_factory) -> Path:
             label.parent.mkdir(parents=True)
             Image.fromarray(np.full((64, 96), number, np.uint8)).save(label)
             listing["images"].append(dict(id=number, file_name=f"{place}.jpg", height=64, width=96))
-            listing["annotations"].append(dict(id=number, image_id=number, category_id=number, bbox=[8, 8, 32, 32],
-                                               area=1024, iscrowd=0, segmentation=square))  # fmt: skip
+            listing["annotations"].append(
+                dict(
+                    id=number,
+                    image_id=number,
+                    category_id=number,
+                    bbox=[8, 8, 32, 32],
+                    area=1024,
+                    iscrowd=0,
+                    segmentation=square,
+                )
+            )
         (root / f"annotations/instances_{split}.json").write_text(json.dumps(listing))
     return root
 
 
 def small(scenes: Path, *options: str) -> list[str]:
-    return ["--cfg-options", f"data_root={scenes}", "train_dataloader.num_workers=0", "val_dataloader.num_workers=0",
-            "test_dataloader.num_workers=0", "train_dataloader.batch_size=2", "default_hooks.logger.interval=1",
-            *options]  # fmt: skip
+    return [
+        "--cfg-options",
+        f"data_root={scenes}",
+        "train_dataloader.num_workers=0",
+        "val_dataloader.num_workers=0",
+        "test_dataloader.num_workers=0",
+        "train_dataloader.batch_size=2",
+        "default_hooks.logger.interval=1",
+        *options,
+    ]
 
 
 def save_model(config: Path, path: Path) -> Path:
@@ -310,51 +326,112 @@ RUN = {
 DATA = "data_root={scenes}"
 MISTAKES = {
     "learning rate": ("train", ["{demo}", "--cfg-options", DATA, "optim_wrapper.optimizer.lr=abc"], "takes a number"),
-    "unknown backbone": ("train", ["{demo}", "--cfg-options", DATA, "model.backbone.type=Foo"],
-                         "CONFIG {demo}: model.backbone: unknown type Foo"),
+    "unknown backbone": (
+        "train",
+        ["{demo}", "--cfg-options", DATA, "model.backbone.type=Foo"],
+        "CONFIG {demo}: model.backbone: unknown type Foo",
+    ),
     "frozen stages": ("train", ["{demo}", "--cfg-options", DATA, "model.backbone.frozen_stages=9"], "frozen_stages=9"),
     "seed": ("train", ["{demo}", "--seed", "-1", "--cfg-options", DATA], "--seed: -1 is out of range"),
     "large seed": ("train", ["{demo}", "--seed", "4294967296", "--cfg-options", DATA], "--seed: 4294967296 is out of"),
     "folder as config": ("train", ["{folder}"], "CONFIG {folder}: a folder; name a config in it"),
-    "folder to resume from": ("train", ["{demo}", "--resume", "{folder}", "--cfg-options", DATA],
-                              "--resume {folder}: a folder; name one of its checkpoints: iter_2.pth"),
-    "folder as checkpoint": ("test", ["{demo}", "{folder}", "--eval", "mIoU", "--cfg-options", DATA],
-                             "CHECKPOINT {folder}: a folder; name one of its checkpoints: iter_2.pth"),
-    "folder without checkpoints": ("test", ["{demo}", "{empty}", "--eval", "mIoU", "--cfg-options", DATA],
-                                   "CHECKPOINT {empty}: a folder; it holds no checkpoint"),
-    "pretrained of another variant": ("train", ["{demo}", "--cfg-options", DATA, "model.backbone.pretrained={tiny}"],
-                                      "pretrained {tiny}: contains SepViT_Tiny, not SepViT_Lite"),
-    "missing pretrained": ("train", ["{demo}", "--cfg-options", DATA, "model.backbone.pretrained=none.pth"],
-                           "name one with --cfg-options model.backbone.pretrained=PATH"),
-    "no test data": ("test", ["{untested}", "{checkpoint}", "--eval", "mIoU", "--cfg-options", DATA],
-                     "CONFIG {untested}: has no test_dataloader; set it: test_dataloader = val_dataloader"),
-    "no out": ("test", ["{demo}", "{checkpoint}", "--out", "new", "--show-dir", "{checkpoint}/pictures",
-                        "--cfg-options", DATA], "--show-dir {checkpoint}/pictures: cannot be written"),
-    "folder without images": ("predict", ["{demo}", "{checkpoint}", "{folder}", "--out", "new"],
-                              "IMAGE {folder}: a folder without images (files ending in "),
-    "one picture for two": ("predict", ["{demo}", "{checkpoint}", "{scenes}/images/validation/a/1.jpg",
-                                        "{scenes}/images/validation/b/1.jpg", "--out", "new"],
-                            "IMAGE {scenes}/images/validation/b/1.jpg: would get the same picture as "),
-    "picture that exists": ("predict", ["{demo}", "{checkpoint}", "{scenes}/images/validation/a/1.jpg", "--out",
-                                        "{drawn}"], "--out {drawn}: {drawn}/1.png exists; name another folder, or "
-                            "replace it with --overwrite"),
-    "pictures in place of images": ("test", ["{demo}", "{checkpoint}", "--show-dir", "{scenes}/images/validation/a",
-                                             "--cfg-options", DATA],
-                                    "--show-dir {scenes}/images/validation/a: holds images or labels of a data set"),
-    "predictions in place of labels": ("test", ["{demo}", "{checkpoint}", "--out", "{scenes}/annotations/validation",
-                                                "--cfg-options", DATA], "which results would replace; name another"),
-    "unknown data to predict": ("predict", ["{demo}", "{checkpoint}", "{scenes}/images/validation", "--out", "new",
-                                            "--cfg-options", "test_dataloader.dataset.type=Foo"], "Foo: no such data"),
+    "folder to resume from": (
+        "train",
+        ["{demo}", "--resume", "{folder}", "--cfg-options", DATA],
+        "--resume {folder}: a folder; name one of its checkpoints: iter_2.pth",
+    ),
+    "folder as checkpoint": (
+        "test",
+        ["{demo}", "{folder}", "--eval", "mIoU", "--cfg-options", DATA],
+        "CHECKPOINT {folder}: a folder; name one of its checkpoints: iter_2.pth",
+    ),
+    "folder without checkpoints": (
+        "test",
+        ["{demo}", "{empty}", "--eval", "mIoU", "--cfg-options", DATA],
+        "CHECKPOINT {empty}: a folder; it holds no checkpoint",
+    ),
+    "pretrained of another variant": (
+        "train",
+        ["{demo}", "--cfg-options", DATA, "model.backbone.pretrained={tiny}"],
+        "pretrained {tiny}: contains SepViT_Tiny, not SepViT_Lite",
+    ),
+    "missing pretrained": (
+        "train",
+        ["{demo}", "--cfg-options", DATA, "model.backbone.pretrained=none.pth"],
+        "name one with --cfg-options model.backbone.pretrained=PATH",
+    ),
+    "no test data": (
+        "test",
+        ["{untested}", "{checkpoint}", "--eval", "mIoU", "--cfg-options", DATA],
+        "CONFIG {untested}: has no test_dataloader; set it: test_dataloader = val_dataloader",
+    ),
+    "no out": (
+        "test",
+        ["{demo}", "{checkpoint}", "--out", "new", "--show-dir", "{checkpoint}/pictures", "--cfg-options", DATA],
+        "--show-dir {checkpoint}/pictures: cannot be written",
+    ),
+    "folder without images": (
+        "predict",
+        ["{demo}", "{checkpoint}", "{folder}", "--out", "new"],
+        "IMAGE {folder}: a folder without images (files ending in ",
+    ),
+    "one picture for two": (
+        "predict",
+        [
+            "{demo}",
+            "{checkpoint}",
+            "{scenes}/images/validation/a/1.jpg",
+            "{scenes}/images/validation/b/1.jpg",
+            "--out",
+            "new",
+        ],
+        "IMAGE {scenes}/images/validation/b/1.jpg: would get the same picture as ",
+    ),
+    "picture that exists": (
+        "predict",
+        ["{demo}", "{checkpoint}", "{scenes}/images/validation/a/1.jpg", "--out", "{drawn}"],
+        "--out {drawn}: {drawn}/1.png exists; name another folder, or replace it with --overwrite",
+    ),
+    "pictures in place of images": (
+        "test",
+        ["{demo}", "{checkpoint}", "--show-dir", "{scenes}/images/validation/a", "--cfg-options", DATA],
+        "--show-dir {scenes}/images/validation/a: holds images or labels of a data set",
+    ),
+    "predictions in place of labels": (
+        "test",
+        ["{demo}", "{checkpoint}", "--out", "{scenes}/annotations/validation", "--cfg-options", DATA],
+        "which results would replace; name another",
+    ),
+    "unknown data to predict": (
+        "predict",
+        [
+            "{demo}",
+            "{checkpoint}",
+            "{scenes}/images/validation",
+            "--out",
+            "new",
+            "--cfg-options",
+            "test_dataloader.dataset.type=Foo",
+        ],
+        "Foo: no such data",
+    ),
     "abbreviation": ("train", ["{demo}", "--auto-resum"], "--auto-resum: unknown setting; did you mean --auto-resume"),
-    "several best checkpoints": ("train", ["{demo}", "--cfg-options", DATA,
-                                           "default_hooks.checkpoint.save_best=['mIoU','mAcc']"],
-                                 "save_best=['mIoU', 'mAcc']: takes one text, since best.pth is one file"),
-    "checkpoints elsewhere": ("train", ["{demo}", "--cfg-options", DATA, "default_hooks.checkpoint.out_dir=new"],
-                              "default_hooks.checkpoint.out_dir=new: not available; remove it"),
-    "save between batches of a step": ("train", ["{demo}", "--cfg-options", DATA, "train_cfg.val_interval=600",
-                                                 "optim_wrapper.accumulative_counts=7"],
-                                       "takes a multiple of optim_wrapper.accumulative_counts=7"),
-}  # fmt: skip
+    "several best checkpoints": (
+        "train",
+        ["{demo}", "--cfg-options", DATA, "default_hooks.checkpoint.save_best=['mIoU','mAcc']"],
+        "save_best=['mIoU', 'mAcc']: takes one text, since best.pth is one file",
+    ),
+    "checkpoints elsewhere": (
+        "train",
+        ["{demo}", "--cfg-options", DATA, "default_hooks.checkpoint.out_dir=new"],
+        "default_hooks.checkpoint.out_dir=new: not available; remove it",
+    ),
+    "save between batches of a step": (
+        "train",
+        ["{demo}", "--cfg-options", DATA, "train_cfg.val_interval=600", "optim_wrapper.accumulative_counts=7"],
+        "takes a multiple of optim_wrapper.accumulative_counts=7",
+    ),
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -367,9 +444,17 @@ def test_mistakes(mistake, scenes, segmentor, tmp_path, capsys, monkeypatch):
     (given / "nothing.jpg").touch()
     (given / "untested.py").write_text(f"_base_ = {str(SEGMENTATION)!r}\ntest_dataloader = None\n")
     torch.save(timm.create_model("SepViT_Tiny").state_dict(), given / "tiny.pth")
-    places = dict(demo=SEGMENTATION, scenes=scenes, checkpoint=segmentor, folder=segmentor.parent,
-                  empty=given / "empty", drawn=given / "drawn", nothing=given / "nothing.jpg",
-                  untested=given / "untested.py", tiny=given / "tiny.pth")  # fmt: skip
+    places = dict(
+        demo=SEGMENTATION,
+        scenes=scenes,
+        checkpoint=segmentor,
+        folder=segmentor.parent,
+        empty=given / "empty",
+        drawn=given / "drawn",
+        nothing=given / "nothing.jpg",
+        untested=given / "untested.py",
+        tiny=given / "tiny.pth",
+    )
     script, arguments, words = MISTAKES[mistake]
     before = sorted(tmp_path.rglob("*"))
     arguments = [argument.format(**places) for argument in arguments]
@@ -575,8 +660,11 @@ def test_labels_of_some_classes_are_written_in_the_numbering_of_all(tmp_path):
 @pytest.mark.parametrize("config", ["fpn_sepvit_lite_112x112_demo", "fpn_sepvit_t_512x512_80k_ade20k"])
 def test_pretrained_by_either_option(option, config, tmp_path):
     """Whether the config names other weights or none."""
-    cfg = read_config(build_parser("").parse_args([str(ROOT / f"segmentation/configs/{config}.py"), "--cfg-options",
-                                                   option.format(tmp_path / "a.pth")]))  # fmt: skip
+    cfg = read_config(
+        build_parser("").parse_args(
+            [str(ROOT / f"segmentation/configs/{config}.py"), "--cfg-options", option.format(tmp_path / "a.pth")]
+        )
+    )
     backbone = build_model(cfg).backbone
     assert backbone.init_cfg == dict(type="Pretrained", checkpoint=str(tmp_path / "a.pth"))
 
@@ -597,9 +685,19 @@ def test_training_without_validation(scenes, segmentor, tmp_path):
     """From the weights of a segmentor's backbone, as the messages advise."""
     config = tmp_path / "plain.py"
     config.write_text(f"_base_ = {str(SEGMENTATION)!r}\nval_dataloader = val_cfg = val_evaluator = None\n")
-    text = run("segmentation", "train.py", config, "--work-dir", tmp_path / "run", "--cfg-options",
-               f"data_root={scenes}", "train_dataloader.num_workers=0", "train_dataloader.batch_size=2",
-               "train_cfg.max_iters=1", f"model.backbone.pretrained={segmentor}")  # fmt: skip
+    text = run(
+        "segmentation",
+        "train.py",
+        config,
+        "--work-dir",
+        tmp_path / "run",
+        "--cfg-options",
+        f"data_root={scenes}",
+        "train_dataloader.num_workers=0",
+        "train_dataloader.batch_size=2",
+        "train_cfg.max_iters=1",
+        f"model.backbone.pretrained={segmentor}",
+    )
     assert "the backbone of a whole segmentor or detector: loaded 208 of 208" in text
     assert "Iter(val)" not in text
     assert (tmp_path / "run/iter_1.pth").exists()
@@ -615,8 +713,19 @@ def files_in(folder: Path) -> list[str]:
 
 
 def test_outputs_of_segmentation_keep_the_folders(scenes, segmentor, tmp_path):
-    run("segmentation", "test.py", SEGMENTATION, segmentor, "--out", tmp_path / "out", "--show-dir", tmp_path / "shown",
-        "--work-dir", tmp_path / "work", *small(scenes))  # fmt: skip
+    run(
+        "segmentation",
+        "test.py",
+        SEGMENTATION,
+        segmentor,
+        "--out",
+        tmp_path / "out",
+        "--show-dir",
+        tmp_path / "shown",
+        "--work-dir",
+        tmp_path / "work",
+        *small(scenes),
+    )
     for name in ("out", "shown"):
         assert files_in(tmp_path / name) == ["a/1.png", "b/1.png"]
     labels = np.asarray(Image.open(tmp_path / "out/a/1.png"))
@@ -625,8 +734,17 @@ def test_outputs_of_segmentation_keep_the_folders(scenes, segmentor, tmp_path):
 
 
 def test_outputs_of_detection_keep_the_folders(scenes, detector, tmp_path):
-    run("detection", "test.py", DETECTION, detector, "--show-dir", tmp_path / "shown", "--work-dir", tmp_path / "work",
-        *small(scenes))  # fmt: skip
+    run(
+        "detection",
+        "test.py",
+        DETECTION,
+        detector,
+        "--show-dir",
+        tmp_path / "shown",
+        "--work-dir",
+        tmp_path / "work",
+        *small(scenes),
+    )
     assert files_in(tmp_path / "shown") == ["a/1.jpg", "b/1.jpg"]
     assert Image.open(tmp_path / "shown/a/1.jpg").size == (2 * 96, 64)  # truth and detections
 
@@ -657,8 +775,16 @@ def test_predict_images_of_all_kinds(scenes, segmentor, detector, tmp_path):
         assert turned.height in (288, 288 + 36)  # segmentation's have a title
     first = (tmp_path / "segmentation/rgb.png").read_bytes()
     assert np.asarray(Image.open(tmp_path / "segmentation/deep.png")).mean() > 50  # not black
-    run("segmentation", "predict.py", SEGMENTATION, segmentor, tmp_path / "in", "--out", tmp_path / "segmentation",
-        "--overwrite")  # fmt: skip
+    run(
+        "segmentation",
+        "predict.py",
+        SEGMENTATION,
+        segmentor,
+        tmp_path / "in",
+        "--out",
+        tmp_path / "segmentation",
+        "--overwrite",
+    )
     assert (tmp_path / "segmentation/rgb.png").read_bytes() == first
 
 
@@ -797,8 +923,12 @@ def test_few_lines_before_the_first_step(task, config, first, scenes, tmp_path):
     lengths = ["train_cfg.max_iters=1"] if task == "segmentation" else ["train_cfg.max_epochs=1"]
     result = subprocess.run(
         [sys.executable, "train.py", config, "--no-validate", "--work-dir", tmp_path, *small(scenes, *lengths)],
-        cwd=ROOT / task, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        cwd=ROOT / task,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr
     before, _, _ = result.stdout.partition(first)
     assert before != result.stdout
@@ -810,9 +940,16 @@ def test_few_lines_before_the_first_step(task, config, first, scenes, tmp_path):
 def test_missing_operator_in_the_first_step(scenes, tmp_path):
     """Maximum pooling needs mmcv's compiled operators. Once they are installed, the same command has to run."""
     pooling = "model.roi_head.bbox_roi_extractor.roi_layer.pool_mode=max"
-    result = command(DETECTION, "--from-scratch", "--work-dir", tmp_path / "work", *small(scenes, pooling),
-                     script="detection/train.py", cwd=ROOT / "detection",
-                     environment={"SEPVIT_OPERATORS": "torchvision"})  # fmt: skip
+    result = command(
+        DETECTION,
+        "--from-scratch",
+        "--work-dir",
+        tmp_path / "work",
+        *small(scenes, pooling),
+        script="detection/train.py",
+        cwd=ROOT / "detection",
+        environment={"SEPVIT_OPERATORS": "torchvision"},
+    )
     assert result.returncode == 2, result.stderr
     assert "train.py: mmcv's operator roi_align_forward with pool_mode='max'" in result.stderr
     assert not (tmp_path / "work").exists()
@@ -847,8 +984,13 @@ def launch(tmp_path: Path, mode: str, processes: int = 2, **environment: str) ->
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     variables = {**os.environ, "PYTHON": sys.executable, "PORT": free_port(), **environment}
-    return subprocess.run(["bash", ROOT / "dense/launch.sh", worker, str(processes), mode], capture_output=True,
-                          text=True, timeout=300, env=variables)  # fmt: skip
+    return subprocess.run(
+        ["bash", ROOT / "dense/launch.sh", worker, str(processes), mode],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=variables,
+    )
 
 
 def test_launcher_leaves_the_last_word_to_the_processes(tmp_path):
@@ -860,8 +1002,9 @@ def test_launcher_leaves_the_last_word_to_the_processes(tmp_path):
     result = launch(tmp_path, "bug")
     assert result.returncode == 1
     assert result.stderr.splitlines()[-2:] == [
-        "ValueError: a bug", "launch.sh: process 1 failed with status 1; the others were stopped"
-    ]  # fmt: skip
+        "ValueError: a bug",
+        "launch.sh: process 1 failed with status 1; the others were stopped",
+    ]
 
 
 def test_launcher_restarts(tmp_path):
@@ -893,9 +1036,20 @@ def test_launcher_names_the_port(tmp_path):
 
 def test_two_processes_leave_nothing_in_the_current_folder(scenes, segmentor, tmp_path):
     (tmp_path / "current").mkdir()
-    result = command(SEGMENTATION, segmentor, "--eval", "mIoU", "--launcher", "pytorch",
-                     "--work-dir", tmp_path / "work", *small(scenes), script="segmentation/test.py", processes=2,
-                     cwd=tmp_path / "current")  # fmt: skip
+    result = command(
+        SEGMENTATION,
+        segmentor,
+        "--eval",
+        "mIoU",
+        "--launcher",
+        "pytorch",
+        "--work-dir",
+        tmp_path / "work",
+        *small(scenes),
+        script="segmentation/test.py",
+        processes=2,
+        cwd=tmp_path / "current",
+    )
     assert result.returncode == 0, result.stderr
     assert "mIoU" in result.stdout
     assert not list((tmp_path / "current").iterdir())

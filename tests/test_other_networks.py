@@ -13,12 +13,27 @@ from training.networks import create_network
 
 # One small network each of twenty families, and the side of its images.
 NETWORKS = {
-    "convit_tiny": 32, "dla46x_c": 32, "edgenext_xx_small": 32, "efficientformerv2_s0": 32, "efficientvit_b0": 32,
-    "efficientvit_m0": 64, "fastvit_t8": 32, "ghostnet_050": 32, "lcnet_035": 32, "levit_128s": 64,
-    "mobilevit_xxs": 32, "pit_ti_224": 32, "pvt_v2_b0": 32, "repghostnet_050": 32,
-    "deit_tiny_distilled_patch16_224": 32, "test_byobnet": 32, "test_convnext": 32, "test_mambaout": 32,
-    "test_nfnet": 32, "test_resnet": 32,
-}  # fmt: skip
+    "convit_tiny": 32,
+    "dla46x_c": 32,
+    "edgenext_xx_small": 32,
+    "efficientformerv2_s0": 32,
+    "efficientvit_b0": 32,
+    "efficientvit_m0": 64,
+    "fastvit_t8": 32,
+    "ghostnet_050": 32,
+    "lcnet_035": 32,
+    "levit_128s": 64,
+    "mobilevit_xxs": 32,
+    "pit_ti_224": 32,
+    "pvt_v2_b0": 32,
+    "repghostnet_050": 32,
+    "deit_tiny_distilled_patch16_224": 32,
+    "test_byobnet": 32,
+    "test_convnext": 32,
+    "test_mambaout": 32,
+    "test_nfnet": 32,
+    "test_resnet": 32,
+}
 LACKING = ("densenet121", "hrnet_w18_small", "repvit_m0_9", "vgg11")  # some of those without stochastic depth
 
 
@@ -29,8 +44,24 @@ def data(digits, tmp_path_factory):
 
 
 def settings(data, out, name, size=32, batch_size=4):
-    return ["--model", name, "--input-size", size, "--batch-size", batch_size, "--data-path", data, "--epochs", 1,
-            "--num_workers", 0, "--device", "cpu", "--output_dir", out]  # fmt: skip
+    return [
+        "--model",
+        name,
+        "--input-size",
+        size,
+        "--batch-size",
+        batch_size,
+        "--data-path",
+        data,
+        "--epochs",
+        1,
+        "--num_workers",
+        0,
+        "--device",
+        "cpu",
+        "--output_dir",
+        out,
+    ]
 
 
 def run(*arguments):
@@ -58,8 +89,9 @@ def test_two_heads_are_evaluated_and_finetuned(data, few_digits, tmp_path, capsy
     assert run(*three, "--finetune", tmp_path / "two/checkpoint.pth") == 0
     printed = capsys.readouterr().out
     assert "2 of 3 classes of the classifier are carried over by name" in printed
-    two, weights = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["model"]
-                    for name in ("two", "three"))  # fmt: skip
+    two, weights = (
+        torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["model"] for name in ("two", "three")
+    )
     for head in ("head.weight", "head_dist.weight"):
         assert len(weights[head]) == 3
         torch.testing.assert_close(weights[head][:2], two[head], rtol=0, atol=1e-3)

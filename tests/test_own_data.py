@@ -81,10 +81,20 @@ def write_boxed(root: Path) -> Path:
             Image.fromarray(image).save(root / f"{split}/{number}.jpg", quality=95)
             images.append(dict(id=number, file_name=f"{number}.jpg", height=HEIGHT, width=WIDTH))
             corners = [left, top, left + SIDE, top, left + SIDE, top + SIDE, left, top + SIDE]
-            annotations.append(dict(id=number, image_id=number, category_id=(3, 7)[number % 2], iscrowd=0,
-                                    bbox=[left, top, SIDE, SIDE], area=SIDE**2, segmentation=[corners]))  # fmt: skip
-        content = dict(images=images, annotations=annotations,
-                       categories=[dict(id=3, name="cat"), dict(id=7, name="dog")])  # fmt: skip
+            annotations.append(
+                dict(
+                    id=number,
+                    image_id=number,
+                    category_id=(3, 7)[number % 2],
+                    iscrowd=0,
+                    bbox=[left, top, SIDE, SIDE],
+                    area=SIDE**2,
+                    segmentation=[corners],
+                )
+            )
+        content = dict(
+            images=images, annotations=annotations, categories=[dict(id=3, name="cat"), dict(id=7, name="dog")]
+        )
         (root / f"annotations/instances_{split}.json").write_text(json.dumps(content))
     return root
 
@@ -108,8 +118,9 @@ def read(path: Path, **options: Any) -> Config:
 def of_labelled(labelled, tmp_path_factory) -> Config:
     """The config of the segmentation data set, a child of the demo's."""
     path = tmp_path_factory.mktemp("configs") / "labelled.py"
-    path.write_text(f"_base_ = {str(LABELLED)!r}\ndata_root = {str(labelled)!r}\n"
-                    "metainfo = dict(classes=('ground', 'square'))\n")  # fmt: skip
+    path.write_text(
+        f"_base_ = {str(LABELLED)!r}\ndata_root = {str(labelled)!r}\nmetainfo = dict(classes=('ground', 'square'))\n"
+    )
     return read(path)
 
 
@@ -117,8 +128,7 @@ def of_labelled(labelled, tmp_path_factory) -> Config:
 def of_boxed(boxed, tmp_path_factory) -> Config:
     """The config of the detection data set, a child of the demo's."""
     path = tmp_path_factory.mktemp("configs") / "boxed.py"
-    path.write_text(f"_base_ = {str(BOXED)!r}\ndata_root = {str(boxed)!r}\n"
-                    "metainfo = dict(classes=('cat', 'dog'))\n")  # fmt: skip
+    path.write_text(f"_base_ = {str(BOXED)!r}\ndata_root = {str(boxed)!r}\nmetainfo = dict(classes=('cat', 'dog'))\n")
     return read(path)
 
 
@@ -599,9 +609,13 @@ def test_every_pipeline_is_checked(path):
     checked = cfg.to_dict()
     use_checked_loading(cfg)
     assert cfg.to_dict() == checked
-    names = {"LoadReadableImage": "LoadImageFromFile", "LoadReadableLabels": "LoadAnnotations",
-             "LoadReadableInstances": "LoadAnnotations", "CompleteCocoDataset": "CocoDataset",
-             "CompleteCocoMetric": "CocoMetric"}  # fmt: skip
+    names = {
+        "LoadReadableImage": "LoadImageFromFile",
+        "LoadReadableLabels": "LoadAnnotations",
+        "LoadReadableInstances": "LoadAnnotations",
+        "CompleteCocoDataset": "CocoDataset",
+        "CompleteCocoMetric": "CocoMetric",
+    }
     pipelines = ["tta_pipeline"] if "tta_pipeline" in cfg else []
     for place in (*pipelines, "train_dataloader", "val_dataloader", "test_dataloader", "val_evaluator"):
         loaded = {node["type"] for node in dicts([checked[place]]) if isinstance(node.get("type"), str)}
@@ -628,8 +642,11 @@ def test_nested_pipelines_are_checked(of_boxed):
     inner = cfg.train_dataloader.dataset
     load, boxes = inner.pipeline[:2]
     inner.pipeline = [dict(type="RandomChoice", transforms=[[load, boxes], [dict(load), dict(boxes)]])]
-    outer = dict(type="MultiImageMixDataset", dataset=dict(type="RepeatDataset", times=2, dataset=inner),
-                 pipeline=[dict(type="Resize", scale=(64, 64))])  # fmt: skip
+    outer = dict(
+        type="MultiImageMixDataset",
+        dataset=dict(type="RepeatDataset", times=2, dataset=inner),
+        pipeline=[dict(type="Resize", scale=(64, 64))],
+    )
     cfg.train_dataloader.dataset = outer
     use_checked_loading(cfg)
     types = [node.get("type") for node in dicts(cfg.train_dataloader.dataset)]
@@ -1318,8 +1335,11 @@ def perfect_figures(cfg: Config, root: Path, missed: int | None = None) -> dict[
         boxes = torch.tensor(
             [[x, y, x + width, y + height] for x, y, width, height in (one["bbox"] for one in objects)]
         ).reshape(-1, 4)
-        found = dict(bboxes=boxes.float(), scores=torch.ones(len(objects)),
-                     labels=torch.tensor([categories.index(one["category_id"]) for one in objects]))  # fmt: skip
+        found = dict(
+            bboxes=boxes.float(),
+            scores=torch.ones(len(objects)),
+            labels=torch.tensor([categories.index(one["category_id"]) for one in objects]),
+        )
         if "segm" in metric.metrics:
             found["masks"] = torch.from_numpy(
                 np.array([mask_of(one) for one in objects]).reshape(-1, HEIGHT, WIDTH)
@@ -1331,10 +1351,12 @@ def perfect_figures(cfg: Config, root: Path, missed: int | None = None) -> dict[
 def test_filled_in_areas(tmp_path):
     """Of the mask, else of the box."""
     corners = [0, 0, 10, 0, 10, 10]  # a triangle
-    marks = [dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 10, 10], segmentation=[corners]),
-             dict(id=2, image_id=1, category_id=1, bbox=[0, 0, 4, 5]),
-             dict(id=3, image_id=1, category_id=1, bbox=[0, 0, 4, 5], segmentation=[["a"] * 6]),
-             dict(id=4, image_id=1, category_id=1, bbox=[0, 0, 4, 5], area=7, iscrowd=1)]  # fmt: skip
+    marks = [
+        dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 10, 10], segmentation=[corners]),
+        dict(id=2, image_id=1, category_id=1, bbox=[0, 0, 4, 5]),
+        dict(id=3, image_id=1, category_id=1, bbox=[0, 0, 4, 5], segmentation=[["a"] * 6]),
+        dict(id=4, image_id=1, category_id=1, bbox=[0, 0, 4, 5], area=7, iscrowd=1),
+    ]
     path = tmp_path / "a.json"
     images = [dict(id=1, file_name="a.jpg", height=20, width=20)]
     path.write_text(json.dumps(dict(images=images, annotations=marks, categories=[dict(id=1, name="a")])))
@@ -1549,19 +1571,24 @@ def test_a_file_of_names(child, tmp_path):
     [
         ("data_root = 7", "data_root=7: takes the path of a folder"),
         ("metainfo = ('x', 'y')", "metainfo=('x', 'y'): takes a dict"),
-        ("metainfo = dict(_delete_=True, classes=('even'))",
-         "metainfo classes='even': a text, neither names nor a file of names; a tuple of one name has a comma: "
-         "classes=('even',)"),
+        (
+            "metainfo = dict(_delete_=True, classes=('even'))",
+            "metainfo classes='even': a text, neither names nor a file of names; a tuple of one name has a comma: "
+            "classes=('even',)",
+        ),
         ("metainfo = dict(classes=(1, 2))", "metainfo classes=(1, 2): takes the names of the classes, texts"),
         ("metainfo = dict(classes=())", "metainfo classes=(): takes the names of the classes, texts"),
         ("metainfo = dict(palette=[[1, 2, 3], 'red', [4, 5, 6]])", "metainfo palette: has 'red'; a colour is three"),
         ("metainfo = dict(palette=[[1, 2, 3], [0, 0, 256], [4, 5, 6]])", "metainfo palette: has [0, 0, 256]; a colour"),
-        ("num_classes = 5", "num_classes=5: the data set has 3 classes, a, b, c; set metainfo = dict(classes=…) to the "
-                            "names of its classes, or remove num_classes"),
+        (
+            "num_classes = 5",
+            "num_classes=5: the data set has 3 classes, a, b, c; set metainfo = dict(classes=…) to the "
+            "names of its classes, or remove num_classes",
+        ),
         (OWN + "num_classes = '2'", "num_classes='2': the data set has 2 classes, x, y"),
         (OWN + "classes = ('x', 'z')", "classes=('x', 'z') and metainfo.classes=('x', 'y') disagree; set one"),
     ],
-)  # fmt: skip
+)
 def test_wrong_values_at_the_top(top, words, child):
     base = LABELLED_BASE if "_delete_" in top or not top.startswith("metainfo = (") else ADE20K_BASE
     with pytest.raises(UserError, match=re.escape(words)):
@@ -1605,8 +1632,14 @@ def config_of_the_page(page: str, folder: Path, root: Path) -> Path:
     return path
 
 
-SMALL = ["model.backbone.type=SepViT_Lite", "model.neck.in_channels=[32,64,128,256]", "train_dataloader.batch_size=2",
-         "train_dataloader.num_workers=0", "val_dataloader.num_workers=0", "test_dataloader.num_workers=0"]  # fmt: skip
+SMALL = [
+    "model.backbone.type=SepViT_Lite",
+    "model.neck.in_channels=[32,64,128,256]",
+    "train_dataloader.batch_size=2",
+    "train_dataloader.num_workers=0",
+    "val_dataloader.num_workers=0",
+    "test_dataloader.num_workers=0",
+]
 
 
 def test_segmentation_config_of_the_page(tmp_path):
@@ -1621,17 +1654,36 @@ def test_segmentation_config_of_the_page(tmp_path):
             Image.fromarray(labels).save(root / f"annotations/{split}/{number}.png")
     path = config_of_the_page("segmentation", tmp_path, root)
     scale = "dataset.pipeline.1.scale=(160,128)"
-    options = ["--cfg-options", *SMALL, "train_cfg.max_iters=2", "train_cfg.val_interval=2",
-               "default_hooks.checkpoint.interval=2", "train_dataloader.dataset.pipeline.2.scale=(160,128)",
-               "train_dataloader.dataset.pipeline.3.crop_size=(64,64)", "model.data_preprocessor.size=(64,64)",
-               f"val_dataloader.{scale}", f"test_dataloader.{scale}"]  # fmt: skip
+    options = [
+        "--cfg-options",
+        *SMALL,
+        "train_cfg.max_iters=2",
+        "train_cfg.val_interval=2",
+        "default_hooks.checkpoint.interval=2",
+        "train_dataloader.dataset.pipeline.2.scale=(160,128)",
+        "train_dataloader.dataset.pipeline.3.crop_size=(64,64)",
+        "model.data_preprocessor.size=(64,64)",
+        f"val_dataloader.{scale}",
+        f"test_dataloader.{scale}",
+    ]
     common = dict(cwd=ROOT / "segmentation")
     text = succeed(
         path, "--from-scratch", "--work-dir", tmp_path / "run", *options, script="segmentation/train.py", **common
     )
     assert "mIoU" in text
-    text = succeed(path, tmp_path / "run/iter_2.pth", "--eval", "mIoU", "--show-dir", tmp_path / "pictures",
-                   "--work-dir", tmp_path / "test", *options, script="segmentation/test.py", **common)  # fmt: skip
+    text = succeed(
+        path,
+        tmp_path / "run/iter_2.pth",
+        "--eval",
+        "mIoU",
+        "--show-dir",
+        tmp_path / "pictures",
+        "--work-dir",
+        tmp_path / "test",
+        *options,
+        script="segmentation/test.py",
+        **common,
+    )
     assert all(re.search(rf"\| +{name} +\| +[\d.]+", text) for name in ("ground", "road", "house"))
     assert len(list((tmp_path / "pictures").rglob("*.png"))) == 2
 
@@ -1649,17 +1701,35 @@ def test_detection_config_of_the_page(boxed, tmp_path):
         (root / f"{name}.json").write_text(json.dumps(content))
     path = config_of_the_page("detection", tmp_path, root)
     scale = "dataset.pipeline.1.scale=(160,128)"
-    options = ["--cfg-options", *SMALL, "train_cfg.max_epochs=1", f"val_dataloader.{scale}", f"test_dataloader.{scale}",
-               "train_dataloader.dataset.pipeline.2.scale=(160,128)",
-               "model.train_cfg.rpn_proposal.max_per_img=50", "model.test_cfg.rpn.max_per_img=50",
-               "model.test_cfg.rcnn.max_per_img=10"]  # fmt: skip
+    options = [
+        "--cfg-options",
+        *SMALL,
+        "train_cfg.max_epochs=1",
+        f"val_dataloader.{scale}",
+        f"test_dataloader.{scale}",
+        "train_dataloader.dataset.pipeline.2.scale=(160,128)",
+        "model.train_cfg.rpn_proposal.max_per_img=50",
+        "model.test_cfg.rpn.max_per_img=50",
+        "model.test_cfg.rcnn.max_per_img=10",
+    ]
     common = dict(cwd=ROOT / "detection")
     text = succeed(
         path, "--from-scratch", "--work-dir", tmp_path / "run", *options, script="detection/train.py", **common
     )
     assert "coco/bbox_mAP" in text
-    text = succeed(path, tmp_path / "run/epoch_1.pth", "--eval", "mAP", "--show-dir", tmp_path / "pictures",
-                   "--work-dir", tmp_path / "test", *options, script="detection/test.py", **common)  # fmt: skip
+    text = succeed(
+        path,
+        tmp_path / "run/epoch_1.pth",
+        "--eval",
+        "mAP",
+        "--show-dir",
+        tmp_path / "pictures",
+        "--work-dir",
+        tmp_path / "test",
+        *options,
+        script="detection/test.py",
+        **common,
+    )
     assert "coco/segm_mAP" in text
     assert len(list((tmp_path / "pictures").rglob("*.jpg"))) == 2
 
@@ -1678,8 +1748,12 @@ def test_unfit_data_end_the_command(kind, labelled, boxed, tmp_path, capsys, mon
         path.write_text(f"_base_ = {str(BOXED)!r}\nmetainfo = dict(classes=('cat', 'mouse'))\n")
         words = "no category is named mouse: the classes are cat, mouse; the file's categories are cat, dog"
     before = sorted(tmp_path.rglob("*"))
-    line = refusal(lambda arguments: run_training(build_train_parser(""), arguments), "train",
-                   [path, "--work-dir", tmp_path / "run", "--cfg-options", f"data_root={root}"], capsys)  # fmt: skip
+    line = refusal(
+        lambda arguments: run_training(build_train_parser(""), arguments),
+        "train",
+        [path, "--work-dir", tmp_path / "run", "--cfg-options", f"data_root={root}"],
+        capsys,
+    )
     assert words in line
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -1691,8 +1765,9 @@ def test_labels_beyond_the_classes_end_the_command(split, labelled, tmp_path):
     for path in (root / "annotations" / split).iterdir():
         write_wrong_label("beyond the classes", path, np.asarray(Image.open(path)))
     config = tmp_path / "own.py"
-    config.write_text(f"_base_ = {str(LABELLED)!r}\nmetainfo = dict(classes=('ground', 'square'))\n"
-                      f"data_root = {str(root)!r}\n")  # fmt: skip
+    config.write_text(
+        f"_base_ = {str(LABELLED)!r}\nmetainfo = dict(classes=('ground', 'square'))\ndata_root = {str(root)!r}\n"
+    )
     options = ["--cfg-options", *SMALL[2:], "train_cfg.max_iters=1", "train_cfg.val_interval=1"]
     arguments = [config, "--work-dir", tmp_path / "run", *options]
     result = command(*arguments, script="segmentation/train.py", cwd=tmp_path)

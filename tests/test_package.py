@@ -78,8 +78,13 @@ def run(code: str, folder: Path, *arguments: Path) -> subprocess.CompletedProces
     """Run a program as users do, without this repository on the path."""
     (folder / "program.py").write_text(code)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([sys.executable, "program.py", *map(str, arguments)], cwd=folder, capture_output=True,
-                          text=True, env=environment)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "program.py", *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
 
 
 def test_a_host_with_its_own_utils_and_datasets(site, tmp_path):

@@ -99,7 +99,9 @@ def test_unreadable_images_are_reported_and_the_rest_go_on(checkpoint, few_digit
     assert result.returncode == 1
     lines = result.stderr.strip().splitlines()
     assert [line.partition(": cannot be read (")[0] for line in lines] == [
-        f"predict.py: IMAGE {files[1]}", f"predict.py: IMAGE {files[3]}"]  # fmt: skip
+        f"predict.py: IMAGE {files[1]}",
+        f"predict.py: IMAGE {files[3]}",
+    ]
     readable = [file for number, file in enumerate(files) if number not in (1, 3)]
     assert [entry["image"] for entry in json.loads(result.stdout)] == [str(file) for file in readable]
 
@@ -297,21 +299,27 @@ MISTAKES = {
     "segmentor": (["{image}", "--resume", "{root}/segmentor.pth"], "use segmentation/predict.py or detection/"),
     "no averaged weights": (["{image}", "--resume", "{root}/plain.pth", "--averaged"], "omit --averaged"),
     "unknown model": (["{image}", "--resume", "{root}/plain.pth", "--model", "vit"], "--model vit: unknown; choose "),
-    "another model": (["{image}", "--resume", "{root}/plain.pth", "--model", "SepViT_Tiny"],
-                      "contains SepViT_Lite, not SepViT_Tiny; name it with --model"),
+    "another model": (
+        ["{image}", "--resume", "{root}/plain.pth", "--model", "SepViT_Tiny"],
+        "contains SepViT_Lite, not SepViT_Tiny; name it with --model",
+    ),
     "averaged weights of a folder": (["{image}", "--resume", "{root}/a/hf", "--averaged"], "omit --averaged"),
-    "another model than a folder's": (["{image}", "--resume", "{root}/a/hf", "--model", "SepViT_Tiny"],
-                                      "contains SepViT_Lite, not SepViT_Tiny"),
+    "another model than a folder's": (
+        ["{image}", "--resume", "{root}/a/hf", "--model", "SepViT_Tiny"],
+        "contains SepViT_Lite, not SepViT_Tiny",
+    ),
     "no classifier": (["{image}", "--resume", "{root}/headless.pth"], "holds no classifier"),
-    "no folder for results": (["{image}", "--json", "{root}/no/x.json"],
-                              "--json {root}/no/x.json: takes a file in a folder that exists, or - for "),
+    "no folder for results": (
+        ["{image}", "--json", "{root}/no/x.json"],
+        "--json {root}/no/x.json: takes a file in a folder that exists, or - for ",
+    ),
     "both to standard output": (["{image}", "--json", "-", "--csv", "-"], "only one of them"),
     "unwritable pictures": (["{image}", "--out", "{root}/bad.onnx/x"], "--out {root}/bad.onnx/x: cannot be written"),
     "picture over image": (["{root}/1.png", "--out", "{root}"], "--out {root}: would overwrite IMAGE {root}/1.png"),
     "same picture": (["{root}/1.png", "{root}/a/1.png", "--out", "{root}/p"], "would get the same picture as "),
     "device": (["{image}", "--device", "cuda:9"], "--device cuda:9: not available"),
     "top 0": (["{image}", "--topk", "0"], "argument --topk: 0 is out of range"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -341,4 +349,11 @@ def test_mistakes(mistake, root, checkpoint, capsys):
         arguments += ["--resume", str(checkpoint)]
     assert expected.format(root=root) in refusal(predict.run, "predict", arguments, capsys)
     assert sorted(path.name for path in root.iterdir()) == [
-        "1.png", "a", "bad.onnx", "empty", "headless.pth", "plain.pth", "segmentor.pth"]  # fmt: skip
+        "1.png",
+        "a",
+        "bad.onnx",
+        "empty",
+        "headless.pth",
+        "plain.pth",
+        "segmentor.pth",
+    ]

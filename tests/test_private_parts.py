@@ -225,8 +225,9 @@ def test_a_lost_worker_is_transient():
 
 def lose_connection(rank: int, store: Path, verdicts) -> None:
     """Join a group of two. Rank 1 exits at once, and rank 0 reports the error of a collective call."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2,
-                                         timeout=timedelta(seconds=60))  # fmt: skip
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     if rank == 1:
         os._exit(0)
     try:
@@ -260,8 +261,13 @@ def test_argparse_lists_its_settings():
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--data-path", "--dp")
     parser.add_argument("--pin_mem", action=argparse.BooleanOptionalAction)
-    assert parser.flags() == {"help": "-h", "config": "CONFIG", "data_path": "--data-path", "pin_mem": "--pin_mem",
-                              "no_pin_mem": "--no-pin_mem"}  # fmt: skip
+    assert parser.flags() == {
+        "help": "-h",
+        "config": "CONFIG",
+        "data_path": "--data-path",
+        "pin_mem": "--pin_mem",
+        "no_pin_mem": "--no-pin_mem",
+    }
     assert {"data_path", "dp", "pin_mem", "help"} <= parser.actions().keys()
 
 

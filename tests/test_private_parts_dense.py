@@ -49,8 +49,10 @@ def test_installed_versions_are_in_the_stated_ranges(name, oldest, first_unsuppo
 # ------------------------------------------------------------------------------------------------------------ mmengine
 
 
-@pytest.mark.parametrize(("module", "base"), [("mmseg", "mmseg::_base_/schedules/schedule_80k.py"),
-                                              ("mmdet", "mmdet::_base_/schedules/schedule_1x.py")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("module", "base"),
+    [("mmseg", "mmseg::_base_/schedules/schedule_80k.py"), ("mmdet", "mmdet::_base_/schedules/schedule_1x.py")],
+)
 def test_mmengine_finds_configs_by_distribution(module, base, tmp_path, monkeypatch):
     """`MODULE2PACKAGE` decides where `mmseg::…` is searched. Without the `onedl` names, nothing is found."""
     path = tmp_path / "config.py"

@@ -97,8 +97,18 @@ def written_as(source: str, root: Path) -> list[str]:
                         member.size = len(bytes_of)
                         archive.addfile(member, io.BytesIO(bytes_of))
     if source == "webdataset":
-        return ["--data-set", "wds/x", "--data-path", str(root), "--num-classes", "5", "--train-split",
-                "x-train-{0..0}.tar|5", "--val-split", "x-val-{0..0}.tar|5"]  # fmt: skip
+        return [
+            "--data-set",
+            "wds/x",
+            "--data-path",
+            str(root),
+            "--num-classes",
+            "5",
+            "--train-split",
+            "x-train-{0..0}.tar|5",
+            "--val-split",
+            "x-val-{0..0}.tar|5",
+        ]
     if source in ("hfds", "hfids"):
         extra = ["--train-num-samples", "5", "--val-num-samples", "5"] if source == "hfids" else []
         return [
@@ -155,8 +165,22 @@ def test_both_loaders_train_on_the_same_pixels(name, orientation, tmp_path):
     content = FILES[name] if name != "turned" else encoded(gradient(), "JPEG", exif=exif(TURNED), quality=95)
     means = []
     for loader in ("faithful", "fast"):
-        args = main.build_parser().parse_args(["--orientation", orientation, "--loader", loader, "--scale", "1", "1",
-                                               "--ratio", "1", "1", "--input-size", "48"])  # fmt: skip
+        args = main.build_parser().parse_args(
+            [
+                "--orientation",
+                orientation,
+                "--loader",
+                loader,
+                "--scale",
+                "1",
+                "1",
+                "--ratio",
+                "1",
+                "1",
+                "--input-size",
+                "48",
+            ]
+        )
         data = main.prepared(main.ImageData(None, 2), True, main.transform_settings(args))
         decoded = data.decode(content)
         if loader == "faithful":
@@ -210,16 +234,27 @@ def test_evaluation_and_prediction_read_as_training_did(orientation, photographs
     copy = type(classifier.description).from_json(classifier.description.to_json())
     assert copy.orientation == classifier.description.orientation == orientation
     other = "exif" if orientation == "stored" else "stored"
-    succeed(*SMALL, "--data-path", images, "--output_dir", tmp_path, "--eval", "--resume", resume,
-            "--orientation", other)  # fmt: skip
+    succeed(
+        *SMALL, "--data-path", images, "--output_dir", tmp_path, "--eval", "--resume", resume, "--orientation", other
+    )
     assert json.loads((tmp_path / "eval.json").read_text())["test_acc1"] < 100
 
 
 def test_exported_folders_keep_the_orientation(trained_digits, tmp_path):
     checkpoint = torch.load(trained_digits / "checkpoint.pth", weights_only=True)
     torch.save({**checkpoint, "reading": dict(orientation="stored", turned=1, sampled=9)}, tmp_path / "turned.pth")
-    succeed("--resume", tmp_path / "turned.pth", "--out", tmp_path / "out", "--formats", "safetensors", "torchscript",
-            "--rounds", 1, script="tools/export.py")  # fmt: skip
+    succeed(
+        "--resume",
+        tmp_path / "turned.pth",
+        "--out",
+        tmp_path / "out",
+        "--formats",
+        "safetensors",
+        "torchscript",
+        "--rounds",
+        1,
+        script="tools/export.py",
+    )
     for name in ("SepViT_Lite-timm", "SepViT_Lite-torchscript.pt"):
         assert load_classifier(str(tmp_path / "out" / name)).description.orientation == "stored"
 
@@ -259,8 +294,18 @@ def test_another_orientation_of_a_resumed_run_is_kept(photographs, tmp_path):
 
 def test_a_run_that_may_resume_reads_as_it_is_told(trained_digits, few_digits, tmp_path):
     """The weights that it starts from are of an older version, without orientations; the run is not."""
-    succeed(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path, "--auto-resume", "--orientation", "exif",
-            "--finetune", trained_digits / "checkpoint.pth")  # fmt: skip
+    succeed(
+        *SMALL,
+        "--data-path",
+        few_digits,
+        "--output_dir",
+        tmp_path,
+        "--auto-resume",
+        "--orientation",
+        "exif",
+        "--finetune",
+        trained_digits / "checkpoint.pth",
+    )
     kept = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert kept["args"]["orientation"] == kept["reading"]["orientation"] == "exif"
 
@@ -298,8 +343,9 @@ def test_orientation_of_predictions():
 def test_ordinary_images_are_prepared_as_published(shorter, aspect, is_tall):
     size = (shorter, int(shorter * aspect))
     image = Image.fromarray(noise("uint8", *(size if is_tall else size[::-1]), 3))
-    published = transforms.Compose([transforms.Resize(256, transforms.InterpolationMode.BICUBIC),
-                                    transforms.CenterCrop(224)])  # fmt: skip
+    published = transforms.Compose(
+        [transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224)]
+    )
     assert np.array_equal(np.asarray(Preprocessing.for_size(224).crop(image)), np.asarray(published(image)))
 
 
@@ -328,8 +374,18 @@ def test_thin_images_take_little_memory(trained_digits, few_digits, tmp_path):
     Image.new("L", (1, 12_000)).save(tmp_path / "tall.png")
     shutil.copy(next((few_digits / "val/1").iterdir()), tmp_path / "one.png")
     (tmp_path / "thin.py").write_text(THIN.format(root=str(ROOT)))
-    printed = succeed(tmp_path, "--resume", trained_digits / "checkpoint.pth", "--topk", 1, "--json", "-",
-                      "--out", tmp_path / "pictures", script=tmp_path / "thin.py")  # fmt: skip
+    printed = succeed(
+        tmp_path,
+        "--resume",
+        trained_digits / "checkpoint.pth",
+        "--topk",
+        1,
+        "--json",
+        "-",
+        "--out",
+        tmp_path / "pictures",
+        script=tmp_path / "thin.py",
+    )
     assert [entry["predictions"][0]["class"] for entry in json.loads(printed)][:1] == ["1"]
     assert len(json.loads(printed)) == 3
     with Image.open(tmp_path / "pictures/tall.png") as picture:
@@ -419,8 +475,21 @@ def test_bare_weights_see_the_pixels_that_timm_says(foreign, few_digits, tmp_pat
     written = hub_settings(bare.description)["data_config"]
     assert (written["mean"], written["std"]) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert Preprocessing.from_timm(written) == bare.description.preprocessing
-    printed = succeed("--model", "test_vit", "--input-size", 160, "--data-path", few_digits, "--eval", "--resume",
-                      foreign / "bare.pth", "--num_workers", 0, "--device", "cpu")  # fmt: skip
+    printed = succeed(
+        "--model",
+        "test_vit",
+        "--input-size",
+        160,
+        "--data-path",
+        few_digits,
+        "--eval",
+        "--resume",
+        foreign / "bare.pth",
+        "--num_workers",
+        0,
+        "--device",
+        "cpu",
+    )
     assert "mean 0.5 0.5 0.5" in printed
     labels = torch.tensor([int(path.parent.name) for path in paths])
     loss = torch.nn.functional.cross_entropy(bare.run(expected), labels).item()
@@ -435,8 +504,24 @@ def test_networks_are_evaluated_at_other_sizes_as_published(trained_at):
 
 
 def test_finetuned_foreign_weights_keep_their_normalisation(foreign, few_digits, tmp_path):
-    arguments = ["--model", "test_vit", "--input-size", 160, "--data-path", few_digits, "--batch-size", 16, "--epochs",
-                 1, "--num_workers", 0, "--device", "cpu", "--output_dir", tmp_path]  # fmt: skip
+    arguments = [
+        "--model",
+        "test_vit",
+        "--input-size",
+        160,
+        "--data-path",
+        few_digits,
+        "--batch-size",
+        16,
+        "--epochs",
+        1,
+        "--num_workers",
+        0,
+        "--device",
+        "cpu",
+        "--output_dir",
+        tmp_path,
+    ]
     printed = succeed(*arguments, "--finetune", foreign / "bare.pth")
     assert "mean 0.5 0.5 0.5" in printed
     classifier = load_classifier(str(tmp_path / "checkpoint.pth"))
@@ -464,8 +549,20 @@ def test_training_images_are_normalised_as_validation_images(loader):
 
 
 def test_a_teacher_sees_its_own_normalisation(foreign, few_digits):
-    arguments = ["--data-path", few_digits, "--input-size", 160, "--distillation-type", "hard", "--teacher-model",
-                 "test_vit", "--teacher-path", foreign / "bare.pth", "--device", "cpu"]  # fmt: skip
+    arguments = [
+        "--data-path",
+        few_digits,
+        "--input-size",
+        160,
+        "--distillation-type",
+        "hard",
+        "--teacher-model",
+        "test_vit",
+        "--teacher-path",
+        foreign / "bare.pth",
+        "--device",
+        "cpu",
+    ]
     args = main.build_parser().parse_args(list(map(str, arguments)))
     train, published = main.build_data(args, is_train=True), Preprocessing.for_size(160)
     precision = main.build_precision(args, torch.device("cpu"))

@@ -26,14 +26,27 @@ def test_recipes_of_the_repository_are_valid(path):
     main.check_settings(args)
 
 
-@pytest.mark.parametrize(("variant", "drop_path", "weight_decay", "warmup_epochs"), [
-    ("Lite", 0.1, 0.05, 5), ("Tiny", 0.2, 0.05, 5), ("Small", 0.3, 0.05, 5), ("Base", 0.5, 0.1, 20),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variant", "drop_path", "weight_decay", "warmup_epochs"),
+    [
+        ("Lite", 0.1, 0.05, 5),
+        ("Tiny", 0.2, 0.05, 5),
+        ("Small", 0.3, 0.05, 5),
+        ("Base", 0.5, 0.1, 20),
+    ],
+)
 def test_recipes_match_the_published_ones(variant, drop_path, weight_decay, warmup_epochs):
     """The defaults, except for each variant's own settings."""
     args = parse("--config", ROOT / f"recipes/sepvit_{variant.lower()}_imagenet.yaml")
-    own = dict(model=f"SepViT_{variant}", drop_path=drop_path, weight_decay=weight_decay, warmup_epochs=warmup_epochs,
-               batch_size=128, dist_eval=True, config=args["config"])  # fmt: skip
+    own = dict(
+        model=f"SepViT_{variant}",
+        drop_path=drop_path,
+        weight_decay=weight_decay,
+        warmup_epochs=warmup_epochs,
+        batch_size=128,
+        dist_eval=True,
+        config=args["config"],
+    )
     assert args == parse() | own
 
 
@@ -41,8 +54,16 @@ def test_the_command_line_overrides_the_recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("lr: 1e-3\nbatch-size: 8\ndist_eval: true\npin_mem: no\nopt_betas: [0.9, 0.95]\namp: off\naa: ''\n")
     args = parse("--config", path, "--batch-size", 16, "--no-dist-eval")
-    assert args == parse() | dict(lr=1e-3, batch_size=16, dist_eval=False, pin_mem=False, opt_betas=[0.9, 0.95],
-                                  amp="off", aa="", config=str(path))  # fmt: skip
+    assert args == parse() | dict(
+        lr=1e-3,
+        batch_size=16,
+        dist_eval=False,
+        pin_mem=False,
+        opt_betas=[0.9, 0.95],
+        amp="off",
+        aa="",
+        config=str(path),
+    )
 
 
 MISTAKES = {
@@ -95,9 +116,20 @@ def test_a_mistake_as_a_command(tmp_path):
 def test_every_setting_survives_a_recipe(tmp_path):
     """Including texts that YAML would read as another type."""
     settings = vars(main.build_parser().parse_args([])) | dict(
-        lr_noise=[0.1, 0.9], opt_betas=[0.9, 0.999], cutmix_minmax=[0.2, 0.8], amp="off", aa="", output_dir="off",
-        data_path="1e3", data_set="null", num_classes=5, opt_eps=1e-12, model_ema=True, seed=0, train_split="a: b # c",
-    )  # fmt: skip
+        lr_noise=[0.1, 0.9],
+        opt_betas=[0.9, 0.999],
+        cutmix_minmax=[0.2, 0.8],
+        amp="off",
+        aa="",
+        output_dir="off",
+        data_path="1e3",
+        data_set="null",
+        num_classes=5,
+        opt_eps=1e-12,
+        model_ema=True,
+        seed=0,
+        train_split="a: b # c",
+    )
     write_recipe(tmp_path / "args.yaml", settings)
     args = parse("--config", tmp_path / "args.yaml")
     assert args.pop("config") == str(tmp_path / "args.yaml")
@@ -110,8 +142,17 @@ def test_a_run_is_repeated_from_its_args_yaml(few_digits, tmp_path):
     """Bit for bit."""
     recipe = "batch_size: 16\nepochs: 2\nnum_workers: 0\nmodel_ema: true\nlr: 5e-3\nmixup: 0.3\n"
     (tmp_path / "recipe.yaml").write_text(recipe)
-    succeed(*SMALL[:4], "--config", tmp_path / "recipe.yaml", "--data-path", few_digits, "--seed", 7,
-            "--output_dir", tmp_path / "first")  # fmt: skip
+    succeed(
+        *SMALL[:4],
+        "--config",
+        tmp_path / "recipe.yaml",
+        "--data-path",
+        few_digits,
+        "--seed",
+        7,
+        "--output_dir",
+        tmp_path / "first",
+    )
     assert yaml.safe_load((tmp_path / "first/args.yaml").read_text())["mixup"] == 0.3
     succeed("--config", tmp_path / "first/args.yaml", "--output_dir", tmp_path / "second")
     first, second = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("first", "second"))
@@ -127,10 +168,17 @@ def test_a_run_is_repeated_from_its_args_yaml(few_digits, tmp_path):
 
 def test_readme_has_the_published_results():
     """Top-1, throughput and latency match the paper, and the settings match the recipes."""
-    rows = [[cell.strip("`* ") for cell in line.strip("|").split("|")] for line in README.splitlines()
-            if line.startswith("| `SepViT_")]  # fmt: skip
-    paper = {"SepViT_Lite": ("72.3 ¹", "–", "–"), "SepViT_Tiny": ("82.7", "729", "24.5"),
-             "SepViT_Small": ("83.6", "471", "34.9"), "SepViT_Base": ("84.2", "302", "46.6")}  # fmt: skip
+    rows = [
+        [cell.strip("`* ") for cell in line.strip("|").split("|")]
+        for line in README.splitlines()
+        if line.startswith("| `SepViT_")
+    ]
+    paper = {
+        "SepViT_Lite": ("72.3 ¹", "–", "–"),
+        "SepViT_Tiny": ("82.7", "729", "24.5"),
+        "SepViT_Small": ("83.6", "471", "34.9"),
+        "SepViT_Base": ("84.2", "302", "46.6"),
+    }
     assert {row[0]: tuple(row[3:6]) for row in rows} == paper
     for model, *_, drop_path, weight_decay, warmup_epochs in rows:
         args = parse("--config", ROOT / f"recipes/{model.lower()}_imagenet.yaml")

@@ -58,16 +58,21 @@ def model_of(read, variant: str) -> torch.nn.Module:
 
 def parameters_of(model: torch.nn.Module, kind: type[torch.nn.Module]) -> set[str]:
     """Return the names of the parameters of all modules of a kind."""
-    return {f"{where}.{name}" for where, module in model.named_modules() if isinstance(module, kind)
-            for name, _ in module.named_parameters()}  # fmt: skip
+    return {
+        f"{where}.{name}"
+        for where, module in model.named_modules()
+        if isinstance(module, kind)
+        for name, _ in module.named_parameters()
+    }
 
 
 def learning_rates(cfg: Config, iterations: int) -> np.ndarray:
     """Return the learning rate of each iteration, from the built schedule."""
     lr = cfg.optim_wrapper.optimizer.lr
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    schedulers = [PARAM_SCHEDULERS.build(dict(setting), default_args=dict(optimizer=optimizer))
-                  for setting in cfg.param_scheduler]  # fmt: skip
+    schedulers = [
+        PARAM_SCHEDULERS.build(dict(setting), default_args=dict(optimizer=optimizer)) for setting in cfg.param_scheduler
+    ]
     assert not any(setting.by_epoch for setting in cfg.param_scheduler)
     rates = np.empty(iterations)
     for i in range(iterations):
@@ -164,8 +169,13 @@ def test_evaluation_scales(read, tmp_path):
     init_default_scope("mmseg")
     Image.new("RGB", (683, 512)).save(tmp_path / "image.jpg")
     Image.new("L", (683, 512)).save(tmp_path / "labels.png")
-    sample = dict(img_path=str(tmp_path / "image.jpg"), seg_map_path=str(tmp_path / "labels.png"),
-                  reduce_zero_label=True, seg_fields=[], label_map=None)  # fmt: skip
+    sample = dict(
+        img_path=str(tmp_path / "image.jpg"),
+        seg_map_path=str(tmp_path / "labels.png"),
+        reduce_zero_label=True,
+        seg_fields=[],
+        label_map=None,
+    )
     cfg = read("t")
     for key in ("val_dataloader", "test_dataloader"):
         image = _run(cfg[key].dataset.pipeline, sample)["inputs"]
@@ -250,10 +260,18 @@ def scenes(demo_data, tmp_path_factory) -> Path:
 
 def small(scenes: Path, iterations: int = 2) -> list[str]:
     """Options that make a run small."""
-    return ["--cfg-options", f"data_root={scenes}", f"train_cfg.max_iters={iterations}",
-            f"train_cfg.val_interval={iterations}", f"default_hooks.checkpoint.interval={iterations}",
-            "train_dataloader.batch_size=2", "train_dataloader.num_workers=0", "val_dataloader.num_workers=0",
-            "test_dataloader.num_workers=0", "default_hooks.logger.interval=1"]  # fmt: skip
+    return [
+        "--cfg-options",
+        f"data_root={scenes}",
+        f"train_cfg.max_iters={iterations}",
+        f"train_cfg.val_interval={iterations}",
+        f"default_hooks.checkpoint.interval={iterations}",
+        "train_dataloader.batch_size=2",
+        "train_dataloader.num_workers=0",
+        "val_dataloader.num_workers=0",
+        "test_dataloader.num_workers=0",
+        "default_hooks.logger.interval=1",
+    ]
 
 
 def run(name: str, *arguments, **kwargs) -> str:
@@ -317,9 +335,17 @@ def test_pretrained_backbone_by_command(scenes, tmp_path):
     weights = timm.create_model("SepViT_Lite", num_classes=5).state_dict()
     path = tmp_path / "SepViT_Lite.pth"
     torch.save({"model": weights}, path)
-    text = run("train.py", DEMO, "--work-dir", tmp_path, "--amp", *small(scenes, 1),
-               "model.backbone.init_cfg.type=Pretrained", f"model.backbone.init_cfg.checkpoint={path}",
-               "optim_wrapper.optimizer.lr=0")  # fmt: skip
+    text = run(
+        "train.py",
+        DEMO,
+        "--work-dir",
+        tmp_path,
+        "--amp",
+        *small(scenes, 1),
+        "model.backbone.init_cfg.type=Pretrained",
+        f"model.backbone.init_cfg.checkpoint={path}",
+        "optim_wrapper.optimizer.lr=0",
+    )
     assert f"pretrained {path}: SepViT_Lite: loaded 180 of 208 entries; " in text
     if not torch.cuda.is_available():
         assert "mixed precision: no GPU here, training in float32" in text
@@ -329,8 +355,21 @@ def test_pretrained_backbone_by_command(scenes, tmp_path):
 
 def test_evaluation_metrics_predictions_and_pictures(trained, scenes, tmp_path):
     out, pictures = tmp_path / "out", tmp_path / "pictures"
-    text = run("test.py", DEMO, trained / "iter_2.pth", "--eval", "mIoU", "mDice", "--out", out, "--show-dir", pictures,
-               "--work-dir", tmp_path, *small(scenes))  # fmt: skip
+    text = run(
+        "test.py",
+        DEMO,
+        trained / "iter_2.pth",
+        "--eval",
+        "mIoU",
+        "mDice",
+        "--out",
+        out,
+        "--show-dir",
+        pictures,
+        "--work-dir",
+        tmp_path,
+        *small(scenes),
+    )
     entry = next(entry for entry in log_of(trained) if "mIoU" in entry)
     assert float(miou(text)) == pytest.approx(entry["mIoU"], abs=0.011)
     assert "mDice" in text
@@ -342,8 +381,16 @@ def test_evaluation_metrics_predictions_and_pictures(trained, scenes, tmp_path):
     picture = Image.open(pictures / f"{names[0]}.png")
     assert picture.width > 3 * 2 * 160  # image, truth, prediction, each enlarged to 320 × 256
     # drawing without evaluation
-    text = run("test.py", DEMO, trained / "iter_2.pth", "--show-dir", tmp_path / "alone", "--work-dir", tmp_path,
-               *small(scenes))  # fmt: skip
+    text = run(
+        "test.py",
+        DEMO,
+        trained / "iter_2.pth",
+        "--show-dir",
+        tmp_path / "alone",
+        "--work-dir",
+        tmp_path,
+        *small(scenes),
+    )
     assert "mIoU" not in text.split("Iter(test)")[-1]
     assert len(list((tmp_path / "alone").iterdir())) == 2
 
@@ -378,12 +425,22 @@ def test_paper_configs_on_two_processes(name, scenes, tmp_path):
     options = small(scenes, 1)
     if name.startswith("fpn"):  # UPerNet's pooling to 1 × 1 normalises over images
         options.append("train_dataloader.batch_size=1")
-    text = script("dist_train.sh", config, 2, "--from-scratch", "--work-dir", tmp_path, *options,
-                  environment=port)  # fmt: skip
+    text = script("dist_train.sh", config, 2, "--from-scratch", "--work-dir", tmp_path, *options, environment=port)
     assert "Iter(val)" in text
     for extra in ([], ["--aug-test"]):
-        text = script("dist_test.sh", config, tmp_path / "iter_1.pth", 2, "--eval", "mIoU", *extra,
-                     "--work-dir", tmp_path, *options, environment=port)  # fmt: skip
+        text = script(
+            "dist_test.sh",
+            config,
+            tmp_path / "iter_1.pth",
+            2,
+            "--eval",
+            "mIoU",
+            *extra,
+            "--work-dir",
+            tmp_path,
+            *options,
+            environment=port,
+        )
         assert float(miou(text)) >= 0
 
 
@@ -419,8 +476,17 @@ def test_slurm_scripts(name, trained, scenes, tmp_path):
     """A script takes the place of srun, and starts the tasks as it would."""
     environment = {**play_srun(tmp_path), "GPUS": "2", "SRUN_ARGS": "--quiet --time=1"}
     checkpoint = [] if name == "slurm_train.sh" else [trained / "iter_2.pth", "--eval", "mIoU"]
-    text = script(name, "gpu", "job", DEMO, *checkpoint, "--work-dir", tmp_path / "work dir", *small(scenes, 1),
-                  environment=environment)  # fmt: skip
+    text = script(
+        name,
+        "gpu",
+        "job",
+        DEMO,
+        *checkpoint,
+        "--work-dir",
+        tmp_path / "work dir",
+        *small(scenes, 1),
+        environment=environment,
+    )
     assert miou(text) if checkpoint else text.count(": checkpoints and logs are in ") == 1
     given = (tmp_path / "srun.txt").read_text().splitlines()
     assert {"--partition=gpu", "--job-name=job", "--gres=gpu:2", "--ntasks=2", "--time=1"} <= set(given)
@@ -498,48 +564,90 @@ MISTAKES = {
     "option that is no pair": ("train", ["{demo}", "--cfg-options", "lr"], "--cfg-options lr: takes key=value pairs"),
     "option into nothing": ("train", ["{demo}", "--cfg-options", "model.type.x=1"], "model.type is 'EncoderDecoder'"),
     "missing data": ("train", ["{demo}", "--cfg-options", NO_DATA], "train data {files}/nothing: no such folder"),
-    "missing pretrained": ("train", ["{files}/pretrained.py", "--cfg-options", DATA],
-                           "pretrained none.pth: no such file; put a checkpoint of main.py there"),
+    "missing pretrained": (
+        "train",
+        ["{files}/pretrained.py", "--cfg-options", DATA],
+        "pretrained none.pth: no such file; put a checkpoint of main.py there",
+    ),
     "way out of it": ("train", ["{files}/pretrained.py", "--cfg-options", DATA], "train without one: --from-scratch"),
-    "resume and load": ("train", ["{demo}", "--resume", "a.pth", "--load-from", "b.pth", "--cfg-options", DATA],
-                        "--resume and --load-from: choose one"),
+    "resume and load": (
+        "train",
+        ["{demo}", "--resume", "a.pth", "--load-from", "b.pth", "--cfg-options", DATA],
+        "--resume and --load-from: choose one",
+    ),
     "missing resume": ("train", ["{demo}", "--resume", "none.pth", "--cfg-options", DATA], "--resume none.pth: no"),
-    "resume from weights": ("train", ["{demo}", "--resume", "{files}/weights.pth", "--cfg-options", DATA],
-                            "holds weights only, so it cannot be resumed; use --load-from to start"),
+    "resume from weights": (
+        "train",
+        ["{demo}", "--resume", "{files}/weights.pth", "--cfg-options", DATA],
+        "holds weights only, so it cannot be resumed; use --load-from to start",
+    ),
     "resume that runs code": ("train", ["{demo}", "--resume", "{files}/code.pth", "--cfg-options", DATA], "run code"),
-    "load-from that runs code": ("train", ["{demo}", "--load-from", "{files}/code.pth", "--cfg-options", DATA],
-                                 "could run code"),
-    "predict by code": ("predict", ["{demo}", "{files}/code.pth", "{files}/image.png", "--out", "{files}/out"],
-                        "could run code"),
-    "load-from another variant": ("train", ["{demo}", "--load-from", "{files}/tiny.pth", "--cfg-options", DATA],
-                                  "contains SepViT_Tiny, not SepViT_Lite"),
-    "load-from a backbone": ("train", ["{demo}", "--load-from", "{files}/backbone.pth", "--cfg-options", DATA],
-                             "to train from it, give --cfg-options model.backbone.pretrained={files}/backbone.pth"),
-    "launcher without processes": ("train", ["{demo}", "--launcher", "pytorch", "--cfg-options", DATA],
-                                   "--launcher pytorch: RANK is not set"),
-    "work dir that is a file": ("train", ["{demo}", "--work-dir", "{files}/good.pth", "--cfg-options", DATA],
-                                "--work-dir {files}/good.pth: cannot be written"),
+    "load-from that runs code": (
+        "train",
+        ["{demo}", "--load-from", "{files}/code.pth", "--cfg-options", DATA],
+        "could run code",
+    ),
+    "predict by code": (
+        "predict",
+        ["{demo}", "{files}/code.pth", "{files}/image.png", "--out", "{files}/out"],
+        "could run code",
+    ),
+    "load-from another variant": (
+        "train",
+        ["{demo}", "--load-from", "{files}/tiny.pth", "--cfg-options", DATA],
+        "contains SepViT_Tiny, not SepViT_Lite",
+    ),
+    "load-from a backbone": (
+        "train",
+        ["{demo}", "--load-from", "{files}/backbone.pth", "--cfg-options", DATA],
+        "to train from it, give --cfg-options model.backbone.pretrained={files}/backbone.pth",
+    ),
+    "launcher without processes": (
+        "train",
+        ["{demo}", "--launcher", "pytorch", "--cfg-options", DATA],
+        "--launcher pytorch: RANK is not set",
+    ),
+    "work dir that is a file": (
+        "train",
+        ["{demo}", "--work-dir", "{files}/good.pth", "--cfg-options", DATA],
+        "--work-dir {files}/good.pth: cannot be written",
+    ),
     "unknown flag": ("train", ["{demo}", "--lr", "1"], "--lr: unknown setting"),
     "unknown metric": ("test", [*GOOD, "--eval", "mAP"], "--eval mAP: unknown; choose from mIoU, mDice, mFscore"),
-    "out that is a pickle": ("test", [*GOOD, "--out", "x.pkl", "--cfg-options", DATA],
-                             "--out x.pkl: takes a folder of PNGs"),
+    "out that is a pickle": (
+        "test",
+        [*GOOD, "--out", "x.pkl", "--cfg-options", DATA],
+        "--out x.pkl: takes a folder of PNGs",
+    ),
     "no TTA": ("test", ["{files}/no_tta.py", "{files}/good.pth", "--eval", "mIoU", "--aug-test"], "--aug-test: CONFIG"),
-    "missing checkpoint": ("test", ["{demo}", "none.pth", "--eval", "mIoU", "--cfg-options", DATA],
-                           "CHECKPOINT none.pth: no such file"),
+    "missing checkpoint": (
+        "test",
+        ["{demo}", "none.pth", "--eval", "mIoU", "--cfg-options", DATA],
+        "CHECKPOINT none.pth: no such file",
+    ),
     "truncated": ("test", ["{demo}", "{files}/truncated.pth", "--eval", "mIoU", "--cfg-options", DATA], "truncated"),
-    "another variant": ("test", ["{demo}", "{files}/tiny.pth", "--eval", "mIoU", "--cfg-options", DATA],
-                        "contains SepViT_Tiny, not SepViT_Lite; use that variant's config"),
+    "another variant": (
+        "test",
+        ["{demo}", "{files}/tiny.pth", "--eval", "mIoU", "--cfg-options", DATA],
+        "contains SepViT_Tiny, not SepViT_Lite; use that variant's config",
+    ),
     "a backbone": ("test", ["{demo}", "{files}/backbone.pth", "--eval", "mIoU", "--cfg-options", DATA], "a backbone"),
-    "incomplete": ("test", ["{demo}", "{files}/incomplete.pth", "--eval", "mIoU", "--cfg-options", DATA],
-                   "1 entries are missing (decode_head.conv_seg.weight, …)"),
+    "incomplete": (
+        "test",
+        ["{demo}", "{files}/incomplete.pth", "--eval", "mIoU", "--cfg-options", DATA],
+        "1 entries are missing (decode_head.conv_seg.weight, …)",
+    ),
     "code": ("test", ["{demo}", "{files}/code.pth", "--eval", "mIoU", "--cfg-options", DATA], "could run code"),
     "missing test data": ("test", [*GOOD, "--eval", "mIoU", "--cfg-options", NO_DATA], "test data {files}/nothing: "),
     "empty test data": ("test", [*GOOD, "--eval", "mIoU", "--cfg-options", "data_root={files}/empty"], "empty folder"),
     "missing image": ("predict", [*GOOD, "none.jpg", "--out", "{files}/out"], "IMAGE none.jpg: no such file"),
     "overwriting": ("predict", [*GOOD, "{files}/image.png", "--out", "{files}"], "would overwrite IMAGE"),
-    "predict by another": ("predict", ["{demo}", "{files}/tiny.pth", "{files}/image.png", "--out", "{files}/out"],
-                           "contains SepViT_Tiny, not SepViT_Lite"),
-}  # fmt: skip
+    "predict by another": (
+        "predict",
+        ["{demo}", "{files}/tiny.pth", "{files}/image.png", "--out", "{files}/out"],
+        "contains SepViT_Tiny, not SepViT_Lite",
+    ),
+}
 
 
 RUN = {

@@ -8,8 +8,15 @@ import pytest
 from conftest import ROOT
 
 # From top to bottom. A module may import from lower layers, and from its own layer without a cycle.
-COMMANDS = ("main", "predict", "hubconf", "tools", "segmentation", "detection", *(f"dense.{name}" for name in
-            ("flops", "predict", "settings", "test", "train")))  # fmt: skip
+COMMANDS = (
+    "main",
+    "predict",
+    "hubconf",
+    "tools",
+    "segmentation",
+    "detection",
+    *(f"dense.{name}" for name in ("flops", "predict", "settings", "test", "train")),
+)
 LAYERS = (COMMANDS, ("engine", "datasets"), ("training", "dense", "inference"), ("samplers", "sepvit", "utils"))
 # What a host program imports after `pip install .`. It may have its own `utils` and `datasets`.
 INSTALLED = ("sepvit", "dense.backbone", "dense.coco", "dense.loading", "dense.runner")
@@ -51,8 +58,12 @@ GRAPH = {name: imports_of(path) for name, path in MODULES.items()}
 
 def layer_of(name: str) -> int:
     """The layer of a module, by its longest matching entry."""
-    matches = [(len(entry), layer) for layer, entries in enumerate(LAYERS) for entry in entries
-               if name == entry or name.startswith(f"{entry}.")]  # fmt: skip
+    matches = [
+        (len(entry), layer)
+        for layer, entries in enumerate(LAYERS)
+        for entry in entries
+        if name == entry or name.startswith(f"{entry}.")
+    ]
     return max(matches)[1]
 
 
@@ -95,9 +106,13 @@ BELOW_COMMANDS = sorted(name for name in MODULES if layer_of(name) > 0)
 def texts_of(path: Path) -> list[str]:
     """All string literals of a module except docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    docstrings = {id(node.body[0].value) for node in ast.walk(tree)
-                  if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body
-                  and isinstance(node.body[0], ast.Expr)}  # fmt: skip
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
     constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings]
     return [node.value for node in constants if isinstance(node.value, str)]
 

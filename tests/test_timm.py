@@ -238,9 +238,16 @@ def test_layer_decay_follows_depth():
     groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
     names = {id(p): name for name, p in model.named_parameters()}
     scale = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
-    order = ["patch_embeds.0.proj.weight", "blocks.0.0.mlp.fc1.weight", "blocks.1.0.mlp.fc1.weight",
-             "blocks.1.1.mlp.fc1.weight", "blocks.2.0.mlp.fc1.weight", "blocks.2.5.mlp.fc1.weight",
-             "blocks.3.1.mlp.fc1.weight", "head.weight"]  # fmt: skip
+    order = [
+        "patch_embeds.0.proj.weight",
+        "blocks.0.0.mlp.fc1.weight",
+        "blocks.1.0.mlp.fc1.weight",
+        "blocks.1.1.mlp.fc1.weight",
+        "blocks.2.0.mlp.fc1.weight",
+        "blocks.2.5.mlp.fc1.weight",
+        "blocks.3.1.mlp.fc1.weight",
+        "head.weight",
+    ]
     scales = [scale[name] for name in order]
     assert scales == sorted(scales)
     assert len(set(scales)) == len(scales)

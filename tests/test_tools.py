@@ -23,8 +23,17 @@ RUN = {"settings": {"model": "SepViT_Lite", "epochs": 2}, "versions": {"torch": 
 
 def epoch(number: int, top1: float) -> dict:
     """Make an epoch's entry of log.txt."""
-    return {"train_loss": 0.5, "train_lr": 1e-3, "test_loss": 0.25, "test_acc1": top1, "test_acc5": 100.0,
-            "epoch": number, "n_parameters": 3_600_000, "bad_steps": 0, "unreadable_images": 0}  # fmt: skip
+    return {
+        "train_loss": 0.5,
+        "train_lr": 1e-3,
+        "test_loss": 0.25,
+        "test_acc1": top1,
+        "test_acc5": 100.0,
+        "epoch": number,
+        "n_parameters": 3_600_000,
+        "bad_steps": 0,
+        "unreadable_images": 0,
+    }
 
 
 def lines(*entries: dict) -> str:
@@ -146,10 +155,12 @@ def test_show_demo(root):
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [(["--run", "{root}/worse"], "the two figures differ"),
-     (["--run", "{root}/good", "--least", "96.5"], "below the 96.5 % that the demo has to reach")],
+    [
+        (["--run", "{root}/worse"], "the two figures differ"),
+        (["--run", "{root}/good", "--least", "96.5"], "below the 96.5 % that the demo has to reach"),
+    ],
     ids=["differ", "below"],
-)  # fmt: skip
+)
 def test_demo_that_failed(arguments, expected, root):
     result = command(*(argument.format(root=root) for argument in arguments), script="tools/show_demo.py")
     assert result.returncode == 1
@@ -240,10 +251,12 @@ def test_rows_that_fail_do_not_stop_others(tmp_path):
 
 @pytest.mark.parametrize(
     ("tool", "step", "arguments"),
-    [(benchmark, "measure_table", ["--device", "cpu", "--out", "{folder}"]),
-     (make_demo_data, "compose_scenes", ["--out", "{folder}"])],
+    [
+        (benchmark, "measure_table", ["--device", "cpu", "--out", "{folder}"]),
+        (make_demo_data, "compose_scenes", ["--out", "{folder}"]),
+    ],
     ids=["benchmark", "make_demo_data"],
-)  # fmt: skip
+)
 def test_interrupted(tool, step, arguments, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt

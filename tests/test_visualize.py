@@ -321,8 +321,20 @@ def written(folder) -> dict[str, tuple[int, int]]:
 
 
 def test_figures_of_a_classifier(root, tmp_path):
-    result = command(root / "cat.png", "--resume", root / "lite.pth", "--out", tmp_path, "--window", "0", "2",
-                     "--blocks", "1.0", "3.1", script="tools/visualize.py")  # fmt: skip
+    result = command(
+        root / "cat.png",
+        "--resume",
+        root / "lite.pth",
+        "--out",
+        tmp_path,
+        "--window",
+        "0",
+        "2",
+        "--blocks",
+        "1.0",
+        "3.1",
+        script="tools/visualize.py",
+    )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith("SepViT_Lite, 64 × 64 pixels: ")

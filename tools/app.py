@@ -116,8 +116,10 @@ def listen(host: str, port: int) -> socket.socket:
             raise UserError(f"--port {port}: taken by another program; name another, or 0 for any free one") from None
         if error.errno == errno.EACCES:
             raise UserError(f"--port {port}: not permitted; name one above 1023") from None
-        raise UserError(f"--host {host}: not an address of this machine ({error.strerror}); name one, such as "
-                        f"{HOST}, or 0.0.0.0 for all") from None  # fmt: skip
+        raise UserError(
+            f"--host {host}: not an address of this machine ({error.strerror}); name one, such as "
+            f"{HOST}, or 0.0.0.0 for all"
+        ) from None
     return listener
 
 
@@ -154,8 +156,11 @@ def build_parser() -> Parser:
     add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not tell it")
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
     add("--score-thr", type=fraction, metavar="SCORE", help="lowest score of a detection, default 0.3")
-    add("--host", default=HOST, help=f"address to listen on, default {HOST}, which only this machine reaches; "
-        "0.0.0.0: all of this machine")  # fmt: skip
+    add(
+        "--host",
+        default=HOST,
+        help=f"address to listen on, default {HOST}, which only this machine reaches; 0.0.0.0: all of this machine",
+    )
     add("--port", type=number(int, 0, 65535), default=PORT, help=f"port to listen on, default {PORT}; 0: a free one")
     add("--device", help="cuda, mps or cpu, default the best available")
     return parser

@@ -88,12 +88,22 @@ class Answer:
             overlay=None if self.overlay is None else encoded_picture(self.overlay),
             rows=[vars(row) for row in self.rows],
             summary=self.summary,
-            blocks=[dict(label=block.label, rows=block.grid[0], columns=block.grid[1], height=block.side[0],
-                         width=block.side[1], heads=len(block.weights), is_mean=block.is_mean,
-                         weights=encoded(block.weights.astype("<f4").tobytes())) for block in self.blocks],
+            blocks=[
+                dict(
+                    label=block.label,
+                    rows=block.grid[0],
+                    columns=block.grid[1],
+                    height=block.side[0],
+                    width=block.side[1],
+                    heads=len(block.weights),
+                    is_mean=block.is_mean,
+                    weights=encoded(block.weights.astype("<f4").tobytes()),
+                )
+                for block in self.blocks
+            ],
             note=self.note,
             times=self.times,
-        )  # fmt: skip
+        )
 
 
 class Predictor(Protocol):
@@ -200,11 +210,13 @@ def read_upload(content: bytes, orientation: str) -> Image.Image:
     except Image.DecompressionBombError:
         raise UserError(f"The image has more than {MOST_PIXELS / 1e6:.0f} megapixels. Make it smaller.") from None
     except Exception:  # Pillow's decoders raise errors of any type for damaged files
-        raise UserError("This is not an image, or it is damaged. The page takes JPEG, PNG, WebP, AVIF, GIF, TIFF, "
-                        "BMP and PPM.") from None  # fmt: skip
+        raise UserError(
+            "This is not an image, or it is damaged. The page takes JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP and PPM."
+        ) from None
     if width * height > MOST_PIXELS:
-        raise UserError(f"The image has {width * height / 1e6:.0f} megapixels, more than {MOST_PIXELS / 1e6:.0f}. "
-                        "Make it smaller.")  # fmt: skip
+        raise UserError(
+            f"The image has {width * height / 1e6:.0f} megapixels, more than {MOST_PIXELS / 1e6:.0f}. Make it smaller."
+        )
     return read_image(content, "The image", orientation)
 
 

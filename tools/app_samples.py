@@ -50,8 +50,10 @@ def _photographs() -> list[Sample]:
     """Photographs that scikit-image carries in its package."""
     from skimage import data
 
-    return [Sample(name, label, "image/jpeg", _file(Image.fromarray(getattr(data, name)()), "JPEG"))
-            for name, label in PHOTOGRAPHS.items()]  # fmt: skip
+    return [
+        Sample(name, label, "image/jpeg", _file(Image.fromarray(getattr(data, name)()), "JPEG"))
+        for name, label in PHOTOGRAPHS.items()
+    ]
 
 
 def _digits(names: Sequence[str]) -> list[Sample]:
@@ -80,8 +82,10 @@ def _scenes() -> list[Sample]:
     validation, backgrounds = split_digits()[1], photographs("validation")
     images, labels = digits.images[validation], digits.target[validation]
     scenes = [compose_scene(rng, images, labels, backgrounds) for _ in range(SCENES)]
-    return [Sample(f"scene-{number}", f"scene {number} of digits", "image/png",
-                   _file(Image.fromarray(scene.image), "PNG")) for number, scene in enumerate(scenes, 1)]  # fmt: skip
+    return [
+        Sample(f"scene-{number}", f"scene {number} of digits", "image/png", _file(Image.fromarray(scene.image), "PNG"))
+        for number, scene in enumerate(scenes, 1)
+    ]
 
 
 def _file(image: Image.Image, kind: str) -> bytes:

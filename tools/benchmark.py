@@ -55,26 +55,50 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--model", default="SepViT_Tiny", choices=list(sepvit.VARIANTS))
     add("--dense", action="store_true", help="the dense prediction form, without peers")
-    add("--peers", nargs="+", default=None, metavar="NAME",
-        help="models of timm to measure beside it, class for those of its class (the default), or none")  # fmt: skip
+    add(
+        "--peers",
+        nargs="+",
+        default=None,
+        metavar="NAME",
+        help="models of timm to measure beside it, class for those of its class (the default), or none",
+    )
     add("--device", default=best_device(), help="cuda, mps or cpu; by default the best available")
     add("--formats", nargs="+", default=["float32"], choices=list(DTYPES), help="number formats")
     add("--forms", nargs="+", default=["eager", "port"], choices=list(FORMS), help="how the networks run")
-    add("--before", type=path, default=None, metavar="FILE",
-        help="another revision's sepvit.py, measured as the form before")  # fmt: skip
+    add(
+        "--before",
+        type=path,
+        default=None,
+        metavar="FILE",
+        help="another revision's sepvit.py, measured as the form before",
+    )
     add("--baseline", default="eager", choices=list(FORMS), help="SepViT's form that speeds are relative to")
     add("--measures", nargs="+", default=list(MEASURES), choices=list(MEASURES))
-    add("--batch-size", type=positive_int, default=None,
-        help="images per call, except for latency; by default 8 (CPU) or 128 (GPU), with --dense 2 or 8")  # fmt: skip
+    add(
+        "--batch-size",
+        type=positive_int,
+        default=None,
+        help="images per call, except for latency; by default 8 (CPU) or 128 (GPU), with --dense 2 or 8",
+    )
     add("--input-size", type=positive_int, nargs="+", default=[224], metavar="PIXELS", help="one side, or H and W")
     add("--channels-last", action="store_true", help="keep images and weights channels last in memory")
     add("--rounds", type=positive_int, default=ROUNDS)
-    add("--limit", type=seconds, default=None, metavar="SECONDS",
-        help="build no further network and begin no further round after this time; keep what was measured")  # fmt: skip
+    add(
+        "--limit",
+        type=seconds,
+        default=None,
+        metavar="SECONDS",
+        help="build no further network and begin no further round after this time; keep what was measured",
+    )
     add("--threads", type=positive_int, default=available_cores(), help="CPU threads")
     add("--checkpoint", type=path, default=None, metavar="FILE", help="weights of the model")
-    add("--data-path", type=path, default=None, metavar="DIR",
-        help="class folders, as for main.py, to measure each form's top-1 with the checkpoint")  # fmt: skip
+    add(
+        "--data-path",
+        type=path,
+        default=None,
+        metavar="DIR",
+        help="class folders, as for main.py, to measure each form's top-1 with the checkpoint",
+    )
     add("--profile", action="store_true", help="list the operations that take most of the time")
     add("--out", type=path, default=str(ROOT / "benchmarks"), help="folder of the record")
     add("--revision", default=None, help="commit of the code, where git does not know it")
@@ -244,10 +268,17 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True  # as main.py
     gc.freeze()  # collecting garbage between timings need not look at the libraries
     classes = CLASSES if validation is None else validation.classes
-    tables = [(setting_of(args, measure, classes, calibration), number_format, subjects_of(args, number_format))
-              for number_format in dict.fromkeys(args.formats) for measure in dict.fromkeys(args.measures)]  # fmt: skip
-    tasks = [(subject, setting) for setting, _, subjects in tables for subject in subjects
-             if subject.form in COMPILED and not benchmark_networks.not_offered(subject, setting)]  # fmt: skip
+    tables = [
+        (setting_of(args, measure, classes, calibration), number_format, subjects_of(args, number_format))
+        for number_format in dict.fromkeys(args.formats)
+        for measure in dict.fromkeys(args.measures)
+    ]
+    tasks = [
+        (subject, setting)
+        for setting, _, subjects in tables
+        for subject in subjects
+        if subject.form in COMPILED and not benchmark_networks.not_offered(subject, setting)
+    ]
     if device.type == "cuda" and len(tasks) > 1:
         print_progress(f"compiling {len(tasks)} networks")
         compile_ahead(tasks, min(MOST_COMPILERS, len(tasks)))

@@ -93,8 +93,10 @@ def main(args: argparse.Namespace) -> None:
             writer.wait()  # after Ctrl-C, too: the folder is deleted next
         size = names.numbered(Path(folder))[0].stat().st_size
     background, loop = (statistics.median(times) for times in stalls.values())
-    print(f"{args.model}, {size / 1e6:.0f} MB: training stops for {background:.2f} s if written in the background, "
-          f"for {loop:.2f} s if written in the loop; ratio {loop / background:.1f}")  # fmt: skip
+    print(
+        f"{args.model}, {size / 1e6:.0f} MB: training stops for {background:.2f} s if written in the background, "
+        f"for {loop:.2f} s if written in the loop; ratio {loop / background:.1f}"
+    )
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -124,13 +124,15 @@ def size_curve(method: Method, sizes: Sequence[int], report: Report) -> Figures:
         total, by_stage = multiply_adds_by_part(method.model, size)
         calls[size] = forward_pass(method, 1, size)
         calls[size]()
-        points.append(dict(
-            size=size,
-            windows=sepvit.window_grid((size, size), 0, 7)[0] ** 2,
-            multiply_adds=total,
-            pointwise_by_stage=by_stage,
-            bytes_peak=peak_memory(calls[size], method.device),
-        ))  # fmt: skip
+        points.append(
+            dict(
+                size=size,
+                windows=sepvit.window_grid((size, size), 0, 7)[0] ** 2,
+                multiply_adds=total,
+                pointwise_by_stage=by_stage,
+                bytes_peak=peak_memory(calls[size], method.device),
+            )
+        )
     times = interleave(calls, method.device, method.rounds, method.least)
     for point in points:
         point["seconds"] = times.seconds.get(point["size"])
@@ -163,8 +165,13 @@ def batch_curve(method: Method, batches: Sequence[int], size: int, report: Repor
     report(f"batches of {', '.join(map(str, batches))}")
     calls = {batch: forward_pass(method, batch, size) for batch in batches}
     times = interleave(calls, method.device, method.rounds, method.least)
-    return dict(size=size, points=[dict(batch_size=batch, seconds=times.seconds.get(batch), failure=times.errors.get(
-        batch, "")) for batch in batches])  # fmt: skip
+    return dict(
+        size=size,
+        points=[
+            dict(batch_size=batch, seconds=times.seconds.get(batch), failure=times.errors.get(batch, ""))
+            for batch in batches
+        ],
+    )
 
 
 def threads_curve(method: Method, batch_size: int, size: int, report: Report) -> Figures:
@@ -180,8 +187,11 @@ def threads_curve(method: Method, batch_size: int, size: int, report: Report) ->
     calls = {threads: partial(with_threads, threads) for threads in numbers}
     times = interleave(calls, method.device, method.rounds, method.least)
     torch.set_num_threads(method.threads)
-    return dict(size=size, batch_size=batch_size,
-                points=[dict(threads=threads, seconds=times.seconds.get(threads)) for threads in numbers])  # fmt: skip
+    return dict(
+        size=size,
+        batch_size=batch_size,
+        points=[dict(threads=threads, seconds=times.seconds.get(threads)) for threads in numbers],
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -200,8 +210,15 @@ def processes_curve(method: Method, numbers: Sequence[int], batch_size: int, siz
         finally:
             for group in groups.values():
                 group.end()
-    points = [dict(processes=number, threads=groups[number].threads, seconds=times.seconds.get(number),
-                   failure=times.errors.get(number, "")) for number in numbers]  # fmt: skip
+    points = [
+        dict(
+            processes=number,
+            threads=groups[number].threads,
+            seconds=times.seconds.get(number),
+            failure=times.errors.get(number, ""),
+        )
+        for number in numbers
+    ]
     return dict(size=size, batch_size=batch_size, points=points)
 
 
@@ -316,11 +333,15 @@ GPUS_OF_A_MACHINE = 8
 LINKS = [
     Link("NVLink of an A100, 600 GB/s both ways", 300e9, False, "https://www.nvidia.com/en-us/data-center/a100/"),
     Link("NVLink of an H100, 900 GB/s both ways", 450e9, False, "https://www.nvidia.com/en-us/data-center/h100/"),
-    Link("InfiniBand, 8 × 400 Gb/s a machine (DGX H100)", 400e9, True,
-         "https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html"),
+    Link(
+        "InfiniBand, 8 × 400 Gb/s a machine (DGX H100)",
+        400e9,
+        True,
+        "https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html",
+    ),
     Link("Ethernet, 100 Gb/s a machine", 12.5e9, True, "https://standards.ieee.org/ieee/802.3ba/4071/"),
     Link("Ethernet, 25 Gb/s a machine", 3.125e9, True, "https://standards.ieee.org/ieee/802.3by/6094/"),
-]  # fmt: skip
+]
 GPU_COUNTS = (8, 16, 32, 64)
 BUCKET = 25 * 2**20  # bytes of gradients that data parallelism reduces at a time, its default
 
@@ -387,7 +408,20 @@ def communication_model(method: Method, batch_size: int, size: int, backward: fl
                 continue
             reduce = all_reduce_seconds(gradients, number, link.rate)
             exposed = max(all_reduce_seconds(last, number, link.rate), reduce - seconds)
-            points.append(dict(link=link.name, source=link.source, gpus=number, all_reduce=reduce, exposed=exposed,
-                               share_of_backward=reduce / seconds))  # fmt: skip
-    return dict(gradient_bytes=gradients, batch_size=batch_size, backward_seconds=seconds,
-                backward_is_measured=backward is None, points=points)  # fmt: skip
+            points.append(
+                dict(
+                    link=link.name,
+                    source=link.source,
+                    gpus=number,
+                    all_reduce=reduce,
+                    exposed=exposed,
+                    share_of_backward=reduce / seconds,
+                )
+            )
+    return dict(
+        gradient_bytes=gradients,
+        batch_size=batch_size,
+        backward_seconds=seconds,
+        backward_is_measured=backward is None,
+        points=points,
+    )

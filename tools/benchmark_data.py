@@ -208,8 +208,10 @@ def measure_stages(images: dict[str, ImageData], args: argparse.Namespace) -> di
             times = time_stages(data, pipeline, args.batch_size)
             if number:  # the first round warms up
                 rounds[pipeline].append(times)
-    return {pipeline: {stage: 1e3 * statistics.median(times[stage] for times in measured) for stage in measured[0]}
-            for pipeline, measured in rounds.items()}  # fmt: skip
+    return {
+        pipeline: {stage: 1e3 * statistics.median(times[stage] for times in measured) for stage in measured[0]}
+        for pipeline, measured in rounds.items()
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -289,8 +291,10 @@ def print_loaders(figures: dict[str, dict[str, dict[str, float]]], workers: int)
     for source, pipelines in figures.items():
         for pipeline, figure in pipelines.items():
             spread = f"{figure['least_ratio']:.2f} to {figure['greatest_ratio']:.2f}"
-            print(f"{source:14} {pipeline:10} {figure['images_per_second']:8.0f} images/s, "
-                  f"{figure['ratio']:.2f} × ({spread})")  # fmt: skip
+            print(
+                f"{source:14} {pipeline:10} {figure['images_per_second']:8.0f} images/s, "
+                f"{figure['ratio']:.2f} × ({spread})"
+            )
 
 
 def machine() -> dict[str, Any]:
@@ -301,8 +305,12 @@ def machine() -> dict[str, Any]:
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     packages = ("torch", "torchvision", "timm", "pillow", "simplejpeg", "numpy")
-    return dict(processor=model, cores=available_cores(), python=platform.python_version(),
-                **{name: version(name) for name in packages})  # fmt: skip
+    return dict(
+        processor=model,
+        cores=available_cores(),
+        python=platform.python_version(),
+        **{name: version(name) for name in packages},
+    )
 
 
 def size(text: str) -> tuple[int, int]:
@@ -370,20 +378,40 @@ def measure(args: argparse.Namespace, root: str | Path, shards: Path) -> dict[st
         measured = f"{len(data)} images of {root} are measured"
         raise UserError(f"--batch-size {args.batch_size}: only {measured}; use a smaller one")
     sizes = [Path(name).stat().st_size for name, _ in data.dataset.samples]
-    print(f"{len(data)} images of {statistics.mean(sizes) / 1e3:.0f} KB on average, to {args.input_size} × "
-          f"{args.input_size}; {machine()['processor']}, torch {torch.__version__}")  # fmt: skip
+    print(
+        f"{len(data)} images of {statistics.mean(sizes) / 1e3:.0f} KB on average, to {args.input_size} × "
+        f"{args.input_size}; {machine()['processor']}, torch {torch.__version__}"
+    )
     stages = measure_stages(images, args)
     print_stages(stages)
     split = write_webdataset(shards, data, max(1, *args.workers))
-    places = {SOURCES[0]: where,
-              SOURCES[1]: ["--data-set", "wds/images", "--data-path", str(shards), "--train-split", split,
-                           "--num-classes", str(data.num_classes)]}  # fmt: skip
+    places = {
+        SOURCES[0]: where,
+        SOURCES[1]: [
+            "--data-set",
+            "wds/images",
+            "--data-path",
+            str(shards),
+            "--train-split",
+            split,
+            "--num-classes",
+            str(data.num_classes),
+        ],
+    }
     loaders = {}
     for workers in args.workers:
         loaders[workers] = summary(measure_loaders(build_loaders(args, places, workers), args.rounds))
         print_loaders(loaders[workers], workers)
-    return dict(machine=machine(), images=len(data), mean_bytes=statistics.mean(sizes), input_size=args.input_size,
-                batch_size=args.batch_size, rounds=args.rounds, milliseconds=stages, loaders=loaders)  # fmt: skip
+    return dict(
+        machine=machine(),
+        images=len(data),
+        mean_bytes=statistics.mean(sizes),
+        input_size=args.input_size,
+        batch_size=args.batch_size,
+        rounds=args.rounds,
+        milliseconds=stages,
+        loaders=loaders,
+    )
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -57,13 +57,22 @@ def build_parser() -> Parser:
     add("--sizes", type=positive_int, nargs="+", default=SIZES, metavar="PIXELS", help="image sides")
     add("--batches", type=positive_int, nargs="+", default=None, metavar="N", help="batch sizes")
     add("--processes", type=positive_int, nargs="+", default=[1, 2], metavar="N", help="numbers of processes")
-    add("--batch-size", type=positive_int, default=None,
-        help="images per call, of the other curves; by default 8 on a CPU and 128 on a GPU")  # fmt: skip
+    add(
+        "--batch-size",
+        type=positive_int,
+        default=None,
+        help="images per call, of the other curves; by default 8 on a CPU and 128 on a GPU",
+    )
     add("--input-size", type=positive_int, default=224, metavar="PIXELS", help="image side of the other curves")
     add("--rounds", type=positive_int, default=5)
     add("--threads", type=positive_int, default=available_cores(), help="most CPU threads")
-    add("--record", type=path, default=None, metavar="FILE",
-        help="record (JSON) of tools/benchmark.py, whose training step communication is compared with")  # fmt: skip
+    add(
+        "--record",
+        type=path,
+        default=None,
+        metavar="FILE",
+        help="record (JSON) of tools/benchmark.py, whose training step communication is compared with",
+    )
     add("--out", type=path, default=str(ROOT / "benchmarks"), help="folder of the record")
     add("--revision", default=None, help="commit of the code, where git does not know it")
     add("--quick", action="store_true", help="short timings in a record of their own: to try the command itself")
@@ -91,8 +100,10 @@ def recorded_backward(file: str, model: str, number_format: str) -> tuple[float,
                     return 2 * step / 3, settings["batch_size"], stored["device"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--record {file}: no record of tools/benchmark.py ({error})") from None
-    raise UserError(f"--record {file}: no training of {model} in {number_format}; measure it with tools/benchmark.py "
-                    f"--measures training --formats {number_format}")  # fmt: skip
+    raise UserError(
+        f"--record {file}: no training of {model} in {number_format}; measure it with tools/benchmark.py "
+        f"--measures training --formats {number_format}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -104,8 +115,10 @@ def rows_of(title: str, points: Sequence[Figures], columns: dict[str, Any]) -> l
     """A table of a curve's points as lines of a page."""
     lines = [f"## {title}", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for point in points:
-        cells = [point["failure"] if point.get("failure") and name.startswith("ms") else cell(point)
-                 for name, cell in columns.items()]  # fmt: skip
+        cells = [
+            point["failure"] if point.get("failure") and name.startswith("ms") else cell(point)
+            for name, cell in columns.items()
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -131,23 +144,29 @@ def size_page(curve: Figures) -> list[str]:
         "ms": milliseconds,
         "GiB beyond weights": lambda point: scaled(point["bytes_peak"], 2**30, 2),
     }
-    reached = [f"{100 * float(share):g} % from {f'{size} × {size} pixels' if size else 'no size tried'} on"
-               for share, size in curve["reached"].items()]  # fmt: skip
+    reached = [
+        f"{100 * float(share):g} % from {f'{size} × {size} pixels' if size else 'no size tried'} on"
+        for share, size in curve["reached"].items()
+    ]
     note = f"Pointwise self-attention has a share of all multiply-adds of {', and of '.join(reached)}."
     return [*rows_of("Image size, one image", curve["points"], columns), note, ""]
 
 
 def batch_page(curve: Figures) -> list[str]:
     """The curve over the batch size as lines of a page."""
-    columns = {"batch": lambda point: str(point["batch_size"]),
-               "ms/image": lambda point: milliseconds(point, point["batch_size"])}  # fmt: skip
+    columns = {
+        "batch": lambda point: str(point["batch_size"]),
+        "ms/image": lambda point: milliseconds(point, point["batch_size"]),
+    }
     return rows_of(f"Batch, {curve['size']} × {curve['size']}", curve["points"], columns)
 
 
 def threads_page(curve: Figures) -> list[str]:
     """The curve over CPU threads as lines of a page."""
-    columns = {"threads": lambda point: str(point["threads"]),
-               "ms/image": lambda point: milliseconds(point, curve["batch_size"])}  # fmt: skip
+    columns = {
+        "threads": lambda point: str(point["threads"]),
+        "ms/image": lambda point: milliseconds(point, curve["batch_size"]),
+    }
     title = f"CPU threads, {curve['size']} × {curve['size']}, batch {curve['batch_size']}"
     return rows_of(title, curve["points"], columns)
 
@@ -221,8 +240,11 @@ def picture(curves: Figures, title: str) -> bytes:
         }[name]
         x = [point[key] for point in points]
         axes.plot(x, [1e3 * Spread.of(point["seconds"]).median / images(point) for point in points], "o-", label="ms")
-        axes.set(xlabel={"size": "image side in pixels", "batch": "images per batch"}.get(name, name),
-                 ylabel="ms/image", ylim=(0, None))  # fmt: skip
+        axes.set(
+            xlabel={"size": "image side in pixels", "batch": "images per batch"}.get(name, name),
+            ylabel="ms/image",
+            ylim=(0, None),
+        )
         if name == "size":
             shares = [100 * sum(point["pointwise_by_stage"]) / point["multiply_adds"] for point in points]
             other = axes.twinx()

@@ -62,18 +62,32 @@ PEERS: dict[str, tuple[str, ...]] = {
 # Top-1 (%) on ImageNet-1K at 224 × 224, trained on ImageNet-1K alone, as the authors published it.
 TOP1: dict[str, float] = {
     # https://arxiv.org/abs/2203.15380; Lite from a summary of the paper
-    "SepViT_Lite": 72.3, "SepViT_Tiny": 82.7, "SepViT_Small": 83.6, "SepViT_Base": 84.2,
+    "SepViT_Lite": 72.3,
+    "SepViT_Tiny": 82.7,
+    "SepViT_Small": 83.6,
+    "SepViT_Base": 84.2,
     # https://arxiv.org/abs/2103.14030
-    "swin_tiny_patch4_window7_224": 81.3, "swin_small_patch4_window7_224": 83.0, "swin_base_patch4_window7_224": 83.5,
+    "swin_tiny_patch4_window7_224": 81.3,
+    "swin_small_patch4_window7_224": 83.0,
+    "swin_base_patch4_window7_224": 83.5,
     # https://arxiv.org/abs/2104.13840
-    "twins_svt_small": 81.7, "twins_svt_base": 83.2, "twins_svt_large": 83.7,
+    "twins_svt_small": 81.7,
+    "twins_svt_base": 83.2,
+    "twins_svt_large": 83.7,
     # https://github.com/whai362/PVT
-    "pvt_v2_b0": 70.5, "pvt_v2_b2": 82.0, "pvt_v2_b3": 83.1, "pvt_v2_b5": 83.8,
+    "pvt_v2_b0": 70.5,
+    "pvt_v2_b2": 82.0,
+    "pvt_v2_b3": 83.1,
+    "pvt_v2_b5": 83.8,
     # https://arxiv.org/abs/2207.05501
-    "nextvit_small": 82.5, "nextvit_base": 83.2, "nextvit_large": 83.6,
+    "nextvit_small": 82.5,
+    "nextvit_base": 83.2,
+    "nextvit_large": 83.6,
     # https://arxiv.org/abs/2201.03545
-    "convnext_tiny": 82.1, "convnext_small": 83.1, "convnext_base": 83.8,
-}  # fmt: skip
+    "convnext_tiny": 82.1,
+    "convnext_small": 83.1,
+    "convnext_base": 83.8,
+}
 
 # Options of torch.compile by form. `frozen` folds the weights into the program; `graphs` replays CUDA graphs.
 COMPILED: dict[str, dict[str, Any]] = {

@@ -74,8 +74,9 @@ def profile_call(function: Callable[[], object], device: torch.device) -> dict[s
     operations = _kernels(function, device) if device.type == "cuda" else _operations(function)
     total = sum(operation.seconds for operation in operations.values())
     longest = sorted(operations.items(), key=lambda entry: -entry[1].seconds)
-    return {name: replace(operation, share=operation.seconds / total) for name, operation in longest
-            if operation.seconds}  # fmt: skip
+    return {
+        name: replace(operation, share=operation.seconds / total) for name, operation in longest if operation.seconds
+    }
 
 
 def _kernels(function: Callable[[], object], device: torch.device) -> dict[str, Operation]:

@@ -75,8 +75,10 @@ def title(table: Table) -> str:
     settings = table.settings
     form = ", dense form" if settings["is_dense"] else ""
     height, width = settings["size"]
-    return (f"{settings['model']}{form}, {height} × {width}, {table.measure}, batch {settings['batch_size']}, "
-            f"{table.number_format}")  # fmt: skip
+    return (
+        f"{settings['model']}{form}, {height} × {width}, {table.measure}, batch {settings['batch_size']}, "
+        f"{table.number_format}"
+    )
 
 
 def conditions(table: Table) -> str:
@@ -107,8 +109,10 @@ def as_text(table: Table) -> str:
     for row in table.rows:
         if row.profile:
             text.append(f"{row.subject}:")
-            text += [f"  {share:>7}  {rate:>22}  {bandwidth:>16}  {name}"
-                     for share, rate, bandwidth, name in profile_cells(row, table)]  # fmt: skip
+            text += [
+                f"  {share:>7}  {rate:>22}  {bandwidth:>16}  {name}"
+                for share, rate, bandwidth, name in profile_cells(row, table)
+            ]
     return "\n".join(text)
 
 
@@ -264,8 +268,15 @@ def shown(table: Table) -> list[Row]:
     """Rows of a table that a picture shows: none with a checkpoint, whose accuracy is not the published one."""
     if table.settings["checkpoint"]:
         return []
-    return [row for row in table.rows if row.median and row.top1_published and row.form not in OF_SEPVIT
-            and row.number_format == table.number_format and not table.settings["is_dense"]]  # fmt: skip
+    return [
+        row
+        for row in table.rows
+        if row.median
+        and row.top1_published
+        and row.form not in OF_SEPVIT
+        and row.number_format == table.number_format
+        and not table.settings["is_dense"]
+    ]
 
 
 def can_draw() -> bool:

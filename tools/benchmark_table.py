@@ -283,8 +283,11 @@ def _time(table: Table, ready: dict[Subject, Ready], setting: Setting, method: M
     other = benchmark_machine.OtherWork()
     times = interleave(calls, setting.device, method.rounds, method.least, method.deadline)
     table.other_cores = other.cores()
-    table.rates = {name: [amount / seconds for seconds in times.seconds[name]]
-                   for name, amount in amounts.items() if name in times.seconds}  # fmt: skip
+    table.rates = {
+        name: [amount / seconds for seconds in times.seconds[name]]
+        for name, amount in amounts.items()
+        if name in times.seconds
+    }
     for row in table.rows:
         if row.subject in ready:
             row.failure = times.errors.get(row.subject, "")
@@ -300,9 +303,11 @@ def _waited(call: Callable[[], object], device: torch.device) -> None:
 
 def _compare(table: Table, setting: Setting) -> None:
     """Fill in speeds and shares, round by round."""
-    baselines = {row.number_format: row.seconds for row in table.rows
-                 if row.seconds and row.model == table.settings["model"]
-                 and row.form == table.settings["baseline"]}  # fmt: skip
+    baselines = {
+        row.number_format: row.seconds
+        for row in table.rows
+        if row.seconds and row.model == table.settings["model"] and row.form == table.settings["baseline"]
+    }
     accuracies = {row.number_format: row.top1 for row in table.rows if row.form == "eager" and row.top1}
     for row in table.rows:
         if row.top1 is not None and "float32" in accuracies:
@@ -316,8 +321,10 @@ def _compare(table: Table, setting: Setting) -> None:
         if row.number_format == table.number_format and {MATRIX_PRODUCT, COPY} <= table.rates.keys():
             multiply_adds = PASSES[setting.is_training] * setting.batch_size * row.multiply_adds
             compulsory = compulsory_bytes(row, setting)
-            limits = [max(multiply_adds / rate, compulsory / bandwidth)
-                      for rate, bandwidth in zip(table.rates[MATRIX_PRODUCT], table.rates[COPY])]  # fmt: skip
+            limits = [
+                max(multiply_adds / rate, compulsory / bandwidth)
+                for rate, bandwidth in zip(table.rates[MATRIX_PRODUCT], table.rates[COPY])
+            ]
             row.share = ratio(limits, row.seconds)
 
 

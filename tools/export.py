@@ -136,8 +136,12 @@ def choose_formats(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]
 def other_opsets(args: argparse.Namespace) -> dict[str, Format]:
     """Formats that differ from ONNX in the version of the operators, for those that are asked for besides the first."""
     onnx = FORMATS["onnx"]
-    return {f"onnx-opset-{opset}": replace(onnx, write=partial(export_formats.write_onnx, opset=opset),
-                                           ending=f"-opset-{opset}.onnx") for opset in args.opset[1:]}  # fmt: skip
+    return {
+        f"onnx-opset-{opset}": replace(
+            onnx, write=partial(export_formats.write_onnx, opset=opset), ending=f"-opset-{opset}.onnx"
+        )
+        for opset in args.opset[1:]
+    }
 
 
 def build_job(
@@ -194,8 +198,9 @@ def refused(measured: Mapping[str, Measured], formats: Mapping[str, Format], ima
         exact = name == export_table.CHECKPOINT or formats[name].is_exact
         if not math.isfinite(one.difference):
             if name == export_table.CHECKPOINT:
-                raise UserError("--resume: the network's logits are not finite; use a checkpoint from before training "
-                                "diverged")  # fmt: skip
+                raise UserError(
+                    "--resume: the network's logits are not finite; use a checkpoint from before training diverged"
+                )
             failures[name] = "refused: its logits are not finite"
         elif exact and one.difference > LARGEST_DIFFERENCE:
             failures[name] = f"refused: its logits differ by {one.difference:.2g}, more than {LARGEST_DIFFERENCE:g}"
@@ -263,19 +268,41 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--resume", required=True, type=path, metavar="PATH", help="checkpoint, as predict.py takes it")
     add("--out", required=True, type=path, metavar="DIR", help="folder for the files")
-    add("--formats", nargs="+", choices=FORMATS, metavar="FORMAT",
-        help=f"{', '.join(FORMATS)}; default: all that this machine can write")  # fmt: skip
-    add("--data-path", type=path, default="", metavar="DIR",
-        help="data set of the classes, for top-1 and calibration; default: some photographs")  # fmt: skip
+    add(
+        "--formats",
+        nargs="+",
+        choices=FORMATS,
+        metavar="FORMAT",
+        help=f"{', '.join(FORMATS)}; default: all that this machine can write",
+    )
+    add(
+        "--data-path",
+        type=path,
+        default="",
+        metavar="DIR",
+        help="data set of the classes, for top-1 and calibration; default: some photographs",
+    )
     add("--data-set", default="IMNET", help=f"its kind, as for main.py: {', '.join(DATA_SETS)}, or a timm reader")
     add("--class-map", type=path, default="", metavar="FILE", help="numbers its classes, as for main.py")
-    add("--images", type=positive_int, default=2000, metavar="N",
-        help="validation images to compare on, evenly spaced, default 2000")  # fmt: skip
+    add(
+        "--images",
+        type=positive_int,
+        default=2000,
+        metavar="N",
+        help="validation images to compare on, evenly spaced, default 2000",
+    )
     add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not tell it")
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
-    add("--opset", type=int, choices=OPSETS, nargs="+", default=[OPSET], metavar="N",
+    add(
+        "--opset",
+        type=int,
+        choices=OPSETS,
+        nargs="+",
+        default=[OPSET],
+        metavar="N",
         help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]}, default {OPSET}; others are written, too, to "
-             "compare their speed")  # fmt: skip
+        "compare their speed",
+    )
     add("--rounds", type=positive_int, default=5, metavar="N", help="rounds of timing, default 5")
     add("--overwrite", action="store_true", help="replace files that are in DIR already")
     add("--push", default="", metavar="USER/NAME", help="upload the safetensors to the Hugging Face hub, by timm")

@@ -47,8 +47,10 @@ def export(backbone: Backbone, folder: Path, args: argparse.Namespace) -> int:
     """
     others = [name for name in args.formats or () if name != FORMAT]
     if others:
-        raise UserError(f"--formats {others[0]}: --resume {args.resume} holds a backbone, "
-                        f"{backbone.variant}, which is exported to {FORMAT} only")  # fmt: skip
+        raise UserError(
+            f"--formats {others[0]}: --resume {args.resume} holds a backbone, "
+            f"{backbone.variant}, which is exported to {FORMAT} only"
+        )
     require(f"--formats {FORMAT}", "onnx", "onnxscript", "onnxruntime")
     target = folder / f"{backbone.variant}-backbone.onnx"
     if target.exists() and not args.overwrite:
@@ -86,14 +88,17 @@ def compare(backbone: Backbone, file: Path, rounds: int) -> None:
             difference = largest_difference(run(images), backbone.network(images))
         print(f"  {shape[0]} × {shape[2]} × {shape[3]}: largest difference {difference:.1e}")
         if not difference < LARGEST_DIFFERENCE:
-            raise UserError(f"--formats {FORMAT}: refused, its maps differ by {difference:.1e}, more than "
-                            f"{LARGEST_DIFFERENCE:g}")  # fmt: skip
+            raise UserError(
+                f"--formats {FORMAT}: refused, its maps differ by {difference:.1e}, more than {LARGEST_DIFFERENCE:g}"
+            )
     images = torch.randn(TIMED)
     with torch.inference_mode():
         times = interleave({"ONNX": lambda: run(images), "eager": lambda: backbone.network(images)}, CPU, rounds)
     speed = ratio(times.seconds["eager"], times.seconds["ONNX"])
-    print(f"  {TIMED[2]} × {TIMED[3]} in ONNX Runtime: {speed.median:.2f} × the speed of PyTorch in eager mode "
-          f"({speed.low:.2f} to {speed.high:.2f})")  # fmt: skip
+    print(
+        f"  {TIMED[2]} × {TIMED[3]} in ONNX Runtime: {speed.median:.2f} × the speed of PyTorch in eager mode "
+        f"({speed.low:.2f} to {speed.high:.2f})"
+    )
 
 
 def largest_difference(maps: list[Tensor], others: tuple[Tensor, ...]) -> float:

@@ -244,8 +244,10 @@ def check_joined(preprocessing: Any, path: Path, job: Job) -> None:
     Raises:
         ValueError: they differ.
     """
-    prepare, run = (run_onnxruntime(onnxruntime_session(model, available_cores()))
-                    for model in (preprocessing.SerializeToString(), path))  # fmt: skip
+    prepare, run = (
+        run_onnxruntime(onnxruntime_session(model, available_cores()))
+        for model in (preprocessing.SerializeToString(), path)
+    )
     for image in job.samples:
         pixels = torch.from_numpy(np.array(image))
         difference = float((run(pixels)[0] - job.classifier.run(prepare(pixels)[0])).abs().max())
@@ -292,8 +294,16 @@ def preprocessing_graph(preprocessing: Preprocessing, opset: int = OPSET) -> Any
         make("Div", ["scaled", "shorter"], ["resized_shape"]),
         make("Transpose", ["pixels"], ["channels_first"], perm=[2, 0, 1]),
         make("Unsqueeze", ["channels_first", "batch"], ["pixels_batch"]),
-        make("Resize", ["pixels_batch", "", "", "resized_shape"], ["resized"], antialias=1, exclude_outside=1,
-             coordinate_transformation_mode="half_pixel", axes=[2, 3], **resize),
+        make(
+            "Resize",
+            ["pixels_batch", "", "", "resized_shape"],
+            ["resized"],
+            antialias=1,
+            exclude_outside=1,
+            coordinate_transformation_mode="half_pixel",
+            axes=[2, 3],
+            **resize,
+        ),
         # The crop starts at half of what is cut off, rounded to even.
         make("Sub", ["resized_shape", "crop"], ["spare"]),
         make("Div", ["spare", "two"], ["half"]),
@@ -306,7 +316,7 @@ def preprocessing_graph(preprocessing: Preprocessing, opset: int = OPSET) -> Any
         make("Cast", ["cropped"], ["cropped_float"], to=onnx.TensorProto.FLOAT),
         make("Mul", ["cropped_float", "scale"], ["scaled_float"]),
         make("Add", ["scaled_float", "offset"], ["prepared"]),
-    ]  # fmt: skip
+    ]
     image = onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, ["height", "width", 3])
     size = [1, 3, *preprocessing.size]
     prepared = onnx.helper.make_tensor_value_info("prepared", onnx.TensorProto.FLOAT, size)

@@ -122,8 +122,7 @@ def products_of_attention(model: Any) -> list[str]:
     """Names of an ONNX model's matrix products without a constant factor."""
     constants = {entry.name for entry in model.graph.initializer}
     constants |= {output for node in model.graph.node if node.op_type == "Constant" for output in node.output}
-    return [node.name for node in model.graph.node
-            if node.op_type == "MatMul" and not constants & set(node.input)]  # fmt: skip
+    return [node.name for node in model.graph.node if node.op_type == "MatMul" and not constants & set(node.input)]
 
 
 def calibration_batches(inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -33,8 +33,14 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--model", default="SepViT_Tiny", metavar="NAME", help="a variant of SepViT, or another network of timm")
     add("--dense", action="store_true", help="the dense prediction form")
-    add("--input-size", type=positive_int, nargs="+", default=[224], metavar="PIXELS",
-        help="one side, or H and W, default 224")  # fmt: skip
+    add(
+        "--input-size",
+        type=positive_int,
+        nargs="+",
+        default=[224],
+        metavar="PIXELS",
+        help="one side, or H and W, default 224",
+    )
     add("--batch-size", type=positive_int, default=1, metavar="N", help="images whose memory is measured, default 1")
     add("--device", default=best_device(), help="cuda, mps or cpu, to measure memory on; default the best available")
     return parser
@@ -49,8 +55,10 @@ def build_network(model: str, is_dense: bool, size: tuple[int, int]) -> nn.Modul
     if is_dense and model not in sepvit.VARIANTS:
         raise UserError(f"--dense --model {model}: a form of SepViT alone; choose from {', '.join(sepvit.VARIANTS)}")
     if not timm.is_model(model):
-        raise UserError(f"--model {model}: timm has no such model; choose from {', '.join(sepvit.VARIANTS)}, or from "
-                        "timm.list_models()")  # fmt: skip
+        raise UserError(
+            f"--model {model}: timm has no such model; choose from {', '.join(sepvit.VARIANTS)}, or from "
+            "timm.list_models()"
+        )
     if is_dense:
         return sepvit.create_dense(model).eval()
     network: nn.Module = create_network(f"--model {model}", model, CLASSES, size)

@@ -232,8 +232,12 @@ def build_parser() -> Parser:
     parser.add_argument("--out", type=path, default=str(ROOT / "benchmarks"), help="folder for the record")
     parser.add_argument("--limit", type=seconds, default=540.0, metavar="SECONDS", help="time for everything")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows whose names start so")
-    parser.add_argument("--jobs", type=positive_int, default=max(1, available_cores() // 2),
-                        help="rows side by side that measure no time")  # fmt: skip
+    parser.add_argument(
+        "--jobs",
+        type=positive_int,
+        default=max(1, available_cores() // 2),
+        help="rows side by side that measure no time",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, and few rows: to try the check itself")
     parser.add_argument("--revision", default=None, help="commit of the code, where git does not know it")
     return parser

@@ -96,8 +96,10 @@ class Record:
 
     def markdown(self) -> str:
         """The record as a page."""
-        counts = ", ".join(f"{sum(row.status == status for row in self.rows)} {status}"
-                           for status in (PASSED, FAILED, TIMED_OUT, CRASHED, SKIPPED))  # fmt: skip
+        counts = ", ".join(
+            f"{sum(row.status == status for row in self.rows)} {status}"
+            for status in (PASSED, FAILED, TIMED_OUT, CRASHED, SKIPPED)
+        )
         lines = [f"# {self.machine['device']}", ""]
         lines += ["The quick form: its figures mean nothing.", ""] if self.is_quick else []
         lines += [f"`tools/gpu_check.sh` on {self.date}, revision {self.revision}: {counts}.", ""]
@@ -121,8 +123,13 @@ def described(value: Any) -> str:
         return ", ".join(f"{name} {described(entry)}" for name, entry in value.items() if name != "kernels")
     if isinstance(value, list):
         return " · ".join(map(described, value))
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:.0f}" if isinstance(
-        value, float) else str(value)  # fmt: skip
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 1000
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 SPEEDS_NOTE = """\

@@ -74,12 +74,18 @@ class Run:
     def start(self) -> subprocess.Popen | commands.Command:
         """Start the command. What it prints is appended to `printed`."""
         if not self.processes:
-            return commands.Command(self.script, self.arguments, self.folder, self.environment, self.printed,
-                                    self.printed)  # fmt: skip
+            return commands.Command(
+                self.script, self.arguments, self.folder, self.environment, self.printed, self.printed
+            )
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
         with self.printed.open("a") as printed:
-            return subprocess.Popen([*torchrun, self.script, *self.arguments], cwd=self.folder, env=self.environment,
-                                    stdout=printed, stderr=printed)  # fmt: skip
+            return subprocess.Popen(
+                [*torchrun, self.script, *self.arguments],
+                cwd=self.folder,
+                env=self.environment,
+                stdout=printed,
+                stderr=printed,
+            )
 
     def finish(self) -> str:
         """Run the command to its end. Returns what it printed.
@@ -157,8 +163,19 @@ def record_run(figures: Figures, output: Path, least: float) -> None:
 
 def check_run(setup: Setup, figures: Figures, flags: Sequence[str]) -> None:
     """Train the demo to its accuracy, and evaluate its checkpoint."""
-    common = ["--config", ROOT / "recipes" / "digits.yaml", "--data-path", setup.digits, "--output_dir", "run",
-              "--device", setup.device.type, "--num_workers", "0" if setup.quick else "3", *flags]  # fmt: skip
+    common = [
+        "--config",
+        ROOT / "recipes" / "digits.yaml",
+        "--data-path",
+        setup.digits,
+        "--output_dir",
+        "run",
+        "--device",
+        setup.device.type,
+        "--num_workers",
+        "0" if setup.quick else "3",
+        *flags,
+    ]
     common += ["--input-size", "32", "--epochs", "1"] if setup.quick else []
     start = time.monotonic()
     run = Run(setup.folder, common)
@@ -172,9 +189,25 @@ def check_run(setup: Setup, figures: Figures, flags: Sequence[str]) -> None:
 
 # Everything random or stateful: shuffle, augmentation, mixup, drop path, averaged weights, a best checkpoint.
 RESUMABLE = [
-    "--model", "SepViT_Lite", "--epochs", "2", "--model-ema", "--model-ema-warmup", "--warmup-epochs", "1", "--lr",
-    "5e-3", "--output_dir", "run", "--auto-resume", "--print-freq", "5", "--deterministic", "--keep-checkpoints", "20",
-]  # fmt: skip
+    "--model",
+    "SepViT_Lite",
+    "--epochs",
+    "2",
+    "--model-ema",
+    "--model-ema-warmup",
+    "--warmup-epochs",
+    "1",
+    "--lr",
+    "5e-3",
+    "--output_dir",
+    "run",
+    "--auto-resume",
+    "--print-freq",
+    "5",
+    "--deterministic",
+    "--keep-checkpoints",
+    "20",
+]
 SIZES = ["--batch-size", "64", "--num_workers", "3", "--checkpoint-every", "4"]
 QUICK_SIZES = ["--batch-size", "16", "--num_workers", "0", "--checkpoint-every", "1", "--input-size", "32"]
 
@@ -270,8 +303,18 @@ def check_out_of_memory(setup: Setup, figures: Figures) -> None:
     """Run main.py with a hundredth of the GPU's memory. It must end with one line and status 2."""
     torch.cuda.set_per_process_memory_fraction(0.01)
     errors = io.StringIO()
-    arguments = ["--data-path", setup.digits, "--output_dir", setup.folder / "run", "--batch-size", 128,
-                 "--device", setup.device.type, "--num_workers", 3]  # fmt: skip
+    arguments = [
+        "--data-path",
+        setup.digits,
+        "--output_dir",
+        setup.folder / "run",
+        "--batch-size",
+        128,
+        "--device",
+        setup.device.type,
+        "--num_workers",
+        3,
+    ]
     with contextlib.redirect_stderr(errors):
         status = main.run(list(map(str, arguments)))
     figures["message"] = errors.getvalue().strip()
@@ -290,8 +333,11 @@ def run_rows() -> list[Row]:
     for amp, short in (("float32", "off"), ("bfloat16", "bfloat16"), ("float16", "float16")):
         is_quick, flags = amp == "float32", ("--amp", short)
         # Steps that the search for float16's loss scale skips do wait.
-        waiting = partial(check_no_waiting, flags=(*flags, "--batch-size", "64", "--epochs", "2", *MIXING),
-                          first=12 if amp == "float16" else 3)  # fmt: skip
+        waiting = partial(
+            check_no_waiting,
+            flags=(*flags, "--batch-size", "64", "--epochs", "2", *MIXING),
+            first=12 if amp == "float16" else 3,
+        )
         rows += [
             Row(f"resume-{amp}", partial(check_resume, flags=flags), limit=240),
             Row(f"run-{amp}", partial(check_run, flags=flags), quick=is_quick),

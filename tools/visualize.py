@@ -106,8 +106,10 @@ def load(args: argparse.Namespace) -> tuple[Loaded, Image.Image]:
     """
     what = f"--resume {args.resume}"
     if exported.kind_of(Path(args.resume)):
-        raise UserError(f"{what}: an exported model, which does not show its attention; name the checkpoint that it "
-                        "was exported from")  # fmt: skip
+        raise UserError(
+            f"{what}: an exported model, which does not show its attention; name the checkpoint that it "
+            "was exported from"
+        )
     if not Path(args.resume).is_dir() and (backbone := load_backbone(args.resume, what, args.averaged)):
         if args.label:
             raise UserError(f"--class {args.label}: {what} holds a backbone, which has no classes; omit it")
@@ -115,8 +117,10 @@ def load(args: argparse.Namespace) -> tuple[Loaded, Image.Image]:
         preprocessing = dense_preprocessing(image, args.input_size)
         return Loaded(backbone.network, f"{backbone.variant}, dense form", preprocessing), image
     if args.input_size:
-        raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: {what} holds a classifier, which takes "
-                        "images of the size it was trained for; omit it")  # fmt: skip
+        raise UserError(
+            f"--input-size {' '.join(map(str, args.input_size))}: {what} holds a classifier, which takes "
+            "images of the size it was trained for; omit it"
+        )
     classifier = load_classifier(args.resume, args.model, args.averaged)
     network, description = classifier.network, classifier.description
     if not isinstance(network, SepViT):
@@ -243,8 +247,10 @@ def observe(args: argparse.Namespace, loaded: Loaded, image: Image.Image) -> Sce
         label = index, loaded.classes[index]
     print(f"{loaded.name}, {height} × {width} pixels{prediction}")
     difference = max(block.difference for block in blocks)
-    print(f"attention of {len(blocks)} blocks: rows sum to one; outputs recomputed from it equal the network's to "
-          f"{difference:.0e} of the largest value")  # fmt: skip
+    print(
+        f"attention of {len(blocks)} blocks: rows sum to one; outputs recomputed from it equal the network's to "
+        f"{difference:.0e} of the largest value"
+    )
     crop = np.asarray(loaded.preprocessing.crop(image))
     subject = Subject(crop, title_of(args, loaded, prediction), pixel)
     return Scene(loaded.network, inputs, blocks, chosen_blocks(args.blocks, blocks), subject, label)
@@ -370,17 +376,43 @@ def build_parser() -> Parser:
     add("--out", required=True, type=path, metavar="DIR", help="folder for the figures")
     add("--overwrite", action="store_true", help="replace figures that are in DIR already")
     add("--format", choices=tuple(DPI), default="png", help="png (200 dpi, the default), or pdf (vectors)")
-    add("--figures", nargs="+", choices=FIGURES, default=FIGURES, metavar="NAME",
-        help=f"what to draw: {', '.join(FIGURES)}; default all that PATH has")  # fmt: skip
-    add("--window", nargs="+", default=[], metavar="ROW COLUMN",
-        help="the window, or all for the attention of every one; default the one in the middle")  # fmt: skip
-    add("--blocks", nargs="+", default=[], metavar="STAGE.BLOCK",
-        help="blocks to draw by head, or all; default the last of each stage and window side")  # fmt: skip
-    add("--class", dest="label", default="", metavar="CLASS",
-        help="class to attribute pixels to, name or number; default the predicted one")  # fmt: skip
-    add("--input-size", nargs=2, type=positive_int, metavar=("H", "W"),
+    add(
+        "--figures",
+        nargs="+",
+        choices=FIGURES,
+        default=FIGURES,
+        metavar="NAME",
+        help=f"what to draw: {', '.join(FIGURES)}; default all that PATH has",
+    )
+    add(
+        "--window",
+        nargs="+",
+        default=[],
+        metavar="ROW COLUMN",
+        help="the window, or all for the attention of every one; default the one in the middle",
+    )
+    add(
+        "--blocks",
+        nargs="+",
+        default=[],
+        metavar="STAGE.BLOCK",
+        help="blocks to draw by head, or all; default the last of each stage and window side",
+    )
+    add(
+        "--class",
+        dest="label",
+        default="",
+        metavar="CLASS",
+        help="class to attribute pixels to, name or number; default the predicted one",
+    )
+    add(
+        "--input-size",
+        nargs=2,
+        type=positive_int,
+        metavar=("H", "W"),
         help="for backbones: size in pixels to which the image is scaled and cropped; default the whole image, "
-        f"its shorter side at most {SHORTER_SIDE}")  # fmt: skip
+        f"its shorter side at most {SHORTER_SIDE}",
+    )
     return parser
 
 

@@ -105,8 +105,14 @@ def show_cells(
     """
     rows, columns = values.shape[:2]
     limits = axes.get_xlim(), axes.get_ylim()
-    axes.imshow(values, extent=(0, columns * cell, rows * cell, 0), norm=norm, cmap=colours, alpha=opacity,
-                interpolation="nearest")  # fmt: skip
+    axes.imshow(
+        values,
+        extent=(0, columns * cell, rows * cell, 0),
+        norm=norm,
+        cmap=colours,
+        alpha=opacity,
+        interpolation="nearest",
+    )
     if axes.images[1:]:
         axes.set(xlim=limits[0], ylim=limits[1])
 
@@ -125,8 +131,19 @@ def over_grey(colours: Colormap = COLOUR_MAP) -> Colormap:
 def mark(axes: Axes, left: float, top: float, width: float, height: float) -> None:
     """Outline a part of a panel, visibly on any ground."""
     stroke = withStroke(linewidth=1.9, foreground="black")
-    axes.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor="white", linewidth=0.8, clip_on=False,
-                             zorder=5, path_effects=[stroke]))  # fmt: skip
+    axes.add_patch(
+        Rectangle(
+            (left, top),
+            width,
+            height,
+            fill=False,
+            edgecolor="white",
+            linewidth=0.8,
+            clip_on=False,
+            zorder=5,
+            path_effects=[stroke],
+        )
+    )
 
 
 def mark_window(axes: Axes, block: BlockAttention, subject: Subject, row: int, column: int) -> None:
@@ -212,11 +229,19 @@ def show_mosaic(
     maps[:, :high, :, :wide] = fine.transpose(0, 2, 1, 3)
     axes.axis("on")
     extent = (0, columns * (wide + gap), rows * (high + gap), 0)
-    axes.imshow(maps.reshape(extent[2], extent[1]), extent=extent, norm=norm, cmap=COLOUR_MAP, interpolation="nearest",
-                aspect="auto")  # fmt: skip
+    axes.imshow(
+        maps.reshape(extent[2], extent[1]),
+        extent=extent,
+        norm=norm,
+        cmap=COLOUR_MAP,
+        interpolation="nearest",
+        aspect="auto",
+    )
     axes.set_box_aspect(shape[0] / shape[1])
-    outlines = [Rectangle((column * (wide + gap + SUBCELLS), row * (high + gap + SUBCELLS)), SUBCELLS, SUBCELLS)
-                for row, column in np.ndindex(grid)]  # fmt: skip
+    outlines = [
+        Rectangle((column * (wide + gap + SUBCELLS), row * (high + gap + SUBCELLS)), SUBCELLS, SUBCELLS)
+        for row, column in np.ndindex(grid)
+    ]
     width = 0.8 if max(grid) <= 4 else 0.4
     axes.add_collection(PatchCollection(outlines, facecolor="none", edgecolor="white", linewidth=width))
     axes.set(xlim=(-gap, extent[1]), ylim=(extent[2], -gap), xticks=[], yticks=[], title=title)
@@ -273,8 +298,15 @@ def among_figure(subject: Subject, blocks: Sequence[BlockAttention], through: Ro
     show_input(axes[0], subject, finest)
     for block, panel in zip(blocks, axes[1:]):
         show_among(panel, block.among_mean()[0], block.grid, block.stride, subject, block, titled(block))
-    show_among(axes[len(blocks) + 1], through.weights[0], through.grid, through.stride, subject, finest,
-               f"all blocks: rollout\n{windows(through.grid)}")  # fmt: skip
+    show_among(
+        axes[len(blocks) + 1],
+        through.weights[0],
+        through.grid,
+        through.stride,
+        subject,
+        finest,
+        f"all blocks: rollout\n{windows(through.grid)}",
+    )
     among_bar(figure, grid, subject)
     return figure
 
@@ -381,8 +413,12 @@ def show_window_weights(axes: Axes, weights: np.ndarray, seen: tuple[int, int], 
 def tokens_figure(title: str, similarities: Sequence[tuple[BlockAttention, Tensor]]) -> Figure:
     """Cosine similarity of each block's learned window tokens, n × n: one map per window, at the window's place."""
     rows, columns = similarities[0][0].grid
-    figure, grid = panels(*chunks(len(similarities), LARGE_COLUMNS), (rows, columns),
-                          f"{title}\nsimilarity of each window's token to the others'", LARGE_PANEL)  # fmt: skip
+    figure, grid = panels(
+        *chunks(len(similarities), LARGE_COLUMNS),
+        (rows, columns),
+        f"{title}\nsimilarity of each window's token to the others'",
+        LARGE_PANEL,
+    )
     norm = Normalize(-1, 1)
     for (block, similarity), axes in zip(similarities, [axes for row in grid for axes in row]):
         show_mosaic(axes, similarity.cpu().numpy(), block.grid, block.grid, norm, titled(block))

@@ -101,8 +101,11 @@ class CropBatch:
 def collate_crops(crops: Sequence[Crop]) -> CropBatch:
     """Collate crops into a batch. Operations are grouped: flips, then all first ones by kind, all second ones, …"""
     drawn = [(-1, FLIP.kind, index, FLIP.values) for index, crop in enumerate(crops) if crop.is_flipped]
-    drawn += [(place, operation.kind, index, operation.values)
-              for index, crop in enumerate(crops) for place, operation in enumerate(crop.operations)]  # fmt: skip
+    drawn += [
+        (place, operation.kind, index, operation.values)
+        for index, crop in enumerate(crops)
+        for place, operation in enumerate(crop.operations)
+    ]
     drawn.sort(key=lambda entry: entry[:3])
     values = np.zeros((len(drawn), VALUES), np.float32)
     groups: dict[tuple[int, str], tuple[str, int, int]] = {}
@@ -257,10 +260,21 @@ def _rotate(size: int, degrees: float) -> tuple[float, ...]:
 
 
 # timm's functions with one strength or none, and the kinds of their operations
-STRENGTHS = {getattr(auto_augment, kind): kind for kind in (
-    "auto_contrast", "equalize", "invert", "posterize", "solarize", "solarize_add", "color", "contrast", "brightness",
-    "sharpness",
-)}  # fmt: skip
+STRENGTHS = {
+    getattr(auto_augment, kind): kind
+    for kind in (
+        "auto_contrast",
+        "equalize",
+        "invert",
+        "posterize",
+        "solarize",
+        "solarize_add",
+        "color",
+        "contrast",
+        "brightness",
+        "sharpness",
+    )
+}
 # timm's affine transforms, and their matrices: six numbers that map a place in the result to one in the image
 MATRICES: dict[Callable[..., Any], Callable[..., tuple[float, ...]]] = {
     auto_augment.shear_x: _shear_x,

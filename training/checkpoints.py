@@ -314,8 +314,14 @@ def _fetch_rest(url: str, partial: Path, stall: float) -> None:
             have = 0  # the server does not support ranges
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
-        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=partial.name.split(".")[0],
-                   disable=not is_main_process())  # fmt: skip
+        bar = tqdm(
+            total=total,
+            initial=have,
+            unit="B",
+            unit_scale=True,
+            desc=partial.name.split(".")[0],
+            disable=not is_main_process(),
+        )
         with partial.open("ab" if have else "wb") as file, bar:
             while part := response.read(PART):
                 bar.update(file.write(part))
@@ -530,8 +536,7 @@ def _resized_by_timm(weights: dict[str, Tensor], model: nn.Module) -> tuple[dict
         adapted = adapt(dict(weights), model)
     except Exception:  # of any type, for weights of another network, which `_check_entries` reports
         return weights, []
-    return adapted, [name for name, value in adapted.items()
-                     if name in weights and value.shape != weights[name].shape]  # fmt: skip
+    return adapted, [name for name, value in adapted.items() if name in weights and value.shape != weights[name].shape]
 
 
 def classifier_of(weights: Mapping[str, Tensor], heads: str | Sequence[str] | None) -> list[str]:
@@ -573,8 +578,10 @@ def _check_finite(weights: dict[str, Tensor], model: nn.Module, what: str) -> No
         value = weights.get(name, parameter)
         if value is not parameter and not value.float().isfinite().all():
             count = int((~value.float().isfinite()).sum())
-            raise UserError(f"{what}: {name} is not finite ({count} of {value.numel()} values); use a checkpoint from "
-                            "before training diverged")  # fmt: skip
+            raise UserError(
+                f"{what}: {name} is not finite ({count} of {value.numel()} values); use a checkpoint from "
+                "before training diverged"
+            )
 
 
 def _check_entries(
@@ -583,8 +590,11 @@ def _check_entries(
     """Refuse missing and unexpected entries, and entries of another shape."""
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unexpected:
-        parts = [f"{len(names)} {kind} ({names[0]}, …)" for kind, names in
-                 (("entries are missing", missing), ("are unexpected", unexpected)) if names]  # fmt: skip
+        parts = [
+            f"{len(names)} {kind} ({names[0]}, …)"
+            for kind, names in (("entries are missing", missing), ("are unexpected", unexpected))
+            if names
+        ]
         raise UserError(f"{what}: another architecture: {', '.join(parts)}")
     for name, value in weights.items():
         if value.shape != expected[name].shape:
@@ -714,8 +724,10 @@ class CheckpointWriter:
             self.failure = None
         except OSError as error:
             self.failure = error.strerror
-            print_line(f"WARNING: {path} could not be written ({error.strerror}): "
-                     "the previous checkpoint is kept, training continues")  # fmt: skip
+            print_line(
+                f"WARNING: {path} could not be written ({error.strerror}): "
+                "the previous checkpoint is kept, training continues"
+            )
         else:
             print_line(f"saved {path} (before {names.place(checkpoint)})")
 

@@ -94,8 +94,12 @@ class Parser(argparse.ArgumentParser):
 
     def actions(self) -> dict[str, argparse.Action]:
         """argparse's actions by the names of their options, with `_`, without leading dashes."""
-        return {option.lstrip("-").replace("-", "_"): action for action in self._actions
-                for option in action.option_strings if not option.startswith("--no-")}  # fmt: skip
+        return {
+            option.lstrip("-").replace("-", "_"): action
+            for action in self._actions
+            for option in action.option_strings
+            if not option.startswith("--no-")
+        }
 
     def flags(self) -> dict[str, str]:
         """What the user types for each setting: its flag, or the placeholder of a positional argument."""
@@ -198,8 +202,11 @@ def _run(name: str, command: Callable[[], int | None], flags: Mapping[str, str],
         if not is_transient(error):
             raise
         hint = "" if isinstance(error, MachineError) else f", with fewer {workers} if memory ran out"
-        print(f"{name}: process {get_rank()}: {with_flags(first_line(error), flags)}; run the same command again{hint}",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"{name}: process {get_rank()}: {with_flags(first_line(error), flags)}; run the same command again{hint}",
+            file=sys.stderr,
+            flush=True,
+        )
         return RESUME_STATUS
     except KeyboardInterrupt:
         if is_main_process():

@@ -88,8 +88,9 @@ def costs_of(network: nn.Module, image: Tensor) -> dict[Part, Cost]:
 def _attention_of(network: SepViTStages) -> dict[str, nn.Module]:
     """The methods of SepViT's attention, which its layers do not tell apart, by name."""
     attentions = {f"{name}.attn": block.attn for name, block in network.named_blocks().items()}
-    return {f"{name}.{method}": attention for name, attention in attentions.items()
-            for method in ("depthwise", "pointwise")}  # fmt: skip
+    return {
+        f"{name}.{method}": attention for name, attention in attentions.items() for method in ("depthwise", "pointwise")
+    }
 
 
 def _part_of_sepvit(name: str) -> Part:
@@ -117,8 +118,9 @@ def _kind_of_layer(module: nn.Module) -> str:
 
 def total_of(costs: Mapping[Part, Cost], quantity: str, stage: str = "", kind: str = "") -> int:
     """Sum a quantity of `Cost` over all parts, or over those of a stage or kind."""
-    return sum(getattr(cost, quantity) for part, cost in costs.items()
-               if stage in ("", part.stage) and kind in ("", part.kind))  # fmt: skip
+    return sum(
+        getattr(cost, quantity) for part, cost in costs.items() if stage in ("", part.stage) and kind in ("", part.kind)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -239,5 +241,7 @@ def _line(name: str, cells: Sequence[str]) -> str:
 def summary(costs: Mapping[Part, Cost]) -> str:
     """A network's totals, in one line."""
     parameters, multiply_adds, activations = (total_of(costs, quantity) for quantity in QUANTITIES)
-    return (f"{parameters / 1e6:.3f} M parameters, {multiply_adds / 1e9:.3f} G multiply-adds, "
-            f"{activations / 1e6:.3f} M activations")  # fmt: skip
+    return (
+        f"{parameters / 1e6:.3f} M parameters, {multiply_adds / 1e9:.3f} G multiply-adds, "
+        f"{activations / 1e6:.3f} M activations"
+    )

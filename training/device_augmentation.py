@@ -31,8 +31,10 @@ class DeviceAugmentation:
     def __init__(self, precision: Precision, remode: str, preprocessing: Preprocessing) -> None:
         self.precision = precision
         self.remode = remode
-        mean, std = (torch.tensor(values, device=precision.device)[:, None, None]
-                     for values in (preprocessing.mean, preprocessing.std))  # fmt: skip
+        mean, std = (
+            torch.tensor(values, device=precision.device)[:, None, None]
+            for values in (preprocessing.mean, preprocessing.std)
+        )
         self.mean, self.std = 255 * mean, 255 * std
 
     def __call__(self, batch: CropBatch) -> Tensor:

@@ -59,8 +59,10 @@ class DelayedFlags:
             place: epoch and step in epoch.
             flags: the other fields of `StepFlags`, in order.
         """
-        values = [flag.float() if isinstance(flag, Tensor) else torch.full((), float(flag), device=self.device)
-                  for flag in flags]  # fmt: skip
+        values = [
+            flag.float() if isinstance(flag, Tensor) else torch.full((), float(flag), device=self.device)
+            for flag in flags
+        ]
         counts = all_reduce(torch.stack(values))
         event = None
         if self.device.type == "cuda":
@@ -224,5 +226,11 @@ class StepMonitor:
                 self.log({**flags.place, "unreadable_image": name, "reason": reason})
                 example = f"{name} ({reason})"
         self._unreadable.clear()
-        check_unreadable(len(names), unreadable_limit(policy, size), example or names[-1],
-                         setting("on_bad_image", policy), size, "see `unreadable_image` in log.txt")  # fmt: skip
+        check_unreadable(
+            len(names),
+            unreadable_limit(policy, size),
+            example or names[-1],
+            setting("on_bad_image", policy),
+            size,
+            "see `unreadable_image` in log.txt",
+        )

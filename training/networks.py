@@ -81,8 +81,10 @@ def _check_size(network: nn.Module, name: str, size: tuple[int, int]) -> None:
     except (AssertionError, RuntimeError, ValueError) as error:
         if out_of_memory(error):
             raise
-        raise UserError(f"{setting('input_size', *size)}: {name} does not take it ({first_line(error)}); its own is "
-                        f"{own[1]} × {own[2]} pixels") from None  # fmt: skip
+        raise UserError(
+            f"{setting('input_size', *size)}: {name} does not take it ({first_line(error)}); its own is "
+            f"{own[1]} × {own[2]} pixels"
+        ) from None
     network.train()
 
 

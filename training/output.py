@@ -226,8 +226,9 @@ class Output:
             UserError: the folder holds another run.
         """
         if is_taken(self.folder, self.names, source, resumes):
-            raise UserError(f"{self.what}: already holds a run; resume it with "
-                            f"{setting('auto_resume')}, or name another folder")  # fmt: skip
+            raise UserError(
+                f"{self.what}: already holds a run; resume it with {setting('auto_resume')}, or name another folder"
+            )
 
     def open(
         self,
@@ -309,8 +310,10 @@ class Output:
         failures = {"the last checkpoint": self._files.checkpoints.failure, LOG: self._files.log.failure}
         for what, failure in failures.items():
             if failure:
-                raise UserError(f"{self.what}: {what} could not be written ({failure}); make room and run it again "
-                                f"with {setting('auto_resume')}")  # fmt: skip
+                raise UserError(
+                    f"{self.what}: {what} could not be written ({failure}); make room and run it again "
+                    f"with {setting('auto_resume')}"
+                )
 
     def complete(self) -> None:
         """At the end of the run, give the newest checkpoint its second name, and plot the curves.

@@ -120,8 +120,10 @@ def init_distributed(device: str, world_size: int, dist_url: str, timeout: float
     except ValueError as error:
         raise UserError(f"{setting('dist_url', dist_url)}: not a rendezvous address ({error})") from None
     except dist.DistNetworkError as error:
-        raise MachineError(f"the processes cannot connect to each other ({str(error).splitlines()[0]}); if it stays "
-                           "so, check MASTER_ADDR and choose another MASTER_PORT") from None  # fmt: skip
+        raise MachineError(
+            f"the processes cannot connect to each other ({str(error).splitlines()[0]}); if it stays "
+            "so, check MASTER_ADDR and choose another MASTER_PORT"
+        ) from None
     return torch.device(device)
 
 
@@ -131,8 +133,10 @@ def _check_address(dist_url: str, rank: int) -> None:
         raise UserError(f"{setting('dist_url', dist_url)}: unknown; takes env://, tcp://HOST:PORT or file://PATH")
     if dist_url == "env://":
         if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-            raise UserError(f"environment variable RANK={rank} is set, {' and '.join(missing)} not; start the "
-                            "processes by torchrun or srun, or unset RANK for a single process")  # fmt: skip
+            raise UserError(
+                f"environment variable RANK={rank} is set, {' and '.join(missing)} not; start the "
+                "processes by torchrun or srun, or unset RANK for a single process"
+            )
         environment_number("MASTER_PORT", 0, most=65535)
 
 

@@ -65,8 +65,10 @@ def open_webdataset(
     expanding = [i for i, stage in enumerate(pipeline) if getattr(stage, "f", None) is tarfile_samples]
     decoding = [i for i, stage in enumerate(pipeline) if _function_of(stage) is reader_wds._decode]
     if not (len(expanding) == len(decoding) == 1 and expanding < decoding):
-        raise UserError(f"{setting('data_set', 'wds/…')}: timm {timm.__version__} reads webdatasets differently from "
-                        "the versions supported; install the version in requirements.txt")  # fmt: skip
+        raise UserError(
+            f"{setting('data_set', 'wds/…')}: timm {timm.__version__} reads webdatasets differently from "
+            "the versions supported; install the version in requirements.txt"
+        )
     decoder = pipeline[decoding[0]]
     decoder.args = (partial(_decoded, partial(_decoded_by, decode, decoder.args[0])),)
     decoder.kw["handler"] = partial(_handle_unreadable, skip)
@@ -159,8 +161,10 @@ def _split(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for begin in labelled:
         for kind in {"cls", "json"} & common.keys() & parts[begin].keys():
             names = f"{sample['__key__']}.{kind} and {sample['__key__']}.{begin}.{kind}"
-            raise UserError(f"shard {sample['__url__']}: {names} would be of one sample, as names are split at their "
-                            "first dot; rename one")  # fmt: skip
+            raise UserError(
+                f"shard {sample['__url__']}: {names} would be of one sample, as names are split at their "
+                "first dot; rename one"
+            )
     if sample:
         yield sample
 

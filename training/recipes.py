@@ -122,6 +122,9 @@ def write_recipe(path: Path, settings: dict[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()
-              if name not in PERSONAL}  # fmt: skip
+    values = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in settings.items()
+        if name not in PERSONAL
+    }
     write_file(path, lambda file: file.write(yaml.safe_dump(values, sort_keys=False).encode()))

@@ -29,11 +29,31 @@ from training.state import Training
 
 # Settings that do not change what a run computes. A run may be resumed with other values.
 FREE_SETTINGS = {
-    "auto_resume", "checkpoint_every", "class_map", "config", "data_path", "device", "dist_eval", "dist_url",
+    "auto_resume",
+    "checkpoint_every",
+    "class_map",
+    "config",
+    "data_path",
+    "device",
+    "dist_eval",
+    "dist_url",
     "dump_bad_batch",
-    "eval", "keep_checkpoints", "local_rank", "max_bad_steps", "model_ema_force_cpu", "num_workers", "on_bad_image",
-    "output_dir", "pin_mem", "print_freq", "resume", "start_epoch", "throughput", "timeout", "world_size",
-}  # fmt: skip
+    "eval",
+    "keep_checkpoints",
+    "local_rank",
+    "max_bad_steps",
+    "model_ema_force_cpu",
+    "num_workers",
+    "on_bad_image",
+    "output_dir",
+    "pin_mem",
+    "print_freq",
+    "resume",
+    "start_epoch",
+    "throughput",
+    "timeout",
+    "world_size",
+}
 
 # Settings that older runs lack, with the values that these had.
 FORMER_VALUES = {"decay_milestones": [30, 60]}
@@ -79,8 +99,14 @@ def describe_run(
     versions = dict(python=platform.python_version(), torch=torch.__version__)
     versions |= {name: version(name) for name in packages}
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type} ({platform.machine()})"
-    return dict(settings=dict(settings), versions=versions, revision=git_revision(), device=name,
-                processes=get_world_size(), data=data)  # fmt: skip
+    return dict(
+        settings=dict(settings),
+        versions=versions,
+        revision=git_revision(),
+        device=name,
+        processes=get_world_size(),
+        data=data,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -209,14 +235,18 @@ def check_same_run(
     """
     before = settings_in(source.checkpoint)
     if before and (differing := differences({**FORMER_VALUES, **before}, settings, free)):
-        raise UserError(f"{source.what}: of a run with other settings: {', '.join(differing)}; use those, or "
-                        f"another {setting(folder)}, or resume with these by "
-                        f"{setting('resume', source.path)}")  # fmt: skip
+        raise UserError(
+            f"{source.what}: of a run with other settings: {', '.join(differing)}; use those, or "
+            f"another {setting(folder)}, or resume with these by "
+            f"{setting('resume', source.path)}"
+        )
     if different := data_differences(source, data):
         path = setting(images, settings.get(images) or "")
-        raise UserError(f"{source.what}: of a run on other images than {path}: {', '.join(different)}; name the run's "
-                        f"images, or another {setting(folder)}, or resume with these by "
-                        f"{setting('resume', source.path)}")  # fmt: skip
+        raise UserError(
+            f"{source.what}: of a run on other images than {path}: {', '.join(different)}; name the run's "
+            f"images, or another {setting(folder)}, or resume with these by "
+            f"{setting('resume', source.path)}"
+        )
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> list[str]:
@@ -227,8 +257,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collect
         now: the settings now.
         free: settings that may differ.
     """
-    return [f"{setting(name, now[name])} (was {before[name]})" for name in sorted(before.keys() & now)
-            if name not in free and json.dumps(before[name]) != json.dumps(now[name])]  # fmt: skip
+    return [
+        f"{setting(name, now[name])} (was {before[name]})"
+        for name in sorted(before.keys() & now)
+        if name not in free and json.dumps(before[name]) != json.dumps(now[name])
+    ]
 
 
 def data_differences(source: Source, data: dict[str, Any]) -> list[str]:
@@ -239,8 +272,11 @@ def data_differences(source: Source, data: dict[str, Any]) -> list[str]:
         data: size and fingerprint of the data sets now.
     """
     before = source.checkpoint.get("data", data)
-    return [_data_difference(split, before[split], data[split]) for split in data
-            if split in before and before[split] != data[split]]  # fmt: skip
+    return [
+        _data_difference(split, before[split], data[split])
+        for split in data
+        if split in before and before[split] != data[split]
+    ]
 
 
 def _data_difference(split: str, before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -265,13 +301,17 @@ def accumulation(source: Source, settings: Mapping[str, Any]) -> int:
     is_same = (before["batch_size"], before["accum_steps"]) == (batch_size, accum_steps)
     if is_same and batches % processes == 0:
         accum_steps = batches // processes
-        print_main(f"checkpoint {source.path}: {batches} batches of {batch_size} images a step, as before: "
-                   f"{processes} processes accumulate {accum_steps} each")  # fmt: skip
+        print_main(
+            f"checkpoint {source.path}: {batches} batches of {batch_size} images a step, as before: "
+            f"{processes} processes accumulate {accum_steps} each"
+        )
     elif is_same or checkpoint["epoch_step"]:
         fitting = [str(number) for number in range(1, batches + 1) if batches % number == 0]
-        raise UserError(f"{source.what}: its steps have {batches} batches of {before['batch_size']} images, which "
-                        f"{processes} processes with these settings cannot share; use {', '.join(fitting)}, with the "
-                        "same settings")  # fmt: skip
+        raise UserError(
+            f"{source.what}: its steps have {batches} batches of {before['batch_size']} images, which "
+            f"{processes} processes with these settings cannot share; use {', '.join(fitting)}, with the "
+            "same settings"
+        )
     return int(accum_steps)
 
 
@@ -285,9 +325,11 @@ def check_same_readers(source: Source, settings: Mapping[str, Any]) -> None:
     was = processes, max(1, settings_in(source.checkpoint)["num_workers"])
     now = get_world_size(), max(1, settings["num_workers"])
     if was != now:
-        raise UserError(f"{source.what}: within an epoch of {settings['data_set']}, which {was[0]} processes read with "
-                        f"{was[1]} workers each, not {now[0]} with {now[1]}; use as many, or a checkpoint between "
-                        "epochs")  # fmt: skip
+        raise UserError(
+            f"{source.what}: within an epoch of {settings['data_set']}, which {was[0]} processes read with "
+            f"{was[1]} workers each, not {now[0]} with {now[1]}; use as many, or a checkpoint between "
+            "epochs"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -313,8 +355,10 @@ def restore(training: Training, source: Source, settings: Mapping[str, Any]) -> 
         return
     optimizer = str(settings_in(checkpoint).get("opt", settings["opt"])).lower()
     if optimizer != settings["opt"]:
-        raise UserError(f"{what}: its optimiser is {optimizer}, not {setting('opt', settings['opt'])}; use that, or "
-                        f"{setting('finetune')} for its weights alone")  # fmt: skip
+        raise UserError(
+            f"{what}: its optimiser is {optimizer}, not {setting('opt', settings['opt'])}; use that, or "
+            f"{setting('finetune')} for its weights alone"
+        )
     is_plateau = settings["sched"] == "plateau"
     try:
         load_optimizer(training.optimizer, training.model, checkpoint["optimizer"], with_lr=is_plateau)
@@ -326,8 +370,9 @@ def restore(training: Training, source: Source, settings: Mapping[str, Any]) -> 
             training.lr_scheduler.step(checkpoint["epoch"])
         training.restore_progress(checkpoint)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{what}: its training state does not fit ({error}); {setting('finetune')} uses its weights "
-                        "alone") from None  # fmt: skip
+        raise UserError(
+            f"{what}: its training state does not fit ({error}); {setting('finetune')} uses its weights alone"
+        ) from None
     step = f", step {training.epoch_step}" if training.epoch_step else ""
     print_main(f"checkpoint {source.path}: resuming at epoch {training.epoch}{step}")
 
@@ -342,7 +387,9 @@ def _restore_weights(training: Training, source: Source, settings: Mapping[str, 
         img_size=img_size_of(checkpoint),
     )
     if load(training.model, weights_of(checkpoint, what)).adaptation:
-        raise UserError(f"{what}: of another image size than {setting('input_size', settings['input_size'])}; "
-                        f"{setting('finetune')} takes it")  # fmt: skip
+        raise UserError(
+            f"{what}: of another image size than {setting('input_size', settings['input_size'])}; "
+            f"{setting('finetune')} takes it"
+        )
     if training.ema is not None:
         load(training.ema.module, weights_of(checkpoint, what, prefer_ema=True))

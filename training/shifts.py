@@ -124,8 +124,10 @@ def rows_from(pixels: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray
     """
     rows, columns, _ = pixels.shape
     before, after = max(0, -int(starts.min())), max(0, int(starts.max()) + length - columns)
-    left, right = (np.repeat(pixels[:, column], number, axis=0).reshape(rows, number, 3)
-                   for column, number in ((0, before), (-1, after)))  # fmt: skip
+    left, right = (
+        np.repeat(pixels[:, column], number, axis=0).reshape(rows, number, 3)
+        for column, number in ((0, before), (-1, after))
+    )
     padded = np.concatenate([left, pixels, right], axis=1)
     first = np.arange(rows) * padded.shape[1] + before + starts
     return sliding_window_view(padded.reshape(-1), 3 * length)[3 * first]

@@ -319,5 +319,7 @@ def check_finite(model: nn.Module, state: RunState, advice: str) -> None:
     finite = torch.stack([parameter.detach().isfinite().all() for parameter in model.parameters()])
     if not finite.all():
         place = ", ".join(f"{name} {number}" for name, number in state.place().items())
-        raise UserError(f"{place}: the weights are no longer finite and are not saved; resume from the last checkpoint "
-                        f"with {advice}")  # fmt: skip
+        raise UserError(
+            f"{place}: the weights are no longer finite and are not saved; resume from the last checkpoint "
+            f"with {advice}"
+        )

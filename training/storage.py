@@ -15,8 +15,16 @@ T = TypeVar("T")
 
 PAUSES = (1, 2, 4, 8, 15, 30)  # seconds between attempts to read from storage that does not respond
 # Errors caused by the file itself. All others come from the storage or the machine.
-FILE_ERRORS = {errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR,
-               errno.EPERM}  # fmt: skip
+FILE_ERRORS = {
+    errno.EACCES,
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading

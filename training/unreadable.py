@@ -66,8 +66,9 @@ class Replacements:
         if len(self.errors) > REPLACEMENTS:
             kind = MachineError if error.is_storage_error else UserError
             first = self.errors[0]
-            raise kind(f"image {first.name}: cannot be read ({first.reason}), nor can the {REPLACEMENTS} tried in its "
-                       "place")  # fmt: skip
+            raise kind(
+                f"image {first.name}: cannot be read ({first.reason}), nor can the {REPLACEMENTS} tried in its place"
+            )
 
     def take(self) -> str:
         """Return all names and reasons as a text, for `unreadable_images`, and forget them."""

@@ -249,8 +249,15 @@ class Watchdog:
             time.sleep(0.1)
 
     def _send(self, state: RankState, cause: str = "") -> None:
-        beat = Heartbeat(state, cause, (self.sync_points, self.ticks), self.place, socket.gethostname(),
-                         self.preemption.requested, time.monotonic())  # fmt: skip
+        beat = Heartbeat(
+            state,
+            cause,
+            (self.sync_points, self.ticks),
+            self.place,
+            socket.gethostname(),
+            self.preemption.requested,
+            time.monotonic(),
+        )
         self._store.set(str(get_rank()), beat.to_json())
 
     def _watch_alone(self) -> None:
@@ -325,8 +332,11 @@ class Watchdog:
                 self._end(f"{who} has sent no heartbeat for {age:.0f} s")
         if stalled > self._hang_timeout():
             least = min(beat.ticks for beat in beats)
-            hanging = [f"process {rank} ({beat.host}) hangs at {beat.place}" for rank, beat in enumerate(beats)
-                       if beat.ticks == least]  # fmt: skip
+            hanging = [
+                f"process {rank} ({beat.host}) hangs at {beat.place}"
+                for rank, beat in enumerate(beats)
+                if beat.ticks == least
+            ]
             self._end(f"{', '.join(hanging)}: no progress for {stalled:.0f} s")
 
     def _end_unless_done(self, what: str) -> None:

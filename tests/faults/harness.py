@@ -24,10 +24,34 @@ RESUME_STATUS = 75
 LIMIT = 900  # seconds that a test waits for anything, enough for slow machines
 # Everything random or stateful: shuffle, augmentation, mixup, drop path, averaged weights, a best checkpoint.
 RECIPE = [
-    "--model", "SepViT_Lite", "--input-size", "32", "--batch-size", "8", "--epochs", "3", "--model-ema",
-    "--model-ema-warmup", "--warmup-epochs", "1", "--lr", "5e-3", "--output_dir", "run", "--device", "cpu",
-    "--checkpoint-every", "2", "--auto-resume", "--print-freq", "1", "--keep-checkpoints", "3", "--timeout", "100",
-]  # fmt: skip
+    "--model",
+    "SepViT_Lite",
+    "--input-size",
+    "32",
+    "--batch-size",
+    "8",
+    "--epochs",
+    "3",
+    "--model-ema",
+    "--model-ema-warmup",
+    "--warmup-epochs",
+    "1",
+    "--lr",
+    "5e-3",
+    "--output_dir",
+    "run",
+    "--device",
+    "cpu",
+    "--checkpoint-every",
+    "2",
+    "--auto-resume",
+    "--print-freq",
+    "1",
+    "--keep-checkpoints",
+    "3",
+    "--timeout",
+    "100",
+]
 
 DENSE_RECIPE = ["--from-scratch", "--auto-resume", "--work-dir", "run", "--checkpoint-every", "2", "--timeout", "100"]
 
@@ -94,15 +118,24 @@ class Run:
             STARTED.append(Command(Path(script), arguments, self.folder, self.environment, printed, printed, True))
         else:
             with printed.open("a+") as log:
-                STARTED.append(subprocess.Popen(self.command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT,
-                                                env=self.environment, start_new_session=True))  # fmt: skip
+                STARTED.append(
+                    subprocess.Popen(
+                        self.command,
+                        cwd=self.folder,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env=self.environment,
+                        start_new_session=True,
+                    )
+                )
         return STARTED[-1]
 
     def start_tasks(self, count: int) -> list[Command]:
         """Start the command on several ranks without torchrun."""
         printed = self.folder / "printed.txt"
-        tasks = start_tasks(count, Path(self.command[1]), self.command[2:], self.folder, self.environment, printed,
-                            printed)  # fmt: skip
+        tasks = start_tasks(
+            count, Path(self.command[1]), self.command[2:], self.folder, self.environment, printed, printed
+        )
         STARTED.extend(tasks)
         return tasks
 

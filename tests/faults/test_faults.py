@@ -286,8 +286,11 @@ def test_torchrun_preempted(number, few_digits, tmp_path, undisturbed_pair, tabl
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-LOST = [pytest.param(process, number, marks=() if (process, number) == (1, signal.SIGKILL) else pytest.mark.slow)
-        for process in (0, 1) for number in (signal.SIGKILL, signal.SIGSTOP)]  # fmt: skip
+LOST = [
+    pytest.param(process, number, marks=() if (process, number) == (1, signal.SIGKILL) else pytest.mark.slow)
+    for process in (0, 1)
+    for number in (signal.SIGKILL, signal.SIGSTOP)
+]
 
 
 @pytest.mark.parametrize(("process", "number"), LOST)
@@ -374,8 +377,15 @@ def test_torchrun_restarts(few_digits, tmp_path, undisturbed_pair, table):
 def test_torchrun_restarts_on_two_nodes(few_digits, tmp_path, undisturbed_pair, table):
     """With the settings from docs/training.md. Both nodes are this machine."""
     launcher = ("--nnodes=2", "--max-restarts=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}")
-    run = Run(tmp_path, few_digits, "--batch-size", "4", processes=1, launcher=launcher,
-              environment=dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OMP_NUM_THREADS="1"))  # fmt: skip
+    run = Run(
+        tmp_path,
+        few_digits,
+        "--batch-size",
+        "4",
+        processes=1,
+        launcher=launcher,
+        environment=dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OMP_NUM_THREADS="1"),
+    )
     nodes = [run.start() for _ in range(2)]
     run.wait_for(nodes[0], "] loss", 4)
     os.kill(descendants(nodes[1].pid)[0], signal.SIGKILL)
@@ -461,8 +471,10 @@ def test_too_many_bad_losses(few_digits, tmp_path, table):
 def test_float16_gradients_that_stay_non_finite(few_digits, tmp_path, table):
     """Halving the loss scale from 65,536 does not help. Once it is below 1, skipped steps count as bad."""
     steps = ",".join(map(str, range(3, 60)))
-    run = sabotaged(Run(tmp_path, few_digits, "--amp", "float16", "--batch-size", "2", "--max-bad-steps", "4"),
-                    BAD_GRADIENTS=f"0:{steps}")  # fmt: skip
+    run = sabotaged(
+        Run(tmp_path, few_digits, "--amp", "float16", "--batch-size", "2", "--max-bad-steps", "4"),
+        BAD_GRADIENTS=f"0:{steps}",
+    )
     assert run.start().wait(LIMIT) == 2
     assert "main.py: --max-bad-steps 4: that many steps in a row were not finite" in run.text()
     events = [entry["not_finite"] for entry in output.read_log(run.output / "log.txt") if "not_finite" in entry]
@@ -656,10 +668,17 @@ def test_slurm_script_requeues_the_job(few_digits, tmp_path, undisturbed, table)
     (tmp_path / "scontrol").write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/scontrol.txt\n')
     for name in ("srun", "scontrol"):
         (tmp_path / name).chmod(0o755)
-    run = Run(tmp_path / "job", few_digits, environment=dict(
-        PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="77", PYTHON=sys.executable, SLURM_SUBMIT_DIR=str(ROOT),
-        SLURM_CPUS_PER_TASK="0",
-    ))  # fmt: skip
+    run = Run(
+        tmp_path / "job",
+        few_digits,
+        environment=dict(
+            PATH=f"{tmp_path}:{os.environ['PATH']}",
+            SLURM_JOB_ID="77",
+            PYTHON=sys.executable,
+            SLURM_SUBMIT_DIR=str(ROOT),
+            SLURM_CPUS_PER_TASK="0",
+        ),
+    )
     script = run.command.index(str(ROOT / "main.py"))
     run.command = ["bash", str(ROOT / "tools/slurm/train.sh"), *run.command[script + 1 :]]
     run.command += ["--output_dir", str(run.output)]

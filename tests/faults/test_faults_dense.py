@@ -326,10 +326,18 @@ def test_slurm_script_requeues_the_job(kind, configs, tmp_path, undisturbed, tab
     (tmp_path / "scontrol").write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/scontrol.txt\n')
     for name in ("srun", "scontrol"):
         (tmp_path / name).chmod(0o755)
-    run = DenseRun(kind, tmp_path / "job", configs[kind], environment=dict(
-        PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="77", PYTHON=sys.executable, SLURM_SUBMIT_DIR=str(ROOT),
-        OMP_NUM_THREADS="1",
-    ))  # fmt: skip
+    run = DenseRun(
+        kind,
+        tmp_path / "job",
+        configs[kind],
+        environment=dict(
+            PATH=f"{tmp_path}:{os.environ['PATH']}",
+            SLURM_JOB_ID="77",
+            PYTHON=sys.executable,
+            SLURM_SUBMIT_DIR=str(ROOT),
+            OMP_NUM_THREADS="1",
+        ),
+    )
     _, _, config, *settings = run.command
     settings.remove("--auto-resume")  # the script's own
     settings[settings.index("run")] = str(run.output)
@@ -494,8 +502,10 @@ def test_the_end_is_saved_after_a_skipped_step(kind, configs, tmp_path, table):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_losses_may_be_read_one_step_late(kind, configs, tmp_path, table):
     """GPUs read flags one step late, which LAG imitates. Results are identical, also at checkpoints and at the end."""
-    runs = [sabotaged(DenseRun(kind, tmp_path / lag, configs[kind]), kind, BAD_LOSS="0:3,6,12", LAG=lag)
-            for lag in ("0", "1")]  # fmt: skip
+    runs = [
+        sabotaged(DenseRun(kind, tmp_path / lag, configs[kind]), kind, BAD_LOSS="0:3,6,12", LAG=lag)
+        for lag in ("0", "1")
+    ]
     assert_same_dense(*map(finished, runs), in_order=False)  # a step's event comes after the next step's figures
     assert entries(runs[1].output, "not_finite") == ["loss"] * 3
     table.add(f"non-finite losses, for one step, {kind}", 3)
