@@ -69,7 +69,7 @@ lint: install-fast
 	$(RUN) -m mypy
 
 # Without mmcv, without torch.compile, and with the two smaller variants.
-FAST = tests/test_network.py tests/test_timm.py tests/test_structure.py tests/test_private_parts.py tests/test_recipes.py
+FAST = tests/unit
 FAST_FORMS = not compiles and not SepViT_Small and not SepViT_Base
 
 test-fast: lint
@@ -94,7 +94,7 @@ $(VENV)/.installed-fast: $(VENV)/.installed tests/requirements-fast.txt
 $(VENV)/.installed-mm: $(VENV)/.installed requirements-mm.txt tools/opencv-python/pyproject.toml
 	@echo "installing requirements-mm.txt into $(VENV): allow a minute"
 	$(PIP) -r requirements.txt -r requirements-mm.txt
-	@$(RUN) -W ignore -c "import dense, mmcv.ops, mmdet.apis, mmseg.apis" > /dev/null
+	@$(RUN) -W ignore -c "import sepvit_lib.dense, mmcv.ops, mmdet.apis, mmseg.apis" > /dev/null
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed-mm $(VENV)/.installed-fast tests/requirements.txt tools/requirements.txt

@@ -20,16 +20,16 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
 
 from samplers import DistributedEvalSampler, TrainBatchSampler
-from training.archives import Archive
-from training.augmentation import CropAugmentation
-from training.classes import listed, order_of, read_class_map
-from training.decoding import CropDecoder, decode_and_crop
-from training.errors import MachineError, UserError, setting
-from training.images import IMAGE_SUFFIXES, Encoded, decode, describe_skipped, is_hidden
-from training.preprocessing import Preprocessing
-from training.processes import get_rank, get_world_size, print_main
-from training.readers import read_exactly_once, shards_of
-from training.samples import (
+from sepvit_lib.training.archives import Archive
+from sepvit_lib.training.augmentation import CropAugmentation
+from sepvit_lib.training.classes import listed, order_of, read_class_map
+from sepvit_lib.training.decoding import CropDecoder, decode_and_crop
+from sepvit_lib.training.errors import MachineError, UserError, setting
+from sepvit_lib.training.images import IMAGE_SUFFIXES, Encoded, decode, describe_skipped, is_hidden
+from sepvit_lib.training.preprocessing import Preprocessing
+from sepvit_lib.training.processes import get_rank, get_world_size, print_main
+from sepvit_lib.training.readers import read_exactly_once, shards_of
+from sepvit_lib.training.samples import (
     ClassFolders,
     ImageData,
     INaturalist,
@@ -40,14 +40,14 @@ from training.samples import (
     import_hugging_face,
     labels_of,
 )
-from training.storage import is_storage_error
-from training.streams import TrainStream, ValStream
-from training.watchdog import ignore_preemption
+from sepvit_lib.training.storage import is_storage_error
+from sepvit_lib.training.streams import TrainStream, ValStream
+from sepvit_lib.training.watchdog import ignore_preemption
 
 IMAGENET_FOLDERS = {True: ("train", "ILSVRC2012_img_train"), False: ("val", "ILSVRC2012_img_val")}
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19")
 READERS = ("wds", "hfds", "hfids", "tfds", "torch")  # prefixes that choose a reader of timm
-# What timm's readers need so that images of all kinds are found, and are decoded by `training.images` alone.
+# What timm's readers need so that images of all kinds are found, and are decoded by `sepvit_lib.training.images` alone.
 READER_ARGUMENTS: dict[str, dict[str, Any]] = {
     "wds": dict(input_key=";".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))),
     "hfids": dict(input_img_mode=""),

@@ -12,13 +12,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from datasets import epoch_batches
-from training.errors import Preempted, UserError, setting
-from training.measure import timed
-from training.monitor import StepMonitor
-from training.preprocessing import Preprocessing
-from training.processes import all_reduce, any_rank, broadcast, get_rank, get_world_size, is_main_process, print_main
-from training.state import Precision, Training, buffers_of
-from training.watchdog import Watchdog
+from sepvit_lib.training.errors import Preempted, UserError, setting
+from sepvit_lib.training.measure import timed
+from sepvit_lib.training.monitor import StepMonitor
+from sepvit_lib.training.preprocessing import Preprocessing
+from sepvit_lib.training.processes import (
+    all_reduce,
+    any_rank,
+    broadcast,
+    get_rank,
+    get_world_size,
+    is_main_process,
+    print_main,
+)
+from sepvit_lib.training.state import Precision, Training, buffers_of
+from sepvit_lib.training.watchdog import Watchdog
 from utils import Progress, Stream, seed_everything
 
 WARMUP_PASSES, TIMED_PASSES = 50, 30  # of the throughput measurement

@@ -2,7 +2,7 @@
 
 import signal
 
-import training.environment  # noqa: F401 before timm
+import sepvit_lib.training.environment  # noqa: F401 before timm
 
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends the process without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -65,7 +65,7 @@ from engine import (
     train_one_epoch,
 )
 from sepvit import VARIANTS
-from training.checkpoints import (
+from sepvit_lib.training.checkpoints import (
     has_both_weights,
     img_size_of,
     load_weights,
@@ -74,8 +74,8 @@ from training.checkpoints import (
     settings_in,
     weights_of,
 )
-from training.classes import check_map, listed
-from training.commands import (
+from sepvit_lib.training.classes import check_map, listed
+from sepvit_lib.training.commands import (
     Parser,
     fraction,
     natural,
@@ -87,22 +87,30 @@ from training.commands import (
     run_command,
     seconds,
 )
-from training.device_augmentation import DeviceAugmentation
-from training.devices import available_cores, best_device, check_device
-from training.errors import Preempted, UserError
-from training.images import ORIENTATIONS, STORED, count_turned
-from training.monitor import DelayedFlags, MonitorSettings, StepMonitor
-from training.naming import StepNames
-from training.networks import create_network, place
-from training.output import Output, stopped
-from training.preprocessing import Preprocessing
-from training.processes import get_world_size, init_distributed, is_main_process, on_main_process, print_main
-from training.recipes import ARGS, parse_with_recipe, write_recipe
-from training.resume import PACKAGES, Source, check_source, describe_data, describe_run, find_checkpoint, restore
-from training.samples import BY_CLASS_MAP, NO_NAMES, ImageData, sampled_files
-from training.state import DIVERGENCE_ADVICE, Precision, Training
-from training.storage import make_folder, write_file
-from training.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
+from sepvit_lib.training.device_augmentation import DeviceAugmentation
+from sepvit_lib.training.devices import available_cores, best_device, check_device
+from sepvit_lib.training.errors import Preempted, UserError
+from sepvit_lib.training.images import ORIENTATIONS, STORED, count_turned
+from sepvit_lib.training.monitor import DelayedFlags, MonitorSettings, StepMonitor
+from sepvit_lib.training.naming import StepNames
+from sepvit_lib.training.networks import create_network, place
+from sepvit_lib.training.output import Output, stopped
+from sepvit_lib.training.preprocessing import Preprocessing
+from sepvit_lib.training.processes import get_world_size, init_distributed, is_main_process, on_main_process, print_main
+from sepvit_lib.training.recipes import ARGS, parse_with_recipe, write_recipe
+from sepvit_lib.training.resume import (
+    PACKAGES,
+    Source,
+    check_source,
+    describe_data,
+    describe_run,
+    find_checkpoint,
+    restore,
+)
+from sepvit_lib.training.samples import BY_CLASS_MAP, NO_NAMES, ImageData, sampled_files
+from sepvit_lib.training.state import DIVERGENCE_ADVICE, Precision, Training
+from sepvit_lib.training.storage import make_folder, write_file
+from sepvit_lib.training.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
 from utils import Stream, seed_everything
 
 RERUN = "run the same command again"

@@ -7,7 +7,7 @@ published one, a folder in timm's layout, or a file that tools/export.py wrote. 
 others are classified; the exit status is then 1.
 """
 
-import training.environment  # noqa: F401 before timm
+import sepvit_lib.training.environment  # noqa: F401 before timm
 
 # isort: split
 import argparse
@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from inference.classifier import Classifier, Preparation, load_classifier
-from inference.images import PLACEHOLDER, Task, check_pictures, find_images, read_image
-from inference.pictures import with_classes, write_picture
-from training.commands import Parser, natural, path, positive_int, run_command
-from training.devices import available_cores, best_device, check_device
-from training.errors import UNREADABLE_STATUS, UserError, one_line
-from training.state import Precision
-from training.storage import make_folder, write_file
+from sepvit_lib.inference.classifier import Classifier, Preparation, load_classifier
+from sepvit_lib.inference.images import PLACEHOLDER, Task, check_pictures, find_images, read_image
+from sepvit_lib.inference.pictures import with_classes, write_picture
+from sepvit_lib.training.commands import Parser, natural, path, positive_int, run_command
+from sepvit_lib.training.devices import available_cores, best_device, check_device
+from sepvit_lib.training.errors import UNREADABLE_STATUS, UserError, one_line
+from sepvit_lib.training.state import Precision
+from sepvit_lib.training.storage import make_folder, write_file
 
 STANDARD_OUTPUT = "-"
 

@@ -2,26 +2,13 @@
 
 import math
 from collections.abc import Iterator, Sized
-from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
 
-from utils import Stream, derived_seed
+from sepvit_lib.training.randomness import Draw, Stream, derived_seed
 
 REPEATS = 3  # views of each image with repeated augmentation
-
-
-@dataclass(frozen=True)
-class Draw:
-    """A sample to load: its index in the data set, and the epoch and place in the epoch.
-
-    Epoch and place determine its augmentation, whichever process and worker loads it.
-    """
-
-    epoch: int
-    place: int
-    index: int
 
 
 class TrainBatchSampler(Sampler[list[Draw]]):

@@ -8,4 +8,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import training.environment  # noqa: F401 needs the path
+import sepvit_lib.training.environment  # noqa: F401 needs the path

@@ -5,8 +5,8 @@ from typing import Any
 
 from mmdet.visualization import DetLocalVisualizer
 
-from dense.drawing import FileHook, read_pixels
-from inference.fonts import use_in_figures
+from sepvit_lib.dense.drawing import FileHook, read_pixels
+from sepvit_lib.inference.fonts import use_in_figures
 
 WRITABLE = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 

@@ -12,7 +12,7 @@ import sys
 
 from mmdet.structures import DetDataSample
 
-from dense.flops import run_count
+from sepvit_lib.dense.flops import run_count
 
 
 def samples(height: int, width: int) -> list[DetDataSample]:

@@ -16,17 +16,17 @@ import numpy as np
 from mmdet.visualization import DetLocalVisualizer
 from PIL import Image
 
-from dense.drawing import enlargement
-from dense.predict import build_predict_parser, infer, run_prediction
-from inference.fonts import use_in_figures
-from training.commands import fraction
+from sepvit_lib.dense.drawing import enlargement
+from sepvit_lib.dense.predict import build_predict_parser, infer, run_prediction
+from sepvit_lib.inference.fonts import use_in_figures
+from sepvit_lib.training.commands import fraction
 
 
 def detect(model: Any, image: np.ndarray, lowest: float) -> Any:
     """Detect objects in an image.
 
     Args:
-        model: the detector, from `dense.predict.build_inference_model`.
+        model: the detector, from `sepvit_lib.dense.predict.build_inference_model`.
         image: H × W × 3, RGB, 0 to 255.
         lowest: lowest score of an object.
 

@@ -19,13 +19,13 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import METRICS as METRICS_OF
 
-from dense.options import accepted_arguments, registered
-from dense.parts import as_list, dicts
-from dense.settings import CommandParser
-from dense.test import Results, as_configured, build_test_parser, find_metric, run_testing
 from detection.drawing import DrawingHook
-from training.commands import fraction, path
-from training.errors import UserError
+from sepvit_lib.dense.options import accepted_arguments, registered
+from sepvit_lib.dense.parts import as_list, dicts
+from sepvit_lib.dense.settings import CommandParser
+from sepvit_lib.dense.test import Results, as_configured, build_test_parser, find_metric, run_testing
+from sepvit_lib.training.commands import fraction, path
+from sepvit_lib.training.errors import UserError
 
 METRICS = ("bbox", "segm", "mAP")
 

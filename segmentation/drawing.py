@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dense.drawing import FileHook, enlargement, read_pixels
-from inference.fonts import font_file
+from sepvit_lib.dense.drawing import FileHook, enlargement, read_pixels
+from sepvit_lib.inference.fonts import font_file
 
 IGNORED = 255  # label of pixels that belong to no class
 MARGIN = 8

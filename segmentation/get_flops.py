@@ -7,7 +7,7 @@ if not __package__:
     import _repository  # noqa: F401
 import sys
 
-from dense.flops import run_count
+from sepvit_lib.dense.flops import run_count
 
 if __name__ == "__main__":
     sys.exit(run_count(__doc__, (512, 512)))

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dense.predict import build_predict_parser, infer, run_prediction
 from segmentation.drawing import draw, labels_in, shares
+from sepvit_lib.dense.predict import build_predict_parser, infer, run_prediction
 
 
 def segment(model: Any, image: np.ndarray) -> Any:
     """Segment an image.
 
     Args:
-        model: the segmentor, from `dense.predict.build_inference_model`.
+        model: the segmentor, from `sepvit_lib.dense.predict.build_inference_model`.
         image: H × W × 3, RGB, 0 to 255.
 
     Returns:

@@ -15,12 +15,12 @@ from typing import Any
 
 from mmengine.config import Config
 
-from dense.parts import dicts
-from dense.settings import CommandParser
-from dense.test import Results, as_configured, build_test_parser, find_metric, run_testing
 from segmentation.drawing import DrawingHook, LabelsHook
-from training.commands import path
-from training.errors import UserError
+from sepvit_lib.dense.parts import dicts
+from sepvit_lib.dense.settings import CommandParser
+from sepvit_lib.dense.test import Results, as_configured, build_test_parser, find_metric, run_testing
+from sepvit_lib.training.commands import path
+from sepvit_lib.training.errors import UserError
 
 METRICS = ("mIoU", "mDice", "mFscore")
 

@@ -10,17 +10,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import commands
 import numpy as np
+import processes as scripts
 import pytest
 import small_model
 import torch
-from commands import free_port
+from processes import free_port
 from torchvision.datasets import ImageFolder
 
 import sepvit
-from training import output
-from training.preprocessing import Preprocessing
+from sepvit_lib.training import output
+from sepvit_lib.training.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -116,7 +116,7 @@ def command(
     if script == "main.py" and small_model.MODEL in arguments:
         script = "tests/fixtures/small_main.py"  # main.py, which does not know that model
     variables = {**os.environ, **(environment or {})}
-    return commands.run(ROOT / script, list(map(str, arguments)), Path(cwd), variables, timeout, processes)
+    return scripts.run(ROOT / script, list(map(str, arguments)), Path(cwd), variables, timeout, processes)
 
 
 def succeed(*arguments, **kwargs) -> str:

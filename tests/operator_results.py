@@ -15,8 +15,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
 
-import dense.backbone  # noqa: F401
-from dense import operators
+import sepvit_lib.dense.backbone  # noqa: F401
+from sepvit_lib.dense import operators
 
 DEMO = Path(__file__).resolve().parent.parent / "detection/configs/mask_rcnn_sepvit_lite_fpn_demo.py"
 SIZES = (1, 7, 300, 3000)

@@ -20,15 +20,15 @@ from pathlib import Path
 
 import torch
 
-from inference.classifier import load_classifier
-from inference.packages import require
+from sepvit_lib.inference.classifier import load_classifier
+from sepvit_lib.inference.packages import require
+from sepvit_lib.training.commands import Parser, fraction, number, path, run_command
+from sepvit_lib.training.devices import best_device, check_device
+from sepvit_lib.training.errors import UserError, one_line
+from sepvit_lib.training.processes import print_line
+from sepvit_lib.training.state import Precision
 from tools.app_predictors import ClassifierPredictor, Predictor
 from tools.app_samples import load_samples
-from training.commands import Parser, fraction, number, path, run_command
-from training.devices import best_device, check_device
-from training.errors import UserError, one_line
-from training.processes import print_line
-from training.state import Precision
 
 HOST, PORT = "127.0.0.1", 8000
 DENSE_PACKAGES = ("mmengine", "mmcv", "mmseg", "mmdet")

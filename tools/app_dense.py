@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dense.predict import build_inference_model
-from dense.settings import read_config, where_of
 from segmentation.drawing import IGNORED, labels_in, shares
+from sepvit_lib.dense.predict import build_inference_model
+from sepvit_lib.dense.settings import read_config, where_of
+from sepvit_lib.training.errors import UserError
 from tools.app_predictors import Answer, BlockWeights, Row, record, timed, why_no_attention
-from training.errors import UserError
 
 LONGEST = 1024  # pixels of an image's longer side; a segmentor's scores take 4 bytes for each pixel and class
 MOST_ROWS = 12
@@ -25,7 +25,7 @@ class DensePredictor:
     """Predicts by a segmentor or detector; see `tools.app_predictors.Predictor`.
 
     Args:
-        model: the model, from `dense.predict.build_inference_model`.
+        model: the model, from `sepvit_lib.dense.predict.build_inference_model`.
         kind: 'segmentor' or 'detector'.
         name: names the model, for people.
     """

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from inference.attention import BlockAttention, record_attention, rollout
-from inference.classifier import Classifier
-from inference.images import read_image
 from sepvit import SepViTStages
-from training.errors import UserError
-from training.images import open_image
+from sepvit_lib.inference.attention import BlockAttention, record_attention, rollout
+from sepvit_lib.inference.classifier import Classifier
+from sepvit_lib.inference.images import read_image
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.images import open_image
 
 MOST_PIXELS = 50_000_000  # of an image; decoding takes up to 12 bytes for each
 MOST_WEIGHTS = 2**21  # of a block, sent to the page: 8 MiB
@@ -197,7 +197,7 @@ def read_upload(content: bytes, orientation: str) -> Image.Image:
 
     Args:
         content: the file's bytes.
-        orientation: see `training.images.decode`.
+        orientation: see `sepvit_lib.training.images.decode`.
 
     Raises:
         UserError: it is not an image of a common format, is damaged, or has too many pixels.

@@ -23,9 +23,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sepvit_lib.training.errors import UserError, out_of_memory
 from tools.app_predictors import Predictor, read_upload
 from tools.app_samples import Sample
-from training.errors import UserError, out_of_memory
 
 STATIC = Path(__file__).resolve().parent / "app"
 MOST_BYTES = 20 * 2**20  # of an image's file

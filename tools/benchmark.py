@@ -30,6 +30,11 @@ import torch
 from torch import Tensor
 
 import sepvit
+from sepvit_lib.training.commands import Parser, path, positive_int, run_command, seconds
+from sepvit_lib.training.devices import available_cores, best_device, check_device
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.resume import git_revision
+from sepvit_lib.training.storage import make_folder
 from tools import benchmark_networks, benchmark_runtimes
 from tools.benchmark_accuracy import Validation, calibration_images
 from tools.benchmark_machine import describe, device_name
@@ -37,11 +42,6 @@ from tools.benchmark_networks import CLASSES, COMPILED, DTYPES, FORMS, MEASURES,
 from tools.benchmark_record import Record, as_text
 from tools.benchmark_rounds import LEAST
 from tools.benchmark_table import Method, Table, measure_table
-from training.commands import Parser, path, positive_int, run_command, seconds
-from training.devices import available_cores, best_device, check_device
-from training.errors import UserError
-from training.resume import git_revision
-from training.storage import make_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 9

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 import main
 from datasets import LoaderSettings, build_train_loader, build_val_loader
+from sepvit_lib.training.checkpoints import read_checkpoint
 from tools.benchmark_networks import main_settings
 from tools.benchmark_runtimes import CALIBRATION_IMAGES
-from training.checkpoints import read_checkpoint
 
 
 def calibration_images(model: str, data_path: str, size: int) -> Tensor:

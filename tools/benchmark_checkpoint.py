@@ -21,13 +21,13 @@ from timm.scheduler import StepLRScheduler
 from timm.utils import ModelEmaV3
 
 import sepvit
-from training.checkpoints import CheckpointWriter
-from training.commands import Parser, path, positive_int, run_command
-from training.devices import check_device
-from training.errors import UserError
-from training.naming import StepNames
-from training.state import Precision, Training
-from training.storage import make_folder
+from sepvit_lib.training.checkpoints import CheckpointWriter
+from sepvit_lib.training.commands import Parser, path, positive_int, run_command
+from sepvit_lib.training.devices import check_device
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.naming import StepNames
+from sepvit_lib.training.state import Precision, Training
+from sepvit_lib.training.storage import make_folder
 
 
 def trained_once(name: str, device: torch.device) -> Training:

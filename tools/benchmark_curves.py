@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import main as training_command
 import sepvit
+from sepvit_lib.training.devices import synchronize
+from sepvit_lib.training.measure import peak_memory
 from tools.benchmark_networks import Port, Setting, Steps, create_network, main_settings
 from tools.benchmark_rounds import Spread, interleave
-from training.devices import synchronize
-from training.measure import peak_memory
 
 STEP = 32  # pixels between two sizes when searching for a share
 PERIOD = 224  # pixels after which windows fit without padding again, in every stage

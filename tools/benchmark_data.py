@@ -37,16 +37,16 @@ from torchvision.transforms import Compose, functional
 
 import main as classification
 from datasets import LoaderSettings, build_train_loader, epoch_batches
-from training.commands import Parser, natural, path, positive_int, run_command
-from training.decoding import CropDecoder
-from training.device_augmentation import DeviceAugmentation, augment
-from training.devices import available_cores
-from training.errors import UserError
-from training.images import decode, read_file
-from training.preprocessing import Preprocessing
-from training.samples import ImageData, collate
-from training.state import Precision
-from training.storage import write_file
+from sepvit_lib.training.commands import Parser, natural, path, positive_int, run_command
+from sepvit_lib.training.decoding import CropDecoder
+from sepvit_lib.training.device_augmentation import DeviceAugmentation, augment
+from sepvit_lib.training.devices import available_cores
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.images import decode, read_file
+from sepvit_lib.training.preprocessing import Preprocessing
+from sepvit_lib.training.samples import ImageData, collate
+from sepvit_lib.training.state import Precision
+from sepvit_lib.training.storage import write_file
 from utils import Stream, seed_cpu
 
 PIPELINES = {

@@ -26,6 +26,11 @@ from typing import Any
 import torch
 
 import sepvit
+from sepvit_lib.training.commands import Parser, path, positive_int, run_command
+from sepvit_lib.training.devices import available_cores, best_device, check_device
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.resume import git_revision
+from sepvit_lib.training.storage import make_folder
 from tools import benchmark_curves
 from tools.benchmark_curves import Figures, Method
 from tools.benchmark_machine import OtherWork, describe, device_name
@@ -33,11 +38,6 @@ from tools.benchmark_networks import AMPS
 from tools.benchmark_record import can_draw, scaled
 from tools.benchmark_rounds import LEAST, Spread
 from tools.gpu_record import file_name, write_files
-from training.commands import Parser, path, positive_int, run_command
-from training.devices import available_cores, best_device, check_device
-from training.errors import UserError
-from training.resume import git_revision
-from training.storage import make_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = ("size", "batch", "threads", "processes", "communication")

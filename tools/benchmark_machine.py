@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from training.devices import available_cores
-from training.measure import median_time
+from sepvit_lib.training.devices import available_cores
+from sepvit_lib.training.measure import median_time
 
 SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices: a GPU multiplies 2048 × 2048 faster than one call starts
 COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes, more than caches hold

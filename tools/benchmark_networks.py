@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 import main
 import sepvit
+from sepvit_lib.training.checkpoints import read_checkpoint
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.measure import bytes_of
+from sepvit_lib.training.networks import place
+from sepvit_lib.training.recipes import parse_with_recipe
+from sepvit_lib.training.state import Precision, Training
 from tools import benchmark_runtimes
 from tools.benchmark_rounds import reason
 from tools.export_formats import export_onnx
-from training.checkpoints import read_checkpoint
-from training.errors import UserError
-from training.measure import bytes_of
-from training.networks import place
-from training.recipes import parse_with_recipe
-from training.state import Precision, Training
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from port import Port

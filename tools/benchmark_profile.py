@@ -12,8 +12,8 @@ from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from training.devices import synchronize
-from training.measure import multiply_adds
+from sepvit_lib.training.devices import synchronize
+from sepvit_lib.training.measure import multiply_adds
 
 
 @dataclass

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sepvit_lib.training.errors import UserError
 from tools.benchmark_networks import OF_SEPVIT
 from tools.benchmark_rounds import Spread
 from tools.benchmark_table import COPY, MATRIX_PRODUCT, Row, Table
 from tools.gpu_record import escaped, file_name, write_files
-from training.errors import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One table

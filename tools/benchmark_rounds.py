@@ -14,9 +14,9 @@ from typing import Generic, TypeVar
 
 import torch
 
-from training.commands import first_line
-from training.errors import out_of_memory
-from training.measure import timed
+from sepvit_lib.training.commands import first_line
+from sepvit_lib.training.errors import out_of_memory
+from sepvit_lib.training.measure import timed
 
 LEAST = 0.05  # seconds of one timing: a call that is shorter is repeated
 WARM_UP = 2  # calls before the first timing

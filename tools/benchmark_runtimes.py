@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from inference.exported import Session, compile_openvino, onnxruntime_session, run_onnxruntime, run_openvino
-from inference.packages import require
+from sepvit_lib.inference.exported import Session, compile_openvino, onnxruntime_session, run_onnxruntime, run_openvino
+from sepvit_lib.inference.packages import require
 from tools.export_int8 import quantised_by_nncf
 
 RUNTIMES = ("onnxruntime", "openvino")

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sepvit_lib.training.devices import synchronize
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.measure import count_activations, count_multiply_adds, peak_memory
 from tools import benchmark_machine, benchmark_networks
 from tools.benchmark_accuracy import Validation
 from tools.benchmark_networks import DTYPES, TOP1, Ready, Setting, Subject
 from tools.benchmark_profile import Operation, profile_call
 from tools.benchmark_rounds import LEAST, Spread, interleave, ratio, reason
-from training.devices import synchronize
-from training.errors import UserError
-from training.measure import count_activations, count_multiply_adds, peak_memory
 
 # Largest ‖outputs − expected‖ / ‖expected‖, expected: float32 in eager mode. float32 admits the matrix units' TF32.
 TOLERANCES = {"float32": 5e-3, "bfloat16": 0.05, "bfloat16-whole": 0.1, "float16": 0.02, "int8": 0.5}

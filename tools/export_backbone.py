@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from inference.backbones import Backbone, load_backbone
-from inference.exported import kind_of, onnxruntime_session, run_onnxruntime
-from inference.packages import require
+from sepvit_lib.inference.backbones import Backbone, load_backbone
+from sepvit_lib.inference.exported import kind_of, onnxruntime_session, run_onnxruntime
+from sepvit_lib.inference.packages import require
+from sepvit_lib.training.devices import available_cores
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.storage import make_folder
 from tools.benchmark_rounds import interleave, ratio
 from tools.export_formats import LARGEST_DIFFERENCE, export_onnx
-from training.devices import available_cores
-from training.errors import UserError
-from training.storage import make_folder
 
 FORMAT = "onnx"
 STRIDE = 32

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 import main
-from inference.classifier import Classifier, class_names
+from sepvit_lib.inference.classifier import Classifier, class_names
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.images import evenly_spaced
+from sepvit_lib.training.samples import ImageData, ValSamples
+from sepvit_lib.training.streams import ValStream
 from tools.benchmark_networks import main_settings
-from training.errors import UserError
-from training.images import evenly_spaced
-from training.samples import ImageData, ValSamples
-from training.streams import ValStream
 
 CALIBRATION_IMAGES = 128
 BATCH_SIZE = 8

@@ -24,10 +24,10 @@ from torch.export import Dim, ExportedProgram
 # Private in timm, and without a public counterpart. Tested with timm 1.0.31.
 from timm.models._hub import generate_readme
 
-from inference.classifier import Classifier, Description
-from inference.exported import DESCRIPTION, METADATA, NUMBER_FORMAT, onnxruntime_session, run_onnxruntime
-from training.devices import available_cores
-from training.preprocessing import Preprocessing
+from sepvit_lib.inference.classifier import Classifier, Description
+from sepvit_lib.inference.exported import DESCRIPTION, METADATA, NUMBER_FORMAT, onnxruntime_session, run_onnxruntime
+from sepvit_lib.training.devices import available_cores
+from sepvit_lib.training.preprocessing import Preprocessing
 
 OPSET = 23  # of ONNX: the fastest in ONNX Runtime; see docs/using.md
 OPSETS = range(18, 24)  # those that torch.onnx.export writes

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference.exported import compile_openvino, run_openvino
+from sepvit_lib.inference.exported import compile_openvino, run_openvino
+from sepvit_lib.training.devices import available_cores
 from tools.export_formats import Job, quiet, read_openvino, save_onnx, save_openvino
-from training.devices import available_cores
 
 MOST_LOST = 0.01  # of top-1
 

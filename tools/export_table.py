@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inference.classifier import Classifier, Description
+from sepvit_lib.inference.classifier import Classifier, Description
 from tools.benchmark_machine import describe
 from tools.benchmark_rounds import Spread, interleave, ratio
 from tools.export_data import BATCH_SIZE, Images

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 import sepvit
-from training.commands import Parser, positive_int, run_command
-from training.complexity import costs_as_text, costs_of, memory_as_text, memory_of, summary
-from training.devices import best_device, check_device
-from training.errors import UserError
-from training.networks import create_network, place
+from sepvit_lib.training.commands import Parser, positive_int, run_command
+from sepvit_lib.training.complexity import costs_as_text, costs_of, memory_as_text, memory_of, summary
+from sepvit_lib.training.devices import best_device, check_device
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.networks import create_network, place
 
 CLASSES = 1000
 

@@ -29,14 +29,14 @@ from pathlib import Path
 
 import torch
 
+from sepvit_lib.training.commands import Parser, path, positive_int, run_command, seconds
+from sepvit_lib.training.devices import available_cores, check_device
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.resume import git_revision
+from sepvit_lib.training.storage import make_folder
 from tools import benchmark_machine, gpu_rows, gpu_runs
 from tools.gpu_record import CRASHED, FAILED, PASSED, SKIPPED, TIMED_OUT, Figures, Record, Result, described
 from tools.gpu_rows import Row, Setup
-from training.commands import Parser, path, positive_int, run_command, seconds
-from training.devices import available_cores, check_device
-from training.errors import UserError
-from training.resume import git_revision
-from training.storage import make_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (ROOT, Path(torch.__file__).parents[1])  # in tracebacks, paths are recorded from there

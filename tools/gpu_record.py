@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from training.errors import UserError
-from training.storage import write_file
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.storage import write_file
 
 PASSED, FAILED, TIMED_OUT, CRASHED, SKIPPED = "passed", "failed", "timed out", "crashed", "skipped"
 

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 import main
 import sepvit
+from sepvit_lib.training.measure import bytes_of, count_multiply_adds, median_time, peak_memory, timed
+from sepvit_lib.training.state import Precision
 from tools import benchmark, benchmark_checkpoint, benchmark_machine
 from tools.benchmark_networks import Steps
 from tools.benchmark_profile import profile_call
 from tools.gpu_record import Figures
-from training.measure import bytes_of, count_multiply_adds, median_time, peak_memory, timed
-from training.state import Precision
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from conftest import GOLDEN, golden_images, golden_shapes, golden_weights

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 import main
+from sepvit_lib.training.output import epoch_entries, read_log
+from sepvit_lib.training.state import Training
 from tools.gpu_record import Figures
 from tools.gpu_rows import CheckError, Row, Setup, require
-from training.output import epoch_entries, read_log
-from training.state import Training
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import commands
+import processes
 from conftest import ROOT, differences
 
 TOP1 = 95.0  # % that the demo reaches
@@ -69,12 +69,12 @@ class Run:
         self.printed = folder / "printed.txt"
         folder.mkdir(parents=True, exist_ok=True)
         self.printed.touch()
-        commands.fork_from_here()
+        processes.fork_from_here()
 
-    def start(self) -> subprocess.Popen | commands.Command:
+    def start(self) -> subprocess.Popen | processes.Command:
         """Start the command. What it prints is appended to `printed`."""
         if not self.processes:
-            return commands.Command(
+            return processes.Command(
                 self.script, self.arguments, self.folder, self.environment, self.printed, self.printed
             )
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]

@@ -26,8 +26,8 @@ import skimage
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
-from training.commands import Parser, path, run_command
-from training.errors import UserError
+from sepvit_lib.training.commands import Parser, path, run_command
+from sepvit_lib.training.errors import UserError
 
 DIGITS = 10
 SCENE_SIZE = (128, 160)  # rows and columns, in pixels

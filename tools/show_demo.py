@@ -12,8 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from training.commands import Parser, number, path, run_command
-from training.errors import UserError
+from sepvit_lib.training.commands import Parser, number, path, run_command
+from sepvit_lib.training.errors import UserError
 
 
 def read_top1(run: str, name: str, advice: str) -> float:

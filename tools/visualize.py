@@ -31,21 +31,21 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from inference import exported
-from inference.attention import BlockAttention, record_attention, rollout
-from inference.backbones import load_backbone
-from inference.classifier import load_classifier
-from inference.images import PLACEHOLDER, read_image
-from inference.maps import attribution, principal_components, token_similarity
-from inference.packages import lacking, require
-from inference.pictures import write_picture
 from sepvit import SepViT, SepViTStages
+from sepvit_lib.inference import exported
+from sepvit_lib.inference.attention import BlockAttention, record_attention, rollout
+from sepvit_lib.inference.backbones import load_backbone
+from sepvit_lib.inference.classifier import load_classifier
+from sepvit_lib.inference.images import PLACEHOLDER, read_image
+from sepvit_lib.inference.maps import attribution, principal_components, token_similarity
+from sepvit_lib.inference.packages import lacking, require
+from sepvit_lib.inference.pictures import write_picture
+from sepvit_lib.training.commands import Parser, path, positive_int, run_command
+from sepvit_lib.training.errors import UserError, one_line
+from sepvit_lib.training.preprocessing import Preprocessing
+from sepvit_lib.training.storage import make_folder
 from tools import visualize_figures as figures
 from tools.visualize_figures import Subject
-from training.commands import Parser, path, positive_int, run_command
-from training.errors import UserError, one_line
-from training.preprocessing import Preprocessing
-from training.storage import make_folder
 
 FIGURES = ("among", "inside", "tokens", "features", "attribution")
 ALL = "all"

@@ -15,8 +15,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from inference.attention import BlockAttention, Rollout
-from inference.fonts import use_in_figures
+from sepvit_lib.inference.attention import BlockAttention, Rollout
+from sepvit_lib.inference.fonts import use_in_figures
 
 PANEL, LARGE_PANEL = 1.25, 2.2  # inches; the large ones hold one map per window
 COLUMNS, LARGE_COLUMNS = 5, 3

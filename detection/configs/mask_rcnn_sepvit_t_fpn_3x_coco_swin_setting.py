@@ -1,5 +1,5 @@
 _base_ = [
-    "../../dense/configs/sepvit.py",
+    "../../sepvit_lib/dense/configs/sepvit.py",
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
     "mmdet::_base_/datasets/coco_instance.py",
     "_base_/multi_scale.py",

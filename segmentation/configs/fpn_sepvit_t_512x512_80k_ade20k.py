@@ -1,5 +1,5 @@
 _base_ = [
-    "../../dense/configs/sepvit.py",
+    "../../sepvit_lib/dense/configs/sepvit.py",
     "mmseg::_base_/models/fpn_r50.py",
     "_base_/ade20k.py",
     "mmseg::_base_/default_runtime.py",

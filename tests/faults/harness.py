@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from commands import Command, start_tasks
 from conftest import ROOT, differences
+from processes import Command, start_tasks
 
-from dense.mmengine_adapter import read_checkpoint
-from dense.run import DenseNames
+from sepvit_lib.dense.mmengine_adapter import read_checkpoint
+from sepvit_lib.dense.run import DenseNames
 
 DENSE_NAMES = DenseNames(interval=0, keep=1, keep_regular=-1)  # to list checkpoints
 

@@ -16,7 +16,7 @@ import injected
 
 import engine
 import main
-from training import checkpoints, samples
+from sepvit_lib.training import checkpoints, samples
 
 forward = engine.DistillationLoss.forward
 

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import injected
 from mmengine.model import BaseModel
 
-from dense import loading, run
-from dense.train import build_train_parser, run_training
-from training.storage import with_retries
+from sepvit_lib.dense import loading, run
+from sepvit_lib.dense.train import build_train_parser, run_training
+from sepvit_lib.training.storage import with_retries
 
 parse_losses = BaseModel.parse_losses
 

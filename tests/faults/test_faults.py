@@ -16,10 +16,10 @@ from conftest import ROOT, Code, command, differences, free_port
 from harness import LIMIT, RECIPE, RESUME_STATUS, Run, assert_same, damage, descendants, kill_started
 from PIL import Image
 
-from training import checkpoints, output
-from training.errors import UserError, is_transient
-from training.naming import StepNames
-from training.storage import is_storage_error
+from sepvit_lib.training import checkpoints, output
+from sepvit_lib.training.errors import UserError, is_transient
+from sepvit_lib.training.naming import StepNames
+from sepvit_lib.training.storage import is_storage_error
 
 LAST = "checkpoint-00000018.pth"  # 48 images, 8 a batch, three epochs
 

@@ -28,9 +28,9 @@ from harness import (
     kill_started,
 )
 
-from dense.mmengine_adapter import read_checkpoint
-from training import checkpoints
-from training.output import read_log
+from sepvit_lib.dense.mmengine_adapter import read_checkpoint
+from sepvit_lib.training import checkpoints
+from sepvit_lib.training.output import read_log
 
 KINDS = ("segmentation", "detection")
 LAST = {"segmentation": "iter_12.pth", "detection": "epoch_2.pth"}
@@ -355,7 +355,7 @@ def test_slurm_script_requeues_the_job(kind, configs, tmp_path, undisturbed, tab
 
 WITH_HOOKS = """
 _base_ = {config!r}
-custom_imports = dict(imports=["dense.backbone", "stop_in_validation"])
+custom_imports = dict(imports=["sepvit_lib.dense.backbone", "stop_in_validation"])
 custom_hooks = [
     dict(type="EMAHook", momentum=0.5),
     dict(type="EarlyStoppingHook", monitor="mIoU", rule="greater", min_delta=100, patience=1),

@@ -1,0 +1,1 @@
+"""What the commands of the repository share, and what `pip install` puts beside `sepvit.py`."""

@@ -1,0 +1,145 @@
+"""What the commands print: messages of libraries that say nothing to users go to the log file alone, or nowhere."""
+
+import contextlib
+import importlib
+import io
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
+from tqdm import tqdm
+
+from sepvit_lib.training.processes import is_main_process
+
+# Lines that libraries print or log on every run, whatever the user does.
+NOISE = (
+    r"Could not import OneDL",  # of mmseg: an optional data format
+    r"Line NMS is not compiled\.",  # of mmdet: for a detector of traffic lanes
+    r'"FileClient" will be deprecated',  # of mmengine, about itself
+    r'"HardDiskBackend" is the alias',
+    r"The prefix is not set in metric class",  # of mmengine, about IoUMetric
+    r"(loading annotations into memory|creating index|index created|Done \(t=|Loading and preparing results|DONE \(t=)",
+)
+WARNINGS = (
+    r"Fail to import ``MultiScaleDeformableAttention``",
+    r"Default ``avg_non_ignore`` is False",
+    r"faster_coco_eval is not installed",
+    r"The draw is False, it means that the hook for visualization will not take effect",
+    r"Setting (OMP|MKL)_NUM_THREADS environment variable",
+    r"Grad strides do not match bucket view strides",  # of data parallelism, for layers of some shapes
+)
+noise = re.compile("|".join(NOISE))
+
+
+class ConsoleFilter(logging.Filter):
+    """Keep a log's records from the console. The log file gets all.
+
+    Attributes:
+        level: level below which all records are dropped, and not only noise.
+    """
+
+    level = logging.NOTSET
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to print a record."""
+        return record.levelno >= self.level and not noise.match(record.getMessage())
+
+
+def console_filter(logger: logging.Logger) -> ConsoleFilter:
+    """Return the filter of a log's console. Adds one if there is none."""
+    consoles = [handler for handler in logger.handlers if not isinstance(handler, logging.FileHandler)]
+    found = [known for handler in consoles for known in handler.filters if isinstance(known, ConsoleFilter)]
+    if found:
+        return found[0]
+    added = ConsoleFilter()
+    for handler in consoles:
+        handler.addFilter(added)
+    return added
+
+
+@contextlib.contextmanager
+def quiet(logger: logging.Logger | None = None, level: int = logging.WARNING) -> Iterator[None]:
+    """Keep a log's records below a level from the console.
+
+    Args:
+        logger: the log, by default mmengine's current one.
+        level: the level.
+    """
+    console = console_filter(logger or MMLogger.get_current_instance())
+    before, console.level = console.level, level
+    try:
+        yield
+    finally:
+        console.level = before
+
+
+def ignore_warnings() -> None:
+    """Ignore warnings of libraries that say nothing to users."""
+    for text in WARNINGS:
+        warnings.filterwarnings("ignore", message=text)
+
+
+@contextlib.contextmanager
+def without_noise() -> Iterator[None]:
+    """Drop lines of noise that are printed meanwhile, to standard output."""
+    MMLogger.get_current_instance()  # a log made meanwhile would keep the replaced output
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        lines = printed.getvalue().splitlines(keepends=True)
+        sys.stdout.write("".join(line for line in lines if not noise.match(line)))
+
+
+def import_quietly(*names: str) -> None:
+    """Import modules without their noise."""
+    ignore_warnings()
+    with without_noise():
+        for name in names:
+            importlib.import_module(name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Progress
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def progress_bar(total: int, title: str) -> tqdm:
+    """Make a progress bar, which is shown by the main process on a terminal only.
+
+    Args:
+        total: number of steps.
+        title: what is counted.
+    """
+    layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+    shown = is_main_process() and sys.stdout.isatty()
+    return tqdm(total=total, desc=title, bar_format=layout, file=sys.stdout, dynamic_ncols=True, disable=not shown)
+
+
+class TestProgressHook(Hook):
+    """Show a test's progress: a bar on a terminal, mmengine's regular lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._shown = contextlib.ExitStack()
+        self._bar: tqdm | None = None
+
+    def before_test_epoch(self, runner: Any) -> None:
+        """Show the bar, and keep the log from the console."""
+        self._bar = self._shown.enter_context(progress_bar(len(runner.test_dataloader), "test"))
+        if not self._bar.disable:
+            self._shown.enter_context(quiet(runner.logger))
+
+    def after_test_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
+    ) -> None:
+        """Advance the bar, and close it after the last batch."""
+        if self._bar is not None:
+            self._bar.update()
+            if batch_idx + 1 == len(runner.test_dataloader):
+                self._shown.close()

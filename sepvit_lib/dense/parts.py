@@ -1,0 +1,130 @@
+"""The parts of a config that are about its data: the data sets, their pipelines, and the heads that predict classes."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS, Registry
+
+from sepvit_lib.training.images import EXIF, STORED
+
+LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+BASE = "mmengine.dataset.base_dataset.BaseDataset"
+SEGMENTATION = "mmseg.datasets.basesegdataset.BaseSegDataset"
+COCO = ("mmdet.datasets.coco.CocoDataset", "sepvit_lib.dense.coco.CompleteCocoDataset")
+LOADS_IMAGES = ("LoadImageFromFile", "LoadReadableImage")  # transforms that load images
+LOADS_LABELS = ("LoadAnnotations", "LoadReadableLabels")  # transforms that load label maps
+# Heads that predict the classes of the data set. First stages predict one class, heads for stuff other ones.
+HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "roi_head.bbox_head", "roi_head.mask_head")
+OTHER_HEADS = ("STDCHead",)  # which stand among them, and predict something else: this one, boundaries
+LOSSES = ("loss_decode", "loss_cls")  # of these heads; they may weight classes
+
+
+def dicts(node: Any) -> Iterator[Any]:
+    """Yield a config and all dicts inside it."""
+    if isinstance(node, (dict, Config)):
+        yield node
+    for child in node.values() if isinstance(node, (dict, Config)) else node if isinstance(node, (list, tuple)) else ():
+        yield from dicts(child)
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return a list or tuple as a list, and anything else as the one entry of a list."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def class_name(kind: type) -> str:
+    """Return the module and name of a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def resolve(registry: Registry, node: Mapping[str, Any]) -> type | None:
+    """Return the class that a registry builds from a dict of a config, None if there is none."""
+    kind = node.get("type")
+    if isinstance(kind, str):
+        with registry.switch_scope_and_registry(node.get("_scope_")) as scoped:
+            kind = scoped.get(kind)
+    return kind if isinstance(kind, type) else None
+
+
+def is_kind(kind: type, name: str) -> bool:
+    """Whether a class is one of the given name (see `class_name`), or derived from it."""
+    return any(class_name(parent) == name for parent in kind.__mro__)
+
+
+def data_sets(cfg: Config, loader: str) -> Iterator[tuple[Any, Any]]:
+    """Yield the data sets of a loader, without those that only wrap others: their settings, and their classes."""
+    for node in dicts((cfg.get(loader) or {}).get("dataset")):
+        kind = resolve(DATASETS, node)
+        if kind is not None and is_kind(kind, BASE):
+            yield node, kind
+
+
+def inner_data_sets(dataset: Any) -> list[Any]:
+    """Return the data sets, built ones, of which another one consists."""
+    several = getattr(dataset, "datasets", None)
+    return list(several) if several else [one for one in [getattr(dataset, "dataset", None)] if one is not None]
+
+
+def classes_of(node: Mapping[str, Any], kind: Any) -> tuple[str, ...] | None:
+    """Return the names of a data set's classes, None if it has none.
+
+    Args:
+        node: its settings.
+        kind: its class.
+    """
+    names = (node.get("metainfo") or {}).get("classes") or kind.METAINFO.get("classes")
+    return tuple(names) if names else None
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is an address, which mmengine's file clients read."""
+    return "://" in path
+
+
+def is_elsewhere(node: Mapping[str, Any]) -> bool:
+    """Whether a data set's files are not on this machine's disks, so that they cannot be listed."""
+    return is_remote(node.get("data_root") or "") or bool(node.get("backend_args"))
+
+
+def step_name(step: Mapping[str, Any]) -> str:
+    """Return the name of a transform's class, without its module."""
+    return str(step.get("type")).rpartition(".")[2]
+
+
+def has_step(node: Any, *types: str, **settings: Any) -> bool:
+    """Whether a data set's pipeline has a transform of one of some types, with some settings."""
+    steps = [step for step in dicts(node.get("pipeline")) if step_name(step) in types]
+    return any(all(step.get(key) == value for key, value in settings.items()) for step in steps)
+
+
+def orientations_in(node: Any) -> set[str]:
+    """Orientations in which the transforms of a part of a config load images."""
+    return {step.get("orientation", STORED) for step in dicts(node) if step_name(step) in LOADS_IMAGES}
+
+
+def orientation_in(node: Any) -> str:
+    """Orientation in which a loader reads its images; 'stored' if it loads them by other transforms."""
+    return EXIF if EXIF in orientations_in(node) else STORED
+
+
+def heads_of(cfg: Config) -> Iterator[tuple[str, Any]]:
+    """Yield the heads that predict the data set's classes: their places in the config, and their settings."""
+    model = cfg.get("model") or {}
+    model = model.get("module", model)  # test-time augmentation wraps the model
+    for name in HEADS:
+        node: Any = model
+        for part in name.split("."):
+            node = (node.get(part) or {}) if isinstance(node, dict) else {}
+        several = isinstance(node, (list, tuple))
+        for number, head in enumerate(node if several else [node]):
+            if isinstance(head, dict) and head and head.get("type") not in OTHER_HEADS:
+                yield f"model.{name}.{number}" if several else f"model.{name}", head
+
+
+def weighted_losses(head: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the losses of a head that weight classes by a list: their names, and their settings."""
+    for name in LOSSES:
+        for loss in dicts(head.get(name)):
+            if isinstance(loss.get("class_weight"), (list, tuple)):
+                yield name, loss

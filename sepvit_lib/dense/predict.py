@@ -1,0 +1,176 @@
+"""Shared by predict.py of segmentation and of detection: a model for single images, and drawing its predictions."""
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import mmcv
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.model import revert_sync_batchnorm
+from PIL import Image
+from torch import nn
+
+from sepvit_lib.dense.checks import build_model, check_test_parts, check_weights, config_errors
+from sepvit_lib.dense.classes import classes_in
+from sepvit_lib.dense.console import progress_bar
+from sepvit_lib.dense.data import check_types
+from sepvit_lib.dense.parts import classes_of, data_sets
+from sepvit_lib.dense.settings import (
+    CommandParser,
+    build_parser,
+    drop_pretrained,
+    read_config,
+    read_model_checkpoint,
+    where_of,
+)
+from sepvit_lib.inference.images import PLACEHOLDER, Task, check_pictures, find_images, read_image
+from sepvit_lib.training.commands import path, run_command
+from sepvit_lib.training.errors import UNREADABLE_STATUS, UserError
+from sepvit_lib.training.images import orientation_for
+from sepvit_lib.training.processes import print_line
+from sepvit_lib.training.storage import make_folder
+
+# From model, path and image (H × W × 3, RGB), and the lowest score if the command has one, to a picture and a line that
+# describes its content.
+Draw = Callable[..., tuple[Image.Image, str]]
+
+
+def build_predict_parser(description: str | None) -> CommandParser:
+    """Make the parser of predict.py."""
+    parser = build_parser(description, launchers=False)
+    parser.add_argument(
+        "checkpoint", type=path, metavar="CHECKPOINT", help="checkpoint of the whole segmentor or detector"
+    )
+    parser.add_argument(
+        "images", nargs="+", type=path, metavar="IMAGE", help="an image, a folder of images, or a pattern"
+    )
+    parser.add_argument("--out", required=True, type=path, metavar="DIR", help="folder for the pictures")
+    parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in DIR already")
+    return parser
+
+
+def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.Module:
+    """Build a config's model with a checkpoint's weights, in evaluation mode on the best device.
+
+    The model gets the attributes `cfg` and `dataset_meta` (classes and palette), as the inference functions of mmseg
+    and mmdet expect, and `orientation`, in which images are to be read. Its pipeline is for images in memory, without
+    labels.
+
+    Args:
+        cfg: the config.
+        checkpoint_path: path or https address of the checkpoint.
+        where: names the config in messages.
+
+    Raises:
+        UserError: the checkpoint is missing, would run code, or does not fit, or the config names no data to test on.
+    """
+    check_test_parts(cfg, where)
+    check_types(cfg, "test_dataloader")
+    checkpoint = read_model_checkpoint(cfg, checkpoint_path, "CHECKPOINT")
+    drop_pretrained(cfg)
+    with config_errors(cfg, where, "model"):
+        model = revert_sync_batchnorm(build_model(cfg))
+    check_weights(model, checkpoint, f"CHECKPOINT {checkpoint_path}")
+    node, kind = next(data_sets(cfg, "test_dataloader"), (None, None))
+    if node is None or kind is None:
+        name = cfg.test_dataloader.dataset.get("type")
+        raise UserError(
+            f"test_dataloader.dataset.type={name}: has no classes and no pipeline; derive it from "
+            "mmengine's BaseDataset"
+        )
+    names = classes_in(checkpoint)
+    if names is None:
+        print_line(f"CHECKPOINT {checkpoint_path}: does not name its classes, which get the config's names by number")
+    stated = {**kind.METAINFO, **(node.get("metainfo") or {})}
+    held = (checkpoint.get("meta") or {}).get("dataset_meta") or {}
+    model.dataset_meta = {**stated, **held, "classes": names or classes_of(node, kind)}
+    model.orientation = orientation_for(checkpoint.get("reading"))
+    model.cfg = copy.deepcopy(cfg)
+    steps = [step for step in node.pipeline if not str(step.get("type")).rpartition(".")[2].startswith("Load")]
+    model.cfg.test_pipeline = [dict(type=f"{cfg.default_scope}.LoadImageFromNDArray"), *steps]
+    for node, _ in data_sets(model.cfg, "test_dataloader"):
+        node["pipeline"] = model.cfg.test_pipeline
+    return model.to(get_device()).eval()
+
+
+class NarrowImageError(UserError):
+    """An image is too narrow to be resized."""
+
+
+def infer(function: Callable[..., Any], model: nn.Module, image: np.ndarray) -> Any:
+    """Predict an image by mmseg's or mmdet's function.
+
+    Args:
+        function: takes a model and an image in BGR.
+        model: see `build_inference_model`.
+        image: H × W × 3, RGB, 0 to 255.
+
+    Raises:
+        NarrowImageError: the image is too narrow to be resized.
+    """
+    try:
+        return function(model, mmcv.rgb2bgr(image))
+    except cv2.error:
+        raise NarrowImageError("The image is too narrow to be resized for the network; crop it.") from None
+
+
+def predict(args: argparse.Namespace, draw: Draw) -> int:
+    """Draw the predictions for each image. Images that cannot be read or resized are named.
+
+    Args:
+        args: the command line.
+        draw: see `Draw`.
+
+    Returns:
+        the exit status: 1 if there are such images.
+
+    Raises:
+        UserError: there is no image, a picture would overwrite a file, or the folder is not writable.
+    """
+    cfg, out = read_config(args), Path(args.out)
+    tasks = find_images(args.images)
+    check_pictures(tasks, out, args.overwrite)
+    model = build_inference_model(cfg, args.checkpoint, where_of(args))
+    make_folder(out, f"--out {args.out}")
+    lowest = [args.score_thr] if "score_thr" in args else []
+    failed = 0
+    with progress_bar(len(tasks), "predict") as bar:
+        for task in tasks:
+            result = _drawn(model, draw, task, lowest)
+            bar.update()
+            if isinstance(result, str):
+                failed += 1
+                bar.write(f"predict.py: {result}", file=sys.stderr)
+                continue
+            picture, line = result
+            place = task.picture(out)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(place)
+            print_line(f"{task.path}: {line}; drawn in {place}")
+    return UNREADABLE_STATUS if failed else 0
+
+
+def _drawn(model: Any, draw: Draw, task: Task, lowest: Sequence[float]) -> tuple[Image.Image, str] | str:
+    """Draw the prediction for an image. Returns the reason if it cannot be read or resized."""
+    what = f"{PLACEHOLDER} {task.path}"
+    try:
+        image = np.asarray(read_image(task.path, what, model.orientation))
+    except UserError as error:
+        return str(error)
+    try:
+        with torch.no_grad():
+            return draw(model, str(task.path), image, *lowest)
+    except NarrowImageError as error:
+        return f"{what}: {error}"
+
+
+def run_prediction(parser: CommandParser, draw: Draw, arguments: list[str] | None = None) -> int:
+    """Run predict.py. Returns its exit status."""
+    return run_command("predict.py", lambda: predict(parser.parse_args(arguments), draw), parser)

@@ -1,0 +1,173 @@
+"""mmengine's runner, extended: several CPU processes, and checkpoints that are read safely and loaded strictly."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.evaluator import Evaluator
+from mmengine.logging import MMLogger
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.optim import OptimWrapper
+from mmengine.runner import BaseLoop
+from mmengine.visualization import Visualizer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from sepvit_lib.dense.console import console_filter, quiet, without_noise
+from sepvit_lib.dense.loading import use_checked_loading
+from sepvit_lib.dense.mmengine_adapter import QuietRunner, mark_loaded, read_checkpoint
+from sepvit_lib.training.checkpoints import load_weights, weights_of
+
+VARIANT_HINT = "use that variant's config, or another checkpoint"
+
+
+def has_half_precision() -> bool:
+    """Whether mmengine can compute in half precision here. It needs a GPU other than a Mac's.
+
+    On CPUs it would evaluate in bfloat16, and not train at all.
+    """
+    return get_device() not in ("cpu", "mps")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the segmentor or detector inside the wrappers of data parallelism and test-time augmentation."""
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    return model
+
+
+def without_mixed_precision(optim_wrapper: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of an optimiser, for float32."""
+    if optim_wrapper.get("type") != "AmpOptimWrapper":
+        return optim_wrapper
+    scaling = ("loss_scale", "dtype", "use_fsdp")
+    return {**{key: value for key, value in optim_wrapper.items() if key not in scaling}, "type": "OptimWrapper"}
+
+
+class DenseRunner(QuietRunner):
+    """Train and test a segmentor or detector, on GPUs or on CPU processes.
+
+    Attributes:
+        checkpoints: checkpoints read before, by path, so that each is read once.
+    """
+
+    checkpoints: dict[str, dict[str, Any]]
+
+    @classmethod
+    def from_config(cls, cfg: Config, checkpoints: dict[str, dict[str, Any]] | None = None) -> "DenseRunner":
+        """Build the runner of a config.
+
+        Args:
+            cfg: the config.
+            checkpoints: checkpoints that were read for it, by path.
+        """
+        use_checked_loading(cfg)
+        runner = cls.from_cfg(cfg)
+        runner.checkpoints = checkpoints or {}
+        console_filter(runner.logger).level = logging.NOTSET
+        runner.logger.info(f"versions, config and hooks are in {runner.logger.log_file}")
+        return runner
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """Build the log. Hundreds of lines come from building the runner; they go to the log file alone."""
+        logger = super().build_logger(*args, **kwargs)
+        console_filter(logger).level = logging.WARNING
+        return logger
+
+    def build_visualizer(self, visualizer: Any = None) -> Visualizer:
+        """Build what writes mmengine's figures: this run's own, where another one ran in the process before."""
+        named = {**visualizer, "name": self.experiment_name} if isinstance(visualizer, dict) else visualizer
+        return super().build_visualizer(named)
+
+    @staticmethod
+    def build_dataloader(*args: Any, **kwargs: Any) -> DataLoader:
+        """Build a data loader."""
+        with without_noise():
+            return QuietRunner.build_dataloader(*args, **kwargs)
+
+    def build_evaluator(self, evaluator: Any) -> Evaluator:
+        """Build an evaluator. Processes collect their results in the run's folder, not in the current one."""
+        with without_noise():
+            built = super().build_evaluator(evaluator)
+        for i, metric in enumerate(built.metrics):
+            if metric.collect_device == "cpu" and metric.collect_dir is None:
+                metric.collect_dir = str(Path(self.log_dir) / f"collected_{i}")
+        return built
+
+    def set_randomness(self, seed: int | None, diff_rank_seed: bool = False, deterministic: bool = False) -> None:
+        """Seed everything. Operations without a deterministic form on GPUs warn instead of ending the run."""
+        super().set_randomness(seed, diff_rank_seed, deterministic)
+        if deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        """Move the model to its device and wrap it for data parallelism. On CPUs, batch norm is not synchronised."""
+        if get_device() != "cpu" or not self.distributed:
+            return super().wrap_model(model_wrapper_cfg, model)
+        unused = (model_wrapper_cfg or {}).get("find_unused_parameters", self.cfg.get("find_unused_parameters", False))
+        return MMDistributedDataParallel(
+            revert_sync_batchnorm(model), broadcast_buffers=False, find_unused_parameters=unused
+        )
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
+        """Build the optimiser."""
+        with quiet(self.logger):  # it logs every parameter
+            return super().build_optim_wrapper(optim_wrapper)
+
+    def build_val_loop(self, loop: Any) -> BaseLoop:
+        """Build the validation loop, for float32 if there is no GPU."""
+        return super().build_val_loop(self._in_possible_precision(loop))
+
+    def build_test_loop(self, loop: Any) -> BaseLoop:
+        """Build the test loop, for float32 if there is no GPU."""
+        return super().build_test_loop(self._in_possible_precision(loop))
+
+    def _in_possible_precision(self, loop: Any) -> Any:
+        if not (isinstance(loop, dict) and loop.get("fp16")) or has_half_precision():
+            return loop
+        self.logger.warning("half precision: no GPU here, evaluating in float32")
+        return {**loop, "fp16": False}
+
+    def load_checkpoint(
+        self,
+        filename: str,
+        map_location: str | Callable[..., Any] = "cpu",
+        strict: bool = False,
+        revise_keys: list[tuple[str, str]] | None = None,
+    ) -> dict[str, Any]:
+        """Load the weights of a whole segmentor or detector, without running any code in the file.
+
+        All entries have to fit. The exception is training that starts from the weights of another data set (`load_from`
+        without `resume`): outside the backbone, entries that do not fit stay fresh, with a warning.
+
+        Args:
+            filename: path or https address.
+            map_location: unused, for mmengine's calls. Weights are always read to the CPU.
+            strict: unused, for mmengine's calls.
+            revise_keys: unused, for mmengine's calls. Prefixes of wrappers are always removed.
+
+        Returns:
+            the checkpoint.
+
+        Raises:
+            UserError: the file is missing, would run code, or does not fit.
+        """
+        what = f"checkpoint {filename}"
+        checkpoint = self.checkpoints.pop(filename, None) or read_checkpoint(filename, what)
+        is_new_training = self.cfg.get("train_cfg") is not None and not self.cfg.get("resume")
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        report = load_weights(
+            unwrapped(self.model),
+            weights_of(checkpoint, what),
+            what,
+            variant_hint=VARIANT_HINT,
+            network="backbone",
+            partly=is_new_training,
+        )
+        self.logger.log(logging.WARNING if report.is_partial else logging.INFO, f"{what}: {report}")
+        mark_loaded(self)
+        return checkpoint

@@ -1,0 +1,195 @@
+"""Training samples of segmentation and detection. A run can start at any iteration, and draws the same ones there."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count, islice
+from typing import Any
+
+from mmengine.dist import get_dist_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from sepvit_lib.dense.parts import inner_data_sets
+from sepvit_lib.training.errors import MachineError, UserError
+from sepvit_lib.training.images import MAX_HEADERS, evenly_spaced
+from sepvit_lib.training.randomness import Draw, Stream, derived_seed, seed_everything
+from sepvit_lib.training.unreadable import Replacements, UnreadableImageError
+from sepvit_lib.training.watchdog import ignore_preemption
+
+
+class SeededSamples(Dataset):
+    """A training data set whose randomness follows from the seed and the place in the run.
+
+    That covers the augmentation, and the images that take the place of unreadable ones.
+
+    Args:
+        dataset: a data set of mmengine.
+        seed: the run's seed.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # not set yet, while a worker unpickles this object
+            raise AttributeError(name)
+        return getattr(self.dataset, name)  # hooks read `metainfo` and the like
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_own = name in ("dataset", "seed")
+        object.__setattr__(self if is_own else self.dataset, name, value)  # hooks replace `pipeline`
+
+    def __getitem__(self, draw: Draw) -> tuple[Any, str]:
+        """Load a sample. Returns it, and the names of unreadable images that it replaces.
+
+        Raises:
+            UserError: too many images in a row are unreadable.
+            MachineError: the storage does not respond.
+        """
+        replacements, index = Replacements(), draw.index
+        for attempt in count():
+            # Also seeds the choice of another image where a transform (a crop without objects) asks for one.
+            seed_everything(Stream.AUGMENTATION, self.seed, draw.epoch, draw.place, attempt)
+            try:
+                return self.dataset[index], replacements.take()
+            except UnreadableImageError as error:
+                if error.is_storage_error:  # after retries, which other images would only repeat
+                    raise MachineError(str(error)) from None
+                replacements.add(error)
+                index = derived_seed(Stream.REPLACEMENT, self.seed, draw.epoch, draw.place, attempt) % len(self)
+        raise AssertionError("count() does not end")
+
+
+class SeededBatches(Sampler[list[Draw]]):
+    """Batches of a training loader, each sample with its place in the run, from any batch on.
+
+    The order is that of mmengine's sampler, which follows from the seed and the epoch.
+
+    Args:
+        loader: a training loader of mmengine.
+        is_endless: whether the batches go on for ever, as an iteration-based run takes them, or end with the epoch.
+
+    Attributes:
+        sampler: mmengine's sampler, where its hooks expect it.
+
+    Raises:
+        UserError: the data set is a stream, which has no order.
+    """
+
+    def __init__(self, loader: DataLoader, is_endless: bool) -> None:
+        if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+            raise UserError(
+                f"train_dataloader.dataset {type(loader.dataset).__name__}: a stream, which cannot be "
+                "resumed; use a data set with a length and batches"
+            )
+        batches: Any = loader.batch_sampler
+        self.batch_sampler = batches
+        self.sampler = getattr(batches, "sampler", loader.sampler)
+        self.batch_size: int = batches.batch_size
+        self.is_endless = is_endless
+        self.epoch = 0
+        self.first = 0
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self.batch_sampler)
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Choose the epoch and the batch to start from."""
+        self.epoch = epoch
+        self.first = batch
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        rank, world_size = get_dist_info()
+        for number, indices in islice(enumerate(self._all()), self.first, None):
+            start = (number * world_size + rank) * self.batch_size
+            yield [Draw(self.epoch, start + place, index) for place, index in enumerate(indices)]
+
+    def _all(self) -> Iterator[list[int]]:
+        """All batches of the epoch, or of the endless run."""
+        if hasattr(self.sampler, "skip"):  # mmengine's infinite sampler, which would continue
+            self.sampler.skip(0)
+        for epoch in count() if self.is_endless else (self.epoch,):
+            if hasattr(self.sampler, "set_epoch"):
+                self.sampler.set_epoch(epoch)
+            yield from self.batch_sampler
+
+
+def seeded_loader(loader: DataLoader, batches: SeededBatches, seed: int) -> DataLoader:
+    """Make a training loader that can start at any batch.
+
+    Its batches are pairs: mmengine's batch, and the names of unreadable images.
+
+    Args:
+        loader: a training loader of mmengine.
+        batches: its batches.
+        seed: the run's seed.
+    """
+    return DataLoader(
+        SeededSamples(loader.dataset, seed),
+        batch_sampler=batches,
+        num_workers=loader.num_workers,
+        collate_fn=partial(collate_with_names, loader.collate_fn),
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def collate_with_names(collate: Callable[[list[Any]], Any], samples: list[tuple[Any, str]]) -> tuple[Any, list[str]]:
+    """Collate samples of `SeededSamples` into a batch, and the names of unreadable images."""
+    return collate([sample for sample, _ in samples]), [names for _, names in samples if names]
+
+
+def shield_workers(loader: DataLoader) -> DataLoader:
+    """Let a loader's workers ignore the signals that stop a run, so that the step can be finished."""
+    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+    return loader
+
+
+def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
+    ignore_preemption()
+    if start is not None:
+        start(worker)
+
+
+def describe_samples(dataset: Any) -> dict[str, Any]:
+    """Size and fingerprint of a data set: of the names of its images and labels, and of its boxes, not of pixels."""
+    digest = hashlib.sha256()
+    roots = [os.path.abspath(root) for root in data_roots(dataset)] or [os.getcwd()]
+    root = os.path.commonpath(roots)
+    for index in range(len(dataset) if hasattr(dataset, "get_data_info") else 0):
+        info = dataset.get_data_info(index)
+        names = [os.path.relpath(info[key], root) for key in ("img_path", "seg_map_path") if info.get(key)]
+        objects = [(one.get("bbox"), one.get("bbox_label")) for one in info.get("instances", ())]
+        digest.update(json.dumps([names, objects], default=str).encode())
+    return dict(images=len(dataset), fingerprint=digest.hexdigest()[:16])
+
+
+def sampled_files(dataset: Any) -> Iterator[Callable[[], str]]:
+    """Yield functions that give the paths of images, evenly spaced, for `sepvit_lib.training.images.count_turned`."""
+    if hasattr(dataset, "get_data_info"):
+        for index in evenly_spaced(range(len(dataset)), MAX_HEADERS):
+            yield partial(_path, dataset, index)
+    else:
+        for inner in inner_data_sets(dataset):
+            yield from sampled_files(inner)
+
+
+def _path(dataset: Any, index: int) -> str:
+    return dataset.get_data_info(index)["img_path"]
+
+
+def data_roots(dataset: Any) -> list[str]:
+    """Folders of a data set, which may consist of others."""
+    own = [dataset.data_root] if getattr(dataset, "data_root", None) else []
+    return own + [root for part in inner_data_sets(dataset) for root in data_roots(part)]

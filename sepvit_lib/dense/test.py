@@ -1,0 +1,207 @@
+"""The test command of segmentation and detection."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.hooks import Hook
+
+from sepvit_lib.dense.checks import check_test_parts, check_weights, rehearse
+from sepvit_lib.dense.classes import match_classes
+from sepvit_lib.dense.console import TestProgressHook
+from sepvit_lib.dense.data import check_data, check_reading
+from sepvit_lib.dense.parts import LOADERS, data_sets, heads_of, is_elsewhere
+from sepvit_lib.dense.runner import DenseRunner
+from sepvit_lib.dense.settings import (
+    FORMER_OF_TESTING,
+    CommandParser,
+    build_parser,
+    drop_pretrained,
+    join_processes,
+    read_config,
+    read_model_checkpoint,
+    where_of,
+)
+from sepvit_lib.training.commands import path, run_command
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.processes import is_main_process, on_main_process
+from sepvit_lib.training.storage import make_folder, missing_folders, remove_empty
+
+
+@dataclass
+class Results:
+    """What is done with predictions besides evaluating them.
+
+    Attributes:
+        hooks: hooks of the runner.
+        folders: the folders that they write to, and what names each in messages.
+    """
+
+    hooks: list[Hook] = field(default_factory=list)
+    folders: list[tuple[Path, str]] = field(default_factory=list)
+
+    def add(self, hook: Hook | None, folder: Path, what: str) -> None:
+        """Add a hook that writes to a folder; None if something else does."""
+        self.hooks += [hook] if hook is not None else []
+        self.folders.append((folder, what))
+
+
+# Sets in the config what is evaluated, and returns what else is done with the predictions.
+Prepare = Callable[[Config, argparse.Namespace], Results]
+
+
+def build_test_parser(description: str | None, metrics: Sequence[str]) -> CommandParser:
+    """Make the parser of test.py, with the settings common to segmentation and detection.
+
+    Args:
+        description: what the command does.
+        metrics: names of the metrics.
+    """
+    parser = build_parser(description, former=FORMER_OF_TESTING)
+    add = parser.add_argument
+    add("checkpoint", type=path, metavar="CHECKPOINT", help="checkpoint of the whole segmentor or detector")
+    add("--eval", nargs="+", default=[], metavar="METRIC", help=f"one or more of {', '.join(metrics)}")
+    add("--aug-test", action="store_true", help="test-time augmentation (scales, flips) of the config's tta_pipeline")
+    return parser
+
+
+def as_configured(cfg: Config, flags: str) -> Results:
+    """Evaluate as the config says.
+
+    Args:
+        cfg: the config.
+        flags: what else could be asked for, for messages.
+
+    Raises:
+        UserError: it says nothing.
+    """
+    if not cfg.test_evaluator:
+        raise UserError(f"nothing to do: the config has no test_evaluator; give {flags}")
+    return Results()
+
+
+def find_metric(name: str, metrics: Sequence[str]) -> str:
+    """Find a metric of `--eval` by its name, in upper or lower case.
+
+    Raises:
+        UserError: the metric is unknown.
+    """
+    for metric in metrics:
+        if metric.lower() == name.lower():
+            return metric
+    raise UserError(f"--eval {name}: unknown; choose from {', '.join(metrics)}")
+
+
+def test(args: argparse.Namespace, prepare: Prepare) -> None:
+    """Test a segmentor or detector.
+
+    Args:
+        args: the command line.
+        prepare: see `Prepare`.
+    """
+    cfg, where = read_config(args), where_of(args)
+    join_processes(cfg, args)
+    check_test_parts(cfg, where)
+    results = prepare(cfg, args)
+    check_folders(cfg, results.folders)
+    drop_pretrained(cfg)
+    if args.aug_test:
+        augment(cfg, args.config)
+    check_data(cfg, "test_dataloader")
+    what = f"CHECKPOINT {args.checkpoint}"
+    checkpoint = read_model_checkpoint(cfg, args.checkpoint, "CHECKPOINT")
+    match_classes(cfg, checkpoint, what, ["test_dataloader"])
+    check_reading(cfg, checkpoint, what)
+    check_weights(rehearse(cfg, where, "test_dataloader"), checkpoint, what)
+    cfg.train_dataloader = cfg.train_cfg = cfg.optim_wrapper = cfg.param_scheduler = None
+    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
+    cfg.load_from, cfg.resume = args.checkpoint, False
+    folders = [*results.folders, (Path(cfg.work_dir), f"--work-dir {cfg.work_dir}")]
+    on_main_process(lambda: make_folders(folders))
+    runner = TestRunner.from_config(cfg, {args.checkpoint: checkpoint})
+    for hook in (TestProgressHook(), *results.hooks):
+        runner.register_hook(hook)
+    runner.test()
+
+
+class TestRunner(DenseRunner):
+    """Test a segmentor or detector."""
+
+    def dump_config(self) -> None:
+        """Write the config beside the log. In the work dir may be that of the training run, which could train again."""
+        if is_main_process():
+            self.cfg.dump(Path(self.log_dir) / Path(self.cfg.filename or "config.py").name)
+
+
+def check_folders(cfg: Config, folders: Sequence[tuple[Path, str]]) -> None:
+    """Refuse folders in which results would replace images or labels: results are named like their images.
+
+    Args:
+        cfg: the config.
+        folders: the folders, and what names each in messages.
+
+    Raises:
+        UserError: a folder is in the data set.
+    """
+    nodes = [node for loader in LOADERS for node, _ in data_sets(cfg, loader) if not is_elsewhere(node)]
+    roots = {Path(node["data_root"]).resolve() for node in nodes if node.get("data_root")}
+    data = {
+        Path(node.get("data_root") or "", inner).resolve()
+        for node in nodes
+        for inner in (node.get("data_prefix") or {}).values()
+        if isinstance(inner, str) and inner
+    }
+    for folder, what in folders:
+        place = folder.resolve()
+        if place in roots or data & {place, *place.parents}:
+            raise UserError(
+                f"{what}: holds images or labels of a data set, which results would replace; name another folder"
+            )
+
+
+def make_folders(folders: Sequence[tuple[Path, str]]) -> None:
+    """Make folders and check that they are writable: all of them, or none.
+
+    Args:
+        folders: the folders, and what names each in messages.
+
+    Raises:
+        UserError: a folder is not writable.
+    """
+    missing = missing_folders(*(folder for folder, _ in folders))
+    try:
+        for folder, what in folders:
+            make_folder(folder, what)
+    except UserError:
+        remove_empty(missing)
+        raise
+
+
+def augment(cfg: Config, path: str) -> None:
+    """Switch a config's test-time augmentation on.
+
+    Args:
+        cfg: the config.
+        path: its file, for messages.
+
+    Raises:
+        UserError: the config has none.
+    """
+    if not (cfg.get("tta_model") and cfg.get("tta_pipeline")):
+        hint = "remove the flag, or set both as segmentation/configs/_base_/ade20k.py does"
+        raise UserError(f"--aug-test: CONFIG {path} has no tta_model and tta_pipeline; {hint}")
+    if single := [place for place, head in heads_of(cfg) if head.get("out_channels") == 1]:
+        raise UserError(
+            f"--aug-test: {single[0]}.out_channels=1: mmseg passes the scores of one channel through the "
+            "sigmoid twice, so that all pixels exceed its threshold; remove the flag"
+        )
+    for dataset, _ in data_sets(cfg, "test_dataloader"):
+        dataset["pipeline"] = cfg.tta_pipeline
+    cfg.model = dict(**cfg.tta_model, module=cfg.model)
+
+
+def run_testing(parser: CommandParser, prepare: Prepare, arguments: list[str] | None = None) -> int:
+    """Run test.py. Returns its exit status."""
+    return run_command("test.py", lambda: test(parser.parse_args(arguments), prepare), parser)

@@ -1,0 +1,279 @@
+"""A trained classifier with all that an image needs on its way to class probabilities."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+from timm.models import get_pretrained_cfg_value
+from torch import Tensor, nn
+
+from sepvit import VARIANTS, entries_under, variant_of
+from sepvit_lib.inference import exported
+from sepvit_lib.training.checkpoints import (
+    classifier_of,
+    has_averaged_weights,
+    img_size_of,
+    load_weights,
+    read_checkpoint,
+    settings_in,
+    weights_of,
+)
+from sepvit_lib.training.errors import UserError, setting
+from sepvit_lib.training.images import EXIF, orientation_for
+from sepvit_lib.training.networks import create_network, place
+from sepvit_lib.training.preprocessing import Preprocessing
+from sepvit_lib.training.state import Precision
+
+CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")  # of a model's folder in timm's layout
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a classifier predicts, and from what. Exported files hold it as JSON.
+
+    Attributes:
+        model: timm's name of the network.
+        classes: names of the classes, in the order of the outputs.
+        preprocessing: how an image becomes its input.
+        orientation: 'exif' to turn images upright, or 'stored'.
+    """
+
+    model: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    orientation: str = EXIF
+
+    def to_json(self) -> str:
+        """Return it as JSON."""
+        return json.dumps({**vars(self), "preprocessing": self.preprocessing.to_json()}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Description":
+        """Read what `to_json` returned.
+
+        Raises:
+            ValueError: the text is something else.
+        """
+        try:
+            fields = json.loads(text)
+            preprocessing = Preprocessing.from_json(fields["preprocessing"])
+            return cls(fields["model"], tuple(fields["classes"]), preprocessing, fields.get("orientation", EXIF))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a classifier's description ({error!r})") from None
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Makes a classifier's input of an image. Loader workers get a copy.
+
+    Attributes:
+        preprocessing: see `Description`.
+        takes_pixels: whether the classifier does the preprocessing itself.
+    """
+
+    preprocessing: Preprocessing
+    takes_pixels: bool = False
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return an RGB image as 3 × H × W, normalised, or as pixels, H × W × 3, 0 to 255."""
+        if self.takes_pixels:
+            return torch.from_numpy(np.array(self.preprocessing.bounded(image)))
+        return self.preprocessing.transform()(image)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained classifier.
+
+    Attributes:
+        description: what it predicts, and from what.
+        prepare: makes its input of an RGB image.
+        run: computes logits, B × classes, from inputs, B × 3 × H × W, or from the pixels of one image, as `prepare`
+            makes them.
+        network: the network itself; None for an exported file.
+        is_named: whether the names of its classes are known. Otherwise they are numbers, or ImageNet's.
+    """
+
+    description: Description
+    prepare: Preparation
+    run: Callable[[Tensor], Tensor]
+    network: nn.Module | None = None
+    is_named: bool = True
+
+    def logits(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Compute logits, images × classes, in float32 on the CPU.
+
+        Args:
+            inputs: what `prepare` made of each image.
+        """
+        if self.prepare.takes_pixels:
+            return torch.cat([self.run(pixels).float().cpu() for pixels in inputs])
+        return self.run(torch.stack(list(inputs))).float().cpu()
+
+    def probabilities(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Compute probabilities of the classes, images × classes. See `logits`."""
+        return self.logits(inputs).softmax(dim=-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_classifier(
+    path: str, model: str = "", averaged: bool = False, precision: Precision | None = None, what: str = ""
+) -> Classifier:
+    """Load a classifier from whatever holds one.
+
+    Args:
+        path: a checkpoint of main.py, a published one or bare weights (a path or an https address), a folder in timm's
+            layout, or an exported file.
+        model: timm's name of the network, for files that do not tell it.
+        averaged: take the averaged weights.
+        precision: device and number format; None for float32 on the CPU.
+        what: names the file in messages; by default the setting `resume` and the path.
+
+    Raises:
+        UserError: the file is missing, damaged, holds no classifier or another one, or needs a missing package.
+    """
+    precision = precision or Precision(torch.device("cpu"), None)
+    what = what or setting("resume", path)
+    kind, is_folder = exported.kind_of(Path(path)), Path(path).is_dir()
+    if averaged and (kind or is_folder):
+        raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")
+    if kind:
+        return _checked_name(_exported(path, kind, what, precision), model, what)
+    if is_folder:
+        network, description, names = _from_folder(Path(path), what)
+    else:
+        network, description, names = _from_checkpoint(path, model, averaged, what)
+    place(network, precision.device).eval()
+    run, prepare = _runner(network, precision), Preparation(description.preprocessing)
+    return _checked_name(Classifier(description, prepare, run, network, is_named=names is not None), model, what)
+
+
+def _checked_name(classifier: Classifier, model: str, what: str) -> Classifier:
+    """Refuse a classifier with a different network from the one that was named, "" for none."""
+    held = classifier.description.model
+    if model and held.split(".")[0] != model.split(".")[0]:
+        raise UserError(f"{what}: contains {held}, not {model}; omit {setting('model')}")
+    return classifier
+
+
+def _runner(network: nn.Module, precision: Precision) -> Callable[[Tensor], Tensor]:
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode(), precision.autocast():
+            return network(precision.images(images))
+
+    return run
+
+
+def _exported(path: str, kind: exported.Kind, what: str, precision: Precision) -> Classifier:
+    opened = exported.open_file(Path(path), kind, what, precision.device)
+    try:
+        description = Description.from_json(opened.description)
+    except ValueError:
+        raise UserError(
+            f"{what}: does not tell its classes and preprocessing; export it with tools/export.py"
+        ) from None
+    return Classifier(description, Preparation(description.preprocessing, opened.takes_pixels), opened.run)
+
+
+def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description, Sequence[str] | None]:
+    """Load a folder in timm's layout. Returns also the names of the classes, if it has them."""
+    missing = [names for names in ((CONFIG,), WEIGHTS) if not any((folder / name).is_file() for name in names)]
+    if missing:
+        raise UserError(
+            f"{what}: a folder without {' or '.join(missing[0])}; name a checkpoint in it, or a folder of save_for_hf"
+        )
+    try:
+        network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except Exception as error:  # of any type, for files that are damaged or of other networks
+        raise UserError(f"{what}: timm cannot load it ({' '.join(str(error).split())[:200]})") from None
+    fields = network.pretrained_cfg
+    orientation = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("orientation", EXIF)
+    names = fields.get("label_names")
+    classes = class_names(names, network.num_classes)
+    return network, Description(fields["architecture"], classes, Preprocessing.from_timm(fields), orientation), names
+
+
+def _from_checkpoint(
+    path: str, model: str, averaged: bool, what: str
+) -> tuple[nn.Module, Description, Sequence[str] | None]:
+    """Load a checkpoint. Returns also the names of the classes, if it has them."""
+    checkpoint = read_checkpoint(path, what)
+    if averaged and not has_averaged_weights(checkpoint):
+        raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")
+    weights = weights_of(checkpoint, what, prefer_ema=averaged)
+    name = _model_name(model, checkpoint, weights, what)
+    num_classes = _count_classes(name, weights, what)
+    default: Any = get_pretrained_cfg_value(name, "input_size")
+    size = settings_in(checkpoint).get("input_size") or default[-1]
+    network = create_network(f"{what}, model {name}", name, num_classes, size)
+    load_weights(
+        network, weights, what, variant_hint=f"name it with {setting('model')}", img_size=img_size_of(checkpoint)
+    )
+    names = checkpoint.get("classes")
+    preprocessing, orientation = Preprocessing.of_weights(checkpoint, name, size), checkpoint.get("reading")
+    description = Description(name, class_names(names, num_classes), preprocessing, orientation_for(orientation))
+    return network, description, names
+
+
+def _model_name(model: str, checkpoint: Mapping[str, Any], weights: dict[str, Tensor], what: str) -> str:
+    """Find the network's name: the given one, the settings', or the SepViT that the weights are of."""
+    name = model or settings_in(dict(checkpoint)).get("model") or variant_of(weights)
+    if not name:
+        if variant := variant_of(entries_under(weights, "backbone")):
+            raise UserError(
+                f"{what}: holds a segmentor or detector with {variant}, not a classifier; use "
+                "segmentation/predict.py or detection/predict.py"
+            )
+        raise UserError(f"{what}: does not tell its model; name it with {setting('model')}")
+    if not timm.is_model(name):
+        raise UserError(f"{setting('model', name)}: unknown; choose {', '.join(VARIANTS)}, or a timm model")
+    return name
+
+
+def _count_classes(name: str, weights: Mapping[str, Tensor], what: str) -> int:
+    heads = get_pretrained_cfg_value(name, "classifier")
+    found = classifier_of(weights, heads)
+    if not found:
+        raise UserError(f"{what}: holds no classifier ({name} has it in {heads}); fine-tune it with main.py first")
+    return len(weights[found[0]])
+
+
+def class_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+    """Names of the classes as people know them: ImageNet's words for its codes, and numbers where nothing is known.
+
+    Classes of the same name have their code, or their number, after it.
+
+    Args:
+        names: names of the classes in the data set; None if unknown, which for 1000 classes means ImageNet's.
+        num_classes: number of classes.
+    """
+    if names is None or len(names) != num_classes:
+        names = ImageNetInfo().label_names() if num_classes == 1000 else [str(index) for index in range(num_classes)]
+    codes = ImageNetInfo()
+    words = [_words(codes, name) if re.fullmatch(r"n\d{8}", name) else name for name in names]
+    count = Counter(words)  # two of ImageNet's classes are called crane
+    return tuple(
+        word if count[word] == 1 else f"{word} ({name if name != word else index})"
+        for index, (word, name) in enumerate(zip(words, names))
+    )
+
+
+def _words(codes: ImageNetInfo, code: str) -> str:
+    """ImageNet's words for one of its codes, such as n01440764; the code itself if it has none."""
+    try:
+        return codes.label_name_to_description(code)
+    except KeyError:
+        return code

@@ -1,0 +1,238 @@
+"""Classifiers exported to files (tools/export.py), opened by the runtime of each kind."""
+
+import logging
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sepvit_lib.inference.packages import require
+from sepvit_lib.training.devices import available_cores
+from sepvit_lib.training.errors import UserError
+
+DESCRIPTION = "description.json"  # in PyTorch's archives
+METADATA = "sepvit"  # name of the description in the metadata of ONNX, OpenVINO and AOTInductor
+NUMBER_FORMAT = "number_format"
+MOST_SHAPES = 4  # of batches, for which a model is kept compiled
+
+
+class Kind(Enum):
+    """Kind of an exported file, by the name of its runtime."""
+
+    ONNX = "ONNX Runtime"
+    OPENVINO = "OpenVINO"
+    TORCH_EXPORT = "torch.export"
+    AOTINDUCTOR = "AOTInductor"
+    TORCHSCRIPT = "TorchScript"
+
+
+PACKAGES = {Kind.ONNX: ("onnxruntime",), Kind.OPENVINO: ("openvino",)}  # what they need besides requirements.txt
+
+Session = Callable[[Tensor], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An exported file, opened.
+
+    Attributes:
+        run: computes logits from its input.
+        description: the text that describes it, "" if it holds none; see `sepvit_lib.inference.classifier.Description`.
+        takes_pixels: whether its input is an image's pixels, H × W × 3, 0 to 255, not normalised images.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    description: str
+    takes_pixels: bool = False
+
+
+def kind_of(path: Path) -> Kind | None:
+    """Kind of an exported file; None for anything else, such as a checkpoint."""
+    if path.suffix in (".onnx", ".xml"):
+        return Kind.ONNX if path.suffix == ".onnx" else Kind.OPENVINO
+    if not path.is_file():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return None
+    if any(name.endswith("constants.pkl") for name in names):
+        return Kind.TORCHSCRIPT
+    if path.suffix == ".pt2":
+        return Kind.AOTINDUCTOR if any("aotinductor" in name for name in names) else Kind.TORCH_EXPORT
+    return None
+
+
+def open_file(path: Path, kind: Kind, what: str, device: torch.device) -> Opened:
+    """Open an exported file.
+
+    Args:
+        path: the file.
+        kind: returned by `kind_of`.
+        what: flag and path, for messages.
+        device: where PyTorch's kinds compute. The others compute on the CPU.
+
+    Raises:
+        UserError: the file is missing or damaged, or its runtime is not installed.
+    """
+    if not path.is_file():
+        raise UserError(f"{what}: no such file")
+    require(what, *PACKAGES.get(kind, ()))
+    openers = {
+        Kind.ONNX: _open_onnx,
+        Kind.OPENVINO: _open_openvino,
+        Kind.TORCH_EXPORT: _open_exported_program,
+        Kind.AOTINDUCTOR: _open_aotinductor,
+        Kind.TORCHSCRIPT: _open_torchscript,
+    }
+    try:
+        return openers[kind](path, device)
+    except Exception as error:  # each runtime raises its own types
+        raise UserError(f"{what}: {kind.value} cannot open it ({' '.join(str(error).split())[:200]})") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ONNX Runtime and OpenVINO
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def onnxruntime_session(model: Path | bytes, threads: int) -> Any:
+    """Open an ONNX file, or its content, in ONNX Runtime, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def run_onnxruntime(session: Any) -> Session:
+    """Make a function from a batch to the outputs of a session."""
+    name = session.get_inputs()[0].name
+    return lambda batch: [torch.from_numpy(output) for output in session.run(None, {name: batch.numpy()})]
+
+
+def compile_openvino(model: Any, number_format: str, threads: int) -> Any:
+    """Compile an OpenVINO model for the CPU.
+
+    Args:
+        model: the model.
+        number_format: what to multiply in: 'float32', 'bfloat16', or 'int8', where OpenVINO chooses for the rest.
+        threads: CPU threads.
+    """
+    import openvino
+
+    hints: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    if number_format != "int8":
+        hints["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[number_format]
+    return openvino.Core().compile_model(model, "CPU", hints)
+
+
+def run_openvino_by_shape(model: Any, number_format: str, threads: int) -> Session:
+    """Make a function from a batch to the outputs of a model for batches of any size.
+
+    The model is compiled for each shape of a batch: for a fixed shape it is up to twice as fast, in int8.
+
+    Args:
+        model: see `compile_openvino`. It is reshaped.
+        number_format: likewise.
+        threads: likewise.
+    """
+    sessions: dict[tuple[int, ...], Session] = {}
+
+    def run(batch: Tensor) -> list[Tensor]:
+        shape = tuple(batch.shape)
+        if shape not in sessions:
+            if len(sessions) == MOST_SHAPES:
+                sessions.pop(next(iter(sessions)))  # the oldest
+            model.reshape(list(shape))
+            sessions[shape] = run_openvino(compile_openvino(model, number_format, threads))
+        return sessions[shape](batch)
+
+    return run
+
+
+def run_openvino(compiled: Any) -> Session:
+    """Make a function from a batch to the outputs of a compiled model. Each call overwrites the outputs of the last."""
+
+    def run(batch: Tensor) -> list[Tensor]:
+        outputs = compiled(batch.numpy(), share_inputs=True, share_outputs=True)
+        return [torch.from_numpy(outputs[port]) for port in compiled.outputs]
+
+    return run
+
+
+def _open_onnx(path: Path, device: torch.device) -> Opened:
+    session = onnxruntime_session(path, available_cores())
+    run = run_onnxruntime(session)
+    takes_pixels = session.get_inputs()[0].type == "tensor(uint8)"
+    description = session.get_modelmeta().custom_metadata_map.get(METADATA, "")
+    return Opened(lambda batch: run(batch)[0], description, takes_pixels)
+
+
+def _open_openvino(path: Path, device: torch.device) -> Opened:
+    import openvino
+
+    model: Any = openvino.Core().read_model(str(path))
+
+    def stored(name: str, default: str) -> str:
+        return str(model.get_rt_info([METADATA, name]).value) if model.has_rt_info([METADATA, name]) else default
+
+    run = run_openvino_by_shape(model, stored(NUMBER_FORMAT, "float32"), available_cores())
+    takes_pixels = model.inputs[0].get_element_type() == openvino.Type.u8
+    return Opened(lambda batch: run(batch)[0].clone(), stored("description", ""), takes_pixels)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PyTorch
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _open_exported_program(path: Path, device: torch.device) -> Opened:
+    texts = {DESCRIPTION: ""}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the file's buffers, which nobody writes to
+        program = torch.export.load(path, extra_files=texts)
+    network = program.module().to(device)
+
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return network(images.to(device))
+
+    return Opened(run, texts[DESCRIPTION])
+
+
+def _open_aotinductor(path: Path, device: torch.device) -> Opened:
+    # Where there is no GPU, a module that this imports reports it.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from torch._inductor import aoti_load_package
+
+    compiled = aoti_load_package(str(path))
+    where = compiled.get_metadata().get("AOTI_DEVICE_KEY", "cpu")
+
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return compiled(images.to(where))
+
+    return Opened(run, compiled.get_metadata().get(METADATA, ""))
+
+
+def _open_torchscript(path: Path, device: torch.device) -> Opened:
+    texts = {DESCRIPTION: ""}
+    network = torch.jit.load(str(path), map_location=device, _extra_files=texts)
+    description = texts[DESCRIPTION]
+
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return network(images.to(device))
+
+    return Opened(run, description.decode() if isinstance(description, bytes) else description)

@@ -1,0 +1,145 @@
+"""Find images by file, folder or pattern; read them upright, in RGB."""
+
+import glob
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from sepvit_lib.training.errors import UserError, setting
+from sepvit_lib.training.images import (
+    EXIF,
+    IMAGE_SUFFIXES,
+    decode,
+    describe_skipped,
+    images_in,
+    is_image,
+    read_file,
+    reason_of,
+)
+
+PLACEHOLDER = "IMAGE"  # what the commands call an image in their help
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_image(source: str | Path | bytes, what: str, orientation: str = EXIF) -> Image.Image:
+    """Read an image in RGB, upright. See `sepvit_lib.training.images.decode`.
+
+    Args:
+        source: a path, or a file's content.
+        what: names the image in messages.
+        orientation: 'stored' for a network that was trained on images as stored.
+
+    Raises:
+        UserError: it is not an image, is damaged, or is too large to be decoded safely.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata
+            return decode(source if isinstance(source, bytes) else read_file(source), orientation)
+    except Exception as error:  # Pillow's decoders raise errors of any type for damaged files
+        raise UserError(f"{what}: cannot be read ({reason_of(error)})") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finding
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """An image to predict.
+
+    Attributes:
+        path: its file.
+        inner: its path inside the folder that was named, or its file's name.
+    """
+
+    path: Path
+    inner: Path
+
+    def picture(self, out: Path) -> Path:
+        """The file of its picture in a folder. Pictures of a folder's images keep its structure."""
+        return out / self.inner.with_suffix(".png")
+
+
+def find_images(names: Sequence[str]) -> list[Task]:
+    """Find images by their files, their folders (and folders in these) or glob patterns. Each is found once.
+
+    Args:
+        names: what the user named. A pattern's ** matches folders of any depth.
+
+    Raises:
+        UserError: there is no such file, or a folder or pattern has no image.
+    """
+    found: dict[str, Task] = {}
+    for task in (task for name in names for task in _find(name)):
+        found.setdefault(os.path.abspath(task.path), task)
+    return list(found.values())
+
+
+def _find(name: str) -> Iterator[Task]:
+    path = Path(name)
+    if path.is_dir():
+        try:
+            files, skipped = images_in(path)
+        except OSError as error:
+            raise UserError(
+                f"{PLACEHOLDER} {error.filename}: cannot be read ({error.strerror}); correct its permissions"
+            ) from None
+        if not files:
+            endings = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise UserError(f"{PLACEHOLDER} {path}: a folder without images (files ending in {endings})")
+        if skipped:
+            print(f"WARNING: {PLACEHOLDER} {path}: {describe_skipped(skipped)}", file=sys.stderr, flush=True)
+        for file in map(Path, files):
+            yield Task(file, file.relative_to(path))
+    elif not path.exists() and glob.has_magic(name):
+        matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
+        found = [match for match in matches if match.is_file() and is_image(match)]
+        if not found:
+            raise UserError(f"{PLACEHOLDER} {name}: no image matches this pattern")
+        base = Path(os.path.commonpath([file.parent for file in found]))
+        for file in found:
+            yield Task(file, file.relative_to(base))
+    elif path.exists():
+        yield Task(path, Path(path.name))
+    else:
+        raise UserError(f"{PLACEHOLDER} {path}: no such file")
+
+
+def check_pictures(tasks: Sequence[Task], out: Path, overwrite: bool) -> None:
+    """Refuse pictures that would overwrite a file or each other, before anything is written.
+
+    Args:
+        tasks: the images.
+        out: folder of their pictures.
+        overwrite: whether earlier pictures may be replaced.
+
+    Raises:
+        UserError: a picture would overwrite a file that it must not.
+    """
+    images = {task.path.resolve() for task in tasks}
+    places: dict[Path, Path] = {}
+    for task in tasks:
+        picture = task.picture(out)
+        other = places.setdefault(picture, task.path)
+        if other != task.path:
+            raise UserError(
+                f"{PLACEHOLDER} {task.path}: would get the same picture as {other}, {picture}; rename one, "
+                "name the folder that holds both, or predict them into two folders"
+            )
+        if picture.resolve() in images:
+            raise UserError(f"{setting('out', out)}: would overwrite {PLACEHOLDER} {picture}; name another folder")
+        if picture.exists() and not overwrite:
+            raise UserError(
+                f"{setting('out', out)}: {picture} exists; name another folder, or replace it with "
+                f"{setting('overwrite')}"
+            )

@@ -1,0 +1,71 @@
+"""Pictures with an image's likeliest classes on them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+from PIL import Image, ImageDraw, ImageFont
+
+from sepvit_lib.inference.fonts import font_file
+from sepvit_lib.training.errors import UserError, setting
+from sepvit_lib.training.storage import write_file
+
+MIN_WIDTH = 320  # pixels; smaller images are enlarged, so that the classes are legible
+MAX_SIDE = 4096  # pixels; longer images are not enlarged, and their text does not grow
+ROWS = 5
+
+
+def with_classes(image: Image.Image, classes: Sequence[str], probabilities: Sequence[float]) -> Image.Image:
+    """Draw an image's likeliest classes as bars below it.
+
+    Args:
+        image: the image, RGB.
+        classes: names of the classes, the likeliest first.
+        probabilities: their probabilities, 0 to 1.
+    """
+    factor = max(1, min(-(-MIN_WIDTH // image.width), MAX_SIDE // image.height))
+    image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    width = max(image.width, MIN_WIDTH)
+    line = max(18, min(width, MAX_SIDE) // 24)  # height of a row in pixels
+    font = ImageFont.truetype(font_file([*classes[:ROWS], " %.…0123456789"]), int(0.62 * line))
+    margin, rows = line // 3, list(zip(classes, probabilities))[:ROWS]
+    picture = Image.new("RGB", (width, image.height + line * len(rows) + 2 * margin), "white")
+    picture.paste(image)
+    canvas = ImageDraw.Draw(picture)
+    for number, (name, probability) in enumerate(rows):
+        top = image.height + margin + number * line
+        length = round((width - 2 * margin) * probability)
+        canvas.rectangle((margin, top + 1, margin + max(1, length), top + line - 2), fill="#a9c7e8")
+        text = _shortened(f"{100 * probability:.1f} %  {name}", font, width - 3 * margin)
+        canvas.text((margin + line // 4, top + line // 2), text, fill="black", font=font, anchor="lm")
+    return picture
+
+
+def write_picture(path: Path, write: Callable[[IO[bytes]], object], out: str) -> None:
+    """Write a picture, as a whole or not at all. Makes its folder.
+
+    Args:
+        path: its file.
+        write: writes to an open binary file.
+        out: the folder of all pictures, as the user named it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, write)
+    except OSError as error:
+        raise UserError(
+            f"{setting('out', out)}: {path.name} cannot be written ({error.strerror}); make room, or name "
+            "another folder"
+        ) from None
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """Shorten a text to a width in pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

@@ -1,0 +1,767 @@
+"""Checkpoints: download, read, check, load, and write without ever losing one."""
+
+import argparse
+import copy
+import glob
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sepvit import Adaptation, SepViTStages, adapt_state_dict, entries_under, mark_adapted, variant_of
+from sepvit_lib.training.classes import canonical
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.naming import CheckpointNames
+from sepvit_lib.training.processes import is_main_process, on_processes, print_line
+from sepvit_lib.training.storage import flush_folder, write_file
+
+MODEL_KEYS, EMA_KEYS = ("model", "state_dict"), ("model_ema", "state_dict_ema")  # the latter of each are timm's
+STALL = 30  # seconds without a byte after which a download reconnects
+ATTEMPTS = 5
+PART = 1 << 20  # bytes read at a time
+DIRECTORY = 0x10  # attribute of a zip file's entry
+BEGINNING = 512  # bytes of a file that show its format
+
+# What NumPy's arrays and numbers need in `data_classes` of `read_checkpoint`. The functions that rebuild these are
+# private in NumPy 2; the pickle protocol returns them. None of this can run code.
+NUMPY_CLASSES: tuple[Any, ...] = (
+    np.empty(0).__reduce__()[0],
+    np.float64(0).__reduce__()[0],
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(name)) for name in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"),
+)
+
+# Files often mistaken for checkpoints, by their first bytes, and what to do with each.
+FOREIGN_FILES = {
+    rb"\s*<(!doctype|html|head|body|\?xml|!--)": "an HTML page, not the file; download the file by its direct address",
+    rb"version https://git-lfs": "a git-lfs pointer, not the file; fetch the file by `git lfs pull`",
+    rb"\x1f\x8b": "compressed by gzip; unpack it",
+    rb"BZh|\xfd7zXZ|\x28\xb5\x2f\xfd": "compressed; unpack it",
+    rb"\x89HDF": "an HDF5 file, as Keras writes; convert it to a state dict of PyTorch",
+    rb"\x93NUMPY": "a NumPy array; convert it to a state dict of PyTorch",
+    rb"\x89PNG|\xff\xd8\xff": "an image",
+    rb".{257}ustar": "a tar archive; unpack it",
+    rb"$": "an empty file",
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: str, what: str, data_classes: Sequence[Any] = ()) -> dict[str, Any]:
+    """Read a checkpoint from a path or an https address, without running any code it contains.
+
+    Args:
+        path: path or https address.
+        what: flag and path, for messages.
+        data_classes: classes allowed besides tensors and Python's containers, as for
+            `torch.serialization.safe_globals`. A Namespace, in which the published checkpoints hold their settings, is
+            always allowed.
+
+    Raises:
+        UserError: the file is missing, truncated, not a checkpoint, or contains code.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]*://", path) and not path.startswith("https://"):
+        raise UserError(f"{what}: takes a path or an https address; download it, or name its https address")
+    try:
+        # Pass the allow-list on every read: timm and mmengine reset the global one.
+        with torch.serialization.safe_globals([argparse.Namespace, *data_classes]):
+            checkpoint = _fetch(path)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserError(f"{what}: no such file") from None
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{what}: damaged, {error}; use another copy") from None
+    except PermissionError:
+        raise UserError(f"{what}: cannot be read (permission denied)") from None
+    except Exception as error:  # torch.load does not document what it raises for files that are not checkpoints
+        if refused := refused_class(error):
+            raise UserError(f"{what}: refused, it holds {refused}, which could run code; save only tensors") from None
+        raise UserError(f"{what}: not a checkpoint, or a truncated one") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{what}: not a checkpoint, it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def refused_class(error: Exception) -> str | None:
+    """Return the class that unpickling refused, which only the error's text names; None for other errors."""
+    match = re.search(r"nsupported (?:global|class)\W+(?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE)
+    return match[1] if match else None
+
+
+def _fetch(path: str) -> Any:
+    is_download = path.startswith("https://")
+    file = _downloaded(path) if is_download else Path(path)
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise UserError("a pipe or a device, not a file; name a file")
+    if kind := foreign_kind(file):
+        raise UserError(f"not a checkpoint, but {kind}")
+    if not is_download and has_checks(file) and (problem := damage(file)):
+        raise zipfile.BadZipFile(problem)
+    if _is_safetensors(file):
+        return safetensors.torch.load(file.read_bytes())
+    with file.open("rb") as content:  # torch.load cannot open a path that is not UTF-8
+        return torch.load(content, map_location="cpu", weights_only=True)
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(BEGINNING)
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is a zip archive, which torch.save writes since 1.6. Older formats have no checksums."""
+    return _beginning(path).startswith(b"PK")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file has safetensors' format, by its name or its start: a length, then a JSON object."""
+    return path.suffix == ".safetensors" or re.match(rb".{6}\0\0\{\s*[\"}]", _beginning(path), re.DOTALL) is not None
+
+
+def foreign_kind(path: Path) -> str | None:
+    """Describe a file that is not a checkpoint, and what to do with it; None if it may be a checkpoint."""
+    beginning = _beginning(path)
+    for pattern, kind in FOREIGN_FILES.items():
+        if re.match(pattern, beginning, re.DOTALL | re.IGNORECASE):
+            return kind
+    if not beginning.startswith(b"PK"):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.rpartition("/")[2] for name in archive.namelist()]
+    except (zipfile.BadZipFile, OSError):
+        return None  # a truncated checkpoint, most likely
+    if "constants.pkl" in names:
+        return "a TorchScript model; save its weights: torch.save(torch.jit.load(PATH).state_dict(), OTHER_PATH)"
+    if "data.pkl" not in names:
+        arrays = names and all(name.endswith(".npy") for name in names)
+        return "NumPy's arrays; convert them to a state dict of PyTorch" if arrays else "a zip archive; unpack it"
+    return None
+
+
+def has_checks(path: Path) -> bool:
+    """Whether a checkpoint's format can show damage. PyTorch's format before 1.6 cannot."""
+    return _is_archive(path) or _is_safetensors(path)
+
+
+def damage(path: Path) -> str | None:
+    """Describe the damage to a checkpoint's file; None if there is none.
+
+    Files of torch.save have checksums (CRC-32), files of safetensors the lengths of their entries.
+    """
+    try:
+        if _is_safetensors(path):
+            with safetensors.safe_open(path, framework="pt"):
+                return None
+    except (safetensors.SafetensorError, OSError) as error:  # or the file is gone: another process may delete it
+        return " ".join(str(error).split())[:100]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():  # testzip() would look entries up by name, and miss duplicates
+                if not _is_whole(archive, entry):
+                    return f"wrong checksum of {entry.filename.partition('/')[2]}"
+        # torch.load's own reader checks the zip directory more strictly. It is private: torch 2.x may drop it.
+        if reader := getattr(torch._C, "PyTorchFileReader", None):
+            with path.open("rb") as file:
+                reader(file)
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, ValueError) as error:
+        return " ".join(str(error).split())[:100] if _has_directory(path) else "truncated"
+    return None
+
+
+def _has_directory(path: Path) -> bool:
+    """Whether a zip file has its directory, which is at the end."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # it has one, with an unsupported entry
+        return True
+
+
+def _is_whole(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
+    """Whether a zip entry is stored as torch.save does it, and its content matches its checksum."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & DIRECTORY:
+        return False
+    try:
+        with archive.open(entry) as file:
+            while file.read(PART):
+                pass
+    except (zipfile.BadZipFile, EOFError):
+        return False
+    return True
+
+
+def _downloaded(url: str) -> Path:
+    """Download a file to torch.hub's folder, once per address and by one process per node. Returns its path.
+
+    Raises:
+        UserError: the download fails, or the file does not have the hash in its name.
+    """
+    address = hashlib.sha256(url.encode()).hexdigest()[:16]  # many files have the name checkpoint.pth
+    path = Path(torch.hub.get_dir()) / "checkpoints" / address / Path(urllib.parse.urlparse(url).path).name
+
+    def fetch() -> None:
+        if not path.exists() or _has_wrong_hash(path, path.name):
+            download(url, path)
+
+    on_processes(fetch, os.environ.get("LOCAL_RANK", "0") == "0")
+    return path
+
+
+def _has_wrong_hash(path: Path, name: str) -> bool:
+    """Whether a name contains a hash, as in weights-0a1b2c3d.pth, that the file's SHA-256 does not start with."""
+    match = re.search(r"-([0-9a-f]{8,})\.\w+$", name)
+    if match is None or re.fullmatch(r"checkpoint-\d{8}\.pth", name):  # that number is the global step
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(PART):
+            digest.update(part)
+    return not digest.hexdigest().startswith(match[1])
+
+
+def download(url: str, path: Path, stall: float = STALL, attempts: int = ATTEMPTS) -> None:
+    """Download a file. Reconnects when a connection breaks or stalls. Leaves no partial file.
+
+    Args:
+        url: https address.
+        path: where to write the file. Its folder is made.
+        stall: seconds without a byte after which to reconnect.
+        attempts: failed connections in a row after which to give up.
+
+    Raises:
+        UserError: the download fails, or the file is damaged or does not have the hash in its name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    _delete_abandoned(path)
+    try:
+        failures = 0
+        problem: Exception
+        while True:
+            before = _size(partial)
+            try:
+                _fetch_rest(url, partial, stall)
+                break
+            except urllib.error.HTTPError as error:
+                problem, is_final = error, error.code < 500
+            except (OSError, http.client.HTTPException) as error:
+                problem, is_final = error, False
+            failures = 0 if _size(partial) > before else failures + 1
+            if is_final or failures == attempts:
+                raise UserError(f"download failed ({problem}) after {failures} attempts")
+            time.sleep((failures + 1) / 2)
+        if _has_wrong_hash(partial, path.name):
+            raise UserError("the downloaded file does not have the hash in its name; try again")
+        if has_checks(partial) and (found := damage(partial)):
+            raise UserError(f"the downloaded file is damaged ({found}); try again")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _delete_abandoned(path: Path) -> None:
+    """Delete partial files of processes that were killed on this host."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.{socket.gethostname()}-*.partial"):
+        try:
+            os.kill(int(partial.stem.rpartition("-")[2]), 0)
+        except ProcessLookupError:
+            partial.unlink(missing_ok=True)
+        except PermissionError:  # another user's process, which is running
+            continue
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _fetch_rest(url: str, partial: Path, stall: float) -> None:
+    """Download the missing rest of a partial file.
+
+    Raises:
+        OSError: the connection breaks or stalls.
+    """
+    have = _size(partial)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=stall) as response:
+        if not response.geturl().startswith("https://"):
+            raise UserError(f"redirects to {response.geturl()}, which is not https")
+        if response.status != 206:
+            have = 0  # the server does not support ranges
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        bar = tqdm(
+            total=total,
+            initial=have,
+            unit="B",
+            unit_scale=True,
+            desc=partial.name.split(".")[0],
+            disable=not is_main_process(),
+        )
+        with partial.open("ab" if have else "wb") as file, bar:
+            while part := response.read(PART):
+                bar.update(file.write(part))
+            if total is not None and file.tell() != total:
+                raise OSError(f"the connection ended after {file.tell()} of {total} bytes")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LoadReport:
+    """What `load_weights` loaded.
+
+    Attributes:
+        total: entries of the model.
+        adaptation: entries adapted to another image size or form.
+        classifier: entries of a classifier with another number of classes, which keep their random initialisation.
+        reinitialised: entries outside the SepViT that keep their random initialisation.
+        dropped: entries of the checkpoint that the model does not have.
+    """
+
+    total: int
+    adaptation: Adaptation = field(default_factory=Adaptation)
+    classifier: list[str] = field(default_factory=list)
+    reinitialised: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    @property
+    def loaded(self) -> int:
+        """Entries loaded unchanged."""
+        adapted = len(self.adaptation.resampled) + len(self.adaptation.fresh)
+        return self.total - adapted - len(self.classifier) - len(self.reinitialised)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether any entry keeps its random initialisation."""
+        return bool(self.adaptation.fresh or self.classifier or self.reinitialised)
+
+    def __str__(self) -> str:
+        parts = [f"loaded {self.loaded} of {self.total} entries"]
+        if self.adaptation:
+            parts.append(f"of another image size or form: {self.adaptation}")
+        listed = (
+            ("another number of classes: randomly initialised", self.classifier),
+            ("randomly initialised", self.reinitialised),
+            ("dropped", self.dropped),
+        )
+        parts += [f"{what} {len(names)}: {', '.join(names)}" for what, names in listed if names]
+        return "; ".join(parts)
+
+
+def settings_in(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The settings saved in a checkpoint. Published checkpoints hold them as a Namespace."""
+    settings = checkpoint.get("args", {})
+    if isinstance(settings, argparse.Namespace):
+        return dict(vars(settings))
+    return settings if isinstance(settings, dict) else {}
+
+
+def img_size_of(checkpoint: dict[str, Any]) -> tuple[int, int] | None:
+    """Image size (H, W) in a checkpoint's settings; None if it has none."""
+    size = settings_in(checkpoint).get("input_size")
+    return (size, size) if isinstance(size, int) else None
+
+
+def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) -> dict[str, Tensor]:
+    """Return the model's state dict in a checkpoint, which may be one itself, without the prefixes of wrappers.
+
+    Args:
+        checkpoint: returned by `read_checkpoint`.
+        what: flag and path, for messages.
+        prefer_ema: return the averaged weights if the checkpoint has them.
+
+    Raises:
+        UserError: the checkpoint has no weights.
+    """
+    keys = (*EMA_KEYS, *MODEL_KEYS) if prefer_ema else (*MODEL_KEYS, *EMA_KEYS)
+    weights = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
+    weights = _without_wrappers(weights)
+    if all(name.startswith("model.") for name in weights):  # of Lightning's modules
+        weights = _without_wrappers({name.removeprefix("model."): value for name, value in weights.items()})
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{what}: holds no model weights (expected a state dict, or one under 'model')")
+    for name, value in weights.items():
+        if value.is_meta or value.is_quantized or value.layout != torch.strided:
+            kind = "has no values" if value.is_meta else "is quantized" if value.is_quantized else "is sparse"
+            raise UserError(f"{what}: {name} {kind}; save it as an ordinary tensor")
+    return weights
+
+
+def _without_wrappers(weights: Mapping[Any, Any]) -> dict[str, Any]:
+    """Remove the prefixes of data-parallel and compiled networks from the names."""
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in weights.items()}
+
+
+def wrong_variant(what: str, held: str | None, wanted: str, way_out: str) -> UserError:
+    """Make the error for weights of a variant other than the wanted one; `held` is None if they are not a SepViT's."""
+    if held is None:
+        return UserError(f"{what}: contains no SepViT weights (expected {wanted})")
+    return UserError(f"{what}: contains {held}, not {wanted}; {way_out}")
+
+
+def has_averaged_weights(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint holds averaged weights."""
+    return any(isinstance(checkpoint.get(key), dict) for key in EMA_KEYS)
+
+
+def has_both_weights(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint holds averaged weights besides the network's."""
+    return has_averaged_weights(checkpoint) and any(isinstance(checkpoint.get(key), dict) for key in MODEL_KEYS)
+
+
+def load_weights(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    what: str,
+    *,
+    variant_hint: str,
+    classes_hint: str = "use the data set with its classes",
+    network: str = "",
+    new_classifier: bool = False,
+    partly: bool = False,
+    img_size: tuple[int, int] | None = None,
+) -> LoadReport:
+    """Load a state dict strictly, except for what another image size or form requires.
+
+    Args:
+        model: a SepViT, a model with a SepViT inside, or any other model.
+        weights: the state dict.
+        what: flag and path, for messages.
+        variant_hint: the way out if the weights are of another variant, for messages.
+        classes_hint: the way out if the weights have another number of classes, for messages.
+        network: name of the SepViT inside `model`; "" if it is the model itself.
+        new_classifier: keep the random initialisation of the classifier if the weights have another number of classes.
+        partly: outside the SepViT, keep the random initialisation of entries that the weights lack or have in another
+            shape.
+        img_size: image size (H, W) of the weights, None if unknown.
+
+    Raises:
+        UserError: the weights are of another variant, number of classes or architecture, or are not finite.
+    """
+    prefix = f"{network}." if network else ""
+    expected = model.state_dict()
+    report = LoadReport(len(expected))
+    inner = model.get_submodule(network)
+    weights = dict(weights)
+    if isinstance(inner, SepViTStages):
+        own = entries_under(weights, network)
+        held, wanted = variant_of(own), variant_of(inner.state_dict())
+        if held != wanted:
+            raise wrong_variant(what, held, str(wanted), variant_hint)
+        report.adaptation = adaptation = adapt_state_dict(own, inner, img_size)
+        for names in (adaptation.resampled, adaptation.fresh, adaptation.dropped):
+            names[:] = [prefix + name for name in names]
+        weights = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+        weights |= {prefix + name: value for name, value in own.items()}
+    elif _shapes(weights) != _shapes(expected):
+        weights, report.adaptation.resampled = _resized_by_timm(weights, model)
+    classifier = classifier_of(expected, getattr(model, "default_cfg", {}).get("classifier"))
+    if new_classifier:
+        report.classifier = _replace_classifier(weights, expected, classifier)
+    if partly:
+        _fill_up(weights, expected, prefix, report)
+    _check_finite(weights, model, what)
+    _check_entries(weights, expected, what, classifier, classes_hint)
+    model.load_state_dict(mark_adapted(weights, network))
+    return report
+
+
+def match_classifier(weights: dict[str, Tensor], model: Any, held: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Carry the rows of a classifier over to a model by the names of their classes.
+
+    Args:
+        weights: the state dict, whose classifier is replaced.
+        model: the model.
+        held: names of the classes in the weights.
+        names: names of the model's classes.
+
+    Returns:
+        the classes that the weights lack. They keep the model's initialisation.
+    """
+    rows = {canonical(name): index for index, name in enumerate(held)}
+    shared = [(index, rows[canonical(name)]) for index, name in enumerate(names) if canonical(name) in rows]
+    own, of_held = [list(indices) for indices in zip(*shared)] or ([], [])
+    expected = model.state_dict()
+    for name in classifier_of(expected, getattr(model, "default_cfg", {}).get("classifier")):
+        value = expected[name]
+        if name in weights and weights[name].shape == (len(held), *value.shape[1:]):
+            matched = value.detach().cpu().clone()
+            matched[own] = weights[name][of_held].to(matched)
+            weights[name] = matched
+    return [name for name in names if canonical(name) not in rows]
+
+
+def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in weights.items()}
+
+
+def _resized_by_timm(weights: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """Resize the weights of one of timm's other models (ViT, Swin, …) to the model's image size, if timm can.
+
+    Returns:
+        the weights, and the names of resized entries.
+    """
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if adapt is None:
+        return weights, []
+    try:
+        adapted = adapt(dict(weights), model)
+    except Exception:  # of any type, for weights of another network, which `_check_entries` reports
+        return weights, []
+    return adapted, [name for name, value in adapted.items() if name in weights and value.shape != weights[name].shape]
+
+
+def classifier_of(weights: Mapping[str, Tensor], heads: str | Sequence[str] | None) -> list[str]:
+    """Names of the entries of a classifier.
+
+    Args:
+        weights: a state dict.
+        heads: timm's name of the classifier, or names: distilled networks have two heads.
+    """
+    prefixes = [heads] if isinstance(heads, str) else heads or []
+    return [name for name in weights if name.startswith(tuple(f"{prefix}." for prefix in prefixes))]
+
+
+def _replace_classifier(
+    weights: dict[str, Tensor], expected: dict[str, Tensor], classifier: Sequence[str]
+) -> list[str]:
+    """Use the model's own classifier if the checkpoint's does not fit. Returns the names of its entries, if used."""
+    if all(name in weights and weights[name].shape == expected[name].shape for name in classifier):
+        return []
+    weights |= {name: expected[name] for name in classifier}
+    return list(classifier)
+
+
+def _fill_up(weights: dict[str, Tensor], expected: dict[str, Tensor], prefix: str, report: LoadReport) -> None:
+    """Outside the SepViT, take the model's entries where the weights have no fitting one, and drop surplus entries."""
+    outside = [name for name in expected if not name.startswith(prefix)]
+    report.reinitialised = [
+        name for name in outside if name not in weights or weights[name].shape != expected[name].shape
+    ]
+    report.dropped = [name for name in weights if not name.startswith(prefix) and name not in expected]
+    for name in report.dropped:
+        del weights[name]
+    weights |= {name: expected[name] for name in report.reinitialised}
+
+
+def _check_finite(weights: dict[str, Tensor], model: nn.Module, what: str) -> None:
+    """Refuse parameters that are not finite. Buffers may be infinite: masks are."""
+    for name, parameter in model.named_parameters():
+        value = weights.get(name, parameter)
+        if value is not parameter and not value.float().isfinite().all():
+            count = int((~value.float().isfinite()).sum())
+            raise UserError(
+                f"{what}: {name} is not finite ({count} of {value.numel()} values); use a checkpoint from "
+                "before training diverged"
+            )
+
+
+def _check_entries(
+    weights: dict[str, Tensor], expected: dict[str, Tensor], what: str, classifier: Sequence[str], classes_hint: str
+) -> None:
+    """Refuse missing and unexpected entries, and entries of another shape."""
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or unexpected:
+        parts = [
+            f"{len(names)} {kind} ({names[0]}, …)"
+            for kind, names in (("entries are missing", missing), ("are unexpected", unexpected))
+            if names
+        ]
+        raise UserError(f"{what}: another architecture: {', '.join(parts)}")
+    for name, value in weights.items():
+        if value.shape != expected[name].shape:
+            shapes = f"{name} is {tuple(value.shape)}, the model's {tuple(expected[name].shape)}"
+            if name in classifier:
+                classes = f"{len(value)} classes instead of {len(expected[name])}"
+                raise UserError(f"{what}: {classes} ({shapes}); {classes_hint}")
+            raise UserError(f"{what}: does not fit this model: {shapes}")
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any], with_lr: bool = False
+) -> None:
+    """Load an optimiser's state, however its parameters were grouped.
+
+    Groups differ with the weight decay, and in the published code, which decays the window tokens like matrices. The
+    optimiser keeps its settings (weight decay, betas, …).
+
+    Args:
+        optimizer: the optimiser.
+        model: the model whose parameters it steps.
+        state: state dict of an optimiser.
+        with_lr: take the learning rate from the state, too.
+
+    Raises:
+        ValueError: the state has other parameters.
+    """
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    number = {parameter: i for i, parameter in enumerate(parameters)}
+    spared: set[str] = getattr(model, "no_weight_decay", set)()
+    groupings = (
+        optimizer.param_groups,
+        param_groups_weight_decay(model, weight_decay=1.0, no_weight_decay_list=spared),
+        param_groups_weight_decay(model, weight_decay=1.0),  # the published code's
+        [{"params": list(model.parameters())}],  # without weight decay
+    )
+    saved = state["param_groups"]
+    sizes = [len(group["params"]) for group in saved]
+    grouping = next((groups for groups in groupings if [len(group["params"]) for group in groups] == sizes), None)
+    if grouping is None:
+        raise ValueError(f"its optimiser has {sum(sizes)} parameters, in groups of {sizes}, not {len(number)}")
+    # A state numbers parameters through its groups. Translate to this optimiser's numbers.
+    numbers = [number[parameter] for group in grouping for parameter in group["params"]]
+    state = {**state, "state": {numbers[i]: value for i, value in state["state"].items()}}
+    own_keys = optimizer.defaults.keys() - ({"lr"} if with_lr else set())
+    groups, start = [], 0
+    for i, group in enumerate(optimizer.param_groups):
+        kept = {key: group[key] for key in own_keys & group.keys()}
+        indices = list(range(start, start + len(group["params"])))
+        groups.append({**saved[min(i, len(saved) - 1)], **kept, "params": indices})
+        start += len(indices)
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for parameter, values in optimizer.state.items():  # fused steps need the parameters' memory format
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and name != "step":
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def name_also(path: Path, name: str) -> None:
+    """Give a file a second name in its folder, replacing the file of that name. Copies if links are not supported."""
+    temporary = path.with_name(name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # the file system has no hard links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, path.with_name(name))
+    temporary.unlink(missing_ok=True)  # os.replace does nothing if both names already link to the file
+
+
+class CheckpointWriter:
+    """Write a run's checkpoints in the background. Training waits for a copy in memory, not for the disk.
+
+    The newest numbered checkpoint and the best one may have several names (links, not copies). If writing fails, a
+    warning is printed and training continues.
+
+    Args:
+        folder: the output folder.
+        names: names of the checkpoints.
+
+    Attributes:
+        failure: why the last checkpoint could not be written, None if it was.
+    """
+
+    def __init__(self, folder: Path, names: CheckpointNames) -> None:
+        self.folder = folder
+        self.names = names
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+        self._best: dict[str, Any] | None = None  # the best checkpoint, until it is written
+        self.failure: str | None = None
+
+    def save(self, checkpoint: dict[str, Any], is_best: bool = False) -> None:
+        """Copy a checkpoint, and write it in the background after the previous one."""
+        self.wait()
+        self._pending = self._executor.submit(self._write, copied(checkpoint), is_best)
+
+    def wait(self) -> None:
+        """Wait until everything is written."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _write(self, checkpoint: dict[str, Any], is_best: bool) -> None:
+        names = self.names
+        path = self.folder / names.name(checkpoint)
+        # The best comes first: if the run is killed before the numbered one exists, it repeats the epoch and the best.
+        first, *others = [names.best] * is_best + [path.name] + [names.newest] * bool(names.newest)
+        self._best = checkpoint if is_best else self._best
+        try:
+            write_file(self.folder / first, lambda file: torch.save(checkpoint, file))
+            for name in others:
+                name_also(self.folder / first, name)
+            if not is_best and self._best is not None:
+                write_file(self.folder / names.best, lambda file: torch.save(self._best, file))
+            self._best = None
+            if names.pointer:
+                write_file(self.folder / names.pointer, lambda file: file.write(str(path).encode()))
+            flush_folder(self.folder)
+            for old in names.outdated(names.numbered(self.folder)):
+                old.unlink()
+            self.failure = None
+        except OSError as error:
+            self.failure = error.strerror
+            print_line(
+                f"WARNING: {path} could not be written ({error.strerror}): "
+                "the previous checkpoint is kept, training continues"
+            )
+        else:
+            print_line(f"saved {path} (before {names.place(checkpoint)})")
+
+
+def copied(value: Any) -> Any:
+    """Copy nested containers, and their tensors to the CPU, so that later steps do not change them.
+
+    The copies are contiguous, whatever the network's memory format: safetensors takes no others.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if isinstance(value, dict):
+        twin = copy.copy(value)  # of the same class, which may be a Counter or have attributes
+        for key, entry in value.items():
+            twin[key] = copied(entry)
+        return twin
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(entry) for entry in value)
+    return value
+
+
+def newest_good(folder: Path, names: CheckpointNames) -> Path | None:
+    """Return the newest intact checkpoint of a run, None if it has no checkpoint. Warns about damaged ones.
+
+    Raises:
+        UserError: all checkpoints are damaged.
+    """
+    others = [folder / name for name in (names.newest, names.best) if name]
+    candidates = names.numbered(folder) + [path for path in others if path.exists()]
+    for path in candidates:
+        problem = damage(path)
+        if problem is None:
+            return path
+        print_line(f"WARNING: {path} is damaged ({problem}): using the one before it")
+    if candidates:
+        raise UserError(f"no checkpoint in {folder} is intact; empty the folder to start a fresh run")
+    return None

@@ -1,0 +1,756 @@
+"""The page of tools/app.py in real Chromium, its server, and users' mistakes.
+
+The classifier has pseudo-random weights, and a last layer that is solved for: it tells the test's images apart.
+"""
+
+import argparse
+import base64
+import http.client
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, golden_shapes, golden_weights, refusal
+from PIL import Image
+from processes import Command
+from skimage import data
+
+from sepvit_lib.inference.attention import record_attention, rollout
+from sepvit_lib.inference.classifier import load_classifier
+from sepvit_lib.inference.exported import DESCRIPTION
+from sepvit_lib.inference.images import read_image
+from sepvit_lib.training.errors import UserError
+from tools import app
+from tools.app_server import MOST_WAITING
+
+CLASSES = ("cat", "coffee", "rocket", "astronaut")
+PHOTOGRAPHS = dict(zip(CLASSES, ("chelsea", "coffee", "rocket", "astronaut")))
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PHONE = dict(viewport=dict(width=375, height=667), has_touch=True, is_mobile=True)
+SEGMENTATION = "segmentation/configs/fpn_sepvit_lite_112x112_demo.py"
+DETECTION = "detection/configs/mask_rcnn_sepvit_lite_fpn_demo.py"
+SHADES = 8  # of 255: the page's colour map has 17 steps, matplotlib's 256
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Network, server and browser
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> dict[str, Path]:
+    """A photograph of each class, as a file."""
+    folder = tmp_path_factory.mktemp("images")
+    paths = {name: folder / f"{name} & <b>.png" for name in CLASSES}
+    for name, path in paths.items():
+        Image.fromarray(getattr(data, PHOTOGRAPHS[name])()).save(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def checkpoint(images, tmp_path_factory) -> Path:
+    """A checkpoint of SepViT_Lite that gives each photograph a logit of 9 for its class, and of 0 for the others."""
+    path = tmp_path_factory.mktemp("checkpoint") / "four.pth"
+    weights = golden_weights(golden_shapes("SepViT_Lite"))
+    weights["head.weight"], weights["head.bias"] = torch.zeros(len(CLASSES), 256), torch.zeros(len(CLASSES))
+    torch.save({"model": weights, "classes": CLASSES}, path)
+    classifier = load_classifier(str(path))
+    inputs = torch.stack([classifier.prepare(read_image(image, "image")) for image in images.values()])
+    network: Any = classifier.network
+    with torch.no_grad():
+        features = network.forward_head(network.forward_features(inputs), pre_logits=True)
+    weights["head.weight"] = (torch.linalg.pinv(features.double()) @ (9 * torch.eye(len(CLASSES)).double())).T.float()
+    torch.save({"model": weights, "classes": CLASSES}, path)
+    return path
+
+
+class Server:
+    """tools/app.py as a command, on a free port. Once it listens, it cannot write to any file.
+
+    Args:
+        folder: its working folder, which is its folder for temporary files too. Stays empty.
+        *arguments: of the command.
+    """
+
+    def __init__(self, folder: Path, *arguments: object) -> None:
+        self.folder = folder / "temporary"
+        self.folder.mkdir()
+        self.printed = folder / "stdout", folder / "stderr"
+        environment = {**os.environ, "TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.command = Command(
+            ROOT / "tools/app.py", [*map(str, arguments), "--port", "0"], self.folder, environment, *self.printed
+        )
+        while "\n" not in self.text(0).rpartition("http://")[2]:
+            assert self.command.poll() is None, self.text(1)
+            time.sleep(0.05)
+        self.line = self.text(0).splitlines()[-1]
+        self.url = self.line.partition(" ")[0]
+        resource.prlimit(self.command.pid, resource.RLIMIT_FSIZE, (0, 0))
+
+    def text(self, stream: int) -> str:
+        """What it printed to standard output, 0, or standard error, 1."""
+        return self.printed[stream].read_text() if self.printed[stream].exists() else ""
+
+    def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, dict | bytes]:
+        """Send a request, without a browser. Returns the status, and the content of the answer."""
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60)
+        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        return answer.status, json.loads(content) if "json" in answer.headers["content-type"] else content
+
+    def stop(self) -> None:
+        """Interrupt it as Ctrl-C does, and require that it ends well and has left no file."""
+        self.command.send_signal(signal.SIGINT)
+        assert self.command.wait(30) == 0, self.text(1)
+        assert self.text(1) == ""
+        assert list(self.folder.rglob("*")) == []
+
+
+def serving(*arguments: object, factory):
+    server = Server(factory.mktemp("server"), *arguments)
+    try:
+        yield server
+        server.stop()
+    finally:
+        server.command.kill()
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory):
+    yield from serving("--resume", checkpoint, "--device", "cpu", factory=tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, as the system installed it."""
+    found = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if found is None:
+        reason = "needs Chromium: apt-get install chromium (Debian), or any package with a command chromium"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        browser = playwright.chromium.launch(executable_path=found, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """A function that opens a server's page. At the end, no request may have gone elsewhere, and no script failed."""
+    opened, requests, errors = [], [], []
+
+    def open_page(server: Server, **options):
+        context = browser.new_context(**{"viewport": dict(width=1200, height=900), **options})
+        context.on("request", lambda request: requests.append(request.url))
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(server.url)
+        page.wait_for_selector("#samples img")
+        opened.append((context, server))
+        return page
+
+    yield open_page
+    origins = {server.url for _, server in opened}
+    assert requests
+    assert {"{0.scheme}://{0.netloc}".format(urlsplit(url)) for url in requests} <= origins
+    assert errors == []
+    for context, _ in opened:
+        context.close()
+
+
+@pytest.fixture
+def page(open_page, server):
+    return open_page(server)
+
+
+def choose(page, path: Path) -> None:
+    """Choose a file, and wait for its prediction."""
+    page.locator("#file").set_input_files(path)
+    wait_for_prediction(page)
+
+
+def wait_for_prediction(page) -> None:
+    page.wait_for_selector("#rows li")
+    page.wait_for_selector("#busy", state="hidden")
+
+
+def rows(page) -> list[tuple[str, str]]:
+    """The lines of the prediction: class and percentage."""
+    lines = page.locator("#rows li")
+    return [
+        tuple(lines.nth(i).locator(part).inner_text() for part in (".name", ".share")) for i in range(lines.count())
+    ]
+
+
+def pixels(page, canvas: str) -> np.ndarray:
+    """The pixels of a canvas, H × W × 4."""
+    text, height, width = page.evaluate(
+        """(id) => {
+            const canvas = document.getElementById(id);
+            const { data, width, height } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            let text = "";
+            for (let i = 0; i < data.length; i += 8192) text += String.fromCharCode(...data.subarray(i, i + 8192));
+            return [btoa(text), height, width];
+        }""",
+        canvas,
+    )
+    return np.frombuffer(base64.b64decode(text), dtype=np.uint8).reshape(height, width, 4)
+
+
+def transfer(page, path: Path):
+    """The browser's object for files that are dropped or pasted, with one file in it."""
+    return page.evaluate_handle(
+        """([name, text]) => {
+            const transfer = new DataTransfer();
+            const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+            transfer.items.add(new File([bytes], name, { type: "image/png" }));
+            return transfer;
+        }""",
+        [path.name, base64.b64encode(path.read_bytes()).decode()],
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line. These tests come first: commands that run in this process end its child processes, of which servers are
+# some.
+# ----------------------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "nothing": ([], ["--resume"]),
+    "missing checkpoint": (["--resume", "none.pth"], ["--resume none.pth: "]),
+    "text for a checkpoint": (["--resume", "{text}"], ["--resume {text}: "]),
+    "unknown host": (["--resume", "{good}", "--host", "no.such.host.invalid"], ["no.such.host.invalid: unknown"]),
+    "host of another machine": (["--resume", "{good}", "--host", "192.0.2.1"], ["--host 192.0.2.1: not an address of"]),
+    "port out of range": (["--resume", "{good}", "--port", "65536"], ["--port", "at most 65535"]),
+    "text for a port": (["--resume", "{good}", "--port", "http"], ["--port", "http"]),
+    "device": (["--resume", "{good}", "--device", "foo"], ["--device foo: unknown; choose cuda, mps or cpu"]),
+    "missing config": (["--resume", "{good}", "--config", "none.py"], ["CONFIG none.py: no such file"]),
+    "classifier for a segmentor": (["--resume", "{good}", "--config", SEGMENTATION], ["CHECKPOINT {good}: "]),
+    "model of a segmentor": (["--resume", "{good}", "--config", "x.py", "--model", "SepViT_Lite"], ["--model: is for"]),
+    "averaged segmentor": (["--resume", "{good}", "--config", "x.py", "--averaged"], ["--averaged: is for"]),
+    "score of a classifier": (["--resume", "{good}", "--score-thr", "0.5"], ["--score-thr 0.5: is for detectors"]),
+    "score of a segmentor": (
+        ["--resume", "{good}", "--config", SEGMENTATION, "--score-thr", "0.5"],
+        ["--score-thr 0.5: is for detectors", "of a segmentor; omit it"],
+    ),
+    "unknown flag": (["--resume", "{good}", "--prot", "1"], ["--prot: unknown setting; did you mean --port?"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake(mistake, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    text = tmp_path / "text.pth"
+    text.write_text("nothing")
+    arguments, expected = MISTAKES[mistake]
+    names = dict(good=checkpoint, text=text)
+    where = [] if "--port" in arguments else ["--port", "0"]
+    line = refusal(app.run, "app", [*(argument.format(**names) for argument in arguments), *where], capsys)
+    for part in expected:
+        assert part.format(**names) in line
+
+
+def test_a_taken_port(checkpoint, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        line = refusal(app.run, "app", ["--resume", checkpoint, "--port", port], capsys)
+    assert line == f"app.py: --port {port}: taken by another program; name another, or 0 for any free one"
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "advice"),
+    [
+        ("starlette", [], "the page: needs the package starlette: pip install starlette=="),
+        ("uvicorn", [], "the page: needs the package uvicorn: pip install uvicorn=="),
+        ("mmdet", ["--config", SEGMENTATION], "needs the package mmdet: pip install -r requirements-mm.txt"),
+    ],
+)
+def test_a_missing_package(module, arguments, advice, checkpoint, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
+    line = refusal(app.run, "app", ["--resume", checkpoint, "--port", "0", *arguments], capsys)
+    assert advice in line
+
+
+def test_addresses():
+    for host, expected in (("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)):
+        with app.listen(host, 0) as listener:
+            assert app.is_loopback(listener) == expected
+            port = listener.getsockname()[1]
+            assert app.address_of(listener, host) == f"http://{host.replace('0.0.0.0', '127.0.0.1')}:{port}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prediction
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["choose", "drop", "paste"])
+def test_an_image_goes_in_and_its_class_comes_out(way, page, images):
+    for name in ("cat", "rocket"):
+        if way == "choose":
+            choose(page, images[name])
+        else:
+            moved = transfer(page, images[name])
+            if way == "drop":
+                page.dispatch_event("body", "drop", {"dataTransfer": moved})
+            else:
+                page.evaluate("(it) => document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: it}))", moved)
+            page.locator("#rows .name").first.filter(has_text=name).wait_for()
+        found = rows(page)
+        assert found[0] == (name, "100.0 %")
+        assert {row[0] for row in found} == set(CLASSES)
+        assert page.locator("#live").inner_text() == f"Prediction: {name}, 100.0 %"
+    assert page.locator("#times dt").all_inner_texts()[:2] == ["Preprocessing", "Network"]
+    assert all(float(text.removesuffix(" ms")) >= 0 for text in page.locator("#times dd").all_inner_texts())
+
+
+def test_samples(page, server):
+    samples = page.locator("#samples button")
+    titles = [samples.nth(i).get_attribute("title") for i in range(samples.count())]
+    assert titles == ["a cat", "a cup of coffee", "a rocket", "an astronaut", "the digit 3"]
+    samples.nth(1).click()
+    page.wait_for_selector("#rows li")
+    assert rows(page)[0][0] == "coffee"
+    samples.nth(4).click()
+    page.locator("#picture[style*='auto']").wait_for()
+    assert page.locator("#error").is_hidden()
+
+
+def test_digits_come_first_where_digits_are_classes():
+    from tools.app_samples import load_samples
+
+    digits = [str(digit) for digit in range(10)]
+    assert list(load_samples("classifier", digits))[:2] == ["digit-3", "digit-8"]
+    assert list(load_samples("segmentor", [*digits, "background"]))[:2] == ["scene-1", "scene-2"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def heat(page, grid: tuple[int, int], side: int) -> np.ndarray:
+    """The heat map's colours in the middle of each window, rows × columns × 3."""
+    rows, columns = ([min((i + 0.5) * side, 223) / 224 for i in range(count)] for count in grid)
+    found = page.evaluate(
+        """([rows, columns]) => {
+            const canvas = document.getElementById("heat");
+            const context = canvas.getContext("2d");
+            return rows.map((row) => columns.map((column) =>
+                [...context.getImageData(column * canvas.width, row * canvas.height, 1, 1).data.slice(0, 3)]));
+        }""",
+        [rows, columns],
+    )
+    return np.array(found)
+
+
+def colours(weights: torch.Tensor, window: int, grid: tuple[int, int]) -> np.ndarray:
+    """The colours that a window's weights should have, rows × columns × 3.
+
+    Args:
+        weights: n × n.
+        window: the chosen window's number.
+        grid: rows and columns of windows.
+    """
+    shares = (weights[window] / max(weights.max().item(), 2 / len(weights))).reshape(grid).numpy()
+    return (255 * matplotlib.colormaps["inferno"](shares)[..., :3]).round().astype(int)
+
+
+def test_the_heat_map_follows_the_pointer(page, images, checkpoint):
+    """It shows the recorded weights of the window under the pointer, by block and head, over what the network sees."""
+    choose(page, images["cat"])
+    classifier, image = load_classifier(str(checkpoint)), read_image(images["cat"], "image")
+    crop = np.asarray(classifier.description.preprocessing.crop(image))
+    assert (pixels(page, "picture")[..., :3] == crop).all()
+    recorded = record_attention(classifier.network, classifier.prepare(image)[None])
+    blocks = {block.name: block for block in recorded}
+    several = [block.name.removeprefix("blocks.") for block in recorded if block.among is not None]
+    assert page.locator("#blocks .pill").all_inner_texts() == [*several, "All"]
+
+    box = page.locator("#stage").bounding_box()
+    seen = []
+    for label, name, head in (("0.0", "blocks.0.0", None), ("2.0", "blocks.2.0", None), ("2.0", "blocks.2.0", 2)):
+        block = blocks[name]
+        weights = block.among_mean()[0] if head is None else block.among[0, head]
+        page.locator(f"#blocks input[value='{label}']").check()
+        if head is not None:
+            page.locator(f"#heads input[value='{head}']").check()
+        for row, column in ((0, 0), (block.grid[0] - 1, 1)):
+            place = [min((i + 0.5) * block.stride, 223) / 224 for i in (column, row)]
+            page.mouse.move(box["x"] + place[0] * box["width"], box["y"] + place[1] * box["height"])
+            window = row * block.grid[1] + column
+            shown = heat(page, block.grid, block.stride)
+            assert abs(shown - colours(weights, window, block.grid)).max() <= SHADES
+            assert f"row {row}, column {column} of" in page.locator("#reading").inner_text()
+            seen.append(shown.tobytes())
+    assert len(set(seen)) == len(seen)
+
+    page.locator("#blocks input[value='rollout']").check()
+    total = rollout(recorded)
+    row, column = (
+        int(number)
+        for number in page.locator("#reading")
+        .inner_text()
+        .split(" of ")[0]
+        .removeprefix("The window in row ")
+        .split(", column ")
+    )
+    expected = colours(total.weights[0], row * total.grid[1] + column, total.grid)
+    assert abs(heat(page, total.grid, total.stride) - expected).max() <= SHADES
+
+
+def test_a_click_keeps_the_window(page, images):
+    choose(page, images["cat"])
+    box = page.locator("#stage").bounding_box()
+    page.mouse.click(box["x"] + 5, box["y"] + 5)
+    kept = page.locator("#reading").inner_text()
+    assert "row 0, column 0" in kept
+    page.mouse.move(box["x"] + 300, box["y"] + 300)
+    assert page.locator("#reading").inner_text() == kept
+    page.mouse.click(box["x"] + 300, box["y"] + 300)
+    page.mouse.move(box["x"] + 200, box["y"] + 200)
+    assert "row 0, column 0" not in page.locator("#reading").inner_text()
+
+
+def test_strength(page, images):
+    choose(page, images["cat"])
+    page.locator("#strength").fill("0")
+    assert page.locator("#heat").evaluate("it => getComputedStyle(it).opacity") == "0"
+    assert page.locator("#picture").evaluate("it => getComputedStyle(it).filter") == "none"
+
+
+def test_an_exported_file_has_no_attention(checkpoint, images, open_page, tmp_path, tmp_path_factory):
+    classifier, file = load_classifier(str(checkpoint)), tmp_path / "four.pt"
+    traced = torch.jit.trace(classifier.network, torch.zeros(1, 3, 224, 224), check_trace=False)
+    torch.jit.save(traced, str(file), _extra_files={DESCRIPTION: classifier.description.to_json()})
+    for server in serving("--resume", file, "--device", "cpu", factory=tmp_path_factory):
+        page = open_page(server)
+        choose(page, images["astronaut"])
+        assert rows(page)[0] == ("astronaut", "100.0 %")
+        assert "An exported file does not show its attention" in page.locator("#note").inner_text()
+        for part in ("#heat", "#blocks", "#heads", "#hint", "#strength"):
+            assert not page.locator(part).is_visible()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Keyboard, phone and dark mode
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def focused(page) -> str:
+    """The focused control: its id or name, with a mark if nothing shows that it is focused."""
+    return page.evaluate(
+        """() => {
+            const control = document.activeElement;
+            const shown = [control, control.nextElementSibling, document.querySelector("#shown .button")];
+            const visible = shown.some((it) => it && parseFloat(getComputedStyle(it).outlineWidth) >= 2
+                                                  && getComputedStyle(it).outlineStyle !== "none");
+            return (control.id || control.name || control.title) + (visible ? "" : " unseen");
+        }"""
+    )
+
+
+def test_everything_works_by_keyboard(page):
+    page.keyboard.press("Tab")
+    assert focused(page) == "file"
+    page.keyboard.press("Tab")
+    assert focused(page) == "a cat"
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#rows li")
+    page.locator("#file").focus()
+    reached = []
+    while "astronaut" not in (reached or [""])[-1]:
+        page.keyboard.press("Tab")
+        reached.append(focused(page))
+        if reached[-1] == "stage":
+            press_on_the_picture(page)
+        if reached[-1] == "blocks":
+            page.keyboard.press("ArrowRight")
+            assert "of 4 × 4" in page.locator("#reading").inner_text()
+        if reached[-1] == "heads":
+            page.keyboard.press("ArrowRight")
+            assert page.locator("#heads input:checked").get_attribute("value") == "0"
+    assert reached == ["stage", "blocks", "heads", "strength", "a cat", "a cup of coffee", "a rocket", "an astronaut"]
+
+
+def press_on_the_picture(page) -> None:
+    """Move the window with the arrow keys, and keep it."""
+    assert "row 4, column 4 of 8 × 8" in page.locator("#reading").inner_text()
+    before = heat(page, (8, 8), 28).tobytes()
+    for key in ("ArrowUp", "ArrowUp", "ArrowRight"):
+        page.keyboard.press(key)
+    reading = page.locator("#reading").inner_text()
+    assert "row 2, column 5 of 8 × 8" in reading
+    assert heat(page, (8, 8), 28).tobytes() != before
+    page.locator("#live").filter(has_text=reading).wait_for(state="attached")
+    page.keyboard.press("Enter")
+    assert page.locator("#reading").inner_text() == reading + " Kept."
+    page.keyboard.press("Enter")
+
+
+def test_phone(open_page, server, images):
+    page = open_page(server, **PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    choose(page, images["coffee"])
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    page.locator("#stage").scroll_into_view_if_needed()
+    box = page.locator("#stage").bounding_box()
+    page.touchscreen.tap(box["x"] + box["width"] - 5, box["y"] + 5)
+    assert "row 0, column 7 of 8 × 8" in page.locator("#reading").inner_text()
+    page.touchscreen.tap(box["x"] + 5, box["y"] + 5)
+    assert "row 0, column 0 of 8 × 8" in page.locator("#reading").inner_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark(scheme, open_page, server, images):
+    page = open_page(server, color_scheme=scheme)
+    choose(page, images["coffee"])
+    behind, text = page.evaluate(
+        """() => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]
+            .map((colour) => colour.match(/\\d+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0) / 765)"""
+    )
+    assert (behind < 0.2 and text > 0.8) if scheme == "dark" else (behind > 0.8 and text < 0.2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Refusals
+# ----------------------------------------------------------------------------------------------------------------------
+
+NOT_IMAGES = {
+    "broken": b"\x89PNG\r\n\x1a\n" + bytes(100),
+    "text": b"nothing",
+    "program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow would start Ghostscript
+}
+
+
+@pytest.mark.parametrize("kind", NOT_IMAGES)
+def test_a_broken_file_is_refused(kind, page, images):
+    choose(page, images["cat"])
+    page.locator("#file").set_input_files(dict(name=f"{kind}.png", mimeType="image/png", buffer=NOT_IMAGES[kind]))
+    page.wait_for_selector("#error:not([hidden])")
+    text = page.locator("#error").inner_text()
+    assert text.startswith(f"{kind}.png: This is not an image, or it is damaged.")
+    assert rows(page)[0][0] == "cat"
+    choose(page, images["rocket"])
+    assert not page.locator("#error").is_visible()
+
+
+def test_a_cut_file_is_refused(server, images):
+    status, content = server.request("POST", "/predict", images["cat"].read_bytes()[:9000])
+    assert status == 422
+    assert content["error"].startswith("The image: cannot be read (")
+
+
+def test_an_empty_file_is_refused(server):
+    assert server.request("POST", "/predict", b"") == (422, {"error": "The file is empty."})
+
+
+def test_an_image_with_too_many_pixels_is_refused(server):
+    file = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(file, "PNG")
+    status, content = server.request("POST", "/predict", file.getvalue())
+    assert status == 422
+    assert content["error"] == "The image has 100 megapixels, more than 50. Make it smaller."
+
+
+def test_a_large_file_is_refused(page, server):
+    """By the page; and by the server, whether or not the size is told beforehand."""
+    page.evaluate(
+        """() => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([new ArrayBuffer(21 * 2 ** 20)], "large.png", { type: "image/png" }));
+            document.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer }));
+        }"""
+    )
+    page.wait_for_selector("#error:not([hidden])")
+    assert page.locator("#error").inner_text() == "large.png is larger than 20 MB. Make it smaller."
+    expected = 413, {"error": "The file is larger than 20 MB. Make it smaller."}
+    assert server.request("POST", "/predict", bytes(21 * 2**20)) == expected
+    pieces = (bytes(2**20) for _ in range(21))
+    assert server.request("POST", "/predict", pieces) == expected
+    with socket.create_connection(("127.0.0.1", urlsplit(server.url).port), timeout=10) as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_file_of_some_megabytes_is_predicted_without_touching_the_disk(server, images):
+    """The server cannot write to any file, see `Server`."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, "PNG")
+    assert len(file.getvalue()) > 5 * 2**20
+    status, content = server.request("POST", "/predict", file.getvalue())
+    assert status == 200
+    assert len(content["rows"]) == len(CLASSES)
+    assert list(server.folder.rglob("*")) == []
+
+
+def test_requests_of_other_sites_are_refused(server, images):
+    image = images["cat"].read_bytes()
+    own = urlsplit(server.url).netloc
+    assert server.request("POST", "/predict", image, Origin=f"http://{own}")[0] == 200
+    for headers in ({"Origin": "http://example.com"}, {"Origin": "null"}, {"Sec_Fetch_Site": "cross-site"}):
+        assert server.request("POST", "/predict", image, **headers)[0] == 403
+    for path in ("/", "/about", "/samples/coffee"):
+        assert server.request("GET", path, Host="example.com")[0] == 400
+        assert server.request("GET", path, Host=f"localhost:{own.partition(':')[2]}")[0] == 200
+
+
+def test_other_addresses(server):
+    for path, status in (("/samples/none", 404), ("/none", 404), ("/../app.py", 404), ("/predict", 404)):
+        assert server.request("GET", path)[0] == status
+
+
+def test_headers(server):
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=10)
+    for path in ("/", "/about", "/none"):
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        answer.read()
+        assert answer.headers["content-security-policy"].startswith("default-src 'self';")
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["server"] is None
+    connection.close()
+
+
+def test_several_at_once_and_one_that_goes_away(server, images):
+    port = urlsplit(server.url).port
+    for sent in (b"", bytes(1000)):  # before and while the image is sent
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n" + sent)
+    names = list(CLASSES) * 2
+    with ThreadPoolExecutor(len(names)) as pool:
+        answers = list(pool.map(lambda name: server.request("POST", "/predict", images[name].read_bytes()), names))
+    assert [(status, content["rows"][0]["name"]) for status, content in answers] == [(200, name) for name in names]
+
+
+def test_too_many_at_once_are_refused(server, images):
+    """Until others have gone, whose images are not there yet."""
+    image = images["cat"].read_bytes()
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n"
+    with ExitStack() as stack:
+        for _ in range(MOST_WAITING):
+            connection = socket.create_connection(("127.0.0.1", urlsplit(server.url).port), timeout=10)
+            stack.enter_context(connection).sendall(head)
+        answer = server.request("POST", "/predict", image)
+        while answer[0] == 200:  # until the server has read all heads
+            answer = server.request("POST", "/predict", image)
+        assert answer == (503, {"error": "Too many images are waiting. Try again in a moment."})
+    while answer[0] == 503:  # until it has noticed that they are gone
+        answer = server.request("POST", "/predict", image)
+    assert answer[0] == 200
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Segmentors and detectors
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def save_model(config: str, path: Path) -> Path:
+    """Save a checkpoint of a config's model with random weights."""
+    from sepvit_lib.dense.checks import build_model
+    from sepvit_lib.dense.settings import read_config
+
+    torch.manual_seed(0)
+    cfg = read_config(argparse.Namespace(config=str(ROOT / config), cfg_options={}))
+    meta = dict(dataset_meta=cfg.test_dataloader.dataset.metainfo.to_dict())
+    torch.save({"state_dict": build_model(cfg).state_dict(), "meta": meta}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def segmentor(tmp_path_factory) -> Path:
+    """A checkpoint of a segmentor."""
+    return save_model(SEGMENTATION, tmp_path_factory.mktemp("segmentor") / "iter_1.pth")
+
+
+@pytest.fixture(scope="module")
+def predictor(segmentor):
+    """The page's predictor of it."""
+    return loaded("--resume", segmentor, "--config", ROOT / SEGMENTATION)
+
+
+def loaded(*arguments: object):
+    """The predictor of a command line."""
+    args = app.build_parser().parse_args(list(map(str, arguments)))
+    return app.load_predictor(args, torch.device("cpu"))
+
+
+def test_segmentor(open_page, images, segmentor, predictor, tmp_path_factory):
+    """The page shows the labels over the picture, and the backbone's attention."""
+    arguments = ["--resume", segmentor, "--config", ROOT / SEGMENTATION]
+    image = read_image(images["cat"], "image")
+    palette = np.array(predictor.model.dataset_meta["palette"])
+    labels = predictor.run(np.asarray(image)).pred_sem_seg.data[0].numpy()
+    for server in serving(*arguments, "--device", "cpu", factory=tmp_path_factory):
+        assert server.line.endswith(
+            "shows EncoderDecoder with SepViT_Lite, a segmentor with 11 classes; Ctrl-C ends it"
+        )
+        page = open_page(server)
+        choose(page, images["cat"])
+        assert (pixels(page, "picture")[..., :3] == np.asarray(image)).all()
+        assert (pixels(page, "overlay")[..., :3] == palette[labels]).all()
+        counts = np.bincount(labels.ravel(), minlength=11)
+        assert rows(page)[0][0] == predictor.classes[counts.argmax()]
+        page.locator("#views input[value='attention']").check()
+        assert page.locator("#heat").is_visible()
+        assert not page.locator("#overlay").is_visible()
+        # The network sees 451 × 300 pixels as 160 × 106: four rows of windows of 28 pixels, six columns.
+        assert "of 4 × 6" in page.locator("#reading").inner_text()
+
+
+def test_detector(images, tmp_path):
+    """Scores are in order, the picture has the boxes, and attention is recorded in the run itself."""
+    path = save_model(DETECTION, tmp_path / "epoch_1.pth")
+    predictor = loaded("--resume", path, "--config", ROOT / DETECTION, "--score-thr", "0")
+    image = read_image(images["cat"], "image")
+    answer = predictor.predict(image)
+    scores = [row.share for row in answer.rows]
+    assert scores == sorted(scores, reverse=True)
+    assert len(scores) > 1
+    assert answer.picture.size == image.size == answer.overlay.size
+    assert (np.asarray(answer.overlay) != np.asarray(image)).any()
+    assert answer.blocks[0].label == "0.0"
+    assert np.allclose(answer.blocks[0].weights.sum(-1), 1, atol=1e-5)
+    assert json.loads(json.dumps(answer.to_json()))["summary"].count(" × ") >= 1
+
+
+def test_a_backbone_that_runs_several_times_has_no_attention(images, segmentor, tmp_path):
+    """As with sliding windows. The prediction is shown all the same."""
+    config = tmp_path / "slide.py"
+    slide = "dict(_delete_=True, mode='slide', crop_size=(96, 96), stride=(64, 64))"
+    config.write_text(f"_base_ = {str(ROOT / SEGMENTATION)!r}\nmodel = dict(test_cfg={slide})\n")
+    predictor = loaded("--resume", segmentor, "--config", config)
+    answer = predictor.predict(read_image(images["cat"], "image"))
+    assert answer.blocks == []
+    assert "several times" in answer.note
+    assert answer.rows
+
+
+def test_narrow_images_are_answered_in_a_sentence(predictor):
+    with pytest.raises(UserError, match=r"The image is too narrow to be resized for the network; crop it\."):
+        predictor.predict(Image.new("RGB", (12000, 1)))
+
+
+def test_large_images_are_made_smaller_for_segmentors(predictor):
+    assert predictor.predict(Image.new("RGB", (3000, 1500))).picture.size == (1024, 512)

@@ -1,0 +1,259 @@
+"""The registered backbones: outputs, arguments and pretrained weights, in mmseg's and mmdet's registries."""
+
+import pickle
+
+import mmdet.registry
+import mmseg.registry
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import GOLDEN, ROOT, VARIANTS, Code, golden_images, golden_shapes, golden_weights, succeed
+from mmengine.logging import MMLogger
+
+import sepvit_lib.dense.backbone
+from sepvit import create_dense
+from sepvit_lib.training.errors import UserError
+
+
+def build(variant="SepViT_Lite", **kwargs):
+    return mmseg.registry.MODELS.build(dict(type=variant, **kwargs))
+
+
+@pytest.mark.parametrize("registry", [mmseg.registry.MODELS, mmdet.registry.MODELS], ids=["mmseg", "mmdet"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_registered(registry, variant):
+    model = registry.build(dict(type=variant))
+    assert type(model) is getattr(sepvit_lib.dense.backbone, variant)
+    assert model.state_dict().keys() == create_dense(variant).state_dict().keys()
+
+
+@pytest.mark.parametrize(("height", "width", "batch"), [(224, 224, 1), (200, 304, 2)])
+def test_golden_through_the_registry(height, width, batch):
+    model = build("SepViT_Tiny").eval()
+    model.load_state_dict(golden_weights(golden_shapes("SepViT_Tiny_dense")))
+    golden = np.load(GOLDEN / f"SepViT_Tiny_dense_{height}x{width}_seed0.npz")
+    with torch.no_grad():
+        maps = model(golden_images(batch, height, width))
+    for stage, y in enumerate(maps):
+        assert y.shape == tuple(golden[f"stage{stage}_shape"])
+        values = y.flatten()[torch.from_numpy(golden[f"stage{stage}_index"])].numpy()
+        np.testing.assert_allclose(values, golden[f"stage{stage}_value"], atol=1e-4)
+
+
+def test_arguments():
+    model = build(drop_path_rate=0.3, out_indices=(1, 3))
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for blocks in model.blocks for block in blocks]
+    assert rates[0] == 0
+    assert rates[-1] == pytest.approx(0.3)
+    assert rates == sorted(rates)
+    assert [y.shape for y in model(torch.zeros(1, 3, 50, 71))] == [(1, 64, 7, 9), (1, 256, 2, 3)]
+    with pytest.raises(ValueError, match=r"out_indices=\(4,\)"):
+        build(out_indices=(4,))
+
+
+def test_with_cp_keeps_outputs_and_gradients():
+    torch.manual_seed(0)
+    plain = build().train()
+    saving = build(with_cp=True).train()
+    saving.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 40, 56)
+    calls = []
+    saving.blocks[2][0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for model in (plain, saving):
+        sum(y.square().mean() for y in model(images)).backward()
+    assert len(calls) == 2  # forward, and again for the backward pass
+    for (name, p), q in zip(plain.named_parameters(), saving.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("frozen_stages", "frozen"),
+    [
+        (-1, ()),
+        (0, ("patch_embeds.0.",)),
+        (2, ("patch_embeds.[01]", "pos_block.[01]", "blocks.[01]", "norm_list.[01]")),
+    ],
+)
+def test_frozen_stages(frozen_stages, frozen):
+    model = build(frozen_stages=frozen_stages, drop_path_rate=0.5).train()
+    prefixes = [pattern.replace("[01]", f"{i}.") for pattern in frozen for i in range(2)]
+    is_frozen = {name: any(name.startswith(prefix) for prefix in prefixes) for name, _ in model.named_parameters()}
+    assert {name: not p.requires_grad for name, p in model.named_parameters()} == is_frozen
+    model(torch.randn(1, 3, 64, 64))[-1].sum().backward()
+    assert all((p.grad is None) == is_frozen[name] for name, p in model.named_parameters() if "norm_list" not in name)
+    assert all(
+        module.training != any(f"{name}.".startswith(prefix) for prefix in prefixes)
+        for name, module in model.named_modules()
+        if name and "." in name
+    )
+
+
+def test_frozen_stages_out_of_range():
+    with pytest.raises(ValueError, match="frozen_stages=5"):
+        build(frozen_stages=5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pretrained weights
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def report(caplog):
+    """Read what the backbone logged. mmengine's logger passes its records to its own handlers only."""
+    logger = MMLogger.get_instance("report")
+    logger.addHandler(caplog.handler)
+    yield lambda: "\n".join(record.getMessage() for record in caplog.records)
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(3)
+    return timm.create_model("SepViT_Lite", num_classes=7)
+
+
+@pytest.mark.parametrize("form", ["whole", "bare", "averaged", "module", "prefix"])
+@pytest.mark.parametrize("argument", ["pretrained", "init_cfg"])
+def test_pretrained_forms(classifier, form, argument, tmp_path, report):
+    weights = classifier.state_dict()
+    other = {name: torch.zeros_like(value) for name, value in weights.items()}
+    checkpoint = {
+        "whole": {"model": weights, "epoch": 299, "args": {"model": "SepViT_Lite"}},
+        "bare": weights,
+        "averaged": {"model": other, "model_ema": weights},
+        "module": {"model": {f"module.{name}": value for name, value in weights.items()}},
+        "prefix": {"state_dict": {f"backbone.{name}": value for name, value in weights.items()}},
+    }[form]
+    path = tmp_path / "SepViT_Lite.pth"
+    torch.save(checkpoint, path)
+    setting = {"pretrained": str(path)}
+    if argument == "init_cfg" or form == "prefix":
+        setting = {"init_cfg": dict(type="Pretrained", checkpoint=str(path))}
+        if form == "prefix":
+            setting["init_cfg"]["prefix"] = "backbone."
+    model = build(**setting)
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    model.init_weights()
+    loaded = [
+        name for name, value in model.state_dict().items() if name in weights and torch.equal(value, weights[name])
+    ]
+    not_in_it = [name for name in fresh if name not in weights]
+    assert set(loaded) | set(not_in_it) == fresh.keys()
+    assert all(torch.equal(fresh[name], model.state_dict()[name]) for name in not_in_it)
+    text = report()
+    assert f"pretrained {path}: SepViT_Lite" in text
+    assert f": loaded {len(fresh) - len(not_in_it)} of {len(fresh)} entries; " in text
+    assert f"fresh {len(not_in_it)}: " in text
+    assert all(name in text for name in not_in_it)
+    assert "norm_list.0.weight" in not_in_it
+    assert "head.weight" in text.split("dropped")[1]
+    assert ("averaged weights" in text) == (form == "averaged")
+
+
+def test_missing_pretrained_weights_are_reported(report):
+    build().init_weights()
+    assert "SepViT_Lite: randomly initialised, no pretrained weights" in report()
+
+
+def test_pretrained_refusals(classifier, tmp_path):
+    torch.save(timm.create_model("SepViT_Tiny").state_dict(), tmp_path / "tiny.pth")
+    torch.save({"model": classifier.state_dict(), "args": Code(tmp_path / "ran")}, tmp_path / "code.pth")
+    for name, words in (
+        ("tiny.pth", "contains SepViT_Tiny, not SepViT_Lite"),
+        ("code.pth", "could run code"),
+        ("none.pth", "no such file"),
+    ):
+        with pytest.raises(UserError, match=words):
+            build(pretrained=str(tmp_path / name)).init_weights()
+    with pytest.raises(ValueError, match="give one of them"):
+        build(pretrained="a.pth", init_cfg=dict(type="Pretrained", checkpoint="b.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_initialisations_of_mmengine():
+    model = build(init_cfg=dict(type="Constant", layer="LayerNorm", val=3.0))
+    model.init_weights()
+    assert (model.norm_list[0].weight == 3).all()
+
+
+def test_no_loader_runs_code(tmp_path):
+    """Not even mmengine's own, which would fall back to running it."""
+    from mmengine.runner import load_checkpoint
+
+    torch.save({"state_dict": {}, "meta": Code(tmp_path / "ran")}, tmp_path / "code.pth")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        load_checkpoint(torch.nn.Linear(1, 1), str(tmp_path / "code.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In other programs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_libraries_of_a_host_program_stay_visible(tmp_path):
+    """Hugging Face's `datasets` stays importable, although a file of this project has the same name."""
+    host = tmp_path / "host.py"
+    host.write_text(
+        "import importlib, sys\n"
+        f"sys.path.append({str(ROOT)!r})\n"
+        "before = list(sys.path)\n"
+        "from mmengine.config import Config\n"
+        "from mmengine.registry import MODELS\n"
+        f"cfg = Config.fromfile({str(ROOT / 'segmentation/configs/fpn_sepvit_t_512x512_80k_ade20k.py')!r})\n"
+        "print(type(MODELS.build(cfg.model.backbone)))\n"
+        "for name in ('loading', 'predict', 'runner', 'settings', 'test', 'train'):\n"
+        "    importlib.import_module(f'dense.{name}')\n"
+        "assert 'datasets' not in sys.modules, sys.modules['datasets']\n"
+        "import datasets\n"
+        "print(datasets.load_dataset)\n"
+        "assert sys.path == before, sys.path\n"
+    )
+    text = succeed(script=host, cwd=tmp_path)
+    assert "SepViT_Tiny" in text
+    assert "function load_dataset" in text
+
+
+OWN_MODULES = (
+    "import importlib, sys\n"
+    "sys.path.append({root!r})\n"
+    "from mmengine.config import Config\n"
+    "from mmengine.registry import MODELS\n"
+    "import sepvit_lib.dense.backbone\n"
+    "print(type(MODELS.build(dict(type='SepViT_Lite'))))\n"
+    "for name in ('flops', 'loading', 'predict', 'runner', 'settings', 'test'):\n"
+    "    importlib.import_module(f'dense.{{name}}')\n"
+    "cfg = Config.fromfile({config!r})\n"
+    "print(type(MODELS.build(cfg.model.backbone)))\n"
+    "import datasets, utils\n"
+    "print(datasets.__file__, utils.__file__)\n"
+)
+
+
+def test_host_program_with_its_own_utils_and_datasets(tmp_path):
+    """The backbones, the configs and commands other than training import no `utils` or `datasets` of this project."""
+    for name in ("utils", "datasets"):
+        (tmp_path / f"{name}.py").write_text("")
+    host = tmp_path / "host.py"
+    config = ROOT / "segmentation/configs/fpn_sepvit_t_512x512_80k_ade20k.py"
+    host.write_text(OWN_MODULES.format(root=str(ROOT), config=str(config)))
+    lite, tiny, files = succeed(script=host, cwd=tmp_path).splitlines()[-3:]
+    assert "SepViT_Lite" in lite
+    assert "SepViT_Tiny" in tiny
+    assert files == f"{tmp_path / 'datasets.py'} {tmp_path / 'utils.py'}"
+
+
+def test_configs_find_the_backbones_by_themselves(tmp_path):
+    """The repository is appended to the path, once, unless the package is installed."""
+    host = tmp_path / "host.py"
+    host.write_text(
+        "import importlib.util, sys\n"
+        "before = list(sys.path)\n"
+        "is_installed = importlib.util.find_spec('sepvit_lib') is not None\n"
+        "from mmengine.config import Config\n"
+        f"for _ in range(2): Config.fromfile({str(ROOT / 'detection/configs/mask_rcnn_sepvit_lite_fpn_demo.py')!r})\n"
+        f"assert sys.path == before + [{str(ROOT)!r}] * (not is_installed), sys.path\n"
+    )
+    succeed(script=host, cwd=tmp_path)

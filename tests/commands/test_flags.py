@@ -1,0 +1,411 @@
+"""Every flag of main.py has an effect: what is built from it differs, or what a run writes; or a line says that it has
+none."""
+
+import argparse
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import tarfile
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import small_model
+import timm
+import torch
+from conftest import ROOT, SMALLEST
+from PIL import Image
+from test_data import inat_folder
+
+import main
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.monitor import MonitorSettings
+
+TEACHER = ["--distillation-type", "soft", "--teacher-model", small_model.MODEL, "--teacher-path", "{root}/teacher.pth"]
+SHARDS = [
+    "--data-set",
+    "wds/x",
+    "--data-path",
+    "{root}/wds",
+    "--num-classes",
+    "2",
+    "--train-split",
+    "a-0.tar|16",
+    "--val-split",
+    "a-1.tar|16",
+]
+MOMENTUM = ["--opt", "momentum"]
+LARGE = ["--input-size", "64"]
+
+# How each flag is changed, and beside which settings, so that what is built differs. `{root}` is the fixture's folder.
+CHANGES: dict[str, tuple[list[str], list[str]]] = {
+    "accum_steps": ([], ["--accum-steps", "2"]),
+    "aa": ([], ["--aa", "augmix"]),
+    "amp": ([], ["--amp", "bfloat16"]),
+    "batch_size": ([], ["--batch-size", "8"]),
+    "channels_last": ([], ["--channels-last"]),
+    "checkpoint_every": ([], ["--checkpoint-every", "5"]),
+    "class_map": ([], ["--class-map", "{root}/map.txt"]),
+    "clip_grad": ([], ["--clip-grad", "1"]),
+    "color_jitter": (["--aa="], ["--color-jitter", "0.1"]),
+    "compile": ([], ["--compile"]),
+    "cutmix": ([], ["--cutmix", "0.5"]),
+    "cutmix_minmax": ([], ["--cutmix-minmax", "0.2", "0.8"]),
+    "data_path": ([], ["--data-path", "{root}/many"]),
+    "data_set": ([], SHARDS),
+    "decay_epochs": (["--sched", "step"], ["--decay-epochs", "2"]),
+    "decay_milestones": (["--sched", "multistep"], ["--decay-milestones", "2", "4"]),
+    "decay_rate": (["--sched", "poly"], ["--decay-rate", "0.5"]),
+    "decay_window_tokens": ([], ["--decay-window-tokens"]),
+    "device": (["--pin-mem"], ["--device", "cuda"]),
+    "dist_eval": ([], ["--dist-eval"]),
+    "distillation_alpha": (TEACHER, ["--distillation-alpha", "0.1"]),
+    "distillation_tau": (TEACHER, ["--distillation-tau", "3"]),
+    "distillation_type": (TEACHER, ["--distillation-type", "hard"]),
+    "drop": ([], ["--drop", "0.3"]),
+    "drop_path": ([], ["--drop-path", "0.3"]),
+    "dump_bad_batch": ([], ["--dump-bad-batch"]),
+    "epochs": ([], ["--epochs", "7"]),
+    "grad_checkpointing": ([], ["--grad-checkpointing"]),
+    "hflip": ([], ["--hflip", "0.1"]),
+    "inat_category": (
+        ["--data-set", "INAT", "--data-path", "{root}/inat", "--batch-size", "2"],
+        ["--inat-category", "kingdom"],
+    ),
+    "input_size": ([], LARGE),
+    "loader": ([], ["--loader", "fast"]),
+    "lr": ([], ["--lr", "0.1"]),
+    "lr_noise": ([], ["--lr-noise", "0"]),
+    "lr_noise_pct": (["--lr-noise", "0"], ["--lr-noise-pct", "0.1"]),
+    "lr_noise_std": (["--lr-noise", "0"], ["--lr-noise-std", "0.01"]),
+    "max_bad_steps": ([], ["--max-bad-steps", "3"]),
+    "min_lr": ([], ["--min-lr", "1e-6"]),
+    "mixup": ([], ["--mixup", "0.5"]),
+    "mixup_mode": ([], ["--mixup-mode", "elem"]),
+    "mixup_prob": ([], ["--mixup-prob", "0.5"]),
+    "mixup_switch_prob": ([], ["--mixup-switch-prob", "0.1"]),
+    "model": ([], ["--model", "test_resnet"]),
+    "model_ema": ([], ["--model-ema"]),
+    "model_ema_decay": (["--model-ema"], ["--model-ema-decay", "0.5"]),
+    "model_ema_force_cpu": (["--model-ema"], ["--model-ema-force-cpu"]),
+    "model_ema_warmup": (["--model-ema"], ["--model-ema-warmup"]),
+    "momentum": (MOMENTUM, ["--momentum", "0.5"]),
+    "num_classes": (SHARDS, ["--num-classes", "3"]),
+    "num_workers": ([], ["--num_workers", "1"]),
+    "on_bad_image": ([], ["--on-bad-image", "fail"]),
+    "opt": ([], ["--opt", "lamb"]),
+    "orientation": ([], ["--orientation", "exif"]),
+    "opt_betas": ([], ["--opt-betas", "0.8", "0.9"]),
+    "opt_eps": ([], ["--opt-eps", "1e-3"]),
+    "patience_epochs": (["--sched", "plateau", "--lr", "1"], ["--patience-epochs", "1"]),
+    "pin_mem": (["--device", "cuda"], ["--no-pin-mem"]),
+    "print_freq": ([], ["--print-freq", "3"]),
+    "ratio": (LARGE, ["--ratio", "1", "1"]),
+    "recount": ([], ["--recount", "3"]),
+    "remode": ([], ["--remode", "const"]),
+    "repeated_aug": (["--data-path", "{root}/many"], ["--repeated-aug"]),
+    "reprob": ([], ["--reprob", "0.5"]),
+    "scale": (LARGE, ["--scale", "0.5", "1"]),
+    "sched": ([], ["--sched", "tanh"]),
+    "seed": ([], ["--seed", "1"]),
+    "smoothing": ([], ["--smoothing", "0.2"]),
+    "start_epoch": ([], ["--start_epoch", "3"]),
+    "train_interpolation": ([], ["--train-interpolation", "bilinear"]),
+    "train_num_samples": (SHARDS, ["--train-num-samples", "32"]),
+    "train_split": (SHARDS, ["--train-split", "a-1.tar|16"]),
+    "val_num_samples": (SHARDS, ["--val-num-samples", "8"]),
+    "val_split": (SHARDS, ["--val-split", "a-0.tar|16"]),
+    "warmup_epochs": ([], ["--warmup-epochs", "3"]),
+    "warmup_lr": ([], ["--warmup-lr", "1e-5"]),
+    "weight_decay": ([], ["--weight-decay", "0.1"]),
+}
+
+# Flags that change what a command does: their changes, and what runs before.
+RUNS: dict[str, tuple[list[str], list[str]]] = {
+    "auto_resume": (["--output_dir", "{root}/run"], ["--auto-resume"]),
+    "config": ([], ["--config", "{root}/recipe.yaml"]),
+    "deterministic": ([], ["--deterministic"]),
+    "eval": ([], ["--eval"]),
+    "finetune": (["--print-freq", "1"], ["--finetune", "{root}/teacher.pth"]),
+    "keep_checkpoints": (["--epochs", "3"], ["--keep-checkpoints", "1"]),
+    "output_dir": ([], ["--output_dir", "{root}/elsewhere"]),
+    "resume": (["--eval"], ["--resume", "{root}/teacher.pth"]),
+    "teacher_model": (TEACHER, ["--teacher-model", "test_resnet"]),
+    "teacher_path": (
+        ["--distillation-type", "hard", "--teacher-model", small_model.MODEL],
+        ["--teacher-path", "{root}/teacher.pth"],
+    ),
+    "throughput": ([], ["--throughput"]),
+    "world_size": ([], ["--world_size", "2"]),
+}
+
+# Flags of several processes and of faults, which the named tests start.
+ELSEWHERE = {"dist_url": "test_bad_input.py", "timeout": "test_bad_input.py"}
+# Flags without any effect, which older commands have. The first is torch.distributed.launch's, and is not warned of.
+NONE = {"local_rank": ["--local-rank", "1"], "resplit": ["--resplit"], "cooldown_epochs": ["--cooldown-epochs", "3"]}
+
+# Settings beside which a change of `CHANGES` or `RUNS` has no effect.
+IGNORED: dict[str, list[str]] = {
+    "color_jitter": [],
+    "cutmix": ["--cutmix-minmax", "0.2", "0.8"],
+    "decay_epochs": ["--sched", "multistep"],
+    "decay_milestones": ["--sched", "step"],
+    "decay_rate": ["--sched", "tanh"],
+    "decay_window_tokens": ["--weight-decay", "0"],
+    "distillation_alpha": [],
+    "distillation_tau": [],
+    "inat_category": [],
+    "lr_noise_pct": [],
+    "lr_noise_std": [],
+    "min_lr": ["--sched", "constant"],
+    "mixup_mode": ["--mixup", "0", "--cutmix", "0"],
+    "mixup_prob": ["--mixup", "0", "--cutmix", "0"],
+    "mixup_switch_prob": ["--mixup", "0", "--cutmix", "0"],
+    "model_ema_decay": [],
+    "model_ema_force_cpu": [],
+    "model_ema_warmup": [],
+    "momentum": [],
+    "opt_betas": MOMENTUM,
+    "opt_eps": MOMENTUM,
+    "patience_epochs": [],
+    "ratio": [],
+    "recount": ["--reprob", "0"],
+    "remode": ["--reprob", "0"],
+    "repeated_aug": SHARDS,
+    "scale": [],
+    "teacher_model": [],
+    "train_interpolation": ["--aa="],
+    "train_num_samples": [],
+    "train_split": [],
+    "val_num_samples": [],
+    "val_split": [],
+    "warmup_lr": ["--warmup-epochs", "0"],
+    "resplit": [],
+    "cooldown_epochs": [],
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Data sets of 16 and of 256 images, a webdataset, iNaturalist, a recipe, a teacher and a finished run."""
+    root = tmp_path_factory.mktemp("flags")
+    Image.new("RGB", (40, 40), "red").save(root / "image.png")
+    for name, count in (("few", 8), ("many", 128)):
+        for split in ("train", "val"):
+            for label in "ab":
+                (root / name / split / label).mkdir(parents=True)
+                for number in range(count if split == "train" else 2):
+                    os.link(root / "image.png", root / name / split / label / f"{number}.png")
+    (root / "wds").mkdir()
+    for shard in range(2):
+        with tarfile.open(root / f"wds/a-{shard}.tar", "w") as archive:
+            for number in range(16):
+                for ending, content in (("png", (root / "image.png").read_bytes()), ("cls", b"0")):
+                    info = tarfile.TarInfo(f"{shard}{number:02}.{ending}")
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+    (root / "inat").mkdir()
+    inat_folder(root / "inat", with_kingdom=True)
+    (root / "map.txt").write_text("b\na\n")
+    (root / "recipe.yaml").write_text("model_ema: true\n")
+    torch.manual_seed(0)
+    network = timm.create_model(small_model.MODEL, img_size=32, num_classes=2)
+    torch.save({"model": network.state_dict()}, root / "teacher.pth")
+    assert main.run([*common(root), "--output_dir", str(root / "run")]) == 0
+    return root
+
+
+def common(root: Path) -> list[str]:
+    return [*SMALLEST, "--data-path", str(root / "few"), "--device", "cpu", "--batch-size", "4"]
+
+
+def parsed(root: Path, *parts: list[str]):
+    arguments = [argument.format(root=root) for part in parts for argument in part]
+    epochs = [] if "--epochs" in arguments else ["--epochs", "20"]
+    return main.build_parser().parse_args([*common(root), *epochs, *arguments])
+
+
+def described(value, seen=None):
+    """Describe an object by its attributes, deeply."""
+    seen = seen or set()
+    if isinstance(value, torch.Tensor):
+        content = hashlib.sha256(value.detach().float().cpu().numpy().tobytes()).hexdigest()
+        return [str(value.dtype), str(value.device), list(value.shape), value.stride(), content]
+    if isinstance(value, torch.nn.Module):
+        own = {
+            name: {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}
+            for name, module in value.named_modules()
+        }
+        return [type(value).__name__, own, value._compiled_call_impl is not None, described(value.state_dict(), seen)]
+    if isinstance(value, dict):
+        return {str(key): described(entry, seen) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [described(entry, seen) for entry in value]
+    if isinstance(value, partial):
+        return [value.func.__name__, described(value.args, seen), described(value.keywords, seen)]
+    if hasattr(value, "__dict__") and not isinstance(value, type) and id(value) not in seen:
+        return [type(value).__name__, described(vars(value), seen | {id(value)})]
+    plain = (bool, int, float, str, bytes, type(None), torch.dtype, torch.memory_format, torch.device)
+    return str(value) if isinstance(value, plain) else type(value).__name__
+
+
+def built(args):
+    """Describe what main.py builds for a training run. Equal settings are built once."""
+    return _built(json.dumps(vars(args)))
+
+
+@cache
+def _built(settings):
+    """Build the parts of a training run as main.py does, on the CPU, and describe them."""
+    args = argparse.Namespace(**json.loads(settings))
+    device = torch.device("cpu")
+    main.seed_everything(main.Stream.WEIGHTS, args.seed)
+    precision = main.build_precision(args, device)
+    val, train = main.build_data(args, is_train=False), main.build_data(args, is_train=True)
+    model = main.build_model(args, train.num_classes, precision)
+    preprocessing = main.Preprocessing.for_size(args.input_size)
+    parts = main.build_parts(args, model, train, val, preprocessing, precision, args.accum_steps)
+    training, order = parts.training, parts.train_loader.batch_sampler
+    limits = main.settings_from(args, MonitorSettings, dataset_size=len(train), advice="")
+    return dict(
+        precision=described(precision),
+        device=args.device,
+        model=described(model),
+        optimizer=[
+            type(training.optimizer).__name__,
+            [
+                {k: described(v) for k, v in g.items() if k != "params"} | dict(number=len(g["params"]))
+                for g in training.optimizer.param_groups
+            ],
+        ],
+        epoch=training.epoch,
+        rates=rates_of(training),
+        ema=training.ema and described([vars(training.ema), training.ema.module.state_dict()]),
+        data=[
+            described(
+                [
+                    data.num_classes,
+                    data.classes,
+                    data.outputs,
+                    data.transform,
+                    data.decode,
+                    type(data.dataset).__name__,
+                    getattr(data.dataset, "samples", None),
+                    getattr(data.dataset, "reader", None),
+                    len(data),
+                ]
+            )
+            for data in (train, val)
+        ],
+        loaders=[
+            [loader.batch_size, loader.num_workers, loader.pin_memory, type(loader.sampler).__name__, len(loader)]
+            for loader in (parts.train_loader, parts.val_loader)
+        ],
+        order=str(next(iter(order))) + str(order.batch_size) if "seed" in vars(order) else None,
+        criterion=described(parts.criterion),
+        mixup=parts.mixup and described(parts.mixup),
+        prepare=described(getattr(parts.prepare, "__self__", parts.prepare)),
+        settings=[dataclasses.asdict(settings) for settings in (parts.loop, parts.evaluation, limits)],
+    )
+
+
+def rates_of(training):
+    """Learning rates of 20 epochs, in which the accuracy stays."""
+    rates = []
+    for epoch in range(20):
+        rates.append(training.optimizer.param_groups[0]["lr"])
+        training.lr_scheduler.step(epoch, 50.0)
+    return rates
+
+
+def outcome(root, arguments, folder, capsys):
+    """Status and lines of a run, its files, and whether it was deterministic; without times."""
+    arguments = [argument.format(root=root) for argument in arguments]
+    out = [] if "--output_dir" in arguments else ["--output_dir", str(folder)]
+    status = main.run([*common(root), *out, *arguments])
+    printed = "".join(capsys.readouterr()).replace(str(folder), "")
+    lines = [line for line in printed.splitlines() if not any(word in line for word in ("images/s", "WARN", "trained"))]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    return status, sorted(lines), sorted(path.name for path in folder.glob("*.pth")), deterministic
+
+
+def test_every_flag_is_tried():
+    names = {action.dest for action in main.build_parser().actions().values()} - {"help"}
+    tables = (CHANGES, RUNS, ELSEWHERE, NONE)
+    assert names == set().union(*tables)
+    assert sum(map(len, tables)) == len(names)  # each in one of them
+    ignored = {name for names, _, _ in main.WITHOUT_EFFECT for name in names.split()}
+    assert ignored - {"eval", "resume", "finetune", "start_epoch"} == set(IGNORED)
+    for name, file in ELSEWHERE.items():
+        assert main.build_parser().flags()[name] in (ROOT / "tests" / file).read_text()
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_has_an_effect(name, root, capsys):
+    beside, change = CHANGES[name]
+    before, after = parsed(root, beside), parsed(root, beside, change)
+    assert getattr(before, name) != getattr(after, name)
+    assert built(before) != built(after)
+    capsys.readouterr()
+    main.warn_of_settings(after)
+    assert main.build_parser().flags()[name] not in [words.split()[1] for words in warned(capsys)]
+
+
+def test_an_unchanged_command_has_the_same_outcome(root, tmp_path, capsys):
+    assert outcome(root, [], tmp_path / "a", capsys) == outcome(root, [], tmp_path / "b", capsys)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_change_of_the_command_has_an_effect(name, root, tmp_path, capsys):
+    beside, change = RUNS[name]
+    before, after = (outcome(root, [*beside, *more], tmp_path / str(len(more)), capsys) for more in ([], change))
+    assert before != after
+    # Another network than the teacher's file holds, and processes that nothing starts, are refused.
+    assert (after[0] == 0) == (name not in ("teacher_model", "world_size"))
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_a_change_without_effect_is_said(name, root, capsys):
+    change = {**CHANGES, **RUNS, **{name: ([], change) for name, change in NONE.items()}}[name][1]
+    before, after = parsed(root, IGNORED[name]), parsed(root, IGNORED[name], change)
+    assert getattr(before, name) != getattr(after, name)
+    assert built(before) == built(after)
+    capsys.readouterr()
+    main.warn_of_settings(after)
+    assert any(main.build_parser().flags()[name] in line for line in warned(capsys))
+
+
+def warned(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: ")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--epochs", "5"], ["--warmup-epochs"]),
+        (["--epochs", "6"], []),
+        (["--epochs", "9", "--sched", "multistep"], ["--sched"]),
+        (["--epochs", "9", "--sched", "multistep", "--decay-milestones", "8"], []),
+        (["--epochs", "9", "--sched", "step", "--decay-epochs", "9"], ["--sched"]),
+        (["--throughput", "--resume", "x.pth"], ["--resume"]),
+        (["--epochs", "9", "--resume", "x.pth", "--start_epoch", "1"], ["--start_epoch"]),
+    ],
+)
+def test_a_schedule_that_does_not_fit_the_run_is_said(arguments, expected, capsys):
+    main.warn_of_settings(main.build_parser().parse_args(arguments))
+    assert [line.split()[1].rstrip(":") for line in warned(capsys)] == expected
+
+
+@pytest.mark.parametrize("milestones", [["3", "2"], ["2", "2"]])
+def test_milestones_are_ascending(milestones):
+    with pytest.raises(UserError, match="--decay-milestones"):
+        main.check_ranges(main.build_parser().parse_args(["--decay-milestones", *milestones]))
+
+
+def test_published_recipes_have_no_setting_without_effect(capsys):
+    for recipe in (ROOT / "recipes").glob("*.yaml"):
+        main.warn_of_settings(main.parse_with_recipe(main.build_parser(), ["--config", str(recipe)]))
+    assert warned(capsys) == []

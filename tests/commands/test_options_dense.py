@@ -1,0 +1,1056 @@
+"""Options, outputs and messages of the segmentation and detection commands."""
+
+import argparse
+import copy
+import fcntl
+import json
+import os
+import pty
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT, command, free_port, refusal, succeed
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.optim import OneCycleLR, ReduceOnPlateauLR
+from mmengine.registry import init_default_scope
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+from PIL import Image
+
+import detection.predict
+import detection.test
+import segmentation.drawing
+import segmentation.predict
+import segmentation.test
+from sepvit_lib.dense.checks import build_model, check_shapes, check_training_parts, rehearse
+from sepvit_lib.dense.drawing import enlargement
+from sepvit_lib.dense.loading import use_checked_loading
+from sepvit_lib.dense.mmengine_adapter import read_checkpoint
+from sepvit_lib.dense.options import NUMBERS, accepted_arguments, check_numbers, merge_options
+from sepvit_lib.dense.run import DenseNames, plain_state
+from sepvit_lib.dense.samples import SeededSamples
+from sepvit_lib.dense.settings import build_parser, join_processes, read_config
+from sepvit_lib.dense.test import check_folders
+from sepvit_lib.dense.train import (
+    apply_options,
+    build_train_parser,
+    log_folders,
+    own_folder,
+    run_training,
+    set_starting_point,
+)
+from sepvit_lib.training import output
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.output import Output
+from sepvit_lib.training.watchdog import Preemption, Watchdog
+
+SEGMENTATION = ROOT / "segmentation/configs/fpn_sepvit_lite_112x112_demo.py"
+DETECTION = ROOT / "detection/configs/mask_rcnn_sepvit_lite_fpn_demo.py"
+WHERE = "CONFIG demo.py"
+
+
+@cache
+def demo(path: Path = SEGMENTATION) -> Config:
+    return read_config(build_parser("").parse_args([str(path)]))
+
+
+def merged(*options: str, path: Path = SEGMENTATION) -> Config:
+    """A demo's config with options, checked."""
+    args = build_parser("").parse_args([str(path), *(["--cfg-options", *options] if options else [])])
+    demo(path)  # registers the classes
+    cfg = Config(demo(path).to_dict())
+    merge_options(cfg, args.cfg_options, WHERE)
+    check_numbers(cfg, WHERE, args.cfg_options)
+    return cfg
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names and values of options
+# ----------------------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "max_iters=1": "the config has no max_iters; did you mean train_cfg.max_iters?",
+    "train_cfg.max_itres=5": "has no train_cfg.max_itres; did you mean train_cfg.max_iters?",
+    "lr=1": "the config has no lr; did you mean optim_wrapper.optimizer.lr?",
+    "foo=1": "the config has no foo; new names belong in the config file",
+    "optimiser.lr=1": "has no optimiser; did you mean optim_wrapper.optimizer.lr?",
+    "optim_wrapper.optimiser.type=SGD": "did you mean optim_wrapper.optimizer.type?",
+    "optimizer.lr=1": "has no effect, nothing reads optimizer; did you mean optim_wrapper.optimizer.lr?",
+    "train_pipeline.0.type=X": "has no effect, nothing reads train_pipeline; did you mean "
+    "train_dataloader.dataset.pipeline.0.type?",
+    "data_preprocessor.size=(64,64)": "nothing reads data_preprocessor; did you mean model.data_preprocessor.size?",
+    "optim_wrapper.optimizer.lr=abc": "optim_wrapper.optimizer.lr=abc: takes a number, such as 0.001",
+    "optim_wrapper.optimizer.lr=-1": "takes a finite number from 0",
+    "optim_wrapper.optimizer.lr=nan": "takes a finite number from 0",
+    "optim_wrapper.optimizer.momentum=0.9": "has no optim_wrapper.optimizer.momentum",
+    "optim_wrapper.accumulative_counts=0": "takes a whole number from 1",
+    "model.backbone.drop_path=0.1": "did you mean model.backbone.drop_path_rate",
+    "model.backbone=5": "is a group of settings; set them one by one, model.backbone.KEY=VALUE",
+    "model.backbone={type:x}": "not a dict as Python writes it",
+    "model.type.x=1": "model.type is 'EncoderDecoder', which has no settings of its own",
+    "resume.x=1": "resume is False, which has no settings of its own",
+    "load_from.x=1": "load_from is None, which has no settings of its own",
+    "model.test_cfg.mod=slide": "did you mean model.test_cfg.mode?",
+    "train_dataloader.batch_size=0": "--cfg-options train_dataloader.batch_size=0: takes a whole number from 1",
+    "train_dataloader.batch_size=word": "train_dataloader.batch_size=word: takes a number, such as 16",
+    "train_dataloader.batch_size=2.5": "takes a whole number from 1",
+    "train_dataloader.batchsize=2": "did you mean train_dataloader.batch_size?",
+    "train_dataloader.num_workers=-1": "takes a whole number from 0",
+    "train_dataloader.dataset.pipeline.2.scales=3": "did you mean train_dataloader.dataset.pipeline.2.scale?",
+    "param_scheduler.7.end=5": "param_scheduler is a list of 2; name an entry: param_scheduler.0",
+    "param_scheduler=5": "param_scheduler is a list of groups of settings",
+    "train_cfg.max_iters=0": "takes a whole number from 1",
+    "default_hooks.logger.intervall=5": "did you mean default_hooks.logger.interval?",
+    "default_hooks.logger.interval=0": "takes a whole number from 1",
+    "custom_hooks.0.type=EMAHook": "has no list custom_hooks; set all of it",
+    "val_evaluator.iou_metrics=[mIoU": "its brackets do not match",
+    "env_cfg.cudnn_benchmark=fast": "takes True or False",
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_refused_options(option):
+    with pytest.raises(UserError) as raised:
+        merged(option)
+    line = str(raised.value)
+    assert REFUSED[option] in line
+    assert line.startswith("--cfg-options ")
+    assert option.partition("=")[0] in line
+
+
+TAKEN = {
+    "optim_wrapper.optimizer.lr=0.1": lambda cfg: cfg.optim_wrapper.optimizer.lr == 0.1,
+    "optim_wrapper.optimizer.fused=True": lambda cfg: cfg.optim_wrapper.optimizer.fused,  # an argument of AdamW
+    "optim_wrapper.optimizer.momentum=0.9 optim_wrapper.optimizer.type=SGD": lambda cfg: cfg.optim_wrapper.optimizer
+    == dict(type="SGD", lr=0.001, weight_decay=0.05, momentum=0.9),
+    "optim_wrapper.clip_grad.max_norm=1": lambda cfg: cfg.optim_wrapper.clip_grad == dict(max_norm=1),  # it was None
+    "model.backbone={'type':'SepViT_Tiny','with_cp':True}": lambda cfg: cfg.model.backbone
+    == dict(type="SepViT_Tiny", with_cp=True),
+    "model.backbone.drop_rate=0.1": lambda cfg: cfg.model.backbone.drop_rate == 0.1,  # of the class it is derived from
+    "model.backbone.init_cfg.checkpoint=a.pth": lambda cfg: cfg.model.backbone.init_cfg.checkpoint == "a.pth",
+    "train_dataloader.prefetch_factor=3": lambda cfg: cfg.train_dataloader.prefetch_factor == 3,
+    "param_scheduler.0.begin=10": lambda cfg: cfg.param_scheduler[0].begin == 10,
+    "custom_hooks=[{'type':'EMAHook'}]": lambda cfg: cfg.custom_hooks == [dict(type="EMAHook")],
+    "find_unused_parameters=True": lambda cfg: cfg.find_unused_parameters,
+    "orientation=exif": lambda cfg: cfg.orientation == "exif",
+    "train_dataloader.dataset.pipeline.0.orientation=exif": lambda cfg: cfg.train_dataloader.dataset.pipeline[0]
+    == dict(type="LoadImageFromFile", orientation="exif"),
+    "randomness.seed=3": lambda cfg: cfg.randomness.seed == 3,
+    "val_dataloader=None": lambda cfg: cfg.val_dataloader is None,
+    "default_hooks.checkpoint.interval=-1": lambda cfg: cfg.default_hooks.checkpoint.interval == -1,  # never
+    "model.decode_head.norm_cfg.requires_grad=False": lambda cfg: not cfg.model.decode_head.norm_cfg.requires_grad,
+}
+
+
+@pytest.mark.parametrize("options", TAKEN)
+def test_taken_options(options):
+    assert TAKEN[options](merged(*options.split(" ")))
+
+
+def test_numbers_of_a_config_file_name_the_config():
+    cfg = Config(dict(train_cfg=dict(type="IterBasedTrainLoop", max_iters=0)))
+    with pytest.raises(UserError, match=r"^CONFIG demo\.py train_cfg\.max_iters=0: takes a whole number from 1$"):
+        check_numbers(cfg, WHERE, {})
+    assert all(len(entry) == 5 for entry in NUMBERS)
+
+
+def test_accepted_arguments_follow_the_classes():
+    from sepvit_lib.dense.backbone import SepViT_Lite
+
+    assert {"drop_path_rate", "frozen_stages", "drop_rate", "depths"} <= (accepted_arguments(SepViT_Lite) or set())
+    assert accepted_arguments(torch.nn.Linear) == {"in_features", "out_features", "bias", "device", "dtype"}
+    assert accepted_arguments(lambda **kwargs: None) is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rehearsal
+# ----------------------------------------------------------------------------------------------------------------------
+
+UNBUILDABLE = {
+    "model.backbone.type=SepVit_Lite": "model.backbone: unknown type SepVit_Lite; did you mean SepViT_Lite?",
+    "model.backbone.type=Foo": "model.backbone: unknown type Foo",
+    "model.backbone.drop_path_rate=1.5": "model.backbone: drop_path_rate=1.5: choose from 0 to below 1",
+    "model.backbone.drop_path_rate=word": "model.backbone: drop_path_rate=word: takes a number",
+    "model.backbone.frozen_stages=9": "model.backbone: frozen_stages=9: choose from -1 (none) to 4 (all)",
+    "model.neck.in_channels=[1,2,3,4]": "model.neck: Given groups=1, weight of size [64, 1, 1, 1]",
+    "model.decode_head.in_channels=[64,64]": "model.decode_head: `assert len(in_channels) == len(in_index)` does not",
+    "optim_wrapper.optimizer.type=SGDD": "optim_wrapper.optimizer: unknown type SGDD; did you mean SGD",
+    "optim_wrapper.optimizer.betas=3": "optim_wrapper.optimizer: 'int' object is not subscriptable (TypeError in",
+    "optim_wrapper.optimizer={'type':'SGD','betas':3}": "optim_wrapper.optimizer: SGD takes no betas",
+    "param_scheduler.0.type=PolyLRR": "param_scheduler.0: unknown type PolyLRR; did you mean PolyLR",
+    "param_scheduler.0.begin=90": "param_scheduler.0: end should be larger than begin",
+    "train_cfg.type=IterTrainLoop": "train_cfg: unknown type IterTrainLoop; did you mean IterBasedTrainLoop?",
+    "val_evaluator.type=IoUmetric": "val_evaluator: unknown type IoUmetric; did you mean IoUMetric?",
+    "default_hooks.checkpoint.type=CheckpointHok": "default_hooks.checkpoint: unknown type CheckpointHok",
+    "default_hooks.logger={'type':'LoggerHook','log_every':1}": "default_hooks.logger: LoggerHook takes no log_every",
+    "train_dataloader.sampler.type=Foo": "train_dataloader.sampler: unknown type Foo",
+    "train_dataloader.dataset.pipeline.0.type=LoadImage": "train_dataloader.dataset.pipeline.0: unknown type LoadImage",
+    "train_dataloader.num_workers=0 train_dataloader.prefetch_factor=3": "train_dataloader: prefetch_factor option",
+    "visualizer.vis_backends.0.type=Foo": "visualizer.vis_backends.0: unknown type Foo",
+}
+
+
+@pytest.mark.parametrize("options", UNBUILDABLE)
+def test_rehearsal_names_the_part(options):
+    """In one line, whatever the libraries raise."""
+    cfg = merged(*options.split(" "))
+    with pytest.raises(UserError) as raised:
+        rehearse(cfg, WHERE, "train_dataloader", "val_dataloader")
+    assert str(raised.value).startswith(f"{WHERE}: {UNBUILDABLE[options]}")
+
+
+@pytest.mark.parametrize("path", [SEGMENTATION, DETECTION], ids=["segmentation", "detection"])
+def test_rehearsal_of_the_demos(path, tmp_path, monkeypatch):
+    """It needs no data and leaves nothing."""
+    monkeypatch.chdir(tmp_path)
+    model = rehearse(merged("data_root=nowhere", path=path), WHERE, "train_dataloader", "val_dataloader")
+    assert type(model.backbone).__name__ == "SepViT_Lite"
+    assert not list(tmp_path.iterdir())
+
+
+def test_shapes_of_detectors():
+    cfg = merged("model.neck.in_channels=[1,2,3,4]", path=DETECTION)
+    words = r"model\.neck: .*; the backbone returns 4 maps, of 32, 64, 128, 256 channels"
+    with pytest.raises(UserError, match=words):
+        check_shapes(build_model(cfg), WHERE)
+
+
+def test_configs_without_validation_or_test_data():
+    cfg = merged()
+    for part in ("val_dataloader", "val_cfg", "test_evaluator"):
+        cfg[part] = None
+    with pytest.raises(UserError, match=r"has val_evaluator, but no val_dataloader and no val_cfg; set all three"):
+        check_training_parts(cfg, WHERE)
+    cfg.val_evaluator = None
+    check_training_parts(cfg, WHERE)
+    assert cfg.val_dataloader is cfg.val_cfg is cfg.val_evaluator is None
+    assert cfg.test_dataloader is cfg.test_cfg is None  # incomplete, and not used
+    cfg.train_cfg = dict(by_epoch=True, max_iters=3)
+    with pytest.raises(UserError, match="train_cfg has no max_epochs"):
+        check_training_parts(cfg, WHERE)
+    cfg.optim_wrapper = None
+    with pytest.raises(UserError, match="has no optim_wrapper, which training needs"):
+        check_training_parts(cfg, WHERE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def draw_scene(path: Path, seed: int, **settings) -> Image.Image:
+    """Write a random image of 96 × 64 pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 255, (64, 96, 3), dtype=np.uint8))
+    image.save(path, **settings)
+    return image
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """Data for both tasks. Images of one name lie in two folders."""
+    root = tmp_path_factory.mktemp("scenes")
+    square = [[8, 8, 40, 8, 40, 40, 8, 40]]
+    for name, split in (("training", "train2017"), ("validation", "val2017")):
+        listing = dict(images=[], annotations=[], categories=[dict(id=i, name=str(i)) for i in range(10)])
+        for number, place in enumerate(("a/1", "b/1"), start=1):
+            draw_scene(root / f"images/{name}/{place}.jpg", number)
+            draw_scene(root / f"{split}/{place}.jpg", number)
+            label = root / f"annotations/{name}/{place}.png"
+            label.parent.mkdir(parents=True)
+            Image.fromarray(np.full((64, 96), number, np.uint8)).save(label)
+            listing["images"].append(dict(id=number, file_name=f"{place}.jpg", height=64, width=96))
+            listing["annotations"].append(
+                dict(
+                    id=number,
+                    image_id=number,
+                    category_id=number,
+                    bbox=[8, 8, 32, 32],
+                    area=1024,
+                    iscrowd=0,
+                    segmentation=square,
+                )
+            )
+        (root / f"annotations/instances_{split}.json").write_text(json.dumps(listing))
+    return root
+
+
+def small(scenes: Path, *options: str) -> list[str]:
+    return [
+        "--cfg-options",
+        f"data_root={scenes}",
+        "train_dataloader.num_workers=0",
+        "val_dataloader.num_workers=0",
+        "test_dataloader.num_workers=0",
+        "train_dataloader.batch_size=2",
+        "default_hooks.logger.interval=1",
+        *options,
+    ]
+
+
+def save_model(config: Path, path: Path) -> Path:
+    """Write a checkpoint of a config's model with random weights."""
+    torch.manual_seed(0)
+    cfg = demo(config)
+    meta = dict(dataset_meta=dict(cfg.test_dataloader.dataset.metainfo))
+    torch.save(dict(state_dict=build_model(cfg).state_dict(), meta=meta), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def segmentor(tmp_path_factory) -> Path:
+    return save_model(SEGMENTATION, tmp_path_factory.mktemp("segmentor") / "iter_2.pth")
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory) -> Path:
+    return save_model(DETECTION, tmp_path_factory.mktemp("detector") / "epoch_1.pth")
+
+
+RUN = {
+    "train": lambda arguments: run_training(build_train_parser(""), arguments),
+    "test": segmentation.test.main,
+    "predict": segmentation.predict.main,
+}
+DATA = "data_root={scenes}"
+MISTAKES = {
+    "learning rate": ("train", ["{demo}", "--cfg-options", DATA, "optim_wrapper.optimizer.lr=abc"], "takes a number"),
+    "unknown backbone": (
+        "train",
+        ["{demo}", "--cfg-options", DATA, "model.backbone.type=Foo"],
+        "CONFIG {demo}: model.backbone: unknown type Foo",
+    ),
+    "frozen stages": ("train", ["{demo}", "--cfg-options", DATA, "model.backbone.frozen_stages=9"], "frozen_stages=9"),
+    "seed": ("train", ["{demo}", "--seed", "-1", "--cfg-options", DATA], "--seed: -1 is out of range"),
+    "large seed": ("train", ["{demo}", "--seed", "4294967296", "--cfg-options", DATA], "--seed: 4294967296 is out of"),
+    "folder as config": ("train", ["{folder}"], "CONFIG {folder}: a folder; name a config in it"),
+    "folder to resume from": (
+        "train",
+        ["{demo}", "--resume", "{folder}", "--cfg-options", DATA],
+        "--resume {folder}: a folder; name one of its checkpoints: iter_2.pth",
+    ),
+    "folder as checkpoint": (
+        "test",
+        ["{demo}", "{folder}", "--eval", "mIoU", "--cfg-options", DATA],
+        "CHECKPOINT {folder}: a folder; name one of its checkpoints: iter_2.pth",
+    ),
+    "folder without checkpoints": (
+        "test",
+        ["{demo}", "{empty}", "--eval", "mIoU", "--cfg-options", DATA],
+        "CHECKPOINT {empty}: a folder; it holds no checkpoint",
+    ),
+    "pretrained of another variant": (
+        "train",
+        ["{demo}", "--cfg-options", DATA, "model.backbone.pretrained={tiny}"],
+        "pretrained {tiny}: contains SepViT_Tiny, not SepViT_Lite",
+    ),
+    "missing pretrained": (
+        "train",
+        ["{demo}", "--cfg-options", DATA, "model.backbone.pretrained=none.pth"],
+        "name one with --cfg-options model.backbone.pretrained=PATH",
+    ),
+    "no test data": (
+        "test",
+        ["{untested}", "{checkpoint}", "--eval", "mIoU", "--cfg-options", DATA],
+        "CONFIG {untested}: has no test_dataloader; set it: test_dataloader = val_dataloader",
+    ),
+    "no out": (
+        "test",
+        ["{demo}", "{checkpoint}", "--out", "new", "--show-dir", "{checkpoint}/pictures", "--cfg-options", DATA],
+        "--show-dir {checkpoint}/pictures: cannot be written",
+    ),
+    "folder without images": (
+        "predict",
+        ["{demo}", "{checkpoint}", "{folder}", "--out", "new"],
+        "IMAGE {folder}: a folder without images (files ending in ",
+    ),
+    "one picture for two": (
+        "predict",
+        [
+            "{demo}",
+            "{checkpoint}",
+            "{scenes}/images/validation/a/1.jpg",
+            "{scenes}/images/validation/b/1.jpg",
+            "--out",
+            "new",
+        ],
+        "IMAGE {scenes}/images/validation/b/1.jpg: would get the same picture as ",
+    ),
+    "picture that exists": (
+        "predict",
+        ["{demo}", "{checkpoint}", "{scenes}/images/validation/a/1.jpg", "--out", "{drawn}"],
+        "--out {drawn}: {drawn}/1.png exists; name another folder, or replace it with --overwrite",
+    ),
+    "pictures in place of images": (
+        "test",
+        ["{demo}", "{checkpoint}", "--show-dir", "{scenes}/images/validation/a", "--cfg-options", DATA],
+        "--show-dir {scenes}/images/validation/a: holds images or labels of a data set",
+    ),
+    "predictions in place of labels": (
+        "test",
+        ["{demo}", "{checkpoint}", "--out", "{scenes}/annotations/validation", "--cfg-options", DATA],
+        "which results would replace; name another",
+    ),
+    "unknown data to predict": (
+        "predict",
+        [
+            "{demo}",
+            "{checkpoint}",
+            "{scenes}/images/validation",
+            "--out",
+            "new",
+            "--cfg-options",
+            "test_dataloader.dataset.type=Foo",
+        ],
+        "Foo: no such data",
+    ),
+    "abbreviation": ("train", ["{demo}", "--auto-resum"], "--auto-resum: unknown setting; did you mean --auto-resume"),
+    "several best checkpoints": (
+        "train",
+        ["{demo}", "--cfg-options", DATA, "default_hooks.checkpoint.save_best=['mIoU','mAcc']"],
+        "save_best=['mIoU', 'mAcc']: takes one text, since best.pth is one file",
+    ),
+    "checkpoints elsewhere": (
+        "train",
+        ["{demo}", "--cfg-options", DATA, "default_hooks.checkpoint.out_dir=new"],
+        "default_hooks.checkpoint.out_dir=new: not available; remove it",
+    ),
+    "save between batches of a step": (
+        "train",
+        ["{demo}", "--cfg-options", DATA, "train_cfg.val_interval=600", "optim_wrapper.accumulative_counts=7"],
+        "takes a multiple of optim_wrapper.accumulative_counts=7",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake, scenes, segmentor, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = tmp_path / "given"
+    for name in ("empty", "drawn"):
+        (given / name).mkdir(parents=True)
+    (given / "drawn/1.png").write_bytes(b"mine")
+    (given / "nothing.jpg").touch()
+    (given / "untested.py").write_text(f"_base_ = {str(SEGMENTATION)!r}\ntest_dataloader = None\n")
+    torch.save(timm.create_model("SepViT_Tiny").state_dict(), given / "tiny.pth")
+    places = dict(
+        demo=SEGMENTATION,
+        scenes=scenes,
+        checkpoint=segmentor,
+        folder=segmentor.parent,
+        empty=given / "empty",
+        drawn=given / "drawn",
+        nothing=given / "nothing.jpg",
+        untested=given / "untested.py",
+        tiny=given / "tiny.pth",
+    )
+    script, arguments, words = MISTAKES[mistake]
+    before = sorted(tmp_path.rglob("*"))
+    arguments = [argument.format(**places) for argument in arguments]
+    assert words.format(**places) in refusal(RUN[script], script, arguments, capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (given / "drawn/1.png").read_bytes() == b"mine"
+
+
+def test_a_refused_run_leaves_the_other_one_alone(scenes, tmp_path, capsys, monkeypatch):
+    """The other run saves while this one waits for it to end."""
+    monkeypatch.setattr(output, "LOCK_TIMEOUT", 1)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "iter_2.pth").touch()
+    other = os.open(folder, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    timer = threading.Timer(2, (folder / "iter_2.pth").rename, [folder / "iter_4.pth"])
+    timer.start()
+    arguments = [SEGMENTATION, "--from-scratch", "--work-dir", folder, "--timeout", "10", *small(scenes)]
+    assert "another run writes to it; end that run" in refusal(RUN["train"], "train", arguments, capsys)
+    timer.join()
+    os.close(other)
+    assert [path.name for path in folder.iterdir()] == ["iter_4.pth"]
+
+
+def parsed(*arguments: object) -> argparse.Namespace:
+    return build_train_parser("").parse_args(list(map(str, arguments)))
+
+
+def test_home_folder_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parsed("~/own.py", "--work-dir=~/runs", "--load-from=~/a.pth")
+    assert (args.config, args.work_dir, args.load_from) == ("/home/me/own.py", "/home/me/runs", "/home/me/a.pth")
+
+
+@pytest.mark.parametrize(
+    ("top", "flags", "expected"),
+    [
+        ("", [], (False, None, None)),
+        ("randomness = dict(deterministic=True)", [], (True, None, None)),
+        ("resume = True", [], (False, "", None)),
+        ("resume = True\nload_from = 'a.pth'", [], (False, "a.pth", "a.pth")),
+        ("resume = True", ["--resume", "b.pth"], (False, "b.pth", None)),
+        ("load_from = 'a.pth'", ["--from-scratch"], (False, None, None)),
+        ("optim_wrapper = dict(_delete_=True, optimizer=dict(type='SGD', lr=1))", ["--amp"], (False, None, None)),
+        ("model = dict(backbone=dict(init_cfg=[dict(type='Xavier', layer='Linear')]))", [], (False, None, None)),
+    ],
+)
+def test_what_a_config_itself_says_about_a_run(top, flags, expected, scenes, tmp_path):
+    config = tmp_path / "own.py"
+    config.write_text(f"_base_ = {str(SEGMENTATION)!r}\n{top}\n")
+    args = parsed(config, *flags, *small(scenes))
+    cfg = read_config(args)
+    apply_options(cfg, args)
+    if args.from_scratch or not cfg.load_from:
+        assert set_starting_point(cfg, args, None) == {}
+    assert (cfg.randomness.deterministic, args.resume, cfg.load_from) == expected
+
+
+def test_a_job_step_of_one_task_needs_no_launcher(monkeypatch):
+    """`srun --ntasks=1` sets no more than this."""
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    cfg = Config(dict(launcher="slurm"))
+    join_processes(cfg, argparse.Namespace(launcher="slurm", local_rank=None))
+    assert cfg.launcher == "none"
+
+
+def test_testing_leaves_the_config_of_the_training_alone(scenes, segmentor, tmp_path, capsys):
+    (tmp_path / SEGMENTATION.name).write_text("the training's")
+    arguments = [str(SEGMENTATION), str(segmentor), "--work-dir", str(tmp_path), *small(scenes)]
+    assert segmentation.test.main(arguments) == 0
+    assert (tmp_path / SEGMENTATION.name).read_text() == "the training's"
+    assert "mIoU" in capsys.readouterr().out  # without a flag, the config's evaluator is used
+    assert next(tmp_path.glob(f"*/{SEGMENTATION.name}"))
+
+
+def test_nothing_to_test():
+    cfg = Config(dict(test_evaluator=[], model=dict()))
+    for task, flags in ((segmentation, ["a", "b"]), (detection, ["a", "b"])):
+        parser = getattr(task.test, f"build_{task.__name__}_test_parser")()
+        with pytest.raises(UserError, match="nothing to do: the config has no test_evaluator; give --eval "):
+            task.test.prepare(cfg, parser.parse_args(flags))
+
+
+def test_metrics_are_those_of_the_evaluators():
+    """Also of detectors that predict masks without a mask head of their own, such as SOLO."""
+    init_default_scope("mmdet")
+    parse = detection.test.build_detection_test_parser().parse_args
+    own = [dict(type="CocoMetric", metric=["bbox", "segm"], outfile_prefix="mine"), dict(type="VOCMetric")]
+    cfg = Config(dict(test_evaluator=own, model=dict(type="SOLO"), work_dir="work"))
+    detection.test.prepare(cfg, parse(["a", "b", "--eval", "mAP"]))
+    (evaluator,) = cfg.test_evaluator
+    assert (evaluator.metric, evaluator.outfile_prefix) == (["bbox", "segm"], "mine")
+    cfg.test_evaluator = dict(type="VOCMetric")
+    with pytest.raises(UserError, match="--eval bbox: needs a CocoMetric as test_evaluator"):
+        detection.test.prepare(cfg, parse(["a", "b", "--eval", "bbox"]))
+
+
+@pytest.mark.parametrize("place", ["data", "data/train", "data/train/inner", "data/labels", "elsewhere/../data"])
+def test_folders_of_data_are_no_folders_for_results(place, tmp_path):
+    """Of any data set of the config, also of one without subfolders."""
+    init_default_scope("mmseg")
+    root = str(tmp_path / "data")
+    train = dict(type="BaseSegDataset", data_root=root, data_prefix=dict(img_path="train", seg_map_path="labels"))
+    flat = dict(type="BaseSegDataset", data_root=root, data_prefix=dict(img_path=""))
+    cfg = Config(dict(train_dataloader=dict(dataset=train), test_dataloader=dict(dataset=flat)))
+    with pytest.raises(UserError, match="holds images or labels of a data set"):
+        check_folders(cfg, [(tmp_path / place, "--out x")])
+    check_folders(cfg, [(tmp_path / "results", "--out x")])
+
+
+def test_a_failed_start_deletes_its_own_files_alone(tmp_path):
+    """A test of the same config writes to the same folder."""
+
+    def start() -> None:
+        files = Output(tmp_path / "new/work", 5, DenseNames(0, 1, -1), "work_dir")
+        with own_folder(files, "own.py", Preemption("train.py")):
+            for name in ("log.txt", "own.py", "results.pkl"):
+                (tmp_path / "new/work" / name).touch()
+            raise UserError("a mistake")
+
+    with pytest.raises(UserError, match="a mistake"):
+        start()
+    assert [path.name for path in (tmp_path / "new/work").iterdir()] == ["results.pkl"]
+
+
+@pytest.mark.parametrize("place", ["work", "./work", "../here/work"])
+def test_log_folders_of_a_relative_work_dir(place, tmp_path, monkeypatch):
+    log_folder = tmp_path / "here/work/20260101_000000"
+    log_folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    logger = MMLogger.get_instance(f"logger of {place}", log_file=str(log_folder / "run.log"))
+    assert log_folders(Path(place)) == [log_folder]
+    for handler in logger.handlers:
+        handler.close()
+
+
+@pytest.mark.parametrize("option", ["train_cfg.max_iters=2e1", "optim_wrapper.loss_scale=dynamic"])
+def test_other_spellings_of_values(option, scenes, tmp_path):
+    config = tmp_path / "own.py"
+    wrapper = "dict(type='AmpOptimWrapper', loss_scale=512.0)"
+    config.write_text(f"_base_ = {str(SEGMENTATION)!r}\noptim_wrapper = {wrapper}\n")
+    cfg = read_config(parsed(config, *small(scenes, option)))
+    assert (repr(cfg.train_cfg.max_iters) == "20") == option.startswith("train_cfg")
+    assert (cfg.optim_wrapper.loss_scale == "dynamic") != option.startswith("train_cfg")
+
+
+def test_parts_with_a_state_of_their_own_are_refused(scenes, tmp_path):
+    config = tmp_path / "own.py"
+    config.write_text(f"_base_ = {str(SEGMENTATION)!r}\ncustom_hooks = [dict(type='SyncBuffersHook')]\n")
+    args = parsed(config, "--resume", *small(scenes))
+    apply_options(read_config(args), args)
+    args = parsed(config, "--auto-resume", *small(scenes))
+    with pytest.raises(UserError, match="SyncBuffersHook has a state that no checkpoint holds"):
+        apply_options(read_config(args), args)
+
+
+def test_an_evaluation_may_take_longer_than_a_step():
+    dog = Watchdog(60, "env://", Preemption("train.py"), "", {})
+    dog.preemption.has_progress = True
+    assert dog._hang_timeout() == 60
+    dog.is_evaluating = True
+    assert dog._hang_timeout() == 1800
+
+
+def test_states_of_all_schedules_can_be_read(tmp_path):
+    """OneCycleLR holds a function, and ReduceOnPlateauLR a number of NumPy."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1, momentum=0.9)
+    one_cycle = OneCycleLR(optimizer, eta_max=2, total_steps=9, by_epoch=False)
+    plateau = ReduceOnPlateauLR(optimizer, monitor="mIoU", rule="greater")
+    plateau.step({"mIoU": np.float32(0.5)})
+    states = [plain_state(one_cycle), plain_state(plateau)]
+    palette = {name: np.zeros(3, name) for name in ("uint8", "float32", "float16", "int16")}
+    torch.save(dict(param_schedulers=states, palette=palette), tmp_path / "a.pth")
+    assert read_checkpoint(str(tmp_path / "a.pth"), "a")["param_schedulers"] == states
+    one_cycle.load_state_dict(states[0])
+    one_cycle.step()
+
+
+def test_hooks_replace_the_pipeline_of_the_data_set():
+    """As mmdet's PipelineSwitchHook does. What it sets is loaded with checks, too."""
+    samples = SeededSamples(argparse.Namespace(pipeline="before"), seed=3)
+    samples.pipeline = "after"
+    assert (samples.dataset.pipeline, samples.seed) == ("after", 3)
+    cfg = demo(DETECTION)
+    steps = copy.deepcopy(cfg.train_dataloader.dataset.pipeline)
+    cfg.custom_hooks = [dict(type="PipelineSwitchHook", switch_epoch=1, switch_pipeline=steps)]
+    use_checked_loading(cfg)
+    (named,) = cfg.custom_hooks[0].switch_pipeline
+    assert (named.type, named.transforms[0].type) == ("NamedSteps", "LoadReadableImage")
+
+
+def test_labels_of_some_classes_are_written_in_the_numbering_of_all(tmp_path):
+    """mmseg's `label_map` has the labels of the data set's classes, and 255 for those that are left out."""
+    sample = SegDataSample(pred_sem_seg=PixelData(data=torch.tensor([[[0, 1], [1, 0]]])))
+    metainfo = dict(label_map={0: 255, 1: 1, 2: 255, 3: 0}, reduce_zero_label=True)
+    segmentation.drawing.LabelsHook(tmp_path).write(sample, metainfo, tmp_path / "a.jpg")
+    assert np.asarray(Image.open(tmp_path / "a.png")).tolist() == [[4, 2], [2, 4]]
+
+
+@pytest.mark.parametrize("option", ["model.backbone.pretrained={}", "model.backbone.init_cfg.checkpoint={}"])
+@pytest.mark.parametrize("config", ["fpn_sepvit_lite_112x112_demo", "fpn_sepvit_t_512x512_80k_ade20k"])
+def test_pretrained_by_either_option(option, config, tmp_path):
+    """Whether the config names other weights or none."""
+    cfg = read_config(
+        build_parser("").parse_args(
+            [str(ROOT / f"segmentation/configs/{config}.py"), "--cfg-options", option.format(tmp_path / "a.pth")]
+        )
+    )
+    backbone = build_model(cfg).backbone
+    assert backbone.init_cfg == dict(type="Pretrained", checkpoint=str(tmp_path / "a.pth"))
+
+
+def test_backbone_of_a_segmentor_as_pretrained(segmentor):
+    backbone = build_model(merged(f"model.backbone.pretrained={segmentor}")).backbone
+    report = backbone.load_pretrained()
+    assert ": SepViT_Lite, the backbone of a whole segmentor or detector: loaded 208 of 208 entries" in report
+    saved = torch.load(segmentor, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[f"backbone.{name}"]) for name, value in backbone.state_dict().items())
+
+
+def run(task: str, name: str, *arguments, **kwargs) -> str:
+    return succeed(*arguments, script=f"{task}/{name}", cwd=ROOT / task, **kwargs)
+
+
+def test_training_without_validation(scenes, segmentor, tmp_path):
+    """From the weights of a segmentor's backbone, as the messages advise."""
+    config = tmp_path / "plain.py"
+    config.write_text(f"_base_ = {str(SEGMENTATION)!r}\nval_dataloader = val_cfg = val_evaluator = None\n")
+    text = run(
+        "segmentation",
+        "train.py",
+        config,
+        "--work-dir",
+        tmp_path / "run",
+        "--cfg-options",
+        f"data_root={scenes}",
+        "train_dataloader.num_workers=0",
+        "train_dataloader.batch_size=2",
+        "train_cfg.max_iters=1",
+        f"model.backbone.pretrained={segmentor}",
+    )
+    assert "the backbone of a whole segmentor or detector: loaded 208 of 208" in text
+    assert "Iter(val)" not in text
+    assert (tmp_path / "run/iter_1.pth").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Outputs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_outputs_of_segmentation_keep_the_folders(scenes, segmentor, tmp_path):
+    run(
+        "segmentation",
+        "test.py",
+        SEGMENTATION,
+        segmentor,
+        "--out",
+        tmp_path / "out",
+        "--show-dir",
+        tmp_path / "shown",
+        "--work-dir",
+        tmp_path / "work",
+        *small(scenes),
+    )
+    for name in ("out", "shown"):
+        assert files_in(tmp_path / name) == ["a/1.png", "b/1.png"]
+    labels = np.asarray(Image.open(tmp_path / "out/a/1.png"))
+    assert labels.shape == (64, 96)
+    assert set(np.unique(labels)) <= set(range(1, 12))  # ADE20K's numbering: 0 is no class
+
+
+def test_outputs_of_detection_keep_the_folders(scenes, detector, tmp_path):
+    run(
+        "detection",
+        "test.py",
+        DETECTION,
+        detector,
+        "--show-dir",
+        tmp_path / "shown",
+        "--work-dir",
+        tmp_path / "work",
+        *small(scenes),
+    )
+    assert files_in(tmp_path / "shown") == ["a/1.jpg", "b/1.jpg"]
+    assert Image.open(tmp_path / "shown/a/1.jpg").size == (2 * 96, 64)  # truth and detections
+
+
+ROTATED = 6  # of EXIF: to be turned clockwise by 90°
+
+
+def test_predict_images_of_all_kinds(scenes, segmentor, detector, tmp_path):
+    """Pictures of a folder's images keep its structure."""
+    image = draw_scene(tmp_path / "in/rgb.jpg", 3)
+    image.convert("CMYK").save(tmp_path / "in/cmyk.jpg")
+    image.convert("RGBA").save(tmp_path / "in/rgba.png")
+    image.convert("L").save(tmp_path / "in/grey.png")
+    image.quantize(16).save(tmp_path / "in/palette.png")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(tmp_path / "in/deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = ROTATED
+    draw_scene(tmp_path / "in/inner/rgb.jpg", 3, exif=exif)
+    (tmp_path / "in/notes.txt").write_text("no image")
+    names = ["cmyk", "deep", "grey", "inner/rgb", "palette", "rgb", "rgba"]
+    for task, config, checkpoint in (("segmentation", SEGMENTATION, segmentor), ("detection", DETECTION, detector)):
+        out = tmp_path / task
+        text = run(task, "predict.py", config, checkpoint, tmp_path / "in", "--out", out)
+        assert files_in(out) == [f"{name}.png" for name in names]
+        assert text.count("; drawn in ") == len(names)
+        turned, plain = (Image.open(out / f"{name}.png") for name in ("inner/rgb", "rgb"))  # thrice 96 × 64 pixels
+        assert turned.width < plain.width
+        assert turned.height in (288, 288 + 36)  # segmentation's have a title
+    first = (tmp_path / "segmentation/rgb.png").read_bytes()
+    assert np.asarray(Image.open(tmp_path / "segmentation/deep.png")).mean() > 50  # not black
+    run(
+        "segmentation",
+        "predict.py",
+        SEGMENTATION,
+        segmentor,
+        tmp_path / "in",
+        "--out",
+        tmp_path / "segmentation",
+        "--overwrite",
+    )
+    assert (tmp_path / "segmentation/rgb.png").read_bytes() == first
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_images_that_cannot_be_predicted_are_named(task, scenes, segmentor, detector, tmp_path):
+    """The others are predicted."""
+    config, checkpoint = (SEGMENTATION, segmentor) if task == "segmentation" else (DETECTION, detector)
+    draw_scene(tmp_path / "in/good.jpg", 3)
+    (tmp_path / "in/empty.jpg").touch()
+    Image.new("RGB", (12000, 1)).save(tmp_path / "in/narrow.png")
+    result = command(
+        config, checkpoint, tmp_path / "in", "--out", tmp_path / "out", script=f"{task}/predict.py", cwd=ROOT / task
+    )
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("predict.py: ")]
+    assert [line.partition(f"IMAGE {tmp_path}/in/")[2].partition(":")[0] for line in errors] == [
+        "empty.jpg",
+        "narrow.png",
+    ]
+    assert files_in(tmp_path / "out") == ["good.png"]
+
+
+@pytest.mark.parametrize(
+    ("size", "factor"), [((64, 96), 4), ((300, 300), 1), ((1, 12000), 1), ((12000, 1), 1), ((1, 1), 256)]
+)
+def test_pictures_of_narrow_images_stay_small(size, factor):
+    assert enlargement(*size) == factor
+    assert size[0] * size[1] * factor**2 < 2**24
+
+
+def test_training_images_with_an_orientation(scenes, tmp_path):
+    """They are counted, and predictions read images as the network knows them."""
+    root = shutil.copytree(scenes, tmp_path / "data")
+    exif = Image.Exif()
+    exif[0x0112] = 3  # of the same size
+    draw_scene(root / "images/training/a/1.jpg", 1, exif=exif)
+    exif[0x0112] = ROTATED
+    photo = tmp_path / "photo.jpg"
+    draw_scene(photo, 1, exif=exif)
+    options = [*small(root), "train_cfg.max_iters=1", "train_cfg.val_interval=9"]
+    shapes = {}
+    for orientation in ("stored", "exif"):
+        folder = tmp_path / orientation
+        text = run(
+            "segmentation",
+            "train.py",
+            SEGMENTATION,
+            "--from-scratch",
+            "--no-validate",
+            "--work-dir",
+            folder,
+            *options,
+            f"orientation={orientation}",
+        )
+        assert ("1 of 2 sampled training images have an EXIF orientation" in text) == (orientation == "stored")
+        reading = read_checkpoint(str(folder / "iter_1.pth"), "checkpoint")["reading"]
+        assert reading == dict(orientation=orientation, turned=1, sampled=2)
+        run("segmentation", "predict.py", SEGMENTATION, folder / "iter_1.pth", photo, "--out", folder / "drawn")
+        shapes[orientation] = Image.open(folder / "drawn/photo.png").width
+    assert shapes["stored"] > shapes["exif"]
+    for orientation, other in (("stored", "exif"), ("exif", "stored")):
+        options_of_test = ["--cfg-options", f"data_root={root}", f"orientation={other}"]
+        checkpoint = tmp_path / orientation / "iter_1.pth"
+        arguments = [SEGMENTATION, checkpoint, "--eval", "mIoU", "--work-dir", tmp_path / "test", *options_of_test]
+        result = command(*arguments, script="segmentation/test.py", cwd=ROOT / "segmentation")
+        assert (result.returncode, f"--cfg-options orientation={orientation}" in result.stderr) == (2, True)
+    saved = read_checkpoint(str(tmp_path / "stored/iter_1.pth"), "checkpoint")
+    del saved["reading"]  # as before the reading was kept
+    torch.save(saved, tmp_path / "old.pth")
+    train = ["segmentation", "train.py", SEGMENTATION, "--no-validate", "--work-dir", tmp_path / "resumed"]
+    longer = ["train_cfg.max_iters=2" if option == "train_cfg.max_iters=1" else option for option in options]
+    assert "this run dropped transparency" in run(*train, "--resume", tmp_path / "old.pth", *longer)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Console
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def on_terminal(function) -> str:
+    """Run a function with a terminal as standard output. Returns what it printed."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 200, 0, 0))  # rows, columns
+    printed: list[bytes] = []
+
+    def read() -> None:
+        while True:
+            try:
+                part = os.read(ours, 1 << 16)
+            except OSError:  # the other end is closed
+                return
+            if not part:
+                return
+            printed.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    before, sys.stdout = sys.stdout, os.fdopen(theirs, "w")
+    try:
+        function()
+    finally:
+        sys.stdout.close()
+        sys.stdout = before
+        reader.join()
+        os.close(ours)
+    return b"".join(printed).decode()
+
+
+def test_progress_bar_of_predict(scenes, segmentor, tmp_path):
+    arguments = [str(SEGMENTATION), str(segmentor), str(scenes / "images/validation"), "--out", str(tmp_path / "out")]
+    text = on_terminal(lambda: segmentation.predict.main(arguments))
+    assert "predict 100%|" in text
+    assert "| 2/2 [" in text
+    assert text.count("drawn in") == 2
+
+
+def test_progress_bar_of_test(scenes, detector, tmp_path):
+    arguments = [str(DETECTION), str(detector), "--eval", "bbox", "--work-dir", str(tmp_path), *small(scenes)]
+    text = on_terminal(lambda: detection.test.main(arguments))
+    assert "test 100%|" in text
+    assert "| 2/2 [" in text
+    assert "Epoch(test) [1/2]" not in text  # in the log file instead
+    assert "Epoch(test) [1/2]" in next(tmp_path.glob("*/*.log")).read_text()
+    assert "bbox_mAP_copypaste" in text
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "first"),
+    [
+        pytest.param("segmentation", SEGMENTATION, "Iter(train) [1/", marks=pytest.mark.slow),
+        ("detection", DETECTION, "Epoch(train) [1][1/"),
+    ],
+)
+def test_few_lines_before_the_first_step(task, config, first, scenes, tmp_path):
+    """Of a real process: the tests' own have imported the libraries before."""
+    lengths = ["train_cfg.max_iters=1"] if task == "segmentation" else ["train_cfg.max_epochs=1"]
+    result = subprocess.run(
+        [sys.executable, "train.py", config, "--no-validate", "--work-dir", tmp_path, *small(scenes, *lengths)],
+        cwd=ROOT / task,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    before, _, _ = result.stdout.partition(first)
+    assert before != result.stdout
+    assert len(before.splitlines()) + len(result.stderr.splitlines()) <= 6, before + result.stderr
+    log = next(tmp_path.glob("*/*.log")).read_text()
+    assert all(words in log for words in ("System environment:", "Config:", "Hooks will be executed"))
+
+
+def test_missing_operator_in_the_first_step(scenes, tmp_path):
+    """Maximum pooling needs mmcv's compiled operators. Once they are installed, the same command has to run."""
+    pooling = "model.roi_head.bbox_roi_extractor.roi_layer.pool_mode=max"
+    result = command(
+        DETECTION,
+        "--from-scratch",
+        "--work-dir",
+        tmp_path / "work",
+        *small(scenes, pooling),
+        script="detection/train.py",
+        cwd=ROOT / "detection",
+        environment={"SEPVIT_OPERATORS": "torchvision"},
+    )
+    assert result.returncode == 2, result.stderr
+    assert "train.py: mmcv's operator roi_align_forward with pool_mode='max'" in result.stderr
+    assert not (tmp_path / "work").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+WORKER = """
+import os, signal, sys, time
+mode, rank = sys.argv[1], os.environ["RANK"]
+if mode == "mistake" and rank == "0":
+    print("train.py: a mistake", file=sys.stderr)
+    sys.exit(2)
+if mode == "killed" and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode == "again":
+    os.write(1, f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}\\n".encode())  # at once: two processes write
+    sys.exit(75 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 0)
+if mode == "threads":
+    os.write(1, os.environ.get("OMP_NUM_THREADS", "all").encode())
+    sys.exit()
+if mode == "bug" and rank == "1":
+    raise ValueError("a bug")
+time.sleep(60)
+"""
+
+
+def launch(tmp_path: Path, mode: str, processes: int = 2, **environment: str) -> subprocess.CompletedProcess:
+    """Start small processes as dist_train.sh does."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    variables = {**os.environ, "PYTHON": sys.executable, "PORT": free_port(), **environment}
+    return subprocess.run(
+        ["bash", ROOT / "sepvit_lib/dense/launch.sh", worker, str(processes), mode],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=variables,
+    )
+
+
+def test_launcher_leaves_the_last_word_to_the_processes(tmp_path):
+    result = launch(tmp_path, "mistake")
+    assert (result.returncode, result.stderr, result.stdout) == (2, "train.py: a mistake\n", "")
+    result = launch(tmp_path, "killed")
+    assert result.returncode == 75
+    assert result.stderr == "launch.sh: process 1 was killed by SIGKILL; the others were stopped\n"
+    result = launch(tmp_path, "bug")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-2:] == [
+        "ValueError: a bug",
+        "launch.sh: process 1 failed with status 1; the others were stopped",
+    ]
+
+
+def test_launcher_restarts(tmp_path):
+    result = launch(tmp_path, "again", MAX_RESTARTS="1")
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == ["start 0", "start 0", "start 1", "start 1"]
+    assert launch(tmp_path, "again").returncode == 75
+
+
+def test_one_process_uses_all_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert launch(tmp_path, "threads", processes=1).stdout == "all"
+    assert launch(tmp_path, "threads").stdout == "11"
+
+
+def test_launcher_names_the_port(tmp_path):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = launch(tmp_path, "mistake", PORT=str(port))
+    assert result.returncode == 2
+    words = f"launch.sh: PORT={port}: taken by another run or program; choose another, such as PORT={port + 1}\n"
+    assert result.stderr == words
+    result = launch(tmp_path, "mistake", PORT="high")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "PORT=high: takes a whole number from 1 to 65535" in result.stderr
+
+
+def test_two_processes_leave_nothing_in_the_current_folder(scenes, segmentor, tmp_path):
+    (tmp_path / "current").mkdir()
+    result = command(
+        SEGMENTATION,
+        segmentor,
+        "--eval",
+        "mIoU",
+        "--launcher",
+        "pytorch",
+        "--work-dir",
+        tmp_path / "work",
+        *small(scenes),
+        script="segmentation/test.py",
+        processes=2,
+        cwd=tmp_path / "current",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "mIoU" in result.stdout
+    assert not list((tmp_path / "current").iterdir())
+    assert not list((tmp_path / "work").rglob("collected*"))

@@ -1,0 +1,235 @@
+"""Private parts of mmengine, mmdet and NumPy that are used. A failure means that a library has changed: adapt it.
+
+They are used in `sepvit_lib/dense/mmengine_adapter.py`, mmdet's in `sepvit_lib/dense/coco.py`. The ranges of versions
+are in pyproject.toml.
+"""
+
+import importlib.metadata
+import json
+import logging
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+
+import sepvit_lib.dense.backbone  # noqa: F401
+from sepvit_lib.dense import mmengine_adapter
+from sepvit_lib.dense.mmengine_adapter import log_statistic, read_checkpoint
+from sepvit_lib.dense.runner import DenseRunner
+from sepvit_lib.training.errors import UserError
+
+# pyproject.toml's extra `dense`; tomllib came with Python 3.11
+EXTRA = re.findall(r"^dense = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+RANGES = re.findall(r'"([\w-]+)>=([\d.]+),<([\d.]+)"', EXTRA[0])
+
+
+def version_tuple(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text.partition("+")[0]))
+
+
+def test_ranges_are_stated():
+    assert {"onedl-mmcv", "onedl-mmengine", "onedl-mmsegmentation", "onedl-mmdetection"} == {
+        name for name, *_ in RANGES
+    }
+
+
+@pytest.mark.parametrize(("name", "oldest", "first_unsupported"), RANGES, ids=[name for name, *_ in RANGES])
+def test_installed_versions_are_in_the_stated_ranges(name, oldest, first_unsupported):
+    installed = version_tuple(importlib.metadata.version(name))
+    assert version_tuple(oldest) <= installed < version_tuple(first_unsupported)
+
+
+# ------------------------------------------------------------------------------------------------------------ mmengine
+
+
+@pytest.mark.parametrize(
+    ("module", "base"),
+    [("mmseg", "mmseg::_base_/schedules/schedule_80k.py"), ("mmdet", "mmdet::_base_/schedules/schedule_1x.py")],
+)
+def test_mmengine_finds_configs_by_distribution(module, base, tmp_path, monkeypatch):
+    """`MODULE2PACKAGE` decides where `mmseg::…` is searched. Without the `onedl` names, nothing is found."""
+    path = tmp_path / "config.py"
+    path.write_text(f"_base_ = {base!r}\n")
+    monkeypatch.setitem(MODULE2PACKAGE, module, "not-installed")
+    with pytest.raises(Exception, match="not-installed"):
+        Config.fromfile(path)
+    mmengine_adapter.register_distributions()
+    assert MODULE2PACKAGE[module] == {"mmseg": "onedl-mmsegmentation", "mmdet": "onedl-mmdetection"}[module]
+    assert "train_cfg" in Config.fromfile(path)
+
+
+def test_texts_of_configs_name_their_bases(tmp_path):
+    """`Config.text` has the texts of all files that were read, each after the file's name, the config's own last."""
+    folder = tmp_path / "inner folder"
+    folder.mkdir()
+    (tmp_path / "first.py").write_text("a = 1")
+    (folder / "second.py").write_text("# ä\n_base_ = ['../first.py', 'mmseg::_base_/default_runtime.py']\n\nb = 2\n\n")
+    (tmp_path / "third.yml").write_text("c: 3\n")
+    (tmp_path / "last.py").write_text("_base_ = ['inner folder/second.py', 'third.yml']\nd = 4\n")
+    files = mmengine_adapter.base_files(Config.fromfile(tmp_path / "last.py"))
+    names = ["first.py", "default_runtime.py", "second.py", "third.yml"]
+    assert [file.rpartition("/")[2] for file in files] == names
+    assert all(Config.fromfile(file) for file in files)
+    assert mmengine_adapter.base_files(Config.fromfile(tmp_path / "first.py")) == []
+    assert mmengine_adapter.base_files(Config(dict(a=1))) == []
+
+
+def test_detection_metrics_keep_their_annotations(tmp_path):
+    """In `CocoMetric._coco_api`, which `CompleteCocoMetric` replaces."""
+    from mmdet.evaluation import CocoMetric
+
+    from sepvit_lib.dense.coco import CompleteCOCO, CompleteCocoMetric
+
+    path = tmp_path / "annotations.json"
+    mark = dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 2, 3])
+    content = dict(
+        images=[dict(id=1, file_name="a.jpg", height=9, width=9)], annotations=[mark], categories=[dict(id=1)]
+    )
+    path.write_text(json.dumps(content))
+    assert "area" not in CocoMetric(ann_file=str(path))._coco_api.anns[1]
+    complete = CompleteCocoMetric(ann_file=str(path))
+    assert type(complete._coco_api) is CompleteCOCO
+    assert complete._coco_api.anns[1] == {**mark, "area": 6, "iscrowd": 0}
+    assert CompleteCocoMetric()._coco_api is None
+
+
+def test_errors_show_the_part_that_was_built():
+    """`build_from_cfg` keeps the part and the registry in variables named `cfg` and `registry`."""
+    wrong = dict(type="SepViT_Lite", frozen_stages=9)
+    for built, where in ((wrong, "frozen_stages=9"), (dict(type="Nothing"), "Nothing is not in the")):
+        with pytest.raises((KeyError, ValueError), match=where) as raised:
+            MODELS.build(built)
+        found = mmengine_adapter.innermost_build(raised.value)
+        assert found is not None
+        assert found[0] == built
+        assert found[1].root is MODELS
+    with pytest.raises(ValueError, match="invalid literal") as raised:
+        int("x")
+    assert mmengine_adapter.innermost_build(raised.value) is None
+
+
+class Network(torch.nn.Module):
+    """The smallest model that a runner accepts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Write the checkpoint of a network."""
+    path = tmp_path / "network.pth"
+    torch.save({"state_dict": {"weight": torch.ones(3)}}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", [Runner, DenseRunner], ids=["mmengine", "ours"])
+def test_runners_that_have_loaded_load_no_other_checkpoint(kind, checkpoint, tmp_path, monkeypatch):
+    """Both mark it in `_has_loaded`, ours by `mark_loaded`."""
+    runner = kind(Network(), str(tmp_path / "work"), load_from="missing.pth", experiment_name=f"{kind.__name__}_loads")
+    if kind is DenseRunner:
+        runner.checkpoints = {}
+        monkeypatch.setattr("sepvit_lib.dense.runner.load_weights", load_plainly)
+    assert runner._has_loaded is False, "mmengine has another attribute now: adapt mark_loaded"
+    runner.load_checkpoint(checkpoint)
+    assert runner._has_loaded is True
+    assert (runner.model.weight == 1).all()
+    runner.load_or_resume()  # would fail on missing.pth
+
+
+def test_a_missing_compiler_is_not_printed(tmp_path, monkeypatch, capfd):
+    """mmengine asks it for its version, in `Runner._log_env`."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for kind, is_quiet in ((Runner, False), (DenseRunner, True)):
+        kind(Network(), str(tmp_path / kind.__name__), experiment_name=kind.__name__)
+        assert ("not found" not in capfd.readouterr().err) == is_quiet
+    assert "GCC: n/a" in next(tmp_path.glob("DenseRunner/*/*.log")).read_text()
+
+
+def test_weights_that_a_checkpoint_replaces_are_not_reported(tmp_path, capfd):
+    """In `Runner._init_model_weights`, before training."""
+    for load_from in (None, "weights.pth"):
+        network = Network()
+        network.init_weights = lambda: print_log("randomly initialised", "current", logging.WARNING)
+        runner = DenseRunner(network, str(tmp_path), load_from=load_from, experiment_name=f"initialises {load_from}")
+        runner._init_model_weights()
+        assert ("randomly initialised" in "".join(capfd.readouterr())) == (load_from is None)
+    assert len(re.findall("randomly initialised", "".join(log.read_text() for log in tmp_path.glob("*/*.log")))) == 2
+
+
+def test_runners_that_have_not_loaded_load(tmp_path):
+    """The test above relies on it."""
+    runner = Runner(Network(), str(tmp_path / "work"), load_from="missing.pth", experiment_name="loads_nothing")
+    with pytest.raises(FileNotFoundError, match=r"missing\.pth"):
+        runner.load_or_resume()
+
+
+def load_plainly(model, weights, what, **_):
+    """Load a state dict. Takes the place of `load_weights`, which expects a SepViT inside the model."""
+    from sepvit_lib.training.checkpoints import LoadReport
+
+    model.load_state_dict(weights)
+    return LoadReport(len(weights))
+
+
+# --------------------------------------------------------------------------------------------------- mmengine and NumPy
+
+
+def test_mmengines_log_is_read_without_running_code(tmp_path):
+    """The log has arrays, numbers and references to methods."""
+    buffer = HistoryBuffer([1.0, 2.0, 4.0], [1, 1, 2])
+    state = dict(
+        log_scalars={"loss": buffer},
+        numbers=[np.float64(0.5), np.int64(3), np.uint32(7), np.int32(-1), np.bool_(True)],
+        iter=7,
+    )
+    torch.save({"state_dict": {}, "message_hub": state}, tmp_path / "checkpoint.pth")
+    read = read_checkpoint(str(tmp_path / "checkpoint.pth"), "checkpoint")["message_hub"]
+    assert read["numbers"] == state["numbers"]
+    assert [type(number) for number in read["numbers"]] == [type(number) for number in state["numbers"]]
+    assert read["log_scalars"]["loss"].mean() == buffer.mean()
+    np.testing.assert_array_equal(read["log_scalars"]["loss"].data[0], buffer.data[0])
+
+
+def test_mmengines_log_refers_to_its_methods():
+    """It refers to them by `getattr`, which `log_statistic` replaces when a checkpoint is read."""
+    names = {name for name in ("min", "max", "current", "mean") if callable(getattr(HistoryBuffer, name, None))}
+    assert names == {"min", "max", "current", "mean"}
+    pickled = pickle.dumps(HistoryBuffer([1.0], [1]), protocol=torch.serialization.DEFAULT_PROTOCOL)
+    assert b"getattr" in pickled, "mmengine's log no longer needs log_statistic"
+    assert log_statistic(HistoryBuffer, "mean") is HistoryBuffer.mean
+    for owner, name in ((HistoryBuffer, "__class__"), (dict, "min"), (HistoryBuffer, "register_statistics")):
+        with pytest.raises(pickle.UnpicklingError, match=f"GLOBAL getattr of {name}"):
+            log_statistic(owner, name)
+
+
+def test_numpy_pickles_by_functions_that_are_allowed():
+    """In NumPy 2.x they are private: `numpy._core.multiarray._reconstruct` and `scalar`."""
+    functions = [
+        entry for entry in mmengine_adapter.LOG_CLASSES if getattr(entry, "__module__", "").endswith("multiarray")
+    ]
+    assert [f"{function.__module__}.{function.__name__}" for function in functions] == [
+        "numpy._core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar",
+    ], "NumPy pickles arrays in another way now: checkpoints of older versions would be refused"
+
+
+def test_other_numpy_functions_are_refused(tmp_path):
+    """The allow-list allows nothing else of NumPy."""
+
+    class Loads:
+        def __reduce__(self):
+            return np.load, (str(tmp_path / "ran"),)
+
+    torch.save({"state_dict": {}, "meta": Loads()}, tmp_path / "code.pth")
+    with pytest.raises(UserError, match=r"could run code"):
+        read_checkpoint(str(tmp_path / "code.pth"), "checkpoint")

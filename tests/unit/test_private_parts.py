@@ -1,0 +1,277 @@
+"""Private parts of other libraries that this project uses. A failure means that a library has changed: adapt the use.
+
+Supported versions are in pyproject.toml, the places of use in docs/design.md. test_private_parts_dense.py covers
+mmengine and its companions.
+"""
+
+import argparse
+import importlib.metadata
+import io
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import signal
+import tarfile
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from PIL import Image
+from timm.data import auto_augment
+from timm.data.random_erasing import RandomErasing
+from torch._utils import ExceptionWrapper
+
+import sepvit  # noqa: F401 registers the models
+from sepvit_lib.training import readers
+from sepvit_lib.training.augmentation import MATRICES, STRENGTHS, RegionRecorder, without_pixels
+from sepvit_lib.training.checkpoints import refused_class
+from sepvit_lib.training.commands import Parser
+from sepvit_lib.training.errors import (
+    UserError,
+    is_communication_error,
+    is_transient,
+    is_worker_traceback,
+    out_of_files,
+    out_of_shared_memory,
+)
+from sepvit_lib.training.state import reads_found_inf
+
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")  # tomllib needs Python 3.11
+RANGES = re.findall(r'^    "([^"]+)"', PROJECT.partition("\ndependencies = [")[2].partition("\n]")[0], re.MULTILINE)
+
+
+def version_tuple(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text.partition("+")[0]))
+
+
+@pytest.mark.parametrize("requirement", RANGES)
+def test_installed_versions_are_in_the_stated_ranges(requirement):
+    name, bounds = re.fullmatch(r"([\w-]+)(.*)", requirement).groups()
+    installed = version_tuple(importlib.metadata.version(name))
+    for relation, bound in re.findall(r"(>=|<)([\d.]+)", bounds):
+        assert installed >= version_tuple(bound) if relation == ">=" else installed < version_tuple(bound), requirement
+
+
+# ---------------------------------------------------------------------------------------------------------------- timm
+
+
+def test_timm_chooses_features():
+    from timm.models._features import feature_take_indices
+
+    assert feature_take_indices(4, [1, 3]) == ([1, 3], 3)
+    assert feature_take_indices(4, 2) == ([2, 3], 3)
+    assert feature_take_indices(4, None) == ([0, 1, 2, 3], 3)
+
+
+def test_timm_records_a_models_input_size():
+    from timm.models._input import get_model_traits, update_model_input_size
+
+    model = timm.create_model("SepViT_Lite", img_size=64)
+    update_model_input_size(model, (96, 64))
+    assert get_model_traits(model)["img_size"] == (96, 64)
+
+
+def test_timm_asserts():
+    from timm.layers import _assert
+
+    _assert(True, "fine")
+    with pytest.raises(AssertionError, match="wrong"):
+        _assert(False, "wrong")
+
+
+def test_timms_webdataset_reader_has_the_known_pipeline(tmp_path):
+    """`open_webdataset` finds the stages that it replaces, and refuses an unknown pipeline."""
+    with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
+        for name, content in (("a.png", png()), ("a.cls", b"1"), ("a.json", b'{"label": 5}')):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    dataset = timm.data.create_dataset("wds/x", root=str(tmp_path), split="train-{0..0}.tar|1", is_training=True)
+    readers.open_webdataset(dataset.reader, lambda error: False, seed=7, decode=len)
+    assert dataset.reader.worker_seed == 7
+    ours = [stage for stage in dataset.reader.ds.pipeline if getattr(stage, "func", None) is readers._samples_of_shards]
+    assert len(ours) == 1
+    sample = next(iter(dataset.reader.ds))
+    assert (sample["image"], sample["target"]) == (len(png()), 1)
+    dataset.reader.target_key = "label"
+    readers.open_webdataset(dataset.reader, lambda error: False, seed=7, decode=len)
+    sample = next(iter(dataset.reader.ds))
+    assert (sample["image"], sample["target"]) == (len(png()), 5)
+    dataset.reader.ds.pipeline = []
+    dataset.reader._lazy_init = lambda: None
+    with pytest.raises(UserError, match=rf"timm {re.escape(timm.__version__)} reads webdatasets differently"):
+        readers.open_webdataset(dataset.reader, lambda error: False, seed=7, decode=len)
+
+
+def test_timms_streams_are_shared_among_ranks(tmp_path):
+    """Each rank's share of the shards, read as by a single rank."""
+    (tmp_path / "info.json").write_text("{}")
+    dataset = timm.data.create_dataset("wds/x", root=str(tmp_path), split="val-{0..4}.tar|10")
+    assert list(readers.shards_of(dataset)) == [f"val-{i}.tar" for i in range(5)]
+    dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 1, 2
+    readers.read_exactly_once(dataset, split_shards=True)
+    assert list(readers.shards_of(dataset)) == ["val-1.tar", "val-3.tar"]
+    assert (dataset.reader.dist_rank, dataset.reader.dist_num_replicas, dataset.reader.num_samples) == (0, 1, 5)
+
+
+def test_timms_randaugment_draws_for_stand_ins():
+    """All functions that RandAugment may apply are known, except those of the sets that come with colour jitter."""
+    for name in ("rand", "rand-inc1", "rand-tweights"):
+        for operation in auto_augment.rand_augment_transform(name, {"img_mean": (0, 0, 0)}).ops:
+            assert operation.aug_fn in STRENGTHS or operation.aug_fn in MATRICES, operation.name
+            assert operation.kwargs.keys() == {"fillcolor", "resample"}
+    for name in ("rand-t3a", "rand-t3aw"):
+        steps = timm.data.create_transform(64, is_training=True, auto_augment=name, color_jitter=0.4).transforms
+        assert "ColorJitter" in [type(step).__name__ for step in steps]
+
+
+def test_timms_random_erasing_draws_for_stand_ins():
+    recorder = RegionRecorder(20)
+    random.seed(0)
+    without_pixels(RandomErasing(1, mode="pixel", min_count=2, max_count=2, device="cpu"))(recorder)
+    random.seed(0)
+    erased = RandomErasing(1, mode="const", min_count=2, max_count=2, device="cpu")(torch.ones(3, 20, 20))
+    expected = torch.ones(3, 20, 20)
+    for top, left, bottom, right in recorder.regions:
+        expected[:, top:bottom, left:right] = 0
+    assert len(recorder.regions) == 2
+    assert torch.equal(erased, expected)
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(file, "png")
+    return file.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------------- torch
+
+
+@pytest.mark.parametrize(("fused", "expected"), [(True, True), (False, False)])
+def test_fused_optimisers_read_found_inf(fused, expected):
+    """A fused step reads `found_inf` on the device and skips itself."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+    assert reads_found_inf(optimizer) == expected
+    if fused:
+        weight.grad = torch.ones(3)
+        optimizer.found_inf = torch.ones(())
+        optimizer.step()
+        assert torch.equal(weight, torch.ones(3))
+
+
+def test_torch_reads_zip_archives_from_files(tmp_path):
+    """`PyTorchFileReader` refuses what torch.load would refuse. `damage` skips this check if it is missing."""
+    torch.save({"a": torch.ones(3)}, tmp_path / "whole.pth")
+    with (tmp_path / "whole.pth").open("rb") as file:
+        assert torch._C.PyTorchFileReader(file) is not None
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:-40])
+    with (tmp_path / "cut.pth").open("rb") as file, pytest.raises(RuntimeError):
+        torch._C.PyTorchFileReader(file)
+
+
+def test_torch_names_a_refused_class(tmp_path):
+    """Of a checkpoint that holds one, and of a plain pickle."""
+    torch.save({"args": Path("x")}, tmp_path / "class.pth")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Path("x"), protocol=2))
+    for name in ("class.pth", "pickle.pth"):
+        with pytest.raises(pickle.UnpicklingError) as raised:
+            torch.load(tmp_path / name, weights_only=True)
+        assert refused_class(raised.value) == "pathlib.PosixPath"
+    assert refused_class(RuntimeError("size mismatch")) is None
+
+
+def raised_by_worker(error: Exception) -> Exception:
+    """A loader worker's error, as torch re-raises it."""
+    try:
+        raise error
+    except Exception:
+        wrapper = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(type(error)) as raised:
+        wrapper.reraise()
+    return raised.value
+
+
+def test_a_workers_user_error_keeps_its_line():
+    assert is_worker_traceback(str(raised_by_worker(RuntimeError("size mismatch"))))
+    assert str(raised_by_worker(UserError("`num_classes` 3: an image is labelled 7"))) == (
+        "`num_classes` 3: an image is labelled 7"
+    )
+
+
+class KillsWorker(torch.utils.data.Dataset):
+    """A data set that kills its loader worker, as the kernel does when memory runs out."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_lost_worker_is_transient():
+    with pytest.raises(RuntimeError) as raised:
+        list(torch.utils.data.DataLoader(KillsWorker(), num_workers=1))
+    assert is_transient(raised.value)
+    assert not out_of_shared_memory(raised.value)
+    assert not out_of_files(raised.value)
+
+
+def lose_connection(rank: int, store: Path, verdicts) -> None:
+    """Join a group of two. Rank 1 exits at once, and rank 0 reports the error of a collective call."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    if rank == 1:
+        os._exit(0)
+    try:
+        while True:
+            torch.distributed.all_reduce(torch.ones(1000))
+    except RuntimeError as error:
+        verdicts.put((is_communication_error(error), str(error)))
+
+
+def test_a_broken_connection_is_recognised(tmp_path):
+    """gloo raises a RuntimeError that is recognised by its text."""
+    assert is_communication_error(torch.distributed.DistBackendError("NCCL error"))
+    assert not is_communication_error(RuntimeError("size mismatch"))
+    assert not is_communication_error(None)
+    context = multiprocessing.get_context("fork")
+    verdicts = context.Queue()
+    ranks = [context.Process(target=lose_connection, args=(rank, tmp_path / "store", verdicts)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    is_known, text = verdicts.get(timeout=300)
+    for process in ranks:
+        process.join()
+    assert is_known, text
+
+
+# ------------------------------------------------------------------------------------------------------------ argparse
+
+
+def test_argparse_lists_its_settings():
+    parser = Parser()
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("--data-path", "--dp")
+    parser.add_argument("--pin_mem", action=argparse.BooleanOptionalAction)
+    assert parser.flags() == {
+        "help": "-h",
+        "config": "CONFIG",
+        "data_path": "--data-path",
+        "pin_mem": "--pin_mem",
+        "no_pin_mem": "--no-pin_mem",
+    }
+    assert {"data_path", "dp", "pin_mem", "help"} <= parser.actions().keys()
+
+
+def test_argparse_accepts_negative_numbers_with_exponents():
+    parser = Parser()
+    parser.add_argument("--lr", type=float)
+    assert parser.parse_args(["--lr", "-1e-3"]).lr == -1e-3

@@ -1,0 +1,196 @@
+"""Recipes: YAML files with settings of main.py, and the args.yaml that each run writes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, SMALL, command, differences, read_log, succeed
+
+import main
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.recipes import parse_with_recipe, write_recipe
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def parse(*arguments) -> dict:
+    """The settings of a command line."""
+    return vars(parse_with_recipe(main.build_parser(), [str(argument) for argument in arguments]))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_of_the_repository_are_valid(path):
+    args = parse_with_recipe(main.build_parser(), ["--config", str(path), "--device", "cpu"])
+    main.check_settings(args)
+
+
+@pytest.mark.parametrize(
+    ("variant", "drop_path", "weight_decay", "warmup_epochs"),
+    [
+        ("Lite", 0.1, 0.05, 5),
+        ("Tiny", 0.2, 0.05, 5),
+        ("Small", 0.3, 0.05, 5),
+        ("Base", 0.5, 0.1, 20),
+    ],
+)
+def test_recipes_match_the_published_ones(variant, drop_path, weight_decay, warmup_epochs):
+    """The defaults, except for each variant's own settings."""
+    args = parse("--config", ROOT / f"recipes/sepvit_{variant.lower()}_imagenet.yaml")
+    own = dict(
+        model=f"SepViT_{variant}",
+        drop_path=drop_path,
+        weight_decay=weight_decay,
+        warmup_epochs=warmup_epochs,
+        batch_size=128,
+        dist_eval=True,
+        config=args["config"],
+    )
+    assert args == parse() | own
+
+
+def test_the_command_line_overrides_the_recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("lr: 1e-3\nbatch-size: 8\ndist_eval: true\npin_mem: no\nopt_betas: [0.9, 0.95]\namp: off\naa: ''\n")
+    args = parse("--config", path, "--batch-size", 16, "--no-dist-eval")
+    assert args == parse() | dict(
+        lr=1e-3,
+        batch_size=16,
+        dist_eval=False,
+        pin_mem=False,
+        opt_betas=[0.9, 0.95],
+        amp="off",
+        aa="",
+        config=str(path),
+    )
+
+
+MISTAKES = {
+    "epochs: 3\nlearning_rate: 1": "line 2: learning_rate: unknown setting",
+    "model: SepViT_Tiny\noutput-dri: x": "line 2: output-dri: unknown setting; did you mean --output_dir?",
+    "config: x.yaml": "line 1: config: unknown setting",
+    "# a comment\nlr: fast": "line 2: lr: takes a number, not fast",
+    "epochs: 3.5": "line 1: epochs: takes a whole number, not 3.5",
+    "epochs: 0": "line 1: epochs: 0 is out of range: at least 1",
+    "lr: .inf": "line 1: lr: takes a number, not .inf",
+    "lr: inf": "line 1: lr: inf is not a finite number",
+    "lr: [1]": "line 1: lr: takes a value, not a sequence",
+    "lr:": "line 1: lr: takes a value, not nothing",
+    "model_ema: 1": "line 1: model_ema: takes true or false, not 1",
+    "scale: 0.5": r"line 1: scale: takes a list of 2 values, such as \[0.1, 0.9\], not 0.5",
+    "scale: [0.5]": "line 1: scale: takes a list of 2 values",
+    "amp: bf16": "line 1: amp: takes one of auto, bfloat16, float16, off, not bf16",
+    "lr: 1\nseed: 1\nlr: 2": "line 3: lr: set twice; remove one",
+    "lr: 1: 2": "line 1: not YAML",
+    "lr: 1\n\tseed: 2": "line 2: not YAML",
+    "- lr": "holds no settings; expected lines such as `lr: 5e-4`",
+    "": "holds no settings",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_mistakes_are_named_with_their_line(text, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^`config` {path}[,:] {MISTAKES[text]}"):
+        parse("--config", path)
+
+
+def test_invalid_recipe_files(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9")
+    for name, words in (("latin.yaml", "not UTF-8"), ("nowhere.yaml", "No such file"), (".", "Is a directory")):
+        with pytest.raises(UserError, match=words):
+            parse("--config", tmp_path / name)
+
+
+def test_a_mistake_as_a_command(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("epochs: many\n")
+    result = command("--config", tmp_path / "recipe.yaml")
+    assert result.returncode == 2
+    assert (
+        result.stderr == f"main.py: --config {tmp_path}/recipe.yaml, line 1: epochs: takes a whole number, not many\n"
+    )
+
+
+def test_every_setting_survives_a_recipe(tmp_path):
+    """Including texts that YAML would read as another type."""
+    settings = vars(main.build_parser().parse_args([])) | dict(
+        lr_noise=[0.1, 0.9],
+        opt_betas=[0.9, 0.999],
+        cutmix_minmax=[0.2, 0.8],
+        amp="off",
+        aa="",
+        output_dir="off",
+        data_path="1e3",
+        data_set="null",
+        num_classes=5,
+        opt_eps=1e-12,
+        model_ema=True,
+        seed=0,
+        train_split="a: b # c",
+    )
+    write_recipe(tmp_path / "args.yaml", settings)
+    args = parse("--config", tmp_path / "args.yaml")
+    assert args.pop("config") == str(tmp_path / "args.yaml")
+    settings.pop("config")
+    settings["scale"], settings["ratio"] = list(settings["scale"]), list(settings["ratio"])
+    assert args == settings
+
+
+def test_a_run_is_repeated_from_its_args_yaml(few_digits, tmp_path):
+    """Bit for bit."""
+    recipe = "batch_size: 16\nepochs: 2\nnum_workers: 0\nmodel_ema: true\nlr: 5e-3\nmixup: 0.3\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    succeed(
+        *SMALL[:4],
+        "--config",
+        tmp_path / "recipe.yaml",
+        "--data-path",
+        few_digits,
+        "--seed",
+        7,
+        "--output_dir",
+        tmp_path / "first",
+    )
+    assert yaml.safe_load((tmp_path / "first/args.yaml").read_text())["mixup"] == 0.3
+    succeed("--config", tmp_path / "first/args.yaml", "--output_dir", tmp_path / "second")
+    first, second = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("first", "second"))
+    assert sorted(place.partition(":")[0] for place in differences(first, second)) == [
+        "/args/config",
+        "/args/output_dir",
+    ]
+    assert read_log(tmp_path / "first") == read_log(tmp_path / "second")
+    result = command("--config", tmp_path / "first/args.yaml")
+    assert result.returncode == 2
+    assert "first: already holds a run" in result.stderr
+
+
+def test_readme_has_the_published_results():
+    """Top-1, throughput and latency match the paper, and the settings match the recipes."""
+    rows = [
+        [cell.strip("`* ") for cell in line.strip("|").split("|")]
+        for line in README.splitlines()
+        if line.startswith("| `SepViT_")
+    ]
+    paper = {
+        "SepViT_Lite": ("72.3 ¹", "–", "–"),
+        "SepViT_Tiny": ("82.7", "729", "24.5"),
+        "SepViT_Small": ("83.6", "471", "34.9"),
+        "SepViT_Base": ("84.2", "302", "46.6"),
+    }
+    assert {row[0]: tuple(row[3:6]) for row in rows} == paper
+    for model, *_, drop_path, weight_decay, warmup_epochs in rows:
+        args = parse("--config", ROOT / f"recipes/{model.lower()}_imagenet.yaml")
+        assert float(drop_path.rstrip(" ²")) == args["drop_path"]
+        assert (float(weight_decay), int(warmup_epochs)) == (args["weight_decay"], args["warmup_epochs"])
+
+
+def test_readme_names_a_command_for_each_variant():
+    for variant in ("lite", "tiny", "small", "base"):
+        assert f"--config recipes/sepvit_{variant}_imagenet.yaml" in README
+    assert (
+        "--model SepViT_Base --batch-size 128 --data-path imagenet --dist-eval --drop-path 0.5 --weight-decay 0.1"
+        in README
+    )
+    assert all(Path(path).name in README for path in RECIPES)

@@ -1,0 +1,181 @@
+"""The structure of the code: imports point one way, and only commands name flags."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# From top to bottom. A module may import from lower layers, and from its own layer without a cycle.
+COMMANDS = (
+    "main",
+    "predict",
+    "hubconf",
+    "tools",
+    "segmentation",
+    "detection",
+    *(f"sepvit_lib.dense.{name}" for name in ("flops", "predict", "settings", "test", "train")),
+)
+LAYERS = (COMMANDS, ("engine", "datasets"), ("utils", "samplers"), ("sepvit_lib",), ("sepvit",))
+
+
+def modules() -> dict[str, Path]:
+    """All modules of this project except the tests, by name."""
+    paths = [*ROOT.glob("*.py")]
+    for folder in ("sepvit_lib", "sepvit_lib/*", "tools", "segmentation", "detection"):
+        paths += ROOT.glob(f"{folder}/*.py")
+    named = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    return {name.removesuffix(".__init__"): path for name, path in named.items()}
+
+
+MODULES = modules()
+
+
+def imports_of(path: Path, at_import: bool = False) -> set[str]:
+    """This project's modules that a module imports.
+
+    Args:
+        path: the module's file.
+        at_import: only imports at module level, not those in functions.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if at_import else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & MODULES.keys()
+
+
+GRAPH = {name: imports_of(path) for name, path in MODULES.items()}
+
+
+def layer_of(name: str) -> int:
+    """The layer of a module, by its longest matching entry."""
+    matches = [
+        (len(entry), layer)
+        for layer, entries in enumerate(LAYERS)
+        for entry in entries
+        if name == entry or name.startswith(f"{entry}.")
+    ]
+    return max(matches)[1]
+
+
+def reached(name: str) -> set[str]:
+    """A module and all modules that it imports, directly or not."""
+    seen, rest = set(), [name]
+    while rest:
+        module = rest.pop()
+        if module not in seen:
+            seen.add(module)
+            rest += GRAPH[module]
+    return seen
+
+
+def test_modules_and_imports_are_found():
+    assert {
+        "main",
+        "engine",
+        "sepvit_lib.training.state",
+        "sepvit_lib.dense.backbone",
+        "tools.benchmark",
+    } <= MODULES.keys()
+    assert "sepvit_lib.training.state" in GRAPH["engine"]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_point_down(name):
+    for other in GRAPH[name]:
+        assert layer_of(other) >= layer_of(name), f"{name} imports {other}, of a higher layer"
+    assert name not in {module for other in GRAPH[name] for module in reached(other)}, "it imports itself in a circle"
+
+
+def test_only_tools_import_tools():
+    importers = [name for name, others in GRAPH.items() if any(other.startswith("tools.") for other in others)]
+    assert [name for name in importers if not name.startswith("tools.")] == []
+
+
+INSTALLED = sorted(name for name in MODULES if name.partition(".")[0] in ("sepvit", "sepvit_lib"))
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_installed_modules_import_nothing_that_hosts_may_shadow(name):
+    """A host program may have its own `utils`, `datasets` and so on."""
+    assert GRAPH[name] <= set(INSTALLED)
+
+
+BELOW_COMMANDS = sorted(name for name in MODULES if layer_of(name) > 0)
+
+
+def texts_of(path: Path) -> list[str]:
+    """All string literals of a module except docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings]
+    return [node.value for node in constants if isinstance(node.value, str)]
+
+
+def flags() -> set[str]:
+    """All flags of main.py, in both spellings."""
+    import main
+
+    names = {flag for flag in main.build_parser().flags().values() if flag.startswith("--")}
+    return {spelled for flag in names for spelled in (flag, flag.replace("_", "-"), "--" + flag[2:].replace("-", "_"))}
+
+
+@pytest.mark.parametrize("name", BELOW_COMMANDS)
+def test_only_commands_name_flags(name):
+    known = flags()
+    named = {flag for text in texts_of(MODULES[name]) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
+    assert named & known == set(), "write setting('name'), see training/errors.py"
+
+
+def settings_added_by(name: str) -> set[str]:
+    """Settings whose flags a module adds to a parser. Read from its source, since it imports mmengine."""
+    nodes = ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8")))
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return {text[2:].replace("-", "_") for text in texts if re.fullmatch(r"--[a-z-]+", text)}
+
+
+def test_messages_mention_existing_settings():
+    """Names passed to `setting` are settings of main.py, of predict.py or of train.py, so they become flags."""
+    import main
+    import predict
+
+    known = main.build_parser().flags().keys() | predict.build_parser().flags().keys()
+    known |= settings_added_by("sepvit_lib.dense.train") | settings_added_by("sepvit_lib.dense.settings")
+    for name in BELOW_COMMANDS:
+        tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            is_call = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setting"
+            if is_call and isinstance(node.args[0], ast.Constant):
+                assert node.args[0].value in known, f"{name}, line {node.lineno}"
+
+
+def test_no_namespace_below_the_commands():
+    """Only main.py's builders and the parsing code use argparse.Namespace."""
+    users = [name for name in BELOW_COMMANDS if "argparse.Namespace" in MODULES[name].read_text(encoding="utf-8")]
+    parsing = ["sepvit_lib.training.commands", "sepvit_lib.training.recipes"]
+    assert [name for name in users if name not in parsing] == [
+        "sepvit_lib.training.checkpoints"
+    ]  # published files have one
+
+
+def test_readme_length():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
+
+
+def test_links_in_the_documents_exist():
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
