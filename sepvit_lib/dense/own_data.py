@@ -64,8 +64,8 @@ def apply_top_level(cfg: Config, where: str, bases: Iterable[Config]) -> None:
     - Evaluators read the annotations of their data set.
     - `orientation` becomes that of the transforms that load images, unless they state one.
 
-    What is not inherited from a base, but set by the config itself, stays. `sepvit_lib.dense.data.check_data` refuses it
-    if it disagrees.
+    What is not inherited from a base, but set by the config itself, stays.
+    `sepvit_lib.dense.data.check_data` refuses it if it disagrees.
 
     Args:
         cfg: the config.
