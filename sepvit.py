@@ -32,12 +32,7 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 # isort: split
@@ -159,12 +154,7 @@ class SeparableSelfAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        window_size: int,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
+        self, dim: int, num_heads: int, window_size: int, attn_drop: float = 0.0, proj_drop: float = 0.0
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -538,11 +528,7 @@ class SepViT(SepViTStages):
     output_fmt = "NHWC"
 
     def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        **kwargs: Any,
+        self, img_size: int | tuple[int, int] = 224, num_classes: int = 1000, global_pool: str = "avg", **kwargs: Any
     ) -> None:
         self.img_size: tuple[int, int]
         super().__init__(to_2tuple(img_size), **kwargs)

@@ -36,27 +36,9 @@ from port import Port
 # Models of the same class: about as many multiply-adds and parameters as the variant.
 PEERS: dict[str, tuple[str, ...]] = {
     "SepViT_Lite": ("pvt_v2_b0",),
-    "SepViT_Tiny": (
-        "swin_tiny_patch4_window7_224",
-        "twins_svt_small",
-        "pvt_v2_b2",
-        "nextvit_small",
-        "convnext_tiny",
-    ),
-    "SepViT_Small": (
-        "swin_small_patch4_window7_224",
-        "twins_svt_base",
-        "pvt_v2_b3",
-        "nextvit_base",
-        "convnext_small",
-    ),
-    "SepViT_Base": (
-        "swin_base_patch4_window7_224",
-        "twins_svt_large",
-        "pvt_v2_b5",
-        "nextvit_large",
-        "convnext_base",
-    ),
+    "SepViT_Tiny": ("swin_tiny_patch4_window7_224", "twins_svt_small", "pvt_v2_b2", "nextvit_small", "convnext_tiny"),
+    "SepViT_Small": ("swin_small_patch4_window7_224", "twins_svt_base", "pvt_v2_b3", "nextvit_base", "convnext_small"),
+    "SepViT_Base": ("swin_base_patch4_window7_224", "twins_svt_large", "pvt_v2_b5", "nextvit_large", "convnext_base"),
 }
 
 # Top-1 (%) on ImageNet-1K at 224 × 224, trained on ImageNet-1K alone, as the authors published it.

@@ -7,10 +7,7 @@ _base_ = [
     "mmdet::_base_/default_runtime.py",
 ]
 
-model = dict(
-    backbone=dict(_delete_=True, **_base_.sepvit_tiny),
-    neck=dict(in_channels=[96, 192, 384, 768]),
-)
+model = dict(backbone=dict(_delete_=True, **_base_.sepvit_tiny), neck=dict(in_channels=[96, 192, 384, 768]))
 train_dataloader = dict(
     dataset=dict(
         pipeline=[

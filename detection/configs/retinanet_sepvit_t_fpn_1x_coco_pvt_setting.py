@@ -6,8 +6,5 @@ _base_ = [
     "mmdet::_base_/default_runtime.py",
 ]
 
-model = dict(
-    backbone=dict(_delete_=True, **_base_.sepvit_tiny),
-    neck=dict(in_channels=[96, 192, 384, 768]),
-)
+model = dict(backbone=dict(_delete_=True, **_base_.sepvit_tiny), neck=dict(in_channels=[96, 192, 384, 768]))
 optim_wrapper = dict(optimizer=dict(_delete_=True, type="AdamW", lr=1e-4, weight_decay=1e-3))

@@ -33,10 +33,7 @@ METADATA = re.compile(r"__[^/]*__($|/)")  # by webdataset's convention, members 
 
 
 def open_webdataset(
-    reader: ReaderWds,
-    skip: Callable[[UnreadableImageError], bool],
-    seed: int,
-    decode: Callable[[bytes], Any],
+    reader: ReaderWds, skip: Callable[[UnreadableImageError], bool], seed: int, decode: Callable[[bytes], Any]
 ) -> None:
     """Restart timm's reader of a webdataset with a seed, and make it report unreadable images and shards.
 

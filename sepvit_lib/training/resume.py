@@ -83,10 +83,7 @@ def git_revision() -> str:
 
 
 def describe_run(
-    settings: Mapping[str, Any],
-    data: dict[str, Any],
-    device: torch.device,
-    packages: Sequence[str] = PACKAGES,
+    settings: Mapping[str, Any], data: dict[str, Any], device: torch.device, packages: Sequence[str] = PACKAGES
 ) -> dict[str, Any]:
     """Everything needed to repeat a run: settings, versions, revision, device, processes and data.
 

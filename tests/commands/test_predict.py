@@ -84,10 +84,7 @@ def test_text_csv_and_pictures(checkpoint, few_digits, tmp_path):
         str(file.relative_to(few_digits / "val")) for file in (few_digits / "val").rglob("*.png")
     )
     result = command(*names, "--resume", checkpoint, *outputs, script="predict.py")
-    assert (result.returncode, "exists; name another folder, or replace it with --over" in result.stderr) == (
-        2,
-        True,
-    )
+    assert (result.returncode, "exists; name another folder, or replace it with --over" in result.stderr) == (2, True)
 
 
 def test_unreadable_images_are_reported_and_the_rest_go_on(checkpoint, few_digits, tmp_path):

@@ -591,14 +591,7 @@ def test_the_demo_on_other_files(kind, demo_data, tmp_path):
         else:
             image.rotate(180).save(target.with_suffix(".jpg"), quality=95, exif=exif(TURNED))
     run = tmp_path / "run"
-    recipe = [
-        "--config",
-        ROOT / "recipes/digits.yaml",
-        "--data-path",
-        tmp_path / "imagenet",
-        "--output_dir",
-        run,
-    ]
+    recipe = ["--config", ROOT / "recipes/digits.yaml", "--data-path", tmp_path / "imagenet", "--output_dir", run]
     succeed(*recipe, timeout=1800)
     succeed(*recipe, "--eval", "--resume", run / "checkpoint.pth")
     evaluated = json.loads((run / "eval.json").read_text())["test_acc1"]

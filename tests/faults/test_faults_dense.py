@@ -17,16 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, Code
-from harness import (
-    DENSE_NAMES,
-    LIMIT,
-    RESUME_STATUS,
-    DenseRun,
-    assert_same_dense,
-    damage,
-    descendants,
-    kill_started,
-)
+from harness import DENSE_NAMES, LIMIT, RESUME_STATUS, DenseRun, assert_same_dense, damage, descendants, kill_started
 
 from sepvit_lib.dense.mmengine_adapter import read_checkpoint
 from sepvit_lib.training import checkpoints

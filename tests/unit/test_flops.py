@@ -191,10 +191,7 @@ def test_a_mistake_as_a_command():
 
 @pytest.mark.parametrize(
     ("folder", "config"),
-    [
-        ("segmentation", "fpn_sepvit_lite_112x112_demo.py"),
-        ("detection", "mask_rcnn_sepvit_lite_fpn_demo.py"),
-    ],
+    [("segmentation", "fpn_sepvit_lite_112x112_demo.py"), ("detection", "mask_rcnn_sepvit_lite_fpn_demo.py")],
 )
 def test_backbones_have_the_same_table(folder, config):
     arguments = [f"configs/{config}", "--shape", 64, 96, "--memory"]

@@ -28,12 +28,7 @@ def test_recipes_of_the_repository_are_valid(path):
 
 @pytest.mark.parametrize(
     ("variant", "drop_path", "weight_decay", "warmup_epochs"),
-    [
-        ("Lite", 0.1, 0.05, 5),
-        ("Tiny", 0.2, 0.05, 5),
-        ("Small", 0.3, 0.05, 5),
-        ("Base", 0.5, 0.1, 20),
-    ],
+    [("Lite", 0.1, 0.05, 5), ("Tiny", 0.2, 0.05, 5), ("Small", 0.3, 0.05, 5), ("Base", 0.5, 0.1, 20)],
 )
 def test_recipes_match_the_published_ones(variant, drop_path, weight_decay, warmup_epochs):
     """The defaults, except for each variant's own settings."""
