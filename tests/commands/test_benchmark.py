@@ -17,11 +17,6 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, SMALL, command, succeed, tiny_network
 from port import Port
-
-import sepvit
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.measure import FUSED_ATTENTION, count_activations, count_multiply_adds, peak_memory
-from tools import benchmark, benchmark_curves, benchmark_networks, benchmark_runtimes, benchmark_table
 from tools.benchmark_accuracy import calibration_images
 from tools.benchmark_machine import OtherWork, peak_resident
 from tools.benchmark_networks import Setting, Subject
@@ -29,6 +24,11 @@ from tools.benchmark_profile import Operation, profile_call
 from tools.benchmark_record import Record, profile_cells, shown
 from tools.benchmark_rounds import WARM_UP, interleave, ratio
 from tools.benchmark_table import COPY, MATRIX_PRODUCT, Method, Row, Table, measure_table
+
+import sepvit
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.measure import FUSED_ATTENTION, count_activations, count_multiply_adds, peak_memory
+from tools import benchmark, benchmark_curves, benchmark_networks, benchmark_runtimes, benchmark_table
 
 CPU = torch.device("cpu")
 QUICK = Method(rounds=2, least=0.0, is_quick=True)
