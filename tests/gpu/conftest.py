@@ -35,9 +35,11 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Limit each test, if pytest-timeout is there."""
-    for item in items:
-        if item.get_closest_marker("gpu") and config.pluginmanager.hasplugin("timeout"):
+    """Put what is compiled, which takes minutes, last, and limit each test, if pytest-timeout is there."""
+    own = [item for item in items if item.get_closest_marker("gpu")]
+    items.sort(key=lambda item: item in own and ("compiled" in item.name) + ("test_compiled[" in item.name))
+    for item in own:
+        if config.pluginmanager.hasplugin("timeout"):
             item.add_marker(pytest.mark.timeout(TEST_LIMIT))
 
 

@@ -1,4 +1,4 @@
-"""The network on a GPU: outputs and gradients in each number format, and batches larger than a kernel's grid."""
+"""The network on a GPU: outputs, gradients and steps in each number format, large batches, and torch.compile."""
 
 import functools
 import json
@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import GOLDEN, VARIANTS, golden_images, golden_shapes, golden_weights
+from timm.scheduler import StepLRScheduler
 
 import sepvit
-from sepvit_lib.training.state import Precision
+from sepvit_lib.training.state import Precision, Training
 
 pytestmark = pytest.mark.gpu
 
@@ -164,3 +166,54 @@ def test_training_on_a_large_batch(number_format, limit, device):
             (scale * (logits.float() * weights).sum()).backward()
         found.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
     assert relative_error(found[1], found[0]) < limit
+
+
+# ------------------------------------------------------------------------------------------------- steps, and compiled
+
+
+class Steps:
+    """Forward passes and training steps on one random batch."""
+
+    def __init__(self, variant, device, amp, is_compiled=False):
+        images, size = (64, 224) if device.type == "cuda" else (2, 32)
+        torch.manual_seed(0)
+        self.precision = Precision.of(device, amp)
+        network = timm.create_model(variant, img_size=size).to(device)
+        if is_compiled:
+            network.compile()
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
+        scheduler = StepLRScheduler(optimizer, decay_t=1)
+        self.training = Training(network, network, optimizer, scheduler, self.precision.scaler(), None)
+        self.images = self.precision.images(torch.randn(images, 3, size, size))
+        self.targets = torch.rand(images, 1000, device=device).softmax(dim=1)
+
+    @torch.no_grad()
+    def logits(self):
+        with self.precision.autocast():
+            return self.training.model.eval()(self.images).float()
+
+    def losses(self, count):
+        """Take training steps. Returns their losses."""
+        losses = []
+        for _ in range(count):
+            with self.precision.autocast():
+                loss = F.cross_entropy(self.training.model.train()(self.images), self.targets)
+            self.training.backward(loss, 1)
+            self.training.step(5.0, [])
+            losses.append(loss.detach())
+        return torch.stack(losses).tolist()
+
+
+@pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
+def test_training_steps(amp, device):
+    losses = Steps("SepViT_Lite", device, amp).losses(20)
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled(variant, device):
+    expected = Steps(variant, device, "bfloat16").logits()
+    compiled = Steps(variant, device, "bfloat16", is_compiled=True)
+    assert relative_error(compiled.logits(), expected) < 0.03
+    assert all(map(math.isfinite, compiled.losses(3)))
