@@ -227,13 +227,16 @@ def test_forms_that_a_format_or_a_measure_lacks():
         assert not not_offered(Subject("SepViT_Lite", form, "bfloat16"), Setting(measure, CPU, 1, (32, 32)))
 
 
+EXPORTED = [(form, number_format) for form, formats in subjects.RUNTIMES.items() for number_format in formats]
+SLOW = ("openvino", "int8")
+
+
 @pytest.mark.parametrize(
-    ("form", "number_format"),
-    [(form, name) for form, formats in subjects.RUNTIMES.items() for name in formats if name != "int8"]
-    + [("onnxruntime", "int8"), pytest.param("openvino", "int8", marks=pytest.mark.slow)],
+    "case", [case if case != SLOW else pytest.param(case, marks=pytest.mark.slow) for case in EXPORTED]
 )
-def test_exported_networks(form, number_format):
-    for package in (*subjects.PACKAGES[form], *(["nncf"] if (form, number_format) == ("openvino", "int8") else [])):
+def test_exported_networks(case):
+    form, number_format = case
+    for package in (*subjects.PACKAGES[form], *["nncf"] * (case == SLOW)):
         pytest.importorskip(package)
     (row,) = measured([form], Setting("inference", CPU, 2, (64, 64)), number_format)
     assert row.failure == ""
@@ -330,11 +333,7 @@ def test_a_run_replaces_its_tables_and_keeps_others(tmp_path, capsys):
 
 MISTAKES = {
     "no GPU": (["--device", "cuda:99"], "--device cuda:99"),
-    "no batch": (["--batch-size", "0"], "--batch-size"),
     "no size": (["--input-size", "32x"], "--input-size"),
-    "unknown model": (["--model", "SepViT_Huge"], "SepViT_Huge"),
-    "unknown setting": (["--sped"], "--sped"),
-    "unknown format": (["--formats", "fp8"], "fp8"),
     "peer": (["--peers", "swim"], "--peers swim: timm has no such model"),
     "dense peers": (["--dense", "--peers", "test_vit"], "--dense --peers test_vit"),
     "missing before": (["--before", "{root}/nope.py"], "--before {root}/nope.py"),
