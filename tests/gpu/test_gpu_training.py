@@ -87,9 +87,9 @@ class Run:
         return self.wait(process)
 
     def results(self):
-        """Everything in the newest checkpoint, and log.txt."""
+        """Everything in the newest checkpoint, and the epochs in log.txt."""
         checkpoint = torch.load(self.folder / "run" / "checkpoint.pth", weights_only=True, map_location="cpu")
-        return dict(checkpoint=checkpoint, log=(self.folder / "run" / "log.txt").read_text())
+        return dict(checkpoint=checkpoint, log=epoch_entries(read_log(self.folder / "run" / "log.txt")))
 
 
 def compare_resumed(folder, images, device, flags, number, distributed=False):
