@@ -65,8 +65,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def device() -> Iterator[torch.device]:
-    """The device to test, with all cores for what is computed beside it."""
+    """The device to test; a GPU's with all CPU cores for what is computed beside it."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(available_cores())
+    torch.set_num_threads(available_cores() if DEVICE.type == "cuda" else 1)
     yield DEVICE
     torch.set_num_threads(threads)
