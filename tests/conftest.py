@@ -19,7 +19,6 @@ from processes import free_port
 from torchvision.datasets import ImageFolder
 
 import sepvit
-from sepvit_lib.training import output
 from sepvit_lib.training.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,6 +203,8 @@ PLAIN = [
 
 def read_log(folder: Path) -> list[dict]:
     """Read the epoch entries of log.txt."""
+    from sepvit_lib.training import output  # needs TensorBoard, which a machine for the GPU tests may lack
+
     return output.epoch_entries(output.read_log(folder / "log.txt"))
 
 

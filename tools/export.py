@@ -26,11 +26,11 @@ from tqdm import tqdm
 from datasets import DATA_SETS
 from sepvit_lib.inference.classifier import Classifier, load_classifier
 from sepvit_lib.inference.packages import lacking
+from sepvit_lib.inference.rounds import reason
 from sepvit_lib.training.commands import Parser, path, positive_int, run_command
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.storage import make_folder, write_file
 from tools import export_backbone, export_formats, export_int8, export_table
-from tools.benchmark_rounds import reason
 from tools.export_data import Images, calibration_inputs, find_labelled, photographs
 from tools.export_formats import LARGEST_DIFFERENCE, OPSET, OPSETS, Job
 from tools.export_table import Form, Measured, parts_of

@@ -13,10 +13,10 @@ from torch.export import Dim
 from sepvit_lib.inference.backbones import Backbone, load_backbone
 from sepvit_lib.inference.exported import kind_of, onnxruntime_session, run_onnxruntime
 from sepvit_lib.inference.packages import require
+from sepvit_lib.inference.rounds import interleave, ratio
 from sepvit_lib.training.devices import available_cores
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.storage import make_folder
-from tools.benchmark_rounds import interleave, ratio
 from tools.export_formats import LARGEST_DIFFERENCE, export_onnx
 
 FORMAT = "onnx"

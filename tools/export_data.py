@@ -18,7 +18,6 @@ from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.images import evenly_spaced
 from sepvit_lib.training.samples import ImageData, ValSamples
 from sepvit_lib.training.streams import ValStream
-from tools.benchmark_networks import main_settings
 
 CALIBRATION_IMAGES = 128
 BATCH_SIZE = 8
@@ -97,17 +96,18 @@ def calibration_inputs(args: argparse.Namespace, classifier: Classifier) -> list
 
 def _find(args: argparse.Namespace, classifier: Classifier, is_train: bool) -> ImageData:
     description = classifier.description
-    settings = main_settings(
-        description.model,
-        torch.device("cpu"),
-        BATCH_SIZE,
-        *("--data-path", args.data_path),
-        *("--data-set", args.data_set),
-        *("--input-size", str(min(description.preprocessing.size))),
-        *("--orientation", description.orientation),
-        *("--class-map", args.class_map),
+    settings = dict(
+        model=description.model,
+        device="cpu",
+        batch_size=BATCH_SIZE,
+        data_path=args.data_path,
+        data_set=args.data_set,
+        input_size=min(description.preprocessing.size),
+        orientation=description.orientation,
+        class_map=args.class_map,
     )
-    return main.build_data(settings, is_train)
+    flags = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    return main.build_data(main.build_parser().parse_args(flags), is_train)
 
 
 def _spaced(data: ImageData, count: int) -> Iterator[tuple[Image.Image, int]]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sepvit_lib.inference.classifier import Classifier, Description
-from tools.benchmark_machine import describe
-from tools.benchmark_rounds import Spread, interleave, ratio
+from sepvit_lib.inference.machine import describe
+from sepvit_lib.inference.rounds import Spread, interleave, ratio
 from tools.export_data import BATCH_SIZE, Images
 
 CHECKPOINT = "checkpoint"  # the form that the others are compared with: PyTorch, eager, float32

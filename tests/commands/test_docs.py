@@ -82,12 +82,9 @@ DENSE = f"--cfg-options {WORKERS} train_dataloader.batch_size=2 train_cfg.val_in
 SCRIPTS = {
     "main.py": Script(MAIN, rest="--data-path imagenet", prints=r"top-1|Acc@1|throughput|usage"),
     "predict.py": Script("--num_workers 0", prints=r"\d %"),
-    "tools/benchmark.py": Script(f"{BENCHMARK} --peers none --input-size 32 --batch-size 1", prints="SepViT_Lite"),
-    "tools/benchmark_growth.py": Script(f"{BENCHMARK} --curves size batch --sizes 32 64 --batches 1 2 --input-size 32"),
-    "tools/benchmark_data.py": Script("--count 8 --images 8 --input-size 64 --batch-size 4 --workers 0 --rounds 1"),
-    "tools/benchmark_checkpoint.py": Script("--model SepViT_Lite --times 1"),
+    "benchmarks/benchmark.py": Script(f"{BENCHMARK} --peers none --input-size 32 --batch-size 1", prints="SepViT_Lite"),
+    "benchmarks/input_pipeline.py": Script("--images 8 --input-size 64 --batch-size 4 --workers 0 --rounds 1"),
     "tools/get_flops.py": Script("--model SepViT_Lite --input-size 32", prints="multiply-adds"),
-    "tools/gpu_check.py": Script("--device cpu --quick --only outputs --out record", prints="passed"),
     "tools/make_demo_data.py": Script("--out made"),
     "tools/visualize.py": Script("", prints=r"attention of \d+ blocks: rows sum to one"),
     "tools/export.py": Script("--formats onnx --images 8 --rounds 1", prints="largest difference"),
@@ -492,7 +489,7 @@ def run(what: Run, folder: Path) -> str:
 def test_pages_are_read():
     texts = {(command.text, command.folder) for command in COMMANDS}
     assert ("make demo", "") in texts
-    assert ("python tools/benchmark_growth.py", "") in texts
+    assert ("python benchmarks/benchmark.py", "") in texts
     assert ("python3 main.py --data-set INAT --data-path DIR --model SepViT_Tiny", "") in texts
     assert ("python get_flops.py CONFIG [--shape 800 1280]", "detection") in texts
     assert ("bash dist_train.sh configs/fpn_sepvit_t_512x512_80k_ade20k.py 8", "segmentation") in texts

@@ -35,7 +35,6 @@ from sepvit_lib.training.samples import TrainSamples
 from sepvit_lib.training.shifts import with_shifts
 from sepvit_lib.training.state import Precision
 from sepvit_lib.training.unreadable import unreadable_images
-from tools import benchmark_data
 from utils import seed_everything
 
 PUBLISHED = Preprocessing.for_size(224)
@@ -767,55 +766,3 @@ def test_a_gpu_augments_as_the_cpu_does_and_is_not_waited_for(photographs):
     for expected, images in zip(on_cpu, on_gpu):
         close = (images.cpu() - expected).abs() < 2.5 / 255 / 0.224
         assert close.float().mean() > 0.999
-
-
-# ------------------------------------------------------------------------------------------------------------ benchmark
-
-
-def test_benchmark(tmp_path, capsys):
-    """All pipelines, sources and stages are measured, and recorded."""
-    path = tmp_path / "record.json"
-    arguments = [
-        "--synthetic",
-        "90x70",
-        "--count",
-        16,
-        "--input-size",
-        48,
-        "--batch-size",
-        8,
-        "--workers",
-        0,
-        1,
-        "--rounds",
-        1,
-        "--out",
-        path,
-    ]
-    assert benchmark_data.run(list(map(str, arguments))) == 0
-    printed = capsys.readouterr().out
-    record = json.loads(path.read_text())
-    stages = record["milliseconds"]
-    assert stages.keys() == {"faithful", "fast", "fast, GPU"}
-    assert stages["faithful"].keys() == set(benchmark_data.STAGES)
-    assert stages["fast"].keys() == set(benchmark_data.STAGES) - {"crop"}
-    assert all(time > 0 for times in stages.values() for time in times.values())
-    assert record["loaders"].keys() == {"0", "1"}
-    for figures in record["loaders"].values():
-        assert figures.keys() == {"class folders", "webdataset"}
-        assert all(figure["images_per_second"] > 0 for pipelines in figures.values() for figure in pipelines.values())
-        assert figures["class folders"]["faithful"]["ratio"] == 1
-    assert printed.count("fast, GPU") == 1 + 4
-
-
-def test_benchmark_mistakes(photographs, few_digits, tmp_path, capsys):
-    for arguments, message in (
-        (["--data", few_digits, "--batch-size", 16], ".png: the fast loader leaves it to PIL ("),
-        (["--data", few_digits, "--images", 40], "--batch-size 64: only 40 images of "),
-        ([], "choose one"),
-        (["--data", tmp_path], "no train/ folder there"),
-        (["--synthetic", "9"], "--synthetic"),
-        (["--data", photographs], "--batch-size 64: "),
-        (["--data", photographs, "--input-size", 32], "--input-size 32"),
-    ):
-        assert message in refusal(benchmark_data.run, "benchmark_data", arguments, capsys)

@@ -13,6 +13,7 @@ COMMANDS = (
     "predict",
     "hubconf",
     "tools",
+    "benchmarks",
     "segmentation",
     "detection",
     *(f"sepvit_lib.dense.{name}" for name in ("flops", "predict", "settings", "test", "train")),
@@ -23,7 +24,7 @@ LAYERS = (COMMANDS, ("engine", "datasets"), ("utils", "samplers"), ("sepvit_lib"
 def modules() -> dict[str, Path]:
     """All modules of this project except the tests, by name."""
     paths = [*ROOT.glob("*.py")]
-    for folder in ("sepvit_lib", "sepvit_lib/*", "tools", "segmentation", "detection"):
+    for folder in ("sepvit_lib", "sepvit_lib/*", "tools", "benchmarks", "segmentation", "detection"):
         paths += ROOT.glob(f"{folder}/*.py")
     named = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
     return {name.removesuffix(".__init__"): path for name, path in named.items()}
@@ -76,13 +77,7 @@ def reached(name: str) -> set[str]:
 
 
 def test_modules_and_imports_are_found():
-    assert {
-        "main",
-        "engine",
-        "sepvit_lib.training.state",
-        "sepvit_lib.dense.backbone",
-        "tools.benchmark",
-    } <= MODULES.keys()
+    assert {"main", "engine", "sepvit_lib.dense.backbone", "tools.export", "benchmarks.benchmark"} <= MODULES.keys()
     assert "sepvit_lib.training.state" in GRAPH["engine"]
 
 
@@ -93,9 +88,19 @@ def test_imports_point_down(name):
     assert name not in {module for other in GRAPH[name] for module in reached(other)}, "it imports itself in a circle"
 
 
-def test_only_tools_import_tools():
-    importers = [name for name, others in GRAPH.items() if any(other.startswith("tools.") for other in others)]
-    assert [name for name in importers if not name.startswith("tools.")] == []
+@pytest.mark.parametrize(
+    ("folder", "importers"), [("tools.", ("tools.", "benchmarks.")), ("benchmarks.", "benchmarks.")]
+)
+def test_who_imports_tools_and_benchmarks(folder, importers):
+    found = [name for name, others in GRAPH.items() if any(other.startswith(folder) for other in others)]
+    assert [name for name in found if not name.startswith(importers)] == []
+
+
+def test_only_tests_import_tests():
+    names = "|".join(path.stem for path in (ROOT / "tests").glob("*.py"))
+    for name, path in MODULES.items():
+        pattern = rf"^\s*(import|from) (tests\b|({names})\b)"
+        assert not re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE), name
 
 
 INSTALLED = sorted(name for name in MODULES if name.partition(".")[0] in ("sepvit", "sepvit_lib"))

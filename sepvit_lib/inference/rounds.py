@@ -1,12 +1,9 @@
 """Times of several calls, interleaved round by round, so that a drifting machine changes all of them alike."""
 
-if not __package__:
-    import _repository  # noqa: F401
 import gc
 import math
 import random
 import statistics
-import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +15,7 @@ from sepvit_lib.training.commands import first_line
 from sepvit_lib.training.errors import out_of_memory
 from sepvit_lib.training.measure import timed
 
-LEAST = 0.05  # seconds of one timing: a call that is shorter is repeated
+MIN_SECONDS = 0.05  # of one timing: a call that is shorter is repeated
 WARM_UP = 2  # calls before the first timing
 
 Key = TypeVar("Key", bound=Hashable)
@@ -38,33 +35,26 @@ class Times(Generic[Key]):
 
 
 def interleave(
-    calls: Mapping[Key, Callable[[], object]],
-    device: torch.device,
-    rounds: int,
-    least: float = LEAST,
-    deadline: float = math.inf,
+    calls: Mapping[Key, Callable[[], object]], device: torch.device, rounds: int, min_seconds: float = MIN_SECONDS
 ) -> Times[Key]:
     """Time calls in rounds. Each round times each call once, in another order.
 
     What a call leaves in the caches changes the next one's time, so each has to follow the others in turn.
 
     Args:
-        calls: the calls. One that fails is left out of the rounds that follow.
+        calls: the calls. One that fails is skipped in the rounds that follow.
         device: the device they work on.
         rounds: number of rounds.
-        least: seconds that one timing takes at least, by repeating the call.
-        deadline: when to begin no further round, by `time.monotonic`; one is always taken.
+        min_seconds: seconds that one timing takes at least, by repeating the call.
     """
     times: Times[Key] = Times()
     repetitions: dict[Key, int] = {}
     for key, call in calls.items():
         with _caught(times.errors, key):
-            repetitions[key] = _repetitions(call, device, least)
+            repetitions[key] = _repetitions(call, device, min_seconds)
     order = list(repetitions)
     times.seconds = {key: [] for key in order}
     for number in range(rounds):
-        if number and time.monotonic() > deadline:
-            break
         gc.collect()
         for key in random.Random(number).sample(order, len(order)):
             if key not in times.errors:
@@ -75,11 +65,11 @@ def interleave(
     return times
 
 
-def _repetitions(call: Callable[[], object], device: torch.device, least: float) -> int:
+def _repetitions(call: Callable[[], object], device: torch.device, min_seconds: float) -> int:
     """Warm a call up, and find how often to repeat it."""
     for _ in range(WARM_UP):
         call()
-    return max(1, math.ceil(least / max(timed(call, device), 1e-9)))
+    return max(1, math.ceil(min_seconds / max(timed(call, device), 1e-9)))
 
 
 def _repeated(call: Callable[[], object], count: int, device: torch.device) -> float:

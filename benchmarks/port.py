@@ -1,8 +1,8 @@
 """SepViT as an unoptimised port has it: the equations read literally, with standard layers.
 
-What the optimised network is compared with in speed and memory (`tools/benchmark.py`), and in outputs and gradients
-(`tests/test_benchmark.py`). The map travels as a sequence of pixels, is copied to B × C × H × W around convolutions and
-to windows around attention; attention is two matrix products and a softmax.
+What the optimised network is compared with in speed and memory by `benchmarks/benchmark.py`, and in outputs and
+gradients by `tests/commands/test_benchmark.py`. The map travels as a sequence of pixels, is copied to B × C × H × W
+around convolutions and to windows around attention; attention is two matrix products and a softmax.
 
 Shapes use the letters of `sepvit.py`.
 """

@@ -1,0 +1,357 @@
+"""Subjects of the benchmark: SepViT in its forms and its peers, their forward passes and training steps."""
+
+if not __package__:
+    import _repository  # noqa: F401
+import importlib.util
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import timm
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.models import get_pretrained_cfg_value, register_model
+from torch import Tensor, nn
+
+import main
+import sepvit
+from benchmarks.port import Port
+from sepvit_lib.inference.exported import Session, compile_openvino, onnxruntime_session, run_onnxruntime, run_openvino
+from sepvit_lib.inference.packages import require
+from sepvit_lib.inference.rounds import reason
+from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.measure import bytes_of
+from sepvit_lib.training.networks import place
+from sepvit_lib.training.state import Precision
+from tools.export_formats import export_onnx
+from tools.export_int8 import quantised_by_nncf
+
+# Models of the same class: about as many multiply-adds and parameters as the variant.
+PEERS: dict[str, tuple[str, ...]] = {
+    "SepViT_Lite": ("pvt_v2_b0",),
+    "SepViT_Tiny": ("swin_tiny_patch4_window7_224", "twins_svt_small", "pvt_v2_b2", "nextvit_small", "convnext_tiny"),
+    "SepViT_Small": ("swin_small_patch4_window7_224", "twins_svt_base", "pvt_v2_b3", "nextvit_base", "convnext_small"),
+    "SepViT_Base": ("swin_base_patch4_window7_224", "twins_svt_large", "pvt_v2_b5", "nextvit_large", "convnext_base"),
+}
+
+# Top-1 (%) on ImageNet-1K at 224 × 224, trained on ImageNet-1K alone, as the authors published it.
+TOP1: dict[str, float] = {
+    # https://arxiv.org/abs/2203.15380; Lite from a summary of the paper
+    "SepViT_Lite": 72.3,
+    "SepViT_Tiny": 82.7,
+    "SepViT_Small": 83.6,
+    "SepViT_Base": 84.2,
+    # https://arxiv.org/abs/2103.14030
+    "swin_tiny_patch4_window7_224": 81.3,
+    "swin_small_patch4_window7_224": 83.0,
+    "swin_base_patch4_window7_224": 83.5,
+    # https://arxiv.org/abs/2104.13840
+    "twins_svt_small": 81.7,
+    "twins_svt_base": 83.2,
+    "twins_svt_large": 83.7,
+    # https://github.com/whai362/PVT
+    "pvt_v2_b0": 70.5,
+    "pvt_v2_b2": 82.0,
+    "pvt_v2_b3": 83.1,
+    "pvt_v2_b5": 83.8,
+    # https://arxiv.org/abs/2207.05501
+    "nextvit_small": 82.5,
+    "nextvit_base": 83.2,
+    "nextvit_large": 83.6,
+    # https://arxiv.org/abs/2201.03545
+    "convnext_tiny": 82.1,
+    "convnext_small": 83.1,
+    "convnext_base": 83.8,
+}
+
+MEASURES = ("latency", "inference", "training")
+FORMS = ("eager", "port", "compiled", "onnxruntime", "openvino")
+OF_SEPVIT = ("port", "before")  # forms that peers do not have
+# Runtimes by form: number formats, and packages. ONNX Runtime's kernels for CPUs have no bfloat16.
+RUNTIMES = {"onnxruntime": ("float32", "int8"), "openvino": ("float32", "bfloat16", "int8")}
+PACKAGES = {name: ("onnx", "onnxscript", name) for name in RUNTIMES}
+# Number formats: main.py's --amp in training. `bfloat16` and `float16` are mixed precision (autocast);
+# `bfloat16-whole` converts the whole network. int8 has no rate of matrix products to compare with.
+AMPS = {"float32": "off", "bfloat16": "bfloat16", "float16": "float16"}
+DTYPES: dict[str, torch.dtype | None] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bfloat16-whole": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": None,
+}
+
+CLASSES = 1000
+CLIPPING = 5.0  # largest norm of the gradients, main.py's default
+CALIBRATION_BATCHES = 8  # of random images, to quantise a network with
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a row of a table measures.
+
+    Attributes:
+        model: a variant of SepViT or a model of timm's.
+        form: how it runs, one of `FORMS`, or 'before': another revision's.
+        number_format: number format, one of `DTYPES`.
+    """
+
+    model: str
+    form: str
+    number_format: str
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.form}, {self.number_format}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the subjects of a table have in common.
+
+    Attributes:
+        measure: one of `MEASURES`; latency is inference with a single image.
+        device: the device.
+        batch_size: images per call.
+        size: image size (H, W).
+        is_dense: the dense prediction form.
+        threads: CPU threads.
+        before: another revision's sepvit.py, for the form 'before'; "" without it.
+    """
+
+    measure: str
+    device: torch.device
+    batch_size: int
+    size: tuple[int, int]
+    is_dense: bool = False
+    threads: int = 1
+    before: str = ""
+
+    @property
+    def is_training(self) -> bool:
+        """Whether training steps are measured."""
+        return self.measure == "training"
+
+    def images(self, seed: int = 0) -> Tensor:
+        """Random images on the CPU."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self.batch_size, 3, *self.size, generator=generator)
+
+
+def not_offered(subject: Subject, setting: Setting) -> str:
+    """Why a form does not exist in a number format or for a measure; "" if it does."""
+    form, number_format = subject.form, subject.number_format
+    if form in OF_SEPVIT and subject.model not in sepvit.VARIANTS:
+        return "a form of SepViT alone"
+    if form in RUNTIMES:
+        if setting.is_training:
+            return "runtimes do not train"
+        if setting.device.type != "cpu":
+            return "runtimes are measured on the CPU"
+        return "" if number_format in RUNTIMES[form] else f"{form} is measured in {' and '.join(RUNTIMES[form])}"
+    if number_format == "int8":
+        return "only runtimes have int8"
+    return "training keeps its weights in float32" if setting.is_training and number_format not in AMPS else ""
+
+
+def check_packages(forms: Sequence[str], formats: Sequence[str]) -> None:
+    """Refuse runtimes whose packages are not installed.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    for form in forms:
+        quantization = ("nncf",) if form == "openvino" and "int8" in formats else ()
+        require(f"--forms {form}", *PACKAGES.get(form, ()), *quantization)
+
+
+def load_before(file: str) -> ModuleType:
+    """Load another revision's sepvit.py. The models registered with timm stay those of this one.
+
+    Raises:
+        UserError: the file cannot be loaded.
+    """
+    spec = importlib.util.spec_from_file_location("sepvit_before", file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise UserError(f"--before {file}: no Python file; name a copy of sepvit.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # timm's registry looks there
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about models that are registered again
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise UserError(f"--before {file}: cannot be loaded ({reason(error)})") from None
+        for variant in sepvit.VARIANTS:
+            register_model(getattr(sepvit, variant))
+    return module
+
+
+def create_network(subject: Subject, setting: Setting, **kwargs: Any) -> Any:
+    """Build a subject's network on the CPU, in the form 'before' or as it is, with the same weights each time.
+
+    Args:
+        subject: the subject.
+        setting: form, image size, and the other revision.
+        **kwargs: stochastic depth.
+    """
+    code: Any = load_before(setting.before) if subject.form == "before" else sepvit
+    torch.manual_seed(0)
+    network: Any
+    if setting.is_dense:
+        network = code.create_dense(subject.model, **kwargs)
+    elif subject.form == "before":
+        network = code.SepViT(setting.size, CLASSES, **code.VARIANTS[subject.model], **kwargs)
+    else:
+        if get_pretrained_cfg_value(subject.model, "fixed_input_size"):
+            kwargs["img_size"] = setting.size
+        network = timm.create_model(subject.model, num_classes=CLASSES, **kwargs)
+    if subject.form == "before":
+        network.load_state_dict(create_network(Subject(subject.model, "eager", "float32"), setting).state_dict())
+    for name, parameter in network.named_parameters():
+        if name.endswith("win_tokens") and subject.form != "before":
+            nn.init.normal_(parameter, std=0.5)  # zeros would give all windows the same attention
+    return network
+
+
+@dataclass
+class Ready:
+    """A subject that can be measured.
+
+    Attributes:
+        call: what is timed: a forward pass, or a training step.
+        outputs: network outputs for images on the CPU, in evaluation mode.
+        held: bytes of weights and of the optimiser's state; None in a runtime, whose memory PyTorch does not know.
+    """
+
+    call: Callable[[], object]
+    outputs: Callable[[Tensor], Tensor]
+    held: Callable[[], int | None]
+
+
+def build(subject: Subject, setting: Setting, folder: Path) -> Ready:
+    """Build a subject.
+
+    Args:
+        subject: the subject.
+        setting: what it is measured on.
+        folder: folder for exported networks.
+    """
+    if subject.form in RUNTIMES:
+        return _exported(subject, setting, folder)
+    return _trained(subject, setting) if setting.is_training else _inferred(subject, setting)
+
+
+def flattened(outputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """Outputs of a network, or of its dense form, as one float32 tensor on the CPU."""
+    parts = [outputs] if isinstance(outputs, Tensor) else outputs
+    return torch.cat([part.detach().float().cpu().flatten(1) for part in parts], dim=1)
+
+
+def _inferred(subject: Subject, setting: Setting) -> Ready:
+    """A network in evaluation mode, and its forward pass."""
+    network = create_network(subject, setting).eval()
+    if subject.number_format == "bfloat16-whole":
+        network.bfloat16()
+    precision = Precision.of(setting.device, AMPS.get(subject.number_format, "off"))
+    place(network, setting.device)
+    if subject.form == "port":
+        network = Port(network)
+    dtype = next(network.parameters()).dtype
+    if subject.form == "compiled":
+        network.compile(dynamic=False)
+    images = precision.images(setting.images()).to(dtype)
+
+    @torch.inference_mode()
+    def predict(images: Tensor) -> Any:
+        with precision.autocast():
+            return network(images)
+
+    return Ready(
+        lambda: predict(images),
+        lambda images: flattened(predict(precision.images(images).to(dtype))),
+        lambda: bytes_of(network),
+    )
+
+
+def feature_loss(maps: Sequence[Tensor], targets: Tensor) -> Tensor:
+    """A loss for the dense form, in place of a segmentation or detection head: the mean square of each map."""
+    return torch.stack([y.float().square().mean() for y in maps]).sum()
+
+
+def _trained(subject: Subject, setting: Setting) -> Ready:
+    """A network and the training step of main.py. Its outputs are those of evaluation mode, not compiled."""
+    arguments = f"--model {subject.model} --batch-size {setting.batch_size} --amp {AMPS[subject.number_format]}"
+    args = main.build_parser().parse_args(arguments.split())
+    precision = main.build_precision(args, setting.device)
+    network = create_network(subject, setting, drop_path_rate=args.drop_path)
+    place(network, setting.device)
+    if subject.form == "port":
+        network = Port(network)
+    training = main.build_training(args, network, precision, 1)
+    images = precision.images(setting.images())
+    targets = torch.rand(len(images), CLASSES, device=setting.device).softmax(dim=1)
+    criterion: Callable[[Any, Tensor], Tensor] = feature_loss if setting.is_dense else SoftTargetCrossEntropy()
+
+    def step() -> Tensor:
+        with precision.autocast():
+            loss = criterion(network(images), targets)
+        training.backward(loss, 1)
+        training.step(CLIPPING, [])
+        return loss.detach()
+
+    @torch.no_grad()
+    def outputs(images: Tensor) -> Tensor:
+        network.eval()
+        with precision.autocast():
+            result = flattened(network(precision.images(images)))
+        network.train()
+        if subject.form == "compiled":  # for the steps that follow
+            network.compile(dynamic=False)
+        return result
+
+    network.train()
+    return Ready(step, outputs, lambda: bytes_of(network, training.optimizer))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runtimes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _exported(subject: Subject, setting: Setting, folder: Path) -> Ready:
+    """A network exported to ONNX, in a runtime."""
+    images = setting.images()
+    path = folder / f"{subject.model}-{'x'.join(map(str, images.shape))}.onnx"
+    if not path.exists():
+        export_onnx(create_network(subject, setting).eval(), images, path)
+    session = _open_session(subject, setting, path)
+    return Ready(lambda: session(images), lambda images: flattened(session(images)), lambda: None)
+
+
+def _open_session(subject: Subject, setting: Setting, path: Path) -> Session:
+    """Load an exported network into a runtime: a function from images to outputs."""
+    is_int8 = subject.number_format == "int8"
+    if subject.form == "onnxruntime":
+        return run_onnxruntime(onnxruntime_session(_with_int8_weights(path) if is_int8 else path, setting.threads))
+    import openvino
+
+    model = openvino.Core().read_model(str(path))
+    if is_int8:
+        model = quantised_by_nncf(model, [setting.images(seed) for seed in range(1, CALIBRATION_BATCHES + 1)])
+    return run_openvino(compile_openvino(model, subject.number_format, setting.threads))
+
+
+def _with_int8_weights(path: Path) -> Path:
+    """Quantise the weights of an exported network to int8; activations are quantised as they come."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    target = path.with_suffix(".int8.onnx")
+    logging.getLogger().setLevel(logging.ERROR)  # it advises to preprocess
+    # Its rule for Attention is for an operator of ONNX Runtime of the same name.
+    quantize_dynamic(path, target, weight_type=QuantType.QInt8, op_types_to_quantize=["Conv", "MatMul"])
+    return target
