@@ -17,7 +17,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from operator import methodcaller
 from pathlib import Path
 
 import torch
@@ -94,14 +94,7 @@ def main(args: argparse.Namespace) -> int:
         make_folder(Path(args.out), f"--out {args.out}")
     predictions: list[Prediction] = []
     prints = STANDARD_OUTPUT not in (args.json, args.csv)
-    with tqdm(
-        total=len(tasks),
-        desc="predict",
-        unit=" images",
-        dynamic_ncols=True,
-        file=sys.stderr,
-        disable=not sys.stderr.isatty(),
-    ) as bar:
+    with tqdm(total=len(tasks), desc="predict", unit=" images", dynamic_ncols=True, disable=None) as bar:
         for prediction in predict(classifier, tasks, args):
             bar.update()
             if isinstance(prediction, str):
@@ -125,16 +118,11 @@ def predict(classifier: Classifier, tasks: Sequence[Task], args: argparse.Namesp
         collate_fn=list,
         pin_memory=torch.device(args.device).type == "cuda",
     )
-    number, names = 0, classifier.description.classes
+    names, remaining = classifier.description.classes, iter(tasks)
     for batch in loader:
         inputs = [entry for entry in batch if not isinstance(entry, str)]
-        ranked: Iterator[tuple[Tensor, Tensor]] = iter(())
-        if inputs:
-            probabilities, indices = classifier.probabilities(inputs).topk(min(args.topk, len(names)))
-            ranked = zip(probabilities, indices)
-        for entry in batch:
-            task = tasks[number]
-            number += 1
+        ranked = zip(*classifier.probabilities(inputs).topk(min(args.topk, len(names)))) if inputs else iter(())
+        for entry, task in zip(batch, remaining):
             if isinstance(entry, str):
                 yield entry
             else:
@@ -203,19 +191,15 @@ def write_results(predictions: Sequence[Prediction], args: argparse.Namespace) -
         UserError: a file cannot be written.
     """
     for flag, convert in FORMATS.items():
-        name, text = getattr(args, flag), convert(predictions) if getattr(args, flag) else ""
+        name = getattr(args, flag)
         if name == STANDARD_OUTPUT:
-            print(text, end="")
+            print(convert(predictions), end="")
         elif name:
-            content = text.encode("utf-8", "surrogateescape")  # names of files may have any bytes
+            content = convert(predictions).encode("utf-8", "surrogateescape")  # names of files may have any bytes
             try:
-                write_file(Path(name), partial(_write, content))
+                write_file(Path(name), methodcaller("write", content))
             except OSError as error:
                 raise UserError(f"--{flag} {name}: cannot be written ({error.strerror}); name another file") from None
-
-
-def _write(content: bytes, file: io.BufferedIOBase) -> None:
-    file.write(content)
 
 
 def draw(prediction: Prediction, out: Path, orientation: str) -> None:
@@ -250,20 +234,11 @@ def build_parser() -> Parser:
     add("--out", type=path, metavar="DIR", help="write pictures with the classes on them")
     add("--overwrite", action="store_true", help="replace pictures that are in DIR already")
     add("--batch-size", type=positive_int, default=32, metavar="N", help="images per forward pass, default 32")
-    add(
-        "--num_workers",
-        type=natural,
-        default=min(10, available_cores()),
-        metavar="N",
-        help="processes that read images, default the number of cores, at most 10",
-    )
+    workers = min(10, available_cores())
+    add("--num_workers", type=natural, default=workers, metavar="N", help=f"processes that read, default {workers}")
     add("--device", default=best_device(), help="cuda, mps or cpu, default the best available")
-    add(
-        "--amp",
-        choices=("auto", "bfloat16", "float16", "off"),
-        default="auto",
-        help="mixed precision; auto: bfloat16 or float16 on CUDA, off elsewhere",
-    )
+    formats = ("auto", "bfloat16", "float16", "off")
+    add("--amp", choices=formats, default="auto", help="mixed precision; auto: on CUDA, in the format that it has")
     return parser
 
 

@@ -1,7 +1,5 @@
 """Real images that export.py compares on and calibrates with."""
 
-if not __package__:
-    import _repository  # noqa: F401
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +12,11 @@ from torch.utils.data import IterableDataset
 
 import main
 from sepvit_lib.inference.classifier import Classifier, class_names
+from sepvit_lib.inference.packages import require
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.images import evenly_spaced
 from sepvit_lib.training.samples import ImageData, ValSamples
 from sepvit_lib.training.streams import ValStream
-from tools.benchmark_networks import main_settings
 
 CALIBRATION_IMAGES = 128
 BATCH_SIZE = 8
@@ -39,10 +37,6 @@ class Images:
     images: Sequence[Image.Image]
     labels: Sequence[int] = ()
 
-    def inputs(self, classifier: Classifier) -> list[Tensor]:
-        """What a classifier makes of each image."""
-        return [classifier.prepare(image) for image in self.images]
-
     def batches(self) -> Iterator[tuple[Sequence[Image.Image], Sequence[int]]]:
         """Batches of images and labels."""
         for start in range(0, len(self.images), BATCH_SIZE):
@@ -59,7 +53,12 @@ class Images:
 
 
 def photographs() -> Images:
-    """Photographs that come with scikit-image, of different shapes."""
+    """Photographs that come with scikit-image, of different shapes.
+
+    Raises:
+        UserError: it is missing.
+    """
+    require("the photographs to compare on (or name a data set with --data-path)", "skimage", extra="demo")
     import skimage.data
 
     images = [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in PHOTOGRAPHS]
@@ -85,28 +84,19 @@ def find_labelled(args: argparse.Namespace, classifier: Classifier) -> Images:
     return Images(f"{len(images)} validation images of {args.data_path}", images, labels)
 
 
-def calibration_inputs(args: argparse.Namespace, classifier: Classifier) -> list[Tensor]:
-    """What a classifier makes of training images, evenly spaced.
+def calibration_images(args: argparse.Namespace, classifier: Classifier) -> list[Image.Image]:
+    """Training images, evenly spaced.
 
     Raises:
         UserError: there are none.
     """
-    data = _find(args, classifier, is_train=True)
-    return [classifier.prepare(image) for image, _ in _spaced(data, CALIBRATION_IMAGES)]
+    return [image for image, _ in _spaced(_find(args, classifier, is_train=True), CALIBRATION_IMAGES)]
 
 
 def _find(args: argparse.Namespace, classifier: Classifier, is_train: bool) -> ImageData:
-    description = classifier.description
-    settings = main_settings(
-        description.model,
-        torch.device("cpu"),
-        BATCH_SIZE,
-        *("--data-path", args.data_path),
-        *("--data-set", args.data_set),
-        *("--input-size", str(min(description.preprocessing.size))),
-        *("--orientation", description.orientation),
-        *("--class-map", args.class_map),
-    )
+    settings = main.build_parser().parse_args([])
+    settings.data_path, settings.data_set, settings.class_map = args.data_path, args.data_set, args.class_map
+    settings.orientation = classifier.description.orientation
     return main.build_data(settings, is_train)
 
 

@@ -33,8 +33,8 @@ class BlockAttention:
         grid: rows and columns of windows.
         window_size: window side, in pixels of the map.
         map_size: height and width of the map, without the padding of the last windows.
-        among: weights among windows, B × h × n × n: a row is a window, its columns are the windows that it listens to.
-            None for a block with a single window, which listens to no other.
+        among: weights among windows, B × h × n × n: a row is a window, its columns are the windows that it attends to.
+            None for a block with a single window, which attends to no other.
         inside: weights inside windows, B × n × h × T × T.
         has_token: whether the windows have window tokens, which come first in `inside`.
         difference: largest difference of the recomputed output, relative to the output's largest value.
@@ -206,7 +206,7 @@ def rollout(blocks: Sequence[BlockAttention]) -> Rollout:
     the identity in this network too, which computes (P + I) @ f.
 
     Grids differ between blocks. The common one is the finest, of m cells, and areas bring the others to it. A cell
-    listens as the windows do that it overlaps, in proportion to the overlaps: A, m × n, rows sum to one. The weight of
+    attends as the windows do that it overlaps, in proportion to the overlaps: A, m × n, rows sum to one. The weight of
     a window spreads evenly over its area: D, n × m. So P becomes A P D, m × m. Weight on padding is dropped, and rows
     are divided by their sums. The identity stays that of the cells: the shortcut leaves pixels where they are.
 

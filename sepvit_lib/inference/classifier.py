@@ -33,7 +33,7 @@ from sepvit_lib.training.networks import create_network, place
 from sepvit_lib.training.preprocessing import Preprocessing
 from sepvit_lib.training.state import Precision
 
-CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")  # of a model's folder in timm's layout
+CONFIG = "config.json"  # of a model's folder in timm's layout
 
 
 @dataclass(frozen=True)
@@ -151,30 +151,26 @@ def load_classifier(
     if averaged and (kind or is_folder):
         raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")
     if kind:
-        return _checked_name(_exported(path, kind, what, precision), model, what)
-    if is_folder:
-        network, description, names = _from_folder(Path(path), what)
+        classifier = _exported(path, kind, what, precision)
     else:
-        network, description, names = _from_checkpoint(path, model, averaged, what)
-    place(network, precision.device).eval()
-    run, prepare = _runner(network, precision), Preparation(description.preprocessing)
-    return _checked_name(Classifier(description, prepare, run, network, is_named=names is not None), model, what)
-
-
-def _checked_name(classifier: Classifier, model: str, what: str) -> Classifier:
-    """Refuse a classifier with a different network from the one that was named, "" for none."""
+        loaded = _from_folder(Path(path), what) if is_folder else _from_checkpoint(path, model, averaged, what)
+        classifier = _classifier(*loaded, precision)
     held = classifier.description.model
     if model and held.split(".")[0] != model.split(".")[0]:
         raise UserError(f"{what}: contains {held}, not {model}; omit {setting('model')}")
     return classifier
 
 
-def _runner(network: nn.Module, precision: Precision) -> Callable[[Tensor], Tensor]:
+def _classifier(
+    network: nn.Module, description: Description, names: Sequence[str] | None, precision: Precision
+) -> Classifier:
+    place(network, precision.device).eval()
+
     def run(images: Tensor) -> Tensor:
         with torch.inference_mode(), precision.autocast():
             return network(precision.images(images))
 
-    return run
+    return Classifier(description, Preparation(description.preprocessing), run, network, is_named=names is not None)
 
 
 def _exported(path: str, kind: exported.Kind, what: str, precision: Precision) -> Classifier:
@@ -182,19 +178,14 @@ def _exported(path: str, kind: exported.Kind, what: str, precision: Precision) -
     try:
         description = Description.from_json(opened.description)
     except ValueError:
-        raise UserError(
-            f"{what}: does not tell its classes and preprocessing; export it with tools/export.py"
-        ) from None
+        raise UserError(f"{what}: lacks its classes and preprocessing; export it with tools/export.py") from None
     return Classifier(description, Preparation(description.preprocessing, opened.takes_pixels), opened.run)
 
 
 def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description, Sequence[str] | None]:
     """Load a folder in timm's layout. Returns also the names of the classes, if it has them."""
-    missing = [names for names in ((CONFIG,), WEIGHTS) if not any((folder / name).is_file() for name in names)]
-    if missing:
-        raise UserError(
-            f"{what}: a folder without {' or '.join(missing[0])}; name a checkpoint in it, or a folder of save_for_hf"
-        )
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{what}: a folder without {CONFIG}; name a checkpoint in it, or a folder of save_for_hf")
     try:
         network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # of any type, for files that are damaged or of other networks

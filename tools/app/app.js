@@ -314,7 +314,7 @@ function reading(block) {
   for (let to = 1; to < n; to++) if (weight(block, own, to) > weight(block, own, most)) most = to;
   const place = most === own ? "itself" : `row ${Math.floor(most / block.columns)}, column ${most % block.columns}`;
   const rest = most === own ? "" : `, to itself ${percent(weight(block, own, own))}`;
-  return `The window in row ${row}, column ${column} of ${block.rows} × ${block.columns} listens most to ${place}: ` +
+  return `The window in row ${row}, column ${column} of ${block.rows} × ${block.columns} attends most to ${place}: ` +
     `${percent(weight(block, own, most))}${rest}. Evenly spread, each would get ${percent(1 / n)}.${state.isKept ? " Kept." : ""}`;
 }
 
