@@ -17,12 +17,13 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sepvit_lib.inference.classifier import Classifier, Preparation, load_classifier
@@ -43,38 +44,22 @@ class Prediction:
 
     Attributes:
         task: the image.
-        classes: names of the classes, the likeliest first.
-        probabilities: their probabilities, 0 to 1.
+        classes: their names and probabilities (0 to 1), the likeliest first.
     """
 
     task: Task
-    classes: tuple[str, ...]
-    probabilities: tuple[float, ...]
+    classes: list[tuple[str, float]]
 
 
-class Inputs(Dataset):
-    """A classifier's inputs of images, or why an image is unreadable.
-
-    Args:
-        tasks: the images.
-        prepare: makes the inputs.
-        orientation: in which images are read.
-    """
-
-    def __init__(self, tasks: Sequence[Task], prepare: Preparation, orientation: str) -> None:
-        self.tasks = tasks
-        self.prepare = prepare
-        self.orientation = orientation
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    def __getitem__(self, index: int) -> Tensor | str:
-        file = self.tasks[index].path
+def read(prepare: Preparation, orientation: str, tasks: Sequence[Task]) -> list[Tensor | str]:
+    """Read images. Returns the classifier's input of each, or why it is unreadable."""
+    entries: list[Tensor | str] = []
+    for task in tasks:
         try:
-            return self.prepare(read_image(file, f"{PLACEHOLDER} {file}", self.orientation))
+            entries.append(prepare(read_image(task.path, f"{PLACEHOLDER} {task.path}", orientation)))
         except UserError as error:
-            return str(error)
+            entries.append(str(error))
+    return entries
 
 
 def main(args: argparse.Namespace) -> int:
@@ -112,10 +97,10 @@ def main(args: argparse.Namespace) -> int:
 def predict(classifier: Classifier, tasks: Sequence[Task], args: argparse.Namespace) -> Iterator[Prediction | str]:
     """Classify images in batches. Yields their predictions in order; for an unreadable one, why it is unreadable."""
     loader = DataLoader(
-        Inputs(tasks, classifier.prepare, classifier.description.orientation),
+        tasks,  # type: ignore[arg-type]  # a sequence is enough
         batch_size=args.batch_size,
         num_workers=min(args.num_workers, (len(tasks) - 1) // args.batch_size),  # none for a single batch
-        collate_fn=list,
+        collate_fn=partial(read, classifier.prepare, classifier.description.orientation),
         pin_memory=torch.device(args.device).type == "cuda",
     )
     names, remaining = classifier.description.classes, iter(tasks)
@@ -127,7 +112,7 @@ def predict(classifier: Classifier, tasks: Sequence[Task], args: argparse.Namesp
                 yield entry
             else:
                 values, order = next(ranked)
-                yield Prediction(task, tuple(names[i] for i in order.tolist()), tuple(values.tolist()))
+                yield Prediction(task, [(names[i], value) for i, value in zip(order.tolist(), values.tolist())])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -137,22 +122,16 @@ def predict(classifier: Classifier, tasks: Sequence[Task], args: argparse.Namesp
 
 def as_text(prediction: Prediction) -> str:
     """Write a prediction as lines: the image, and below it each class after its probability."""
-    rows = zip(prediction.probabilities, prediction.classes)
-    return "\n".join([one_line(str(prediction.task.path)), *(f"  {100 * p:6.2f} %  {name}" for p, name in rows)])
+    rows = (f"  {100 * probability:6.2f} %  {name}" for name, probability in prediction.classes)
+    return "\n".join([one_line(str(prediction.task.path)), *rows])
 
 
 def as_json(predictions: Sequence[Prediction]) -> str:
     """Write predictions as a JSON array: one object an image, with its classes and their probabilities."""
-    entries = [
-        {
-            "image": str(prediction.task.path),
-            "predictions": [
-                {"class": name, "probability": round(probability, 6)}
-                for name, probability in zip(prediction.classes, prediction.probabilities)
-            ],
-        }
-        for prediction in predictions
-    ]
+    entries = []
+    for prediction in predictions:
+        rows = [{"class": name, "probability": round(probability, 6)} for name, probability in prediction.classes]
+        entries.append({"image": str(prediction.task.path), "predictions": rows})
     return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -162,7 +141,7 @@ def as_csv(predictions: Sequence[Prediction]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("image", "rank", "class", "probability"))
     for prediction in predictions:
-        for rank, (name, probability) in enumerate(zip(prediction.classes, prediction.probabilities), start=1):
+        for rank, (name, probability) in enumerate(prediction.classes, start=1):
             writer.writerow((prediction.task.path, rank, name, f"{probability:.6f}"))
     return text.getvalue()
 
@@ -210,7 +189,7 @@ def draw(prediction: Prediction, out: Path, orientation: str) -> None:
     """
     picture = prediction.task.picture(out)
     image = read_image(prediction.task.path, f"{PLACEHOLDER} {prediction.task.path}", orientation)
-    drawn = with_classes(image, prediction.classes, prediction.probabilities)
+    drawn = with_classes(image, prediction.classes)
     write_picture(picture, lambda file: drawn.save(file, format="PNG"), str(out))
 
 

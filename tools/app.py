@@ -103,10 +103,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise UserError(
-            f"--host {host} --port {port}: {error.strerror}; name an address of this machine, such as {HOST} or "
-            "0.0.0.0 for all, and a port that is free (0: any)"
-        ) from None
+        advice = f"name an address of this machine, such as {HOST}, and a free port (0: any)"
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; {advice}") from None
 
 
 def is_loopback(listener: socket.socket) -> bool:

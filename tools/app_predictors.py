@@ -45,17 +45,26 @@ class BlockWeights:
 
     Attributes:
         label: names the block.
-        grid: rows and columns of windows.
-        side: height and width of a window in pixels of the picture.
+        rows: rows of windows.
+        columns: columns of windows.
+        height: height of a window in pixels of the picture.
+        width: its width.
         weights: h × n × n, rows sum to one, float32. For one head, h = 1.
         is_mean: whether the one head is the mean of several.
     """
 
     label: str
-    grid: tuple[int, int]
-    side: tuple[float, float]
+    rows: int
+    columns: int
+    height: float
+    width: float
     weights: np.ndarray
-    is_mean: bool = False
+    is_mean: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as fields that JSON can hold: weights as little-endian float32 in base64."""
+        weights = encoded(self.weights.astype("<f4").tobytes())
+        return {**vars(self), "heads": len(self.weights), "weights": weights}
 
 
 @dataclass
@@ -81,28 +90,10 @@ class Answer:
     times: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as fields that JSON can hold: pictures as PNG, weights as little-endian float32, both in base64."""
-        return dict(
-            picture=encoded_picture(self.picture),
-            overlay=None if self.overlay is None else encoded_picture(self.overlay),
-            rows=[vars(row) for row in self.rows],
-            summary=self.summary,
-            blocks=[
-                dict(
-                    label=block.label,
-                    rows=block.grid[0],
-                    columns=block.grid[1],
-                    height=block.side[0],
-                    width=block.side[1],
-                    heads=len(block.weights),
-                    is_mean=block.is_mean,
-                    weights=encoded(block.weights.astype("<f4").tobytes()),
-                )
-                for block in self.blocks
-            ],
-            note=self.note,
-            times=self.times,
-        )
+        """Return it as fields that JSON can hold: pictures as PNG in base64."""
+        picture, overlay = encoded_picture(self.picture), self.overlay and encoded_picture(self.overlay)
+        rows, blocks = [vars(row) for row in self.rows], [block.to_json() for block in self.blocks]
+        return {**vars(self), **dict(picture=picture, overlay=overlay, rows=rows, blocks=blocks)}
 
 
 class Predictor:
@@ -196,9 +187,8 @@ def read_upload(content: bytes, orientation: str) -> Image.Image:
         formats = "JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP and PPM"
         raise UserError(f"This is not an image, or it is damaged or too large. The page takes {formats}.") from None
     if width * height > MAX_PIXELS:
-        raise UserError(
-            f"The image has {width * height / 1e6:.0f} megapixels, more than {MAX_PIXELS / 1e6:.0f}. Make it smaller."
-        )
+        size = f"{width * height / 1e6:.0f} megapixels, more than {MAX_PIXELS / 1e6:.0f}"
+        raise UserError(f"The image has {size}. Make it smaller.")
     return read_image(content, "The image", orientation)
 
 
@@ -232,8 +222,8 @@ def weights_of(blocks: Sequence[BlockAttention], scale: tuple[float, float]) -> 
     found: list[BlockWeights] = []
 
     def add(label: str, part: BlockAttention | Rollout, weights: Tensor, is_mean: bool) -> None:
-        side = (part.stride * scale[0], part.stride * scale[1])
-        found.append(BlockWeights(label, part.grid, side, weights.float().cpu().numpy(), is_mean))
+        sides = (part.stride * scale[0], part.stride * scale[1])
+        found.append(BlockWeights(label, *part.grid, *sides, weights.float().cpu().numpy(), is_mean))
 
     for block in blocks:
         if block.among is not None:

@@ -59,16 +59,9 @@ class Service:
 
     async def about(self, request: Request) -> Response:
         """Answer what the network is, and which samples there are."""
-        predictor = self.predictor
-        return JSONResponse(
-            dict(
-                kind=predictor.kind,
-                facts=predictor.facts,
-                note=predictor.note,
-                samples=[dict(name=name, label=sample.label) for name, sample in self.samples.items()],
-                most_bytes=MAX_BYTES,
-            )
-        )
+        content: dict[str, Any] = {name: getattr(self.predictor, name) for name in ("kind", "facts", "note")}
+        samples = [dict(name=name, label=sample.label) for name, sample in self.samples.items()]
+        return JSONResponse({**content, "samples": samples, "most_bytes": MAX_BYTES})
 
     async def sample(self, request: Request) -> Response:
         """Answer with a sample image."""

@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
         failures = missing | failures | refused(forms, formats, len(images.images))
         kept = {name: form for name, form in forms.items() if name not in failures}
         export_table.time_forms(kept, images, args.rounds)
-        report = export_table.report(classifier.description, kept, failures, images, job.notes)
+        report = export_table.report(kept, failures, images, job.notes)
         keep([form.file for form in kept.values() if form.file], folder)
     write_file(folder / "exports.md", lambda file: file.write(report.encode()))
     print(report)
@@ -220,10 +220,10 @@ def push(classifier: Classifier, repository: str) -> None:
         UserError: the hub refuses, or cannot be reached.
     """
     assert classifier.network is not None
-    card = export_formats.model_card(classifier.description)
-    settings = export_formats.hub_settings(classifier.description)
+    made, network = classifier.description, export_formats.contiguous(classifier.network)
+    settings = export_formats.hub_settings(made) | dict(model_card=export_formats.model_card(made))
     try:
-        push_to_hf_hub(export_formats.contiguous(classifier.network), repository, model_card=card, **settings)
+        push_to_hf_hub(network, repository, **settings)
     except Exception as error:  # of the hub's library, or of the network
         advice = "log in by `hf auth login`, and name USER/NAME"
         raise UserError(f"--push {repository}: {first_line(error)}; {advice}") from None

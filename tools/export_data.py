@@ -76,10 +76,8 @@ def find_labelled(args: argparse.Namespace, classifier: Classifier) -> Images:
         data = replace(data, classes=list(class_names(data.classes, data.num_classes)))
     data = data.matched(names if classifier.is_named else None, f"--resume {args.resume}")
     if data.num_classes != len(names):
-        raise UserError(
-            f"--data-path {args.data_path}: has {data.num_classes} classes, the checkpoint {len(names)}; "
-            "name the data set that it was trained on"
-        )
+        counts = f"{data.num_classes} classes, the checkpoint {len(names)}"
+        raise UserError(f"--data-path {args.data_path}: has {counts}; name the data set that it was trained on")
     images, labels = zip(*_spaced(data, args.images))
     return Images(f"{len(images)} validation images of {args.data_path}", images, labels)
 

@@ -111,14 +111,9 @@ def quiet() -> Iterator[None]:
 def hub_settings(description: Description) -> dict[str, Any]:
     """Arguments of timm's `save_for_hf` and `push_to_hf_hub` that describe a classifier."""
     preprocessing = description.preprocessing
-    data = dict(
-        input_size=(3, *preprocessing.size),
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        interpolation=preprocessing.interpolation,
-        crop_pct=crop_share(preprocessing),
-        crop_mode="squash" if preprocessing.squash else "center",
-    )
+    data = {name: getattr(preprocessing, name) for name in ("mean", "std", "interpolation")}
+    data |= dict(input_size=(3, *preprocessing.size), crop_pct=crop_share(preprocessing))
+    data["crop_mode"] = "squash" if preprocessing.squash else "center"
     config = dict(label_names=list(description.classes), orientation=description.orientation)
     return dict(model_config=config, data_config=data, safe_serialization=True)
 
@@ -134,8 +129,7 @@ def crop_share(preprocessing: Preprocessing) -> float:
 
 def model_card(description: Description) -> dict[str, Any]:
     """The contents of a model card, as timm's `push_to_hf_hub` takes them."""
-    height, width = description.preprocessing.size
-    count = len(description.classes)
+    (height, width), count = description.preprocessing.size, len(description.classes)
     return dict(
         tags=["image-classification", "timm", "sepvit"],
         description=f"{description.model}, an image classifier for {count} classes: SepViT, the Separable Vision "
@@ -165,12 +159,7 @@ def write_safetensors(job: Job, folder: Path) -> None:
 
 
 def export_onnx(
-    network: nn.Module,
-    images: Tensor,
-    path: Path,
-    dynamic_shapes: Any = None,
-    opset: int = OPSET,
-    outputs: Sequence[str] | None = None,
+    network: nn.Module, images: Tensor, path: Path, dynamic_shapes: Any = None, opset: int = OPSET, outputs: Any = None
 ) -> None:
     """Export a network in evaluation mode to ONNX.
 
@@ -182,19 +171,10 @@ def export_onnx(
         opset: version of the operators.
         outputs: names of its outputs.
     """
+    settings: dict[str, Any] = dict(dynamo=True, external_data=False, verbose=False, opset_version=opset)
+    settings |= dict(input_names=["images"], output_names=outputs, dynamic_shapes=dynamic_shapes)
     with quiet(), torch.no_grad():
-        torch.onnx.export(
-            network,
-            (images,),
-            str(path),
-            input_names=["images"],
-            output_names=outputs,
-            opset_version=opset,
-            dynamic_shapes=dynamic_shapes,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        torch.onnx.export(network, (images,), str(path), **settings)
 
 
 def save_onnx(model: Any, description: Description, path: Path) -> None:
@@ -353,12 +333,9 @@ def write_aotinductor(job: Job, path: Path) -> None:
     """The network compiled to machine code for this kind of processor, which PyTorch loads."""
     from torch._inductor import aoti_compile_and_package
 
+    metadata = {"aot_inductor.metadata": {METADATA: job.description.to_json()}}
     with quiet():
-        aoti_compile_and_package(
-            job.program(),
-            package_path=str(path),
-            inductor_configs={"aot_inductor.metadata": {METADATA: job.description.to_json()}},
-        )
+        aoti_compile_and_package(job.program(), package_path=str(path), inductor_configs=metadata)
 
 
 def write_torchscript(job: Job, path: Path) -> None:

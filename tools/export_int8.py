@@ -48,15 +48,9 @@ def quantised_by_nncf(model: Any, calibration: Sequence[Tensor], score: Score | 
         quantised = nncf.quantize(model, images, advanced_parameters=advanced, **settings)
         if score is None or _accuracy(quantised, score) >= _accuracy(model, score) - MAX_LOSS:
             return quantised
-        return nncf.quantize_with_accuracy_control(
-            model,
-            images,
-            images,
-            lambda candidate, _: (_accuracy(candidate, score), None),
-            max_drop=MAX_LOSS,
-            advanced_quantization_parameters=advanced,
-            **settings,
-        )
+        settings |= dict(max_drop=MAX_LOSS, advanced_quantization_parameters=advanced)
+        control = nncf.quantize_with_accuracy_control
+        return control(model, images, images, lambda one, _: (_accuracy(one, score), None), **settings)
 
 
 def _accuracy(model: Any, score: Score) -> float:
@@ -91,17 +85,11 @@ def write_onnx_int8(job: Job, path: Path) -> None:
     prepared, quantised = (job.folder / f"int8-{name}.onnx" for name in ("prepared", "quantised"))
     with quiet(), contextlib.redirect_stdout(io.StringIO()):
         shape_inference.quant_pre_process(str(job.onnx()), str(prepared), skip_symbolic_shape=True)
-        quantize_static(
-            str(prepared),
-            str(quantised),
-            Calibration(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            activation_type=QuantType.QUInt8,
-            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-            nodes_to_exclude=products_of_attention(onnx.load(str(prepared))),
-        )
+        settings: dict[str, Any] = dict(quant_format=QuantFormat.QDQ, per_channel=True)
+        settings |= dict(weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8)
+        settings["op_types_to_quantize"] = ["Conv", "MatMul", "Gemm"]
+        settings["nodes_to_exclude"] = products_of_attention(onnx.load(str(prepared)))
+        quantize_static(str(prepared), str(quantised), Calibration(), **settings)
     save_onnx(onnx.load(str(quantised)), job.description, path)
 
 

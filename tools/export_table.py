@@ -3,6 +3,7 @@
 import math
 import platform
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,9 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch.utils.benchmark import Timer
 
-from sepvit_lib.inference.classifier import Classifier, Description
+from sepvit_lib.inference.classifier import Classifier
 from sepvit_lib.training.devices import available_cores
 from tools.export_data import BATCH_SIZE, Images
 
@@ -86,15 +86,15 @@ def time_forms(forms: Mapping[str, Form], images: Images, rounds: int) -> None:
 
 def time_calls(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call, round by round, interleaved so that a drifting machine changes all of them alike."""
-    threads = torch.get_num_threads()
-    timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in calls.items()}
-    for timer in timers.values():
-        timer.timeit(2)  # warms up
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            seconds[name].append(timer.blocked_autorange(min_run_time=MIN_SECONDS).median)
-    return seconds
+    for _ in range(1 + rounds):  # the first warms up
+        for name, call in calls.items():
+            start, count, elapsed = time.perf_counter(), 0, 0.0
+            while elapsed < MIN_SECONDS:
+                call()
+                count, elapsed = count + 1, time.perf_counter() - start
+            seconds[name].append(elapsed / count)
+    return {name: times[1:] for name, times in seconds.items()}
 
 
 def speed(reference: Sequence[float], seconds: Sequence[float]) -> float:
@@ -102,14 +102,9 @@ def speed(reference: Sequence[float], seconds: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(reference, seconds))
 
 
-def report(
-    description: Description,
-    forms: Mapping[str, Form],
-    failures: Mapping[str, str],
-    images: Images,
-    notes: Sequence[str] = (),
-) -> str:
+def report(forms: Mapping[str, Form], failures: Mapping[str, str], images: Images, notes: Sequence[str]) -> str:
     """Write the table, and below it how it was measured, remarks, and why some forms were not made."""
+    description = forms[CHECKPOINT].classifier.description
     height, width = description.preprocessing.size
     rows = [HEADER, *(_row(name, form, forms[CHECKPOINT]) for name, form in forms.items())]
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -100,7 +100,7 @@ def photographs(split: str) -> list[np.ndarray]:
     images = []
     for name in PHOTOGRAPHS[split]:
         image = load_sample_image(name) if name.endswith(".jpg") else getattr(skimage.data, name)()
-        images.append(image if image.ndim == 3 else skimage.color.gray2rgb(image))
+        images.append(np.asarray(Image.fromarray(image).convert("RGB")))
     return images
 
 

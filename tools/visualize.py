@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -250,9 +251,8 @@ def among(scene: Scene) -> Drawings | str:
     several = [block for block in scene.blocks if block.among is not None]
     if not several:
         return "every block has a single window at this image size"
-    drawings: dict[str, Callable[[], Figure]] = {
-        "among": partial(figures.among_figure, scene.subject, several, rollout(scene.blocks))
-    }
+    draw = partial(figures.among_figure, scene.subject, several, rollout(scene.blocks))
+    drawings: dict[str, Callable[[], Figure]] = {"among": draw}
     for block in scene.chosen:
         if block.among is not None:
             drawings[f"among-{short(block)}"] = partial(figures.among_heads_figure, scene.subject, block)
@@ -355,8 +355,7 @@ def build_parser() -> Parser:
     add("--blocks", nargs="+", default=[], metavar="STAGE.BLOCK", help=blocks)
     label = "class to attribute pixels to, name or number; default the predicted one"
     add("--class", dest="label", default="", metavar="CLASS", help=label)
-    size = "for backbones: pixels to which the image is scaled and cropped; default the whole image, its shorter side "
-    size += f"at most {SHORTER_SIDE}"
+    size = f"for backbones: scale and crop to this; default the whole image, its shorter side at most {SHORTER_SIDE}"
     add("--input-size", nargs=2, type=positive_int, metavar=("H", "W"), help=size)
     return parser
 
@@ -373,7 +372,7 @@ def main(args: argparse.Namespace) -> None:
     metadata = {"Software": None} if args.format == "png" else {"CreationDate": None}
     style: dict[str, Any] = dict(format=args.format, dpi=DPI[args.format], metadata=metadata)
     for file, draw in list(plan(scene, args)):
-        with figures.settings():
+        with matplotlib.rc_context(figures.FONT):
             write_picture(file, partial(draw().savefig, **style), args.out)
         print(file)
 

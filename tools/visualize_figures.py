@@ -37,6 +37,10 @@ TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)
 PERCENTILE = 99  # of an attribution map, that is the end of the colour scale: single pixels may have far more
 
 
+Grid = list[list[Axes]]  # panels, by row and column
+Extension = Literal["neither", "max", "both"]
+
+
 @dataclass(frozen=True)
 class Subject:
     """What all figures are about.
@@ -57,9 +61,7 @@ class Subject:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def panels(
-    rows: int, columns: int, shape: Sequence[float], title: str, side: float = PANEL
-) -> tuple[Figure, list[list[Axes]]]:
+def panels(rows: int, columns: int, shape: Sequence[float], title: str, side: float = PANEL) -> tuple[Figure, Grid]:
     """Make a figure of equal panels, blank until they are drawn.
 
     Args:
@@ -137,12 +139,7 @@ def mark_window(axes: Axes, block: BlockAttention, subject: Subject, row: int, c
 
 
 def colour_bar(
-    figure: Figure,
-    grid: list[list[Axes]],
-    norm: Normalize,
-    colours: Colormap,
-    label: str,
-    extend: Literal["neither", "max", "both"] = "neither",
+    figure: Figure, grid: Grid, norm: Normalize, colours: Colormap, label: str, extend: Extension = "neither"
 ) -> None:
     """Add the colour scale.
 
@@ -242,7 +239,7 @@ def show_among(
     mark_window(axes, block, subject, row, column)
 
 
-def among_bar(figure: Figure, grid: list[list[Axes]], subject: Subject) -> None:
+def among_bar(figure: Figure, grid: Grid, subject: Subject) -> None:
     """Add the colour scale of attention."""
     colour_bar(figure, grid, RELATIVE, COLOUR_MAP if subject.pixel is None else over_grey(), RELATIVE_LABEL, "both")
 
@@ -277,7 +274,7 @@ def among_figure(subject: Subject, blocks: Sequence[BlockAttention], through: Ro
 
 def heads_figure(
     subject: Subject, count: int, title: str, show: Callable[[Axes, int | None], None], first: Callable[[Axes], None]
-) -> tuple[Figure, list[list[Axes]]]:
+) -> tuple[Figure, Grid]:
     """Make a figure with an image, the mean over heads, and each head.
 
     Args:
@@ -410,8 +407,3 @@ def attribution_figure(subject: Subject, label: str, maps: Sequence[np.ndarray])
         show_cells(axes, relative, 4 * 2**stage, norm, COLOUR_MAP, OPACITY)
     colour_bar(figure, grid, norm, over_grey(), f"relative to the\n{PERCENTILE}th percentile", "max")
     return figure
-
-
-def settings() -> Any:
-    """Matplotlib's settings for these figures, as a context."""
-    return matplotlib.rc_context(FONT)

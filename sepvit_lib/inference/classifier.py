@@ -18,15 +18,7 @@ from torch import Tensor, nn
 
 from sepvit import VARIANTS, entries_under, variant_of
 from sepvit_lib.inference import exported
-from sepvit_lib.training.checkpoints import (
-    classifier_of,
-    has_averaged_weights,
-    img_size_of,
-    load_weights,
-    read_checkpoint,
-    settings_in,
-    weights_of,
-)
+from sepvit_lib.training import checkpoints
 from sepvit_lib.training.errors import UserError, setting
 from sepvit_lib.training.images import EXIF, orientation_for
 from sepvit_lib.training.networks import create_network, place
@@ -201,18 +193,17 @@ def _from_checkpoint(
     path: str, model: str, averaged: bool, what: str
 ) -> tuple[nn.Module, Description, Sequence[str] | None]:
     """Load a checkpoint. Returns also the names of the classes, if it has them."""
-    checkpoint = read_checkpoint(path, what)
-    if averaged and not has_averaged_weights(checkpoint):
+    checkpoint = checkpoints.read_checkpoint(path, what)
+    if averaged and not checkpoints.has_averaged_weights(checkpoint):
         raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")
-    weights = weights_of(checkpoint, what, prefer_ema=averaged)
+    weights = checkpoints.weights_of(checkpoint, what, prefer_ema=averaged)
     name = _model_name(model, checkpoint, weights, what)
     num_classes = _count_classes(name, weights, what)
     default: Any = get_pretrained_cfg_value(name, "input_size")
-    size = settings_in(checkpoint).get("input_size") or default[-1]
+    size = checkpoints.settings_in(checkpoint).get("input_size") or default[-1]
     network = create_network(f"{what}, model {name}", name, num_classes, size)
-    load_weights(
-        network, weights, what, variant_hint=f"name it with {setting('model')}", img_size=img_size_of(checkpoint)
-    )
+    hint, img_size = f"name it with {setting('model')}", checkpoints.img_size_of(checkpoint)
+    checkpoints.load_weights(network, weights, what, variant_hint=hint, img_size=img_size)
     names = checkpoint.get("classes")
     preprocessing, orientation = Preprocessing.of_weights(checkpoint, name, size), checkpoint.get("reading")
     description = Description(name, class_names(names, num_classes), preprocessing, orientation_for(orientation))
@@ -221,13 +212,11 @@ def _from_checkpoint(
 
 def _model_name(model: str, checkpoint: Mapping[str, Any], weights: dict[str, Tensor], what: str) -> str:
     """Find the network's name: the given one, the settings', or the SepViT that the weights are of."""
-    name = model or settings_in(dict(checkpoint)).get("model") or variant_of(weights)
+    name = model or checkpoints.settings_in(dict(checkpoint)).get("model") or variant_of(weights)
     if not name:
         if variant := variant_of(entries_under(weights, "backbone")):
-            raise UserError(
-                f"{what}: holds a segmentor or detector with {variant}, not a classifier; use "
-                "segmentation/predict.py or detection/predict.py"
-            )
+            advice = "use segmentation/predict.py or detection/predict.py"
+            raise UserError(f"{what}: holds a segmentor or detector with {variant}, not a classifier; {advice}")
         raise UserError(f"{what}: does not tell its model; name it with {setting('model')}")
     if not timm.is_model(name):
         raise UserError(f"{setting('model', name)}: unknown; choose {', '.join(VARIANTS)}, or a timm model")
@@ -236,7 +225,7 @@ def _model_name(model: str, checkpoint: Mapping[str, Any], weights: dict[str, Te
 
 def _count_classes(name: str, weights: Mapping[str, Tensor], what: str) -> int:
     heads = get_pretrained_cfg_value(name, "classifier")
-    found = classifier_of(weights, heads)
+    found = checkpoints.classifier_of(weights, heads)
     if not found:
         raise UserError(f"{what}: holds no classifier ({name} has it in {heads}); fine-tune it with main.py first")
     return len(weights[found[0]])
