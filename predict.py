@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> int:
 
 def predict(classifier: Classifier, tasks: Sequence[Task], args: argparse.Namespace) -> Iterator[Prediction | str]:
     """Classify images in batches. Yields their predictions in order; for an unreadable one, why it is unreadable."""
-    loader = DataLoader(
+    loader: DataLoader[Task] = DataLoader(
         tasks,  # type: ignore[arg-type]  # a sequence is enough
         batch_size=args.batch_size,
         num_workers=min(args.num_workers, (len(tasks) - 1) // args.batch_size),  # none for a single batch

@@ -254,7 +254,7 @@ def preprocessing_graph(preprocessing: Preprocessing, opset: int = OPSET) -> Any
         "scale": 1 / (255 * std),
         "offset": -mean / std,
     }
-    resize = dict(mode="cubic", cubic_coeff_a=-0.5) if cubic else dict(mode="linear")
+    resize: dict[str, Any] = dict(mode="cubic", cubic_coeff_a=-0.5) if cubic else dict(mode="linear")
     resize |= dict(antialias=1, exclude_outside=1, coordinate_transformation_mode="half_pixel", axes=[2, 3])
     nodes = [
         # The longer side is resize × longer // shorter, as torchvision has it.

@@ -126,7 +126,7 @@ def over_grey() -> Colormap:
 
 def mark(axes: Axes, left: float, top: float, width: float, height: float) -> None:
     """Outline a part of a panel, visibly on any ground."""
-    line = dict(fill=False, edgecolor="white", linewidth=0.8, clip_on=False, zorder=5)
+    line: dict[str, Any] = dict(fill=False, edgecolor="white", linewidth=0.8, clip_on=False, zorder=5)
     stroke = [withStroke(linewidth=1.9, foreground="black")]
     axes.add_patch(Rectangle((left, top), width, height, path_effects=stroke, **line))
 

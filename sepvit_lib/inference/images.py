@@ -93,7 +93,8 @@ def _find(name: str) -> Iterator[Task]:
         except OSError as error:
             raise UserError(f"{PLACEHOLDER} {error.filename}: cannot be read ({error.strerror})") from None
         if not files:
-            raise UserError(f"{PLACEHOLDER} {path}: a folder without images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            endings = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise UserError(f"{PLACEHOLDER} {path}: a folder without images (files ending in {endings})")
         if skipped:
             print(f"WARNING: {PLACEHOLDER} {path}: {describe_skipped(skipped)}", file=sys.stderr, flush=True)
         for file in map(Path, files):

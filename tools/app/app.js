@@ -30,7 +30,7 @@ async function send(file) {
   try {
     const type = file.type.startsWith("image/") ? file.type : "application/octet-stream";
     const reply = await fetch("predict", { method: "POST", body: file, headers: { "Content-Type": type }, signal: request.signal });
-    const content = await reply.json().catch(() => ({ error: `The server failed (status ${reply.status}). Its terminal shows why.` }));
+    const content = await reply.json().catch(() => ({ error: reply.status === 503 ? "The server is busy. Try again in a moment." : `The server failed (status ${reply.status}). Its terminal shows why.` }));
     if (reply.ok) await show(content);
     else refuse(file.name ? `${file.name}: ${content.error}` : content.error);
   } catch (error) {
