@@ -20,6 +20,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
 
 from samplers import DistributedEvalSampler, TrainBatchSampler
+from sepvit_lib.inference.packages import require
 from sepvit_lib.training.archives import Archive
 from sepvit_lib.training.augmentation import CropAugmentation
 from sepvit_lib.training.classes import listed, order_of, read_class_map
@@ -315,6 +316,8 @@ def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
     split = settings.train_split if is_train else settings.val_split
     name, root = settings.data_set, settings.data_path
     what = f"{setting('data_set', name)}, split {split}, in {setting('data_path', root)}"
+    if name.startswith("wds/"):
+        require(what, "webdataset", extra="webdataset")
     is_hugging_face = name.startswith("hf")
     if is_hugging_face:
         import_hugging_face()

@@ -18,11 +18,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sepvit_lib.inference.classifier import Classifier, Preparation, load_classifier
@@ -43,38 +44,22 @@ class Prediction:
 
     Attributes:
         task: the image.
-        classes: names of the classes, the likeliest first.
-        probabilities: their probabilities, 0 to 1.
+        classes: their names and probabilities (0 to 1), the likeliest first.
     """
 
     task: Task
-    classes: tuple[str, ...]
-    probabilities: tuple[float, ...]
+    classes: list[tuple[str, float]]
 
 
-class Inputs(Dataset):
-    """A classifier's inputs of images, or why an image is unreadable.
-
-    Args:
-        tasks: the images.
-        prepare: makes the inputs.
-        orientation: in which images are read.
-    """
-
-    def __init__(self, tasks: Sequence[Task], prepare: Preparation, orientation: str) -> None:
-        self.tasks = tasks
-        self.prepare = prepare
-        self.orientation = orientation
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    def __getitem__(self, index: int) -> Tensor | str:
-        file = self.tasks[index].path
+def read(prepare: Preparation, orientation: str, tasks: Sequence[Task]) -> list[Tensor | str]:
+    """Read images. Returns the classifier's input of each, or why it is unreadable."""
+    entries: list[Tensor | str] = []
+    for task in tasks:
         try:
-            return self.prepare(read_image(file, f"{PLACEHOLDER} {file}", self.orientation))
+            entries.append(prepare(read_image(task.path, f"{PLACEHOLDER} {task.path}", orientation)))
         except UserError as error:
-            return str(error)
+            entries.append(str(error))
+    return entries
 
 
 def main(args: argparse.Namespace) -> int:
@@ -94,14 +79,7 @@ def main(args: argparse.Namespace) -> int:
         make_folder(Path(args.out), f"--out {args.out}")
     predictions: list[Prediction] = []
     prints = STANDARD_OUTPUT not in (args.json, args.csv)
-    with tqdm(
-        total=len(tasks),
-        desc="predict",
-        unit=" images",
-        dynamic_ncols=True,
-        file=sys.stderr,
-        disable=not sys.stderr.isatty(),
-    ) as bar:
+    with tqdm(total=len(tasks), desc="predict", unit=" images", dynamic_ncols=True, disable=None) as bar:
         for prediction in predict(classifier, tasks, args):
             bar.update()
             if isinstance(prediction, str):
@@ -118,28 +96,23 @@ def main(args: argparse.Namespace) -> int:
 
 def predict(classifier: Classifier, tasks: Sequence[Task], args: argparse.Namespace) -> Iterator[Prediction | str]:
     """Classify images in batches. Yields their predictions in order; for an unreadable one, why it is unreadable."""
-    loader = DataLoader(
-        Inputs(tasks, classifier.prepare, classifier.description.orientation),
+    loader: DataLoader[Task] = DataLoader(
+        tasks,  # type: ignore[arg-type]  # a sequence is enough
         batch_size=args.batch_size,
         num_workers=min(args.num_workers, (len(tasks) - 1) // args.batch_size),  # none for a single batch
-        collate_fn=list,
+        collate_fn=partial(read, classifier.prepare, classifier.description.orientation),
         pin_memory=torch.device(args.device).type == "cuda",
     )
-    number, names = 0, classifier.description.classes
+    names, remaining = classifier.description.classes, iter(tasks)
     for batch in loader:
         inputs = [entry for entry in batch if not isinstance(entry, str)]
-        ranked: Iterator[tuple[Tensor, Tensor]] = iter(())
-        if inputs:
-            probabilities, indices = classifier.probabilities(inputs).topk(min(args.topk, len(names)))
-            ranked = zip(probabilities, indices)
-        for entry in batch:
-            task = tasks[number]
-            number += 1
+        ranked = zip(*classifier.probabilities(inputs).topk(min(args.topk, len(names)))) if inputs else iter(())
+        for entry, task in zip(batch, remaining):
             if isinstance(entry, str):
                 yield entry
             else:
                 values, order = next(ranked)
-                yield Prediction(task, tuple(names[i] for i in order.tolist()), tuple(values.tolist()))
+                yield Prediction(task, [(names[i], value) for i, value in zip(order.tolist(), values.tolist())])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,22 +122,16 @@ def predict(classifier: Classifier, tasks: Sequence[Task], args: argparse.Namesp
 
 def as_text(prediction: Prediction) -> str:
     """Write a prediction as lines: the image, and below it each class after its probability."""
-    rows = zip(prediction.probabilities, prediction.classes)
-    return "\n".join([one_line(str(prediction.task.path)), *(f"  {100 * p:6.2f} %  {name}" for p, name in rows)])
+    rows = (f"  {100 * probability:6.2f} %  {name}" for name, probability in prediction.classes)
+    return "\n".join([one_line(str(prediction.task.path)), *rows])
 
 
 def as_json(predictions: Sequence[Prediction]) -> str:
     """Write predictions as a JSON array: one object an image, with its classes and their probabilities."""
-    entries = [
-        {
-            "image": str(prediction.task.path),
-            "predictions": [
-                {"class": name, "probability": round(probability, 6)}
-                for name, probability in zip(prediction.classes, prediction.probabilities)
-            ],
-        }
-        for prediction in predictions
-    ]
+    entries = []
+    for prediction in predictions:
+        rows = [{"class": name, "probability": round(probability, 6)} for name, probability in prediction.classes]
+        entries.append({"image": str(prediction.task.path), "predictions": rows})
     return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -174,7 +141,7 @@ def as_csv(predictions: Sequence[Prediction]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("image", "rank", "class", "probability"))
     for prediction in predictions:
-        for rank, (name, probability) in enumerate(zip(prediction.classes, prediction.probabilities), start=1):
+        for rank, (name, probability) in enumerate(prediction.classes, start=1):
             writer.writerow((prediction.task.path, rank, name, f"{probability:.6f}"))
     return text.getvalue()
 
@@ -203,19 +170,15 @@ def write_results(predictions: Sequence[Prediction], args: argparse.Namespace) -
         UserError: a file cannot be written.
     """
     for flag, convert in FORMATS.items():
-        name, text = getattr(args, flag), convert(predictions) if getattr(args, flag) else ""
+        name = getattr(args, flag)
         if name == STANDARD_OUTPUT:
-            print(text, end="")
+            print(convert(predictions), end="")
         elif name:
-            content = text.encode("utf-8", "surrogateescape")  # names of files may have any bytes
+            content = convert(predictions).encode("utf-8", "surrogateescape")  # names of files may have any bytes
             try:
-                write_file(Path(name), partial(_write, content))
+                write_file(Path(name), methodcaller("write", content))
             except OSError as error:
                 raise UserError(f"--{flag} {name}: cannot be written ({error.strerror}); name another file") from None
-
-
-def _write(content: bytes, file: io.BufferedIOBase) -> None:
-    file.write(content)
 
 
 def draw(prediction: Prediction, out: Path, orientation: str) -> None:
@@ -226,7 +189,7 @@ def draw(prediction: Prediction, out: Path, orientation: str) -> None:
     """
     picture = prediction.task.picture(out)
     image = read_image(prediction.task.path, f"{PLACEHOLDER} {prediction.task.path}", orientation)
-    drawn = with_classes(image, prediction.classes, prediction.probabilities)
+    drawn = with_classes(image, prediction.classes)
     write_picture(picture, lambda file: drawn.save(file, format="PNG"), str(out))
 
 
@@ -250,20 +213,11 @@ def build_parser() -> Parser:
     add("--out", type=path, metavar="DIR", help="write pictures with the classes on them")
     add("--overwrite", action="store_true", help="replace pictures that are in DIR already")
     add("--batch-size", type=positive_int, default=32, metavar="N", help="images per forward pass, default 32")
-    add(
-        "--num_workers",
-        type=natural,
-        default=min(10, available_cores()),
-        metavar="N",
-        help="processes that read images, default the number of cores, at most 10",
-    )
+    workers = min(10, available_cores())
+    add("--num_workers", type=natural, default=workers, metavar="N", help=f"processes that read, default {workers}")
     add("--device", default=best_device(), help="cuda, mps or cpu, default the best available")
-    add(
-        "--amp",
-        choices=("auto", "bfloat16", "float16", "off"),
-        default="auto",
-        help="mixed precision; auto: bfloat16 or float16 on CUDA, off elsewhere",
-    )
+    formats = ("auto", "bfloat16", "float16", "off")
+    add("--amp", choices=formats, default="auto", help="mixed precision; auto: on CUDA, in the format that it has")
     return parser
 
 

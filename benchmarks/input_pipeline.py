@@ -28,9 +28,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import main as classification
+from benchmarks.rounds import Spread, ratio
 from datasets import LoaderSettings, build_train_loader, epoch_batches
 from sepvit_lib.inference.machine import describe
-from sepvit_lib.inference.rounds import Spread, ratio
 from sepvit_lib.training.commands import Parser, natural, path, positive_int, run_command
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.storage import write_file

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from benchmarks.rounds import Spread
 from benchmarks.subjects import DTYPES, MEASURES
 from benchmarks.tables import Row, Table
-from sepvit_lib.inference.rounds import Spread
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.storage import write_file
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 import main
 import sepvit
 from benchmarks.port import Port
+from benchmarks.rounds import reason
 from sepvit_lib.inference.exported import Session, compile_openvino, onnxruntime_session, run_onnxruntime, run_openvino
 from sepvit_lib.inference.packages import require
-from sepvit_lib.inference.rounds import reason
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.measure import bytes_of
 from sepvit_lib.training.networks import place

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.rounds import MIN_SECONDS, Spread, interleave, ratio, reason
 from benchmarks.subjects import DTYPES, TOP1, Ready, Setting, Subject, build, create_network, flattened, not_offered
-from sepvit_lib.inference.rounds import MIN_SECONDS, Spread, interleave, ratio, reason
 from sepvit_lib.training.devices import synchronize
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.measure import count_multiply_adds, peak_memory

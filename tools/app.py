@@ -12,13 +12,13 @@ not written to disk.
 if not __package__:
     import _repository  # noqa: F401
 import argparse
-import errno
 import ipaddress
 import socket
 import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from sepvit_lib.inference.classifier import load_classifier
 from sepvit_lib.inference.packages import require
@@ -48,11 +48,11 @@ def main(args: argparse.Namespace) -> None:
     with listen(args.host, args.port) as listener:
         predictor = load_predictor(args, device)
         samples = load_samples(predictor.kind, predictor.classes)
-        predictor.warm_up()
+        predictor.predict(Image.new("RGB", (128, 128)))  # so that the first one is not slower than the others
         from tools.app_server import build_application, serve
 
-        facts = {"resume": one_line(Path(args.resume).name), "device": device_name}
-        application = build_application(predictor, samples, facts, is_loopback(listener))
+        predictor.facts |= {"resume": one_line(Path(args.resume).name), "device": device_name}
+        application = build_application(predictor, samples, is_loopback(listener))
         print_line(f"{address_of(listener, args.host)} shows {predictor.title}; Ctrl-C ends it")
         serve(application, listener)
 
@@ -65,7 +65,7 @@ def load_predictor(args: argparse.Namespace, device: torch.device) -> Predictor:
     """
     if not args.config:
         return ClassifierPredictor(load_classifier(args.resume, args.model, args.averaged, Precision(device, None)))
-    require(f"--config {args.config}", *DENSE_PACKAGES, install="-r requirements-mm.txt")
+    require(f"--config {args.config}", *DENSE_PACKAGES, extra="mm")
     from tools.app_dense import load_dense_predictor
 
     return load_dense_predictor(args.config, args.resume, device, args.score_thr)
@@ -101,26 +101,10 @@ def listen(host: str, port: int) -> socket.socket:
         UserError: the host is unknown or of another machine, or the port is taken or not permitted.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        raise UserError(f"--host {host}: unknown; name an address of this machine, such as {HOST}") from None
-    family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)  # IPv4 if possible
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that ended keeps its port for a minute
-    try:
-        listener.bind(address)
-        listener.listen()
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(f"--port {port}: taken by another program; name another, or 0 for any free one") from None
-        if error.errno == errno.EACCES:
-            raise UserError(f"--port {port}: not permitted; name one above 1023") from None
-        raise UserError(
-            f"--host {host}: not an address of this machine ({error.strerror}); name one, such as "
-            f"{HOST}, or 0.0.0.0 for all"
-        ) from None
-    return listener
+        advice = f"name an address of this machine, such as {HOST}, and a free port (0: any)"
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; {advice}") from None
 
 
 def is_loopback(listener: socket.socket) -> bool:
@@ -156,11 +140,8 @@ def build_parser() -> Parser:
     add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not tell it")
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
     add("--score-thr", type=fraction, metavar="SCORE", help="lowest score of a detection, default 0.3")
-    add(
-        "--host",
-        default=HOST,
-        help=f"address to listen on, default {HOST}, which only this machine reaches; 0.0.0.0: all of this machine",
-    )
+    reach = f"address to listen on, default {HOST}, which only this machine reaches; 0.0.0.0: all of this machine"
+    add("--host", default=HOST, help=reach)
     add("--port", type=number(int, 0, 65535), default=PORT, help=f"port to listen on, default {PORT}; 0: a free one")
     add("--device", help="cuda, mps or cpu, default the best available")
     return parser

@@ -2,7 +2,8 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,130 +13,77 @@ from PIL import Image
 from segmentation.drawing import IGNORED, labels_in, shares
 from sepvit_lib.dense.predict import build_inference_model
 from sepvit_lib.dense.settings import read_config, where_of
+from sepvit_lib.inference.attention import record_attention
 from sepvit_lib.training.errors import UserError
-from tools.app_predictors import Answer, BlockWeights, Row, record, timed, why_no_attention
+from tools.app_predictors import Answer, BlockWeights, Predictor, Row, timed, weights_of
 
-LONGEST = 1024  # pixels of an image's longer side; a segmentor's scores take 4 bytes for each pixel and class
-MOST_ROWS = 12
+MAX_SIDE = 1024  # pixels of an image's longer side; a segmentor's scores take 4 bytes for each pixel and class
+MAX_ROWS = 12
 SCORE = 0.3  # lowest score of a detection, by default
 LIBRARIES = {"mmseg": "segmentor", "mmdet": "detector"}
+Show = Callable[[Any, Any, np.ndarray], tuple[list[Row], Image.Image, str]]
 
 
-class DensePredictor:
-    """Predicts by a segmentor or detector; see `tools.app_predictors.Predictor`.
+class DensePredictor(Predictor):
+    """Predicts by a segmentor or detector.
 
     Args:
         model: the model, from `sepvit_lib.dense.predict.build_inference_model`.
         kind: 'segmentor' or 'detector'.
         name: names the model, for people.
+        run: predicts, from model and image (H × W × 3, RGB, 0 to 255), a data sample.
+        show: makes, from model, data sample and image, lines, an overlay for the image, and a sentence.
     """
 
-    def __init__(self, model: Any, kind: str, name: str) -> None:
-        self.model = model
-        self.kind = kind
-        self.classes: Sequence[str] = tuple(model.dataset_meta["classes"])
-        self.orientation: str = model.orientation
-        self.title = f"{name}, a {kind} with {len(self.classes)} classes"
-        self.facts: Mapping[str, str] = {"model": name, "classes": str(len(self.classes)), "input": "any size"}
-        self.note = why_no_attention(model)
+    def __init__(self, model: Any, kind: str, name: str, run: Callable[..., Any], show: Show) -> None:
+        super().__init__(kind, name, tuple(model.dataset_meta["classes"]), model.orientation, "any size", model)
+        self.model, self.run, self.show = model, run, show
 
     def predict(self, image: Image.Image) -> Answer:
-        """Predict an RGB image, made smaller if a side exceeds `LONGEST`, and record the backbone's attention."""
+        """Predict an RGB image, made smaller if a side exceeds `MAX_SIDE`, and record the backbone's attention."""
         picture = image.copy()
-        picture.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+        picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
         pixels = np.asarray(picture)
         times: dict[str, float] = {}
-        samples: list[Any] = []
-        with timed(times, "preprocessing and network"), torch.no_grad():
-            samples.append(self.run(pixels))
         blocks: list[BlockWeights] = []
         note = self.note
+        with timed(times, "preprocessing and network"), torch.no_grad():
+            sample = self.run(self.model, pixels)
+        height, width = sample.metainfo["img_shape"][:2]
         if not note:
             with timed(times, "again, recording its attention"):
-                blocks, note = record(self.model, lambda: self.run(pixels), lambda: scale_of(samples[0], pixels))
+                try:
+                    recorded = record_attention(self.model, torch.empty(0), lambda _: self.run(self.model, pixels))
+                    blocks, note = weights_of(recorded, (pixels.shape[0] / height, pixels.shape[1] / width))
+                except ValueError:
+                    note = "This network runs its backbone several times for an image, so its attention is not shown."
         with timed(times, "drawing"):
-            rows, overlay = self.draw(samples[0], pixels)
-        return Answer(picture, rows, self.summary(rows, samples[0]), overlay, blocks, note, times)
-
-    def run(self, pixels: np.ndarray) -> Any:
-        """Return the data sample that the model predicts for an image, H × W × 3, RGB, 0 to 255."""
-        raise NotImplementedError
-
-    def draw(self, sample: Any, pixels: np.ndarray) -> tuple[list[Row], Image.Image]:
-        """Make the lines and the overlay of a data sample, for the same image."""
-        raise NotImplementedError
-
-    def summary(self, rows: list[Row], sample: Any) -> str:
-        """Describe a prediction in a sentence."""
-        raise NotImplementedError
-
-    def warm_up(self) -> None:
-        """Predict an empty image, so that the first one is not slower than the others."""
-        self.predict(Image.new("RGB", (128, 128)))
+            rows, overlay, summary = self.show(self.model, sample, pixels)
+        return Answer(picture, rows, summary, overlay, blocks, note, times)
 
 
-class Segmentor(DensePredictor):
-    """Predicts by a segmentor; see `DensePredictor`."""
-
-    def run(self, pixels: np.ndarray) -> Any:
-        """Return the data sample that the model predicts for an image, H × W × 3, RGB, 0 to 255."""
-        from segmentation.predict import segment
-
-        return segment(self.model, pixels)
-
-    def draw(self, sample: Any, pixels: np.ndarray) -> tuple[list[Row], Image.Image]:
-        """Make the lines, the largest class first, and the labels as colours. Ignored pixels are transparent."""
-        labels = labels_in(sample.pred_sem_seg)
-        palette = np.asarray(self.model.dataset_meta["palette"], dtype=np.uint8)
-        share = shares(labels, len(self.classes))
-        largest = [int(index) for index in np.argsort(-share)[:MOST_ROWS] if share[index] > 0]
-        rows = [Row(self.classes[i], float(share[i]), "#" + palette[i].tobytes().hex()) for i in largest]
-        known = labels != IGNORED
-        colours = np.dstack([palette[np.where(known, labels, 0)], np.where(known, 255, 0).astype(np.uint8)])
-        return rows, Image.fromarray(colours)
-
-    def summary(self, rows: list[Row], sample: Any) -> str:
-        """Name the largest classes."""
-        return ", ".join(f"{row.name} {100 * row.share:.1f} %" for row in rows[:3])
+def show_labels(model: Any, sample: Any, pixels: np.ndarray) -> tuple[list[Row], Image.Image, str]:
+    """A segmentor's classes, the largest first, and its labels as colours. Ignored pixels are transparent."""
+    labels, classes = labels_in(sample.pred_sem_seg), model.dataset_meta["classes"]
+    palette = np.asarray(model.dataset_meta["palette"], dtype=np.uint8)
+    share = shares(labels, len(classes))
+    largest = [int(index) for index in np.argsort(-share)[:MAX_ROWS] if share[index] > 0]
+    rows = [Row(classes[i], float(share[i]), "#" + palette[i].tobytes().hex()) for i in largest]
+    known = labels != IGNORED
+    colours = np.dstack([palette[np.where(known, labels, 0)], np.where(known, 255, 0).astype(np.uint8)])
+    return rows, Image.fromarray(colours), ", ".join(f"{row.name} {100 * row.share:.1f} %" for row in rows[:3])
 
 
-class Detector(DensePredictor):
-    """Predicts by a detector; see `DensePredictor`.
+def show_objects(model: Any, sample: Any, pixels: np.ndarray) -> tuple[list[Row], Image.Image, str]:
+    """A detector's objects, the highest score first, the image with boxes and masks, and a count of each class."""
+    from detection.predict import draw_sample
 
-    Args:
-        lowest: lowest score of an object.
-    """
-
-    def __init__(self, model: Any, kind: str, name: str, lowest: float) -> None:
-        super().__init__(model, kind, name)
-        self.lowest = lowest
-
-    def run(self, pixels: np.ndarray) -> Any:
-        """Return the data sample that the model predicts for an image, H × W × 3, RGB, 0 to 255."""
-        from detection.predict import detect
-
-        return detect(self.model, pixels, self.lowest)
-
-    def draw(self, sample: Any, pixels: np.ndarray) -> tuple[list[Row], Image.Image]:
-        """Make the lines, the highest score first, and the image with boxes and masks."""
-        from detection.predict import draw_sample
-
-        found = sample.pred_instances
-        order = found.scores.argsort(descending=True)[:MOST_ROWS].tolist()
-        rows = [Row(self.classes[int(found.labels[i])], float(found.scores[i])) for i in order]
-        return rows, draw_sample(self.model, "image", pixels, sample)
-
-    def summary(self, rows: list[Row], sample: Any) -> str:
-        """Count the objects of each class."""
-        counts = Counter(self.classes[label] for label in sample.pred_instances.labels.tolist())
-        line = ", ".join(f"{count} × {name}" for name, count in counts.most_common())
-        return line or f"no object with a score of {self.lowest} or more"
-
-
-def scale_of(sample: Any, pixels: np.ndarray) -> tuple[float, float]:
-    """Height and width of an image, divided by those of the network's input, which a data sample tells."""
-    height, width = sample.metainfo["img_shape"][:2]
-    return pixels.shape[0] / height, pixels.shape[1] / width
+    found, classes = sample.pred_instances, model.dataset_meta["classes"]
+    order = found.scores.argsort(descending=True)[:MAX_ROWS].tolist()
+    rows = [Row(classes[int(found.labels[i])], float(found.scores[i])) for i in order]
+    counts = Counter(classes[label] for label in found.labels.tolist())
+    line = ", ".join(f"{count} × {name}" for name, count in counts.most_common())
+    return rows, draw_sample(model, "image", pixels, sample), line or "no object with a score as high as --score-thr"
 
 
 def load_dense_predictor(config: str, checkpoint: str, device: torch.device, lowest: float | None) -> DensePredictor:
@@ -160,5 +108,10 @@ def load_dense_predictor(config: str, checkpoint: str, device: torch.device, low
     model = build_inference_model(cfg, checkpoint, where_of(args)).to(device)
     name = f"{type(model).__name__} with {cfg.model.backbone.type}"
     if kind == "segmentor":
-        return Segmentor(model, kind, name)
-    return Detector(model, kind, name, SCORE if lowest is None else lowest)
+        from segmentation.predict import segment
+
+        return DensePredictor(model, kind, name, segment, show_labels)
+    from detection.predict import detect
+
+    run = partial(detect, lowest=SCORE if lowest is None else lowest)
+    return DensePredictor(model, kind, name, run, show_objects)

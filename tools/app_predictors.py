@@ -3,25 +3,24 @@
 import base64
 import io
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from sepvit import SepViTStages
-from sepvit_lib.inference.attention import BlockAttention, record_attention, rollout
+from sepvit_lib.inference.attention import BlockAttention, Rollout, record_attention, rollout
 from sepvit_lib.inference.classifier import Classifier
 from sepvit_lib.inference.images import read_image
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.images import open_image
 
-MOST_PIXELS = 50_000_000  # of an image; decoding takes up to 12 bytes for each
-MOST_WEIGHTS = 2**21  # of a block, sent to the page: 8 MiB
+MAX_PIXELS = 50_000_000  # of an image; decoding takes up to 12 bytes for each
+MAX_WEIGHTS = 2**21  # of a block, sent to the page: 8 MiB
 TOP = 5
 
 
@@ -46,17 +45,26 @@ class BlockWeights:
 
     Attributes:
         label: names the block.
-        grid: rows and columns of windows.
-        side: height and width of a window in pixels of the picture.
+        rows: rows of windows.
+        columns: columns of windows.
+        height: height of a window in pixels of the picture.
+        width: its width.
         weights: h × n × n, rows sum to one, float32. For one head, h = 1.
         is_mean: whether the one head is the mean of several.
     """
 
     label: str
-    grid: tuple[int, int]
-    side: tuple[float, float]
+    rows: int
+    columns: int
+    height: float
+    width: float
     weights: np.ndarray
-    is_mean: bool = False
+    is_mean: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as fields that JSON can hold: weights as little-endian float32 in base64."""
+        weights = encoded(self.weights.astype("<f4").tobytes())
+        return {**vars(self), "heads": len(self.weights), "weights": weights}
 
 
 @dataclass
@@ -82,83 +90,58 @@ class Answer:
     times: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as fields that JSON can hold: pictures as PNG, weights as little-endian float32, both in base64."""
-        return dict(
-            picture=encoded_picture(self.picture),
-            overlay=None if self.overlay is None else encoded_picture(self.overlay),
-            rows=[vars(row) for row in self.rows],
-            summary=self.summary,
-            blocks=[
-                dict(
-                    label=block.label,
-                    rows=block.grid[0],
-                    columns=block.grid[1],
-                    height=block.side[0],
-                    width=block.side[1],
-                    heads=len(block.weights),
-                    is_mean=block.is_mean,
-                    weights=encoded(block.weights.astype("<f4").tobytes()),
-                )
-                for block in self.blocks
-            ],
-            note=self.note,
-            times=self.times,
-        )
+        """Return it as fields that JSON can hold: pictures as PNG in base64."""
+        picture, overlay = encoded_picture(self.picture), self.overlay and encoded_picture(self.overlay)
+        rows, blocks = [vars(row) for row in self.rows], [block.to_json() for block in self.blocks]
+        return {**vars(self), **dict(picture=picture, overlay=overlay, rows=rows, blocks=blocks)}
 
 
-class Predictor(Protocol):
+class Predictor:
     """A trained network with all that the page needs of it.
 
-    Attributes:
+    Args:
         kind: 'classifier', 'segmentor' or 'detector'.
-        title: what the network is, for people.
+        name: names the network.
         classes: names of its classes.
         orientation: in which images are read, 'exif' or 'stored'.
-        facts: further facts for the page, such as the input's size.
+        size: describes the size of its input.
+        network: the network; None for an exported file.
+
+    Attributes:
+        title: what the network is, for people.
+        facts: further facts for the page.
         note: why there is no attention to show; "" if there is.
     """
 
-    kind: str
-    title: str
-    classes: Sequence[str]
-    orientation: str
-    facts: Mapping[str, str]
-    note: str
+    def __init__(
+        self, kind: str, name: str, classes: Sequence[str], orientation: str, size: str, network: nn.Module | None
+    ) -> None:
+        self.kind, self.classes, self.orientation, self.network = kind, classes, orientation, network
+        self.title = f"{name}, a {kind} with {len(classes)} classes"
+        self.facts = {"model": name, "classes": str(len(classes)), "input": size}
+        self.note = ""
+        if network is None:
+            self.note = "An exported file does not show its attention. The checkpoint that it was exported from does."
+        elif not any(isinstance(module, SepViTStages) for module in network.modules()):
+            self.note = "This network is not a SepViT, so it has no attention among windows."
 
     def predict(self, image: Image.Image) -> Answer:
         """Predict an RGB image."""
-
-    def warm_up(self) -> None:
-        """Predict an empty image, so that the first one is not slower than the others."""
+        raise NotImplementedError
 
 
-class ClassifierPredictor:
-    """Predicts by a classifier; see `Predictor`.
-
-    Args:
-        classifier: the classifier.
-    """
-
-    kind = "classifier"
+class ClassifierPredictor(Predictor):
+    """Predicts by a classifier."""
 
     def __init__(self, classifier: Classifier) -> None:
-        description = classifier.description
-        height, width = description.preprocessing.size
+        made, (height, width) = classifier.description, classifier.description.preprocessing.size
+        size = f"{height} × {width}"
+        super().__init__("classifier", made.model, made.classes, made.orientation, size, classifier.network)
         self.classifier = classifier
-        self.classes: Sequence[str] = description.classes
-        self.orientation = description.orientation
-        self.title = f"{description.model} with {len(self.classes)} classes"
-        self.facts: Mapping[str, str] = {
-            "model": description.model,
-            "classes": str(len(self.classes)),
-            "input": f"{height} × {width}",
-        }
-        self.note = why_no_attention(classifier.network)
 
     def predict(self, image: Image.Image) -> Answer:
         """Predict an RGB image: the likeliest classes, and the attention among windows."""
         times: dict[str, float] = {}
-        network = self.classifier.network
         with timed(times, "preprocessing"):
             inputs = self.classifier.prepare(image)
         with timed(times, "network"):
@@ -167,16 +150,11 @@ class ClassifierPredictor:
         rows = [Row(self.classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
         picture = self.classifier.description.preprocessing.crop(image)
         answer = Answer(picture, rows, f"{rows[0].name}, {100 * rows[0].share:.1f} %", note=self.note, times=times)
-        if network is not None and not self.note:
+        if self.network is not None and not self.note:
             with timed(times, "network again, recording its attention"):
-                batch = inputs[None].to(next(network.parameters()).device)
-                answer.blocks, answer.note = weights_of(record_attention(network, batch), (1.0, 1.0))
+                batch = inputs[None].to(next(self.network.parameters()).device)
+                answer.blocks, answer.note = weights_of(record_attention(self.network, batch), (1.0, 1.0))
         return answer
-
-    def warm_up(self) -> None:
-        """Predict an empty image, so that the first one is not slower than the others."""
-        height, width = self.classifier.description.preprocessing.size
-        self.predict(Image.new("RGB", (width, height)))
 
 
 @contextmanager
@@ -202,21 +180,15 @@ def read_upload(content: bytes, orientation: str) -> Image.Image:
     Raises:
         UserError: it is not an image of a common format, is damaged, or has too many pixels.
     """
-    if not content:
-        raise UserError("The file is empty.")
     try:
         with open_image(io.BytesIO(content)) as opened:
             width, height = opened.size
-    except Image.DecompressionBombError:
-        raise UserError(f"The image has more than {MOST_PIXELS / 1e6:.0f} megapixels. Make it smaller.") from None
     except Exception:  # Pillow's decoders raise errors of any type for damaged files
-        raise UserError(
-            "This is not an image, or it is damaged. The page takes JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP and PPM."
-        ) from None
-    if width * height > MOST_PIXELS:
-        raise UserError(
-            f"The image has {width * height / 1e6:.0f} megapixels, more than {MOST_PIXELS / 1e6:.0f}. Make it smaller."
-        )
+        formats = "JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP and PPM"
+        raise UserError(f"This is not an image, or it is damaged or too large. The page takes {formats}.") from None
+    if width * height > MAX_PIXELS:
+        size = f"{width * height / 1e6:.0f} megapixels, more than {MAX_PIXELS / 1e6:.0f}"
+        raise UserError(f"The image has {size}. Make it smaller.")
     return read_image(content, "The image", orientation)
 
 
@@ -237,19 +209,6 @@ def encoded(content: bytes) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def why_no_attention(network: nn.Module | None) -> str:
-    """Say why a network has no attention to show; "" if it has.
-
-    Args:
-        network: the network; None for an exported file.
-    """
-    if network is None:
-        return "An exported file does not show its attention. The checkpoint that it was exported from does."
-    if not any(isinstance(module, SepViTStages) for module in network.modules()):
-        return "This network is not a SepViT, so it has no attention among windows."
-    return ""
-
-
 def weights_of(blocks: Sequence[BlockAttention], scale: tuple[float, float]) -> tuple[list[BlockWeights], str]:
     """Collect the attention among windows of one image's blocks, and their rollout.
 
@@ -258,55 +217,22 @@ def weights_of(blocks: Sequence[BlockAttention], scale: tuple[float, float]) -> 
         scale: height and width of the picture, divided by those of the network's input.
 
     Returns:
-        the weights, and a note if they are fewer than usual.
+        the weights, and a note if there are none.
     """
     found: list[BlockWeights] = []
-    left_out = 0
+
+    def add(label: str, part: BlockAttention | Rollout, weights: Tensor, is_mean: bool) -> None:
+        sides = (part.stride * scale[0], part.stride * scale[1])
+        found.append(BlockWeights(label, *part.grid, *sides, weights.float().cpu().numpy(), is_mean))
+
     for block in blocks:
-        if block.among is None:
-            continue
-        weights = block.among[0]  # h × n × n
-        heads, n, _ = weights.shape
-        if heads * n * n > MOST_WEIGHTS:
-            weights = weights.mean(dim=0, keepdim=True)
-        if weights.numel() > MOST_WEIGHTS:
-            left_out += 1
-            continue
-        label = block.name.partition("blocks.")[2]  # STAGE.BLOCK, as tools/visualize.py takes it
-        found.append(_block(label, block.grid, block.stride, scale, weights, is_mean=len(weights) < heads))
+        if block.among is not None:
+            is_mean = block.among[0].numel() > MAX_WEIGHTS
+            label = block.name.partition("blocks.")[2]  # STAGE.BLOCK, as tools/visualize.py takes it
+            add(label, block, block.among_mean()[:1] if is_mean else block.among[0], is_mean)
     if not found:
         return [], "At this size, every block has a single window, so there is no attention among windows."
-    if not left_out and len(found) > 1:
+    if len(found) > 1:
         total = rollout(blocks)
-        found.append(_block("rollout", total.grid, total.stride, scale, total.weights, is_mean=True))
-    return found, f"{left_out} blocks have too many windows to show at this size." if left_out else ""
-
-
-def _block(
-    label: str, grid: tuple[int, int], stride: int, scale: tuple[float, float], weights: Tensor, is_mean: bool
-) -> BlockWeights:
-    side = (stride * scale[0], stride * scale[1])
-    return BlockWeights(label, grid, side, weights.float().cpu().numpy(), is_mean)
-
-
-def record(
-    network: nn.Module, run: Callable[[], object], scale: Callable[[], tuple[float, float]]
-) -> tuple[list[BlockWeights], str]:
-    """Run a segmentor or detector once, and collect the attention of its backbone.
-
-    Args:
-        network: the segmentor or detector.
-        run: runs it on an image. Always called once.
-        scale: see `weights_of`; called after `run`.
-
-    Returns:
-        see `weights_of`.
-    """
-    ran: list[object] = []
-    try:
-        blocks = record_attention(network, torch.empty(0), lambda _: ran.append(run()))
-    except ValueError:
-        if not ran:
-            run()  # recording was given up halfway
-        return [], "This network runs its backbone several times for an image, so its attention is not shown."
-    return weights_of(blocks, scale())
+        add("rollout", total, total.weights, is_mean=True)
+    return found, ""

@@ -19,24 +19,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.models import push_to_hf_hub
 from tqdm import tqdm
 
 from datasets import DATA_SETS
 from sepvit_lib.inference.classifier import Classifier, load_classifier
 from sepvit_lib.inference.packages import lacking
-from sepvit_lib.inference.rounds import reason
-from sepvit_lib.training.commands import Parser, path, positive_int, run_command
+from sepvit_lib.training.commands import Parser, first_line, path, positive_int, run_command
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.storage import make_folder, write_file
 from tools import export_backbone, export_formats, export_int8, export_table
-from tools.export_data import Images, calibration_inputs, find_labelled, photographs
-from tools.export_formats import LARGEST_DIFFERENCE, OPSET, OPSETS, Job
-from tools.export_table import Form, Measured, parts_of
+from tools.export_data import Images, calibration_images, find_labelled, photographs
+from tools.export_formats import MAX_DIFFERENCE, OPSET, OPSETS, Job
+from tools.export_int8 import MAX_LOSS
+from tools.export_table import Form, parts_of
 
 SAMPLES = 16  # images that preprocessing is checked with
-MOST_LOST = 100 * export_int8.MOST_LOST  # points of top-1, in bfloat16 and int8
 
 
 @dataclass(frozen=True)
@@ -81,29 +79,28 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: there is nothing to export, a package is missing, or the folder cannot be written.
     """
-    names, missing = choose_formats(args)
-    check_repository(args.push)
+    formats, missing = choose_formats(args)
     folder = Path(args.out)
     if backbone := export_backbone.find(args.resume, args.averaged):
-        return export_backbone.export(backbone, folder, args)
+        export_backbone.export(backbone, folder, args)
+        return 0
     classifier = load_classifier(args.resume, args.model, args.averaged)
     if classifier.network is None:
         raise UserError(f"--resume {args.resume}: an exported file; name the checkpoint that it was exported from")
-    formats = {name: FORMATS[name] for name in names} | other_opsets(args)
     files = {name: f"{classifier.description.model.replace('/', '_')}{one.ending}" for name, one in formats.items()}
     check_free(folder, files.values(), args.overwrite)
     images = find_labelled(args, classifier) if args.data_path else photographs()
     make_folder(folder, f"--out {args.out}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as work:
-        job = build_job(args, classifier, images, Path(work), names)
+        job = build_job(args, classifier, images, Path(work), any(one.is_calibrated for one in formats.values()))
         forms, failures = write(job, files, formats)
-        failures = missing | failures
-        measured = export_table.measure(classifier, forms, images)
-        failures |= refused(measured, formats, len(images.images))
-        kept = {name: one for name, one in measured.items() if name not in failures}
+        forms = {export_table.CHECKPOINT: Form(classifier)} | forms
+        export_table.compare(forms, images)
+        failures = missing | failures | refused(forms, formats, len(images.images))
+        kept = {name: form for name, form in forms.items() if name not in failures}
         export_table.time_forms(kept, images, args.rounds)
-        report = export_table.report(classifier.description, kept, failures, images, job.notes)
-        keep([one.form.file for one in kept.values() if one.form.file], folder)
+        report = export_table.report(kept, failures, images, job.notes)
+        keep([form.file for form in kept.values() if form.file], folder)
     write_file(folder / "exports.md", lambda file: file.write(report.encode()))
     print(report)
     if args.push:
@@ -111,11 +108,11 @@ def main(args: argparse.Namespace) -> int:
     return 1 if failures.keys() - missing.keys() else 0
 
 
-def choose_formats(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+def choose_formats(args: argparse.Namespace) -> tuple[dict[str, Format], dict[str, str]]:
     """Choose the formats to write. All that this machine can write are, unless some are named.
 
     Returns:
-        their names, and why others are left out.
+        the formats by name, with ONNX once more for each further opset; and why others are skipped.
 
     Raises:
         UserError: a format that was named lacks a package or a compiler.
@@ -129,31 +126,21 @@ def choose_formats(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]
             raise UserError(f"--formats {name}: {lack}")
         if lack:
             missing[name] = lack
-    chosen = [name for name in args.formats or FORMATS if name not in missing]
+    chosen = {name: FORMATS[name] for name in args.formats or FORMATS if name not in missing}
+    for opset in args.opset[1:]:
+        write = partial(export_formats.write_onnx, opset=opset)
+        chosen[f"onnx-opset-{opset}"] = replace(FORMATS["onnx"], write=write, ending=f"-opset-{opset}.onnx")
     return chosen, missing
 
 
-def other_opsets(args: argparse.Namespace) -> dict[str, Format]:
-    """Formats that differ from ONNX in the version of the operators, for those that are asked for besides the first."""
-    onnx = FORMATS["onnx"]
-    return {
-        f"onnx-opset-{opset}": replace(
-            onnx, write=partial(export_formats.write_onnx, opset=opset), ending=f"-opset-{opset}.onnx"
-        )
-        for opset in args.opset[1:]
-    }
-
-
 def build_job(
-    args: argparse.Namespace, classifier: Classifier, images: Images, folder: Path, names: Sequence[str]
+    args: argparse.Namespace, classifier: Classifier, images: Images, folder: Path, is_calibrated: bool
 ) -> Job:
     """Gather what the formats need."""
-    calibration = []
-    if any(FORMATS[name].is_calibrated for name in names):
-        inputs = calibration_inputs(args, classifier) if args.data_path else images.inputs(classifier)
-        calibration = export_int8.calibration_batches(inputs)
+    calibration = (calibration_images(args, classifier) if args.data_path else images.images) if is_calibrated else ()
+    batches = [classifier.prepare(image)[None] for image in calibration]
     score = partial(images.accuracy, classifier) if images.labels else None
-    return Job(classifier, folder, calibration, args.opset[0], score, images.images[:SAMPLES])
+    return Job(classifier, folder, batches, args.opset[0], score, images.images[:SAMPLES])
 
 
 def write(job: Job, files: Mapping[str, str], formats: Mapping[str, Format]) -> tuple[dict[str, Form], dict[str, str]]:
@@ -176,15 +163,15 @@ def write(job: Job, files: Mapping[str, str], formats: Mapping[str, Format]) -> 
             opened.logits([opened.prepare(job.samples[0])])
             forms[name] = Form(opened, file)
         except Exception as error:  # each exporter and runtime raises its own types
-            failures[name] = reason(error)
+            failures[name] = f"{type(error).__name__}: {first_line(error)}"[:200]
     return forms, failures
 
 
-def refused(measured: Mapping[str, Measured], formats: Mapping[str, Format], images: int) -> dict[str, str]:
+def refused(forms: Mapping[str, Form], formats: Mapping[str, Format], images: int) -> dict[str, str]:
     """Refuse files that differ too much from the checkpoint. Returns why, by their names.
 
     Args:
-        measured: what was measured, by form.
+        forms: the compared forms by name, the checkpoint among them.
         formats: the formats by name.
         images: number of images; a single one that is lost is accepted.
 
@@ -192,20 +179,17 @@ def refused(measured: Mapping[str, Measured], formats: Mapping[str, Format], ima
         UserError: the checkpoint itself computes no finite numbers.
     """
     failures: dict[str, str] = {}
-    most_lost = max(MOST_LOST, 100.5 / images)
-    reference = measured[export_table.CHECKPOINT]
-    for name, one in measured.items():
-        exact = name == export_table.CHECKPOINT or formats[name].is_exact
-        if not math.isfinite(one.difference):
-            if name == export_table.CHECKPOINT:
-                raise UserError(
-                    "--resume: the network's logits are not finite; use a checkpoint from before training diverged"
-                )
+    reference = forms[export_table.CHECKPOINT]
+    if not math.isfinite(reference.difference):
+        raise UserError("--resume: the network's logits are not finite; use a checkpoint from before it diverged")
+    for name, form in forms.items():
+        lost = (reference.top1 or 0) - (form.top1 or 0)
+        if not math.isfinite(form.difference):
             failures[name] = "refused: its logits are not finite"
-        elif exact and one.difference > LARGEST_DIFFERENCE:
-            failures[name] = f"refused: its logits differ by {one.difference:.2g}, more than {LARGEST_DIFFERENCE:g}"
-        elif one.top1 is not None and reference.top1 is not None and reference.top1 - one.top1 > most_lost:
-            failures[name] = f"refused: its top-1 is {one.top1:.2f} %, the checkpoint's {reference.top1:.2f} %"
+        elif form is not reference and formats[name].is_exact and form.difference > MAX_DIFFERENCE:
+            failures[name] = f"refused: its logits differ by {form.difference:.2g}, more than {MAX_DIFFERENCE:g}"
+        elif lost > max(100 * MAX_LOSS, 100.5 / images):
+            failures[name] = f"refused: its top-1 is {form.top1:.2f} %, the checkpoint's {reference.top1:.2f} %"
     return failures
 
 
@@ -229,19 +213,6 @@ def keep(files: Sequence[Path], folder: Path) -> None:
         part.replace(target)
 
 
-def check_repository(name: str) -> None:
-    """Refuse a name that no repository of the Hugging Face hub can have.
-
-    Raises:
-        UserError: it is one.
-    """
-    try:
-        if name:
-            validate_repo_id(name)
-    except HFValidationError as error:
-        raise UserError(f"--push {name}: {str(error).splitlines()[0]}; name USER/NAME") from None
-
-
 def push(classifier: Classifier, repository: str) -> None:
     """Upload the weights in timm's layout to a repository of the Hugging Face hub, by timm.
 
@@ -249,15 +220,13 @@ def push(classifier: Classifier, repository: str) -> None:
         UserError: the hub refuses, or cannot be reached.
     """
     assert classifier.network is not None
-    card = export_formats.model_card(classifier.description)
-    settings = export_formats.hub_settings(classifier.description)
-    network = export_formats.contiguous(classifier.network)
+    made, network = classifier.description, export_formats.contiguous(classifier.network)
+    settings = export_formats.hub_settings(made) | dict(model_card=export_formats.model_card(made))
     try:
-        push_to_hf_hub(network, repository, model_card=card, **settings)
+        push_to_hf_hub(network, repository, **settings)
     except Exception as error:  # of the hub's library, or of the network
-        raise UserError(
-            f"--push {repository}: {reason(error)}; log in by `hf auth login`, and name USER/NAME"
-        ) from None
+        advice = "log in by `hf auth login`, and name USER/NAME"
+        raise UserError(f"--push {repository}: {first_line(error)}; {advice}") from None
     print(f"--push {repository}: uploaded")
 
 
@@ -268,41 +237,18 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--resume", required=True, type=path, metavar="PATH", help="checkpoint, as predict.py takes it")
     add("--out", required=True, type=path, metavar="DIR", help="folder for the files")
-    add(
-        "--formats",
-        nargs="+",
-        choices=FORMATS,
-        metavar="FORMAT",
-        help=f"{', '.join(FORMATS)}; default: all that this machine can write",
-    )
-    add(
-        "--data-path",
-        type=path,
-        default="",
-        metavar="DIR",
-        help="data set of the classes, for top-1 and calibration; default: some photographs",
-    )
+    formats = f"{', '.join(FORMATS)}; default: all that this machine can write"
+    add("--formats", nargs="+", choices=FORMATS, metavar="FORMAT", help=formats)
+    purpose = "data set of the classes, for top-1 and calibration; default: some photographs"
+    add("--data-path", type=path, default="", metavar="DIR", help=purpose)
     add("--data-set", default="IMNET", help=f"its kind, as for main.py: {', '.join(DATA_SETS)}, or a timm reader")
     add("--class-map", type=path, default="", metavar="FILE", help="numbers its classes, as for main.py")
-    add(
-        "--images",
-        type=positive_int,
-        default=2000,
-        metavar="N",
-        help="validation images to compare on, evenly spaced, default 2000",
-    )
-    add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not tell it")
+    number = "validation images to compare on, evenly spaced, default 2000"
+    add("--images", type=positive_int, default=2000, metavar="N", help=number)
+    add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH lacks it")
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
-    add(
-        "--opset",
-        type=int,
-        choices=OPSETS,
-        nargs="+",
-        default=[OPSET],
-        metavar="N",
-        help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]}, default {OPSET}; others are written, too, to "
-        "compare their speed",
-    )
+    version = f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]}, default {OPSET}; several: a file of each"
+    add("--opset", type=int, choices=OPSETS, nargs="+", default=[OPSET], metavar="N", help=version)
     add("--rounds", type=positive_int, default=5, metavar="N", help="rounds of timing, default 5")
     add("--overwrite", action="store_true", help="replace files that are in DIR already")
     add("--push", default="", metavar="USER/NAME", help="upload the safetensors to the Hugging Face hub, by timm")

@@ -1,7 +1,5 @@
 """Real images that export.py compares on and calibrates with."""
 
-if not __package__:
-    import _repository  # noqa: F401
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +12,7 @@ from torch.utils.data import IterableDataset
 
 import main
 from sepvit_lib.inference.classifier import Classifier, class_names
+from sepvit_lib.inference.packages import require
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.images import evenly_spaced
 from sepvit_lib.training.samples import ImageData, ValSamples
@@ -38,10 +37,6 @@ class Images:
     images: Sequence[Image.Image]
     labels: Sequence[int] = ()
 
-    def inputs(self, classifier: Classifier) -> list[Tensor]:
-        """What a classifier makes of each image."""
-        return [classifier.prepare(image) for image in self.images]
-
     def batches(self) -> Iterator[tuple[Sequence[Image.Image], Sequence[int]]]:
         """Batches of images and labels."""
         for start in range(0, len(self.images), BATCH_SIZE):
@@ -58,7 +53,12 @@ class Images:
 
 
 def photographs() -> Images:
-    """Photographs that come with scikit-image, of different shapes."""
+    """Photographs that come with scikit-image, of different shapes.
+
+    Raises:
+        UserError: it is missing.
+    """
+    require("the photographs to compare on (or name a data set with --data-path)", "skimage", extra="demo")
     import skimage.data
 
     images = [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in PHOTOGRAPHS]
@@ -76,38 +76,26 @@ def find_labelled(args: argparse.Namespace, classifier: Classifier) -> Images:
         data = replace(data, classes=list(class_names(data.classes, data.num_classes)))
     data = data.matched(names if classifier.is_named else None, f"--resume {args.resume}")
     if data.num_classes != len(names):
-        raise UserError(
-            f"--data-path {args.data_path}: has {data.num_classes} classes, the checkpoint {len(names)}; "
-            "name the data set that it was trained on"
-        )
+        counts = f"{data.num_classes} classes, the checkpoint {len(names)}"
+        raise UserError(f"--data-path {args.data_path}: has {counts}; name the data set that it was trained on")
     images, labels = zip(*_spaced(data, args.images))
     return Images(f"{len(images)} validation images of {args.data_path}", images, labels)
 
 
-def calibration_inputs(args: argparse.Namespace, classifier: Classifier) -> list[Tensor]:
-    """What a classifier makes of training images, evenly spaced.
+def calibration_images(args: argparse.Namespace, classifier: Classifier) -> list[Image.Image]:
+    """Training images, evenly spaced.
 
     Raises:
         UserError: there are none.
     """
-    data = _find(args, classifier, is_train=True)
-    return [classifier.prepare(image) for image, _ in _spaced(data, CALIBRATION_IMAGES)]
+    return [image for image, _ in _spaced(_find(args, classifier, is_train=True), CALIBRATION_IMAGES)]
 
 
 def _find(args: argparse.Namespace, classifier: Classifier, is_train: bool) -> ImageData:
-    description = classifier.description
-    settings = dict(
-        model=description.model,
-        device="cpu",
-        batch_size=BATCH_SIZE,
-        data_path=args.data_path,
-        data_set=args.data_set,
-        input_size=min(description.preprocessing.size),
-        orientation=description.orientation,
-        class_map=args.class_map,
-    )
-    flags = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    return main.build_data(main.build_parser().parse_args(flags), is_train)
+    settings = main.build_parser().parse_args([])
+    settings.data_path, settings.data_set, settings.class_map = args.data_path, args.data_set, args.class_map
+    settings.orientation = classifier.description.orientation
+    return main.build_data(settings, is_train)
 
 
 def _spaced(data: ImageData, count: int) -> Iterator[tuple[Image.Image, int]]:

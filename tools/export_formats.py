@@ -1,10 +1,9 @@
 """The formats that export.py writes: one function each, from a classifier to a file."""
 
-if not __package__:
-    import _repository  # noqa: F401
 import copy
 import logging
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,21 +24,16 @@ from torch.export import Dim, ExportedProgram
 from timm.models._hub import generate_readme
 
 from sepvit_lib.inference.classifier import Classifier, Description
-from sepvit_lib.inference.exported import DESCRIPTION, METADATA, NUMBER_FORMAT, onnxruntime_session, run_onnxruntime
-from sepvit_lib.training.devices import available_cores
+from sepvit_lib.inference.exported import DESCRIPTION, METADATA, NUMBER_FORMAT, open_onnx
 from sepvit_lib.training.preprocessing import Preprocessing
 
 OPSET = 23  # of ONNX: the fastest in ONNX Runtime; see docs/using.md
 OPSETS = range(18, 24)  # those that torch.onnx.export writes
-LARGEST_DIFFERENCE = 1e-3  # of the logits, in float32
-LARGEST_PIXEL_DIFFERENCE = 1.01  # of 255: one level, where the last digits of a sum decide on the rounding
-CITATION = """@article{li2022sepvit,
-  title   = {SepViT: Separable Vision Transformer},
-  author  = {Li, Wei and Wang, Xing and Xia, Xin and Wu, Jie and Li, Jiashi and Xiao, Xuefeng and Zheng, Min and
-             Wen, Shiping},
-  journal = {arXiv preprint arXiv:2203.15380},
-  year    = {2022}
-}"""
+MAX_DIFFERENCE = 1e-3  # of the logits, in float32
+MAX_PIXEL_DIFFERENCE = 1.01  # of 255: one level, where the last digits of a sum decide on the rounding
+CITATION = """@article{li2022sepvit, title={SepViT: Separable Vision Transformer}, year={2022},
+  author={Li, Wei and Wang, Xing and Xia, Xin and Wu, Jie and Li, Jiashi and Xiao, Xuefeng and Zheng, Min and
+  Wen, Shiping}, journal={arXiv preprint arXiv:2203.15380}}"""
 EXAMPLES = 2  # images of the batch that is traced: with one, the exporter would take its size for fixed
 
 
@@ -50,7 +44,7 @@ class Job:
     Attributes:
         classifier: the classifier.
         folder: for files that are not kept.
-        calibration: batches of its inputs that tell int8 the range of each activation.
+        calibration: batches of one of its inputs that tell int8 the range of each activation.
         opset: version of ONNX's operators.
         score: accuracy (0 to 1) of a function from inputs to logits, on labelled images; None without any.
         samples: some images, RGB, to check preprocessing with.
@@ -85,7 +79,7 @@ class Job:
         path = self.folder / f"opset-{opset or self.opset}.network"
         if not path.exists():
             batch = ({0: Dim("batch")},)
-            export_onnx(self.network, self.images(), path, batch, opset or self.opset, ["images"], ["logits"])
+            export_onnx(self.network, self.images(), path, batch, opset or self.opset, ["logits"])
         return path
 
     def program(self) -> ExportedProgram:
@@ -117,14 +111,9 @@ def quiet() -> Iterator[None]:
 def hub_settings(description: Description) -> dict[str, Any]:
     """Arguments of timm's `save_for_hf` and `push_to_hf_hub` that describe a classifier."""
     preprocessing = description.preprocessing
-    data = dict(
-        input_size=(3, *preprocessing.size),
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        interpolation=preprocessing.interpolation,
-        crop_pct=crop_share(preprocessing),
-        crop_mode="squash" if preprocessing.squash else "center",
-    )
+    data = {name: getattr(preprocessing, name) for name in ("mean", "std", "interpolation")}
+    data |= dict(input_size=(3, *preprocessing.size), crop_pct=crop_share(preprocessing))
+    data["crop_mode"] = "squash" if preprocessing.squash else "center"
     config = dict(label_names=list(description.classes), orientation=description.orientation)
     return dict(model_config=config, data_config=data, safe_serialization=True)
 
@@ -140,8 +129,7 @@ def crop_share(preprocessing: Preprocessing) -> float:
 
 def model_card(description: Description) -> dict[str, Any]:
     """The contents of a model card, as timm's `push_to_hf_hub` takes them."""
-    height, width = description.preprocessing.size
-    count = len(description.classes)
+    (height, width), count = description.preprocessing.size, len(description.classes)
     return dict(
         tags=["image-classification", "timm", "sepvit"],
         description=f"{description.model}, an image classifier for {count} classes: SepViT, the Separable Vision "
@@ -171,13 +159,7 @@ def write_safetensors(job: Job, folder: Path) -> None:
 
 
 def export_onnx(
-    network: nn.Module,
-    images: Tensor,
-    path: Path,
-    dynamic_shapes: Any = None,
-    opset: int = OPSET,
-    inputs: Sequence[str] = ("images",),
-    outputs: Sequence[str] | None = None,
+    network: nn.Module, images: Tensor, path: Path, dynamic_shapes: Any = None, opset: int = OPSET, outputs: Any = None
 ) -> None:
     """Export a network in evaluation mode to ONNX.
 
@@ -187,22 +169,12 @@ def export_onnx(
         path: the file.
         dynamic_shapes: dimensions that may differ from the traced ones, as for torch.export; None: none.
         opset: version of the operators.
-        inputs: names of its inputs.
         outputs: names of its outputs.
     """
+    settings: dict[str, Any] = dict(dynamo=True, external_data=False, verbose=False, opset_version=opset)
+    settings |= dict(input_names=["images"], output_names=outputs, dynamic_shapes=dynamic_shapes)
     with quiet(), torch.no_grad():
-        torch.onnx.export(
-            network,
-            (images,),
-            str(path),
-            input_names=list(inputs),
-            output_names=None if outputs is None else list(outputs),
-            opset_version=opset,
-            dynamic_shapes=dynamic_shapes,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        torch.onnx.export(network, (images,), str(path), **settings)
 
 
 def save_onnx(model: Any, description: Description, path: Path) -> None:
@@ -228,7 +200,7 @@ def write_onnx_preprocessing(job: Job, path: Path) -> None:
     network, pixels = onnx.load(str(job.onnx())), preprocessing_graph(job.description.preprocessing, job.opset)
     pixels.ir_version = network.ir_version
     difference = pixel_difference(pixels, job.description.preprocessing, job.samples)
-    if difference > LARGEST_PIXEL_DIFFERENCE:
+    if difference > MAX_PIXEL_DIFFERENCE:
         raise ValueError(f"its pixels differ from Pillow's by {difference:.2f} of 255")
     job.notes.append(f"onnx-preprocessing: pixels differ from Pillow's by at most {difference:.2f} of 255.")
     joined = onnx.compose.merge_models(pixels, network, io_map=[("prepared", "images")])
@@ -244,20 +216,17 @@ def check_joined(preprocessing: Any, path: Path, job: Job) -> None:
     Raises:
         ValueError: they differ.
     """
-    prepare, run = (
-        run_onnxruntime(onnxruntime_session(model, available_cores()))
-        for model in (preprocessing.SerializeToString(), path)
-    )
+    prepare, run = open_onnx(preprocessing.SerializeToString()), open_onnx(path)
     for image in job.samples:
         pixels = torch.from_numpy(np.array(image))
         difference = float((run(pixels)[0] - job.classifier.run(prepare(pixels)[0])).abs().max())
-        if not difference <= LARGEST_DIFFERENCE:
+        if not difference <= MAX_DIFFERENCE:
             raise ValueError(f"its logits differ by {difference:.2g} for the same prepared image")
 
 
 def pixel_difference(graph: Any, preprocessing: Preprocessing, images: Sequence[Image.Image]) -> float:
     """Largest difference of the graph's pixels from those of validation, of 255."""
-    prepare = run_onnxruntime(onnxruntime_session(graph.SerializeToString(), available_cores()))
+    prepare = open_onnx(graph.SerializeToString())
     std, transform, largest = torch.tensor(preprocessing.std).view(3, 1, 1), preprocessing.transform(), 0.0
     for image in images:
         prepared = prepare(torch.from_numpy(np.array(image)))[0][0]
@@ -285,7 +254,8 @@ def preprocessing_graph(preprocessing: Preprocessing, opset: int = OPSET) -> Any
         "scale": 1 / (255 * std),
         "offset": -mean / std,
     }
-    resize = dict(mode="cubic", cubic_coeff_a=-0.5) if cubic else dict(mode="linear")
+    resize: dict[str, Any] = dict(mode="cubic", cubic_coeff_a=-0.5) if cubic else dict(mode="linear")
+    resize |= dict(antialias=1, exclude_outside=1, coordinate_transformation_mode="half_pixel", axes=[2, 3])
     nodes = [
         # The longer side is resize × longer // shorter, as torchvision has it.
         make("Shape", ["pixels"], ["shape"], start=0, end=2),
@@ -294,16 +264,7 @@ def preprocessing_graph(preprocessing: Preprocessing, opset: int = OPSET) -> Any
         make("Div", ["scaled", "shorter"], ["resized_shape"]),
         make("Transpose", ["pixels"], ["channels_first"], perm=[2, 0, 1]),
         make("Unsqueeze", ["channels_first", "batch"], ["pixels_batch"]),
-        make(
-            "Resize",
-            ["pixels_batch", "", "", "resized_shape"],
-            ["resized"],
-            antialias=1,
-            exclude_outside=1,
-            coordinate_transformation_mode="half_pixel",
-            axes=[2, 3],
-            **resize,
-        ),
+        make("Resize", ["pixels_batch", "", "", "resized_shape"], ["resized"], **resize),
         # The crop starts at half of what is cut off, rounded to even.
         make("Sub", ["resized_shape", "crop"], ["spare"]),
         make("Div", ["spare", "two"], ["half"]),
@@ -372,12 +333,9 @@ def write_aotinductor(job: Job, path: Path) -> None:
     """The network compiled to machine code for this kind of processor, which PyTorch loads."""
     from torch._inductor import aoti_compile_and_package
 
+    metadata = {"aot_inductor.metadata": {METADATA: job.description.to_json()}}
     with quiet():
-        aoti_compile_and_package(
-            job.program(),
-            package_path=str(path),
-            inductor_configs={"aot_inductor.metadata": {METADATA: job.description.to_json()}},
-        )
+        aoti_compile_and_package(job.program(), package_path=str(path), inductor_configs=metadata)
 
 
 def write_torchscript(job: Job, path: Path) -> None:
@@ -389,9 +347,4 @@ def write_torchscript(job: Job, path: Path) -> None:
 
 def has_compiler() -> bool:
     """Whether a C++ compiler is at hand, as AOTInductor needs it."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        return shutil.which(get_cpp_compiler()) is not None
-    except Exception:  # its own type, when it finds none
-        return False
+    return shutil.which(os.environ.get("CXX", "g++")) is not None

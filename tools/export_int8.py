@@ -1,23 +1,20 @@
 """int8: quantisation of weights and activations by NNCF for OpenVINO, and by ONNX Runtime's own quantiser."""
 
-if not __package__:
-    import _repository  # noqa: F401
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sepvit_lib.inference.exported import compile_openvino, run_openvino
 from sepvit_lib.training.devices import available_cores
 from tools.export_formats import Job, quiet, read_openvino, save_onnx, save_openvino
 
-MOST_LOST = 0.01  # of top-1
+MAX_LOSS = 0.01  # of top-1
 
 
 Score = Callable[[Callable[[Tensor], Tensor]], float]
@@ -49,46 +46,25 @@ def quantised_by_nncf(model: Any, calibration: Sequence[Tensor], score: Score | 
     with quiet(), contextlib.redirect_stdout(io.StringIO()):  # its progress bars
         advanced = nncf.AdvancedQuantizationParameters(smooth_quant_alphas=no_smoothing)
         quantised = nncf.quantize(model, images, advanced_parameters=advanced, **settings)
-        if score is None or _accuracy(quantised, score) >= _accuracy(model, score) - MOST_LOST:
+        if score is None or _accuracy(quantised, score) >= _accuracy(model, score) - MAX_LOSS:
             return quantised
-        return nncf.quantize_with_accuracy_control(
-            model,
-            images,
-            images,
-            lambda candidate, _: (_accuracy(candidate, score), None),
-            max_drop=MOST_LOST,
-            advanced_quantization_parameters=advanced,
-            **settings,
-        )
+        settings |= dict(max_drop=MAX_LOSS, advanced_quantization_parameters=advanced)
+        control = nncf.quantize_with_accuracy_control
+        return control(model, images, images, lambda one, _: (_accuracy(one, score), None), **settings)
 
 
 def _accuracy(model: Any, score: Score) -> float:
     import openvino
 
-    is_compiled = isinstance(model, openvino.CompiledModel)
-    run = run_openvino(model if is_compiled else compile_openvino(model, "int8", available_cores()))
+    if not isinstance(model, openvino.CompiledModel):
+        model = compile_openvino(model, "int8", available_cores())
+    run = run_openvino(model)
     return score(lambda images: run(images)[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # ONNX Runtime
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class Calibration:
-    """The calibration images, one batch after the other, as ONNX Runtime's quantiser reads them."""
-
-    def __init__(self, batches: Sequence[Tensor]) -> None:
-        self._batches = iter(batches)
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        while (batch := self.get_next()) is not None:
-            yield batch
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """The next batch; None after the last."""
-        images = next(self._batches, None)
-        return None if images is None else {"images": images.numpy()}
 
 
 def write_onnx_int8(job: Job, path: Path) -> None:
@@ -100,21 +76,20 @@ def write_onnx_int8(job: Job, path: Path) -> None:
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static, shape_inference
 
-    CalibrationDataReader.register(Calibration)
+    class Calibration(CalibrationDataReader):
+        batches = iter(job.calibration)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(({"images": batch.numpy()} for batch in self.batches), None)
+
     prepared, quantised = (job.folder / f"int8-{name}.onnx" for name in ("prepared", "quantised"))
     with quiet(), contextlib.redirect_stdout(io.StringIO()):
         shape_inference.quant_pre_process(str(job.onnx()), str(prepared), skip_symbolic_shape=True)
-        quantize_static(
-            str(prepared),
-            str(quantised),
-            Calibration(job.calibration),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            activation_type=QuantType.QUInt8,
-            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-            nodes_to_exclude=products_of_attention(onnx.load(str(prepared))),
-        )
+        settings: dict[str, Any] = dict(quant_format=QuantFormat.QDQ, per_channel=True)
+        settings |= dict(weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8)
+        settings["op_types_to_quantize"] = ["Conv", "MatMul", "Gemm"]
+        settings["nodes_to_exclude"] = products_of_attention(onnx.load(str(prepared)))
+        quantize_static(str(prepared), str(quantised), Calibration(), **settings)
     save_onnx(onnx.load(str(quantised)), job.description, path)
 
 
@@ -123,8 +98,3 @@ def products_of_attention(model: Any) -> list[str]:
     constants = {entry.name for entry in model.graph.initializer}
     constants |= {output for node in model.graph.node if node.op_type == "Constant" for output in node.output}
     return [node.name for node in model.graph.node if node.op_type == "MatMul" and not constants & set(node.input)]
-
-
-def calibration_batches(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Batches of one image of a classifier's inputs."""
-    return [torch.stack([image]) for image in inputs]

@@ -1,44 +1,51 @@
-"""What export.py tells of each form: size, difference, top-1 and speed, in one table."""
+"""Compare and time the forms of a classifier, for export.py; one row of its table each."""
 
-if not __package__:
-    import _repository  # noqa: F401
 import math
-from collections.abc import Mapping, Sequence
+import platform
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from sepvit_lib.inference.classifier import Classifier, Description
-from sepvit_lib.inference.machine import describe
-from sepvit_lib.inference.rounds import Spread, interleave, ratio
+from sepvit_lib.inference.classifier import Classifier
+from sepvit_lib.training.devices import available_cores
 from tools.export_data import BATCH_SIZE, Images
 
 CHECKPOINT = "checkpoint"  # the form that the others are compared with: PyTorch, eager, float32
-CPU = torch.device("cpu")
-LEAST = 0.3  # seconds of one timing: threads of the runtime before it spin for some milliseconds
+MIN_SECONDS = 0.3  # of one timing: threads of the runtime before it spin for some milliseconds
+HEADER = ("form", "file", "MB", "largest difference", "top-1, %", "latency, ms", "ratio", "images/s", "ratio")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Form:
-    """A form of the classifier.
+    """A form of the classifier, and its measurements.
 
     Attributes:
         classifier: the form, opened.
         file: its file or folder; None for the checkpoint.
+        difference: largest difference of its logits from the checkpoint's.
+        top1: its top-1 (%); None without labels.
+        seconds: seconds for a batch, round by round, by the size of the batch.
     """
 
     classifier: Classifier
     file: Path | None = None
+    difference: float = 0.0
+    top1: float | None = None
+    seconds: dict[int, list[float]] = field(default_factory=dict)
 
     def megabytes(self) -> float:
         """Size of its files, in 10⁶ bytes."""
         if self.file is None:
-            network = self.classifier.network
-            assert network is not None
-            return sum(value.nbytes for value in network.state_dict().values()) / 1e6
+            assert self.classifier.network is not None
+            return sum(value.nbytes for value in self.classifier.network.state_dict().values()) / 1e6
         parts = self.file.rglob("*") if self.file.is_dir() else parts_of(self.file)
         return sum(part.stat().st_size for part in parts if part.is_file()) / 1e6
 
@@ -48,105 +55,91 @@ def parts_of(file: Path) -> list[Path]:
     return [file, file.with_suffix(".bin")] if file.suffix == ".xml" else [file]
 
 
-@dataclass
-class Measured:
-    """What was measured of a form.
-
-    Attributes:
-        form: the form.
-        difference: largest difference of its logits from the checkpoint's.
-        top1: its top-1 (%); None without labels.
-        latency: seconds for one image, round by round.
-        seconds: seconds for a batch, round by round.
-    """
-
-    form: Form
-    difference: float = 0.0
-    top1: float | None = None
-    latency: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-
-def measure(classifier: Classifier, forms: Mapping[str, Form], images: Images) -> dict[str, Measured]:
+def compare(forms: Mapping[str, Form], images: Images) -> None:
     """Compare all forms with the checkpoint, image by image."""
-    measured = {CHECKPOINT: Measured(Form(classifier))} | {name: Measured(form) for name, form in forms.items()}
-    correct = dict.fromkeys(measured, 0)
+    reference, correct = forms[CHECKPOINT].classifier, Counter[str]()
     for batch, labels in images.batches():
-        reference = classifier.logits([classifier.prepare(image) for image in batch])
-        for name, one in measured.items():
-            form = one.form.classifier
-            logits = reference if name == CHECKPOINT else form.logits([form.prepare(image) for image in batch])
-            difference = float((logits - reference).abs().max())
-            one.difference = max(one.difference, difference) if math.isfinite(difference) else math.nan
+        expected = reference.logits([reference.prepare(image) for image in batch])
+        for name, form in forms.items():
+            one = form.classifier
+            logits = expected if one is reference else one.logits([one.prepare(image) for image in batch])
+            difference = float((logits - expected).abs().max())
+            form.difference = max(form.difference, difference) if math.isfinite(difference) else math.nan
             if labels:
                 correct[name] += int((logits.argmax(dim=1) == torch.tensor(labels)).sum())
     if images.labels:
-        for name, one in measured.items():
-            one.top1 = 100 * correct[name] / len(images.images)
-    return measured
+        for name, form in forms.items():
+            form.top1 = 100 * correct[name] / len(images.images)
 
 
-def time_forms(measured: Mapping[str, Measured], images: Images, rounds: int) -> None:
-    """Time all forms, interleaved round by round: one image, and a batch. The preprocessing counts if it is inside."""
-    for batch_size in (1, BATCH_SIZE):
-        inputs = {name: _inputs(one.form.classifier, images, batch_size) for name, one in measured.items()}
-        calls = {name: partial(one.form.classifier.logits, inputs[name]) for name, one in measured.items()}
-        times = interleave(calls, CPU, rounds, LEAST)
-        for name, seconds in times.seconds.items():
-            if batch_size == 1:
-                measured[name].latency = seconds
-            else:
-                measured[name].seconds = seconds
+def time_forms(forms: Mapping[str, Form], images: Images, rounds: int) -> None:
+    """Time all forms: one image, and a batch. The preprocessing counts if it is inside."""
+    for size in (1, BATCH_SIZE):
+        chosen = [images.images[number % len(images.images)] for number in range(size)]
+        calls = {
+            name: partial(form.classifier.logits, [form.classifier.prepare(image) for image in chosen])
+            for name, form in forms.items()
+        }
+        for name, seconds in time_calls(calls, rounds).items():
+            forms[name].seconds[size] = seconds
 
 
-def _inputs(classifier: Classifier, images: Images, count: int) -> list[Tensor]:
-    return [classifier.prepare(images.images[number % len(images.images)]) for number in range(count)]
+def time_calls(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, round by round, interleaved so that a drifting machine changes all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(1 + rounds):  # the first warms up
+        for name, call in calls.items():
+            start, count, elapsed = time.perf_counter(), 0, 0.0
+            while elapsed < MIN_SECONDS:
+                call()
+                count, elapsed = count + 1, time.perf_counter() - start
+            seconds[name].append(elapsed / count)
+    return {name: times[1:] for name, times in seconds.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The table
-# ----------------------------------------------------------------------------------------------------------------------
-
-HEADER = ("form", "file", "MB", "largest difference", "top-1, %", "latency, ms", "ratio", "images/s", "ratio")
+def speed(reference: Sequence[float], seconds: Sequence[float]) -> float:
+    """How many times as fast as the reference something is: the median over the rounds."""
+    return statistics.median(a / b for a, b in zip(reference, seconds))
 
 
-def report(
-    description: Description,
-    measured: Mapping[str, Measured],
-    failures: Mapping[str, str],
-    images: Images,
-    notes: Sequence[str] = (),
-) -> str:
+def report(forms: Mapping[str, Form], failures: Mapping[str, str], images: Images, notes: Sequence[str]) -> str:
     """Write the table, and below it how it was measured, remarks, and why some forms were not made."""
+    description = forms[CHECKPOINT].classifier.description
     height, width = description.preprocessing.size
-    rows = [HEADER, *(_row(name, one, measured[CHECKPOINT]) for name, one in measured.items())]
+    rows = [HEADER, *(_row(name, form, forms[CHECKPOINT]) for name, form in forms.items())]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, tuple("-" * width for width in widths))
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    machine = describe(CPU)
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "onnxruntime", "openvino") if name in machine)
-    lines_below = [
-        f"{description.model}, {len(description.classes)} classes, {height} × {width} pixels, {machine['device']}, "
-        f"{versions}.",
+    paragraphs = [
+        f"{description.model}, {len(description.classes)} classes, {height} × {width} pixels, {machine()}.",
         f"Differences of the logits{' and top-1' if images.labels else ''}: on {images.source}. Speed: medians of "
-        f"{len(measured[CHECKPOINT].latency)} interleaved rounds, one image and batches of {BATCH_SIZE}; ratios to the "
+        f"{len(forms[CHECKPOINT].seconds[1])} interleaved rounds, one image and batches of {BATCH_SIZE}; ratios to the "
         "checkpoint in eager mode.",
         *notes,
         *(f"Not made: {name}: {why}" for name, why in failures.items()),
     ]
-    return "\n".join(lines) + "\n\n" + "\n\n".join(lines_below) + "\n"
+    return "\n\n".join(["\n".join(lines), *paragraphs]) + "\n"
 
 
-def _row(name: str, one: Measured, reference: Measured) -> tuple[str, ...]:
-    latency, seconds = Spread.of(one.latency).median, Spread.of(one.seconds).median
+def machine() -> str:
+    """Describe the processor, and the versions of what runs on it."""
+    described = [f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, {available_cores()} cores"]
+    for package in ("torch", "onnxruntime", "openvino"):
+        with suppress(PackageNotFoundError):
+            described.append(f"{package} {version(package)}")
+    return ", ".join(described)
+
+
+def _row(name: str, form: Form, reference: Form) -> tuple[str, ...]:
+    one, batch = form.seconds[1], form.seconds[BATCH_SIZE]
     return (
         name,
-        one.form.file.name if one.form.file else "",
-        f"{one.form.megabytes():.1f}",
-        "" if name == CHECKPOINT else f"{one.difference:.1e}",
-        "" if one.top1 is None else f"{one.top1:.2f}",
-        f"{1000 * latency:.1f}",
-        f"{ratio(reference.latency, one.latency).median:.2f}",
-        f"{BATCH_SIZE / seconds:.1f}",
-        f"{ratio(reference.seconds, one.seconds).median:.2f}",
+        form.file.name if form.file else "",
+        f"{form.megabytes():.1f}",
+        "" if name == CHECKPOINT else f"{form.difference:.1e}",
+        "" if form.top1 is None else f"{form.top1:.2f}",
+        f"{1000 * statistics.median(one):.1f}",
+        f"{speed(reference.seconds[1], one):.2f}",
+        f"{BATCH_SIZE / statistics.median(batch):.1f}",
+        f"{speed(reference.seconds[BATCH_SIZE], batch):.2f}",
     )

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import skimage
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_image
 
+from sepvit_lib.inference.packages import require
 from sepvit_lib.training.commands import Parser, path, run_command
 from sepvit_lib.training.errors import UserError
 
@@ -52,6 +51,13 @@ class Scene(NamedTuple):
     instances: list[Instance]
 
 
+def load_digits() -> Any:
+    """Load scikit-learn's handwritten digits."""
+    from sklearn import datasets
+
+    return datasets.load_digits()
+
+
 def split_digits(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the digits for training, and for validation (every fifth of each class, shuffled)."""
     targets = load_digits().target
@@ -60,6 +66,11 @@ def split_digits(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     for label in range(DIGITS):
         is_validation[[index for index in order if targets[index] == label][::5]] = True
     return np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
+
+
+def digit_pixels(image: np.ndarray) -> np.ndarray:
+    """The pixels of scikit-learn's image of a digit, 8 × 8, 0 to 16, as 0 to 255."""
+    return (image * (255 / 16)).round().astype(np.uint8)
 
 
 def write_imagenet(folder: Path) -> dict[str, int]:
@@ -77,24 +88,26 @@ def write_imagenet(folder: Path) -> dict[str, int]:
         for index in indices:
             image = folder / split / str(digits.target[index]) / f"{index:04}.png"
             image.parent.mkdir(parents=True, exist_ok=True)
-            pixels = (digits.images[index] * (255 / 16)).round().astype(np.uint8)  # 8 × 8, values 0 to 16
-            Image.fromarray(pixels).save(image)
+            Image.fromarray(digit_pixels(digits.images[index])).save(image)
     return {split: len(indices) for split, indices in splits.items()}
 
 
 def photographs(split: str) -> list[np.ndarray]:
     """Load the photographs of a split, H × W × 3, RGB, 0 to 255."""
+    import skimage
+    from sklearn.datasets import load_sample_image
+
     images = []
     for name in PHOTOGRAPHS[split]:
         image = load_sample_image(name) if name.endswith(".jpg") else getattr(skimage.data, name)()
-        images.append(image if image.ndim == 3 else skimage.color.gray2rgb(image))
+        images.append(np.asarray(Image.fromarray(image).convert("RGB")))
     return images
 
 
-def compose_scenes() -> dict[str, list[Scene]]:
-    """Compose the scenes of each split. Each call composes the same ones."""
+def compose_scenes(counts: dict[str, int] = SCENES) -> dict[str, list[Scene]]:
+    """Compose a number of scenes of each split. Each call composes the same ones."""
     digits, scenes = load_digits(), {}
-    for seed, ((split, count), indices) in enumerate(zip(SCENES.items(), split_digits())):
+    for seed, ((split, count), indices) in enumerate(zip(counts.items(), split_digits())):
         rng, backgrounds = np.random.default_rng(seed), photographs(split)
         images, labels = digits.images[indices], digits.target[indices]
         scenes[split] = [compose_scene(rng, images, labels, backgrounds) for _ in range(count)]
@@ -217,6 +230,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: the folder is not writable.
     """
+    require("the demo's data", "sklearn", "skimage", extra="demo")
     imagenet, ade, coco = (Path(args.out) / name for name in ("imagenet", "ade/ADEChallengeData2016", "coco"))
     try:
         counts = write_imagenet(imagenet)

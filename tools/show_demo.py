@@ -30,19 +30,16 @@ def read_top1(run: str, name: str, advice: str) -> float:
     try:
         entries = [json.loads(line) for line in (Path(run) / name).read_text().splitlines()]
         return float([entry["test_acc1"] for entry in entries if "test_acc1" in entry][-1])
-    except OSError as error:
-        raise UserError(f"--run {run}: {name} cannot be read ({error.strerror}); {advice}") from None
-    except (ValueError, LookupError, TypeError):  # not JSON, no such line, or not a number
-        raise UserError(f"--run {run}: {name} has no top-1; {advice}") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:  # also not JSON, no such line, or not a number
+        raise UserError(f"--run {run}: {name} has no top-1 ({error}); {advice}") from None
 
 
 def build_parser() -> Parser:
     """Make the command's parser."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=path, required=True, metavar="DIR", help="the run's output folder")
-    parser.add_argument(
-        "--least", type=number(float, 0, 100), default=95.0, help="top-1 (%%) that the demo has to reach"
-    )
+    least = "top-1 (%%) that the demo has to reach"
+    parser.add_argument("--least", type=number(float, 0, 100), default=95.0, help=least)
     return parser
 
 

@@ -5,11 +5,11 @@
 PATH is a checkpoint of main.py, a published one, a folder in timm's layout, or a checkpoint of a segmentor or detector
 (its backbone; mmseg and mmdet are not needed). The figures are:
 
-* among: the windows that a window listens to, by block and head, and their rollout over all blocks;
-* inside: the pixels of that window that its window token and its central pixel listen to, by block and head;
+* among: the windows that a window attends to, by block and head, and their rollout over all blocks;
+* inside: the pixels of that window that its window token and its central pixel attend to, by block and head;
 * tokens: similarity of the learned window tokens;
 * features: the stages' feature maps;
-* attribution: the pixels that speak for the predicted class (needs captum).
+* attribution: the pixels that speak for the predicted class.
 
 Windows are counted from 0, from the top and left, on the grid of the finest block. The default is the window in the
 middle. Attention is checked: rows sum to one, and each block's output, recomputed from them, equals the network's.
@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -38,7 +39,6 @@ from sepvit_lib.inference.backbones import load_backbone
 from sepvit_lib.inference.classifier import load_classifier
 from sepvit_lib.inference.images import PLACEHOLDER, read_image
 from sepvit_lib.inference.maps import attribution, principal_components, token_similarity
-from sepvit_lib.inference.packages import lacking, require
 from sepvit_lib.inference.pictures import write_picture
 from sepvit_lib.training.commands import Parser, path, positive_int, run_command
 from sepvit_lib.training.errors import UserError, one_line
@@ -47,11 +47,10 @@ from sepvit_lib.training.storage import make_folder
 from tools import visualize_figures as figures
 from tools.visualize_figures import Subject
 
-FIGURES = ("among", "inside", "tokens", "features", "attribution")
 ALL = "all"
 DPI = {"png": 200, "pdf": 300}  # for a PDF, of the images in it
-MOST_WINDOWS = 400  # for which one figure holds a map each
-LONGEST_NAME = 40  # characters of a file's or class's name in titles
+MAX_WINDOWS = 400  # for which one figure holds a map each
+MAX_NAME = 40  # characters of a file's or class's name in titles
 SHORTER_SIDE = 512  # pixels that a dense form gets at most by default, as in the configs for ADE20K
 
 
@@ -106,10 +105,7 @@ def load(args: argparse.Namespace) -> tuple[Loaded, Image.Image]:
     """
     what = f"--resume {args.resume}"
     if exported.kind_of(Path(args.resume)):
-        raise UserError(
-            f"{what}: an exported model, which does not show its attention; name the checkpoint that it "
-            "was exported from"
-        )
+        raise UserError(f"{what}: an exported model, without attention; name the checkpoint that it was exported from")
     if not Path(args.resume).is_dir() and (backbone := load_backbone(args.resume, what, args.averaged)):
         if args.label:
             raise UserError(f"--class {args.label}: {what} holds a backbone, which has no classes; omit it")
@@ -117,10 +113,8 @@ def load(args: argparse.Namespace) -> tuple[Loaded, Image.Image]:
         preprocessing = dense_preprocessing(image, args.input_size)
         return Loaded(backbone.network, f"{backbone.variant}, dense form", preprocessing), image
     if args.input_size:
-        raise UserError(
-            f"--input-size {' '.join(map(str, args.input_size))}: {what} holds a classifier, which takes "
-            "images of the size it was trained for; omit it"
-        )
+        size = " ".join(map(str, args.input_size))
+        raise UserError(f"--input-size {size}: {what} holds a classifier, which takes its own image size; omit it")
     classifier = load_classifier(args.resume, args.model, args.averaged)
     network, description = classifier.network, classifier.description
     if not isinstance(network, SepViT):
@@ -158,21 +152,12 @@ def find_label(name: str, loaded: Loaded, logits: Tensor) -> int:
     if name.isdecimal() and int(name) < len(loaded.classes):
         return int(name)
     some = ", ".join(loaded.classes[:3])
-    raise UserError(
-        f"--class {name}: unknown; choose one of the {len(loaded.classes)} classes ({some}, …), or its number"
-    )
-
-
-def title_of(args: argparse.Namespace, loaded: Loaded, prediction: str) -> str:
-    """Title of all figures."""
-    name = one_line(Path(args.image).name)
-    title = f"{shortened(name)} · {loaded.name}{prediction}"
-    return title.replace("$", r"\$")  # matplotlib would take it for the begin of a formula
+    raise UserError(f"--class {name}: unknown; choose one of {len(loaded.classes)} classes ({some}, …), or its number")
 
 
 def shortened(text: str) -> str:
     """Shorten a text for the title."""
-    return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
+    return text if len(text) <= MAX_NAME else text[: MAX_NAME - 1] + "…"
 
 
 def chosen_pixel(window: Sequence[str], network: SepViTStages, size: tuple[int, int]) -> tuple[float, float] | None:
@@ -192,7 +177,7 @@ def chosen_pixel(window: Sequence[str], network: SepViTStages, size: tuple[int, 
     rows, columns = network.window_grids(size)[sides.index(side)]
     flag = f"--window {' '.join(window)}"
     if list(window) == [ALL]:
-        if rows * columns > MOST_WINDOWS:
+        if rows * columns > MAX_WINDOWS:
             raise UserError(f"{flag}: {rows} × {columns} windows are too many to draw a map for each; name one")
         return None
     if not window:
@@ -247,12 +232,10 @@ def observe(args: argparse.Namespace, loaded: Loaded, image: Image.Image) -> Sce
         label = index, loaded.classes[index]
     print(f"{loaded.name}, {height} × {width} pixels{prediction}")
     difference = max(block.difference for block in blocks)
-    print(
-        f"attention of {len(blocks)} blocks: rows sum to one; outputs recomputed from it equal the network's to "
-        f"{difference:.0e} of the largest value"
-    )
+    print(f"attention of {len(blocks)} blocks: rows sum to one; outputs recomputed from it differ by {difference:.0e}")
     crop = np.asarray(loaded.preprocessing.crop(image))
-    subject = Subject(crop, title_of(args, loaded, prediction), pixel)
+    title = f"{shortened(one_line(Path(args.image).name))} · {loaded.name}{prediction}"
+    subject = Subject(crop, title.replace("$", r"\$"), pixel)  # matplotlib would take it for the begin of a formula
     return Scene(loaded.network, inputs, blocks, chosen_blocks(args.blocks, blocks), subject, label)
 
 
@@ -268,9 +251,8 @@ def among(scene: Scene) -> Drawings | str:
     several = [block for block in scene.blocks if block.among is not None]
     if not several:
         return "every block has a single window at this image size"
-    drawings: dict[str, Callable[[], Figure]] = {
-        "among": partial(figures.among_figure, scene.subject, several, rollout(scene.blocks))
-    }
+    draw = partial(figures.among_figure, scene.subject, several, rollout(scene.blocks))
+    drawings: dict[str, Callable[[], Figure]] = {"among": draw}
     for block in scene.chosen:
         if block.among is not None:
             drawings[f"among-{short(block)}"] = partial(figures.among_heads_figure, scene.subject, block)
@@ -318,7 +300,7 @@ def attributed(scene: Scene) -> Drawings | str:
         maps = attribution(network, scene.inputs, index)
         return figures.attribution_figure(scene.subject, title, [values[0].double().numpy() for values in maps])
 
-    return lacking("captum") or {"attribution": draw}
+    return {"attribution": draw}
 
 
 KINDS: Mapping[str, Callable[[Scene], Drawings | str]] = {
@@ -331,7 +313,7 @@ KINDS: Mapping[str, Callable[[Scene], Drawings | str]] = {
 
 
 def plan(scene: Scene, args: argparse.Namespace) -> Iterator[tuple[Path, Callable[[], Figure]]]:
-    """Yield the files to write, each with the function that draws its figure. Prints which kinds are left out, and why.
+    """Yield the files to write, each with the function that draws its figure. Prints which kinds are skipped, and why.
 
     Raises:
         UserError: a file exists already.
@@ -346,17 +328,6 @@ def plan(scene: Scene, args: argparse.Namespace) -> Iterator[tuple[Path, Callabl
             if file.exists() and not args.overwrite:
                 raise UserError(f"--out {args.out}: {file} exists; name another folder, or replace it with --overwrite")
             yield file, draw
-
-
-def write(figure: Figure, file: Path, out: str) -> None:
-    """Write a figure, as a whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    kind = file.suffix[1:]
-    metadata = {"Software": None} if kind == "png" else {"CreationDate": None}
-    write_picture(file, lambda content: figure.savefig(content, format=kind, dpi=DPI[kind], metadata=metadata), out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -376,43 +347,16 @@ def build_parser() -> Parser:
     add("--out", required=True, type=path, metavar="DIR", help="folder for the figures")
     add("--overwrite", action="store_true", help="replace figures that are in DIR already")
     add("--format", choices=tuple(DPI), default="png", help="png (200 dpi, the default), or pdf (vectors)")
-    add(
-        "--figures",
-        nargs="+",
-        choices=FIGURES,
-        default=FIGURES,
-        metavar="NAME",
-        help=f"what to draw: {', '.join(FIGURES)}; default all that PATH has",
-    )
-    add(
-        "--window",
-        nargs="+",
-        default=[],
-        metavar="ROW COLUMN",
-        help="the window, or all for the attention of every one; default the one in the middle",
-    )
-    add(
-        "--blocks",
-        nargs="+",
-        default=[],
-        metavar="STAGE.BLOCK",
-        help="blocks to draw by head, or all; default the last of each stage and window side",
-    )
-    add(
-        "--class",
-        dest="label",
-        default="",
-        metavar="CLASS",
-        help="class to attribute pixels to, name or number; default the predicted one",
-    )
-    add(
-        "--input-size",
-        nargs=2,
-        type=positive_int,
-        metavar=("H", "W"),
-        help="for backbones: size in pixels to which the image is scaled and cropped; default the whole image, "
-        f"its shorter side at most {SHORTER_SIDE}",
-    )
+    figures = f"what to draw: {', '.join(KINDS)}; default all that PATH has"
+    add("--figures", nargs="+", choices=KINDS, default=list(KINDS), metavar="NAME", help=figures)
+    window = "the window, or all for the attention of every one; default the one in the middle"
+    add("--window", nargs="+", default=[], metavar="ROW COLUMN", help=window)
+    blocks = "blocks to draw by head, or all; default the last of each stage and window side"
+    add("--blocks", nargs="+", default=[], metavar="STAGE.BLOCK", help=blocks)
+    label = "class to attribute pixels to, name or number; default the predicted one"
+    add("--class", dest="label", default="", metavar="CLASS", help=label)
+    size = f"for backbones: scale and crop to this; default the whole image, its shorter side at most {SHORTER_SIDE}"
+    add("--input-size", nargs=2, type=positive_int, metavar=("H", "W"), help=size)
     return parser
 
 
@@ -422,14 +366,14 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: the image or the network cannot be read, a setting does not fit them, or a file cannot be written.
     """
-    if tuple(args.figures) != FIGURES and "attribution" in args.figures:
-        require("--figures attribution", "captum")
     loaded, image = load(args)
     make_folder(Path(args.out), f"--out {args.out}")
     scene = observe(args, loaded, image)
+    metadata = {"Software": None} if args.format == "png" else {"CreationDate": None}
+    style: dict[str, Any] = dict(format=args.format, dpi=DPI[args.format], metadata=metadata)
     for file, draw in list(plan(scene, args)):
-        with figures.settings():
-            write(draw(), file, args.out)
+        with matplotlib.rc_context(figures.FONT):
+            write_picture(file, partial(draw().savefig, **style), args.out)
         print(file)
 
 

@@ -37,6 +37,10 @@ TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)
 PERCENTILE = 99  # of an attribution map, that is the end of the colour scale: single pixels may have far more
 
 
+Grid = list[list[Axes]]  # panels, by row and column
+Extension = Literal["neither", "max", "both"]
+
+
 @dataclass(frozen=True)
 class Subject:
     """What all figures are about.
@@ -57,9 +61,7 @@ class Subject:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def panels(
-    rows: int, columns: int, shape: Sequence[float], title: str, side: float = PANEL
-) -> tuple[Figure, list[list[Axes]]]:
+def panels(rows: int, columns: int, shape: Sequence[float], title: str, side: float = PANEL) -> tuple[Figure, Grid]:
     """Make a figure of equal panels, blank until they are drawn.
 
     Args:
@@ -104,17 +106,11 @@ def show_cells(
     Cells that reach beyond the image are cut where it ends, if it was drawn before.
     """
     rows, columns = values.shape[:2]
-    limits = axes.get_xlim(), axes.get_ylim()
-    axes.imshow(
-        values,
-        extent=(0, columns * cell, rows * cell, 0),
-        norm=norm,
-        cmap=colours,
-        alpha=opacity,
-        interpolation="nearest",
-    )
+    limits = dict(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+    extent = (0, columns * cell, rows * cell, 0)
+    axes.imshow(values, extent=extent, norm=norm, cmap=colours, alpha=opacity, interpolation="nearest")
     if axes.images[1:]:
-        axes.set(xlim=limits[0], ylim=limits[1])
+        axes.set(**limits)
 
 
 def faint(image: np.ndarray) -> np.ndarray:
@@ -123,27 +119,16 @@ def faint(image: np.ndarray) -> np.ndarray:
     return GREY + CONTRAST * (grey - 0.5)
 
 
-def over_grey(colours: Colormap = COLOUR_MAP) -> Colormap:
-    """A colour map as it looks over a faint image."""
-    return ListedColormap(OPACITY * colours(np.linspace(0, 1, 256))[:, :3] + (1 - OPACITY) * GREY)
+def over_grey() -> Colormap:
+    """The colour map as it looks over a faint image."""
+    return ListedColormap(OPACITY * COLOUR_MAP(np.linspace(0, 1, 256))[:, :3] + (1 - OPACITY) * GREY)
 
 
 def mark(axes: Axes, left: float, top: float, width: float, height: float) -> None:
     """Outline a part of a panel, visibly on any ground."""
-    stroke = withStroke(linewidth=1.9, foreground="black")
-    axes.add_patch(
-        Rectangle(
-            (left, top),
-            width,
-            height,
-            fill=False,
-            edgecolor="white",
-            linewidth=0.8,
-            clip_on=False,
-            zorder=5,
-            path_effects=[stroke],
-        )
-    )
+    line: dict[str, Any] = dict(fill=False, edgecolor="white", linewidth=0.8, clip_on=False, zorder=5)
+    stroke = [withStroke(linewidth=1.9, foreground="black")]
+    axes.add_patch(Rectangle((left, top), width, height, path_effects=stroke, **line))
 
 
 def mark_window(axes: Axes, block: BlockAttention, subject: Subject, row: int, column: int) -> None:
@@ -154,12 +139,7 @@ def mark_window(axes: Axes, block: BlockAttention, subject: Subject, row: int, c
 
 
 def colour_bar(
-    figure: Figure,
-    grid: list[list[Axes]],
-    norm: Normalize,
-    colours: Colormap,
-    label: str,
-    extend: Literal["neither", "max", "both"] = "neither",
+    figure: Figure, grid: Grid, norm: Normalize, colours: Colormap, label: str, extend: Extension = "neither"
 ) -> None:
     """Add the colour scale.
 
@@ -171,16 +151,10 @@ def colour_bar(
         label: what is shown.
         extend: ends beyond which there are values.
     """
-    bar = figure.colorbar(
-        ScalarMappable(norm, colours),
-        ax=[axes for row in grid for axes in row],
-        label=label,
-        extend=extend,
-        fraction=0.05,
-        aspect=24,
-        pad=0.02,
-        shrink=min(0.9, LONGEST_BAR / figure.get_figheight()),
-    )
+    shape: dict[str, Any] = dict(fraction=0.05, aspect=24, pad=0.02)
+    shape["shrink"] = min(0.9, LONGEST_BAR / figure.get_figheight())
+    panels = [axes for row in grid for axes in row]
+    bar = figure.colorbar(ScalarMappable(norm, colours), ax=panels, label=label, extend=extend, **shape)
     if norm is RELATIVE:
         bar.set_ticks(list(TICKS), labels=[f"{tick:g}" for tick in TICKS], minor=False)
         bar.ax.minorticks_off()
@@ -229,14 +203,8 @@ def show_mosaic(
     maps[:, :high, :, :wide] = fine.transpose(0, 2, 1, 3)
     axes.axis("on")
     extent = (0, columns * (wide + gap), rows * (high + gap), 0)
-    axes.imshow(
-        maps.reshape(extent[2], extent[1]),
-        extent=extent,
-        norm=norm,
-        cmap=COLOUR_MAP,
-        interpolation="nearest",
-        aspect="auto",
-    )
+    style: dict[str, Any] = dict(norm=norm, cmap=COLOUR_MAP, interpolation="nearest", aspect="auto")
+    axes.imshow(maps.reshape(extent[2], extent[1]), extent=extent, **style)
     axes.set_box_aspect(shape[0] / shape[1])
     outlines = [
         Rectangle((column * (wide + gap + SUBCELLS), row * (high + gap + SUBCELLS)), SUBCELLS, SUBCELLS)
@@ -248,72 +216,65 @@ def show_mosaic(
 
 
 def show_among(
-    axes: Axes, weights: Tensor, grid: tuple[int, int], stride: int, subject: Subject, block: BlockAttention, title: str
+    axes: Axes, weights: Tensor, part: BlockAttention | Rollout, subject: Subject, block: BlockAttention, title: str
 ) -> None:
     """Draw attention among the windows of a grid: of the chosen window over the image, or of all as a mosaic.
 
     Args:
         axes: where to draw.
         weights: n × n, rows sum to one.
-        grid: rows and columns of windows.
-        stride: image pixels per window side.
+        part: what the weights are of, with its grid.
         subject: see the class.
         block: the block, whose window is marked.
         title: the panel's title.
     """
     relative = weights.double().cpu().numpy() * weights.shape[-1]
     if subject.pixel is None:
-        show_mosaic(axes, relative, grid, subject.image.shape, RELATIVE, title)
+        show_mosaic(axes, relative, part.grid, subject.image.shape, RELATIVE, title)
         return
     row, column = block.window_at(*subject.pixel)
     show_image(axes, faint(subject.image), title)
-    show_cells(axes, relative[row * grid[1] + column].reshape(grid), stride, RELATIVE, COLOUR_MAP, OPACITY)
+    cells = relative[row * part.grid[1] + column].reshape(part.grid)
+    show_cells(axes, cells, part.stride, RELATIVE, COLOUR_MAP, OPACITY)
     mark_window(axes, block, subject, row, column)
 
 
-def among_bar(figure: Figure, grid: list[list[Axes]], subject: Subject) -> None:
+def among_bar(figure: Figure, grid: Grid, subject: Subject) -> None:
     """Add the colour scale of attention."""
     colour_bar(figure, grid, RELATIVE, COLOUR_MAP if subject.pixel is None else over_grey(), RELATIVE_LABEL, "both")
 
 
-def show_input(axes: Axes, subject: Subject, block: BlockAttention, title: str = "input") -> None:
+def show_input(axes: Axes, subject: Subject, block: BlockAttention) -> None:
     """Draw the image, with the chosen window outlined."""
-    show_image(axes, subject.image, title)
+    show_image(axes, subject.image, "input")
     if subject.pixel is not None:
         mark_window(axes, block, subject, *block.window_at(*subject.pixel))
 
 
-def listening(subject: Subject) -> str:
+def attending(subject: Subject) -> str:
     """What the figures of attention among windows show."""
-    return "each window listens to" if subject.pixel is None else "the outlined window listens to"
+    return "each window attends to" if subject.pixel is None else "the outlined window attends to"
 
 
 def among_figure(subject: Subject, blocks: Sequence[BlockAttention], through: Rollout) -> Figure:
     """Attention among windows of all blocks that have it, mean over heads, and its rollout through all blocks."""
     most, side = (LARGE_COLUMNS, LARGE_PANEL) if subject.pixel is None else (COLUMNS, PANEL)
-    title = f"{subject.title}\nwindows that {listening(subject)}, mean over heads"
+    title = f"{subject.title}\nwindows that {attending(subject)}, mean over heads"
     figure, grid = panels(*chunks(len(blocks) + 2, most), subject.image.shape, title, side)
     axes = [axes for row in grid for axes in row]
     finest = min(blocks, key=lambda block: block.stride)
     show_input(axes[0], subject, finest)
     for block, panel in zip(blocks, axes[1:]):
-        show_among(panel, block.among_mean()[0], block.grid, block.stride, subject, block, titled(block))
-    show_among(
-        axes[len(blocks) + 1],
-        through.weights[0],
-        through.grid,
-        through.stride,
-        subject,
-        finest,
-        f"all blocks: rollout\n{windows(through.grid)}",
-    )
+        show_among(panel, block.among_mean()[0], block, subject, block, titled(block))
+    name = f"all blocks: rollout\n{windows(through.grid)}"
+    show_among(axes[len(blocks) + 1], through.weights[0], through, subject, finest, name)
     among_bar(figure, grid, subject)
     return figure
 
 
 def heads_figure(
     subject: Subject, count: int, title: str, show: Callable[[Axes, int | None], None], first: Callable[[Axes], None]
-) -> tuple[Figure, list[list[Axes]]]:
+) -> tuple[Figure, Grid]:
     """Make a figure with an image, the mean over heads, and each head.
 
     Args:
@@ -345,9 +306,9 @@ def among_heads_figure(subject: Subject, block: BlockAttention) -> Figure:
 
     def show(axes: Axes, head: int | None) -> None:
         weights = block.among_mean()[0] if head is None else among[0, head]
-        show_among(axes, weights, block.grid, block.stride, subject, block, named(head))
+        show_among(axes, weights, block, subject, block, named(head))
 
-    title = f"{subject.title}\n{block_name(block)}: windows that {listening(subject)}"
+    title = f"{subject.title}\n{block_name(block)}: windows that {attending(subject)}"
     figure, grid = heads_figure(subject, among.shape[1], title, show, lambda axes: show_input(axes, subject, block))
     among_bar(figure, grid, subject)
     return figure
@@ -371,7 +332,7 @@ def inside_figure(subject: Subject, block: BlockAttention) -> Figure:
     heads = [None, *range(len(weights))] if len(weights) > 1 else [0]
     rows, columns = chunks(len(heads), HEADS + 1)
     of = "" if block.grid == (1, 1) else f", window ({row}, {column}) of {block.grid[0]} × {block.grid[1]}"
-    title = f"{subject.title}\n{block_name(block)}{of}: pixels that are listened to inside the window"
+    title = f"{subject.title}\n{block_name(block)}{of}: pixels that are attended to inside the window"
     figure, grid = panels(rows * len(queries), columns + 1, (1, 1), title)
     for number, (name, query) in enumerate(queries.items()):
         show_window(grid[rows * number][0], subject, block, (row, column), name)
@@ -390,7 +351,7 @@ def show_window(axes: Axes, subject: Subject, block: BlockAttention, window: tup
     """Draw the part of the image that a window covers. Padding is white."""
     show_image(axes, subject.image, "the window")
     top, left = window[0] * block.stride, window[1] * block.stride
-    axes.set(xlim=(left, left + block.stride), ylim=(top + block.stride, top), ylabel=f"{query}\nlistens to")
+    axes.set(xlim=(left, left + block.stride), ylim=(top + block.stride, top), ylabel=f"{query}\nattends to")
 
 
 def show_window_weights(axes: Axes, weights: np.ndarray, seen: tuple[int, int], title: str) -> None:
@@ -398,10 +359,9 @@ def show_window_weights(axes: Axes, weights: np.ndarray, seen: tuple[int, int], 
     w = len(weights)
     axes.axis("on")
     axes.imshow(weights, norm=RELATIVE, cmap=COLOUR_MAP, interpolation="nearest", extent=(0, w, w, 0))
-    if seen[0] < w:
-        axes.axhline(seen[0], color="white", linestyle="--", linewidth=0.8)
-    if seen[1] < w:
-        axes.axvline(seen[1], color="white", linestyle="--", linewidth=0.8)
+    for draw, end in zip((axes.axhline, axes.axvline), seen):
+        if end < w:
+            draw(end, color="white", linestyle="--", linewidth=0.8)
     axes.set(xticks=[], yticks=[], title=title)
 
 
@@ -412,13 +372,8 @@ def show_window_weights(axes: Axes, weights: np.ndarray, seen: tuple[int, int], 
 
 def tokens_figure(title: str, similarities: Sequence[tuple[BlockAttention, Tensor]]) -> Figure:
     """Cosine similarity of each block's learned window tokens, n × n: one map per window, at the window's place."""
-    rows, columns = similarities[0][0].grid
-    figure, grid = panels(
-        *chunks(len(similarities), LARGE_COLUMNS),
-        (rows, columns),
-        f"{title}\nsimilarity of each window's token to the others'",
-        LARGE_PANEL,
-    )
+    shape, title = similarities[0][0].grid, f"{title}\nsimilarity of each window's token to the others'"
+    figure, grid = panels(*chunks(len(similarities), LARGE_COLUMNS), shape, title, LARGE_PANEL)
     norm = Normalize(-1, 1)
     for (block, similarity), axes in zip(similarities, [axes for row in grid for axes in row]):
         show_mosaic(axes, similarity.cpu().numpy(), block.grid, block.grid, norm, titled(block))
@@ -452,8 +407,3 @@ def attribution_figure(subject: Subject, label: str, maps: Sequence[np.ndarray])
         show_cells(axes, relative, 4 * 2**stage, norm, COLOUR_MAP, OPACITY)
     colour_bar(figure, grid, norm, over_grey(), f"relative to the\n{PERCENTILE}th percentile", "max")
     return figure
-
-
-def settings() -> Any:
-    """Matplotlib's settings for these figures, as a context."""
-    return matplotlib.rc_context(FONT)

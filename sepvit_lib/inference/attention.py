@@ -33,8 +33,8 @@ class BlockAttention:
         grid: rows and columns of windows.
         window_size: window side, in pixels of the map.
         map_size: height and width of the map, without the padding of the last windows.
-        among: weights among windows, B × h × n × n: a row is a window, its columns are the windows that it listens to.
-            None for a block with a single window, which listens to no other.
+        among: weights among windows, B × h × n × n: a row is a window, its columns are the windows that it attends to.
+            None for a block with a single window, which attends to no other.
         inside: weights inside windows, B × n × h × T × T.
         has_token: whether the windows have window tokens, which come first in `inside`.
         difference: largest difference of the recomputed output, relative to the output's largest value.
@@ -97,10 +97,15 @@ def record_attention(
     if any(attention.training for attention, _ in blocks.values()):
         raise ValueError("the network is in training mode, in which dropout changes its attention; call eval() first")
     records: dict[str, BlockAttention] = {}
+
+    def record(name: str, stage: int, attention: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if name in records:
+            raise ValueError(f"{name} ran twice; record one run at a time")
+        records[name] = _attention_of(name, stage, attention, inputs, output)
+
     with ExitStack() as hooks, torch.no_grad():
         for name, (attention, stage) in blocks.items():
-            hook = partial(_record, records, name, stage)
-            hooks.callback(attention.register_forward_hook(hook).remove)
+            hooks.callback(attention.register_forward_hook(partial(record, name, stage)).remove)
         (run or network)(images)
     if not records:
         raise ValueError("none of the network's blocks ran; a compiled network does not call them one by one")
@@ -119,20 +124,12 @@ def _named_blocks(network: nn.Module) -> dict[str, tuple[SeparableSelfAttention,
     return found
 
 
-def _record(
-    records: dict[str, BlockAttention],
-    name: str,
-    stage: int,
-    attention: nn.Module,
-    inputs: tuple[Any, ...],
-    output: Tensor,
-) -> None:
-    """Add a block's attention to the records: the hook that runs after its attention module."""
-    assert isinstance(attention, SeparableSelfAttention)
-    if name in records:
-        raise ValueError(f"{name} ran twice; record one run at a time")
+def _attention_of(
+    name: str, stage: int, attention: SeparableSelfAttention, inputs: tuple[Any, ...], output: Tensor
+) -> BlockAttention:
+    """Compute a block's attention from the inputs of its attention module, and check it by the output."""
     z, H, W = inputs
-    B, n = z.shape[:2]
+    (B, n), w = z.shape[:2], attention.window_size
     q, k, v = attention.depthwise_heads(z)  # each B·n × h × T × d
     inside = window_weights(q, k)  # B·n × h × T × T
     a = attention.join_heads(inside.to(v.dtype) @ v, z)  # B × n × T × C
@@ -140,21 +137,11 @@ def _record(
     if attention.PSA_qk is not None:
         among = attention.pointwise_weights(a)  # B × h × n × n
         f = attention.mix_windows(among, a)  # B × h × n × L·d
-    difference = _check(
-        name, [weights for weights in (inside, among) if weights is not None], attention.project(f, H, W), output
-    )
-    w = attention.window_size
-    records[name] = BlockAttention(
-        name=name,
-        stage=stage,
-        grid=(-(-H // w), -(-W // w)),
-        window_size=w,
-        map_size=(H, W),
-        among=among if n > 1 else None,
-        inside=inside.unflatten(0, (B, n)),
-        has_token=attention.PSA_qk is not None,
-        difference=difference,
-    )
+    weights = [inside] if among is None else [inside, among]
+    difference = _check(name, weights, attention.project(f, H, W), output)
+    inside, has_token = inside.unflatten(0, (B, n)), among is not None
+    grid, among = (-(-H // w), -(-W // w)), among if n > 1 else None
+    return BlockAttention(name, stage, grid, w, (H, W), among, inside, has_token, difference)
 
 
 def _check(name: str, weights: Sequence[Tensor], recomputed: Tensor, output: Tensor) -> float:
@@ -171,10 +158,7 @@ def _check(name: str, weights: Sequence[Tensor], recomputed: Tensor, output: Ten
     largest = output.double().abs().max().item()
     difference = (recomputed.double() - output.double()).abs().max().item() / max(largest, 1e-30)
     if not difference <= tolerance:
-        raise RuntimeError(
-            f"{name}: the output recomputed from its attention differs from the network's by "
-            f"{difference:.1g} of the largest value, more than {tolerance:g}"
-        )
+        raise RuntimeError(f"{name}: the output recomputed from its attention differs by {difference:.1g}")
     return difference
 
 
@@ -206,7 +190,7 @@ def rollout(blocks: Sequence[BlockAttention]) -> Rollout:
     the identity in this network too, which computes (P + I) @ f.
 
     Grids differ between blocks. The common one is the finest, of m cells, and areas bring the others to it. A cell
-    listens as the windows do that it overlaps, in proportion to the overlaps: A, m × n, rows sum to one. The weight of
+    attends as the windows do that it overlaps, in proportion to the overlaps: A, m × n, rows sum to one. The weight of
     a window spreads evenly over its area: D, n × m. So P becomes A P D, m × m. Weight on padding is dropped, and rows
     are divided by their sums. The identity stays that of the cells: the shortcut leaves pixels where they are.
 

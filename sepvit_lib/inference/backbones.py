@@ -7,13 +7,7 @@ from typing import Any
 import torch
 
 from sepvit import SepViTDense, create_dense, entries_under, variant_of
-from sepvit_lib.training.checkpoints import (
-    NUMPY_CLASSES,
-    has_averaged_weights,
-    load_weights,
-    read_checkpoint,
-    weights_of,
-)
+from sepvit_lib.training import checkpoints
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.images import EXIF, orientation_for
 from sepvit_lib.training.networks import place
@@ -37,7 +31,7 @@ def _log_statistic(owner: type, name: str) -> str:
 LOG_CLASSES = (
     (_Log, "mmengine.logging.history_buffer.HistoryBuffer"),
     (_log_statistic, "builtins.getattr"),
-    *NUMPY_CLASSES,
+    *checkpoints.NUMPY_CLASSES,
 )
 
 
@@ -71,15 +65,15 @@ def load_backbone(path: str, what: str, averaged: bool = False, device: str = "c
     Raises:
         UserError: the file is missing, damaged or not a checkpoint, would run code, or its weights do not fit.
     """
-    checkpoint: dict[str, Any] = read_checkpoint(path, what, LOG_CLASSES)
-    weights = weights_of(checkpoint, what, prefer_ema=averaged)
+    checkpoint: dict[str, Any] = checkpoints.read_checkpoint(path, what, LOG_CLASSES)
+    weights = checkpoints.weights_of(checkpoint, what, prefer_ema=averaged)
     own = entries_under(weights, "backbone") or weights
     variant = variant_of(own)
     if variant is None or not any(name.startswith("norm_list.") for name in own):  # which only the dense form has
         return None
-    if averaged and not has_averaged_weights(checkpoint):
+    if averaged and not checkpoints.has_averaged_weights(checkpoint):
         raise UserError(f"{what}: has no averaged weights; take the others")
     network = create_dense(variant)
-    load_weights(network, own, what, variant_hint="name another checkpoint")
+    checkpoints.load_weights(network, own, what, variant_hint="name another checkpoint")
     place(network, torch.device(device)).eval()
     return Backbone(variant, network, orientation_for(checkpoint.get("reading")))

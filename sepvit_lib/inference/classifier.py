@@ -18,22 +18,14 @@ from torch import Tensor, nn
 
 from sepvit import VARIANTS, entries_under, variant_of
 from sepvit_lib.inference import exported
-from sepvit_lib.training.checkpoints import (
-    classifier_of,
-    has_averaged_weights,
-    img_size_of,
-    load_weights,
-    read_checkpoint,
-    settings_in,
-    weights_of,
-)
+from sepvit_lib.training import checkpoints
 from sepvit_lib.training.errors import UserError, setting
 from sepvit_lib.training.images import EXIF, orientation_for
 from sepvit_lib.training.networks import create_network, place
 from sepvit_lib.training.preprocessing import Preprocessing
 from sepvit_lib.training.state import Precision
 
-CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")  # of a model's folder in timm's layout
+CONFIG = "config.json"  # of a model's folder in timm's layout
 
 
 @dataclass(frozen=True)
@@ -151,30 +143,26 @@ def load_classifier(
     if averaged and (kind or is_folder):
         raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")
     if kind:
-        return _checked_name(_exported(path, kind, what, precision), model, what)
-    if is_folder:
-        network, description, names = _from_folder(Path(path), what)
+        classifier = _exported(path, kind, what, precision)
     else:
-        network, description, names = _from_checkpoint(path, model, averaged, what)
-    place(network, precision.device).eval()
-    run, prepare = _runner(network, precision), Preparation(description.preprocessing)
-    return _checked_name(Classifier(description, prepare, run, network, is_named=names is not None), model, what)
-
-
-def _checked_name(classifier: Classifier, model: str, what: str) -> Classifier:
-    """Refuse a classifier with a different network from the one that was named, "" for none."""
+        loaded = _from_folder(Path(path), what) if is_folder else _from_checkpoint(path, model, averaged, what)
+        classifier = _classifier(*loaded, precision)
     held = classifier.description.model
     if model and held.split(".")[0] != model.split(".")[0]:
         raise UserError(f"{what}: contains {held}, not {model}; omit {setting('model')}")
     return classifier
 
 
-def _runner(network: nn.Module, precision: Precision) -> Callable[[Tensor], Tensor]:
+def _classifier(
+    network: nn.Module, description: Description, names: Sequence[str] | None, precision: Precision
+) -> Classifier:
+    place(network, precision.device).eval()
+
     def run(images: Tensor) -> Tensor:
         with torch.inference_mode(), precision.autocast():
             return network(precision.images(images))
 
-    return run
+    return Classifier(description, Preparation(description.preprocessing), run, network, is_named=names is not None)
 
 
 def _exported(path: str, kind: exported.Kind, what: str, precision: Precision) -> Classifier:
@@ -182,19 +170,14 @@ def _exported(path: str, kind: exported.Kind, what: str, precision: Precision) -
     try:
         description = Description.from_json(opened.description)
     except ValueError:
-        raise UserError(
-            f"{what}: does not tell its classes and preprocessing; export it with tools/export.py"
-        ) from None
+        raise UserError(f"{what}: lacks its classes and preprocessing; export it with tools/export.py") from None
     return Classifier(description, Preparation(description.preprocessing, opened.takes_pixels), opened.run)
 
 
 def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description, Sequence[str] | None]:
     """Load a folder in timm's layout. Returns also the names of the classes, if it has them."""
-    missing = [names for names in ((CONFIG,), WEIGHTS) if not any((folder / name).is_file() for name in names)]
-    if missing:
-        raise UserError(
-            f"{what}: a folder without {' or '.join(missing[0])}; name a checkpoint in it, or a folder of save_for_hf"
-        )
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{what}: a folder without {CONFIG}; name a checkpoint in it, or a folder of save_for_hf")
     try:
         network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # of any type, for files that are damaged or of other networks
@@ -210,18 +193,17 @@ def _from_checkpoint(
     path: str, model: str, averaged: bool, what: str
 ) -> tuple[nn.Module, Description, Sequence[str] | None]:
     """Load a checkpoint. Returns also the names of the classes, if it has them."""
-    checkpoint = read_checkpoint(path, what)
-    if averaged and not has_averaged_weights(checkpoint):
+    checkpoint = checkpoints.read_checkpoint(path, what)
+    if averaged and not checkpoints.has_averaged_weights(checkpoint):
         raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")
-    weights = weights_of(checkpoint, what, prefer_ema=averaged)
+    weights = checkpoints.weights_of(checkpoint, what, prefer_ema=averaged)
     name = _model_name(model, checkpoint, weights, what)
     num_classes = _count_classes(name, weights, what)
     default: Any = get_pretrained_cfg_value(name, "input_size")
-    size = settings_in(checkpoint).get("input_size") or default[-1]
+    size = checkpoints.settings_in(checkpoint).get("input_size") or default[-1]
     network = create_network(f"{what}, model {name}", name, num_classes, size)
-    load_weights(
-        network, weights, what, variant_hint=f"name it with {setting('model')}", img_size=img_size_of(checkpoint)
-    )
+    hint, img_size = f"name it with {setting('model')}", checkpoints.img_size_of(checkpoint)
+    checkpoints.load_weights(network, weights, what, variant_hint=hint, img_size=img_size)
     names = checkpoint.get("classes")
     preprocessing, orientation = Preprocessing.of_weights(checkpoint, name, size), checkpoint.get("reading")
     description = Description(name, class_names(names, num_classes), preprocessing, orientation_for(orientation))
@@ -230,13 +212,11 @@ def _from_checkpoint(
 
 def _model_name(model: str, checkpoint: Mapping[str, Any], weights: dict[str, Tensor], what: str) -> str:
     """Find the network's name: the given one, the settings', or the SepViT that the weights are of."""
-    name = model or settings_in(dict(checkpoint)).get("model") or variant_of(weights)
+    name = model or checkpoints.settings_in(dict(checkpoint)).get("model") or variant_of(weights)
     if not name:
         if variant := variant_of(entries_under(weights, "backbone")):
-            raise UserError(
-                f"{what}: holds a segmentor or detector with {variant}, not a classifier; use "
-                "segmentation/predict.py or detection/predict.py"
-            )
+            advice = "use segmentation/predict.py or detection/predict.py"
+            raise UserError(f"{what}: holds a segmentor or detector with {variant}, not a classifier; {advice}")
         raise UserError(f"{what}: does not tell its model; name it with {setting('model')}")
     if not timm.is_model(name):
         raise UserError(f"{setting('model', name)}: unknown; choose {', '.join(VARIANTS)}, or a timm model")
@@ -245,7 +225,7 @@ def _model_name(model: str, checkpoint: Mapping[str, Any], weights: dict[str, Te
 
 def _count_classes(name: str, weights: Mapping[str, Tensor], what: str) -> int:
     heads = get_pretrained_cfg_value(name, "classifier")
-    found = classifier_of(weights, heads)
+    found = checkpoints.classifier_of(weights, heads)
     if not found:
         raise UserError(f"{what}: holds no classifier ({name} has it in {heads}); fine-tune it with main.py first")
     return len(weights[found[0]])

@@ -45,9 +45,7 @@ def _characters_of(path: str) -> frozenset[int]:
 
 @cache
 def _report(script: str) -> None:
-    tqdm.write(
-        f"WARNING: no installed font covers all characters in the class names ({script}); install one", file=sys.stderr
-    )
+    tqdm.write(f"WARNING: no installed font has all characters of the class names ({script})", file=sys.stderr)
 
 
 def use_in_figures(texts: Iterable[str]) -> None:

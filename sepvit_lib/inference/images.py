@@ -91,9 +91,7 @@ def _find(name: str) -> Iterator[Task]:
         try:
             files, skipped = images_in(path)
         except OSError as error:
-            raise UserError(
-                f"{PLACEHOLDER} {error.filename}: cannot be read ({error.strerror}); correct its permissions"
-            ) from None
+            raise UserError(f"{PLACEHOLDER} {error.filename}: cannot be read ({error.strerror})") from None
         if not files:
             endings = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UserError(f"{PLACEHOLDER} {path}: a folder without images (files ending in {endings})")
@@ -127,19 +125,15 @@ def check_pictures(tasks: Sequence[Task], out: Path, overwrite: bool) -> None:
         UserError: a picture would overwrite a file that it must not.
     """
     images = {task.path.resolve() for task in tasks}
-    places: dict[Path, Path] = {}
+    sources: dict[Path, Path] = {}
     for task in tasks:
         picture = task.picture(out)
-        other = places.setdefault(picture, task.path)
+        other = sources.setdefault(picture, task.path)
         if other != task.path:
-            raise UserError(
-                f"{PLACEHOLDER} {task.path}: would get the same picture as {other}, {picture}; rename one, "
-                "name the folder that holds both, or predict them into two folders"
-            )
+            advice = "rename one, or name the folder that holds both"
+            raise UserError(f"{PLACEHOLDER} {task.path}: would get the same picture as {other}, {picture}; {advice}")
         if picture.resolve() in images:
             raise UserError(f"{setting('out', out)}: would overwrite {PLACEHOLDER} {picture}; name another folder")
         if picture.exists() and not overwrite:
-            raise UserError(
-                f"{setting('out', out)}: {picture} exists; name another folder, or replace it with "
-                f"{setting('overwrite')}"
-            )
+            advice = f"name another folder, or replace it with {setting('overwrite')}"
+            raise UserError(f"{setting('out', out)}: {picture} exists; {advice}")

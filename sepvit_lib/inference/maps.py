@@ -1,9 +1,10 @@
 """What a network has learned and computes, as maps: window tokens, feature maps, attribution of a class to pixels."""
 
+from contextlib import ExitStack
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from sepvit import SepViT, SepViTBlock
@@ -37,17 +38,17 @@ def principal_components(feature_map: Tensor) -> tuple[np.ndarray, float]:
         colours, H' × W' × 3, 0 to 1: each component on its own scale, without outliers, zeros for components that so
         few pixels do not have; and the share of the variance that the components hold.
     """
-    H, W, C = feature_map.shape
-    pixels = feature_map.detach().double().cpu().numpy().reshape(H * W, C)
-    colours = np.zeros((H * W, COLOURS))
-    count = min(COLOURS, H * W - 1, C)
-    if count < 1 or not pixels.std(axis=0).any():
-        return colours.reshape(H, W, COLOURS), 0.0
-    reduction = PCA(count, svd_solver="full")
-    components = reduction.fit_transform(pixels)  # H'·W' × count
+    H, W, _ = feature_map.shape
+    pixels = feature_map.detach().double().cpu().flatten(0, 1).numpy()  # H'·W' × C
+    left, scale, right = np.linalg.svd(pixels - pixels.mean(axis=0), full_matrices=False)
+    signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])  # of the largest weights: positive
+    count = min(COLOURS, H * W - 1, len(scale))
+    components = (left * scale * signs)[:, :count]
     low, high = np.percentile(components, (OUTLIERS, 100 - OUTLIERS), axis=0)
+    colours = np.zeros((H * W, COLOURS))
     colours[:, :count] = ((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
-    return colours.reshape(H, W, COLOURS), float(reduction.explained_variance_ratio_.sum())
+    variance = scale**2
+    return colours.reshape(H, W, COLOURS), float(variance[:count].sum() / max(variance.sum(), 1e-30))
 
 
 def attribution(network: SepViT, images: Tensor, label: int) -> list[Tensor]:
@@ -55,10 +56,6 @@ def attribution(network: SepViT, images: Tensor, label: int) -> list[Tensor]:
 
     This is HiResCAM (Draelos and Carin, 2020, arXiv 2011.08891). For the last stage, after the final norm, the values
     of an image sum up to the logit, less the classifier's bias.
-
-    Captum's layer attribution takes the maps as they are, B × H' × W' × C. The package grad-cam expects channels
-    first, so it would need a function that transposes each layer's maps, and a wrapper of the network. Its default
-    averages gradients over pixels, which is right only for layers that pooling follows.
 
     Args:
         network: the classification form, with average pooling, in evaluation mode.
@@ -68,11 +65,11 @@ def attribution(network: SepViT, images: Tensor, label: int) -> list[Tensor]:
     Returns:
         B × H' × W' for each stage.
     """
-    from captum.attr import LayerGradientXActivation  # optional: the other figures do not need it
-
-    last = len(network.feature_info) - 1
-    layers = [network.get_submodule(info["module"]) for info in network.feature_info[:last]]
-    method = LayerGradientXActivation(network, [*layers, network.norm])
-    with torch.enable_grad():
-        maps = method.attribute(images, target=label)
-    return [values.detach().sum(dim=-1) for values in maps]
+    maps: list[Tensor] = []
+    layers = [network.get_submodule(info["module"]) for info in network.feature_info[:-1]]
+    with ExitStack() as hooks, torch.enable_grad():
+        for layer in (*layers, network.norm):
+            handle = layer.register_forward_hook(lambda layer, inputs, output: maps.append(output))
+            hooks.callback(handle.remove)
+        gradients = torch.autograd.grad(network(images)[:, label].sum(), maps)
+    return [(gradient * values).detach().sum(dim=-1) for gradient, values in zip(gradients, maps)]

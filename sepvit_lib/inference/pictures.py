@@ -15,20 +15,19 @@ MAX_SIDE = 4096  # pixels; longer images are not enlarged, and their text does n
 ROWS = 5
 
 
-def with_classes(image: Image.Image, classes: Sequence[str], probabilities: Sequence[float]) -> Image.Image:
+def with_classes(image: Image.Image, classes: Sequence[tuple[str, float]]) -> Image.Image:
     """Draw an image's likeliest classes as bars below it.
 
     Args:
         image: the image, RGB.
-        classes: names of the classes, the likeliest first.
-        probabilities: their probabilities, 0 to 1.
+        classes: names and probabilities (0 to 1), the likeliest first.
     """
     factor = max(1, min(-(-MIN_WIDTH // image.width), MAX_SIDE // image.height))
     image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
     width = max(image.width, MIN_WIDTH)
     line = max(18, min(width, MAX_SIDE) // 24)  # height of a row in pixels
-    font = ImageFont.truetype(font_file([*classes[:ROWS], " %.…0123456789"]), int(0.62 * line))
-    margin, rows = line // 3, list(zip(classes, probabilities))[:ROWS]
+    margin, rows = line // 3, classes[:ROWS]
+    font = ImageFont.truetype(font_file([*(name for name, _ in rows), " %.…0123456789"]), int(0.62 * line))
     picture = Image.new("RGB", (width, image.height + line * len(rows) + 2 * margin), "white")
     picture.paste(image)
     canvas = ImageDraw.Draw(picture)
@@ -56,10 +55,8 @@ def write_picture(path: Path, write: Callable[[IO[bytes]], object], out: str) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, write)
     except OSError as error:
-        raise UserError(
-            f"{setting('out', out)}: {path.name} cannot be written ({error.strerror}); make room, or name "
-            "another folder"
-        ) from None
+        advice = "free some disk space, or choose another folder"
+        raise UserError(f"{setting('out', out)}: {path.name} cannot be written ({error.strerror}); {advice}") from None
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:

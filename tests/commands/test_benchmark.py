@@ -16,10 +16,10 @@ import sepvit
 from benchmarks import benchmark, input_pipeline, subjects
 from benchmarks.port import Port
 from benchmarks.record import Record, panels_of, picture
+from benchmarks.rounds import interleave, ratio
 from benchmarks.subjects import Setting, Subject, not_offered
 from benchmarks.tables import TOLERANCES, Method, Row, Table, compare, measure_table
 from sepvit_lib.inference.machine import device_name
-from sepvit_lib.inference.rounds import interleave, ratio
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.measure import count_activations, peak_memory
 

@@ -57,13 +57,8 @@ def run(code: str, folder: Path, *arguments: object) -> str:
     """Run a program in a folder of its own, without this repository on the path. Return what it prints."""
     (folder / "program.py").write_text(code)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(
-        [sys.executable, "program.py", *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    command = [sys.executable, "program.py", *map(str, arguments)]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -13,27 +13,18 @@ from sepvit_lib.training.networks import create_network
 
 # One small network each of twenty families, and the side of its images.
 NETWORKS = {
-    "convit_tiny": 32,
     "dla46x_c": 32,
-    "edgenext_xx_small": 32,
-    "efficientformerv2_s0": 32,
-    "efficientvit_b0": 32,
-    "efficientvit_m0": 64,
-    "fastvit_t8": 32,
-    "ghostnet_050": 32,
-    "lcnet_035": 32,
     "levit_128s": 64,
     "mobilevit_xxs": 32,
-    "pit_ti_224": 32,
     "pvt_v2_b0": 32,
-    "repghostnet_050": 32,
     "deit_tiny_distilled_patch16_224": 32,
-    "test_byobnet": 32,
-    "test_convnext": 32,
     "test_mambaout": 32,
     "test_nfnet": 32,
-    "test_resnet": 32,
 }
+FAMILIES = """convit_tiny edgenext_xx_small efficientformerv2_s0 efficientvit_b0 fastvit_t8 ghostnet_050 lcnet_035
+    pit_ti_224 repghostnet_050 test_byobnet test_convnext test_resnet"""
+SLOW = {"efficientvit_m0": 64, **dict.fromkeys(FAMILIES.split(), 32)}
+SIZES = [*NETWORKS.items(), *(pytest.param(*entry, marks=pytest.mark.slow) for entry in SLOW.items())]
 LACKING = ("densenet121", "hrnet_w18_small", "repvit_m0_9", "vgg11")  # some of those without stochastic depth
 
 
@@ -44,33 +35,16 @@ def data(digits, tmp_path_factory):
 
 
 def settings(data, out, name, size=32, batch_size=4):
-    return [
-        "--model",
-        name,
-        "--input-size",
-        size,
-        "--batch-size",
-        batch_size,
-        "--data-path",
-        data,
-        "--epochs",
-        1,
-        "--num_workers",
-        0,
-        "--device",
-        "cpu",
-        "--output_dir",
-        out,
-    ]
+    flags = f"--model {name} --input-size {size} --batch-size {batch_size} --epochs 1 --num_workers 0 --device cpu"
+    return [*flags.split(), "--data-path", data, "--output_dir", out]
 
 
 def run(*arguments):
     return main.run(list(map(str, arguments)))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_trains_and_is_loaded(name, data, tmp_path):
-    size = NETWORKS[name]
+@pytest.mark.parametrize(("name", "size"), SIZES)
+def test_a_network_trains_and_is_loaded(name, size, data, tmp_path):
     assert run(*settings(data, tmp_path, name, size)) == 0
     assert math.isfinite(read_log(tmp_path)[-1]["train_loss"])
     classifier = load_classifier(str(tmp_path / "checkpoint.pth"))

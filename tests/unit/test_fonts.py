@@ -1,25 +1,17 @@
 """Fonts of pictures: class names in any script."""
 
-import os
-import subprocess
-import sys
-
 import matplotlib
 import numpy as np
 import pytest
-from conftest import ROOT
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
+from PIL import Image
 
 from segmentation.drawing import draw
+from sepvit_lib.inference import fonts
 from sepvit_lib.inference.fonts import font_file, use_in_figures
-
-PICTURE = """
-import sys
-from PIL import Image
 from sepvit_lib.inference.pictures import with_classes
-with_classes(Image.new("RGB", (320, 8)), [sys.argv[1]], [0.5]).save(sys.argv[2])
-"""
 
 
 def legend(name: str) -> np.ndarray:
@@ -55,18 +47,16 @@ def write_font(path, characters):
     font.save(path)
 
 
-def test_a_font_of_the_system_is_used(tmp_path):
+def test_a_font_of_the_system_is_used(tmp_path, monkeypatch, capsys):
     """One that has the characters. Without any, the picture is drawn, and a line says so."""
-    name, script = "\U000f1234", [sys.executable, "-c", PICTURE]  # a private character, which no other font has
+    name, file = "\U000f1234", tmp_path / "fonts/Squares.ttf"  # a private character, which no other font has
+    write_font(file, name)
     printed, pictures = [], []
-    for folder in ("without", "with"):
-        if folder == "with":
-            write_font(tmp_path / "with/fonts/Squares.ttf", name)
-        environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path / folder)}
-        command = [*script, name, str(tmp_path / f"{folder}.png")]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-        printed.append(result.stderr.count("WARNING"))
-        pictures.append((tmp_path / f"{folder}.png").read_bytes())
+    for found in ([], [str(file)]):
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda found=found: found)
+        fonts._font_file.cache_clear()
+        pictures.append(with_classes(Image.new("RGB", (320, 8)), [(name, 0.5)]).tobytes())
+        printed.append(capsys.readouterr().err.count("WARNING"))
     assert printed == [1, 0]
     assert pictures[0] != pictures[1]
 

@@ -30,7 +30,7 @@ async function send(file) {
   try {
     const type = file.type.startsWith("image/") ? file.type : "application/octet-stream";
     const reply = await fetch("predict", { method: "POST", body: file, headers: { "Content-Type": type }, signal: request.signal });
-    const content = await reply.json().catch(() => ({ error: `The server failed (status ${reply.status}). Its terminal shows why.` }));
+    const content = await reply.json().catch(() => ({ error: reply.status === 503 ? "The server is busy. Try again in a moment." : `The server failed (status ${reply.status}). Its terminal shows why.` }));
     if (reply.ok) await show(content);
     else refuse(file.name ? `${file.name}: ${content.error}` : content.error);
   } catch (error) {
@@ -314,7 +314,7 @@ function reading(block) {
   for (let to = 1; to < n; to++) if (weight(block, own, to) > weight(block, own, most)) most = to;
   const place = most === own ? "itself" : `row ${Math.floor(most / block.columns)}, column ${most % block.columns}`;
   const rest = most === own ? "" : `, to itself ${percent(weight(block, own, own))}`;
-  return `The window in row ${row}, column ${column} of ${block.rows} × ${block.columns} listens most to ${place}: ` +
+  return `The window in row ${row}, column ${column} of ${block.rows} × ${block.columns} attends most to ${place}: ` +
     `${percent(weight(block, own, most))}${rest}. Evenly spread, each would get ${percent(1 / n)}.${state.isKept ? " Kept." : ""}`;
 }
 
