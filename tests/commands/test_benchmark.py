@@ -20,7 +20,7 @@ from port import Port
 
 import sepvit
 from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.measure import count_activations, count_multiply_adds, peak_memory
+from sepvit_lib.training.measure import FUSED_ATTENTION, count_activations, count_multiply_adds, peak_memory
 from tools import benchmark, benchmark_curves, benchmark_networks, benchmark_runtimes, benchmark_table
 from tools.benchmark_accuracy import calibration_images
 from tools.benchmark_machine import OtherWork, peak_resident
