@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -330,17 +330,10 @@ def evaluate(
     return stats
 
 
-class Throughput(NamedTuple):
-    """Result of `measure_throughput`: images of the batch, and images per second."""
-
-    batch_size: int
-    images_per_second: float
-
-
 @torch.no_grad()
 def measure_throughput(
     model: nn.Module, loader: DataLoader, precision: Precision, print_freq: int, watchdog: Watchdog
-) -> Throughput:
+) -> tuple[int, float]:
     """Measure the forward pass on the first validation batch: 50 passes to warm up, then 30 timed.
 
     Args:
@@ -349,6 +342,9 @@ def measure_throughput(
         precision: device and number format.
         print_freq: passes between two reports.
         watchdog: told about progress.
+
+    Returns:
+        images of the batch, and images per second.
     """
     model.eval()
     images = precision.images(next(iter(loader))[0])
@@ -365,4 +361,4 @@ def measure_throughput(
 
     timed(lambda: run("throughput, warm-up", WARMUP_PASSES), precision.device)
     seconds = timed(lambda: run("throughput", TIMED_PASSES), precision.device)
-    return Throughput(len(images), TIMED_PASSES * len(images) / seconds)
+    return len(images), TIMED_PASSES * len(images) / seconds

@@ -155,11 +155,11 @@ def run_throughput(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
     val = build_data(args, is_train=False)
     model = build_model(args, val.num_classes, precision)
     loader = build_val_loader(val, settings_from(args, LoaderSettings))
-    throughput = measure_throughput(model, loader, precision, args.print_freq, watchdog)
+    batch_size, images_per_second = measure_throughput(model, loader, precision, args.print_freq, watchdog)
     number_format = "float32" if precision.dtype is None else str(precision.dtype).removeprefix("torch.")
     print_main(
-        f"batch size {throughput.batch_size} (validation batches are 1.5 × --batch-size {args.batch_size}), "
-        f"{number_format}: {throughput.images_per_second:.1f} images/s"
+        f"batch size {batch_size} (validation batches are 1.5 × --batch-size {args.batch_size}), "
+        f"{number_format}: {images_per_second:.1f} images/s"
     )
 
 
@@ -921,7 +921,7 @@ def add_distillation_settings(group: Any) -> None:
 def add_data_settings(group: Any) -> None:
     add = group.add_argument
     add("--data-path", type=path, default="imagenet")
-    about = "stored: ignore EXIF orientations; exif: turn images upright; by default as the checkpoint was trained, or stored"
+    about = "stored: ignore EXIF orientations; exif: turn images upright; by default as the checkpoint's run, or stored"
     add("--orientation", choices=ORIENTATIONS, help=about)
     about = "text file that numbers the classes, one name per line, for folders that were renamed"
     add("--class-map", type=path, default="", metavar="FILE", help=about)
