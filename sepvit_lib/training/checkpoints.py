@@ -136,41 +136,21 @@ def damage(path: Path) -> str | None:
         if _is_safetensors(path):
             with safetensors.safe_open(path, framework="pt"):
                 return None
-    except (safetensors.SafetensorError, OSError) as error:  # or the file is gone: another process may delete it
-        return " ".join(str(error).split())[:100]
-    try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():  # testzip() would look entries up by name, and miss duplicates
-                if not _is_whole(archive, entry):
-                    return f"wrong checksum of {entry.filename.partition('/')[2]}"
+                if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & DIRECTORY:
+                    return f"{entry.filename} is not as torch.save writes it"
+                with archive.open(entry) as file:  # which compares the checksum
+                    while file.read(PART):
+                        pass
         # torch.load's own reader checks the zip directory more strictly. It is private: torch 2.x may drop it.
         if reader := getattr(torch._C, "PyTorchFileReader", None):
             with path.open("rb") as file:
                 reader(file)
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, ValueError) as error:
-        return " ".join(str(error).split())[:100] if _has_directory(path) else "truncated"
+    # The file may be gone, too: another process may delete it.
+    except (OSError, EOFError, RuntimeError, ValueError, safetensors.SafetensorError, zipfile.BadZipFile) as error:
+        return " ".join(str(error).split())[:100]
     return None
-
-
-def _has_directory(path: Path) -> bool:
-    """Whether a zip file has its directory, which is at the end."""
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # it has one, with an unsupported entry
-        return True
-
-
-def _is_whole(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
-    """Whether a zip entry is stored as torch.save does it, and its content matches its checksum."""
-    if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & DIRECTORY:
-        return False
-    try:
-        with archive.open(entry) as file:
-            while file.read(PART):
-                pass
-    except (zipfile.BadZipFile, EOFError):
-        return False
-    return True
 
 
 def _downloaded(url: str) -> Path:
