@@ -88,9 +88,7 @@ def test_an_export_is_not_scored_on_other_names(trained_digits, shifted, tmp_pat
         trained_digits / "checkpoint.pth",
         "--out",
         tmp_path / "out",
-        "--formats",
-        "torchscript",
-        "--data-path",
+        *"--formats torchscript --data-path".split(),
         shifted,
     ]
     result = command(*arguments, script="tools/export.py")
@@ -154,11 +152,7 @@ def test_another_order_is_matched_by_name(permuted, trained_digits, few_digits, 
         permuted,
         "--out",
         tmp_path / "out",
-        "--formats",
-        "torchscript",
-        "--rounds",
-        1,
-        "--data-path",
+        *"--formats torchscript --rounds 1 --data-path".split(),
         few_digits,
         script="tools/export.py",
     )
@@ -174,14 +168,7 @@ def test_a_resumed_run_keeps_the_order_of_its_checkpoint(permuted, trained_digit
         tmp_path,
         "--resume",
         permuted,
-        "--lr",
-        0,
-        "--mixup",
-        0,
-        "--cutmix",
-        0,
-        "--warmup-epochs",
-        0,
+        *"--lr 0 --mixup 0 --cutmix 0 --warmup-epochs 0".split(),
     )
     assert "matched by name" in printed
     after = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
@@ -247,9 +234,7 @@ def test_two_processes_match_classes(permuted, trained_digits, few_digits, tmp_p
         few_digits,
         "--output_dir",
         tmp_path,
-        "--eval",
-        "--dist-eval",
-        "--resume",
+        *"--eval --dist-eval --resume".split(),
         permuted,
         processes=2,
     )

@@ -416,9 +416,7 @@ def test_a_hanging_single_process(few_digits, tmp_path):
         write_script(tmp_path / "throughput", STUCK),
         "--throughput",
         *SMALL_BATCHES,
-        "--timeout",
-        "10",
-        "--data-path",
+        *"--timeout 10 --data-path".split(),
         few_digits,
     )
     for process, text, place, advice in (
@@ -775,18 +773,8 @@ def test_evaluation_on_a_full_disk(before, few_digits, tmp_path, capsys, monkeyp
 # ----------------------------------------------------------------------------------------------------------------------
 
 LAUNCHER_VARIABLES = [
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "SLURM_PROCID",
-    "SLURM_NTASKS",
-    "SLURM_LOCALID",
-    "SLURM_JOB_ID",
-    "SLURM_STEP_NODELIST",
-    "SLURM_JOB_NODELIST",
-    "OMPI_COMM_WORLD_RANK",
+    *"RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT SLURM_PROCID SLURM_NTASKS SLURM_LOCALID SLURM_JOB_ID".split(),
+    *"SLURM_STEP_NODELIST SLURM_JOB_NODELIST OMPI_COMM_WORLD_RANK".split(),
 ]
 ADDRESS = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29512")
 INVALID_VARIABLES = [

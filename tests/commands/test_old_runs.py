@@ -17,30 +17,9 @@ from sepvit_lib.training.output import EntryKind, kind_of, read_log
 
 FIXTURES = ROOT / "tests/fixtures"
 SETTINGS = [
-    "--model",
-    "sepvit_fixture",
-    "--input-size",
-    64,
-    "--batch-size",
-    8,
-    "--epochs",
-    3,
-    "--model-ema",
-    "--model-ema-warmup",
-    "--warmup-epochs",
-    1,
-    "--lr",
-    5e-3,
-    "--device",
-    "cpu",
-    "--checkpoint-every",
-    2,
-    "--print-freq",
-    1,
-    "--keep-checkpoints",
-    1,
-    "--num_workers",
-    0,
+    *"--model sepvit_fixture --input-size 64 --batch-size 8 --epochs 3 --model-ema --model-ema-warmup".split(),
+    *"--warmup-epochs 1 --lr 5e-3 --device cpu --checkpoint-every 2 --print-freq 1 --keep-checkpoints 1".split(),
+    *"--num_workers 0".split(),
 ]
 
 

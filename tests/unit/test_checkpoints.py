@@ -76,19 +76,8 @@ def server(weights, tmp_path, monkeypatch):
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     subprocess.run(
         [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-days",
-            "1",
-            "-subj",
-            "/CN=localhost",
-            "-addext",
-            "subjectAltName=DNS:localhost",
-            "-keyout",
+            *"openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext".split(),
+            *"subjectAltName=DNS:localhost -keyout".split(),
             key,
             "-out",
             certificate,
