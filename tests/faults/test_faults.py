@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,36 +106,40 @@ KILLED = {  # name: settings, processes, kills in the long form
 }
 
 
-def kill_repeatedly(name: str, kills: int, data: Path, folder: Path, undisturbed: Path, table) -> None:
-    settings, processes, _ = KILLED[name]
-    rng = random.Random(name)
-    run = Run(folder / "run", data, *settings, processes=processes)
-    done = 0
+def kill_repeatedly(start: Callable[[Path], Run], kills: int, folder: Path, undisturbed: Path) -> None:
+    """Kill a run at random moments and start it again until it ends, and again another one."""
+    rng = random.Random(folder.name)
+    run, done = start(folder / "run"), 0
     while done < kills:
         done += run.kill(rng)
         assert_nothing_saved_is_lost(run)
         if (run.output / LAST).exists() or "trained in" in run.text():  # complete: kill another run
             run.finish()
             assert_same(run.output, undisturbed)
-            run = Run(folder / f"run{len(list(folder.iterdir()))}", data, *settings, processes=processes)
+            run = start(folder / f"run{len(list(folder.iterdir()))}")
     run.finish()
     assert_same(run.output, undisturbed)
-    table.add(f"killed at a random moment, {name}", kills)
 
 
 def test_killed(few_digits, tmp_path, undisturbed, table):
-    kill_repeatedly("one process", 2, few_digits, tmp_path, undisturbed, table)
+    kill_repeatedly(lambda folder: Run(folder, few_digits), 2, tmp_path, undisturbed)
+    table.add("killed at a random moment, one process", 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KILLED)
 def test_killed_many_times(name, few_digits, tmp_path, table):
+    """SepViT_Lite in one process, the smallest network in the other forms."""
     settings, processes, kills = KILLED[name]
     if "cuda" in settings and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    undisturbed = Run(tmp_path / "undisturbed", few_digits, *settings, processes=processes)
-    undisturbed.finish()
-    kill_repeatedly(name, kills, few_digits, tmp_path, undisturbed.output, table)
+
+    def start(folder: Path) -> Run:
+        return Run(folder, few_digits, *settings, processes=processes)
+
+    start(tmp_path / "undisturbed").finish()
+    kill_repeatedly(start, kills, tmp_path / "killed", tmp_path / "undisturbed/run")
+    table.add(f"killed at a random moment, {name}", kills)
 
 
 @pytest.mark.slow
