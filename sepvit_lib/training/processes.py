@@ -100,7 +100,9 @@ def init_distributed(device: str, world_size: int, dist_url: str, timeout: float
             )
         return torch.device(device)
     world_size = environment_number("WORLD_SIZE", world_size, least=1)
-    rank = environment_number("RANK", 0, most=world_size - 1)
+    rank = environment_number("RANK", 0)
+    if rank >= world_size:
+        raise ValueError(f"environment variable RANK={rank}: of {world_size} processes")
     limit = timedelta(seconds=timeout)
     try:
         dist.init_process_group(
