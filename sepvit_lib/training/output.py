@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,17 +31,8 @@ LOCK_TIMEOUT = 60  # seconds, at least, to wait for the processes of a killed ru
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class EntryKind(Enum):
-    """Kind of a line of log.txt."""
-
-    RUN = "settings"
-    EPOCH = "train_loss"
-    EVENT = ""
-
-
-def kind_of(entry: dict[str, Any]) -> EntryKind:
-    """Kind of a line read from log.txt. DeiT's format has no field for it; each kind has a name that only it uses."""
-    return next(kind for kind in EntryKind if kind is EntryKind.EVENT or kind.value in entry)
+# DeiT's format has no field for the kind of a line. Each of these is in one kind alone.
+OF_RUN, OF_EPOCH = "settings", "train_loss"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -59,7 +49,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def epoch_entries(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Select the lines that sum up an epoch."""
-    return [entry for entry in log if kind_of(entry) is EntryKind.EPOCH]
+    return [entry for entry in log if OF_EPOCH in entry]
 
 
 class Log:
@@ -99,7 +89,7 @@ class Log:
 
     def add_run(self, run: dict[str, Any]) -> None:
         """Add a line that describes the run, unless the last such line says the same."""
-        last = [entry for entry in self.entries if kind_of(entry) is EntryKind.RUN][-1:]
+        last = [entry for entry in self.entries if OF_RUN in entry][-1:]
         run = json.loads(json.dumps(run))  # as `read_log` returns it
         if last != [run]:
             self.add(run)
