@@ -38,7 +38,8 @@ def test_multiply_adds_are_those_of_pytorch(name):
             module.register_forward_hook(lambda *passed: norms.append(passed[-1].numel()))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(image)
-    assert count_multiply_adds(network, image) == counter.get_total_flops() // 2 + 5 * sum(norms)
+    expected = counter.get_total_flops() // 2 + 5 * sum(norms)
+    assert count_multiply_adds(network, image) == expected
 
 
 # Of images of 224 × 224 pixels: parameters, multiply-adds and activations; the multiply-adds of the dense form.
