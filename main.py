@@ -696,14 +696,8 @@ def build_criterion(
     teacher = create_network(
         f"--teacher-model {args.teacher_model}", args.teacher_model, train.num_classes, args.input_size
     )
-    load_from(
-        teacher,
-        checkpoint,
-        what,
-        "use a teacher trained on the data set's classes",
-        "name it with --teacher-model",
-        data=train,
-    )
+    hints = "use a teacher trained on the data set's classes", "name it with --teacher-model"
+    load_from(teacher, checkpoint, what, *hints, data=train)
     own = Preprocessing.of_weights(checkpoint, args.teacher_model, args.input_size)
     if (own.mean, own.std) != (preprocessing.mean, preprocessing.std):
         print_main(f"{what}: {own}")
