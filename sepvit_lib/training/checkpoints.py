@@ -70,9 +70,10 @@ def read_checkpoint(path: str, what: str, data_classes: Sequence[Any] = ()) -> d
     Raises:
         UserError: the file is missing, truncated, not a checkpoint, or contains code.
     """
-    is_download = path.startswith("https://")
+    is_download, file = path.startswith("https://"), Path(path)
     try:
-        file = _downloaded(path) if is_download else Path(path)
+        if is_download:
+            file = _downloaded(path)
         # Pass the allow-list on every read: timm and mmengine reset the global one.
         with torch.serialization.safe_globals([argparse.Namespace, *data_classes]):
             checkpoint = _load(file)
@@ -165,8 +166,8 @@ def _downloaded(url: str) -> Path:
     def fetch() -> None:
         if path.exists():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 part = Path(folder, path.name)
                 torch.hub.download_url_to_file(url, str(part), _hash_in(path.name), is_main_process())
