@@ -100,13 +100,18 @@ def refused_class(error: Exception) -> str | None:
     return match[1] if match else None
 
 
-def _load(path: Path) -> Any:
+def _check(path: Path) -> None:
+    """Refuse a file that is not a checkpoint, or a damaged one, by its first bytes and checksums."""
     beginning = _beginning(path)
     for pattern, kind in FOREIGN_FILES.items():
         if re.match(pattern, beginning, re.IGNORECASE):
             raise UserError(f"not a checkpoint, but {kind}")
     if problem := damage(path) if has_checks(path) else None:
         raise UserError(f"not a checkpoint, or a damaged one ({problem}); use another copy")
+
+
+def _load(path: Path) -> Any:
+    _check(path)
     if _is_safetensors(path):
         return safetensors.torch.load(path.read_bytes())
     with path.open("rb") as content:  # torch.load cannot open a path that is not UTF-8
@@ -158,7 +163,7 @@ def _downloaded(url: str) -> Path:
     """Download a file to torch.hub's folder, once per address and by one process per node. Returns its path.
 
     Raises:
-        UserError: the download fails, or the file does not have the hash in its name.
+        UserError: the download fails, or the file is not a whole checkpoint, or does not have the hash in its name.
     """
     address = hashlib.sha256(url.encode()).hexdigest()[:16]  # many files have the name checkpoint.pth
     path = Path(torch.hub.get_dir()) / "checkpoints" / address / Path(urllib.parse.urlparse(url).path).name
@@ -171,8 +176,7 @@ def _downloaded(url: str) -> Path:
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 part = Path(folder, path.name)
                 torch.hub.download_url_to_file(url, str(part), _hash_in(path.name), is_main_process())
-                if problem := damage(part) if has_checks(part) else None:
-                    raise OSError(f"the file is damaged: {problem}")
+                _check(part)
                 os.replace(part, path)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             raise UserError(f"download failed ({error}); try again") from None

@@ -85,14 +85,14 @@ def test_downloads_are_kept(server, weights, tmp_path):
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ("missing/weights.pth", "HTTP Error 404: Not Found"),
-        ("whole/weights-00000000.pth", "invalid hash value"),
-        ("truncated/weights.pth", "the file is damaged"),
-        ("without-length/weights.pth", "the file is damaged"),
+        ("missing/weights.pth", "download failed .*HTTP Error 404: Not Found"),
+        ("whole/weights-00000000.pth", "download failed .*invalid hash value"),
+        ("truncated/weights.pth", "not a checkpoint, or a damaged one"),
+        ("without-length/weights.pth", "not a checkpoint, or a damaged one"),
     ],
 )
 def test_a_download_that_fails_leaves_nothing(file, words, server, tmp_path):
-    with pytest.raises(UserError, match=rf"^--resume x: download failed \(.*{words}"):
+    with pytest.raises(UserError, match=rf"^--resume x: {words}"):
         checkpoints.read_checkpoint(f"{server[0]}/{file}", "--resume x")
     assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
 
