@@ -292,7 +292,8 @@ def unfailing_output() -> Iterator[None]:
     for stream in before:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    unfailing = sys.stdout, sys.stderr = UnfailingStream(sys.stdout), UnfailingStream(sys.stderr)
+    unfailing = [UnfailingStream(stream) for stream in before]
+    sys.stdout, sys.stderr = unfailing
     try:
         yield
     finally:

@@ -64,7 +64,7 @@ def costs_of(network: nn.Module, image: Tensor) -> dict[Part, Cost]:
         the costs by part. Their sums are those of the whole network.
     """
     is_sepvit = isinstance(network, SepViTStages)
-    spans = _attention_of(network) if is_sepvit else {}
+    spans = _attention_of(network) if isinstance(network, SepViTStages) else {}
 
     def part_of(name: str) -> Part:
         return _part_of_sepvit(name) if is_sepvit else Part(WHOLE, _kind_of_layer(network.get_submodule(name)))
@@ -85,7 +85,7 @@ def costs_of(network: nn.Module, image: Tensor) -> dict[Part, Cost]:
 
 def _attention_of(network: SepViTStages) -> dict[str, tuple[nn.Module, nn.Module]]:
     """The matrix products of SepViT's attention: the layers before and after them, by name."""
-    spans = {}
+    spans: dict[str, tuple[nn.Module, nn.Module]] = {}
     for name, block in network.named_blocks().items():
         attn = block.attn
         spans[f"{name}.attn.depthwise"] = (attn.DSA_qkv, attn.win_tokens_norm or attn.proj)
