@@ -70,12 +70,8 @@ def costs_of(network: nn.Module, image: Tensor) -> dict[Part, Cost]:
         return _part_of_sepvit(name) if is_sepvit else Part(WHOLE, _kind_of_layer(network.get_submodule(name)))
 
     costs: dict[Part, Cost] = {}
-    counted: set[int] = set()
-    for name, module in network.named_modules():
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) not in counted:
-                counted.add(id(parameter))
-                costs.setdefault(part_of(name), Cost()).parameters += parameter.numel()
+    for name, parameter in network.named_parameters():  # each once, even if shared
+        costs.setdefault(part_of(name.rpartition(".")[0]), Cost()).parameters += parameter.numel()
     for name, count in count_by_module(network, image, spans=spans).items():
         cost = costs.setdefault(part_of(name), Cost())
         cost.multiply_adds += count.multiply_adds
