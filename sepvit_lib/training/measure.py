@@ -92,16 +92,6 @@ def count_multiply_adds(model: nn.Module, *inputs: Any) -> int:
     return sum(count.multiply_adds for count in count_by_module(model, *inputs).values())
 
 
-def count_activations(model: nn.Module, *inputs: Any) -> int:
-    """Count the activations of a forward pass (see `Count`).
-
-    Args:
-        model: the model.
-        *inputs: arguments of its forward pass.
-    """
-    return sum(count.activations for count in count_by_module(model, *inputs).values())
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
 # ----------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from sepvit_lib.training.complexity import (
     memory_of,
     total_of,
 )
-from sepvit_lib.training.measure import count_activations, count_by_module, count_multiply_adds
+from sepvit_lib.training.measure import count_by_module, count_multiply_adds
 from tools import get_flops
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,12 +64,10 @@ def test_counting_leaves_the_network_as_it_was():
 def test_totals(variant):
     network, image = timm.create_model(variant).eval(), torch.zeros(1, 3, 224, 224)
     costs = costs_of(network, image)
-    parameters, multiply_adds, activations = totals = [total_of(costs, quantity) for quantity in QUANTITIES]
+    parameters, multiply_adds, _ = totals = [total_of(costs, quantity) for quantity in QUANTITIES]
     dense = count_multiply_adds(sepvit.create_dense(variant).eval(), image)
     assert (*totals, dense) == TOTALS[variant]
     assert parameters == sum(parameter.numel() for parameter in network.parameters())
-    if variant == "SepViT_Lite":
-        assert (multiply_adds, activations) == (count_multiply_adds(network, image), count_activations(network, image))
     assert re.search(rf"`{variant}` +\| +{parameters / 1e6:.1f} M \| +{multiply_adds / 1e9:.2f} G \|", README)
 
 
