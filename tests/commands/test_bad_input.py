@@ -3,12 +3,11 @@
 import gzip
 import os
 import pickle
-import subprocess
 
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL, SMALLEST, Code, command, refusal
+from conftest import SMALL, SMALLEST, Code, command, refusal
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -17,7 +16,6 @@ import main
 from datasets import build_transform
 from sepvit_lib.training import checkpoints
 from sepvit_lib.training.errors import UserError
-from tools import check_setup
 
 
 @pytest.fixture(scope="module")
@@ -222,26 +220,6 @@ def test_a_folder_with_a_run_is_not_overwritten(flags, words, run_folder, few_di
     settings = [*SMALLEST, "--data-path", few_digits, "--output_dir", run_folder, *flags]
     assert words in refusal(main.run, "main", settings, capsys)
     assert {path.name: path.stat().st_mtime_ns for path in run_folder.iterdir()} == before
-
-
-@pytest.mark.parametrize("version", [(2, 7), (3, 9), (3, 10), (3, 11), (3, 12), (3, 13), (4, 0)])
-def test_unsupported_pythons_are_named(version, monkeypatch):
-    monkeypatch.setattr(check_setup.sys, "version_info", (*version, 1))
-    problem = check_setup.problem()
-    assert (problem is None) == ((3, 10) <= version <= (3, 12))
-    assert problem is None or f"Python {version[0]}.{version[1]}" in problem
-
-
-def test_make_refuses_an_unsupported_python_before_installing(tmp_path):
-    fake = tmp_path / "python"
-    fake.write_text("#!/bin/sh\necho 'Python 3.9 does not suit' >&2; exit 2\n")
-    fake.chmod(0o755)
-    result = subprocess.run(
-        ["make", "install", f"PYTHON={fake}", f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode != 0
-    assert "3.9 does not suit" in result.stderr
-    assert not (tmp_path / "venv").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- accepted input
