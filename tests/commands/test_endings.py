@@ -441,7 +441,7 @@ sys.meta_path.insert(0, Stuck())
 def test_interrupt_while_importing(module, tmp_path):
     """Early and late in start-up."""
     (tmp_path / "sitecustomize.py").write_text(STUCK_IMPORT.format(module=module))
-    process = start_real(["--help"], tmp_path, PYTHONPATH=str(tmp_path))
+    process = start_real(["--help"], tmp_path, script="main.py", PYTHONPATH=str(tmp_path))
     wait_for((tmp_path / "reached").exists, process)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(LIMIT) in (-signal.SIGINT, INTERRUPT_STATUS)
