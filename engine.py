@@ -1,9 +1,9 @@
 """The loops: a training epoch, validation and throughput; and the loss of knowledge distillation."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -184,7 +184,7 @@ def train_one_epoch(
     prepare = prepare or precision.images
     watchdog.sync_point()
     first_step, skipped, bad_steps = training.epoch_step, monitor.skipped, training.bad_steps
-    training.wrapped.train()
+    wrapped: Any = training.wrapped.train()
     buffers = buffers_of(training.model)  # SepViT has none
     lr = training.optimizer.param_groups[0]["lr"]
     progress = _progress(training, loader, settings, watchdog)
@@ -195,9 +195,10 @@ def train_one_epoch(
         images, targets = prepare(images), targets.to(precision.device, non_blocking=True)
         if mixup is not None:
             images, targets = mixup(images, targets)
-        with nullcontext() if is_last else _no_gradient_exchange(training.wrapped):
+        # Gradients accumulate on each rank until the step's last batch.
+        with wrapped.no_sync() if hasattr(wrapped, "no_sync") and not is_last else nullcontext():
             with precision.autocast():
-                loss = criterion(images, training.wrapped(images), targets)
+                loss = criterion(images, wrapped(images), targets)
             watchdog.tick(f"epoch {training.epoch}, step {training.epoch_step}, backward")  # may wait for other ranks
             finite = training.backward(loss, share)
         monitor.see_batch(finite, dict(images=images, targets=targets), unreadable)
@@ -263,11 +264,6 @@ def _accumulated(batches: Progress, accum_steps: int) -> Iterator[tuple[Any, int
         yield batch, share, index * get_world_size() + get_rank(), index == first + share - 1
 
 
-def _no_gradient_exchange(model: Any) -> AbstractContextManager[Any]:
-    """Context for all backward passes of a step but the last: gradients accumulate on each rank."""
-    return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -330,17 +326,10 @@ def evaluate(
     return stats
 
 
-class Throughput(NamedTuple):
-    """Result of `measure_throughput`: images of the batch, and images per second."""
-
-    batch_size: int
-    images_per_second: float
-
-
 @torch.no_grad()
 def measure_throughput(
     model: nn.Module, loader: DataLoader, precision: Precision, print_freq: int, watchdog: Watchdog
-) -> Throughput:
+) -> tuple[int, float]:
     """Measure the forward pass on the first validation batch: 50 passes to warm up, then 30 timed.
 
     Args:
@@ -349,6 +338,9 @@ def measure_throughput(
         precision: device and number format.
         print_freq: passes between two reports.
         watchdog: told about progress.
+
+    Returns:
+        images of the batch, and images per second.
     """
     model.eval()
     images = precision.images(next(iter(loader))[0])
@@ -365,4 +357,4 @@ def measure_throughput(
 
     timed(lambda: run("throughput, warm-up", WARMUP_PASSES), precision.device)
     seconds = timed(lambda: run("throughput", TIMED_PASSES), precision.device)
-    return Throughput(len(images), TIMED_PASSES * len(images) / seconds)
+    return len(images), TIMED_PASSES * len(images) / seconds

@@ -172,32 +172,8 @@ def trained_digits(few_digits, tmp_path_factory) -> Path:
 
 # Nothing random except the shuffle, and a step size that depends on the gradients alone.
 PLAIN = [
-    "--mixup",
-    "0",
-    "--cutmix",
-    "0",
-    "--smoothing",
-    "0",
-    "--drop-path",
-    "0",
-    "--aa=",
-    "--reprob",
-    "0",
-    "--color-jitter",
-    "0",
-    "--hflip",
-    "0",
-    "--scale",
-    "1",
-    "1",
-    "--opt",
-    "sgd",
-    "--lr",
-    "1",
-    "--sched",
-    "constant",
-    "--warmup-epochs",
-    "0",
+    *"--mixup 0 --cutmix 0 --smoothing 0 --drop-path 0 --aa= --reprob 0 --color-jitter 0 --hflip 0 --scale 1 1".split(),
+    *"--opt sgd --lr 1 --sched constant --warmup-epochs 0".split(),
 ]
 
 

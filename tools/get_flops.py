@@ -33,14 +33,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--model", default="SepViT_Tiny", metavar="NAME", help="a variant of SepViT, or another network of timm")
     add("--dense", action="store_true", help="the dense prediction form")
-    add(
-        "--input-size",
-        type=positive_int,
-        nargs="+",
-        default=[224],
-        metavar="PIXELS",
-        help="one side, or H and W, default 224",
-    )
+    add("--input-size", type=positive_int, nargs="+", default=[224], metavar="PIXELS", help="one side, or H and W")
     add("--batch-size", type=positive_int, default=1, metavar="N", help="images whose memory is measured, default 1")
     add("--device", default=best_device(), help="cuda, mps or cpu, to measure memory on; default the best available")
     return parser

@@ -2,18 +2,14 @@
 
 import argparse
 import copy
-import glob
 import hashlib
 import http.client
 import os
 import re
 import shutil
-import socket
 import sys
-import time
-import urllib.error
+import tempfile
 import urllib.parse
-import urllib.request
 import zipfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +23,6 @@ import safetensors.torch
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sepvit import Adaptation, SepViTStages, adapt_state_dict, entries_under, mark_adapted, variant_of
 from sepvit_lib.training.classes import canonical
@@ -37,8 +32,6 @@ from sepvit_lib.training.processes import is_main_process, on_processes, print_l
 from sepvit_lib.training.storage import flush_folder, write_file
 
 MODEL_KEYS, EMA_KEYS = ("model", "state_dict"), ("model_ema", "state_dict_ema")  # the latter of each are timm's
-STALL = 30  # seconds without a byte after which a download reconnects
-ATTEMPTS = 5
 PART = 1 << 20  # bytes read at a time
 DIRECTORY = 0x10  # attribute of a zip file's entry
 BEGINNING = 512  # bytes of a file that show its format
@@ -57,13 +50,6 @@ NUMPY_CLASSES: tuple[Any, ...] = (
 FOREIGN_FILES = {
     rb"\s*<(!doctype|html|head|body|\?xml|!--)": "an HTML page, not the file; download the file by its direct address",
     rb"version https://git-lfs": "a git-lfs pointer, not the file; fetch the file by `git lfs pull`",
-    rb"\x1f\x8b": "compressed by gzip; unpack it",
-    rb"BZh|\xfd7zXZ|\x28\xb5\x2f\xfd": "compressed; unpack it",
-    rb"\x89HDF": "an HDF5 file, as Keras writes; convert it to a state dict of PyTorch",
-    rb"\x93NUMPY": "a NumPy array; convert it to a state dict of PyTorch",
-    rb"\x89PNG|\xff\xd8\xff": "an image",
-    rb".{257}ustar": "a tar archive; unpack it",
-    rb"$": "an empty file",
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -84,21 +70,22 @@ def read_checkpoint(path: str, what: str, data_classes: Sequence[Any] = ()) -> d
     Raises:
         UserError: the file is missing, truncated, not a checkpoint, or contains code.
     """
-    if re.match(r"[a-z][a-z0-9+.-]*://", path) and not path.startswith("https://"):
-        raise UserError(f"{what}: takes a path or an https address; download it, or name its https address")
+    is_download, file = path.startswith("https://"), Path(path)
     try:
+        if is_download:
+            file = _downloaded(path)
         # Pass the allow-list on every read: timm and mmengine reset the global one.
         with torch.serialization.safe_globals([argparse.Namespace, *data_classes]):
-            checkpoint = _fetch(path)
+            checkpoint = _load(file)
     except UserError as error:
         raise UserError(f"{what}: {error}") from None
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{what}: no such file") from None
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{what}: damaged, {error}; use another copy") from None
     except PermissionError:
         raise UserError(f"{what}: cannot be read (permission denied)") from None
     except Exception as error:  # torch.load does not document what it raises for files that are not checkpoints
+        if is_download:
+            file.unlink(missing_ok=True)  # to download it again
         if refused := refused_class(error):
             raise UserError(f"{what}: refused, it holds {refused}, which could run code; save only tensors") from None
         raise UserError(f"{what}: not a checkpoint, or a truncated one") from None
@@ -113,18 +100,21 @@ def refused_class(error: Exception) -> str | None:
     return match[1] if match else None
 
 
-def _fetch(path: str) -> Any:
-    is_download = path.startswith("https://")
-    file = _downloaded(path) if is_download else Path(path)
-    if file.exists() and not file.is_file() and not file.is_dir():
-        raise UserError("a pipe or a device, not a file; name a file")
-    if kind := foreign_kind(file):
-        raise UserError(f"not a checkpoint, but {kind}")
-    if not is_download and has_checks(file) and (problem := damage(file)):
-        raise zipfile.BadZipFile(problem)
-    if _is_safetensors(file):
-        return safetensors.torch.load(file.read_bytes())
-    with file.open("rb") as content:  # torch.load cannot open a path that is not UTF-8
+def _check(path: Path) -> None:
+    """Refuse a file that is not a checkpoint, or a damaged one, by its first bytes and checksums."""
+    beginning = _beginning(path)
+    for pattern, kind in FOREIGN_FILES.items():
+        if re.match(pattern, beginning, re.IGNORECASE):
+            raise UserError(f"not a checkpoint, but {kind}")
+    if problem := damage(path) if has_checks(path) else None:
+        raise UserError(f"not a checkpoint, or a damaged one ({problem}); use another copy")
+
+
+def _load(path: Path) -> Any:
+    _check(path)
+    if _is_safetensors(path):
+        return safetensors.torch.load(path.read_bytes())
+    with path.open("rb") as content:  # torch.load cannot open a path that is not UTF-8
         return torch.load(content, map_location="cpu", weights_only=True)
 
 
@@ -133,40 +123,14 @@ def _beginning(path: Path) -> bytes:
         return file.read(BEGINNING)
 
 
-def _is_archive(path: Path) -> bool:
-    """Whether a file is a zip archive, which torch.save writes since 1.6. Older formats have no checksums."""
-    return _beginning(path).startswith(b"PK")
-
-
 def _is_safetensors(path: Path) -> bool:
     """Whether a file has safetensors' format, by its name or its start: a length, then a JSON object."""
     return path.suffix == ".safetensors" or re.match(rb".{6}\0\0\{\s*[\"}]", _beginning(path), re.DOTALL) is not None
 
 
-def foreign_kind(path: Path) -> str | None:
-    """Describe a file that is not a checkpoint, and what to do with it; None if it may be a checkpoint."""
-    beginning = _beginning(path)
-    for pattern, kind in FOREIGN_FILES.items():
-        if re.match(pattern, beginning, re.DOTALL | re.IGNORECASE):
-            return kind
-    if not beginning.startswith(b"PK"):
-        return None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name.rpartition("/")[2] for name in archive.namelist()]
-    except (zipfile.BadZipFile, OSError):
-        return None  # a truncated checkpoint, most likely
-    if "constants.pkl" in names:
-        return "a TorchScript model; save its weights: torch.save(torch.jit.load(PATH).state_dict(), OTHER_PATH)"
-    if "data.pkl" not in names:
-        arrays = names and all(name.endswith(".npy") for name in names)
-        return "NumPy's arrays; convert them to a state dict of PyTorch" if arrays else "a zip archive; unpack it"
-    return None
-
-
 def has_checks(path: Path) -> bool:
-    """Whether a checkpoint's format can show damage. PyTorch's format before 1.6 cannot."""
-    return _is_archive(path) or _is_safetensors(path)
+    """Whether a checkpoint's format can show damage: zip archives, as torch.save writes since 1.6, and safetensors."""
+    return _beginning(path).startswith(b"PK") or _is_safetensors(path)
 
 
 def damage(path: Path) -> str | None:
@@ -178,155 +142,54 @@ def damage(path: Path) -> str | None:
         if _is_safetensors(path):
             with safetensors.safe_open(path, framework="pt"):
                 return None
-    except (safetensors.SafetensorError, OSError) as error:  # or the file is gone: another process may delete it
-        return " ".join(str(error).split())[:100]
-    try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():  # testzip() would look entries up by name, and miss duplicates
-                if not _is_whole(archive, entry):
-                    return f"wrong checksum of {entry.filename.partition('/')[2]}"
+                if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & DIRECTORY:
+                    return f"{entry.filename} is not as torch.save writes it"
+                with archive.open(entry) as file:  # which compares the checksum
+                    while file.read(PART):
+                        pass
         # torch.load's own reader checks the zip directory more strictly. It is private: torch 2.x may drop it.
         if reader := getattr(torch._C, "PyTorchFileReader", None):
             with path.open("rb") as file:
                 reader(file)
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, ValueError) as error:
-        return " ".join(str(error).split())[:100] if _has_directory(path) else "truncated"
+    # The file may be gone, too: another process may delete it.
+    except (OSError, EOFError, RuntimeError, ValueError, safetensors.SafetensorError, zipfile.BadZipFile) as error:
+        return " ".join(str(error).split())[:100]
     return None
-
-
-def _has_directory(path: Path) -> bool:
-    """Whether a zip file has its directory, which is at the end."""
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # it has one, with an unsupported entry
-        return True
-
-
-def _is_whole(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
-    """Whether a zip entry is stored as torch.save does it, and its content matches its checksum."""
-    if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & DIRECTORY:
-        return False
-    try:
-        with archive.open(entry) as file:
-            while file.read(PART):
-                pass
-    except (zipfile.BadZipFile, EOFError):
-        return False
-    return True
 
 
 def _downloaded(url: str) -> Path:
     """Download a file to torch.hub's folder, once per address and by one process per node. Returns its path.
 
     Raises:
-        UserError: the download fails, or the file does not have the hash in its name.
+        UserError: the download fails, or the file is not a whole checkpoint, or does not have the hash in its name.
     """
     address = hashlib.sha256(url.encode()).hexdigest()[:16]  # many files have the name checkpoint.pth
     path = Path(torch.hub.get_dir()) / "checkpoints" / address / Path(urllib.parse.urlparse(url).path).name
 
     def fetch() -> None:
-        if not path.exists() or _has_wrong_hash(path, path.name):
-            download(url, path)
+        if path.exists():
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                part = Path(folder, path.name)
+                torch.hub.download_url_to_file(url, str(part), _hash_in(path.name), is_main_process())
+                _check(part)
+                os.replace(part, path)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            raise UserError(f"download failed ({error}); try again") from None
 
     on_processes(fetch, os.environ.get("LOCAL_RANK", "0") == "0")
     return path
 
 
-def _has_wrong_hash(path: Path, name: str) -> bool:
-    """Whether a name contains a hash, as in weights-0a1b2c3d.pth, that the file's SHA-256 does not start with."""
+def _hash_in(name: str) -> str | None:
+    """The beginning of a file's SHA-256 in its name, as in weights-0a1b2c3d.pth; None if it has none."""
     match = re.search(r"-([0-9a-f]{8,})\.\w+$", name)
-    if match is None or re.fullmatch(r"checkpoint-\d{8}\.pth", name):  # that number is the global step
-        return False
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(PART):
-            digest.update(part)
-    return not digest.hexdigest().startswith(match[1])
-
-
-def download(url: str, path: Path, stall: float = STALL, attempts: int = ATTEMPTS) -> None:
-    """Download a file. Reconnects when a connection breaks or stalls. Leaves no partial file.
-
-    Args:
-        url: https address.
-        path: where to write the file. Its folder is made.
-        stall: seconds without a byte after which to reconnect.
-        attempts: failed connections in a row after which to give up.
-
-    Raises:
-        UserError: the download fails, or the file is damaged or does not have the hash in its name.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-    _delete_abandoned(path)
-    try:
-        failures = 0
-        problem: Exception
-        while True:
-            before = _size(partial)
-            try:
-                _fetch_rest(url, partial, stall)
-                break
-            except urllib.error.HTTPError as error:
-                problem, is_final = error, error.code < 500
-            except (OSError, http.client.HTTPException) as error:
-                problem, is_final = error, False
-            failures = 0 if _size(partial) > before else failures + 1
-            if is_final or failures == attempts:
-                raise UserError(f"download failed ({problem}) after {failures} attempts")
-            time.sleep((failures + 1) / 2)
-        if _has_wrong_hash(partial, path.name):
-            raise UserError("the downloaded file does not have the hash in its name; try again")
-        if has_checks(partial) and (found := damage(partial)):
-            raise UserError(f"the downloaded file is damaged ({found}); try again")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _delete_abandoned(path: Path) -> None:
-    """Delete partial files of processes that were killed on this host."""
-    for partial in path.parent.glob(f"{glob.escape(path.name)}.{socket.gethostname()}-*.partial"):
-        try:
-            os.kill(int(partial.stem.rpartition("-")[2]), 0)
-        except ProcessLookupError:
-            partial.unlink(missing_ok=True)
-        except PermissionError:  # another user's process, which is running
-            continue
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _fetch_rest(url: str, partial: Path, stall: float) -> None:
-    """Download the missing rest of a partial file.
-
-    Raises:
-        OSError: the connection breaks or stalls.
-    """
-    have = _size(partial)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=stall) as response:
-        if not response.geturl().startswith("https://"):
-            raise UserError(f"redirects to {response.geturl()}, which is not https")
-        if response.status != 206:
-            have = 0  # the server does not support ranges
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        bar = tqdm(
-            total=total,
-            initial=have,
-            unit="B",
-            unit_scale=True,
-            desc=partial.name.split(".")[0],
-            disable=not is_main_process(),
-        )
-        with partial.open("ab" if have else "wb") as file, bar:
-            while part := response.read(PART):
-                bar.update(file.write(part))
-            if total is not None and file.tell() != total:
-                raise OSError(f"the connection ended after {file.tell()} of {total} bytes")
+    # The number in checkpoint-00000018.pth is the global step.
+    return match[1] if match and not re.fullmatch(r"checkpoint-\d{8}\.pth", name) else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -408,10 +271,6 @@ def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) 
         weights = _without_wrappers({name.removeprefix("model."): value for name, value in weights.items()})
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{what}: holds no model weights (expected a state dict, or one under 'model')")
-    for name, value in weights.items():
-        if value.is_meta or value.is_quantized or value.layout != torch.strided:
-            kind = "has no values" if value.is_meta else "is quantized" if value.is_quantized else "is sparse"
-            raise UserError(f"{what}: {name} {kind}; save it as an ordinary tensor")
     return weights
 
 

@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +23,6 @@ from sepvit_lib.training.errors import (
     INTERRUPT_STATUS,
     RESUME_STATUS,
     USER_ERROR_STATUS,
-    LocalError,
     MachineError,
     Preempted,
     UserError,
@@ -41,7 +39,6 @@ from sepvit_lib.training.errors import (
 from sepvit_lib.training.processes import get_rank, is_main_process, print_main
 
 SHARED_MEMORY = Path("/dev/shm")
-MOST_UNPRINTED = 10_000  # lines kept for log.txt
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -184,7 +181,7 @@ def _run(name: str, command: Callable[[], int | None], flags: Mapping[str, str],
     try:
         return command() or 0
     except UserError as error:
-        return _refuse(name, with_flags(str(error), flags), is_local=isinstance(error, LocalError))
+        return _refuse(name, with_flags(str(error), flags))
     except Preempted as place:
         print_main(f"{name}: stopped by a signal {place}")
         return place.status
@@ -214,9 +211,9 @@ def _run(name: str, command: Callable[[], int | None], flags: Mapping[str, str],
         return INTERRUPT_STATUS
 
 
-def _refuse(name: str, message: str, is_local: bool = False) -> int:
+def _refuse(name: str, message: str) -> int:
     """Report a user's mistake, once if all processes make it. Returns the exit status."""
-    if is_main_process() or is_local:
+    if is_main_process():
         print(f"{name}: {message}", file=sys.stderr, flush=True)
     elif dist.is_initialized():
         time.sleep(5)  # if all processes make the mistake, rank 0 reports it and ends the others meanwhile
@@ -256,54 +253,36 @@ def kill_child_processes() -> None:
 
 
 class UnfailingStream:
-    """A text stream that never fails. A full disk or a closed pipe must not end a run.
+    """A text stream that drops what it cannot print: a full disk or a closed pipe must not end a run.
 
     Args:
         stream: the stream to print to; None if the process has none.
-
-    Attributes:
-        unprinted: whole lines that could not be printed, until `take_unprinted` takes them.
-        has_failed: whether printing has failed.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        self.has_failed = stream is None
-        self.unprinted: list[str] = []
-        self._is_missing = stream is None
         self._stream: TextIO = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115 as long-lived as this object
-        self._begun = threading.local()  # each thread's unfinished line
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Print a text, line by line."""
-        self._begun.text = getattr(self._begun, "text", "") + text
-        if "\n" in text:
-            self.flush()
+        """Print a text."""
+        with suppress(OSError, ValueError):  # ValueError: the stream is closed
+            self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Print what was written so far, including an unfinished line, such as a progress bar."""
-        text, self._begun.text = getattr(self._begun, "text", ""), ""
-        if not text:
-            return
-        try:
-            if not self._is_missing:
-                self._stream.write(text)
-                self._stream.flush()
-                return
-        except (OSError, ValueError):  # ValueError: the stream is closed
-            self.has_failed = True
-        lines = [line for line in text.split("\n") if line.strip()] if "\n" in text else []
-        self.unprinted += lines[: MOST_UNPRINTED - len(self.unprinted)]
+        """Print what the stream buffers."""
+        with suppress(OSError, ValueError):
+            self._stream.flush()
 
-    def give_up(self) -> None:
-        """Discard what the stream still buffers. Python would print it at exit, and fail."""
-        with suppress(OSError, ValueError):  # it has no descriptor, or is closed
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+    def finish(self) -> None:
+        """Print what the stream buffers, or discard it: Python would print it at exit, and fail."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # the stream may have no descriptor
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 @contextmanager
@@ -313,22 +292,11 @@ def unfailing_output() -> Iterator[None]:
     for stream in before:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = map(UnfailingStream, before)
+    unfailing = [UnfailingStream(stream) for stream in before]
+    sys.stdout, sys.stderr = unfailing
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            if stream.has_failed:
-                stream.give_up()
+        for each in unfailing:
+            each.finish()
         sys.stdout, sys.stderr = before
-
-
-def take_unprinted() -> list[str]:
-    """Return the lines that could not be printed since the last call."""
-    lines: list[str] = []
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, UnfailingStream):
-            lines += stream.unprinted
-            stream.unprinted = []
-    return lines

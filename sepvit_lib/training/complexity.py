@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from sepvit import SepViTStages
-from sepvit_lib.training.errors import UserError, setting
 from sepvit_lib.training.measure import bytes_of, count_by_module, peak_memory
 
 INSIDE, AMONG = "attention inside windows", "attention among windows"
@@ -64,37 +63,35 @@ def costs_of(network: nn.Module, image: Tensor) -> dict[Part, Cost]:
     Returns:
         the costs by part. Their sums are those of the whole network.
     """
-    modules = dict(network.named_modules())
-    methods = _attention_of(network) if isinstance(network, SepViTStages) else {}
+    is_sepvit = isinstance(network, SepViTStages)
+    spans = _attention_of(network) if isinstance(network, SepViTStages) else {}
 
     def part_of(name: str) -> Part:
-        is_sepvit = isinstance(network, SepViTStages)
-        return _part_of_sepvit(name) if is_sepvit else Part(WHOLE, _kind_of_layer(modules[name]))
+        return _part_of_sepvit(name) if is_sepvit else Part(WHOLE, _kind_of_layer(network.get_submodule(name)))
 
     costs: dict[Part, Cost] = {}
-    counted: set[int] = set()
-    for name, module in modules.items():
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) not in counted:
-                counted.add(id(parameter))
-                costs.setdefault(part_of(name), Cost()).parameters += parameter.numel()
-    for name, count in count_by_module(network, image, methods=methods).items():
+    for name, parameter in network.named_parameters():  # each once, even if shared
+        costs.setdefault(part_of(name.rpartition(".")[0]), Cost()).parameters += parameter.numel()
+    for name, count in count_by_module(network, image, spans=spans).items():
         cost = costs.setdefault(part_of(name), Cost())
         cost.multiply_adds += count.multiply_adds
         cost.activations += count.activations
     return {part: cost for part, cost in costs.items() if cost != Cost()}
 
 
-def _attention_of(network: SepViTStages) -> dict[str, nn.Module]:
-    """The methods of SepViT's attention, which its layers do not tell apart, by name."""
-    attentions = {f"{name}.attn": block.attn for name, block in network.named_blocks().items()}
-    return {
-        f"{name}.{method}": attention for name, attention in attentions.items() for method in ("depthwise", "pointwise")
-    }
+def _attention_of(network: SepViTStages) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """The matrix products of SepViT's attention: the layers before and after them, by name."""
+    spans: dict[str, tuple[nn.Module, nn.Module]] = {}
+    for name, block in network.named_blocks().items():
+        attn = block.attn
+        spans[f"{name}.attn.depthwise"] = (attn.DSA_qkv, attn.win_tokens_norm or attn.proj)
+        if attn.PSA_qk is not None:
+            spans[f"{name}.attn.pointwise"] = (attn.PSA_qk, attn.proj)
+    return spans
 
 
 def _part_of_sepvit(name: str) -> Part:
-    """The part that a module, or a method of the attention, belongs to."""
+    """The part that a module, or a span of the attention, belongs to."""
     stage = re.match(r"\w+\.(\d+)", name)
     patterns = {
         r"\.depthwise$": INSIDE,
@@ -157,9 +154,6 @@ def memory_of(network: nn.Module, images: Tensor) -> dict[str, Memory] | None:
 
     Returns:
         the memory of 'forward pass' and 'training step'; None on a device that does not tell, MPS.
-
-    Raises:
-        UserError: the network does not train on so few images.
     """
     device = images.device
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
@@ -180,10 +174,7 @@ def memory_of(network: nn.Module, images: Tensor) -> dict[str, Memory] | None:
     network.eval()
     predicted = peak_memory(forward, device)
     network.train()
-    try:
-        step()  # creates the optimiser's state
-    except ValueError as error:  # batch norm of a single value
-        raise UserError(f"{setting('batch_size', len(images))}: no training step ({error}); use more images") from None
+    step()  # creates the optimiser's state
     trained = peak_memory(step, device)
     if predicted is None or trained is None:
         return None

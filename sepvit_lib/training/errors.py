@@ -61,10 +61,6 @@ class UserError(OneLineError):
     """A user's mistake. The line names the setting, its value and the way out. The exit status is 2."""
 
 
-class LocalError(UserError):
-    """A user's mistake that may occur on one rank only. The rank prints it, even if it is not rank 0."""
-
-
 class MachineError(OneLineError):
     """A transient error of the machine, its storage or its network: rerunning may succeed. The exit status is 75."""
 

@@ -1,19 +1,19 @@
 """Measurements of a model: multiply-adds, activations, memory and time."""
 
 import itertools
+import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from sepvit_lib.training.devices import synchronize
 
@@ -21,145 +21,75 @@ from sepvit_lib.training.devices import synchronize
 # Multiply-adds and activations
 # ----------------------------------------------------------------------------------------------------------------------
 
-FUSED_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+aten = torch.ops.aten
+ACTIVATIONS = (aten.convolution, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
 LAYER_NORM = 5  # multiply-adds per element, as fvcore counts
 
 
-def multiply_adds(func: Any, args: Any, kwargs: Any, outputs: Any) -> int:
-    """Multiply-adds of one operation of PyTorch; 0 for those that are no products."""
-    if func.overloadpacket._qualified_op_name == FUSED_ATTENTION:  # PyTorch's counter knows only those of GPUs
-        (q, k, v) = args[:3]
-        return q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
-    if func.overloadpacket in flop_registry:
-        return flop_registry[func.overloadpacket](*args, **kwargs, out_val=outputs) // 2
-    return 0
-
-
-@dataclass
-class Count:
-    """What a forward pass, or a part of it, computes.
+class Count(NamedTuple):
+    """Multiply-adds and activations of (part of) a forward pass, as fvcore counts.
 
     Attributes:
         multiply_adds: those of matrix products, convolutions, linear layers and LayerNorm.
         activations: outputs of matrix products, convolutions and linear layers.
     """
 
-    multiply_adds: int = 0
-    activations: int = 0
+    multiply_adds: int
+    activations: int
 
 
-class Counter(TorchDispatchMode):
-    """Count multiply-adds and activations while active, as fvcore does.
-
-    Attributes:
-        counts: the counts by place.
-        places: the place that is computed now, after those that it is part of.
-    """
-
-    ACTIVATIONS = (
-        torch.ops.aten.convolution,
-        torch.ops.aten.mm,
-        torch.ops.aten.addmm,
-        torch.ops.aten.bmm,
-        torch.ops.aten.baddbmm,
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: dict[str, Count] = {}
-        self.places = [""]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        outputs = func(*args, **kwargs)
-        count = self._count()
-        count.multiply_adds += multiply_adds(func, args, kwargs, outputs)
-        if func.overloadpacket in self.ACTIVATIONS:
-            count.activations += outputs.numel()
-        return outputs
-
-    def _count(self) -> Count:
-        return self.counts.setdefault(self.places[-1], Count())
-
-    def count_layer_norm(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        """Count a LayerNorm: a hook for modules."""
-        self._count().multiply_adds += LAYER_NORM * output.numel()
-
-
-def count_by_module(model: nn.Module, *inputs: Any, methods: Mapping[str, nn.Module] | None = None) -> dict[str, Count]:
+def count_by_module(
+    model: nn.Module, *inputs: Any, spans: Mapping[str, tuple[nn.Module, nn.Module]] | None = None
+) -> dict[str, Count]:
     """Count the multiply-adds and activations of a forward pass by module.
-
-    Counts what fvcore counts; see `Count`.
 
     Args:
         model: the model.
         *inputs: arguments of its forward pass.
-        methods: methods to count by themselves: the modules that call them, by the methods' names in the model, such
-            as 'blocks.0.0.attn.pointwise'.
+        spans: what to count by itself, from the end of one module to the start of another one. The name comes below
+            that of the module that computes it, such as 'blocks.0.0.attn.pointwise'.
 
     Returns:
-        the counts by the name of the module, or method, that computes them itself.
+        the counts by the name of the layer or span; what is computed outside of these is under ''.
     """
-    counter = Counter()
+    root = type(model).__name__  # by which the counters name the model
+    norms = {aten.native_layer_norm: lambda shape, *_, **__: 2 * LAYER_NORM * math.prod(shape)}
+    outputs = dict.fromkeys(ACTIVATIONS, lambda *_, out_shape, **__: math.prod(out_shape))
+    flops, sizes = (FlopCounterMode(display=False, custom_mapping=mapping) for mapping in (norms, outputs))
     with ExitStack() as stack:
-        for name, module in model.named_modules():
-            hooks = [module.register_forward_hook(counter.count_layer_norm)] if isinstance(module, nn.LayerNorm) else []
-            hooks += [
-                module.register_forward_pre_hook(lambda *_, name=name: counter.places.append(name), prepend=True),
-                module.register_forward_hook(lambda *_: counter.places.pop() and None, always_call=True),
-            ]
-            for hook in hooks:
-                stack.callback(hook.remove)
-        for name, module in (methods or {}).items():
-            stack.enter_context(_counted(counter, module, name))
+        for name, (before, after) in (spans or {}).items():
+            for parents in (flops.mod_tracker.parents, sizes.mod_tracker.parents):
+                begin, end = (partial(_note, note, f"{root}.{name}") for note in (parents.add, parents.discard))
+                stack.callback(before.register_forward_hook(begin).remove)
+                stack.callback(after.register_forward_pre_hook(end).remove)
         # The counter knows the matrix products of attention. A fused kernel has no outputs to count between them.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            model(*inputs)
-    return counter.counts
+        for context in (torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flops, sizes):
+            stack.enter_context(context)
+        model(*inputs)
+
+    def count(name: str) -> Count:
+        return Count(sum(flops.flop_counts[name].values()) // 2, sum(sizes.flop_counts[name][op] for op in ACTIVATIONS))
+
+    inner = [name for name in flops.flop_counts if "." in name]
+    leaves = [name for name in inner if not any(other.startswith(f"{name}.") for other in inner)]
+    counts = {name.partition(".")[2]: count(name) for name in leaves}
+    counts[""] = Count(*(total - sum(part[i] for part in counts.values()) for i, total in enumerate(count("Global"))))
+    return counts
 
 
-@contextmanager
-def _counted(counter: Counter, module: nn.Module, name: str) -> Iterator[None]:
-    """Count a module's method, the last part of the name, as a place of its own."""
-    method = name.rpartition(".")[2]
-    function = getattr(module, method)
-
-    def call(*args: Any) -> Any:
-        counter.places.append(name)
-        try:
-            return function(*args)
-        finally:
-            counter.places.pop()
-
-    setattr(module, method, call)
-    try:
-        yield
-    finally:
-        delattr(module, method)  # which hid that of the class
+def _note(note: Callable[[str], None], name: str, *_: Any) -> None:
+    """Note the start or the end of a span: a hook for modules."""
+    note(name)
 
 
 def count_multiply_adds(model: nn.Module, *inputs: Any) -> int:
-    """Count the multiply-adds of a forward pass.
-
-    Counts what fvcore counts: matrix products, convolutions, linear layers and LayerNorm.
+    """Count the multiply-adds of a forward pass (see `Count`).
 
     Args:
         model: the model.
         *inputs: arguments of its forward pass.
     """
     return sum(count.multiply_adds for count in count_by_module(model, *inputs).values())
-
-
-def count_activations(model: nn.Module, *inputs: Any) -> int:
-    """Count the activations of a forward pass.
-
-    Counts what fvcore counts: outputs of convolutions, linear layers and matrix products.
-
-    Args:
-        model: the model.
-        *inputs: arguments of its forward pass.
-    """
-    return sum(count.activations for count in count_by_module(model, *inputs).values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,14 +6,12 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.tensorboard import SummaryWriter
 
 from sepvit_lib.training.checkpoints import CheckpointWriter, name_also
-from sepvit_lib.training.commands import take_unprinted
 from sepvit_lib.training.errors import Preempted, UserError, setting, with_flags
 from sepvit_lib.training.naming import CheckpointNames
 from sepvit_lib.training.processes import on_main_process, print_line, print_main
@@ -33,37 +31,25 @@ LOCK_TIMEOUT = 60  # seconds, at least, to wait for the processes of a killed ru
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class EntryKind(Enum):
-    """Kind of a line of log.txt."""
-
-    RUN = "settings"
-    EPOCH = "train_loss"
-    EVENT = ""
-
-
-def kind_of(entry: dict[str, Any]) -> EntryKind:
-    """Kind of a line read from log.txt. DeiT's format has no field for it; each kind has a name that only it uses."""
-    return next(kind for kind in EntryKind if kind is EntryKind.EVENT or kind.value in entry)
+# DeiT's format has no field for the kind of a line. Each of these is in one kind alone.
+OF_RUN, OF_EPOCH = "settings", "train_loss"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Read the lines of log.txt, one JSON object each. A missing file has none.
 
     Raises:
-        UserError: a line is not a JSON object.
+        UserError: a line is not JSON.
     """
     try:
-        entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        if others := [entry for entry in entries if not isinstance(entry, dict)]:
-            raise ValueError(f"a line is {json.dumps(others[0])[:40]}, not an object")
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     except ValueError as error:
         raise UserError(f"{path}: not a run's log ({error}); move it away, the run resumes without it") from None
-    return entries
 
 
 def epoch_entries(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Select the lines that sum up an epoch."""
-    return [entry for entry in log if kind_of(entry) is EntryKind.EPOCH]
+    return [entry for entry in log if OF_EPOCH in entry]
 
 
 class Log:
@@ -103,7 +89,7 @@ class Log:
 
     def add_run(self, run: dict[str, Any]) -> None:
         """Add a line that describes the run, unless the last such line says the same."""
-        last = [entry for entry in self.entries if kind_of(entry) is EntryKind.RUN][-1:]
+        last = [entry for entry in self.entries if OF_RUN in entry][-1:]
         run = json.loads(json.dumps(run))  # as `read_log` returns it
         if last != [run]:
             self.add(run)
@@ -206,7 +192,6 @@ class Output:
     def __exit__(self, *_: object) -> None:
         if self._files is not None:
             self._files.checkpoints.wait()  # before others may write to the folder, and before an error is printed
-            self._files.log_unprinted()
         if self._lock is not None:
             os.close(self._lock)
 
@@ -292,7 +277,6 @@ class Output:
     def save(self, checkpoint: dict[str, Any], is_best: bool) -> None:
         """Write a checkpoint, and before it the lines of log.txt that lead up to it."""
         if self._files is not None:
-            self._files.log_unprinted()
             self._files.log.flush()
             self._files.checkpoints.save(checkpoint, is_best)
 
@@ -305,7 +289,6 @@ class Output:
         if self._files is None:
             return
         self._files.checkpoints.wait()
-        self._files.log_unprinted()
         self._files.log.flush()
         failures = {"the last checkpoint": self._files.checkpoints.failure, LOG: self._files.log.failure}
         for what, failure in failures.items():
@@ -326,18 +309,12 @@ class Output:
         plot_curves(self.folder / LOG, self.folder / CURVES)
 
 
-class _Files:
+class _Files(NamedTuple):
     """Open files of a run."""
 
-    def __init__(self, log: Log, scalars: Scalars | None, checkpoints: CheckpointWriter) -> None:
-        self.log = log
-        self.scalars = scalars
-        self.checkpoints = checkpoints
-
-    def log_unprinted(self) -> None:
-        """Add lines that could not be printed to log.txt."""
-        if lines := take_unprinted():
-            self.log.add({"not_printed": lines})
+    log: Log
+    scalars: Scalars | None
+    checkpoints: CheckpointWriter
 
 
 def stopped(output: Output, place: str, status: int, flags: Mapping[str, str]) -> Preempted:

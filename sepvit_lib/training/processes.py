@@ -4,7 +4,6 @@ Every rank has to make a collective call. With a single process, it returns at o
 """
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from sepvit_lib.training.errors import LocalError, MachineError, UserError, one_line, setting
+from sepvit_lib.training.errors import MachineError, UserError, one_line, setting
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Joining
@@ -33,24 +32,19 @@ def environment_number(name: str, default: int, least: int = 0, most: int | None
         most: highest valid number, None for any.
 
     Raises:
-        LocalError: it is not such a number.
+        UserError: it is not such a number.
     """
     text = os.environ.get(name, str(default))
     if not text.isascii() or not text.isdigit() or int(text) < least or (most is not None and int(text) > most):
         bounds = f"from {least} to {most}" if most is not None else f"of at least {least}"
-        raise LocalError(f"environment variable {name}={text}: takes a whole number {bounds}; unset it or correct it")
+        raise UserError(f"environment variable {name}={text}: takes a whole number {bounds}; unset it or correct it")
     return int(text)
 
 
 def _launcher_variables() -> dict[str, str]:
-    """The variables that torchrun would set, from those of OpenMPI or of a SLURM job step with several tasks."""
+    """The variables that torchrun would set, from those of a SLURM job step with several tasks."""
     if "RANK" in os.environ:
         return {}
-    if "OMPI_COMM_WORLD_RANK" in os.environ:
-        names = dict(RANK="RANK", WORLD_SIZE="SIZE", LOCAL_RANK="LOCAL_RANK")
-        variables = {name: os.environ[f"OMPI_COMM_WORLD_{theirs}"] for name, theirs in names.items()}
-        defaults = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # processes on one machine
-        return variables | {name: value for name, value in defaults.items() if name not in os.environ}
     if "SLURM_PROCID" not in os.environ or environment_number("SLURM_NTASKS", 1, least=1) < 2:
         return {}
     variables = dict(
@@ -79,7 +73,7 @@ def _first_node(nodes: str) -> str:
 
 
 def init_distributed(device: str, world_size: int, dist_url: str, timeout: float = 1800.0) -> torch.device:
-    """Join the process group if torchrun, torch.distributed.launch, SLURM or OpenMPI started several processes.
+    """Join the process group if torchrun, torch.distributed.launch or SLURM started several processes.
 
     Args:
         device: 'cuda', 'mps' or 'cpu', or one with an index. CUDA processes communicate by nccl, others by gloo.
@@ -91,7 +85,7 @@ def init_distributed(device: str, world_size: int, dist_url: str, timeout: float
         this process's device, which is also CUDA's current one.
 
     Raises:
-        UserError: the environment does not set the rank, or the address is invalid.
+        UserError: the environment does not set the rank, or not the address.
         MachineError: the processes cannot connect to each other.
     """
     os.environ.update(_launcher_variables())
@@ -106,8 +100,9 @@ def init_distributed(device: str, world_size: int, dist_url: str, timeout: float
             )
         return torch.device(device)
     world_size = environment_number("WORLD_SIZE", world_size, least=1)
-    rank = environment_number("RANK", 0, most=world_size - 1)
-    _check_address(dist_url, rank)
+    rank = environment_number("RANK", 0)
+    if rank >= world_size:
+        raise ValueError(f"environment variable RANK={rank}: of {world_size} processes")
     limit = timedelta(seconds=timeout)
     try:
         dist.init_process_group(
@@ -125,19 +120,6 @@ def init_distributed(device: str, world_size: int, dist_url: str, timeout: float
             "so, check MASTER_ADDR and choose another MASTER_PORT"
         ) from None
     return torch.device(device)
-
-
-def _check_address(dist_url: str, rank: int) -> None:
-    """Refuse a rendezvous address of an unknown kind, or one with missing variables."""
-    if not re.match("(env|tcp|file)://", dist_url):
-        raise UserError(f"{setting('dist_url', dist_url)}: unknown; takes env://, tcp://HOST:PORT or file://PATH")
-    if dist_url == "env://":
-        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-            raise UserError(
-                f"environment variable RANK={rank} is set, {' and '.join(missing)} not; start the "
-                "processes by torchrun or srun, or unset RANK for a single process"
-            )
-        environment_number("MASTER_PORT", 0, most=65535)
 
 
 def _rendezvous(dist_url: str, timeout: timedelta) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,32 +28,11 @@ from sepvit_lib.training.samples import ImageData, fingerprint
 from sepvit_lib.training.state import Training
 
 # Settings that do not change what a run computes. A run may be resumed with other values.
-FREE_SETTINGS = {
-    "auto_resume",
-    "checkpoint_every",
-    "class_map",
-    "config",
-    "data_path",
-    "device",
-    "dist_eval",
-    "dist_url",
-    "dump_bad_batch",
-    "eval",
-    "keep_checkpoints",
-    "local_rank",
-    "max_bad_steps",
-    "model_ema_force_cpu",
-    "num_workers",
-    "on_bad_image",
-    "output_dir",
-    "pin_mem",
-    "print_freq",
-    "resume",
-    "start_epoch",
-    "throughput",
-    "timeout",
-    "world_size",
-}
+FREE_SETTINGS = set(
+    "auto_resume checkpoint_every class_map config data_path device dist_eval dist_url dump_bad_batch eval "
+    "keep_checkpoints local_rank max_bad_steps model_ema_force_cpu num_workers on_bad_image output_dir pin_mem "
+    "print_freq resume start_epoch throughput timeout world_size".split()
+)
 
 # Settings that older runs lack, with the values that these had.
 FORMER_VALUES = {"decay_milestones": [30, 60]}
@@ -128,12 +107,7 @@ class Source:
     @property
     def what(self) -> str:
         """Setting and path, for messages."""
-        return _what(self.path, self.is_automatic)
-
-
-def _what(path: str, is_automatic: bool) -> str:
-    """Setting and path of a checkpoint, for messages."""
-    return setting("auto_resume" if is_automatic else "resume", path)
+        return setting("auto_resume" if self.is_automatic else "resume", self.path)
 
 
 def find_checkpoint(
@@ -162,7 +136,8 @@ def find_checkpoint(
         if automatic:
             print_main(f"no checkpoint in {folder} to resume from; starting a fresh run")
         return None
-    return Source(path, bool(newest), read(path, _what(path, bool(newest))))
+    source = Source(path, bool(newest), {})
+    return replace(source, checkpoint=read(path, source.what))
 
 
 def _newest_checkpoint(folder: Path, names: CheckpointNames) -> str:

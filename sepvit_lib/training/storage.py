@@ -92,12 +92,8 @@ def make_folder(folder: Path, what: str) -> None:
         what: setting and value, for messages.
 
     Raises:
-        UserError: the folder is not writable, or its name is not UTF-8.
+        UserError: the folder is not writable.
     """
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{what}: its name is not UTF-8, which TensorBoard needs; name another folder") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"

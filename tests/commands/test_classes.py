@@ -61,38 +61,26 @@ def scored(printed: str) -> float:
     return float(row.split("|")[5])
 
 
-TEACHER = ["--distillation-type", "soft", "--teacher-model", "SepViT_Lite", "--teacher-path"]
-USES = {"evaluated": ["--eval", "--resume"], "resumed": ["--resume"], "a teacher": TEACHER}
+def settings(data: Path, out: Path, flags: str = "", *others: object) -> list[str]:
+    """Arguments of a small run of main.py."""
+    return list(map(str, [*SMALL, "--data-path", data, "--output_dir", out, *flags.split(), *others]))
 
 
-@pytest.mark.parametrize("use", USES)
-def test_other_names_are_refused(use, trained_digits, shifted, tmp_path, capsys):
+EVAL, TEACHER = "--eval --resume", "--distillation-type soft --teacher-model SepViT_Lite --teacher-path"
+
+
+@pytest.mark.parametrize("flags", [EVAL, "--resume", TEACHER], ids=["evaluated", "resumed", "a teacher"])
+def test_other_names_are_refused(flags, trained_digits, shifted, tmp_path, capsys):
     """With as many classes: numbers alone would not tell."""
-    arguments = [
-        *SMALL,
-        "--data-path",
-        shifted,
-        "--output_dir",
-        tmp_path,
-        *USES[use],
-        trained_digits / "checkpoint.pth",
-    ]
-    line = refusal(main.run, "main", list(map(str, arguments)), capsys)
-    for part in (str(trained_digits / "checkpoint.pth"), "2 names differ (9, 0)", "--class-map FILE", str(shifted)):
+    path = trained_digits / "checkpoint.pth"
+    line = refusal(main.run, "main", settings(shifted, tmp_path, flags, path), capsys)
+    for part in (str(path), "2 names differ (9, 0)", "--class-map FILE", str(shifted)):
         assert part in line
 
 
 def test_an_export_is_not_scored_on_other_names(trained_digits, shifted, tmp_path):
-    arguments = [
-        "--resume",
-        trained_digits / "checkpoint.pth",
-        "--out",
-        tmp_path / "out",
-        "--formats",
-        "torchscript",
-        "--data-path",
-        shifted,
-    ]
+    arguments = ["--resume", trained_digits / "checkpoint.pth", "--out", tmp_path / "out", "--formats", "torchscript"]
+    arguments += ["--data-path", shifted]
     result = command(*arguments, script="tools/export.py")
     assert (result.returncode, "2 names differ (9, 0)" in result.stderr) == (2, True)
     assert not (tmp_path / "out").exists()
@@ -103,18 +91,8 @@ def test_an_export_is_not_scored_on_other_names(trained_digits, shifted, tmp_pat
 
 def test_renamed_folders_are_numbered_by_a_class_map(trained_digits, shifted, tmp_path):
     (tmp_path / "map.txt").write_text("9\n1\n2\n")
-    succeed(
-        *SMALL,
-        "--data-path",
-        shifted,
-        "--output_dir",
-        tmp_path,
-        "--eval",
-        "--class-map",
-        tmp_path / "map.txt",
-        "--resume",
-        trained_digits / "checkpoint.pth",
-    )
+    flags = ("--class-map", tmp_path / "map.txt", "--resume", trained_digits / "checkpoint.pth")
+    assert main.run(settings(shifted, tmp_path, "--eval", *flags)) == 0
     assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-6)
 
 
@@ -131,70 +109,35 @@ def test_renamed_folders_are_numbered_by_a_class_map(trained_digits, shifted, tm
 def test_class_maps_that_do_not_fit_are_refused(lines, problem, trained_digits, shifted, tmp_path, capsys):
     if lines is not None:
         (tmp_path / "map.txt").write_text(lines)
-    arguments = [
-        *SMALL,
-        "--data-path",
-        shifted,
-        "--eval",
-        "--class-map",
-        tmp_path / "map.txt",
-        "--resume",
-        trained_digits / "checkpoint.pth",
-    ]
-    line = refusal(main.run, "main", list(map(str, arguments)), capsys)
+    flags = ("--class-map", tmp_path / "map.txt", "--resume", trained_digits / "checkpoint.pth")
+    line = refusal(main.run, "main", settings(shifted, tmp_path, "--eval", *flags), capsys)
     assert f"--class-map {tmp_path / 'map.txt'}: {problem}" in line
 
 
-def test_another_order_is_matched_by_name(permuted, trained_digits, few_digits, tmp_path):
-    printed = succeed(*SMALL, "--data-path", few_digits, "--output_dir", tmp_path, "--eval", "--resume", permuted)
-    assert "matched by name" in printed
+def test_another_order_is_matched_by_name(permuted, trained_digits, few_digits, tmp_path, capsys):
+    assert main.run(settings(few_digits, tmp_path, EVAL, permuted)) == 0
+    assert "matched by name" in capsys.readouterr().out
     assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-6)
-    printed = succeed(
-        "--resume",
-        permuted,
-        "--out",
-        tmp_path / "out",
-        "--formats",
-        "torchscript",
-        "--rounds",
-        1,
-        "--data-path",
-        few_digits,
-        script="tools/export.py",
-    )
+    export = "--formats torchscript --rounds 1 --data-path".split()
+    printed = succeed("--resume", permuted, "--out", tmp_path / "out", *export, few_digits, script="tools/export.py")
     assert scored(printed) == 100
 
 
-def test_a_resumed_run_keeps_the_order_of_its_checkpoint(permuted, trained_digits, few_digits, tmp_path):
-    printed = succeed(
-        *SMALL,
-        "--data-path",
-        few_digits,
-        "--output_dir",
-        tmp_path,
-        "--resume",
-        permuted,
-        "--lr",
-        0,
-        "--mixup",
-        0,
-        "--cutmix",
-        0,
-        "--warmup-epochs",
-        0,
-    )
-    assert "matched by name" in printed
+def test_a_resumed_run_keeps_the_order_of_its_checkpoint(permuted, trained_digits, few_digits, tmp_path, capsys):
+    flags = "--lr 0 --mixup 0 --cutmix 0 --warmup-epochs 0 --resume"
+    assert main.run(settings(few_digits, tmp_path, flags, permuted)) == 0
+    assert "matched by name" in capsys.readouterr().out
     after = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert after["classes"] == ["2", "0", "1"]
     top1 = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])["test_acc1"]
     assert top1 == pytest.approx(figures(trained_digits)["test_acc1"])
 
 
-def test_a_teachers_outputs_are_matched_by_name(permuted, trained_digits, few_digits):
+def test_a_teachers_outputs_are_matched_by_name(permuted, trained_digits, few_digits, tmp_path):
     """The losses of a teacher are the same, whatever the order of its outputs."""
     losses = []
     for path in (permuted, trained_digits / "checkpoint.pth"):
-        args = main.build_parser().parse_args(list(map(str, [*SMALL, "--data-path", few_digits, *TEACHER, path])))
+        args = main.build_parser().parse_args(settings(few_digits, tmp_path, TEACHER, path))
         train = main.build_data(args, is_train=True)
         criterion = main.build_criterion(args, train, Preprocessing.for_size(32), CPU, soft_targets=False)
         torch.manual_seed(0)
@@ -233,26 +176,8 @@ def test_finetuning_with_a_class_map_keeps_its_numbers(trained_digits, tmp_path,
             assert "class map" in capsys.readouterr().out
 
 
-def test_an_empty_checkpoint_is_refused(few_digits, tmp_path, capsys):
-    torch.save({}, tmp_path / "empty.pth")
-    for flag in (["--eval", "--resume"], ["--finetune"], ["--resume"]):
-        arguments = [*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", *flag, tmp_path / "empty.pth"]
-        assert "empty.pth" in refusal(main.run, "main", arguments, capsys)
-
-
 def test_two_processes_match_classes(permuted, trained_digits, few_digits, tmp_path):
-    printed = succeed(
-        *SMALL,
-        "--data-path",
-        few_digits,
-        "--output_dir",
-        tmp_path,
-        "--eval",
-        "--dist-eval",
-        "--resume",
-        permuted,
-        processes=2,
-    )
+    printed = succeed(*settings(few_digits, tmp_path, "--dist-eval --eval --resume", permuted), processes=2)
     assert printed.count("matched by name") == 1
     assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-6)
 
@@ -298,7 +223,7 @@ def test_forms_of_unicode_are_the_same_name(trained_digits, few_digits, tmp_path
     assert fingerprint(found[0]) == fingerprint(found[1])
     checkpoint = torch.load(trained_digits / "checkpoint.pth", weights_only=True)
     torch.save({**checkpoint, "classes": ["z", unicodedata.normalize("NFD", "é"), "f"]}, tmp_path / "checkpoint.pth")
-    succeed(*SMALL, "--data-path", mac, "--output_dir", tmp_path, "--eval", "--resume", tmp_path / "checkpoint.pth")
+    assert main.run(settings(mac, tmp_path, EVAL, tmp_path / "checkpoint.pth")) == 0
     assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-6)
 
 
@@ -329,27 +254,15 @@ def test_a_single_class_is_refused(few_digits, tmp_path, capsys):
     for split in ("train", "val"):
         shutil.copytree(few_digits / split, tmp_path / "deep" / split / "photos")
         shutil.copytree(few_digits / split / "0", tmp_path / "flat" / split / "0")
-    line = refusal(main.run, "main", list(map(str, [*SMALL, "--data-path", tmp_path / "deep"])), capsys)
-    for part in ("photos", "0, 1, 2", "one level up"):
-        assert part in line
-    assert "a single class, 0" in refusal(
-        main.run, "main", list(map(str, [*SMALL, "--data-path", tmp_path / "flat"])), capsys
-    )
+    for name, parts in (("deep", ("photos", "0, 1, 2", "one level up")), ("flat", ("a single class, 0",))):
+        line = refusal(main.run, "main", settings(tmp_path / name, tmp_path / "run"), capsys)
+        assert all(part in line for part in parts)
 
 
-def test_a_class_without_images_is_named(few_digits, tmp_path):
+def test_a_class_without_images_is_named(few_digits, tmp_path, capsys):
     (tmp_path / "map.txt").write_text("0\n1\n2\ncat\n")
-    printed = succeed(
-        *SMALL,
-        "--data-path",
-        few_digits,
-        "--output_dir",
-        tmp_path / "run",
-        "--eval",
-        "--class-map",
-        tmp_path / "map.txt",
-    )
-    assert "validation images for 1 of 4 classes: cat" in printed
+    assert main.run(settings(few_digits, tmp_path / "run", "--eval --class-map", tmp_path / "map.txt")) == 0
+    assert "validation images for 1 of 4 classes: cat" in capsys.readouterr().out
 
 
 def test_hidden_folders_and_files_of_archives_are_nobodys(few_digits, tmp_path):

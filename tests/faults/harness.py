@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import small_model
 import torch
 from conftest import ROOT, differences
 from processes import Command, start_tasks
@@ -23,37 +24,12 @@ DENSE_NAMES = DenseNames(interval=0, keep=1, keep_regular=-1)  # to list checkpo
 RESUME_STATUS = 75
 LIMIT = 900  # seconds that a test waits for anything, enough for slow machines
 # Everything random or stateful: shuffle, augmentation, mixup, drop path, averaged weights, a best checkpoint.
-RECIPE = [
-    "--model",
-    "SepViT_Lite",
-    "--input-size",
-    "32",
-    "--batch-size",
-    "8",
-    "--epochs",
-    "3",
-    "--model-ema",
-    "--model-ema-warmup",
-    "--warmup-epochs",
-    "1",
-    "--lr",
-    "5e-3",
-    "--output_dir",
-    "run",
-    "--device",
-    "cpu",
-    "--checkpoint-every",
-    "2",
-    "--auto-resume",
-    "--print-freq",
-    "1",
-    "--keep-checkpoints",
-    "3",
-    "--timeout",
-    "100",
-]
-
-DENSE_RECIPE = ["--from-scratch", "--auto-resume", "--work-dir", "run", "--checkpoint-every", "2", "--timeout", "100"]
+RECIPE = (
+    f"--model {small_model.MODEL} --input-size 32 --batch-size 8 --epochs 2 --model-ema --model-ema-warmup "
+    "--warmup-epochs 1 --lr 5e-3 --output_dir run --device cpu --checkpoint-every 2 --auto-resume --print-freq 1 "
+    "--keep-checkpoints 3 --timeout 100 --num_workers 0".split()
+)
+DENSE_RECIPE = "--from-scratch --auto-resume --work-dir run --checkpoint-every 2 --timeout 100".split()
 
 STARTED: list[subprocess.Popen | Command] = []
 
@@ -70,7 +46,7 @@ def kill_started() -> None:
 
 
 class Run:
-    """A training run of main.py in its own folder, restarted with the same command.
+    """A training run of main.py, with the smallest network, in its own folder; restarted with the same command.
 
     Attributes:
         script: the command's script.
@@ -85,7 +61,7 @@ class Run:
         environment: environment variables to add.
     """
 
-    script = "main.py"
+    script = "tests/fixtures/small_main.py"
     step = "] loss"
 
     def __init__(
@@ -108,7 +84,7 @@ class Run:
 
     def arguments(self, data: Path) -> list[str]:
         """The command's arguments, to which a test adds others."""
-        return [*RECIPE, "--num_workers", "0", "--data-path", str(data)]
+        return [*RECIPE, "--data-path", str(data)]
 
     def start(self) -> subprocess.Popen | Command:
         """Start the command in a new session, so that all its processes can be killed together."""
@@ -166,7 +142,7 @@ class Run:
         process = self.start()
         if rng.random() < 0.8:  # start-up takes long and would be hit too often
             self.wait_for(process, self.step, lines + 1)
-        time.sleep(rng.uniform(0, 4))
+        time.sleep(rng.uniform(0, 2))
         return process
 
     def kill(self, rng: random.Random) -> bool:
@@ -218,6 +194,14 @@ def descendants(parent: int) -> list[int]:
     """Process IDs of all descendants of a process."""
     listed = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()
     return [number for child in map(int, listed) for number in (child, *descendants(child))]
+
+
+def assert_same_state(output: Path, other: Path, *parts: str) -> None:
+    """Require that parts of the newest checkpoints of two runs are identical, bit by bit; by default the weights."""
+    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (output, other))
+    for part in parts or ("model",):
+        found = differences(a[part], b[part])
+        assert not found, f"{part}: {found[:5]}"
 
 
 def assert_same(output: Path, other: Path) -> None:

@@ -1,4 +1,4 @@
-"""Run main.py with faults in its training steps; see injected.py.
+"""Run small_main.py with faults in its training steps; see injected.py.
 
 LAG=1 makes the ranks read the flags of a step one step later, as on GPUs. PAUSES=1,1 makes them retry twice, after one
 second each, when the storage does not respond. SLOW_SAVING=2 makes writing a checkpoint take two seconds more.
@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import injected
+import small_model  # noqa: F401 registers the model
 
 import engine
 import main

@@ -238,8 +238,7 @@ def test_damaged_checkpoint(how, kind, configs, tmp_path, undisturbed, table):
     run.command[run.command.index("run")] = "moved"
     run.output = moved
     printed = run.finish()
-    what = "truncated" if how == "truncated" else "wrong checksum"
-    assert f"WARNING: moved/{newest.name} is damaged ({what}" in printed
+    assert f"WARNING: moved/{newest.name} is damaged (" in printed
     assert f"checkpoint moved/{before.name}: resuming at " in printed
     assert_same_dense(moved, undisturbed[kind])
     table.add(f"newest checkpoint truncated or changed, {kind}")
