@@ -3,10 +3,10 @@
     python tools/benchmark_data.py --data imagenet [--input-size 224] [--workers 0 1 2] [--rounds 5] [--out FILE.json]
     python tools/benchmark_data.py --synthetic 500x375 [--count 512]
 
-Three pipelines augment by the published recipe: `faithful`; `fast` without a GPU; and `fast, GPU`, which leaves to a
-GPU what it can do (that part is not measured). They are measured in turn, round by round. Ratios are to `faithful`,
-pair by pair. Each is read from class folders and from a webdataset of the same images, which is written to a temporary
-folder. `--synthetic` writes JPEGs (quality 90) composed of scikit-image's and scikit-learn's photographs.
+Two pipelines augment by the published recipe, `faithful` and `fast`. They are measured in turn, round by round. Ratios
+are to `faithful`, pair by pair. Each is read from class folders and from a webdataset of the same images, which is
+written to a temporary folder. `--synthetic` writes JPEGs (quality 90) composed of scikit-image's and scikit-learn's
+photographs.
 """
 
 if not __package__:
@@ -36,14 +36,12 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, functional
 
 import main as classification
-from datasets import LoaderSettings, build_train_loader, epoch_batches
+from datasets import DeviceTransform, LoaderSettings, build_train_loader, build_transform, epoch_batches
 from sepvit_lib.training.commands import Parser, natural, path, positive_int, run_command
 from sepvit_lib.training.decoding import CropDecoder
-from sepvit_lib.training.device_augmentation import DeviceAugmentation, augment
 from sepvit_lib.training.devices import available_cores
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.images import decode, read_file
-from sepvit_lib.training.preprocessing import Preprocessing
 from sepvit_lib.training.samples import ImageData, collate
 from sepvit_lib.training.state import Precision
 from sepvit_lib.training.storage import write_file
@@ -52,9 +50,7 @@ from utils import Stream, seed_cpu
 PIPELINES = {
     "faithful": ["--loader", "faithful", "--device", "cpu"],
     "fast": ["--loader", "fast", "--device", "cpu"],
-    "fast, GPU": ["--loader", "fast", "--device", "cuda"],
 }
-ON_CPU = "fast"  # the fast pipeline without a GPU
 CPU = Precision(torch.device("cpu"), None)
 SOURCES = ("class folders", "webdataset")
 STAGES = ("seed", "read", "decode", "crop", "resize", "augment", "normalise", "erase", "collate")
@@ -155,15 +151,19 @@ def stages_of(data: ImageData) -> list[Stage]:
 
 
 def batch_stages_of(pipeline: str) -> list[Stage]:
-    """The stages that turn samples into a batch, and a batch into images where no GPU does that."""
-    if pipeline != ON_CPU:
+    """The stages that turn samples into a batch, and a batch into images on the device, here a CPU."""
+    if pipeline == "faithful":
         return [("collate", collate)]
-    device = DeviceAugmentation(CPU, "pixel", Preprocessing.for_size(224))
-    return [
-        ("collate", lambda samples: collate(samples)[0]),
-        ("normalise", lambda batch: (device.normalise(augment(batch)), batch.regions)),
-        ("erase", lambda images: device.erase(*images)),
-    ]
+    device = device_transform()
+    (erase,) = device.erasing
+    device.erasing = []
+    return [("collate", lambda samples: collate(samples)[0]), ("normalise", device), ("erase", erase)]
+
+
+def device_transform() -> DeviceTransform:
+    """What the device does in the fast pipeline."""
+    settings = classification.build_parser().parse_args(["--loader", "fast"])
+    return DeviceTransform(build_transform(True, classification.transform_settings(settings)), CPU)
 
 
 def time_stages(data: ImageData, pipeline: str, batch_size: int) -> dict[str, float]:
@@ -227,7 +227,7 @@ def measure_loaders(loaders: dict[tuple[str, str], DataLoader], rounds: int) -> 
     alone = all(loader.num_workers == 0 for loader in loaders.values())
     clock = time.process_time if alone else time.perf_counter
     rates: dict[tuple[str, str], list[float]] = {name: [] for name in loaders}
-    prepare = DeviceAugmentation(CPU, "pixel", Preprocessing.for_size(224))
+    prepare = device_transform()
     names = list(loaders)
     for number in range(rounds + 1):
         first = number % len(names)
@@ -235,7 +235,7 @@ def measure_loaders(loaders: dict[tuple[str, str], DataLoader], rounds: int) -> 
             start, images = clock(), 0
             for batch, targets, _ in epoch_batches(loaders[name], number, 0, 1, lambda place: None):
                 images += len(targets)
-                if name[1] == ON_CPU:
+                if name[1] == "fast":
                     prepare(batch)
             if number:  # the first round starts the workers
                 rates[name].append(images / (clock() - start))

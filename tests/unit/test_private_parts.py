@@ -10,7 +10,6 @@ import io
 import multiprocessing
 import os
 import pickle
-import random
 import re
 import signal
 import tarfile
@@ -23,13 +22,10 @@ import timm
 import torch
 from conftest import ROOT
 from PIL import Image
-from timm.data import auto_augment
-from timm.data.random_erasing import RandomErasing
 from torch._utils import ExceptionWrapper
 
 import sepvit  # noqa: F401 registers the models
 from sepvit_lib.training import readers
-from sepvit_lib.training.augmentation import MATRICES, STRENGTHS, RegionRecorder, without_pixels
 from sepvit_lib.training.checkpoints import refused_class
 from sepvit_lib.training.commands import Parser
 from sepvit_lib.training.errors import (
@@ -118,30 +114,6 @@ def test_timms_streams_are_shared_among_ranks(tmp_path):
     readers.read_exactly_once(dataset, split_shards=True)
     assert list(readers.shards_of(dataset)) == ["val-1.tar", "val-3.tar"]
     assert (dataset.reader.dist_rank, dataset.reader.dist_num_replicas, dataset.reader.num_samples) == (0, 1, 5)
-
-
-def test_timms_randaugment_draws_for_stand_ins():
-    """All functions that RandAugment may apply are known, except those of the sets that come with colour jitter."""
-    for name in ("rand", "rand-inc1", "rand-tweights"):
-        for operation in auto_augment.rand_augment_transform(name, {"img_mean": (0, 0, 0)}).ops:
-            assert operation.aug_fn in STRENGTHS or operation.aug_fn in MATRICES, operation.name
-            assert operation.kwargs.keys() == {"fillcolor", "resample"}
-    for name in ("rand-t3a", "rand-t3aw"):
-        steps = timm.data.create_transform(64, is_training=True, auto_augment=name, color_jitter=0.4).transforms
-        assert "ColorJitter" in [type(step).__name__ for step in steps]
-
-
-def test_timms_random_erasing_draws_for_stand_ins():
-    recorder = RegionRecorder(20)
-    random.seed(0)
-    without_pixels(RandomErasing(1, mode="pixel", min_count=2, max_count=2, device="cpu"))(recorder)
-    random.seed(0)
-    erased = RandomErasing(1, mode="const", min_count=2, max_count=2, device="cpu")(torch.ones(3, 20, 20))
-    expected = torch.ones(3, 20, 20)
-    for top, left, bottom, right in recorder.regions:
-        expected[:, top:bottom, left:right] = 0
-    assert len(recorder.regions) == 2
-    assert torch.equal(erased, expected)
 
 
 def png() -> bytes:
