@@ -506,17 +506,15 @@ def _no_step(images: int, processes: int, settings: LoaderSettings) -> str:
     factors = [setting("batch_size", settings.batch_size)]
     factors += [setting("accum_steps", settings.accum_steps)] if settings.accum_steps > 1 else []
     factors += [f"{processes} processes"] if processes > 1 else []
-    step = f"{' × '.join(factors)}: a step takes {step_size} images"
-    if settings.repeated_aug and images >= step_size:
-        return (
-            f"{setting('repeated_aug')}: an epoch takes {images // 256 * 256} of the {images} training images, a "
-            f"multiple of 256, and {step}; use {setting('no_repeated_aug')} or smaller steps"
-        )
-    return f"{step}, more than the {images} training images; choose smaller ones"
+    epoch, way_out = f"the {images} training images", "choose smaller ones"
+    if settings.repeated_aug:
+        epoch = f"the {images // 256 * 256} of {epoch} that repeated augmentation takes"
+        way_out += f", or {setting('no_repeated_aug')}"
+    return f"{' × '.join(factors)}: a step takes {step_size} images, more than {epoch}; {way_out}"
 
 
 def _check_shards(dataset: Any, settings: LoaderSettings) -> None:
-    """Refuse a webdataset with fewer shards than readers: a reader without a shard would wait for ever."""
+    """Refuse a webdataset with fewer shards than readers: a reader without a shard would wait forever."""
     shards = shards_of(dataset)
     readers = get_world_size() * max(1, settings.num_workers)
     if shards is not None and len(shards) < readers:

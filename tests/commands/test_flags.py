@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import tarfile
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import timm
 import torch
 from conftest import ROOT, SMALLEST
 from PIL import Image
-from test_data import inat_folder
+from test_data import inat_folder, write_tar
 
 import main
 from sepvit_lib.training import output
@@ -95,10 +94,10 @@ IGNORED = {
 
 def by_name(table: dict[str, str]) -> dict[str, tuple[str, str]]:
     """Each flag's change, with the settings beside it, by the name of the setting."""
-    entries = [(beside, change) for beside, changes in table.items() for change in changes.split(", ")]
     return {
-        change.split()[0].lstrip("-").removeprefix("no-").replace("-", "_"): (beside, change)
-        for beside, change in entries
+        change.split()[0].removeprefix("--").removeprefix("no-").replace("-", "_"): (beside, change)
+        for beside, changes in table.items()
+        for change in changes.split(", ")
     }
 
 
@@ -114,13 +113,10 @@ def root(tmp_path_factory):
                 for number in range(count if split == "train" else 2):
                     os.link(root / "image.png", root / name / split / label / f"{number}.png")
     (root / "wds").mkdir()
+    contents = {"png": (root / "image.png").read_bytes(), "cls": b"0"}
     for shard in range(2):
-        with tarfile.open(root / f"wds/a-{shard}.tar", "w") as archive:
-            for number in range(16):
-                for ending, content in (("png", (root / "image.png").read_bytes()), ("cls", b"0")):
-                    info = tarfile.TarInfo(f"{shard}{number:02}.{ending}")
-                    info.size = len(content)
-                    archive.addfile(info, io.BytesIO(content))
+        files = {f"{shard}{number:02}.{kind}": contents[kind] for number in range(16) for kind in contents}
+        write_tar(root / f"wds/a-{shard}.tar", files)
     (root / "inat").mkdir()
     inat_folder(root / "inat", with_kingdom=True)
     (root / "map.txt").write_text("b\na\n")
@@ -190,30 +186,12 @@ def _built(settings):
         model=described(model),
         optimizer=[
             type(training.optimizer).__name__,
-            [
-                {k: described(v) for k, v in g.items() if k != "params"} | dict(number=len(g["params"]))
-                for g in training.optimizer.param_groups
-            ],
+            described([{**group, "params": len(group["params"])} for group in training.optimizer.param_groups]),
         ],
         epoch=training.epoch,
         rates=rates_of(training),
         ema=training.ema and described([vars(training.ema), training.ema.module.state_dict()]),
-        data=[
-            described(
-                [
-                    data.num_classes,
-                    data.classes,
-                    data.outputs,
-                    data.transform,
-                    data.decode,
-                    type(data.dataset).__name__,
-                    getattr(data.dataset, "samples", None),
-                    getattr(data.dataset, "reader", None),
-                    len(data),
-                ]
-            )
-            for data in (train, val)
-        ],
+        data=[described(vars(data) | {"dataset": contents_of(data.dataset)}) for data in (train, val)],
         loaders=[
             [loader.batch_size, loader.num_workers, loader.pin_memory, type(loader.sampler).__name__, len(loader)]
             for loader in (parts.train_loader, parts.val_loader)
@@ -224,6 +202,12 @@ def _built(settings):
         prepare=described(getattr(parts.prepare, "__self__", parts.prepare)),
         settings=[dataclasses.asdict(settings) for settings in (parts.loop, parts.evaluation, limits)],
     )
+
+
+def contents_of(dataset):
+    """What a data set is made of, without the caches of its reader."""
+    parts = (getattr(dataset, name, None) for name in ("samples", "reader"))
+    return [type(dataset).__name__, len(dataset), *parts]
 
 
 def rates_of(training):

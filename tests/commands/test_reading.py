@@ -347,33 +347,3 @@ def test_a_teacher_sees_its_own_normalisation(foreign, few_digits):
     student = transforms.Normalize(published.mean, published.std)(pixels)
     network = load_classifier(str(foreign / "folder"))
     torch.testing.assert_close(criterion.teacher(student), network.run((pixels - 0.5) / 0.5), rtol=1e-4, atol=1e-5)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The demo
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["16 bits", "turned"])
-def test_the_demo_on_other_files(kind, demo_data, tmp_path):
-    """The digits as PNGs of 16 bits, and as JPEGs upside down with a tag: predicted and evaluated alike."""
-    for path in demo_data.glob("imagenet/*/*/*.png"):
-        image, target = Image.open(path).convert("L"), tmp_path / path.relative_to(demo_data)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if kind == "16 bits":
-            Image.fromarray(np.asarray(image).astype(np.uint16) * 257).save(target)
-        else:
-            image.rotate(180).save(target.with_suffix(".jpg"), quality=95, exif=exif(TURNED))
-    run = tmp_path / "run"
-    recipe = ["--config", ROOT / "recipes/digits.yaml", "--data-path", tmp_path / "imagenet", "--output_dir", run]
-    succeed(*recipe, timeout=1800)
-    succeed(*recipe, "--eval", "--resume", run / "checkpoint.pth")
-    evaluated = json.loads((run / "eval.json").read_text())["test_acc1"]
-    output = ["--topk", 1, "--json", "-"]
-    printed = succeed(tmp_path / "imagenet/val", "--resume", run / "checkpoint.pth", *output, script="predict.py")
-    predictions = json.loads(printed)
-    right = [Path(entry["image"]).parent.name == entry["predictions"][0]["class"] for entry in predictions]
-    print(f"{kind}: evaluated {evaluated:.2f} %, predicted {100 * np.mean(right):.2f} % of {len(right)} images")
-    assert evaluated >= 95
-    assert 100 * np.mean(right) == pytest.approx(evaluated)
