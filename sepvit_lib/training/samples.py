@@ -48,7 +48,7 @@ from sepvit_lib.training.unreadable import Replacements, UnreadableImageError
 
 BY_CLASS_MAP = "the class map numbers the classes; they are matched by number"
 NO_NAMES = "no class names known; classes are matched by number"
-OWN_DATASETS = Path(__file__).resolve().parent.parent / "datasets.py"
+OWN_DATASETS = Path(__file__).resolve().parents[2] / "datasets.py"
 
 
 @dataclass(frozen=True)
