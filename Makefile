@@ -6,12 +6,19 @@
 # make test                lint, and every test
 # make test-long           every test, in its long form too
 # make test-faults         only the fault tests, in their long form
-# Each target installs what it needs. VENV is the virtual environment, PYTHON (3.10 to 3.12) creates it.
+# Each target installs what it needs, in the versions of CONSTRAINTS. VENV is the virtual environment, PYTHON (3.11 or
+# later) creates it.
 VENV ?= .venv
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 DEMO ?= demo
 RUN = $(VENV)/bin/python
-PIP = $(RUN) -m pip --disable-pip-version-check install --quiet
+# Extras of pyproject.toml, without the project itself, which runs from this folder.
+EXTRAS = import sys, tomllib; \
+	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")
+INSTALL = @$(RUN) -c '$(EXTRAS)' $(1) > $(VENV)/extras.txt; \
+	$(RUN) -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS) -r requirements.txt -r $(VENV)/extras.txt
 # The Python to check: the environment's if it exists, otherwise PYTHON.
 CHECKED = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
 
@@ -80,23 +87,23 @@ install-fast: $(VENV)/.installed-fast
 install-mm: $(VENV)/.installed-mm
 install-test: $(VENV)/.installed-test
 
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt $(CONSTRAINTS) pyproject.toml
 	@$(CHECKED) tools/check_setup.py
 	@echo "installing requirements.txt into $(VENV): torch is 5 GB, allow minutes"
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(PIP) -r requirements.txt
+	$(call INSTALL,demo)
 	@touch $@
 
-$(VENV)/.installed-fast: $(VENV)/.installed tests/requirements-fast.txt
-	$(PIP) -r tests/requirements-fast.txt
+$(VENV)/.installed-fast: $(VENV)/.installed
+	$(call INSTALL,demo fast webdataset test)
 	@touch $@
 
-$(VENV)/.installed-mm: $(VENV)/.installed requirements-mm.txt tools/opencv-python/pyproject.toml
-	@echo "installing requirements-mm.txt into $(VENV): allow a minute"
-	$(PIP) -r requirements.txt -r requirements-mm.txt
+$(VENV)/.installed-mm: $(VENV)/.installed packaging/opencv-python/pyproject.toml
+	@echo "installing MMSegmentation and MMDetection into $(VENV): allow a minute"
+	$(call INSTALL,demo mm) ./packaging/opencv-python
 	@$(RUN) -W ignore -c "import sepvit_lib.dense, mmcv.ops, mmdet.apis, mmseg.apis" > /dev/null
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed-mm $(VENV)/.installed-fast tests/requirements.txt tools/requirements.txt
-	$(PIP) -r tests/requirements.txt
+$(VENV)/.installed-test: $(VENV)/.installed-mm $(VENV)/.installed-fast
+	$(call INSTALL,demo fast webdataset tools test)
 	@touch $@

@@ -8,15 +8,15 @@ from __future__ import print_function
 
 import sys
 
-OLDEST, NEWEST = (3, 10), (3, 12)
+OLDEST = (3, 11)
+NEWEST = (3, 14)  # of the tested ones
 
 
 def problem():  # type: () -> str | None
     """Describe the problem in one line; None if there is none."""
-    version = sys.version_info[:2]
-    if not OLDEST <= version <= NEWEST:
-        return "Python %d.%d (%s) is not supported: use 3.10 to 3.12, e.g. PYTHON=python3.11 (and a new VENV)" % (
-            version + (sys.executable,)
+    if sys.version_info[:2] < OLDEST:
+        return "Python %d.%d (%s) is too old: use 3.11 or later, e.g. PYTHON=python3.13 (and a new VENV)" % (
+            tuple(sys.version_info[:2]) + (sys.executable,)
         )
     try:
         import ensurepip  # noqa: F401
@@ -31,3 +31,5 @@ if __name__ == "__main__":
     if found:
         print(found, file=sys.stderr)
         sys.exit(2)
+    if sys.version_info[:2] > NEWEST:
+        print("warning: Python %d.%d is newer than the tested 3.11 to 3.14" % sys.version_info[:2], file=sys.stderr)

@@ -3,14 +3,13 @@
 import gzip
 import os
 import pickle
-import subprocess
 from pathlib import Path
 
 import numpy
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL, SMALLEST, Code, command, free_port, link_digits, refusal
+from conftest import SMALL, SMALLEST, Code, command, free_port, link_digits, refusal
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -20,7 +19,6 @@ from datasets import build_transform
 from sepvit_lib.training import checkpoints
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.output import read_log
-from tools import check_setup
 
 
 @pytest.fixture(scope="module")
@@ -275,31 +273,6 @@ def test_losses_that_stay_non_finite_end_the_run(few_digits, tmp_path, capsys):
         main.run([*arguments, "--lr", "1e30", "--warmup-epochs", "0", "--clip-grad", "0", "--max-bad-steps", "2"]) == 2
     )
     assert "--max-bad-steps 2: that many steps in a row were not finite" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("version", [(2, 7), (3, 9), (3, 13), (4, 0)])
-def test_unsupported_pythons_are_named(version, monkeypatch):
-    monkeypatch.setattr(check_setup.sys, "version_info", (*version, 1))
-    assert f"Python {version[0]}.{version[1]}" in check_setup.problem()
-    assert "\n" not in check_setup.problem()
-
-
-@pytest.mark.parametrize("version", [(3, 10), (3, 11), (3, 12)])
-def test_supported_pythons_pass(version, monkeypatch):
-    monkeypatch.setattr(check_setup.sys, "version_info", (*version, 1))
-    assert check_setup.problem() is None
-
-
-def test_make_refuses_an_unsupported_python_before_installing(tmp_path):
-    fake = tmp_path / "python"
-    fake.write_text("#!/bin/sh\necho 'Python 3.9 does not suit' >&2; exit 2\n")
-    fake.chmod(0o755)
-    result = subprocess.run(
-        ["make", "install", f"PYTHON={fake}", f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode != 0
-    assert "3.9 does not suit" in result.stderr
-    assert not (tmp_path / "venv").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- accepted input

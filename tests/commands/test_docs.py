@@ -104,7 +104,7 @@ DEMOS = dict(segmentation="fpn_sepvit_lite_112x112_demo.py", detection="mask_rcn
 ELSEWHERE = {
     r"python tools/app\.py --resume CHECKPOINT --config": "test_app.py::test_segmentor",
     r"python tools/app\.py": "test_app.py::test_an_image_goes_in_and_its_class_comes_out",
-    r"pip install (-e )?\.$": "test_package.py::test_a_host_with_its_own_utils_and_datasets",
+    r"pip install (-e )?\.$": "test_package.py::test_a_host_with_modules_of_the_same_names_imports_everything",
     r"--data-set CIFAR": "test_data.py::test_cifar",  # torchvision knows the checksums of the real files
     r"bash slurm_(train|test)\.sh": "test_segmentation.py::test_slurm_scripts",
     r'^_base_ = "fpn_': "test_own_data.py::test_segmentation_config_of_the_page",
@@ -533,7 +533,7 @@ def test_blocks_of_other_languages_hold_no_commands(block):
 @pytest.mark.parametrize("test", sorted({*ELSEWHERE.values()}))
 def test_what_runs_elsewhere_is_tested_there(test):
     file, _, name = test.partition("::")
-    assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.search(rf"^def {name}\(", next(ROOT.glob(f"tests/*/{file}")).read_text(encoding="utf-8"), re.M)
     patterns = [pattern for pattern, other in ELSEWHERE.items() if other == test]
     texts = [command.text for command in COMMANDS] + [block.text for block in PROGRAM_BLOCKS]
     assert any(re.search(pattern, text, re.MULTILINE) for pattern in patterns for text in texts), "no longer on a page"
@@ -545,8 +545,8 @@ def test_files_of_the_repository_exist(command):
     folders = [ROOT / command.folder, ROOT]
     for word in shlex.split(command.text):
         name = word.removeprefix("'").partition("[")[0].removesuffix(".")
-        is_own = re.match(r"(\./)?(tools|recipes|configs|tests|segmentation|detection)/\w", name)
-        if is_own or re.fullmatch(r"requirements[\w-]*\.txt", name):
+        is_own = re.match(r"(\./)?(tools|recipes|configs|tests|segmentation|detection|packaging|benchmarks)/\w", name)
+        if is_own or name in ("requirements.txt", "constraints.txt"):
             assert any((folder / name).exists() for folder in folders), f"{command.place}: {name}"
         if extra := re.fullmatch(r"\.\[(\w+)\]", word):
             assert f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

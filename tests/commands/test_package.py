@@ -1,49 +1,46 @@
-"""`pip install .` and `pip install -e .`: using the network and the backbones in another project.
+"""`pip install .` and `pip install -e .`: using the network and the backbones in another project; requirements.
 
-That project, the host, has its own `utils` and `datasets`, first on its path.
+That project, the host, has modules of the same names as this repository's, first on its path.
 """
 
 import importlib.metadata
 import os
-import re
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
+import tomllib
 from conftest import ROOT
 from packaging.requirements import Requirement
 
+from tools import check_setup
+
 # Works offline: builds with this environment's setuptools, and the dependencies are already installed.
-PIP = [
-    sys.executable,
-    "-m",
-    "pip",
-    "--disable-pip-version-check",
-    "install",
-    "--quiet",
-    "--no-deps",
-    "--no-build-isolation",
-]
-HOST = """
+PIP = [sys.executable, *"-m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation".split()]
+OWN = ("utils", "datasets", "samplers", "training", "dense", "inference")  # of the host
+HOST = f"""
 import site, sys
 site.addsitedir(sys.argv[1])  # processes .pth files, as Python does for its own site-packages
-import datasets, utils
-assert (datasets.OWNER, utils.OWNER) == ("host", "host")
-import timm, torch
-import sepvit
+import {", ".join(OWN)}
+import pkgutil, timm, torch
+import sepvit, sepvit_lib
 assert sepvit.__file__.startswith(sys.argv[2]), sepvit.__file__
+names = [module.name for module in pkgutil.walk_packages(sepvit_lib.__path__, "sepvit_lib.")]
+assert len(names) > 30, names
+for name in names:
+    __import__(name)
 assert timm.create_model("SepViT_Lite", num_classes=10, img_size=64)(torch.randn(1, 3, 64, 64)).shape == (1, 10)
 from mmengine.registry import MODELS
-import sepvit_lib.dense.backbone, sepvit_lib.dense.loading
 backbone = MODELS.build(dict(type="SepViT_Lite"))
 backbone.init_weights()
 assert [tuple(y.shape[1:]) for y in backbone(torch.randn(1, 3, 64, 96))][0] == (32, 16, 24)
 from mmcv.ops import batched_nms
 _, kept = batched_nms(torch.tensor([[0.0, 0, 9, 9]] * 2), torch.rand(2), torch.tensor([0, 1]), dict(iou_threshold=0.5))
 assert len(kept) == 2
-assert sys.modules["utils"].OWNER == sys.modules["datasets"].OWNER == "host"
+assert {{sys.modules[name].OWNER for name in {OWN}}} == {{"host"}}
 """
 HUGGING_FACE = """
 import site, sys
@@ -87,8 +84,8 @@ def run(code: str, folder: Path, *arguments: Path) -> subprocess.CompletedProces
     )
 
 
-def test_a_host_with_its_own_utils_and_datasets(site, tmp_path):
-    for name in ("utils", "datasets"):
+def test_a_host_with_modules_of_the_same_names_imports_everything(site, tmp_path):
+    for name in OWN:
         (tmp_path / f"{name}.py").write_text("OWNER = 'host'\n")
     result = run(HOST, tmp_path, *site)
     assert result.returncode == 0, result.stderr
@@ -99,9 +96,11 @@ def test_hugging_face_datasets_is_imported(site, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_top_level_modules_and_tests_are_not_installed(site):
-    folder, _ = site
-    assert not {"utils.py", "datasets.py", "main.py", "tests"} & {path.name for path in folder.iterdir()}
+def test_two_names_are_installed(site):
+    folder, modules = site
+    if folder == modules:
+        names = {path.stem for path in folder.iterdir() if path.suffix != ".dist-info"}
+        assert names - {"__pycache__"} == {"sepvit", "sepvit_lib"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -109,32 +108,72 @@ def test_top_level_modules_and_tests_are_not_installed(site):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def pins(name: str) -> dict[str, str]:
-    """The versions that a file of requirements pins. It contains nothing else but the stand-in for opencv-python."""
-    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
-    lines = [line for line in lines if line not in ("", "./tools/opencv-python")]
-    assert all(re.fullmatch(r"[\w.-]+==[\d.]+", line) for line in lines), lines
-    return {name.lower(): version for name, _, version in (line.partition("==") for line in lines)}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+RANGES = [Requirement(text) for text in (*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values()))]
+LINES = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+REQUIREMENTS = [Requirement(line) for line in LINES if line]
 
 
-def test_the_package_admits_the_pinned_versions():
-    tables = (ROOT / "pyproject.toml").read_text()
-    ranges = [Requirement(text) for text in re.findall(r'^    "([\w-]+>=[\d.]+[^"]*)",$', tables, re.MULTILINE)]
-    assert {"torch", "torchvision", "timm", "onedl-mmcv", "onedl-mmdetection"} <= {line.name for line in ranges}
-    pinned = pins("requirements.txt") | pins("requirements-mm.txt")
-    for line in ranges:
-        assert line.specifier.contains(pinned[line.name]), line
+def pins(python: str) -> dict[str, str]:
+    """The versions that constraints.txt pins on a version of Python."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    found = [
+        line
+        for line in map(Requirement, filter(None, lines))
+        if not line.marker or line.marker.evaluate({"python_version": python})
+    ]
+    assert len({line.name for line in found}) == len(found)
+    return {line.name.lower(): str(line.specifier).removeprefix("==") for line in found}
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_the_tested_versions_are_in_the_ranges(python):
+    pinned = pins(python)
+    for line in RANGES + REQUIREMENTS:
+        assert line.specifier.contains(pinned[line.name.lower()]), line
+
+
+def test_installed_versions_are_in_the_ranges():
+    for line in RANGES + REQUIREMENTS:
+        assert line.specifier.contains(importlib.metadata.version(line.name)), line
+
+
+def test_the_package_and_the_commands_take_the_same_ranges():
+    ranges = {line.name: line.specifier for line in REQUIREMENTS}
+    for line in map(Requirement, PROJECT["dependencies"]):
+        assert ranges[line.name] == line.specifier, line
+
+
+@pytest.mark.parametrize("version", [(2, 7), (3, 10)])
+def test_older_pythons_are_named(version, monkeypatch):
+    monkeypatch.setattr(check_setup.sys, "version_info", (*version, 1))
+    assert f"Python {version[0]}.{version[1]}" in check_setup.problem()
+
+
+def test_newer_pythons_are_admitted(monkeypatch):
+    monkeypatch.setattr(check_setup.sys, "version_info", (4, 0, 0))
+    assert check_setup.problem() is None
+
+
+def test_make_refuses_an_unsupported_python_before_installing(tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho 'Python 3.9 does not suit' >&2; exit 2\n")
+    fake.chmod(0o755)
+    arguments = ["make", "install", f"PYTHON={fake}", f"VENV={tmp_path / 'venv'}"]
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "does not suit" in result.stderr
+    assert not (tmp_path / "venv").exists()
 
 
 def test_the_stand_in_for_opencv_is_empty(tmp_path):
-    """It requires the headless build, of its own version. Nothing of it is in the folder that both would share."""
-    shutil.copytree(ROOT / "tools/opencv-python", tmp_path / "source", ignore=shutil.ignore_patterns("build", "*info"))
+    """It requires the headless build. Nothing of it is in the folder that both would share."""
+    skipped = shutil.ignore_patterns("build", "*info")
+    shutil.copytree(ROOT / "packaging/opencv-python", tmp_path / "source", ignore=skipped)
     subprocess.run([*PIP, "--target", str(tmp_path / "site"), str(tmp_path / "source")], check=True)
-    (metadata,) = (tmp_path / "site").iterdir()
+    assert [path.suffix for path in (tmp_path / "site").iterdir()] == [".dist-info"]
     (found,) = importlib.metadata.distributions(path=[str(tmp_path / "site")])
-    version = pins("requirements-mm.txt")["opencv-python-headless"]
-    assert metadata.name == f"opencv_python-{version}.dist-info"
-    assert found.requires == [f"opencv-python-headless=={version}"]
+    assert [Requirement(line).name for line in found.requires or []] == ["opencv-python-headless"]
 
 
 def test_opencv_is_the_headless_build():

@@ -4,7 +4,6 @@ They are used in `sepvit_lib/dense/mmengine_adapter.py`, mmdet's in `sepvit_lib/
 are in pyproject.toml.
 """
 
-import importlib.metadata
 import json
 import logging
 import pickle
@@ -13,7 +12,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer, print_log
@@ -25,27 +23,6 @@ from sepvit_lib.dense import mmengine_adapter
 from sepvit_lib.dense.mmengine_adapter import log_statistic, read_checkpoint
 from sepvit_lib.dense.runner import DenseRunner
 from sepvit_lib.training.errors import UserError
-
-# pyproject.toml's extra `dense`; tomllib came with Python 3.11
-EXTRA = re.findall(r"^dense = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
-RANGES = re.findall(r'"([\w-]+)>=([\d.]+),<([\d.]+)"', EXTRA[0])
-
-
-def version_tuple(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", text.partition("+")[0]))
-
-
-def test_ranges_are_stated():
-    assert {"onedl-mmcv", "onedl-mmengine", "onedl-mmsegmentation", "onedl-mmdetection"} == {
-        name for name, *_ in RANGES
-    }
-
-
-@pytest.mark.parametrize(("name", "oldest", "first_unsupported"), RANGES, ids=[name for name, *_ in RANGES])
-def test_installed_versions_are_in_the_stated_ranges(name, oldest, first_unsupported):
-    installed = version_tuple(importlib.metadata.version(name))
-    assert version_tuple(oldest) <= installed < version_tuple(first_unsupported)
-
 
 # ------------------------------------------------------------------------------------------------------------ mmengine
 

@@ -5,7 +5,6 @@ mmengine and its companions.
 """
 
 import argparse
-import importlib.metadata
 import io
 import multiprocessing
 import os
@@ -19,7 +18,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import ROOT
 from PIL import Image
 from torch._utils import ExceptionWrapper
 
@@ -36,22 +34,6 @@ from sepvit_lib.training.errors import (
     out_of_shared_memory,
 )
 from sepvit_lib.training.state import reads_found_inf
-
-PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")  # tomllib needs Python 3.11
-RANGES = re.findall(r'^    "([^"]+)"', PROJECT.partition("\ndependencies = [")[2].partition("\n]")[0], re.MULTILINE)
-
-
-def version_tuple(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", text.partition("+")[0]))
-
-
-@pytest.mark.parametrize("requirement", RANGES)
-def test_installed_versions_are_in_the_stated_ranges(requirement):
-    name, bounds = re.fullmatch(r"([\w-]+)(.*)", requirement).groups()
-    installed = version_tuple(importlib.metadata.version(name))
-    for relation, bound in re.findall(r"(>=|<)([\d.]+)", bounds):
-        assert installed >= version_tuple(bound) if relation == ">=" else installed < version_tuple(bound), requirement
-
 
 # ---------------------------------------------------------------------------------------------------------------- timm
 
