@@ -14,7 +14,8 @@ import torch
 from timm.data import create_dataset, create_transform
 from timm.data.dataset import IterableImageDataset
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
@@ -22,9 +23,8 @@ from torchvision.datasets import CIFAR100, ImageFolder
 from samplers import DistributedEvalSampler, TrainBatchSampler
 from sepvit_lib.inference.packages import require
 from sepvit_lib.training.archives import Archive
-from sepvit_lib.training.augmentation import CropAugmentation
 from sepvit_lib.training.classes import listed, order_of, read_class_map
-from sepvit_lib.training.decoding import CropDecoder, decode_and_crop
+from sepvit_lib.training.decoding import CropDecoder
 from sepvit_lib.training.errors import MachineError, UserError, setting
 from sepvit_lib.training.images import IMAGE_SUFFIXES, Encoded, decode, describe_skipped, is_hidden
 from sepvit_lib.training.preprocessing import Preprocessing
@@ -41,6 +41,7 @@ from sepvit_lib.training.samples import (
     import_hugging_face,
     labels_of,
 )
+from sepvit_lib.training.state import Precision
 from sepvit_lib.training.storage import is_storage_error
 from sepvit_lib.training.streams import TrainStream, ValStream
 from sepvit_lib.training.watchdog import ignore_preemption
@@ -112,7 +113,6 @@ class TransformSettings:
         remode: fill of the erased regions.
         recount: number of erased regions per image.
         loader: 'faithful' or 'fast'.
-        device: the device, which augments if the loader is fast and it is a CUDA device.
     """
 
     preprocessing: Preprocessing
@@ -127,12 +127,6 @@ class TransformSettings:
     remode: str
     recount: int
     loader: str
-    device: str
-
-    @property
-    def augments_on_device(self) -> bool:
-        """Whether flips and RandAugment are left to the device, not done by the loader workers."""
-        return self.loader == "fast" and torch.device(self.device).type == "cuda"
 
 
 @dataclass(frozen=True)
@@ -256,10 +250,12 @@ def prepared(data: ImageData, is_train: bool, settings: TransformSettings) -> Im
         UserError: timm does not know the automatic augmentation, or a decoder is not installed.
     """
     transform = build_transform(is_train, settings)
+    decoder: Callable[[Encoded], Any] = partial(decode, orientation=settings.orientation)
     if is_train and settings.loader == "fast":
-        decoder, transform = build_fast_transform(transform, settings)
-    else:
-        decoder = partial(decode, orientation=settings.orientation)
+        steps, _ = split_transform(transform)
+        if isinstance(steps[0], RandomResizedCropAndInterpolation):
+            decoder = CropDecoder(steps.pop(0), settings.orientation)
+        transform = transforms.Compose([*steps, transforms.PILToTensor()])
     return replace(data, decode=decoder, transform=transform)
 
 
@@ -407,26 +403,53 @@ def build_transform(is_train: bool, settings: TransformSettings) -> Any:
     return preprocessing.transform()
 
 
-def build_fast_transform(transform: Any, settings: TransformSettings) -> tuple[Callable[[Encoded], Any], Any]:
-    """Build what the fast loader does in place of a training transform.
+def split_transform(transform: Any) -> tuple[list[Any], list[Any]]:
+    """Split a training transform at the point where the fast loader's workers end.
+
+    Returns:
+        the steps on images in memory; and those on the device: normalisation, and random erasing if there is any.
+
+    Raises:
+        UserError: the transform does not end in these steps.
+    """
+    steps = transform.transforms
+    kinds = [type(step) for step in steps]
+    for end in ([MaybeToTensor, transforms.Normalize], [MaybeToTensor, transforms.Normalize, RandomErasing]):
+        if kinds[-len(end) :] == end:
+            return steps[: -len(end)], steps[1 - len(end) :]
+    raise UserError(
+        f"{setting('loader', 'fast')}: normalises and erases on the device, which has to end the transform; put "
+        f"{kinds[-1].__name__} before MaybeToTensor, or use faithful"
+    )
+
+
+class DeviceTransform:
+    """End of a training transform, on batches on the device: normalisation and random erasing, as timm's prefetcher.
+
+    Erasing draws from the generators of Python and of the device. The training loop seeds both for each batch of an
+    epoch (`Stream.STEP`), so an image is erased alike by every process, and in a resumed run.
 
     Args:
         transform: the training transform.
-        settings: how images are transformed.
-
-    Returns:
-        decoder of an image file, which also crops; and the rest of the transform, which takes the crop.
-
-    Raises:
-        UserError: the decoder is not installed.
+        precision: the device, and the images' memory format.
     """
-    crop, *steps = transform.transforms
-    erasing = steps.pop() if isinstance(steps[-1], RandomErasing) else None
-    steps = steps[:-2]  # without making a tensor and normalising it
-    is_resized = isinstance(crop, RandomResizedCropAndInterpolation)
-    orientation = settings.orientation
-    decoder = CropDecoder(crop, orientation) if is_resized else partial(decode_and_crop, crop, orientation)
-    return decoder, CropAugmentation(steps, erasing, settings.preprocessing.size[0], settings.augments_on_device)
+
+    def __init__(self, transform: Any, precision: Precision) -> None:
+        self.precision = precision
+        _, (normalise, *self.erasing) = split_transform(transform)
+        for erasing in self.erasing:
+            erasing.device = precision.device
+        self.mean, self.std = (
+            255 * torch.as_tensor(values, device=precision.device)[:, None, None]
+            for values in (normalise.mean, normalise.std)
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalise and erase images, B × 3 × H × W, uint8."""
+        images = self.precision.images(images).float().sub_(self.mean).div_(self.std)
+        for erase in self.erasing:
+            images = erase(images)
+        return images
 
 
 def _check_augmentation(name: str) -> None:
@@ -486,17 +509,15 @@ def _no_step(images: int, processes: int, settings: LoaderSettings) -> str:
     factors = [setting("batch_size", settings.batch_size)]
     factors += [setting("accum_steps", settings.accum_steps)] if settings.accum_steps > 1 else []
     factors += [f"{processes} processes"] if processes > 1 else []
-    step = f"{' × '.join(factors)}: a step takes {step_size} images"
-    if settings.repeated_aug and images >= step_size:
-        return (
-            f"{setting('repeated_aug')}: an epoch takes {images // 256 * 256} of the {images} training images, a "
-            f"multiple of 256, and {step}; use {setting('no_repeated_aug')} or smaller steps"
-        )
-    return f"{step}, more than the {images} training images; choose smaller ones"
+    epoch, way_out = f"the {images} training images", "choose smaller ones"
+    if settings.repeated_aug:
+        epoch = f"the {images // 256 * 256} of {epoch} that repeated augmentation takes"
+        way_out += f", or {setting('no_repeated_aug')}"
+    return f"{' × '.join(factors)}: a step takes {step_size} images, more than {epoch}; {way_out}"
 
 
 def _check_shards(dataset: Any, settings: LoaderSettings) -> None:
-    """Refuse a webdataset with fewer shards than readers: a reader without a shard would wait for ever."""
+    """Refuse a webdataset with fewer shards than readers: a reader without a shard would wait forever."""
     shards = shards_of(dataset)
     readers = get_world_size() * max(1, settings.num_workers)
     if shards is not None and len(shards) < readers:

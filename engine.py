@@ -171,7 +171,7 @@ def train_one_epoch(
         settings: settings of the loop.
         mixup: mixup and CutMix, or None.
         monitor: acts on what happens in the steps.
-        prepare: makes normalised images on the device of a batch's images as loaded; by default it copies them.
+        prepare: turns a loaded batch into normalised images on the device; by default it copies them.
 
     Returns:
         mean loss, and the epoch's learning rate.

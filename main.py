@@ -47,9 +47,11 @@ from datasets import (
     SMALL_INPUT,
     STREAMS,
     DataSettings,
+    DeviceTransform,
     LoaderSettings,
     TransformSettings,
     build_train_loader,
+    build_transform,
     build_val_loader,
     find_dataset,
     match_splits,
@@ -87,7 +89,6 @@ from sepvit_lib.training.commands import (
     run_command,
     seconds,
 )
-from sepvit_lib.training.device_augmentation import DeviceAugmentation
 from sepvit_lib.training.devices import available_cores, best_device, check_device
 from sepvit_lib.training.errors import Preempted, UserError
 from sepvit_lib.training.images import ORIENTATIONS, STORED, count_turned
@@ -235,7 +236,7 @@ class Parts:
         val_loader: validation batches.
         criterion: the loss.
         mixup: mixup and CutMix, or None.
-        prepare: makes normalised images on the device of a training batch's images as loaded.
+        prepare: turns a loaded batch into normalised images on the device.
         precision: device and number format.
         loop: settings of the loop.
         evaluation: settings of validation.
@@ -571,7 +572,9 @@ def build_preparation(
     args: argparse.Namespace, preprocessing: Preprocessing, precision: Precision
 ) -> Callable[[Any], torch.Tensor]:
     """Build what turns a loaded training batch into normalised images on the device."""
-    return DeviceAugmentation(precision, args.remode, preprocessing) if args.loader == "fast" else precision.images
+    if args.loader != "fast":
+        return precision.images
+    return DeviceTransform(build_transform(True, transform_settings(args, preprocessing)), precision)
 
 
 def build_precision(args: argparse.Namespace, device: torch.device) -> Precision:
@@ -923,9 +926,8 @@ def add_data_settings(group: Any) -> None:
         "--loader",
         choices=("faithful", "fast"),
         default="faithful",
-        help="of training images; faithful: PIL, as in "
-        "the published runs; fast: JPEGs decoded at the size that the crop needs, and flips, RandAugment (rand-…), "
-        "normalisation and random erasing on the GPU, if there is one; other augmentations by PIL, too",
+        help="training loader; faithful: PIL, as published; fast: JPEGs decoded at the size that the crop needs, "
+        "normalisation and random erasing on the device",
     )
     about = "IMNET (a folder of class folders), CIFAR, INAT, INAT19, or a timm reader: wds/…, hfds/…, tfds/…, torch/…"
     add("--data-set", default="IMNET", help=about)

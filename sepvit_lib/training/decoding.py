@@ -1,40 +1,24 @@
 """Decoding of a training image's random crop: of a JPEG no more than the crop needs, of other images everything."""
 
-import importlib
+import importlib.util
 import io
 import math
 import random
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
-from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from sepvit_lib.training.errors import UserError, setting
 from sepvit_lib.training.images import EXIF, STORED, UPRIGHT, Encoded, decode, open_image, orientation_of
 
-PLAIN = ("YCbCr", "Gray", "RGB")  # colour spaces of JPEGs that both PIL and simplejpeg convert to the same RGB
-SCALES = (8, 4, 2)  # fractions of a JPEG's size at which it can be decoded, by fewer coefficients of each block
-JPEG_START = b"\xff\xd8"
+SCALES = (8, 4, 2, 1)  # a JPEG can be decoded at these fractions of its size, by fewer coefficients of each block
 ROUNDING = 1e-3  # of a pixel of the crop
-
-
-def import_decoder() -> Any:
-    """Import simplejpeg, which only the fast loader needs.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        return importlib.import_module("simplejpeg")
-    except ImportError as error:
-        what = setting("loader", "fast")
-        raise UserError(f"{what}: needs simplejpeg ({error}): pip install simplejpeg, or use faithful") from None
 
 
 class Part(NamedTuple):
@@ -66,86 +50,58 @@ class CropDecoder:
         orientation: see `sepvit_lib.training.images.decode`.
 
     Raises:
-        UserError: simplejpeg is not installed.
+        UserError: simplejpeg is not installed. Only the fast loader needs it.
     """
 
     def __init__(self, crop: RandomResizedCropAndInterpolation, orientation: str = STORED) -> None:
         self.crop = crop
         self.orientation = orientation
         self.size: int = crop.size[0]
-        import_decoder()
+        if importlib.util.find_spec("simplejpeg") is None:
+            raise UserError(f"{setting('loader', 'fast')}: needs simplejpeg: pip install simplejpeg, or use faithful")
 
-    def __call__(self, source: Encoded) -> np.ndarray:
+    def __call__(self, source: Encoded) -> Image.Image:
         """Decode and resize a random crop.
 
         Args:
             source: an image file's content, or an image.
 
-        Returns:
-            pixels, size × size × 3, uint8.
-
         Raises:
             OSError: the image is unreadable.
         """
-        if isinstance(source, bytes) and source.startswith(JPEG_START):
-            try:
+        if isinstance(source, bytes):
+            with suppress(ValueError):  # unusual or damaged: PIL says whether it is readable, and names the damage
                 return self.resize(self.decode(source))
-            except ValueError:  # unusual or damaged: PIL says whether it is readable, and names the damage
-                pass
-        return decode_and_crop(self.crop, self.orientation, source)
+        return self.crop(decode(source, self.orientation))
 
     def decode(self, content: bytes) -> Part:
         """Draw a random crop of a JPEG, and decode what it needs.
 
         Raises:
-            ValueError: the JPEG is damaged, has to be turned, or is of a kind that only PIL decodes.
+            ValueError: it is damaged, has to be turned, or is an image that only PIL decodes.
+            OSError: it is no image.
         """
-        if self.orientation == EXIF and orientation_of(open_image(io.BytesIO(content))) != UPRIGHT:
-            raise ValueError("to be turned")
-        jpeg = import_decoder()
-        height, width, space, _ = jpeg.decode_jpeg_header(content)
-        if space not in PLAIN or height * width > (Image.MAX_IMAGE_PIXELS or height * width):
-            raise ValueError(f"{space}, {height} × {width} pixels")
-        top, left, rows, columns = self.crop.get_params(_blank(height, width), self.crop.scale, self.crop.ratio)
+        from simplejpeg import decode_jpeg
+
+        image = open_image(io.BytesIO(content))
+        is_upright = self.orientation != EXIF or orientation_of(image) == UPRIGHT
+        if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L") or not is_upright:
+            raise ValueError(f"{image.format}, {image.mode}, {'' if is_upright else 'not '}upright")
+        top, left, rows, columns = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
         modes = self.crop.interpolation
         mode = random.choice(modes) if isinstance(modes, (list, tuple)) else modes
         scale = next((scale for scale in SCALES if min(rows, columns) >= scale * self.size), 1)
-        least = (
-            dict(min_height=-(-height // scale), min_width=-(-width // scale), min_factor=scale) if scale > 1 else {}
-        )
-        pixels = jpeg.decode_jpeg(content, **least)
-        crop_height, crop_width = rows / scale, columns / scale
-        y = min(round(top / scale), int(pixels.shape[0] - crop_height))
-        x = min(round(left / scale), int(pixels.shape[1] - crop_width))
-        part = pixels[y : y + math.ceil(crop_height), x : x + math.ceil(crop_width)]
-        return Part(part, crop_height, crop_width, mode)
+        least_height, least_width = (math.ceil(side / scale) for side in (image.height, image.width))
+        pixels = decode_jpeg(content, min_height=least_height, min_width=least_width, min_factor=scale)
+        height, width = rows / scale, columns / scale
+        y = min(round(top / scale), int(pixels.shape[0] - height))
+        x = min(round(left / scale), int(pixels.shape[1] - width))
+        return Part(pixels[y : y + math.ceil(height), x : x + math.ceil(width)], height, width, mode)
 
-    def resize(self, part: Part) -> np.ndarray:
-        """Resize a crop with antialiasing, to size × size × 3."""
+    def resize(self, part: Part) -> Image.Image:
+        """Resize a crop with antialiasing, to size × size."""
         image = torch.from_numpy(part.pixels)[None].permute(0, 3, 1, 2)  # in this order, torch sees channels last
         # The size is the scaled part's, rounded down, so that it must not be a hair less.
         factors = [(self.size + ROUNDING) / side for side in (part.height, part.width)]
         resized = F.interpolate(image, scale_factor=factors, mode=part.mode.value, antialias=True)
-        return resized.permute(0, 2, 3, 1)[0].contiguous().numpy()
-
-
-def decode_and_crop(crop: Callable[[Image.Image], Image.Image], orientation: str, source: Encoded) -> np.ndarray:
-    """Decode and crop an image by PIL.
-
-    Args:
-        crop: transform of PIL images.
-        orientation: see `sepvit_lib.training.images.decode`.
-        source: an image file's content, or an image.
-
-    Returns:
-        pixels, H × W × 3, uint8.
-
-    Raises:
-        OSError: the image is unreadable.
-    """
-    return np.array(crop(decode(source, orientation)))
-
-
-def _blank(height: int, width: int) -> Tensor:
-    """An image of a size, for functions that only ask for it. Takes no memory."""
-    return torch.empty(()).expand(3, height, width)
+        return Image.fromarray(resized.permute(0, 2, 3, 1)[0].contiguous().numpy())

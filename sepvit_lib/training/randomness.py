@@ -9,7 +9,7 @@ import torch
 
 
 class Stream(IntEnum):
-    """Uses of random numbers.
+    """What a random number is used for; part of every derived seed.
 
     No generator's state is saved. Random numbers are derived from the seed, their use, and the place in the run where
     they are drawn. A resumed run draws the same ones, also with another number of processes or workers.

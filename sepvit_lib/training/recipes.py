@@ -1,6 +1,8 @@
 """Recipes: YAML files of settings. Each run writes its own as args.yaml, which repeats it."""
 
 import argparse
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from sepvit_lib.training.storage import write_file
 
 ARGS = "args.yaml"
 PERSONAL = ("config", "local_rank")  # settings of a single start, not part of a recipe
+SWITCHES = dict(true=0, yes=0, on=0, false=1, no=1, off=1)  # index in the option's strings: --flag, --no-flag
 
 
 def parse_with_recipe(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -22,98 +25,57 @@ def parse_with_recipe(parser: Parser, arguments: Sequence[str] | None = None) ->
         UserError: a setting is invalid, in the command line or in the recipe.
     """
     args = parser.parse_args(arguments)
-    if args.config is not None:
-        parser.set_defaults(**read_recipe(Path(args.config), parser))
-        args = parser.parse_args(arguments)
-    return args
+    if args.config is None:
+        return args
+    try:
+        recipe = [argument for entry in read_recipe(args.config) for argument in _arguments_of(*entry, parser)]
+        return parser.parse_args([*recipe, *(sys.argv[1:] if arguments is None else arguments)])
+    except UserError as error:  # the command line alone is valid
+        raise UserError(f"{setting('config', args.config)}: {error}") from None
 
 
-def read_recipe(path: Path, parser: Parser) -> dict[str, Any]:
-    """Read a recipe.
-
-    Args:
-        path: YAML file, a mapping from settings, spelled with `-` or `_`, to values.
-        parser: has the settings and their types.
-
-    Returns:
-        values by the names of the settings in a Namespace.
+def read_recipe(path: str) -> list[tuple[str, Any]]:
+    """Read the settings in a recipe, a YAML mapping. Values stay text: YAML takes 5e-4 for a string, and off for false.
 
     Raises:
-        UserError: the file cannot be read, is not such a mapping, or has an unknown, repeated or invalid setting. The
-            message names the line.
+        UserError: the file cannot be read, is not such a mapping, or sets something twice.
     """
-    what = setting("config", path)
-    actions = parser.actions()
-    values: dict[str, Any] = {}
-    for key, node in _entries(path, what):
-        line = f"{what}, line {key.start_mark.line + 1}"
-        action = actions.get(str(key.value).replace("-", "_"))
-        if action is None or action.dest in (*PERSONAL, "help"):
-            raise UserError(f"{line}: {key.value}: unknown setting{parser.suggestion(f'--{key.value}')}")
-        if action.dest in values:
-            raise UserError(f"{line}: {key.value}: set twice; remove one")
-        try:
-            values[action.dest] = _value(action, node)
-        except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
-            raise UserError(f"{line}: {key.value}: {error}") from None
-    return values
-
-
-def _entries(path: Path, what: str) -> list[tuple[yaml.Node, yaml.Node]]:
-    """Read the keys and values of a YAML mapping as nodes, which know their lines."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        loader = yaml.BaseLoader(Path(path).read_text(encoding="utf-8"))
+        root = loader.get_single_node()
     except OSError as error:
-        raise UserError(f"{what}: cannot be read ({error.strerror}); recipes/ has the paper's recipes") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what}: not UTF-8 ({error})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{what}{place}: not YAML ({getattr(error, 'problem', None) or error})") from None
+        raise UserError(f"cannot be read ({error.strerror}); recipes/ has the paper's recipes") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{what}: holds no settings; expected lines such as `lr: 5e-4`")
-    return root.value
+        raise UserError("holds no settings; expected lines such as `lr: 5e-4`")
+    entries = [(str(key.value), loader.construct_object(value, deep=True)) for key, value in root.value]
+    counts = Counter(key.replace("-", "_") for key, _ in entries)
+    if max(counts.values(), default=1) > 1:
+        raise UserError(f"{counts.most_common(1)[0][0]}: set twice; remove one")
+    return entries
 
 
-def _value(action: argparse.Action, node: yaml.Node) -> Any:
-    """Convert a setting's value. Numbers are read from their text: YAML takes 5e-4 for a string and `off` for false.
+def _arguments_of(key: str, value: Any, parser: Parser) -> list[str]:
+    """Write a recipe's setting as arguments of the command line.
 
     Raises:
-        ValueError: the value has the wrong type.
-        argparse.ArgumentTypeError: the value is out of range.
+        UserError: it is unknown, or its value is of the wrong kind.
     """
-    if node.tag == "tag:yaml.org,2002:null" and action.default is None:
-        return None
-    if action.nargs == 0:  # switches
-        if node.tag != "tag:yaml.org,2002:bool":
-            raise ValueError(f"takes true or false, not {_text(node)}")
-        return node.value.lower() in ("true", "yes", "on")
+    action = parser.actions().get(key.replace("-", "_"))
+    if action is None or action.dest in (*PERSONAL, "help"):
+        raise UserError(f"{key}: unknown setting{parser.suggestion(f'--{key}')}")
+    if action.default is None and value in ("", "~", "null"):
+        return []
+    if action.nargs == 0:
+        if str(value).lower() not in SWITCHES:
+            raise UserError(f"{key}: takes true or false, not {value}")
+        return [action.option_strings[SWITCHES[value.lower()]]]
+    if isinstance(value, str):
+        return [f"--{key}={value}"]
     if action.nargs is None:
-        return _scalar(action, node)
-    if not isinstance(node, yaml.SequenceNode) or (isinstance(action.nargs, int) and len(node.value) != action.nargs):
-        count = action.nargs if isinstance(action.nargs, int) else "some"
-        raise ValueError(f"takes a list of {count} values, such as [0.1, 0.9], not {_text(node)}")
-    return [_scalar(action, entry) for entry in node.value]
-
-
-def _scalar(action: argparse.Action, node: yaml.Node) -> Any:
-    if not isinstance(node, yaml.ScalarNode) or node.tag == "tag:yaml.org,2002:null":
-        raise ValueError(f"takes a value, not {_text(node)}")
-    convert: Any = action.type or str  # argparse's stub also allows names of registered types
-    try:
-        value = convert(node.value)
-    except ValueError:
-        kind = {"int": "a whole number", "float": "a number"}.get(convert.__name__, "another value")
-        raise ValueError(f"takes {kind}, not {_text(node)}") from None
-    if action.choices is not None and value not in action.choices:
-        raise ValueError(f"takes one of {', '.join(map(str, action.choices))}, not {_text(node)}")
-    return value
-
-
-def _text(node: yaml.Node) -> str:
-    """A value as text, for messages."""
-    return (node.value or "nothing") if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
+        raise UserError(f"{key}: takes a single value, not {value}")
+    return [f"--{key}", *map(str, value)]
 
 
 def write_recipe(path: Path, settings: dict[str, Any]) -> None:

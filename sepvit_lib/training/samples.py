@@ -27,7 +27,6 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from torchvision.datasets import CIFAR100, DatasetFolder
 
 from sepvit_lib.training.archives import Archive
-from sepvit_lib.training.augmentation import Crop, CropBatch, collate_crops
 from sepvit_lib.training.classes import canonical, check_map, listed, order_of
 from sepvit_lib.training.errors import MachineError, UserError, setting
 from sepvit_lib.training.images import (
@@ -49,7 +48,7 @@ from sepvit_lib.training.unreadable import Replacements, UnreadableImageError
 
 BY_CLASS_MAP = "the class map numbers the classes; they are matched by number"
 NO_NAMES = "no class names known; classes are matched by number"
-OWN_DATASETS = Path(__file__).resolve().parent.parent / "datasets.py"
+OWN_DATASETS = Path(__file__).resolve().parents[2] / "datasets.py"
 
 
 @dataclass(frozen=True)
@@ -417,17 +416,14 @@ class TrainSamples(Samples):
 
 
 def collate(samples: list[Any]) -> list[Any]:
-    """Collate samples into a batch. Images are a tensor, or a `CropBatch` of the fast loader.
+    """Collate samples into a batch.
 
     A loader worker moves the whole batch to shared memory here, where running out of shared memory raises an error. In
     the thread that sends the batch, the error would only be printed, and the batch lost.
     """
-    if isinstance(samples[0][0], Crop):
-        batch = [collate_crops([sample[0] for sample in samples]), *default_collate([s[1:] for s in samples])]
-    else:
-        batch = default_collate(samples)
+    batch: list[Any] = default_collate(samples)
     if get_worker_info() is not None:
         for part in batch:
-            if isinstance(part, (Tensor, CropBatch)):
+            if isinstance(part, Tensor):
                 part.share_memory_()
     return batch

@@ -46,7 +46,7 @@ class UnreadableImageError(UserError):
 
 
 class Replacements:
-    """Unreadable images in a row, which the next readable one replaces. Their number is limited.
+    """Consecutive unreadable images, replaced by the next readable one; at most `REPLACEMENTS`.
 
     Attributes:
         errors: why each is unreadable.

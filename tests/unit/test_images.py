@@ -1,111 +1,134 @@
-"""Images of all kinds as predict.py and the other tools read them; files found by name; pictures with classes."""
+"""What the pixels of an image file are, and how they become a network's input."""
 
 import io
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from torchvision import transforms
 
-from sepvit_lib.inference.images import find_images, read_image
-from sepvit_lib.inference.pictures import with_classes
-from sepvit_lib.training.errors import UserError
+import main
+from sepvit_lib.training.images import decode, orientation_for
+from sepvit_lib.training.preprocessing import MAX_ASPECT, Preprocessing
 
-RED, WHITE = (254, 0, 0), (255, 255, 255)
+TURNED = 3  # EXIF orientation: upside down
 
 
-def written(image: Image.Image, kind: str, **options) -> bytes:
+def exif(orientation: int) -> Image.Exif:
+    metadata = Image.Exif()
+    metadata[0x0112] = orientation
+    return metadata
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
-def test_exif_orientation():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90° to the right
-    image = Image.new("RGB", (40, 20), "white")
-    image.paste("red", (0, 0, 20, 20))
-    upright = read_image(written(image, "JPEG", exif=exif, quality=100), "IMAGE")
-    assert upright.size == (20, 40)
-    assert upright.getpixel((10, 5))[1] < 60  # red is at the top
-    assert upright.getpixel((10, 35))[1] > 200
+def noise(mode: str, *shape: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256 if mode == "uint8" else 65536, shape).astype(mode)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_plain_files_have_the_pixels_of_validation(mode):
-    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    file = written(Image.fromarray(noise).convert(mode), "JPEG")
-    assert read_image(file, "IMAGE") == Image.open(io.BytesIO(file)).convert("RGB")
+# Files of all kinds, with the pixels that everything reads.
+DEEP = noise("uint16", 40, 40)
+CLEAR = np.dstack([noise("uint8", 40, 40, 3), np.full((40, 40), 64, np.uint8)])
+PHOTO = Image.fromarray(noise("uint8", 40, 40, 3)).resize((64, 48))
+FILES = {
+    "16 bits": encoded(Image.fromarray(DEEP), "PNG"),
+    "float": encoded(Image.fromarray((DEEP / 65535).astype(np.float32)), "TIFF"),
+    "transparent": encoded(Image.fromarray(CLEAR), "PNG"),
+    "turned": encoded(PHOTO, "JPEG", exif=exif(TURNED), quality=95),
+    "CMYK": encoded(PHOTO.convert("CMYK"), "JPEG"),
+}
 
 
-def test_palette_transparency_and_bilevel():
-    palette = Image.new("RGB", (4, 4), RED).quantize()
-    assert read_image(written(palette, "GIF"), "IMAGE").getpixel((0, 0)) == RED
-    clear = Image.new("RGBA", (4, 4), (*RED, 255))
-    clear.putpixel((0, 0), (0, 0, 0, 0))
-    image = read_image(written(clear, "PNG"), "IMAGE")
-    assert (image.getpixel((0, 0)), image.getpixel((1, 1))) == (WHITE, RED)
-    assert read_image(written(Image.new("1", (4, 4), 1), "PNG"), "IMAGE").getpixel((0, 0)) == WHITE
+def test_pixels():
+    """What `decode` does, by arithmetic of its own."""
+    expected = np.repeat(np.round(DEEP / 65535 * 255).astype(np.uint8)[..., None], 3, 2)
+    assert np.array_equal(np.asarray(decode(FILES["16 bits"])), expected)
+    assert np.abs(np.asarray(decode(FILES["float"])).astype(int) - expected).max() <= 1
+    on_white = CLEAR[..., :3] * (64 / 255) + 255 * (1 - 64 / 255)
+    assert np.abs(np.asarray(decode(FILES["transparent"])) - on_white).max() <= 1
+    stored = np.asarray(Image.open(io.BytesIO(FILES["turned"])).convert("RGB"))
+    assert np.array_equal(np.asarray(decode(FILES["turned"])), stored)
+    assert np.array_equal(np.asarray(decode(FILES["turned"], "exif")), stored[::-1, ::-1])
 
 
-@pytest.mark.parametrize(
-    ("values", "kind"),
-    [
-        (np.array([[0, 32896, 65535]], np.uint16), "PNG"),
-        (np.array([[0, 32896, 65535]], np.uint16), "TIFF"),
-        (np.array([[0.0, 128 / 255, 1.0]], np.float32), "TIFF"),
-        (np.array([[-5.0, -5 + 10 * 128 / 255, 5.0]], np.float32), "TIFF"),
-    ],
-)
-def test_more_than_8_bits(values, kind):
-    image = read_image(written(Image.fromarray(values), kind), "IMAGE")
-    assert [image.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), (128, 128, 128), WHITE]
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_a_pixel_that_is_not_finite_spoils_no_other(value):
+    pixels = np.array([[0, 0.5, 1, value]], np.float32)
+    read = np.asarray(decode(encoded(Image.fromarray(pixels), "TIFF")))
+    assert read[0, :3, 0].tolist() == [0, 128, 255]
 
 
-def test_cmyk_is_read_as_in_training():
-    """By Pillow's formula, as in the published runs, whatever the profile."""
-    cyan = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
-    assert read_image(written(cyan, "TIFF"), "IMAGE").getpixel((4, 4)) == (0, 255, 255)
+def test_orientation_of_predictions():
+    assert orientation_for(None) == orientation_for(dict(orientation="stored", turned=0)) == "exif"
+    assert orientation_for(dict(orientation="stored", turned=1)) == "stored"
 
 
-def test_first_frame_of_an_animation():
-    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    for kind in ("GIF", "WEBP"):
-        file = written(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
-        red, _, blue = read_image(file, "IMAGE").getpixel((4, 4))
-        assert (red > 200, blue < 60) == (True, True)
+@pytest.mark.parametrize("orientation", ["stored", "exif"])
+@pytest.mark.parametrize("name", FILES)
+def test_both_loaders_train_on_the_same_pixels(name, orientation):
+    """Crops of the whole image differ by resizing alone, of which the mean knows nothing."""
+    gradient = Image.linear_gradient("L").convert("RGB")
+    content = FILES[name] if name != "turned" else encoded(gradient, "JPEG", exif=exif(TURNED), quality=95)
+    means = []
+    for loader in ("faithful", "fast"):
+        flags = f"--orientation {orientation} --loader {loader} --scale 1 1 --ratio 1 1 --input-size 48".split()
+        args = main.build_parser().parse_args(flags)
+        data = main.prepared(main.ImageData(None, 2), True, main.transform_settings(args))
+        decoded = data.decode(content)
+        if loader == "faithful":
+            decoded = data.transform.transforms[0](decoded)
+        pixels = np.asarray(decoded, dtype=float)
+        means.append([pixels[:24].mean(), pixels[24:].mean()])
+    assert np.abs(np.subtract(*means)).max() < 4
+    if name == "turned":
+        dark, bright = means[0] if orientation == "stored" else means[0][::-1]
+        assert bright - dark > 60
 
 
-def test_formats_for_which_programs_are_started_are_refused():
-    file = written(Image.new("RGB", (8, 8)), "EPS")
-    with pytest.raises(UserError, match=r"^IMAGE x: cannot be read \(not an image, or damaged\)$"):
-        read_image(file, "IMAGE x")
+@pytest.mark.parametrize("loader", ["faithful", "fast"])
+def test_training_images_are_normalised_as_validation_images(loader):
+    flags = ["--loader", loader, *"--input-size 32 --aa= --color-jitter 0 --reprob 0".split()]
+    args = main.build_parser().parse_args(flags)
+    own = Preprocessing((32, 32), 34, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    data = main.prepared(main.ImageData(None, 2), True, main.transform_settings(args, own))
+    grey = encoded(Image.new("RGB", (40, 40), (51, 102, 204)), "PNG")
+    prepare = main.build_preparation(args, own, main.build_precision(args, torch.device("cpu")))
+    batch = prepare(data.transform(data.decode(grey))[None])
+    expected = (torch.tensor([51, 102, 204]) / 255 - 0.5) / 0.25
+    torch.testing.assert_close(batch[0, :, 16, 16], expected)
 
 
-def test_an_image_too_large_to_decode_is_refused(monkeypatch):
-    file = written(Image.new("1", (400, 400)), "PNG")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400 * 100)
-    with pytest.raises(UserError, match=r"^IMAGE x: cannot be read \(more than \d+ megapixels\)$"):
-        read_image(file, "IMAGE x")
+@given(st.integers(8, 60), st.floats(1, MAX_ASPECT), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_ordinary_images_are_prepared_as_published(shorter, aspect, is_tall):
+    size = (shorter, int(shorter * aspect))
+    image = Image.fromarray(noise("uint8", *(size if is_tall else size[::-1]), 3))
+    published = transforms.Compose(
+        [transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224)]
+    )
+    assert np.array_equal(np.asarray(Preprocessing.for_size(224).crop(image)), np.asarray(published(image)))
 
 
-def test_patterns_and_odd_names(tmp_path):
-    for name in ("a/b/1.png", "a/2.JPG", "a/notes.txt", "x[1].png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4)).save(tmp_path / name, "PNG")
-
-    def found(pattern):
-        return [str(task.path.relative_to(tmp_path)) for task in find_images([str(tmp_path / pattern)])]
-
-    assert found("**/*") == ["a/2.JPG", "a/b/1.png", "x[1].png"]
-    assert found("x[1].png") == ["x[1].png"]  # a file of that name, not a pattern
-    assert found("a") == ["a/2.JPG", "a/b/1.png"]
+@pytest.mark.parametrize("size", [(1, 50_000), (50_000, 1), (2, 100), (3, 4001)])
+def test_the_middle_of_thin_images_is_prepared(size):
+    image = Image.new("RGB", size, "black")
+    middle = (size[0] // 2, size[1] // 2)
+    image.paste("white", (middle[0] - 1, middle[1] - 1, middle[0] + 2, middle[1] + 2))
+    cropped = np.asarray(Preprocessing.for_size(224).crop(image), dtype=float)
+    assert cropped.shape == (224, 224, 3)
+    assert cropped[112, 112].mean() > 128
 
 
-def test_picture_has_the_classes_below_the_image():
-    image = Image.new("RGB", (50, 30), RED)
-    picture = with_classes(image, [("a very long name of a class " * 9, 0.75), ("b", 0.25)])
-    assert picture.width >= 320  # enlarged, so that the names can be read
-    assert picture.getpixel((0, 0)) == RED
-    bars = np.asarray(picture)[picture.width * 30 // 50 :]
-    assert (bars < 128).any()  # there is text
-    assert (bars[:, -1] == 255).all()  # which does not run over the edge
+@pytest.mark.parametrize("trained_at", [32, 160, 192, 224, 384])
+def test_networks_are_evaluated_at_other_sizes_as_published(trained_at):
+    saved = dict(preprocessing=Preprocessing.for_size(trained_at).to_json())
+    for size in (32, 160, 224, 288):
+        assert Preprocessing.of_weights(saved, "SepViT_Tiny", size) == Preprocessing.for_size(size)
