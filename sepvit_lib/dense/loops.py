@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from mmengine.hooks import EarlyStoppingHook, EMAHook, Hook
+from mmengine.hooks import EMAHook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import BaseLoop, autocast
@@ -38,8 +38,6 @@ class DenseState(RunState):
         epoch_step: iterations done in the current epoch; 0 in iteration-based runs.
         validated: whether the validation that is due here, if any, is done.
         best: best score of the validations so far, None before the first.
-        stopped: whether mmengine's EarlyStoppingHook has ended the run.
-        patience: of each such hook, the validations that it has waited, and its best score.
         scale_search: whether float16 may be searching for its loss scale; not part of a checkpoint.
     """
 
@@ -47,8 +45,6 @@ class DenseState(RunState):
     epoch_step: int = 0
     validated: bool = True
     best: float | None = None
-    stopped: bool = False
-    patience: list[tuple[int, float]] = field(default_factory=list)
     scale_search: Callable[[], bool] = field(default=lambda: False, repr=False)
 
     def searches_scale(self) -> bool:
@@ -72,9 +68,9 @@ class DenseState(RunState):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any]) -> "DenseState":
-        """Read the state in a checkpoint, also in one of mmengine's own."""
+        """Read the state in a checkpoint, also in one of mmengine's own, or of a run that also kept hooks' states."""
         if "run" in checkpoint:
-            return cls(**checkpoint["run"])
+            return cls(**{name: value for name, value in checkpoint["run"].items() if name in cls.__dataclass_fields__})
         return cls(global_step=checkpoint["meta"]["iter"], epoch=checkpoint["meta"]["epoch"])
 
 
@@ -376,16 +372,12 @@ class TrainLoop(BaseLoop):
         try:
             metrics = self.runner.val_loop.run()
         except Preempted:
-            for hook in hooks_of(self.runner, EMAHook):
+            for hook in (hook for hook in self.runner.hooks if isinstance(hook, EMAHook)):
                 hook.after_val_epoch(self.runner)  # gives the model its own weights back, which are saved
             raise
         finally:
             self.monitor.watchdog.is_evaluating = False
         self.state.validated = True
-        self.state.stopped = self.stop_training
-        self.state.patience = [
-            (hook.wait_count, float(hook.best_score)) for hook in hooks_of(self.runner, EarlyStoppingHook)
-        ]
         self.after_validation(metrics)
 
 
@@ -425,11 +417,6 @@ class WatchedBatches:
         if any_rank(self.device, self.watchdog.preemption.requested):
             raise Preempted("in validation")
         self.watchdog.is_evaluating = True
-
-
-def hooks_of(runner: Any, kind: type[Hook]) -> list[Any]:
-    """Return the hooks of a runner that are of a kind."""
-    return [hook for hook in runner.hooks if isinstance(hook, kind)]
 
 
 def broadcast_buffers(model: nn.Module) -> None:
