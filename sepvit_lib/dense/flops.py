@@ -60,15 +60,10 @@ def run_count(
         samples: see `count`.
     """
     parser = build_parser(description, launchers=False)
-    parser.add_argument(
-        "--shape",
-        type=positive_int,
-        nargs=2,
-        default=shape,
-        metavar=("H", "W"),
-        help=f"image size in pixels, default {shape[0]} {shape[1]}",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    size = f"image size in pixels, default {shape[0]} {shape[1]}"
+    add("--shape", type=positive_int, nargs=2, default=shape, metavar=("H", "W"), help=size)
+    add(
         "--memory", action="store_true", help="measure the memory of the backbone's forward pass and training step, too"
     )
     return run_command(

@@ -24,7 +24,7 @@ from mmengine.registry import DATASETS, METRICS, TRANSFORMS, Registry
 from PIL import Image, UnidentifiedImageError
 
 from sepvit_lib.dense.parts import LOADERS, class_name, classes_of, data_sets, dicts, is_remote, resolve
-from sepvit_lib.training.errors import MachineError, UserError, setting
+from sepvit_lib.training.errors import MachineError, UserError
 from sepvit_lib.training.images import EXIF, ORIENTATIONS, STORED, decode, open_image, orientation_of
 from sepvit_lib.training.storage import is_storage_error, with_retries
 from sepvit_lib.training.unreadable import UnreadableImageError
@@ -304,9 +304,6 @@ def use_checked_loading(cfg: Config) -> None:
 
     Args:
         cfg: the config.
-
-    Raises:
-        UserError: a pipeline has a setting that no longer exists.
     """
     use_checked_types(cfg)
     head = cfg.model.get("module", cfg.model).get("decode_head") or {}
@@ -350,15 +347,10 @@ def _replace(node: Any, registry: Registry) -> None:
 
 
 def _check_transform(node: Any, num_classes: int | None, ignore_index: int) -> None:
-    """Complete the settings of a checked transform, and refuse a former one."""
+    """Complete the settings of a checked transform."""
     if node.get("type") == "LoadReadableLabels":
         node.setdefault("num_classes", num_classes)
         node.setdefault("ignore_index", ignore_index)
-    if node.get("type") == "LoadReadableImage" and "max_unreadable" in node:
-        raise UserError(
-            f"LoadReadableImage max_unreadable={node['max_unreadable']}: no longer a setting; remove it "
-            f"from the config, {setting('on_bad_image')} takes its place"
-        )
 
 
 def _import_with(cfg: Config, module: str) -> None:

@@ -3,11 +3,8 @@
 `tests/test_private_parts_dense.py` exercises each of them, and fails if a library changes.
 """
 
-import contextlib
-import logging
 import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,8 @@ from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import Registry, build_from_cfg
-from mmengine.runner import Runner
 from mmengine.utils import is_installed
 
-from sepvit_lib.dense.console import quiet
 from sepvit_lib.training import checkpoints
 
 
@@ -90,37 +85,3 @@ def innermost_build(error: BaseException) -> tuple[dict[str, Any], Registry] | N
             found = step.tb_frame.f_locals["cfg"], step.tb_frame.f_locals["registry"]
         step = step.tb_next
     return found
-
-
-def mark_loaded(runner: Any) -> None:
-    """Tell a runner that its checkpoint is loaded, as its own `load_checkpoint` does, so that it loads no other."""
-    runner._has_loaded = True
-
-
-class QuietRunner(Runner):
-    """Runner that does not print what would mislead.
-
-    mmengine asks the C++ compiler for its version, by a shell that prints an error if there is no compiler. And it
-    initialises weights that a checkpoint replaces.
-    """
-
-    def _log_env(self, env_cfg: dict[str, Any]) -> None:
-        with _without_stderr():
-            super()._log_env(env_cfg)
-
-    def _init_model_weights(self) -> None:
-        with quiet(self.logger, logging.ERROR) if self._load_from else contextlib.nullcontext():
-            super()._init_model_weights()
-
-
-@contextlib.contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Drop what this process and those that it starts print to standard error."""
-    printed, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(printed, 2)
-        os.close(printed)
-        os.close(nowhere)

@@ -45,14 +45,11 @@ Draw = Callable[..., tuple[Image.Image, str]]
 def build_predict_parser(description: str | None) -> CommandParser:
     """Make the parser of predict.py."""
     parser = build_parser(description, launchers=False)
-    parser.add_argument(
-        "checkpoint", type=path, metavar="CHECKPOINT", help="checkpoint of the whole segmentor or detector"
-    )
-    parser.add_argument(
-        "images", nargs="+", type=path, metavar="IMAGE", help="an image, a folder of images, or a pattern"
-    )
-    parser.add_argument("--out", required=True, type=path, metavar="DIR", help="folder for the pictures")
-    parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in DIR already")
+    add = parser.add_argument
+    add("checkpoint", type=path, metavar="CHECKPOINT", help="checkpoint of the whole segmentor or detector")
+    add("images", nargs="+", type=path, metavar="IMAGE", help="an image, a folder of images, or a pattern")
+    add("--out", required=True, type=path, metavar="DIR", help="folder for the pictures")
+    add("--overwrite", action="store_true", help="replace pictures that are in DIR already")
     return parser
 
 
@@ -78,13 +75,7 @@ def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.M
     with config_errors(cfg, where, "model"):
         model = revert_sync_batchnorm(build_model(cfg))
     check_weights(model, checkpoint, f"CHECKPOINT {checkpoint_path}")
-    node, kind = next(data_sets(cfg, "test_dataloader"), (None, None))
-    if node is None or kind is None:
-        name = cfg.test_dataloader.dataset.get("type")
-        raise UserError(
-            f"test_dataloader.dataset.type={name}: has no classes and no pipeline; derive it from "
-            "mmengine's BaseDataset"
-        )
+    node, kind = next(data_sets(cfg, "test_dataloader"))
     names = classes_in(checkpoint)
     if names is None:
         print_line(f"CHECKPOINT {checkpoint_path}: does not name its classes, which get the config's names by number")

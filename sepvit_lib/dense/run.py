@@ -29,7 +29,7 @@ from sepvit_lib.dense.loops import (
     is_better,
 )
 from sepvit_lib.dense.parts import orientation_in
-from sepvit_lib.dense.runner import DenseRunner, has_half_precision, unwrapped, without_mixed_precision
+from sepvit_lib.dense.runner import DenseRunner, unwrapped
 from sepvit_lib.dense.samples import describe_samples, sampled_files, shield_workers
 from sepvit_lib.training.checkpoints import settings_in
 from sepvit_lib.training.commands import first_line
@@ -46,16 +46,9 @@ from sepvit_lib.training.watchdog import Watchdog
 ADVICE = "a lower `optim_wrapper.optimizer.lr`, or training without half precision"
 PACKAGES = ("torchvision", "timm", "numpy", "onedl-mmengine", "onedl-mmcv")  # whose versions log.txt records
 # Parts of a config that decide what a run computes.
-MODEL = (
-    "model",
-    "sync_bn",
-    "data_preprocessor",
-    "model_wrapper_cfg",
-    "find_unused_parameters",
-    "efficient_conv_bn_eval",
-)
+MODEL = ("model", "sync_bn", "data_preprocessor", "model_wrapper_cfg", "find_unused_parameters")
 TRAINING = ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr", "custom_hooks")
-COMPUTED = (*MODEL, *TRAINING, "val_dataloader", "val_evaluator", "val_cfg", "randomness")
+COMPUTED = (*MODEL, *TRAINING, "val_dataloader", "val_evaluator", "val_cfg", "randomness", "efficient_conv_bn_eval")
 # Of these, what does not: where things are, and how they are read. The images' fingerprint is compared by itself.
 FREE = re.compile(
     r"(^|\.)(num_workers|persistent_workers|pin_memory|prefetch_factor|data_root|data_prefix|ann_file|init_cfg|pretrained|"
@@ -255,9 +248,10 @@ class TrainingRunner(DenseRunner):
     def build_train_loop(self, loop: Any) -> BaseLoop:
         """Build the training loop."""
         del loop  # the schedule was read from it
-        return TrainLoop(self, self.cfg.train_dataloader, self.run.schedule, self._make_monitor, self.after_validation)
+        return TrainLoop(self, self.cfg.train_dataloader)
 
-    def _make_monitor(self, dataset_size: int) -> StepMonitor:
+    def make_monitor(self, dataset_size: int) -> StepMonitor:
+        """Make what acts on what happens in the steps, from the number of training images."""
         flags = DelayedFlags(self.device, flag_delay())
         limits = replace(self.run.limits, dataset_size=dataset_size)
         return StepMonitor(limits, self.run.watchdog, flags, self.output.folder, self.output.log_event, self.save)
@@ -277,14 +271,11 @@ class TrainingRunner(DenseRunner):
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
         """Build the optimiser, which skips steps that are not finite."""
         kinds = {"OptimWrapper": SkippingOptimWrapper, "AmpOptimWrapper": SkippingAmpOptimWrapper}
-        settings = optim_wrapper if has_half_precision() else without_mixed_precision(optim_wrapper)
-        if settings is not optim_wrapper:
-            self.logger.warning("mixed precision: no GPU here, training in float32")
-        name = settings.get("type", "OptimWrapper")
+        name = optim_wrapper.get("type", "OptimWrapper")
         if name not in kinds:
             raise UserError(f"optim_wrapper.type={name}: unknown; choose {' or '.join(kinds)}")
-        self._scale_is_static = isinstance(settings.get("loss_scale", "dynamic"), float)
-        return super().build_optim_wrapper({**settings, "type": kinds[name]})
+        self._scale_is_static = isinstance(optim_wrapper.get("loss_scale", "dynamic"), float)
+        return super().build_optim_wrapper({**optim_wrapper, "type": kinds[name]})
 
     def searches_scale(self) -> bool:
         """Whether float16 may be searching for its loss scale, down to a scale of 1. A static one is not searched."""

@@ -373,7 +373,7 @@ def test_half_precision_in_evaluation(scenes, tmp_path):
     has_gpu = torch.cuda.is_available()
     assert types == 4 * [{torch.float16 if has_gpu else torch.float32}]
     log = next(tmp_path.glob("*/*.log")).read_text()
-    assert ("half precision: no GPU here, evaluating in float32" in log) != has_gpu
+    assert ("half precision: no GPU here, computing in float32" in log) != has_gpu
 
 
 @pytest.mark.slow

@@ -348,7 +348,7 @@ def test_pretrained_backbone_by_command(scenes, tmp_path):
     )
     assert f"pretrained {path}: SepViT_Lite: loaded 180 of 208 entries; " in text
     if not torch.cuda.is_available():
-        assert "mixed precision: no GPU here, training in float32" in text
+        assert "half precision: no GPU here, computing in float32" in text
     saved = read_checkpoint(str(tmp_path / "iter_1.pth"), "checkpoint")["state_dict"]
     torch.testing.assert_close(saved["backbone.blocks.2.3.mlp.fc1.weight"], weights["blocks.2.3.mlp.fc1.weight"])
 
