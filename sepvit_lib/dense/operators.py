@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from types import ModuleType
@@ -189,26 +190,17 @@ def _focal_loss(name: str, input: Tensor, target: Tensor, weight: Tensor, gamma:
     return py_sigmoid_focal_loss(at_least_float32(input), is_class, gamma=gamma, alpha=alpha, reduction="none")
 
 
-OPERATORS = (nms, roi_align_forward, roi_align_backward, sigmoid_focal_loss_forward, sigmoid_focal_loss_backward)
+OPERATORS: dict[str, Callable] = dict(
+    nms=nms,
+    roi_align_forward=roi_align_forward,
+    roi_align_backward=roi_align_backward,
+    sigmoid_focal_loss_forward=sigmoid_focal_loss_forward,
+    sigmoid_focal_loss_backward=sigmoid_focal_loss_backward,
+)
 
 
-def raise_missing(name: str) -> NoReturn:
-    """Report that an operator is missing.
-
-    Args:
-        name: the operator.
-
-    Raises:
-        UserError: always.
-    """
-    raise UserError(
-        f"mmcv's operator {name}: torchvision has none, it needs mmcv's compiled ones; install a C++ "
-        f"compiler, then: {INSTALL}"
-    )
-
-
-def missing_operator(name: str) -> Callable[..., NoReturn]:
-    """Operator without a counterpart in torchvision. It raises an error when it is called.
+def find_operator(name: str) -> Callable:
+    """Return torchvision's counterpart of an operator, or a function that reports that there is none.
 
     Args:
         name: the operator.
@@ -218,11 +210,24 @@ def missing_operator(name: str) -> Callable[..., NoReturn]:
     """
     if name.startswith("_"):
         raise AttributeError(f"module {MODULE} has no attribute {name}")
+    return OPERATORS.get(name) or partial(raise_missing, name)
 
-    def operator(*args: object, **kwargs: object) -> NoReturn:
-        raise_missing(name)
 
-    return operator
+def raise_missing(name: str, *args: object, **kwargs: object) -> NoReturn:
+    """Report that an operator is missing.
+
+    Args:
+        name: the operator.
+        *args: what it was called with.
+        **kwargs: likewise.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        f"mmcv's operator {name}: torchvision has none, it needs mmcv's compiled ones; install a C++ "
+        f"compiler, then: {INSTALL}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,7 +240,7 @@ class OperatorLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Fill the new module."""
-        vars(module).update({operator.__name__: operator for operator in OPERATORS}, __getattr__=missing_operator)
+        vars(module)["__getattr__"] = find_operator
 
 
 class CompiledLoader(ExtensionFileLoader):

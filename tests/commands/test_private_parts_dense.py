@@ -6,7 +6,6 @@ are in pyproject.toml.
 
 import importlib.metadata
 import json
-import logging
 import pickle
 import re
 
@@ -16,14 +15,12 @@ import torch
 from conftest import ROOT
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS
-from mmengine.runner import Runner
 
 import sepvit_lib.dense.backbone  # noqa: F401
 from sepvit_lib.dense import mmengine_adapter
 from sepvit_lib.dense.mmengine_adapter import log_statistic, read_checkpoint
-from sepvit_lib.dense.runner import DenseRunner
 from sepvit_lib.training.errors import UserError
 
 # pyproject.toml's extra `dense`; tomllib came with Python 3.11
@@ -116,82 +113,14 @@ def test_errors_show_the_part_that_was_built():
     assert mmengine_adapter.innermost_build(raised.value) is None
 
 
-class Network(torch.nn.Module):
-    """The smallest model that a runner accepts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(3))
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """Write the checkpoint of a network."""
-    path = tmp_path / "network.pth"
-    torch.save({"state_dict": {"weight": torch.ones(3)}}, path)
-    return str(path)
-
-
-@pytest.mark.parametrize("kind", [Runner, DenseRunner], ids=["mmengine", "ours"])
-def test_runners_that_have_loaded_load_no_other_checkpoint(kind, checkpoint, tmp_path, monkeypatch):
-    """Both mark it in `_has_loaded`, ours by `mark_loaded`."""
-    runner = kind(Network(), str(tmp_path / "work"), load_from="missing.pth", experiment_name=f"{kind.__name__}_loads")
-    if kind is DenseRunner:
-        runner.checkpoints = {}
-        monkeypatch.setattr("sepvit_lib.dense.runner.load_weights", load_plainly)
-    assert runner._has_loaded is False, "mmengine has another attribute now: adapt mark_loaded"
-    runner.load_checkpoint(checkpoint)
-    assert runner._has_loaded is True
-    assert (runner.model.weight == 1).all()
-    runner.load_or_resume()  # would fail on missing.pth
-
-
-def test_a_missing_compiler_is_not_printed(tmp_path, monkeypatch, capfd):
-    """mmengine asks it for its version, in `Runner._log_env`."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    for kind, is_quiet in ((Runner, False), (DenseRunner, True)):
-        kind(Network(), str(tmp_path / kind.__name__), experiment_name=kind.__name__)
-        assert ("not found" not in capfd.readouterr().err) == is_quiet
-    assert "GCC: n/a" in next(tmp_path.glob("DenseRunner/*/*.log")).read_text()
-
-
-def test_weights_that_a_checkpoint_replaces_are_not_reported(tmp_path, capfd):
-    """In `Runner._init_model_weights`, before training."""
-    for load_from in (None, "weights.pth"):
-        network = Network()
-        network.init_weights = lambda: print_log("randomly initialised", "current", logging.WARNING)
-        runner = DenseRunner(network, str(tmp_path), load_from=load_from, experiment_name=f"initialises {load_from}")
-        runner._init_model_weights()
-        assert ("randomly initialised" in "".join(capfd.readouterr())) == (load_from is None)
-    assert len(re.findall("randomly initialised", "".join(log.read_text() for log in tmp_path.glob("*/*.log")))) == 2
-
-
-def test_runners_that_have_not_loaded_load(tmp_path):
-    """The test above relies on it."""
-    runner = Runner(Network(), str(tmp_path / "work"), load_from="missing.pth", experiment_name="loads_nothing")
-    with pytest.raises(FileNotFoundError, match=r"missing\.pth"):
-        runner.load_or_resume()
-
-
-def load_plainly(model, weights, what, **_):
-    """Load a state dict. Takes the place of `load_weights`, which expects a SepViT inside the model."""
-    from sepvit_lib.training.checkpoints import LoadReport
-
-    model.load_state_dict(weights)
-    return LoadReport(len(weights))
-
-
 # --------------------------------------------------------------------------------------------------- mmengine and NumPy
 
 
 def test_mmengines_log_is_read_without_running_code(tmp_path):
     """The log has arrays, numbers and references to methods."""
     buffer = HistoryBuffer([1.0, 2.0, 4.0], [1, 1, 2])
-    state = dict(
-        log_scalars={"loss": buffer},
-        numbers=[np.float64(0.5), np.int64(3), np.uint32(7), np.int32(-1), np.bool_(True)],
-        iter=7,
-    )
+    numbers = [np.float64(0.5), np.int64(3), np.uint32(7), np.int32(-1), np.bool_(True)]
+    state = dict(log_scalars={"loss": buffer}, numbers=numbers, iter=7)
     torch.save({"state_dict": {}, "message_hub": state}, tmp_path / "checkpoint.pth")
     read = read_checkpoint(str(tmp_path / "checkpoint.pth"), "checkpoint")["message_hub"]
     assert read["numbers"] == state["numbers"]
@@ -213,14 +142,11 @@ def test_mmengines_log_refers_to_its_methods():
 
 
 def test_numpy_pickles_by_functions_that_are_allowed():
-    """In NumPy 2.x they are private: `numpy._core.multiarray._reconstruct` and `scalar`."""
-    functions = [
-        entry for entry in mmengine_adapter.LOG_CLASSES if getattr(entry, "__module__", "").endswith("multiarray")
-    ]
-    assert [f"{function.__module__}.{function.__name__}" for function in functions] == [
-        "numpy._core.multiarray._reconstruct",
-        "numpy._core.multiarray.scalar",
-    ], "NumPy pickles arrays in another way now: checkpoints of older versions would be refused"
+    """In NumPy 2.x they are private. Otherwise, checkpoints of older versions would be refused."""
+    modules = [getattr(entry, "__module__", "") for entry in mmengine_adapter.LOG_CLASSES]
+    functions = [entry for entry, module in zip(mmengine_adapter.LOG_CLASSES, modules) if module.endswith("multiarray")]
+    names = [f"{function.__module__}.{function.__name__}" for function in functions]
+    assert names == ["numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar"]
 
 
 def test_other_numpy_functions_are_refused(tmp_path):
