@@ -37,7 +37,7 @@ noise = re.compile("|".join(NOISE))
 
 
 class ConsoleFilter(logging.Filter):
-    """Keep a log's records from the console. The log file gets all.
+    """Keep logs' records from the console. The log files get all.
 
     Attributes:
         level: level below which all records are dropped, and not only noise.
@@ -49,27 +49,20 @@ class ConsoleFilter(logging.Filter):
         """Whether to print a record."""
         return record.levelno >= self.level and not noise.match(record.getMessage())
 
+    def attach(self, logger: logging.Logger) -> None:
+        """Filter what a log prints. A second call changes nothing."""
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.addFilter(self)
 
-def console_filter(logger: logging.Logger) -> ConsoleFilter:
-    """Return the filter of a log's console. Adds one if there is none."""
-    consoles = [handler for handler in logger.handlers if not isinstance(handler, logging.FileHandler)]
-    found = [known for handler in consoles for known in handler.filters if isinstance(known, ConsoleFilter)]
-    if found:
-        return found[0]
-    added = ConsoleFilter()
-    for handler in consoles:
-        handler.addFilter(added)
-    return added
+
+console = ConsoleFilter()
 
 
 @contextlib.contextmanager
-def quiet(logger: logging.Logger | None = None) -> Iterator[None]:
-    """Keep a log's records below warnings from the console.
-
-    Args:
-        logger: the log, by default mmengine's current one.
-    """
-    console = console_filter(logger or MMLogger.get_current_instance())
+def quiet() -> Iterator[None]:
+    """Keep records below warnings of mmengine's current log from the console."""
+    console.attach(MMLogger.get_current_instance())
     before, console.level = console.level, logging.WARNING
     try:
         yield
@@ -119,11 +112,11 @@ class TestProgressHook(Hook):
         """Show the bar, and keep the log from the console."""
         self.bar = progress_bar(len(runner.test_dataloader), "test")
         if not self.bar.disable:
-            console_filter(runner.logger).level = logging.WARNING
+            console.level = logging.WARNING
 
     def after_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Advance the bar, and close it after the last batch."""
         self.bar.update()
         if batch_idx + 1 == self.bar.total:
             self.bar.close()
-            console_filter(runner.logger).level = logging.NOTSET
+            console.level = logging.NOTSET

@@ -17,7 +17,7 @@ from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sepvit_lib.dense.console import console_filter, quiet, without_noise
+from sepvit_lib.dense.console import console, quiet, without_noise
 from sepvit_lib.dense.loading import use_checked_loading
 from sepvit_lib.dense.mmengine_adapter import read_checkpoint
 from sepvit_lib.training.checkpoints import load_weights, weights_of
@@ -88,7 +88,7 @@ class DenseRunner(Runner):
         runner.checkpoints = checkpoints or {}
         if cfg.get("load_from"):  # the backbone would report random weights, which the checkpoint replaces
             unwrapped(runner.model).backbone.is_init = True
-        console_filter(runner.logger).level = logging.NOTSET
+        console.level = logging.NOTSET
         if is_impossible:
             runner.logger.warning("half precision: no GPU here, computing in float32")
         runner.logger.info(f"versions, config and hooks are in {runner.logger.log_file}")
@@ -97,7 +97,8 @@ class DenseRunner(Runner):
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         """Build the log. Hundreds of lines come from building the runner; they go to the log file alone."""
         logger = super().build_logger(*args, **kwargs)
-        console_filter(logger).level = logging.WARNING
+        console.attach(logger)
+        console.level = logging.WARNING
         return logger
 
     def build_visualizer(self, visualizer: Any = None) -> Visualizer:
@@ -137,7 +138,7 @@ class DenseRunner(Runner):
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
         """Build the optimiser."""
-        with quiet(self.logger):  # it logs every parameter
+        with quiet():  # it logs every parameter
             return super().build_optim_wrapper(optim_wrapper)
 
     def load_or_resume(self) -> None:
