@@ -30,6 +30,7 @@ CONFIGS = {
     "segmentation": """
 _base_ = "{root}/segmentation/configs/fpn_sepvit_lite_112x112_demo.py"
 data_root = "{data}/ade/ADEChallengeData2016"
+data = dict(data_root=data_root)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
@@ -46,9 +47,9 @@ test_pipeline = [
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(
-    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(indices=12, pipeline=train_pipeline)
+    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(**data, indices=12, pipeline=train_pipeline)
 )
-val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(indices=4, pipeline=test_pipeline))
+val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(**data, indices=4, pipeline=test_pipeline))
 model = dict(data_preprocessor=dict(size=(32, 32)), backbone=dict(drop_path_rate=0.3))
 train_cfg = dict(max_iters=12, val_interval=6)
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=6))
@@ -56,6 +57,8 @@ default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=6))
     "detection": """
 _base_ = "{root}/detection/configs/mask_rcnn_sepvit_lite_fpn_demo.py"
 data_root = "{data}/coco/"
+data = dict(data_root=data_root)
+val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
@@ -72,9 +75,9 @@ test_pipeline = [
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
 train_dataloader = dict(
-    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(indices=12, pipeline=train_pipeline)
+    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(**data, indices=12, pipeline=train_pipeline)
 )
-val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(indices=4, pipeline=test_pipeline))
+val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(**data, indices=4, pipeline=test_pipeline))
 model = dict(backbone=dict(drop_path_rate=0.3))
 train_cfg = dict(max_epochs=2, val_interval=1)
 param_scheduler = [
