@@ -17,10 +17,9 @@ from mmengine.model import revert_sync_batchnorm
 from PIL import Image
 from torch import nn
 
-from sepvit_lib.dense.checks import build_model, check_test_parts, check_weights, config_errors
+from sepvit_lib.dense.checks import build_errors, build_model, check_test_parts, check_weights
 from sepvit_lib.dense.classes import classes_in
 from sepvit_lib.dense.console import progress_bar
-from sepvit_lib.dense.data import check_types
 from sepvit_lib.dense.parts import classes_of, data_sets
 from sepvit_lib.dense.settings import (
     CommandParser,
@@ -69,10 +68,9 @@ def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.M
         UserError: the checkpoint is missing, would run code, or does not fit, or the config names no data to test on.
     """
     check_test_parts(cfg, where)
-    check_types(cfg, "test_dataloader")
     checkpoint = read_model_checkpoint(cfg, checkpoint_path, "CHECKPOINT")
     drop_pretrained(cfg)
-    with config_errors(cfg, where, "model"):
+    with build_errors(where):
         model = revert_sync_batchnorm(build_model(cfg))
     check_weights(model, checkpoint, f"CHECKPOINT {checkpoint_path}")
     node, kind = next(data_sets(cfg, "test_dataloader"))

@@ -205,9 +205,11 @@ class TrainingRunner(DenseRunner):
 
     Attributes:
         run: what is trained. Set before `train`.
+        is_open: whether its files are open.
     """
 
     run: Run
+    is_open = False
 
     @property
     def output(self) -> Output:
@@ -307,6 +309,7 @@ class TrainingRunner(DenseRunner):
             self.restore(source)
         described = describe_run(run.settings, self.data, self.device, PACKAGES)
         on_main_process(lambda: self.output.open(described, self.state.covers, source, run.resumes, scalars=False))
+        self.is_open = True
         on_main_process(lambda: run.config.dump(self.output.folder / Path(self.cfg.filename).name))
 
     def _compare(self, source: Source) -> None:

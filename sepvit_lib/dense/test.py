@@ -3,11 +3,13 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.runner import BaseLoop
 
-from sepvit_lib.dense.checks import check_test_parts, check_weights, rehearse
+from sepvit_lib.dense.checks import build_errors, build_model, check_test_parts, check_weights
 from sepvit_lib.dense.classes import match_classes
 from sepvit_lib.dense.console import TestProgressHook
 from sepvit_lib.dense.data import check_data, check_reading
@@ -98,13 +100,15 @@ def test(args: argparse.Namespace, prepare: Prepare) -> None:
     checkpoint = read_model_checkpoint(cfg, args.checkpoint, "CHECKPOINT")
     match_classes(cfg, checkpoint, what, ["test_dataloader"])
     check_reading(cfg, checkpoint, what)
-    check_weights(rehearse(cfg, where, "test_dataloader"), checkpoint, what)
+    with build_errors(where):
+        check_weights(build_model(cfg), checkpoint, what)
     cfg.train_dataloader = cfg.train_cfg = cfg.optim_wrapper = cfg.param_scheduler = None
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     cfg.load_from, cfg.resume = args.checkpoint, False
     folders.append((Path(cfg.work_dir), f"--work-dir {cfg.work_dir}"))
     on_main_process(lambda: make_folders(folders))
-    runner = TestRunner.from_config(cfg, {args.checkpoint: checkpoint})
+    with build_errors(where):
+        runner = TestRunner.from_config(cfg, {args.checkpoint: checkpoint})
     for hook in (TestProgressHook(), *(hook for hook, _, _ in results if hook is not None)):
         runner.register_hook(hook)
     runner.test()
@@ -112,6 +116,11 @@ def test(args: argparse.Namespace, prepare: Prepare) -> None:
 
 class TestRunner(DenseRunner):
     """Test a segmentor or detector."""
+
+    def build_test_loop(self, loop: Any) -> BaseLoop:
+        """Build the test loop, with the data set and the evaluator."""
+        with build_errors(f"CONFIG {self.cfg.filename}"):
+            return super().build_test_loop(loop)
 
     def dump_config(self) -> None:
         """Write the config beside the log. In the work dir may be that of the training run, which could train again."""

@@ -14,7 +14,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
-from sepvit_lib.dense.checks import check_training_parts, entries_of_classes, rehearse
+from sepvit_lib.dense.checks import BuildError, build_errors, check_training_parts, entries_of_classes
 from sepvit_lib.dense.classes import has_other_classes, match_classes
 from sepvit_lib.dense.data import check_data
 from sepvit_lib.dense.loops import DenseState, Schedule
@@ -109,14 +109,15 @@ def train(args: argparse.Namespace, flags: Mapping[str, str]) -> None:
             return
         on_main_process(lambda: output.check_free(source, resumes(args)))
         written = config_to_write(cfg, args)
-        checkpoints = set_starting_point(cfg, args, source)
-        rehearse(cfg, where_of(args), *used_loaders(cfg))
-        runner = TrainingRunner.from_config(cfg, checkpoints)
+        with build_errors(where_of(args)):
+            checkpoints = set_starting_point(cfg, args, source)
+            runner = TrainingRunner.from_config(cfg, checkpoints)
         settings = settings_of(cfg) | {"launcher.processes": get_world_size()}
         limits = MonitorSettings(args.max_bad_steps, False, args.checkpoint_every, args.on_bad_image, 0, ADVICE)
         files = output, watchdog, source
         runner.run = Run(written, schedule, *files, args.auto_resume, resumes(args), settings, limits)
-        run_to_the_end(runner)
+        with build_errors(where_of(args), lambda: runner.is_open):
+            run_to_the_end(runner)
 
 
 def apply_options(cfg: Config, args: argparse.Namespace) -> None:
@@ -286,9 +287,10 @@ def own_folder(output: Output, config: str, preemption: Preemption) -> Iterator[
     before = set(output.folder.iterdir()) if is_main_process() else set()  # another run may have written until now
     try:
         yield
-    except Exception:
+    except Exception as error:
         if not preemption.has_progress and is_main_process():
-            for path in {output.folder / LOG, output.folder / config, *log_folders(output.folder)} - before:
+            logs = [] if isinstance(error, BuildError) else log_folders(output.folder)  # which have the traceback
+            for path in {output.folder / LOG, output.folder / config, *logs} - before:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             remove_empty(missing)
         raise

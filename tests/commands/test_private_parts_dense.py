@@ -16,7 +16,6 @@ from conftest import ROOT
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
-from mmengine.registry import MODELS
 
 import sepvit_lib.dense.backbone  # noqa: F401
 from sepvit_lib.dense import mmengine_adapter
@@ -63,22 +62,6 @@ def test_mmengine_finds_configs_by_distribution(module, base, tmp_path, monkeypa
     assert "train_cfg" in Config.fromfile(path)
 
 
-def test_texts_of_configs_name_their_bases(tmp_path):
-    """`Config.text` has the texts of all files that were read, each after the file's name, the config's own last."""
-    folder = tmp_path / "inner folder"
-    folder.mkdir()
-    (tmp_path / "first.py").write_text("a = 1")
-    (folder / "second.py").write_text("# ä\n_base_ = ['../first.py', 'mmseg::_base_/default_runtime.py']\n\nb = 2\n\n")
-    (tmp_path / "third.yml").write_text("c: 3\n")
-    (tmp_path / "last.py").write_text("_base_ = ['inner folder/second.py', 'third.yml']\nd = 4\n")
-    files = mmengine_adapter.base_files(Config.fromfile(tmp_path / "last.py"))
-    names = ["first.py", "default_runtime.py", "second.py", "third.yml"]
-    assert [file.rpartition("/")[2] for file in files] == names
-    assert all(Config.fromfile(file) for file in files)
-    assert mmengine_adapter.base_files(Config.fromfile(tmp_path / "first.py")) == []
-    assert mmengine_adapter.base_files(Config(dict(a=1))) == []
-
-
 def test_detection_metrics_keep_their_annotations(tmp_path):
     """In `CocoMetric._coco_api`, which `CompleteCocoMetric` replaces."""
     from mmdet.evaluation import CocoMetric
@@ -96,21 +79,6 @@ def test_detection_metrics_keep_their_annotations(tmp_path):
     assert type(complete._coco_api) is CompleteCOCO
     assert complete._coco_api.anns[1] == {**mark, "area": 6, "iscrowd": 0}
     assert CompleteCocoMetric()._coco_api is None
-
-
-def test_errors_show_the_part_that_was_built():
-    """`build_from_cfg` keeps the part and the registry in variables named `cfg` and `registry`."""
-    wrong = dict(type="SepViT_Lite", frozen_stages=9)
-    for built, where in ((wrong, "frozen_stages=9"), (dict(type="Nothing"), "Nothing is not in the")):
-        with pytest.raises((KeyError, ValueError), match=where) as raised:
-            MODELS.build(built)
-        found = mmengine_adapter.innermost_build(raised.value)
-        assert found is not None
-        assert found[0] == built
-        assert found[1].root is MODELS
-    with pytest.raises(ValueError, match="invalid literal") as raised:
-        int("x")
-    assert mmengine_adapter.innermost_build(raised.value) is None
 
 
 # --------------------------------------------------------------------------------------------------- mmengine and NumPy

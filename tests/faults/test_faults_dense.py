@@ -32,6 +32,7 @@ CONFIGS = {
     "segmentation": """
 _base_ = "{root}/segmentation/configs/fpn_sepvit_lite_112x112_demo.py"
 data_root = "{data}/ade/ADEChallengeData2016"
+data = dict(data_root=data_root)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
@@ -54,6 +55,8 @@ default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=6))
     "detection": """
 _base_ = "{root}/detection/configs/mask_rcnn_sepvit_lite_fpn_demo.py"
 data_root = "{data}/coco/"
+data = dict(data_root=data_root)
+val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
@@ -80,9 +83,9 @@ default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1))
 }
 LOADERS = """
 train_dataloader = dict(
-    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(indices=12, pipeline=train_pipeline)
+    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(**data, indices=12, pipeline=train_pipeline)
 )
-val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(indices=4, pipeline=test_pipeline))
+val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(**data, indices=4, pipeline=test_pipeline))
 """
 # A row of the table that the short form tries with one kind only, since both take the same code.
 ONLY = {
