@@ -47,21 +47,15 @@ def uses_half_precision(cfg: Config) -> bool:
     return is_mixed or any(loop.get("fp16") for loop in loops)
 
 
-def without_mixed_precision(optim_wrapper: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of an optimiser, for float32."""
-    if optim_wrapper.get("type") != "AmpOptimWrapper":
-        return optim_wrapper
-    scaling = ("loss_scale", "dtype", "use_fsdp")
-    return {**{key: value for key, value in optim_wrapper.items() if key not in scaling}, "type": "OptimWrapper"}
-
-
 def in_float32(cfg: Config) -> Config:
     """Copy a config, for computing in float32."""
     cfg = copy.deepcopy(cfg)
-    if cfg.get("optim_wrapper"):
-        cfg.optim_wrapper = without_mixed_precision(cfg.optim_wrapper)
-    for loop in (cfg.get("val_cfg"), cfg.get("test_cfg")):
-        (loop or {}).pop("fp16", None)
+    for settings in (cfg.get("val_cfg"), cfg.get("test_cfg")):
+        (settings or {}).pop("fp16", None)
+    if (cfg.get("optim_wrapper") or {}).get("type") == "AmpOptimWrapper":
+        for name in ("loss_scale", "dtype", "use_fsdp"):
+            cfg.optim_wrapper.pop(name, None)
+        cfg.optim_wrapper.type = "OptimWrapper"
     return cfg
 
 
