@@ -114,7 +114,9 @@ def write_config(folder: Path, kind: str, data: Path) -> Path:
 def undisturbed(configs, tmp_path_factory) -> dict[str, Path]:
     """The work dirs of undisturbed runs, by kind."""
     runs = {kind: DenseRun(kind, tmp_path_factory.mktemp(kind), configs[kind]) for kind in KINDS}
-    return {kind: finished(run) for kind, run in runs.items()}
+    processes = {kind: run.start() for kind, run in runs.items()}  # side by side
+    assert {kind: process.wait(LIMIT) for kind, process in processes.items()} == dict.fromkeys(KINDS, 0)
+    return {kind: run.output for kind, run in runs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -185,11 +187,13 @@ def entries(folder: Path, name: str) -> list:
 # Killed
 # ----------------------------------------------------------------------------------------------------------------------
 
-KILLED = {  # name: settings, processes, kills in the long form
-    "one process": ([], 0, 13),
-    "one process, two workers": (["train_dataloader.num_workers=2", "val_dataloader.num_workers=1"], 0, 6),
-    "two processes": ([], 2, 12),
+SETTINGS = {
+    "one process": [],
+    "one process, two workers": "--cfg-options train_dataloader.num_workers=2 val_dataloader.num_workers=1".split(),
+    "two processes": [],
 }
+KILLS = [(kind, *row) for kind in KINDS for row in zip(SETTINGS, (13, 6, 12))]
+KILLED = [("segmentation", "one process", 2), *(pytest.param(*row, marks=pytest.mark.slow) for row in KILLS)]
 
 
 def kill_pair(run: DenseRun, rng: random.Random) -> bool:
@@ -207,40 +211,21 @@ def kill_pair(run: DenseRun, rng: random.Random) -> bool:
     return was_running
 
 
-def kill_repeatedly(kind: str, name: str, kills: int, config: Path, folder: Path, undisturbed: Path, table) -> None:
-    settings, processes, _ = KILLED[name]
-    options = ["--cfg-options", *settings] if settings else []
+@pytest.mark.parametrize(("kind", "name", "kills"), KILLED)
+def test_killed(kind, name, kills, configs, tmp_path, request, tried):
+    processes = 2 if name == "two processes" else 0
+    undisturbed = request.getfixturevalue("undisturbed_pair" if processes else "undisturbed")[kind]
     rng = random.Random(f"{kind} {name}")
-    number = 0
-
-    def fresh() -> DenseRun:
-        nonlocal number
-        number += 1
-        return DenseRun(kind, folder / f"run{number}", config, *options)
-
-    run, done = fresh(), 0
+    runs = (DenseRun(kind, tmp_path / f"run{i}", configs[kind], *SETTINGS[name]) for i in range(kills + 1))
+    run, done = next(runs), 0
     while done < kills:
         done += kill_pair(run, rng) if processes else run.kill(rng)
         assert_nothing_saved_is_lost(run)
         if "trained" in run.text():  # complete: kill another run
             assert_same_dense(finished(run, processes), undisturbed)
-            run = fresh()
+            run = next(runs)
     assert_same_dense(finished(run, processes), undisturbed)
-    table.add(f"killed at a random moment, {kind}, {name}", kills)
-
-
-@ONLY["segmentation"]
-def test_killed(kind, configs, tmp_path, undisturbed, table):
-    kill_repeatedly(kind, "one process", 2, configs[kind], tmp_path, undisturbed[kind], table)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", KILLED)
-@BOTH
-def test_killed_many_times(kind, name, configs, tmp_path, undisturbed, undisturbed_pair, table):
-    _, processes, kills = KILLED[name]
-    expected = (undisturbed_pair if processes else undisturbed)[kind]
-    kill_repeatedly(kind, name, kills, configs[kind], tmp_path, expected, table)
+    tried(f"killed at a random moment, {name}", kills)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -405,26 +390,23 @@ def test_lost_process(run, kind, process, number, undisturbed_pair, tried):
     tried("process lost to SIGKILL or SIGSTOP")
 
 
+SPOILED = {  # what happens to the second process in its fourth batch: exit status, words of the first, and the fault
+    "HANG": (RESUME_STATUS, r"\([^)]*\) hangs at .*iter [23].*: no progress for \d+ s", "hanging process"),
+    "FAIL": (1, r".* failed \(RuntimeError: out of memory\)", "process that fails with an error of the program"),
+}
+
+
 @pytest.mark.slow
 @BOTH
-def test_hanging_process(run, kind, tried):
-    """The process is alive but makes no progress."""
+@pytest.mark.parametrize("variable", SPOILED)
+def test_hanging_or_failing_process(run, kind, variable, tried):
+    """A hanging process is alive but makes no progress. An error would occur again, so no restart is asked for."""
+    status, words, fault = SPOILED[variable]
     run.command += ["--timeout", "20"]
-    sabotaged(run, kind, HANG="1:4")
-    assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [RESUME_STATUS] * 2
-    assert re.search(r"process 0: process 1 \([^)]*\) hangs at .*iter [23].*: no progress for \d+ s", run.text())
-    tried("hanging process")
-
-
-@pytest.mark.slow
-@BOTH
-def test_failing_process(run, kind, tried):
-    """The error would occur again, so the exit status does not ask for a restart."""
-    sabotaged(run, kind, FAIL="1:4")
-    assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [1, 1]
-    words = r"process 0: process 1 \(.*\), last seen at .*, failed \(RuntimeError: out of memory\)"
-    assert re.search(words, run.text())
-    tried("process that fails with an error of the program")
+    sabotaged(run, kind, **{variable: "1:4"})
+    assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [status] * 2
+    assert re.search(f"process 0: process 1 {words}", run.text())
+    tried(fault)
 
 
 @pytest.mark.slow
@@ -492,15 +474,14 @@ def test_bad_loss_on_one_of_two_processes(run, kind, tried):
 
 @pytest.mark.slow
 @BOTH
-def test_bad_losses_may_be_read_one_step_late(kind, configs, tmp_path, tried):
+def test_bad_steps_may_be_read_one_step_late(kind, configs, tmp_path, tried):
     """GPUs read flags one step late, which LAG imitates. Results are identical, also at checkpoints and at the end."""
-    runs = [
-        sabotaged(DenseRun(kind, tmp_path / lag, configs[kind]), kind, BAD_LOSS="0:3,6,12", LAG=lag)
-        for lag in ("0", "1")
-    ]
+    faults = dict(BAD_LOSS="0:3,6,12", BAD_GRADIENTS="0:9")
+    runs = [sabotaged(DenseRun(kind, tmp_path / lag, configs[kind]), kind, **faults, LAG=lag) for lag in ("0", "1")]
     assert_same_dense(*map(finished, runs), in_order=False)  # a step's event comes after the next step's figures
-    assert entries(runs[1].output, "not_finite") == ["loss"] * 3
+    assert entries(runs[1].output, "not_finite") == ["loss", "loss", "gradients", "loss"]
     tried("non-finite losses, for one step", 3)
+    tried("non-finite gradients, for one step")
 
 
 @ONLY["detection"]
@@ -514,15 +495,6 @@ def test_too_many_bad_losses(run, kind, tried):
     assert checkpoints.damage(newest) is None
     assert newest.name in ("epoch_1.pth", "iter_6.pth")
     tried("non-finite losses, for good")
-
-
-@pytest.mark.slow
-@BOTH
-def test_bad_gradients(run, kind, tried):
-    sabotaged(run, kind, BAD_GRADIENTS="0:2")
-    finished(run)
-    assert entries(run.output, "not_finite") == ["gradients"]
-    tried("non-finite gradients, for one step")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
