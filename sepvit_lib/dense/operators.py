@@ -190,13 +190,8 @@ def _focal_loss(name: str, input: Tensor, target: Tensor, weight: Tensor, gamma:
     return py_sigmoid_focal_loss(at_least_float32(input), is_class, gamma=gamma, alpha=alpha, reduction="none")
 
 
-OPERATORS: dict[str, Callable] = dict(
-    nms=nms,
-    roi_align_forward=roi_align_forward,
-    roi_align_backward=roi_align_backward,
-    sigmoid_focal_loss_forward=sigmoid_focal_loss_forward,
-    sigmoid_focal_loss_backward=sigmoid_focal_loss_backward,
-)
+OPERATORS: tuple[Callable, ...]
+OPERATORS = (nms, roi_align_forward, roi_align_backward, sigmoid_focal_loss_forward, sigmoid_focal_loss_backward)
 
 
 def find_operator(name: str) -> Callable:
@@ -210,7 +205,8 @@ def find_operator(name: str) -> Callable:
     """
     if name.startswith("_"):
         raise AttributeError(f"module {MODULE} has no attribute {name}")
-    return OPERATORS.get(name) or partial(raise_missing, name)
+    found = [operator for operator in OPERATORS if operator.__name__ == name]
+    return found[0] if found else partial(raise_missing, name)
 
 
 def raise_missing(name: str, *args: object, **kwargs: object) -> NoReturn:

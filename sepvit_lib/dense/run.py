@@ -261,8 +261,7 @@ class TrainingRunner(DenseRunner):
     @property
     def device(self) -> torch.device:
         """The process's device."""
-        is_gpu = get_device() == "cuda"
-        return torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device(get_device())
+        return torch.device(get_device())
 
     def build_val_loop(self, loop: Any) -> BaseLoop:
         """Build the validation loop, which ends when the run is to stop."""
