@@ -88,7 +88,8 @@ def build_errors(where: str, is_built: Callable[[], bool] = lambda: False) -> It
         text = f"{type(error).__name__}: {' '.join(str(error).split()) or last.line}"
         logs = [one for one in MMLogger.get_current_instance().handlers if isinstance(one, logging.FileHandler)]
         for log in logs:
-            log.stream.write("".join(traceback.format_exception(error)))
+            with open(log.baseFilename, "a", encoding="utf-8") as file:
+                file.write("".join(traceback.format_exception(error)))
         found = "".join(f"; the traceback is in {log.baseFilename}" for log in logs)
         raise BuildError(
             f"{where}: cannot be built: {text} ({Path(last.filename).name}, line {last.lineno}){found}"

@@ -343,11 +343,12 @@ def check_categories(what: str, content: Mapping[str, Any], classes: Sequence[st
     """
     names = [category["name"] for category in content["categories"]]
     counts = Counter(canonical(str(name)) for name in names)
-    if wrong := [name for name in classes if counts[canonical(name)] != 1]:
-        found = f"{counts[canonical(wrong[0])] or 'no'} categories are named {wrong[0]}"
+    if missing := [name for name in classes if not counts[canonical(name)]]:
         both = f"the classes are {listed(classes)}; the file's categories are {listed(names)}"
         hint = "set metainfo = dict(classes=…) in the data sets to names of the file"
-        raise UserError(f"{what}: {found}: {both}; {hint}")
+        raise UserError(f"{what}: no category is named {listed(missing)}: {both}; {hint}")
+    if twice := [name for name in classes if counts[canonical(name)] > 1]:
+        raise UserError(f"{what}: several categories are named {listed(twice)}")
 
 
 def check_objects(

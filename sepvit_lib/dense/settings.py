@@ -222,7 +222,7 @@ def read_model_checkpoint(cfg: Config, path: str, flag: str) -> dict[str, Any]:
     """
     what = f"{flag} {path}"
     if Path(path).is_dir():
-        raise UserError(f"{what}: a folder; {_checkpoints_in(Path(path))}")
+        raise UserError(f"{what}: a folder; name a checkpoint in it")
     checkpoint = read_checkpoint(path, what)
     weights = weights_of(checkpoint, what)
     backbone = cfg.model.get("module", cfg.model).backbone  # test-time augmentation wraps the model
@@ -234,13 +234,3 @@ def read_model_checkpoint(cfg: Config, path: str, flag: str) -> dict[str, Any]:
     if wanted is not None and held != wanted:
         raise wrong_variant(what, held, wanted, VARIANT_HINT)
     return checkpoint
-
-
-def _checkpoints_in(folder: Path) -> str:
-    """Describe which checkpoints a folder holds, with the way out."""
-    names = sorted(path.name for path in folder.iterdir() if path.suffix in (".pth", ".pt", ".safetensors"))
-    names.sort(key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
-    if not names:
-        return "it holds no checkpoint; name a checkpoint"
-    shown = ", ".join(names[-5:]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"name one of its checkpoints: {shown}"

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, Code, free_port, optimizer_groups, play_srun, refusal, shell, succeed, undecayed_names
+from dense_data import own_config
 from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS, TRANSFORMS, init_default_scope
 from mmseg.registry import MODELS
@@ -305,8 +306,7 @@ def test_resume(trained, scenes, tmp_path):
 
 
 def test_load_from_starts_with_a_fresh_head_for_other_classes(trained, scenes, tmp_path):
-    config = tmp_path / "own.py"
-    config.write_text(f"_base_ = {str(DEMO)!r}\nmetainfo = dict(classes={tuple('abcdefghijkl')})\n")
+    config = own_config(tmp_path / "own.py", DEMO, scenes, tuple("abcdefghijkl"))
     text = run("train.py", config, "--work-dir", tmp_path, "--load-from", trained / "iter_2.pth", *small(scenes, 1))
     assert "randomly initialised 2: decode_head.conv_seg.weight, decode_head.conv_seg.bias" in text
     assert "Iter(train) [1/1]" in text
