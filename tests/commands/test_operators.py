@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mmcv.ops import RoIAlign, RoIPool, batched_nms, nms, sigmoid_focal_loss, soft_nms
+from mmcv.ops import RoIAlign, RoIPool, nms, sigmoid_focal_loss, soft_nms
 from mmcv.ops.deform_conv import deform_conv2d
 from mmdet.models.losses import focal_loss
 from mmengine.utils.dl_utils import mmcv_full_available
@@ -103,21 +103,6 @@ def test_nms_of_empty_boxes():
     assert nms(boxes, scores, 0.5, offset=1)[1].tolist() == [2, 1]
 
 
-def test_nms_score_threshold_and_number():
-    boxes, scores = boxes_and_scores(300, whole=False)
-    expected = [i for i in slow_nms(boxes, scores, 0.5) if scores[i] > 0.4]  # a better box is never dropped by a worse
-    assert len(expected) > 5
-    assert nms(boxes, scores, 0.5, score_threshold=0.4)[1].tolist() == expected
-    assert nms(boxes, scores, 0.5, score_threshold=0.4, max_num=5)[1].tolist() == expected[:5]
-
-
-def test_nms_of_arrays():
-    boxes, scores = boxes_and_scores(50, whole=False)
-    found, kept = nms(boxes.numpy(), scores.numpy(), 0.5)
-    assert isinstance(found, np.ndarray)
-    assert kept.tolist() == slow_nms(boxes, scores, 0.5)
-
-
 @torchvisions
 @on_devices
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -125,21 +110,6 @@ def test_nms_precision(dtype, device):
     boxes, scores = (x.to(dtype) for x in boxes_and_scores(100, whole=True))
     kept = nms(boxes.to(device), scores.to(device), 0.5)[1]
     assert kept.tolist() == slow_nms(boxes.float(), scores.float(), 0.5)
-
-
-@on_devices
-@pytest.mark.parametrize("split", [10000, 100], ids=["at once", "class by class"])
-def test_nms_by_class(split, device):
-    boxes, _ = boxes_and_scores(2000, whole=True)
-    scores = torch.randperm(2000) / 2000  # no ties: the order of classes would decide
-    classes = torch.randint(7, (2000,))
-    settings = dict(type="nms", iou_threshold=0.5, split_thr=split)
-    found, kept = batched_nms(boxes.to(device), scores.to(device), classes.to(device), settings)
-    own = [(classes == name).nonzero().flatten() for name in range(7)]
-    expected = torch.cat([indices[slow_nms(boxes[indices], scores[indices], 0.5)] for indices in own])
-    expected = expected[scores[expected].argsort(descending=True)]
-    assert kept.tolist() == expected.tolist()
-    assert torch.equal(found.cpu(), torch.cat((boxes, scores[:, None]), dim=1)[expected])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

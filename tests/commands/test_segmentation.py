@@ -542,16 +542,9 @@ def test_mistakes(mistake, files, scenes, tmp_path, capsys, monkeypatch):
 
 
 FORMER = {
-    "train --resume-from=a.pth": "use --resume PATH",
-    "train --resume_from a.pth": "use --resume PATH",
-    "train --options a=1": "use --cfg-options KEY=VALUE",
+    "train --resume_from=a.pth": "use --resume PATH",
     "train --gpus 8": "use bash dist_train.sh CONFIG N",
-    "train --gpu-ids 0 1": "use CUDA_VISIBLE_DEVICES",
-    "test --options b=1": "use --cfg-options KEY=VALUE",
     "test --eval-options a=1": "use --cfg-options test_evaluator.KEY=VALUE",
-    "test --show": "use --show-dir DIR",
-    "test --gpu-collect": "not needed",
-    "test --tmpdir=a": "not needed",
     "test --fuse-conv-bn": "not available",
     "test --format-only": "use --out DIR",
     "predict --options c=1": "use --cfg-options KEY=VALUE",
