@@ -144,8 +144,8 @@ def read_schedule(cfg: Config) -> Schedule:
     by_epoch = kinds.get(loop.type) if "type" in loop else loop.get("by_epoch")
     if by_epoch is None:
         raise UserError(f"train_cfg.type={loop.get('type')}: unknown; choose {' or '.join(kinds)}")
-    if not isinstance(saving.get("save_best"), (str, type(None))):
-        raise UserError("default_hooks.checkpoint.save_best: takes one name, since best.pth is one file")
+    if not isinstance(best := saving.get("save_best"), (str, type(None))):
+        raise UserError(f"default_hooks.checkpoint.save_best={best}: takes one text, since best.pth is one file")
     if unknown := [name for name in saving if name not in SAVING and not name.startswith("_")]:
         raise UserError(
             f"default_hooks.checkpoint.{unknown[0]}={saving[unknown[0]]}: not available; remove it. Of this hook's "
