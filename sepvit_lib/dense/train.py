@@ -333,10 +333,8 @@ def set_starting_point(cfg: Config, args: argparse.Namespace, source: Source | N
     settings = backbone.get("init_cfg")
     pretrained = backbone.get("pretrained") or (settings.get("checkpoint") if isinstance(settings, dict) else None)
     if pretrained and "://" not in pretrained and not Path(pretrained).is_file():
-        raise UserError(
-            f"pretrained {pretrained}: no such file; put a checkpoint of main.py there, name one with --cfg-options "
-            f"model.backbone.pretrained=PATH, or train without one: --from-scratch"
-        )
+        ways_out = "put a checkpoint of main.py there, name one with --cfg-options model.backbone.pretrained=PATH"
+        raise UserError(f"pretrained {pretrained}: no such file; {ways_out}, or train without one: --from-scratch")
     return {}
 
 
@@ -357,9 +355,8 @@ def read_starting_weights(cfg: Config, flag: str) -> dict[str, Any]:
     weights, depending = weights_of(checkpoint, what), entries_of_classes(cfg)
     kept = {name: value for name, value in weights.items() if name not in depending}
     count = len(weights) - len(kept)
-    print_main(
-        f"{what}: was trained on classes with different names; the {count} entries that depend on them stay fresh"
-    )
+    problem = "was trained on classes with different names"
+    print_main(f"{what}: {problem}; the {count} entries that depend on them stay fresh")
     return {"meta": checkpoint.get("meta", {}), "state_dict": kept}
 
 
