@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmdet.evaluation import CocoMetric
 from mmengine.config import Config
 from mmengine.registry import METRICS as METRICS_OF
 
@@ -76,6 +75,8 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
 
 def is_coco(evaluator: dict[str, Any]) -> bool:
     """Whether an evaluator is a CocoMetric or derived from it."""
+    from mmdet.evaluation import CocoMetric  # prints lines of its own unless `read_config` has imported it before
+
     kind = resolve(METRICS_OF, evaluator)
     return kind is not None and issubclass(kind, CocoMetric)
 
