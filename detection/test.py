@@ -19,7 +19,7 @@ from mmengine.config import Config
 from mmengine.registry import METRICS as METRICS_OF
 
 from detection.drawing import DrawingHook
-from sepvit_lib.dense.parts import as_list, dicts, resolve
+from sepvit_lib.dense.parts import as_list, dicts, is_kind, resolve
 from sepvit_lib.dense.settings import CommandParser
 from sepvit_lib.dense.test import Result, as_configured, build_test_parser, find_metric, run_testing
 from sepvit_lib.training.commands import fraction, path
@@ -75,10 +75,8 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
 
 def is_coco(evaluator: dict[str, Any]) -> bool:
     """Whether an evaluator is a CocoMetric or derived from it."""
-    from mmdet.evaluation import CocoMetric  # prints lines of its own unless `read_config` has imported it before
-
     kind = resolve(METRICS_OF, evaluator)
-    return kind is not None and issubclass(kind, CocoMetric)
+    return kind is not None and is_kind(kind, "mmdet.evaluation.metrics.coco_metric.CocoMetric")
 
 
 def possible_metrics(cfg: Config) -> list[str]:
