@@ -84,13 +84,14 @@ def build_errors(where: str, is_built: Callable[[], bool] = lambda: False) -> It
         others = (errors.is_transient, errors.is_communication_error, errors.out_of_files, errors.out_of_memory)
         if is_built() or any(is_other(error) for is_other in others):
             raise
-        last = traceback.extract_tb(error.__traceback__)[-1]
+        last, found = traceback.extract_tb(error.__traceback__)[-1], ""
         text = f"{type(error).__name__}: {' '.join(str(error).split()) or last.line}"
-        logs = [one for one in MMLogger.get_current_instance().handlers if isinstance(one, logging.FileHandler)]
-        for log in logs:
-            with open(log.baseFilename, "a", encoding="utf-8") as file:
+        handlers = MMLogger.get_current_instance().handlers
+        logs = [Path(one.baseFilename) for one in handlers if isinstance(one, logging.FileHandler)]
+        for log in filter(Path.is_file, logs):
+            with log.open("a", encoding="utf-8") as file:
                 file.write("".join(traceback.format_exception(error)))
-        found = "".join(f"; the traceback is in {log.baseFilename}" for log in logs)
+            found = f"; the traceback is in {log}"
         raise BuildError(
             f"{where}: cannot be built: {text} ({Path(last.filename).name}, line {last.lineno}){found}"
         ) from error

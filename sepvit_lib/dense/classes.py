@@ -57,9 +57,9 @@ def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
 
 def _names_of(place: str, node: Mapping[str, Any], kind: Any) -> tuple[str, ...] | None:
     """Return a data set's classes, and refuse names that mmengine would take for others, or that leave nothing."""
-    stated = (node.get("metainfo") or {}).get("classes", ("a", "b"))
-    forms = [*map(canonical, stated)] if isinstance(stated, (list, tuple)) and {*map(type, stated)} == {str} else []
-    if not forms or len(set(forms)) < len(forms):
+    stated = (node.get("metainfo") or {}).get("classes")
+    are_texts = isinstance(stated, (list, tuple)) and all(isinstance(name, str) for name in stated)
+    if stated is not None and not (are_texts and 0 < len(stated) == len(set(map(canonical, stated)))):
         raise UserError(
             f"{place}.metainfo classes={stated!r}: takes a tuple of names that differ, such as ('road', 'sky'); one "
             "name needs a comma, ('road',)"

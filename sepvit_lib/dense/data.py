@@ -160,6 +160,12 @@ def files_below(folder: str) -> set[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def unread(node: Mapping[str, Any], kind: Any) -> Any:
+    """Build a data set that does not read its annotations."""
+    settings = {key: value for key, value in node.items() if key not in ("type", "_scope_")}
+    return kind(**settings | dict(pipeline=[], lazy_init=True))
+
+
 def check_segmentation(part: str, node: Mapping[str, Any], kind: Any) -> None:
     """Refuse a segmentation data set without images, or with images without labels. Warn of images left out.
 
@@ -171,9 +177,8 @@ def check_segmentation(part: str, node: Mapping[str, Any], kind: Any) -> None:
     Raises:
         UserError: images or labels are missing.
     """
-    settings = {key: value for key, value in node.items() if key not in ("type", "_scope_")}
     with build_errors(f"{part}_dataloader.dataset"):
-        dataset = kind(**settings | dict(pipeline=[], lazy_init=True))
+        dataset = unread(node, kind)
         samples = dataset.load_data_list()
     folder, suffix = dataset.data_prefix["img_path"], dataset.img_suffix
     images = [sample["img_path"] for sample in samples]

@@ -20,6 +20,7 @@ from torch import nn
 from sepvit_lib.dense.checks import build_errors, build_model, check_test_parts, check_weights
 from sepvit_lib.dense.classes import classes_in
 from sepvit_lib.dense.console import progress_bar
+from sepvit_lib.dense.data import unread
 from sepvit_lib.dense.parts import classes_of, data_sets
 from sepvit_lib.dense.settings import (
     CommandParser,
@@ -77,7 +78,8 @@ def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.M
     names = classes_in(checkpoint)
     if names is None:
         print_line(f"CHECKPOINT {checkpoint_path}: does not name its classes, which get the config's names by number")
-    stated = {**kind.METAINFO, **(node.get("metainfo") or {})}
+    with build_errors(where):
+        stated = unread(node, kind).metainfo  # with colours, where the config has none
     held = (checkpoint.get("meta") or {}).get("dataset_meta") or {}
     model.dataset_meta = {**stated, **held, "classes": names or classes_of(node, kind)}
     model.orientation = orientation_for(checkpoint.get("reading"))

@@ -20,6 +20,7 @@ from sepvit_lib.dense.checks import build_model
 from sepvit_lib.dense.classes import has_other_classes, match_classes
 from sepvit_lib.dense.mmengine_adapter import read_checkpoint
 from sepvit_lib.dense.parts import has_step
+from sepvit_lib.dense.predict import build_inference_model
 from sepvit_lib.dense.train import build_train_parser, read_starting_weights, run_training
 
 OPTIONS = (
@@ -190,6 +191,14 @@ def test_starting_weights_of_other_classes(base, roots, tmp_path):
         assert checkpoint["state_dict"].keys() - kept.keys() == {
             f"{name}.{kind}" for name in missing for kind in ("weight", "bias")
         }
+
+
+def test_colours_of_a_checkpoint_without_any(roots, tmp_path):
+    """mmseg chooses those of a data set without a palette."""
+    cfg = read(config := own_config(tmp_path / "own.py", LABELLED, roots[LABELLED]))
+    save_model(config, tmp_path / "a.pth")
+    model = build_inference_model(cfg, str(tmp_path / "a.pth"), "CONFIG")
+    assert (model.dataset_meta["classes"], len(model.dataset_meta["palette"])) == (NAMES[LABELLED], 2)
 
 
 def test_names_in_another_unicode_form_are_the_same(roots, tmp_path):
