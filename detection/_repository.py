@@ -1,6 +1,6 @@
 """Makes the repository importable when a script of this folder is run by its path: `python FOLDER/SCRIPT.py`.
 
-Scripts import it before other libraries.
+Scripts import it before other libraries, which look for mmcv's operators when they are imported.
 """
 
 import sys
@@ -8,4 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import sepvit_lib.training.environment  # noqa: F401 needs the path
+import sepvit_lib.training.environment
+
+# isort: split
+import sepvit_lib.dense  # noqa: F401 offers the operators

@@ -12,7 +12,6 @@ if not __package__:
     import _repository  # noqa: F401
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from mmengine.config import Config
 from mmengine.registry import METRICS as METRICS_OF
 
 from detection.drawing import DrawingHook
-from sepvit_lib.dense.options import accepted_arguments, registered
-from sepvit_lib.dense.parts import as_list, dicts
+from sepvit_lib.dense.parts import as_list, dicts, is_kind, resolve
 from sepvit_lib.dense.settings import CommandParser
-from sepvit_lib.dense.test import Results, as_configured, build_test_parser, find_metric, run_testing
+from sepvit_lib.dense.test import Result, as_configured, build_test_parser, find_metric, run_testing
 from sepvit_lib.training.commands import fraction, path
 from sepvit_lib.training.errors import UserError
 
@@ -41,7 +39,7 @@ def build_detection_test_parser() -> CommandParser:
     return parser
 
 
-def prepare(cfg: Config, args: argparse.Namespace) -> Results:
+def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
     """Set in the config what is evaluated and written. Returns what else is done with the detections.
 
     Raises:
@@ -54,33 +52,31 @@ def prepare(cfg: Config, args: argparse.Namespace) -> Results:
     if args.out and Path(args.out).suffix not in (".pkl", ".pickle"):
         raise UserError(f"--out {args.out}: takes the name of a .pkl file")
     metrics = requested_metrics(cfg, args.eval)
-    evaluators, results = [], Results()
+    evaluators: list[dict[str, Any]] = []
+    results: list[Result] = []
     if metrics or args.format_only:
         settings = dict(metric=metrics or possible_metrics(cfg), format_only=args.format_only)
         if args.format_only:
             settings["outfile_prefix"] = str(Path(cfg.work_dir) / "results")
-        evaluators = [{**one, **settings} for one in as_list(cfg.test_evaluator) if takes(one, settings)]
+        evaluators = [{**one, **settings} for one in as_list(cfg.test_evaluator) if is_coco(one)]
         if not evaluators:
             flag = "--format-only" if args.format_only else f"--eval {' '.join(args.eval)}"
-            raise UserError(
-                f"{flag}: needs a CocoMetric as test_evaluator in the config; without the flag, the "
-                "config's own evaluators are used"
-            )
+            problem = "needs a CocoMetric as test_evaluator in the config"
+            raise UserError(f"{flag}: {problem}; without the flag, the config's own evaluators are used")
     if args.out:
         evaluators.append(dict(type="DumpDetResults", out_file_path=args.out))
-        results.add(None, Path(args.out).parent, f"--out {args.out}")
+        results.append((None, Path(args.out).parent, f"--out {args.out}"))
     cfg.test_evaluator = evaluators  # drawing needs none
     if args.show_dir:
         hook = DrawingHook(Path(args.show_dir), args.show_score_thr)
-        results.add(hook, Path(args.show_dir), f"--show-dir {args.show_dir}")
+        results.append((hook, Path(args.show_dir), f"--show-dir {args.show_dir}"))
     return results
 
 
-def takes(evaluator: dict[str, Any], settings: Iterable[str]) -> bool:
-    """Whether an evaluator takes settings, as a CocoMetric does."""
-    built = registered(METRICS_OF, str(evaluator.get("type")))
-    accepted = accepted_arguments(built) if built is not None else None
-    return accepted is None or accepted >= set(settings)
+def is_coco(evaluator: dict[str, Any]) -> bool:
+    """Whether an evaluator is a CocoMetric or derived from it."""
+    kind = resolve(METRICS_OF, evaluator)
+    return kind is not None and is_kind(kind, "mmdet.evaluation.metrics.coco_metric.CocoMetric")
 
 
 def possible_metrics(cfg: Config) -> list[str]:

@@ -53,14 +53,9 @@ def draw(
     entries = [f"{classes[index]}  {100 * last[index]:.1f} %" for index in present]
     font, line = ImageFont.truetype(font_file([*entries, *panels]), size=14), 20
     legend = max([font.getlength(entry) for entry in entries], default=0) + 2 * line
-    picture = Image.new(
-        "RGB",
-        (
-            int(len(panels) * (scale * width + MARGIN) + MARGIN + legend),
-            line + 2 * MARGIN + max(scale * height, line * len(entries)),
-        ),
-        "white",
-    )
+    total_width = int(len(panels) * (scale * width + MARGIN) + MARGIN + legend)
+    total_height = line + 2 * MARGIN + max(scale * height, line * len(entries))
+    picture = Image.new("RGB", (total_width, total_height), "white")
     pen = ImageDraw.Draw(picture)
     for number, (title, panel) in enumerate(panels.items()):
         left = MARGIN + number * (scale * width + MARGIN)

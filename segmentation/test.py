@@ -18,7 +18,7 @@ from mmengine.config import Config
 from segmentation.drawing import DrawingHook, LabelsHook
 from sepvit_lib.dense.parts import dicts
 from sepvit_lib.dense.settings import CommandParser
-from sepvit_lib.dense.test import Results, as_configured, build_test_parser, find_metric, run_testing
+from sepvit_lib.dense.test import Result, as_configured, build_test_parser, find_metric, run_testing
 from sepvit_lib.training.commands import path
 from sepvit_lib.training.errors import UserError
 
@@ -35,7 +35,7 @@ def build_segmentation_test_parser() -> CommandParser:
     return parser
 
 
-def prepare(cfg: Config, args: argparse.Namespace) -> Results:
+def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
     """Set in the config what is evaluated. Returns what else is done with the predictions.
 
     Raises:
@@ -49,11 +49,11 @@ def prepare(cfg: Config, args: argparse.Namespace) -> Results:
     usual: dict[str, Any] = next((one for one in dicts(cfg.test_evaluator) if one.get("type") == "IoUMetric"), {})
     settings = dict(usual, type="IoUMetric", iou_metrics=metrics)
     cfg.test_evaluator = settings if metrics else []  # drawing and writing need none
-    results = Results()
+    results: list[Result] = []
     if args.out:
-        results.add(LabelsHook(Path(args.out)), Path(args.out), f"--out {args.out}")
+        results.append((LabelsHook(Path(args.out)), Path(args.out), f"--out {args.out}"))
     if args.show_dir:
-        results.add(DrawingHook(Path(args.show_dir)), Path(args.show_dir), f"--show-dir {args.show_dir}")
+        results.append((DrawingHook(Path(args.show_dir)), Path(args.show_dir), f"--show-dir {args.show_dir}"))
     return results
 
 

@@ -38,22 +38,19 @@ def regions(count: int, size: int) -> torch.Tensor:
 
 def of_operators() -> dict[str, object]:
     """Results by operator and settings."""
-    from mmcv.ops import RoIAlign, batched_nms, nms, soft_nms
+    from mmcv.ops import RoIAlign, batched_nms, nms
 
     torch.manual_seed(0)
     found: dict[str, object] = {}
     for count in SIZES:
         for whole in (False, True):
-            boxes, scores = boxes_and_scores(count, whole)
+            boxes, _ = boxes_and_scores(count, whole)
             ranks = torch.randperm(count) / count  # the compiled nms leaves the order of equal scores open
             case = f"{count} {whole}"
             for offset in (0, 1):
                 found[f"nms {case} {offset}"] = nms(boxes, ranks, 0.5, offset, score_threshold=0.1, max_num=500)
             classes = torch.randint(5, (count,))
             found[f"batched_nms {case}"] = batched_nms(boxes, ranks, classes, dict(type="nms", iou_threshold=0.3))
-            if count <= 300:
-                for method in ("naive", "linear", "gaussian"):
-                    found[f"soft_nms {case} {method}"] = soft_nms(boxes, scores, 0.3, 0.5, 0.05, method, offset=1)
     for aligned in (False, True):
         for ratio in (0, 2):
             maps = torch.randn(2, 5, 17, 23, requires_grad=True)
@@ -80,15 +77,8 @@ def of_a_training_step() -> dict[str, torch.Tensor]:
         corners = np.sort(rng.integers(0, 32, (3, 2, 2)) * 4, axis=1)
         boxes = torch.tensor(np.concatenate((corners[:, 0], corners[:, 1] + 8), axis=1), dtype=torch.float32)
         masks = BitmapMasks(rng.integers(0, 2, (3, 136, 136), dtype=np.uint8), 136, 136)
-        sample = DetDataSample(
-            metainfo=dict(
-                img_shape=(136, 136),
-                ori_shape=(136, 136),
-                pad_shape=(136, 136),
-                batch_input_shape=(160, 160),
-                scale_factor=(1.0, 1.0),
-            )
-        )
+        sizes = dict.fromkeys(("img_shape", "ori_shape", "pad_shape"), (136, 136))
+        sample = DetDataSample(metainfo=dict(sizes, batch_input_shape=(160, 160), scale_factor=(1.0, 1.0)))
         sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([0, 3, 7]), masks=masks)
         sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), masks=masks[[]])
         samples.append(sample)

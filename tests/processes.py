@@ -15,11 +15,13 @@ from functools import partial
 from multiprocessing.context import ForkContext, ForkServerContext
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
+from unittest import mock
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = ["torchvision", "timm", "torch.utils.tensorboard", "mmengine.runner", "mmseg.apis", "mmdet.apis"]
+LIBRARIES = ["torchvision", "timm", "torch.utils.tensorboard", "mmengine.runner"]
+LIBRARIES += ["late_operators", "mmseg.apis", "mmdet.apis"]  # these import mmcv's operators
 
 _server: ForkServerContext | ForkContext = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(LIBRARIES)
@@ -58,7 +60,8 @@ class Command:
         self._process = _server.Process(
             target=_work, args=(script, arguments, folder, environment, (stdout, stderr), start_new_session)
         )
-        self._process.start()
+        with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT / "tests")):  # for the server, which the first one starts
+            self._process.start()
         self.pid = self._process.pid or 0  # not None once started
 
     def poll(self) -> int | None:

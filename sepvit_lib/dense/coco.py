@@ -11,7 +11,8 @@ from mmdet.registry import DATASETS, METRICS, TRANSFORMS
 from mmengine.fileio import get_local_path
 from pycocotools import mask as masks
 
-from sepvit_lib.dense.annotations import has_finite_box, has_usable_mask, is_finite, listed, sound_polygons
+from sepvit_lib.dense.data import has_finite_box, has_usable_mask, is_finite, sound_polygons
+from sepvit_lib.dense.parts import listed
 from sepvit_lib.training.classes import canonical
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.unreadable import UnreadableImageError

@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -37,7 +37,7 @@ noise = re.compile("|".join(NOISE))
 
 
 class ConsoleFilter(logging.Filter):
-    """Keep a log's records from the console. The log file gets all.
+    """Keep logs' records from the console. The log files get all.
 
     Attributes:
         level: level below which all records are dropped, and not only noise.
@@ -49,39 +49,25 @@ class ConsoleFilter(logging.Filter):
         """Whether to print a record."""
         return record.levelno >= self.level and not noise.match(record.getMessage())
 
+    def attach(self, logger: logging.Logger) -> None:
+        """Filter what a log prints. A second call changes nothing."""
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.addFilter(self)
 
-def console_filter(logger: logging.Logger) -> ConsoleFilter:
-    """Return the filter of a log's console. Adds one if there is none."""
-    consoles = [handler for handler in logger.handlers if not isinstance(handler, logging.FileHandler)]
-    found = [known for handler in consoles for known in handler.filters if isinstance(known, ConsoleFilter)]
-    if found:
-        return found[0]
-    added = ConsoleFilter()
-    for handler in consoles:
-        handler.addFilter(added)
-    return added
+
+console = ConsoleFilter()
 
 
 @contextlib.contextmanager
-def quiet(logger: logging.Logger | None = None, level: int = logging.WARNING) -> Iterator[None]:
-    """Keep a log's records below a level from the console.
-
-    Args:
-        logger: the log, by default mmengine's current one.
-        level: the level.
-    """
-    console = console_filter(logger or MMLogger.get_current_instance())
-    before, console.level = console.level, level
+def quiet() -> Iterator[None]:
+    """Keep records below warnings of mmengine's current log from the console."""
+    console.attach(MMLogger.get_current_instance())
+    before, console.level = console.level, logging.WARNING
     try:
         yield
     finally:
         console.level = before
-
-
-def ignore_warnings() -> None:
-    """Ignore warnings of libraries that say nothing to users."""
-    for text in WARNINGS:
-        warnings.filterwarnings("ignore", message=text)
 
 
 @contextlib.contextmanager
@@ -99,15 +85,10 @@ def without_noise() -> Iterator[None]:
 
 def import_quietly(*names: str) -> None:
     """Import modules without their noise."""
-    ignore_warnings()
+    warnings.filterwarnings("ignore", message="|".join(WARNINGS))
     with without_noise():
         for name in names:
             importlib.import_module(name)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Progress
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def progress_bar(total: int, title: str) -> tqdm:
@@ -125,21 +106,17 @@ def progress_bar(total: int, title: str) -> tqdm:
 class TestProgressHook(Hook):
     """Show a test's progress: a bar on a terminal, mmengine's regular lines elsewhere."""
 
-    def __init__(self) -> None:
-        self._shown = contextlib.ExitStack()
-        self._bar: tqdm | None = None
+    bar: tqdm
 
     def before_test_epoch(self, runner: Any) -> None:
         """Show the bar, and keep the log from the console."""
-        self._bar = self._shown.enter_context(progress_bar(len(runner.test_dataloader), "test"))
-        if not self._bar.disable:
-            self._shown.enter_context(quiet(runner.logger))
+        self.bar = progress_bar(len(runner.test_dataloader), "test")
+        if not self.bar.disable:
+            console.level = logging.WARNING
 
-    def after_test_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
-    ) -> None:
+    def after_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Advance the bar, and close it after the last batch."""
-        if self._bar is not None:
-            self._bar.update()
-            if batch_idx + 1 == len(runner.test_dataloader):
-                self._shown.close()
+        self.bar.update()
+        if batch_idx + 1 == self.bar.total:
+            self.bar.close()
+            console.level = logging.NOTSET

@@ -1,5 +1,7 @@
-"""Checks of a config's data sets before training: their files, their annotations, and their classes."""
+"""Checks of a config's data sets before training: their files, their labels and COCO's annotations."""
 
+import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,18 +11,15 @@ from typing import Any
 
 import numpy as np
 from mmengine.config import Config
-from mmengine.dataset import Compose
-from mmengine.registry import DATASETS
 
-from sepvit_lib.dense.annotations import check_annotations, listed, read_annotations
+from sepvit_lib.dense.checks import build_errors
 from sepvit_lib.dense.classes import check_classes
-from sepvit_lib.dense.loading import LARGEST, LoadReadableLabels, checked_steps
+from sepvit_lib.dense.loading import LARGEST, LoadReadableLabels
 from sepvit_lib.dense.parts import (
     COCO,
     LOADERS,
     LOADS_LABELS,
     SEGMENTATION,
-    as_list,
     class_name,
     classes_of,
     data_sets,
@@ -28,20 +27,26 @@ from sepvit_lib.dense.parts import (
     has_step,
     is_elsewhere,
     is_kind,
-    is_remote,
+    listed,
     orientation_in,
     orientations_in,
-    resolve,
     step_name,
 )
+from sepvit_lib.training.classes import canonical
 from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.images import IMAGE_SUFFIXES, evenly_spaced, is_hidden, open_image, orientation_of
-from sepvit_lib.training.processes import get_world_size, on_main_process, on_processes, print_main
+from sepvit_lib.training.images import IMAGE_SUFFIXES, evenly_spaced, is_hidden
+from sepvit_lib.training.processes import on_main_process, on_processes, print_main
 from sepvit_lib.training.unreadable import UnreadableImageError, unreadable_limit
 
 # Label maps that are read to find classes that no pixel has, and how many of them a class should have for itself: among
 # many classes, some are rare.
 MAX_LABELS, LABELS_PER_CLASS = 200, 10
+# What mmdet and pycocotools need of each entry, by the name of its list.
+REQUIRED = {
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
 
 
 def check_data(cfg: Config, *loaders: str) -> None:
@@ -56,39 +61,25 @@ def check_data(cfg: Config, *loaders: str) -> None:
     Raises:
         UserError: files are missing, classes disagree, or annotations do not fit. The line names them.
     """
-    check_types(cfg, *loaders)
     check_classes(cfg, loaders)
     check_orientations(cfg)
-    found = [(loader, node, kind) for loader in loaders for node, kind in data_sets(cfg, loader)]
+    found = [
+        (loader, node, kind) for loader in loaders for node, kind in data_sets(cfg, loader) if not is_elsewhere(node)
+    ]
 
     def check_all_places() -> None:
         for loader, node, _ in found:
-            check_places(loader, node)
+            check_places(part_of(loader), node)
 
     def check_all_contents() -> None:
         for loader, node, kind in found:
             if is_kind(kind, SEGMENTATION):
-                check_segmentation(cfg, loader, node, kind)
+                check_segmentation(part_of(loader), node, kind)
             elif class_name(kind) in COCO:
-                check_coco(cfg, loader, node, kind)
+                check_coco(cfg, part_of(loader), node, kind)
 
     on_processes(check_all_places, here=True)  # each machine has its own files
     on_main_process(check_all_contents)
-
-
-def check_types(cfg: Config, *loaders: str) -> None:
-    """Refuse data sets of an unknown type.
-
-    Raises:
-        UserError: names the type.
-    """
-    for loader in loaders:
-        dataset = (cfg.get(loader) or {}).get("dataset") or {}
-        if resolve(DATASETS, dataset) is None:
-            raise UserError(
-                f"{loader}.dataset.type={dataset.get('type')}: no such data set; the registries have "
-                "BaseSegDataset, CocoDataset and those of custom_imports"
-            )
 
 
 def check_orientations(cfg: Config) -> None:
@@ -130,48 +121,38 @@ def part_of(loader: str) -> str:
     return loader.removesuffix("_dataloader")
 
 
-def check_places(loader: str, node: Mapping[str, Any]) -> None:
+def check_places(part: str, node: Mapping[str, Any]) -> None:
     """Refuse missing or empty folders, and a missing annotation file.
 
     Args:
-        loader: the data set's loader.
+        part: what the data are for.
         node: the data set's settings.
 
     Raises:
         UserError: one is missing or empty.
     """
-    root = node.get("data_root") or ""
-    if is_elsewhere(node):
-        return
-    places = [value for value in (node.get("data_prefix") or {}).values() if value]
-    for place in [root, *(os.path.join(root, place) for place in places)]:
-        if place and not os.path.isdir(place):
-            raise UserError(_no_data(loader, place, "no such folder"))
-    listing = node.get("ann_file")
-    if isinstance(listing, str) and listing and not os.path.exists(os.path.join(root, listing)):
-        raise UserError(_no_data(loader, os.path.join(root, listing), "no such file"))
-    if places and not any(os.scandir(os.path.join(root, places[0]))):
-        raise UserError(_no_data(loader, os.path.join(root, places[0]), "an empty folder"))
-
-
-def _no_data(loader: str, place: str, problem: str) -> str:
-    hint = "put the data set there, or name its folder with --cfg-options data_root=DIR"
-    return f"{part_of(loader)} data {place}: {problem}; {hint}"
-
-
-def files_below(folder: str) -> set[str]:
-    """Return the paths of all files in a folder and its folders, relative to it."""
-    found: set[str] = set()
-    for place, _, files in os.walk(folder, followlinks=True):
-        inner = os.path.relpath(place, folder)
-        found.update(files if inner == "." else (os.path.join(inner, file) for file in files))
-    return found
+    root, listing = node.get("data_root") or "", node.get("ann_file") or ""
+    prefixes = [os.path.join(root, value) for value in (node.get("data_prefix") or {}).values() if value]
+    problems = {place: "no such folder" for place in [root, *prefixes] if place and not os.path.isdir(place)}
+    if listing and not os.path.exists(path := os.path.join(root, listing)):
+        problems[path] = "no such file"
+    if not problems and prefixes and not any(os.scandir(prefixes[0])):
+        problems[prefixes[0]] = "an empty folder"
+    for place, problem in problems.items():
+        hint = "put the data set there, or name its folder with --cfg-options data_root=DIR"
+        raise UserError(f"{part} data {place}: {problem}; {hint}")
 
 
 def missing_files(paths: Sequence[str], folder: str) -> list[str]:
     """Return which of some paths do not exist. Those in the folder are looked up in its listing."""
-    present = files_below(folder) if os.path.isdir(folder) else set()
+    present = files_below(folder)
     return [path for path in paths if os.path.relpath(path, folder) not in present and not os.path.isfile(path)]
+
+
+def files_below(folder: str) -> set[str]:
+    """Return the paths of all files in a folder and its folders, relative to it."""
+    walked = os.walk(folder, followlinks=True)
+    return {os.path.relpath(os.path.join(place, file), folder) for place, _, files in walked for file in files}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,73 +160,50 @@ def missing_files(paths: Sequence[str], folder: str) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_segmentation(cfg: Config, loader: str, node: Mapping[str, Any], kind: Any) -> None:
+def unread(node: Mapping[str, Any], kind: Any) -> Any:
+    """Build a data set that does not read its annotations."""
+    settings = {key: value for key, value in node.items() if key not in ("type", "_scope_")}
+    return kind(**settings | dict(pipeline=[], lazy_init=True))
+
+
+def check_segmentation(part: str, node: Mapping[str, Any], kind: Any) -> None:
     """Refuse a segmentation data set without images, or with images without labels. Warn of images left out.
 
     Args:
-        cfg: the config.
-        loader: its loader.
-        node: its settings.
+        part: what the data are for.
+        node: the data set's settings.
         kind: its class.
 
     Raises:
         UserError: images or labels are missing.
     """
-    if is_elsewhere(node):
-        return
-    settings = {key: value for key, value in node.items() if key not in ("type", "_scope_")}
-    settings |= dict(pipeline=[], lazy_init=True)
-    try:
-        dataset = kind(**settings)
-    except TypeError as error:
-        raise UserError(f"{loader}.dataset: {error}") from None
-    for key in ("img_suffix", "seg_map_suffix"):
-        if not isinstance(value := getattr(dataset, key), str):
-            hint = "for several, use a data set for each, in a ConcatDataset"
-            raise UserError(f"{loader}.dataset.{key}={value!r}: takes one suffix, a text; {hint}")
-    folder, suffix, part = dataset.data_prefix["img_path"], dataset.img_suffix, part_of(loader)
-    samples = dataset.load_data_list()
+    with build_errors(f"{part}_dataloader.dataset"):
+        dataset = unread(node, kind)
+        samples = dataset.load_data_list()
+    folder, suffix = dataset.data_prefix["img_path"], dataset.img_suffix
     images = [sample["img_path"] for sample in samples]
-    if dataset.ann_file:
-        if lost := missing_files(images, folder):
-            words = f"{len(lost)} of its {len(images)} images are missing, the first is {lost[0]}"
-            hint = f"its lines are names of images below {folder}, without {suffix}"
-            raise UserError(f"{part} data {dataset.ann_file}: {words}; {hint}")
-    else:
-        _check_suffixes(loader, folder, suffix, len(images))
-    if not images:
-        raise UserError(f"{part} data {dataset.ann_file or folder}: names no image; add some, or remove the loader")
-    labels = [sample["seg_map_path"] for sample in samples if sample.get("seg_map_path")]
-    if labels and has_step(node, *LOADS_LABELS):
-        lost = missing_files(labels, dataset.data_prefix["seg_map_path"])
-        if lost:
-            image = images[labels.index(lost[0])]
-            words = f"{len(lost)} of {len(labels)} are missing, the first is {os.path.basename(lost[0])}, of {image}"
-            hint = f"labels have their image's name with seg_map_suffix={dataset.seg_map_suffix!r}"
-            raise UserError(f"{part} labels {dataset.data_prefix['seg_map_path']}: {words}; {hint}")
-        if part == "train":
-            warn_of_unmet_classes(node, samples, classes_of(node, kind) or (), dataset.data_prefix["seg_map_path"])
-    if part != "train":
-        check_batches(loader, cfg[loader].get("batch_size", 1), node, samples)
-
-
-def _check_suffixes(loader: str, folder: str, suffix: str, count: int) -> None:
-    """Refuse a folder whose images all have another suffix. Warn if some have."""
+    if dataset.ann_file and (lost := missing_files(images, folder)):
+        words = f"{len(lost)} of its {len(images)} images are missing, the first is {lost[0]}"
+        hint = f"its lines are names of images below {folder}, without {suffix}"
+        raise UserError(f"{part} data {dataset.ann_file}: {words}; {hint}")
     visible = [file for file in files_below(folder) if not any(map(is_hidden, Path(file).parts))]
-    suffixes = Counter(Path(file).suffix for file in visible if not file.endswith(suffix))
-    others = {name: number for name, number in suffixes.most_common() if name.lower() in IMAGE_SUFFIXES}
-    found = ", ".join(f"{number} in {name}" for name, number in others.items())
-    if count == 0 and others:
-        raise UserError(
-            f"{part_of(loader)} data {folder}: no image ends in {suffix}, {found}; set "
-            f"img_suffix={next(iter(others))!r} in the config"
-        )
-    if count == 0:
-        raise UserError(f"{part_of(loader)} data {folder}: no image ends in {suffix}; set img_suffix in the config")
-    if others:
-        print_main(
-            f"WARNING: {part_of(loader)} data {folder}: {count} images end in {suffix}; others are left out: {found}"
-        )
+    others = Counter(Path(file).suffix for file in visible if not file.endswith(suffix) and not dataset.ann_file)
+    found = ", ".join(f"{count} in {name}" for name, count in others.items() if name.lower() in IMAGE_SUFFIXES)
+    if not images:
+        hint = f"set img_suffix in the data set; the folder has images: {found}" if found else "add some"
+        raise UserError(f"{part} data {dataset.ann_file or folder}: no image ends in {suffix}; {hint}")
+    if found:
+        print_main(f"WARNING: {part} data {folder}: {len(images)} images end in {suffix}; others are left out: {found}")
+    labels = [sample["seg_map_path"] for sample in samples if sample.get("seg_map_path")]
+    if not labels or not has_step(node, *LOADS_LABELS):
+        return
+    label_folder = dataset.data_prefix["seg_map_path"]
+    if lost := missing_files(labels, label_folder):
+        words = f"{len(lost)} of {len(labels)} are missing, the first is {lost[0]}, of {images[labels.index(lost[0])]}"
+        hint = f"labels have their image's name with seg_map_suffix={dataset.seg_map_suffix!r}"
+        raise UserError(f"{part} labels {label_folder}: {words}; {hint}")
+    if part == "train":
+        warn_of_unmet_classes(node, samples, classes_of(node, kind) or (), label_folder)
 
 
 def warn_of_unmet_classes(
@@ -271,46 +229,9 @@ def warn_of_unmet_classes(
         with suppress(UnreadableImageError):  # training names it
             counts += np.bincount(load.transform(dict(sample))["gt_seg_map"].ravel(), minlength=len(counts))
     if unmet := [name for number, name in enumerate(names) if not counts[number]]:
-        labels = f"{len(chosen)} of its {len(samples)} label maps" if len(chosen) < len(samples) else "its label maps"
         ignored = f"; {LARGEST} is ignored" if counts[LARGEST] else ""
+        labels = f"{len(chosen)} of its {len(samples)} label maps"
         print_main(f"WARNING: train labels {folder}: no pixel of the classes {listed(unmet)} in {labels}{ignored}")
-
-
-def check_batches(loader: str, batch_size: int, node: Any, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse batches of images that the pipeline leaves at different sizes, which mmseg evaluates one by one only.
-
-    Args:
-        loader: the loader of validation or test images.
-        batch_size: its batch size.
-        node: the data set's settings.
-        samples: its images, in their order.
-
-    Raises:
-        UserError: names the first image of such a batch.
-    """
-    if batch_size == 1:
-        return
-    steps = Compose(checked_steps(node.get("pipeline") or []))
-    known: dict[tuple[Any, ...], Any] = {}
-
-    def shape_of(sample: Mapping[str, Any]) -> Any:
-        """Sizes of an image after the pipeline, which follow from that of the file."""
-        with suppress(Exception):  # an unreadable image is named when it is evaluated
-            with open_image(sample["img_path"]) as image:
-                key = (*image.size, orientation_of(image))
-            if key not in known:
-                inputs = steps(dict(sample))["inputs"]  # several with test-time augmentation
-                known[key] = [one.shape[-2:] for one in (inputs if isinstance(inputs, list) else [inputs])]
-            return known[key]
-
-    for rank in range(get_world_size()):
-        own = samples[rank :: get_world_size()]
-        for batch in (own[start : start + batch_size] for start in range(0, len(own), batch_size)):
-            shapes = [shape for shape in map(shape_of, batch) if shape is not None]
-            if any(shape != shapes[0] for shape in shapes):
-                hint = "set batch_size=1, or resize all images to one size"
-                first = f"{batch[0]['img_path']} and the next"
-                raise UserError(f"{loader}.batch_size={batch_size}: images differ in size, such as {first}; {hint}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -318,61 +239,149 @@ def check_batches(loader: str, batch_size: int, node: Any, samples: Sequence[Map
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_coco(cfg: Config, loader: str, node: Mapping[str, Any], kind: Any) -> None:
-    """Refuse COCO annotations that are damaged or do not fit the classes, images or model. Warn of those left out.
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number. JSON files may hold NaN and Infinity."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def has_finite_box(mark: Mapping[str, Any]) -> bool:
+    """Whether the box of an annotation is four finite numbers."""
+    box = mark.get("bbox", (0, 0, 0, 0))
+    return isinstance(box, (list, tuple)) and len(box) == 4 and all(map(is_finite, box))
+
+
+def sound_polygons(mask: Sequence[Any]) -> list[Any]:
+    """Return the polygons of a mask that enclose something: of three corners at least, at finite coordinates."""
+    return [
+        one
+        for one in mask
+        if isinstance(one, list)
+        and len(one) >= 6
+        and len(one) % 2 == 0
+        and not any(isinstance(value, float) and not math.isfinite(value) for value in one)
+    ]
+
+
+def has_usable_mask(mark: Mapping[str, Any]) -> bool:
+    """Whether an annotation has a polygon or run lengths that can be decoded."""
+    mask = mark.get("segmentation")
+    return bool(mask.get("counts") and mask.get("size") if isinstance(mask, dict) else sound_polygons(mask or ()))
+
+
+def check_coco(cfg: Config, part: str, node: Mapping[str, Any], kind: Any) -> None:
+    """Refuse COCO annotations that are damaged or do not fit the classes or images. Warn of those left out.
 
     Args:
         cfg: the config.
-        loader: the data set's loader.
-        node: its settings.
+        part: what the data are for.
+        node: the data set's settings.
         kind: its class.
 
     Raises:
         UserError: they do not fit.
     """
-    root, part = node.get("data_root") or "", part_of(loader)
+    root, names = node.get("data_root") or "", classes_of(node, kind) or ()
     path = os.path.join(root, node.get("ann_file") or "")
-    if is_elsewhere(node):
-        return
-    evaluators = [] if part == "train" else [one for one in dicts(cfg.get(f"{part}_evaluator")) if one.get("ann_file")]
-    if len([*data_sets(cfg, loader)]) > 1:  # each evaluated by itself
-        evaluators = [one for one in evaluators if os.path.abspath(one["ann_file"]) == os.path.abspath(path)]
-    measured = [one for one in evaluators if not one.get("format_only")]
-    has_masks = has_step(node, "LoadAnnotations", "LoadReadableInstances", with_mask=True)
-    needs_masks = has_masks or any("segm" in as_list(one.get("metric")) for one in measured)
     what = f"{part} annotations {path}"
-    content = read_annotations(path, what)
-    warnings = check_annotations(
-        what,
-        content,
-        classes_of(node, kind) or (),
-        needs_masks,
-        part == "train" or bool(measured),
-        node.get("filter_cfg") or {} if part == "train" else {},
-    )
-    for warning in warnings:
-        print_main(f"WARNING: {what}: {warning}")
-    prefix = (node.get("data_prefix") or {}).get("img", "")
-    folder = os.path.join(root, prefix)
+    evaluators = [] if part == "train" else [one for one in dicts(cfg.get(f"{part}_evaluator")) if one.get("ann_file")]
+    for one in evaluators if len([*data_sets(cfg, f"{part}_dataloader")]) == 1 else ():
+        if os.path.realpath(one["ann_file"]) != os.path.realpath(path):
+            raise UserError(
+                f"{part}_evaluator.ann_file={one['ann_file']}: the data set's is {path}; name the same file"
+            )
+    needs_objects = part == "train" or any(not one.get("format_only") for one in evaluators)
+    content = read_annotations(path, what, needs_objects)
+    check_categories(what, content, names)
+    if needs_objects:
+        min_size = (node.get("filter_cfg") or {}).get("min_size", 0) if part == "train" else 0
+        needs_masks = has_step(node, "LoadAnnotations", "LoadReadableInstances", with_mask=True)
+        check_objects(what, content, names, needs_masks, min_size)
+    folder = os.path.join(root, (node.get("data_prefix") or {}).get("img", ""))
     images = [os.path.join(folder, image["file_name"]) for image in content["images"]]
     if lost := missing_files(images, folder):
         words = f"{len(lost)} of its {len(images)} images are missing, the first is {lost[0]}"
         if part != "train" or len(lost) > unreadable_limit("skip", len(images)):
             raise UserError(f"{what}: {words}; put them there, or set data_prefix=dict(img=FOLDER)")
         print_main(f"WARNING: {what}: {words}")  # training counts them as unreadable
-    for evaluator in evaluators:
-        _check_evaluator(f"{part}_evaluator", evaluator["ann_file"], path, {image["id"] for image in content["images"]})
 
 
-def _check_evaluator(name: str, path: str, of_dataset: str, images: set[Any]) -> None:
-    """Refuse an evaluator whose annotations are of other images than the data set's."""
-    if is_remote(path) or os.path.abspath(path) == os.path.abspath(of_dataset):
-        return
-    if not os.path.isfile(path):
-        raise UserError(f"{name}.ann_file={path}: no such file; the data set's is {of_dataset}")
-    held = read_annotations(path, f"{name}.ann_file={path}").get("images") or []
-    if not images <= {image.get("id") for image in held}:
-        raise UserError(
-            f"{name}.ann_file={path}: has not all images of {of_dataset}, whose detections it evaluates; "
-            "name the same file in both"
+def read_annotations(path: str, what: str, needs_objects: bool) -> dict[str, Any]:
+    """Read an annotation file.
+
+    Args:
+        path: the file.
+        what: what it is and its path, for messages.
+        needs_objects: whether there have to be annotations.
+
+    Raises:
+        UserError: it is missing, truncated or not COCO's format.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
+        raise UserError(f"{what}: cannot be read, not JSON, or truncated ({error})") from None
+    for key, required in REQUIRED.items():
+        entries = content.get(key) if isinstance(content, dict) else None
+        if key == "annotations" and not entries and not needs_objects:
+            continue
+        if not isinstance(entries, list) or not entries:
+            raise UserError(f"{what}: has no {key}; COCO's format is an object with the lists {', '.join(REQUIRED)}")
+        for number, entry in enumerate(entries):
+            if not isinstance(entry, dict) or any(entry.get(name) is None for name in required):
+                raise UserError(f"{what}: {key}[{number}] is {entry!r:.80}; it needs {', '.join(required)}")
+        if key != "annotations" and len({entry["id"] for entry in entries}) < len(entries):
+            raise UserError(f"{what}: several of its {key} have the same id")
+    return content
+
+
+def check_categories(what: str, content: Mapping[str, Any], classes: Sequence[str]) -> None:
+    """Refuse categories that do not contain each class once. The line has both lists.
+
+    Args:
+        what: the file, for messages.
+        content: the file's content.
+        classes: names of the data set's classes.
+
+    Raises:
+        UserError: they do not.
+    """
+    names = [category["name"] for category in content["categories"]]
+    counts = Counter(canonical(str(name)) for name in names)
+    if missing := [name for name in classes if not counts[canonical(name)]]:
+        both = f"the classes are {listed(classes)}; the file's categories are {listed(names)}"
+        hint = "set metainfo = dict(classes=…) in the data sets to names of the file"
+        raise UserError(f"{what}: no category is named {listed(missing)}: {both}; {hint}")
+    if twice := [name for name in classes if counts[canonical(name)] > 1]:
+        raise UserError(f"{what}: several categories are named {listed(twice)}")
+
+
+def check_objects(
+    what: str, content: Mapping[str, Any], classes: Sequence[str], needs_masks: bool, min_size: int
+) -> None:
+    """Refuse annotations of which nothing can be learned or evaluated. Warn of those that are skipped.
+
+    Args:
+        what: the file, for messages.
+        content: the file's content.
+        classes: names of the data set's classes.
+        needs_masks: whether each object needs a mask.
+        min_size: side of an image, in pixels, below which mmdet leaves it out.
+
+    Raises:
+        UserError: there is no object, or none has a mask.
+    """
+    wanted, marks = set(map(canonical, classes)), content["annotations"]
+    known = {category["id"] for category in content["categories"] if canonical(category["name"]) in wanted}
+    large = {image["id"] for image in content["images"] if min(image["width"], image["height"]) >= min_size}
+    used = [one for one in marks if one["category_id"] in known and one["image_id"] in large and has_finite_box(one)]
+    if not used:
+        raise UserError(f"{what}: none of its {len(marks)} annotations is an object of the classes {listed(classes)}")
+    if len(used) < len(marks):
+        print_main(
+            f"WARNING: {what}: {len(marks) - len(used)} of its {len(marks)} annotations are skipped: of categories "
+            f"that are no classes, of images that are not listed or smaller than {min_size} pixels, or with a box that "
+            "is not finite"
         )
+    if needs_masks and not any(map(has_usable_mask, used)):
+        raise UserError(f"{what}: no annotation has a segmentation; a model with masks needs it, RetinaNet does not")

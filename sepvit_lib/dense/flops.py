@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from mmengine.model import revert_sync_batchnorm
 
-from sepvit_lib.dense.checks import build_model, check_shapes, config_errors
+from sepvit_lib.dense.checks import build_errors, build_model
 from sepvit_lib.dense.settings import build_parser, drop_pretrained, read_config, where_of
 from sepvit_lib.training.commands import positive_int, run_command
 from sepvit_lib.training.complexity import costs_as_text, costs_of, memory_as_text, memory_of, summary, total_of
@@ -21,12 +21,11 @@ def count(args: argparse.Namespace, samples: Callable[[int, int], list[Any]] | N
         args: the command line.
         samples: makes what a detector's forward pass needs besides images, from their height and width in pixels.
     """
-    cfg, where = read_config(args), where_of(args)
+    cfg = read_config(args)
     drop_pretrained(cfg)
     torch.manual_seed(0)
-    with config_errors(cfg, where, "model"):
+    with build_errors(where_of(args)):
         model = revert_sync_batchnorm(build_model(cfg)).eval()
-    check_shapes(model, where)
     images = torch.zeros(1, 3, *args.shape)
     inputs = (images, samples(*args.shape)) if samples else (images,)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -60,15 +59,10 @@ def run_count(
         samples: see `count`.
     """
     parser = build_parser(description, launchers=False)
-    parser.add_argument(
-        "--shape",
-        type=positive_int,
-        nargs=2,
-        default=shape,
-        metavar=("H", "W"),
-        help=f"image size in pixels, default {shape[0]} {shape[1]}",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    size = f"image size in pixels, default {shape[0]} {shape[1]}"
+    add("--shape", type=positive_int, nargs=2, default=shape, metavar=("H", "W"), help=size)
+    add(
         "--memory", action="store_true", help="measure the memory of the backbone's forward pass and training step, too"
     )
     return run_command(

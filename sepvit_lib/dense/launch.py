@@ -56,19 +56,9 @@ def launch(script: str, processes: str, arguments: list[str]) -> int:
     wait_after_signals(environment_number("GRACE", 600))
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     try:
-        run.main(
-            [
-                f"--nnodes={nodes}",
-                f"--node_rank={rank}",
-                f"--master_addr={address}",
-                f"--master_port={port}",
-                f"--nproc_per_node={processes}",
-                f"--max_restarts={restarts}",
-                f"--signals_to_handle={','.join(SIGNALS)}",
-                script,
-                *arguments,
-            ]
-        )
+        nodes_and_rank = f"--nnodes={nodes} --node_rank={rank} --master_addr={address} --master_port={port}"
+        settings = f"--nproc_per_node={processes} --max_restarts={restarts} --signals_to_handle={','.join(SIGNALS)}"
+        run.main([*f"{nodes_and_rank} {settings}".split(), script, *arguments])
     except ChildFailedError as error:
         return status_of(error)
     except SignalException as error:

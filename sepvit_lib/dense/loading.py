@@ -4,7 +4,6 @@
 training loop counts, and which ends validation and tests.
 """
 
-import copy
 import importlib
 import os
 import stat
@@ -24,7 +23,7 @@ from mmengine.registry import DATASETS, METRICS, TRANSFORMS, Registry
 from PIL import Image, UnidentifiedImageError
 
 from sepvit_lib.dense.parts import LOADERS, class_name, classes_of, data_sets, dicts, is_remote, resolve
-from sepvit_lib.training.errors import MachineError, UserError, setting
+from sepvit_lib.training.errors import MachineError, UserError
 from sepvit_lib.training.images import EXIF, ORIENTATIONS, STORED, decode, open_image, orientation_of
 from sepvit_lib.training.storage import is_storage_error, with_retries
 from sepvit_lib.training.unreadable import UnreadableImageError
@@ -279,61 +278,42 @@ REPLACED = {
 OF_MMDET = {"LoadReadableInstances", "CompleteCocoDataset", "CompleteCocoMetric"}  # registered by dense.coco
 
 
-def use_checked_types(cfg: Config) -> None:
-    """Replace the transforms, data sets and metrics of a config by the checked ones, which take more arguments."""
-    places = [*(cfg.get(loader) for loader in LOADERS), cfg.get("tta_pipeline"), *switching_hooks(cfg)]
-    for node in dicts(places):
+def use_checked_loading(cfg: Config) -> None:
+    """Let the data sets of a config load images, labels and annotations by the checked transforms and classes.
+
+    The pipelines of test-time augmentation, and of mmdet's hooks that switch to another one in training, are included.
+    Other transforms and data sets stay. A second call changes nothing.
+
+    Args:
+        cfg: the config.
+    """
+    switching = [hook for hook in dicts(cfg.get("custom_hooks")) if hook.get("switch_pipeline")]
+    for node in dicts([*(cfg.get(loader) for loader in LOADERS), cfg.get("tta_pipeline"), *switching]):
         for registry in (TRANSFORMS, DATASETS):
             _replace(node, registry)
     for node in dicts([cfg.get("val_evaluator"), cfg.get("test_evaluator")]):
         _replace(node, METRICS)
     if any(node.get("type") in OF_MMDET for node in dicts(cfg)):
-        _import_with(cfg, "sepvit_lib.dense.coco")
-
-
-def switching_hooks(cfg: Config) -> list[Any]:
-    """Return the hooks of mmdet that give the training data set another pipeline."""
-    return [hook for hook in dicts(cfg.get("custom_hooks")) if hook.get("switch_pipeline")]
-
-
-def use_checked_loading(cfg: Config) -> None:
-    """Let the data sets of a config load images, labels and annotations by the checked transforms and classes.
-
-    The pipeline of test-time augmentation is included. Other transforms and data sets stay. A second call changes
-    nothing.
-
-    Args:
-        cfg: the config.
-
-    Raises:
-        UserError: a pipeline has a setting that no longer exists.
-    """
-    use_checked_types(cfg)
+        importlib.import_module("sepvit_lib.dense.coco")
     head = cfg.model.get("module", cfg.model).get("decode_head") or {}
     ignored = (head[0] if isinstance(head, (list, tuple)) else head).get("ignore_index", 255)
     names: tuple[str, ...] | None = None
     for loader in LOADERS:
         found = [*data_sets(cfg, loader)]
         names = next((classes_of(node, kind) for node, kind in found), names)
-        places = [cfg[loader].dataset] if found else []
+        parts = [cfg[loader].dataset] if found else []
         if loader == "test_dataloader" and cfg.get("tta_pipeline"):
-            places.append(cfg.tta_pipeline)
+            parts.append(cfg.tta_pipeline)
         if loader == "train_dataloader":
-            places += [hook.switch_pipeline for hook in switching_hooks(cfg)]
-        for node in dicts(places):
-            _check_transform(node, len(names) if names else None, ignored)
+            parts += [hook.switch_pipeline for hook in switching]
+        for node in dicts(parts):
+            if node.get("type") == "LoadReadableLabels":
+                node.setdefault("num_classes", len(names) if names else None)
+                node.setdefault("ignore_index", ignored)
         for node, _ in found:
             node.pipeline = _named(node.get("pipeline", []), loader == "train_dataloader")
-    for hook in switching_hooks(cfg):
+    for hook in switching:
         hook.switch_pipeline = _named(hook.switch_pipeline, True)
-
-
-def checked_steps(steps: Any) -> list[Any]:
-    """Copy a pipeline, with checked transforms."""
-    steps = copy.deepcopy(list(steps))
-    for node in dicts(steps):
-        _replace(node, TRANSFORMS)
-    return steps
 
 
 def _named(steps: Any, is_training: bool) -> list[Any]:
@@ -347,23 +327,3 @@ def _replace(node: Any, registry: Registry) -> None:
     """Replace a transform, data set or metric by the one that checks."""
     if kind := resolve(registry, node):
         node["type"] = REPLACED.get(class_name(kind), node["type"])
-
-
-def _check_transform(node: Any, num_classes: int | None, ignore_index: int) -> None:
-    """Complete the settings of a checked transform, and refuse a former one."""
-    if node.get("type") == "LoadReadableLabels":
-        node.setdefault("num_classes", num_classes)
-        node.setdefault("ignore_index", ignore_index)
-    if node.get("type") == "LoadReadableImage" and "max_unreadable" in node:
-        raise UserError(
-            f"LoadReadableImage max_unreadable={node['max_unreadable']}: no longer a setting; remove it "
-            f"from the config, {setting('on_bad_image')} takes its place"
-        )
-
-
-def _import_with(cfg: Config, module: str) -> None:
-    """Import a module, here and wherever the config is read again."""
-    importlib.import_module(module)
-    imports = cfg.setdefault("custom_imports", dict(imports=[], allow_failed_imports=False)).imports
-    imports = [imports] if isinstance(imports, str) else imports
-    cfg.custom_imports.imports = [*dict.fromkeys([*imports, module])]

@@ -4,12 +4,12 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from mmengine.hooks import EarlyStoppingHook, EMAHook, Hook
+from mmengine.hooks import EMAHook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import BaseLoop, autocast
@@ -38,22 +38,12 @@ class DenseState(RunState):
         epoch_step: iterations done in the current epoch; 0 in iteration-based runs.
         validated: whether the validation that is due here, if any, is done.
         best: best score of the validations so far, None before the first.
-        stopped: whether mmengine's EarlyStoppingHook has ended the run.
-        patience: of each such hook, the validations that it has waited, and its best score.
-        scale_search: whether float16 may be searching for its loss scale; not part of a checkpoint.
     """
 
     epoch: int = 0
     epoch_step: int = 0
     validated: bool = True
     best: float | None = None
-    stopped: bool = False
-    patience: list[tuple[int, float]] = field(default_factory=list)
-    scale_search: Callable[[], bool] = field(default=lambda: False, repr=False)
-
-    def searches_scale(self) -> bool:
-        """Whether float16 may be searching for its loss scale."""
-        return self.scale_search()
 
     def place(self) -> dict[str, int]:
         """Where the run is, as log.txt names it."""
@@ -68,13 +58,13 @@ class DenseState(RunState):
 
     def checkpoint(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
-        return {name: value for name, value in vars(self).items() if name != "scale_search"}
+        return asdict(self)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any]) -> "DenseState":
-        """Read the state in a checkpoint, also in one of mmengine's own."""
+        """Read the state in a checkpoint, also in one of mmengine's own, or of a run that also kept hooks' states."""
         if "run" in checkpoint:
-            return cls(**checkpoint["run"])
+            return cls(**{name: value for name, value in checkpoint["run"].items() if name in cls.__dataclass_fields__})
         return cls(global_step=checkpoint["meta"]["iter"], epoch=checkpoint["meta"]["epoch"])
 
 
@@ -93,12 +83,14 @@ class SkippingOptimWrapper(OptimWrapper):
         bad_gradients: whether the gradients of the last step were not finite, likewise.
         steps: optimiser steps taken or skipped.
         before_backward: called before each backward pass, which may wait for other ranks.
+        scales_loss: whether a gradient scaler steps the optimiser, and skips the step by itself.
     """
 
     finite: Tensor
     bad_gradients: Tensor
     steps = 0
     before_backward: Callable[[], None] = staticmethod(lambda: None)
+    scales_loss = False
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Accumulate the gradients of a loss."""
@@ -111,20 +103,14 @@ class SkippingOptimWrapper(OptimWrapper):
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.bad_gradients = ~nn.utils.get_total_norm(gradients).isfinite()
         self.steps += 1
-        if self.scales_loss() or not self.bad_gradients:  # a gradient scaler skips the step by itself
+        if self.scales_loss or not self.bad_gradients:
             super().step(**kwargs)
-
-    def scales_loss(self) -> bool:
-        """Whether a gradient scaler steps the optimiser."""
-        return False
 
 
 class SkippingAmpOptimWrapper(SkippingOptimWrapper, AmpOptimWrapper):
     """The same in mixed precision."""
 
-    def scales_loss(self) -> bool:
-        """Whether a gradient scaler steps the optimiser."""
-        return True
+    scales_loss = True
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -171,11 +157,8 @@ class TrainLoop(BaseLoop):
     Random numbers follow from the seed and the iteration.
 
     Args:
-        runner: the runner.
+        runner: the `TrainingRunner`.
         dataloader: config of the training loader.
-        schedule: length of the run, and when it validates and saves.
-        make_monitor: makes what acts on what happens in the steps, from the number of training images.
-        after_validation: called with the metrics of a validation.
 
     Attributes:
         state: where the run is. Resuming replaces it.
@@ -183,29 +166,19 @@ class TrainLoop(BaseLoop):
         stop_training: set by mmengine's EarlyStoppingHook.
     """
 
-    def __init__(
-        self,
-        runner: Any,
-        dataloader: dict[str, Any],
-        schedule: Schedule,
-        make_monitor: Callable[[int], StepMonitor],
-        after_validation: Callable[[dict[str, Any]], None],
-    ) -> None:
+    def __init__(self, runner: Any, dataloader: dict[str, Any]) -> None:
         super().__init__(runner, dataloader)
+        self.schedule: Schedule = runner.run.schedule
         self.dataloader: Any  # mmengine's, so far
-        self.batches = SeededBatches(self.dataloader, is_endless=not schedule.by_epoch)
+        self.batches = SeededBatches(self.dataloader, is_endless=not self.schedule.by_epoch)
         self.dataloader = seeded_loader(self.dataloader, self.batches, runner.seed)
         accumulated = runner.cfg.optim_wrapper.get("accumulative_counts", 1)
-        if schedule.by_epoch and len(self.dataloader) % accumulated:
-            raise UserError(
-                f"optim_wrapper.accumulative_counts={accumulated}: does not divide the "
-                f"{len(self.dataloader)} batches of an epoch; choose 1, another one, or another "
-                "train_dataloader.batch_size"
-            )
-        self.schedule = schedule
-        self.monitor = make_monitor(len(self.dataloader.dataset))
+        if self.schedule.by_epoch and len(self.dataloader) % accumulated:
+            problem = f"does not divide the {len(self.dataloader)} batches of an epoch"
+            way_out = "choose 1, another one, or another train_dataloader.batch_size"
+            raise UserError(f"optim_wrapper.accumulative_counts={accumulated}: {problem}; {way_out}")
+        self.monitor: StepMonitor = runner.make_monitor(len(self.dataloader.dataset))
         self.state = DenseState()
-        self.after_validation = after_validation
         self.stop_training = False
         runner.visualizer.dataset_meta = getattr(self.dataloader.dataset, "metainfo", None)
 
@@ -232,16 +205,6 @@ class TrainLoop(BaseLoop):
         return self.schedule.length * (len(self.dataloader) if self.schedule.by_epoch else 1)
 
     @property
-    def val_begin(self) -> int:
-        """First epoch or iteration to validate after."""
-        return self.schedule.val_begin
-
-    @property
-    def val_interval(self) -> int:
-        """Current interval between validations."""
-        return self.schedule.val_interval(self.done)
-
-    @property
     def done(self) -> int:
         """Epochs or iterations done, as the schedule counts."""
         return self.state.epoch if self.schedule.by_epoch else self.state.global_step
@@ -254,7 +217,7 @@ class TrainLoop(BaseLoop):
             Preempted: the run is to stop; its step is complete.
         """
         self.runner.call_hook("before_train")
-        self.state.scale_search = self.runner.searches_scale
+        self.state.searches_scale = self.runner.searches_scale  # type: ignore[method-assign]
         self.buffers = buffers_of(self.runner.model)
         self._is_settled = get_world_size() == 1
         self.validate()
@@ -376,17 +339,13 @@ class TrainLoop(BaseLoop):
         try:
             metrics = self.runner.val_loop.run()
         except Preempted:
-            for hook in hooks_of(self.runner, EMAHook):
+            for hook in (hook for hook in self.runner.hooks if isinstance(hook, EMAHook)):
                 hook.after_val_epoch(self.runner)  # gives the model its own weights back, which are saved
             raise
         finally:
             self.monitor.watchdog.is_evaluating = False
         self.state.validated = True
-        self.state.stopped = self.stop_training
-        self.state.patience = [
-            (hook.wait_count, float(hook.best_score)) for hook in hooks_of(self.runner, EarlyStoppingHook)
-        ]
-        self.after_validation(metrics)
+        self.runner.after_validation(metrics)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -425,11 +384,6 @@ class WatchedBatches:
         if any_rank(self.device, self.watchdog.preemption.requested):
             raise Preempted("in validation")
         self.watchdog.is_evaluating = True
-
-
-def hooks_of(runner: Any, kind: type[Hook]) -> list[Any]:
-    """Return the hooks of a runner that are of a kind."""
-    return [hook for hook in runner.hooks if isinstance(hook, kind)]
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -3,22 +3,13 @@
 `tests/test_private_parts_dense.py` exercises each of them, and fails if a library changes.
 """
 
-import contextlib
-import logging
-import os
 import pickle
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
-from mmengine.registry import Registry, build_from_cfg
-from mmengine.runner import Runner
 from mmengine.utils import is_installed
 
-from sepvit_lib.dense.console import quiet
 from sepvit_lib.training import checkpoints
 
 
@@ -31,23 +22,6 @@ def register_distributions() -> None:
     for module, distribution in (("mmseg", "onedl-mmsegmentation"), ("mmdet", "onedl-mmdetection")):
         if is_installed(distribution):
             MODULE2PACKAGE[module] = distribution
-
-
-def base_files(cfg: Config) -> list[str]:
-    """Return the files that a config inherits, directly or not, from the first base on.
-
-    mmengine keeps the texts of all files that it read for a config, each after its name; the config's own is the last.
-    """
-    files: list[str] = []
-    text, place = cfg.text, 0
-    while place < len(text):
-        name, _, _ = text[place:].partition("\n")
-        if not os.path.isfile(name):
-            return []  # a config of the kind that is imported
-        content = Path(name).read_text(encoding="utf-8")
-        place += len(name) + len(content) + 2
-        files.append(name)
-    return files[:-1]
 
 
 def log_statistic(owner: type, name: str) -> Any:
@@ -76,51 +50,3 @@ def read_checkpoint(path: str, what: str) -> dict[str, Any]:
         UserError: the file is missing, truncated, not a checkpoint, or contains code.
     """
     return checkpoints.read_checkpoint(path, what, LOG_CLASSES)
-
-
-def innermost_build(error: BaseException) -> tuple[dict[str, Any], Registry] | None:
-    """Find the innermost part of a config whose building raised an error.
-
-    Returns:
-        the part, whose defaults may be added, and the registry that builds it; None if the error came from elsewhere.
-    """
-    found, step = None, error.__traceback__
-    while step is not None:
-        if step.tb_frame.f_code is build_from_cfg.__code__:
-            found = step.tb_frame.f_locals["cfg"], step.tb_frame.f_locals["registry"]
-        step = step.tb_next
-    return found
-
-
-def mark_loaded(runner: Any) -> None:
-    """Tell a runner that its checkpoint is loaded, as its own `load_checkpoint` does, so that it loads no other."""
-    runner._has_loaded = True
-
-
-class QuietRunner(Runner):
-    """Runner that does not print what would mislead.
-
-    mmengine asks the C++ compiler for its version, by a shell that prints an error if there is no compiler. And it
-    initialises weights that a checkpoint replaces.
-    """
-
-    def _log_env(self, env_cfg: dict[str, Any]) -> None:
-        with _without_stderr():
-            super()._log_env(env_cfg)
-
-    def _init_model_weights(self) -> None:
-        with quiet(self.logger, logging.ERROR) if self._load_from else contextlib.nullcontext():
-            super()._init_model_weights()
-
-
-@contextlib.contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Drop what this process and those that it starts print to standard error."""
-    printed, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(printed, 2)
-        os.close(printed)
-        os.close(nowhere)

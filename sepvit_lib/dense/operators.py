@@ -2,23 +2,23 @@
 
 mmcv's operators are compiled from C++ into the module `mmcv._ext`. Of these, SepViT's segmentors and detectors use
 non-maximum suppression and RoIAlign, which torchvision contains for every device. `offer` lets Python find a module
-of that name, made of torchvision's operators, if the compiled one is missing. It is not imported before mmcv needs it.
-Operators without a counterpart raise an error when they are called.
+of that name, made of torchvision's operators, if the compiled one is missing. It has to be called before mmdet's or
+mmseg's models are imported; importing `sepvit_lib.dense` does. Operators without a counterpart raise an error when they
+are called.
 
 Environment variable SEPVIT_OPERATORS chooses explicitly: `torchvision`, or `compiled`, which must then be there.
 """
 
-import ast
 import importlib
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ExtensionFileLoader, ModuleSpec
-from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torchvision
@@ -67,86 +67,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     return torchvision.ops.nms(boxes, scores.to(boxes.dtype), threshold)
 
 
-def softnms(
-    boxes: Tensor,
-    scores: Tensor,
-    dets: Tensor,
-    iou_threshold: float,
-    sigma: float,
-    min_score: float,
-    method: int,
-    offset: int,
-) -> Tensor:
-    """Soft non-maximum suppression, on the CPU. Boxes lose score by their overlap with better ones.
-
-    Args:
-        boxes: (N, 4), as x1, y1, x2, y2.
-        scores: (N).
-        dets: (N, 5), where the boxes kept and their new scores are written.
-        iou_threshold: overlap from which on methods 0 and 1 reduce the score.
-        sigma: width of method 2.
-        min_score: boxes below this are dropped.
-        method: factor of a score at overlap u: 0 is 0, 1 is 1 - u, 2 is exp(-u²/sigma).
-        offset: as for `nms`.
-
-    Returns:
-        indices of the boxes kept, by descending new score.
-    """
-    boxes, scores, indices = boxes.clone(), scores.clone(), torch.arange(len(boxes))
-    i, count = 0, len(boxes)
-    while i < count:
-        best = i + int(scores[i:count].argmax())
-        for values in (boxes, scores, indices):
-            values[[i, best]] = values[[best, i]]
-        dets[i, :4], dets[i, 4] = boxes[i], scores[i]
-        overlaps = _overlaps(boxes[i], boxes[i + 1 : count], offset)
-        scores[i + 1 : count] *= _soft_factors(overlaps, iou_threshold, sigma, method)
-        order = _fill_holes(scores[i + 1 : count] >= min_score)
-        for values in (boxes, scores, indices):
-            values[i + 1 : i + 1 + len(order)] = values[i + 1 : count][order]
-        i, count = i + 1, i + 1 + len(order)
-    return indices[:count]
-
-
-def _overlaps(box: Tensor, others: Tensor, offset: int) -> Tensor:
-    """IoUs of a box with others."""
-    extent = (torch.minimum(box[2:], others[:, 2:]) - torch.maximum(box[:2], others[:, :2]) + offset).clamp(min=0)
-    area, areas = ((b[..., 2:] - b[..., :2] + offset).prod(-1) for b in (box, others))
-    intersection = extent.prod(-1)
-    return intersection / (area + areas - intersection)
-
-
-def _soft_factors(overlaps: Tensor, iou_threshold: float, sigma: float, method: int) -> Tensor:
-    """What scores are multiplied with, see `softnms`."""
-    if method == 2:
-        return torch.exp(-overlaps.square() / sigma)
-    reduced = 1 - overlaps if method == 1 else torch.zeros_like(overlaps)
-    return torch.where(overlaps >= iou_threshold, reduced, 1.0)
-
-
-def _fill_holes(kept: Tensor) -> Tensor:
-    """Order in which the compiled operator holds the boxes kept: the last ones take the places of dropped ones.
-
-    It decides which of several boxes of equal scores comes first.
-    """
-    count = int(kept.sum())
-    order = torch.arange(count)
-    order[~kept[:count]] = count + kept[count:].nonzero().flatten().flip(0)
-    return order
-
-
 def roi_align_forward(
-    input: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    input: Tensor, rois: Tensor, output: Tensor, argmax_y: Tensor, argmax_x: Tensor, **settings: Any
 ) -> None:
     """RoIAlign by average pooling.
 
@@ -156,6 +78,53 @@ def roi_align_forward(
         output: (N, C, aligned_height, aligned_width), where the result is written.
         argmax_y: unused, belongs to maximum pooling.
         argmax_x: unused, likewise.
+        **settings: see `region_settings`.
+
+    Raises:
+        UserError: maximum pooling is requested.
+    """
+    scale_and_size, sampling = region_settings("roi_align_forward", **settings)
+    maps, rois = at_least_float32(input), at_least_float32(rois)
+    output.copy_(torch.ops.torchvision.roi_align(maps, rois, *scale_and_size, *sampling))
+
+
+def roi_align_backward(
+    grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor, grad_input: Tensor, **settings: Any
+) -> None:
+    """Gradient of RoIAlign by average pooling.
+
+    Args:
+        grad_output: gradient with respect to the output.
+        rois: as for `roi_align_forward`.
+        argmax_y: unused.
+        argmax_x: unused.
+        grad_input: (B, C, H, W), where the gradient with respect to the maps is written.
+        **settings: see `region_settings`.
+
+    Raises:
+        UserError: maximum pooling is requested.
+    """
+    scale_and_size, sampling = region_settings("roi_align_backward", **settings)
+    gradient, rois = at_least_float32(grad_output), at_least_float32(rois)
+    if torch.are_deterministic_algorithms_enabled():
+        gradient, rois = gradient.cpu(), rois.cpu()  # only the CPU's order of summation is deterministic
+    backward = torch.ops.torchvision._roi_align_backward
+    grad_input.copy_(backward(gradient, rois, *scale_and_size, *grad_input.shape, *sampling))
+
+
+def region_settings(
+    name: str,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> tuple[tuple[float, int, int], tuple[int, bool]]:
+    """Settings of RoIAlign in torchvision's order: scale and size, and sampling.
+
+    Args:
+        name: the operator.
         aligned_height: bins of a region vertically.
         aligned_width: bins of a region horizontally.
         spatial_scale: factor from the boxes' coordinates to the map's.
@@ -166,58 +135,9 @@ def roi_align_forward(
     Raises:
         UserError: maximum pooling is requested.
     """
-    _check_pool_mode("roi_align_forward", pool_mode)
-    size = (aligned_height, aligned_width)
-    maps, rois = at_least_float32(input), at_least_float32(rois)
-    output.copy_(torch.ops.torchvision.roi_align(maps, rois, spatial_scale, *size, sampling_ratio, aligned))
-
-
-def roi_align_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    grad_input: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
-) -> None:
-    """Gradient of RoIAlign by average pooling.
-
-    Args:
-        grad_output: gradient with respect to the output.
-        rois: as for `roi_align_forward`, like all that follow.
-        argmax_y: unused.
-        argmax_x: unused.
-        grad_input: (B, C, H, W), where the gradient with respect to the maps is written.
-        aligned_height: bins of a region vertically.
-        aligned_width: bins of a region horizontally.
-        spatial_scale: factor from the boxes' coordinates to the map's.
-        sampling_ratio: samples of a bin in each direction.
-        pool_mode: 1, average pooling.
-        aligned: whether the centre of a pixel has its integer coordinates.
-
-    Raises:
-        UserError: maximum pooling is requested.
-    """
-    _check_pool_mode("roi_align_backward", pool_mode)
-    gradient, rois = at_least_float32(grad_output), at_least_float32(rois)
-    if torch.are_deterministic_algorithms_enabled():
-        gradient, rois = gradient.cpu(), rois.cpu()  # only the CPU's order of summation is deterministic
-    size = (aligned_height, aligned_width)
-    grad_input.copy_(
-        torch.ops.torchvision._roi_align_backward(
-            gradient, rois, spatial_scale, *size, *grad_input.shape, sampling_ratio, aligned
-        )
-    )
-
-
-def _check_pool_mode(name: str, pool_mode: int) -> None:
     if pool_mode != 1:
         raise_missing(f"{name} with pool_mode='max'")
+    return (spatial_scale, aligned_height, aligned_width), (sampling_ratio, aligned)
 
 
 def sigmoid_focal_loss_forward(
@@ -270,42 +190,12 @@ def _focal_loss(name: str, input: Tensor, target: Tensor, weight: Tensor, gamma:
     return py_sigmoid_focal_loss(at_least_float32(input), is_class, gamma=gamma, alpha=alpha, reduction="none")
 
 
-def get_compiler_version() -> str:
-    """What mmcv reports as the compiler of its operators."""
-    return "none, operators of torchvision"
+OPERATORS: tuple[Callable, ...]
+OPERATORS = (nms, roi_align_forward, roi_align_backward, sigmoid_focal_loss_forward, sigmoid_focal_loss_backward)
 
 
-get_compiling_cuda_version = get_compiler_version
-
-OPERATORS: dict[str, Callable] = dict(
-    nms=nms,
-    softnms=softnms,
-    roi_align_forward=roi_align_forward,
-    roi_align_backward=roi_align_backward,
-    sigmoid_focal_loss_forward=sigmoid_focal_loss_forward,
-    sigmoid_focal_loss_backward=sigmoid_focal_loss_backward,
-    get_compiler_version=get_compiler_version,
-    get_compiling_cuda_version=get_compiling_cuda_version,
-)
-
-
-def raise_missing(name: str) -> NoReturn:
-    """Report that an operator is missing.
-
-    Args:
-        name: the operator.
-
-    Raises:
-        UserError: always.
-    """
-    raise UserError(
-        f"mmcv's operator {name}: torchvision has none, it needs mmcv's compiled ones; install a C++ "
-        f"compiler, then: {INSTALL}"
-    )
-
-
-def missing_operator(name: str) -> Callable[..., NoReturn]:
-    """Operator without a counterpart in torchvision. It raises an error when it is called.
+def find_operator(name: str) -> Callable:
+    """Return torchvision's counterpart of an operator, or a function that reports that there is none.
 
     Args:
         name: the operator.
@@ -315,11 +205,25 @@ def missing_operator(name: str) -> Callable[..., NoReturn]:
     """
     if name.startswith("_"):
         raise AttributeError(f"module {MODULE} has no attribute {name}")
+    found = [operator for operator in OPERATORS if operator.__name__ == name]
+    return found[0] if found else partial(raise_missing, name)
 
-    def operator(*args: object, **kwargs: object) -> NoReturn:
-        raise_missing(name)
 
-    return operator
+def raise_missing(name: str, *args: object, **kwargs: object) -> NoReturn:
+    """Report that an operator is missing.
+
+    Args:
+        name: the operator.
+        *args: what it was called with.
+        **kwargs: likewise.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        f"mmcv's operator {name}: torchvision has none, it needs mmcv's compiled ones; install a C++ "
+        f"compiler, then: {INSTALL}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -332,7 +236,7 @@ class OperatorLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Fill the new module."""
-        vars(module).update(OPERATORS, __getattr__=missing_operator)
+        vars(module)["__getattr__"] = find_operator
 
 
 class CompiledLoader(ExtensionFileLoader):
@@ -397,36 +301,9 @@ def offer() -> None:
     """Let Python find torchvision's operators when it imports mmcv's. Does nothing if called again."""
     if not any(isinstance(finder, OperatorFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, OperatorFinder())
-        _repeat_failed_imports()
 
 
 def in_use() -> str:
     """Which operators mmcv uses, 'compiled' or 'torchvision'. Imports them."""
     spec = importlib.import_module(MODULE).__spec__
     return TORCHVISION if spec is not None and isinstance(spec.loader, OperatorLoader) else COMPILED
-
-
-def _repeat_failed_imports() -> None:
-    """Give mmdet's and mmseg's modules the operators, if they were imported before and found none.
-
-    These modules then define placeholders, which raise errors.
-    """
-    if "mmcv.ops" in sys.modules:
-        return
-    for module_name, module in list(sys.modules.items()):
-        if module_name.partition(".")[0] in ("mmdet", "mmseg"):
-            for statement in _imports_of_operators(module):
-                operators = importlib.import_module(statement.module or "")
-                for name in statement.names:
-                    setattr(module, name.asname or name.name, getattr(operators, name.name))
-
-
-def _imports_of_operators(module: ModuleType) -> list[ast.ImportFrom]:
-    """The statements by which a module tries to import operators of mmcv."""
-    path = Path(getattr(module, "__file__", None) or "")
-    source = path.read_text(encoding="utf-8") if path.suffix == ".py" else ""
-    if "mmcv.ops" not in source:
-        return []
-    tries = [node for node in ast.parse(source).body if isinstance(node, ast.Try)]
-    statements = [node for attempt in tries for node in attempt.body if isinstance(node, ast.ImportFrom)]
-    return [node for node in statements if f"{node.module}.".startswith("mmcv.ops.")]

@@ -1,6 +1,6 @@
 """The parts of a config that are about its data: the data sets, their pipelines, and the heads that predict classes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmengine.config import Config
@@ -17,7 +17,7 @@ LOADS_LABELS = ("LoadAnnotations", "LoadReadableLabels")  # transforms that load
 # Heads that predict the classes of the data set. First stages predict one class, heads for stuff other ones.
 HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "roi_head.bbox_head", "roi_head.mask_head")
 OTHER_HEADS = ("STDCHead",)  # which stand among them, and predict something else: this one, boundaries
-LOSSES = ("loss_decode", "loss_cls")  # of these heads; they may weight classes
+MAX_NAMES = 12  # in a message
 
 
 def dicts(node: Any) -> Iterator[Any]:
@@ -31,6 +31,12 @@ def dicts(node: Any) -> Iterator[Any]:
 def as_list(value: Any) -> list[Any]:
     """Return a list or tuple as a list, and anything else as the one entry of a list."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def listed(names: Sequence[Any]) -> str:
+    """List names for a message. Of many, only the first are shown."""
+    shown = ", ".join(map(str, names[:MAX_NAMES]))
+    return shown if len(names) <= MAX_NAMES else f"{shown}, … ({len(names)} in all)"
 
 
 def class_name(kind: type) -> str:
@@ -120,11 +126,3 @@ def heads_of(cfg: Config) -> Iterator[tuple[str, Any]]:
         for number, head in enumerate(node if several else [node]):
             if isinstance(head, dict) and head and head.get("type") not in OTHER_HEADS:
                 yield f"model.{name}.{number}" if several else f"model.{name}", head
-
-
-def weighted_losses(head: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the losses of a head that weight classes by a list: their names, and their settings."""
-    for name in LOSSES:
-        for loss in dicts(head.get(name)):
-            if isinstance(loss.get("class_weight"), (list, tuple)):
-                yield name, loss

@@ -17,10 +17,10 @@ from mmengine.model import revert_sync_batchnorm
 from PIL import Image
 from torch import nn
 
-from sepvit_lib.dense.checks import build_model, check_test_parts, check_weights, config_errors
+from sepvit_lib.dense.checks import build_errors, build_model, check_test_parts, check_weights
 from sepvit_lib.dense.classes import classes_in
 from sepvit_lib.dense.console import progress_bar
-from sepvit_lib.dense.data import check_types
+from sepvit_lib.dense.data import unread
 from sepvit_lib.dense.parts import classes_of, data_sets
 from sepvit_lib.dense.settings import (
     CommandParser,
@@ -45,14 +45,11 @@ Draw = Callable[..., tuple[Image.Image, str]]
 def build_predict_parser(description: str | None) -> CommandParser:
     """Make the parser of predict.py."""
     parser = build_parser(description, launchers=False)
-    parser.add_argument(
-        "checkpoint", type=path, metavar="CHECKPOINT", help="checkpoint of the whole segmentor or detector"
-    )
-    parser.add_argument(
-        "images", nargs="+", type=path, metavar="IMAGE", help="an image, a folder of images, or a pattern"
-    )
-    parser.add_argument("--out", required=True, type=path, metavar="DIR", help="folder for the pictures")
-    parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in DIR already")
+    add = parser.add_argument
+    add("checkpoint", type=path, metavar="CHECKPOINT", help="checkpoint of the whole segmentor or detector")
+    add("images", nargs="+", type=path, metavar="IMAGE", help="an image, a folder of images, or a pattern")
+    add("--out", required=True, type=path, metavar="DIR", help="folder for the pictures")
+    add("--overwrite", action="store_true", help="replace pictures that are in DIR already")
     return parser
 
 
@@ -72,23 +69,17 @@ def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.M
         UserError: the checkpoint is missing, would run code, or does not fit, or the config names no data to test on.
     """
     check_test_parts(cfg, where)
-    check_types(cfg, "test_dataloader")
     checkpoint = read_model_checkpoint(cfg, checkpoint_path, "CHECKPOINT")
     drop_pretrained(cfg)
-    with config_errors(cfg, where, "model"):
+    with build_errors(where):
         model = revert_sync_batchnorm(build_model(cfg))
     check_weights(model, checkpoint, f"CHECKPOINT {checkpoint_path}")
-    node, kind = next(data_sets(cfg, "test_dataloader"), (None, None))
-    if node is None or kind is None:
-        name = cfg.test_dataloader.dataset.get("type")
-        raise UserError(
-            f"test_dataloader.dataset.type={name}: has no classes and no pipeline; derive it from "
-            "mmengine's BaseDataset"
-        )
+    node, kind = next(data_sets(cfg, "test_dataloader"))
     names = classes_in(checkpoint)
     if names is None:
         print_line(f"CHECKPOINT {checkpoint_path}: does not name its classes, which get the config's names by number")
-    stated = {**kind.METAINFO, **(node.get("metainfo") or {})}
+    with build_errors(where):
+        stated = unread(node, kind).metainfo  # with colours, where the config has none
     held = (checkpoint.get("meta") or {}).get("dataset_meta") or {}
     model.dataset_meta = {**stated, **held, "classes": names or classes_of(node, kind)}
     model.orientation = orientation_for(checkpoint.get("reading"))

@@ -1,6 +1,5 @@
 """A training run of segmentation or detection: its runner, its checkpoints, and what it resumes from."""
 
-import inspect
 import json
 import re
 import time
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.hooks import CheckpointHook, EarlyStoppingHook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop
 from mmengine.visualization import Visualizer
@@ -28,11 +26,10 @@ from sepvit_lib.dense.loops import (
     SkippingOptimWrapper,
     TrainLoop,
     WatchedBatches,
-    hooks_of,
     is_better,
 )
 from sepvit_lib.dense.parts import orientation_in
-from sepvit_lib.dense.runner import DenseRunner, has_half_precision, unwrapped, without_mixed_precision
+from sepvit_lib.dense.runner import DenseRunner, unwrapped
 from sepvit_lib.dense.samples import describe_samples, sampled_files, shield_workers
 from sepvit_lib.training.checkpoints import settings_in
 from sepvit_lib.training.commands import first_line
@@ -49,44 +46,16 @@ from sepvit_lib.training.watchdog import Watchdog
 ADVICE = "a lower `optim_wrapper.optimizer.lr`, or training without half precision"
 PACKAGES = ("torchvision", "timm", "numpy", "onedl-mmengine", "onedl-mmcv")  # whose versions log.txt records
 # Parts of a config that decide what a run computes.
-COMPUTED = (
-    "model",
-    "train_dataloader",
-    "train_cfg",
-    "optim_wrapper",
-    "param_scheduler",
-    "auto_scale_lr",
-    "val_dataloader",
-    "val_evaluator",
-    "val_cfg",
-    "randomness",
-    "custom_hooks",
-    "sync_bn",
-    "data_preprocessor",
-    "model_wrapper_cfg",
-    "find_unused_parameters",
-    "efficient_conv_bn_eval",
-)
+MODEL = ("model", "sync_bn", "data_preprocessor", "model_wrapper_cfg", "find_unused_parameters")
+TRAINING = ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr", "custom_hooks")
+COMPUTED = (*MODEL, *TRAINING, "val_dataloader", "val_evaluator", "val_cfg", "randomness", "efficient_conv_bn_eval")
 # Of these, what does not: where things are, and how they are read. The images' fingerprint is compared by itself.
-FREE_NAMES = (
-    "num_workers",
-    "persistent_workers",
-    "pin_memory",
-    "prefetch_factor",
-    "data_root",
-    "data_prefix",
-    "ann_file",
-    "init_cfg",
-    "pretrained",
-    "with_cp",
-    "outfile_prefix",
-    "backend_args",
-    "label_map",
-    "stored_classes",
+FREE = re.compile(
+    r"(^|\.)(num_workers|persistent_workers|pin_memory|prefetch_factor|data_root|data_prefix|ann_file|init_cfg|pretrained|"
+    r"with_cp|outfile_prefix|backend_args|label_map|stored_classes)(\.|$)"
 )
 # Settings of mmengine's checkpoint hook that are followed.
 SAVING = ("type", "interval", "by_epoch", "max_keep_ckpts", "save_best", "rule", "priority")
-FREE = re.compile(rf"(^|\.)({'|'.join(FREE_NAMES)})(\.|$)")
 
 
 class DenseNames(CheckpointNames):
@@ -142,15 +111,15 @@ def settings_of(cfg: Config) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def add(name: str, value: Any) -> None:
-        if FREE.search(name):
-            return
         if isinstance(value, (list, tuple)):
             value = dict(enumerate(value))
-        if not isinstance(value, Mapping):
-            found[name] = value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+        if FREE.search(name):
             return
-        for key, child in value.items():
-            add(f"{name}.{key}", child)
+        if isinstance(value, Mapping):
+            for key, child in value.items():
+                add(f"{name}.{key}", child)
+        else:
+            found[name] = value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
     for part in COMPUTED:
         if cfg.get(part) is not None:
@@ -167,14 +136,21 @@ def read_schedule(cfg: Config) -> Schedule:
     """Read the length of a run, and when it validates and saves, from its config.
 
     Raises:
-        UserError: the config's loop is neither iteration-based nor epoch-based.
+        UserError: the config's loop is neither iteration-based nor epoch-based, or a setting of mmengine's checkpoint
+            hook is one that this project's checkpoints do not follow.
     """
     loop, saving = cfg.train_cfg, saving_of(cfg)
     kinds = {"EpochBasedTrainLoop": True, "IterBasedTrainLoop": False}
     by_epoch = kinds.get(loop.type) if "type" in loop else loop.get("by_epoch")
     if by_epoch is None:
         raise UserError(f"train_cfg.type={loop.get('type')}: unknown; choose {' or '.join(kinds)}")
-    check_saving(saving)
+    if not isinstance(best := saving.get("save_best"), (str, type(None))):
+        raise UserError(f"default_hooks.checkpoint.save_best={best}: takes one text, since best.pth is one file")
+    if unknown := [name for name in saving if name not in SAVING and not name.startswith("_")]:
+        raise UserError(
+            f"default_hooks.checkpoint.{unknown[0]}={saving[unknown[0]]}: not available; remove it. Of this hook's "
+            f"settings, {', '.join(SAVING)} are"
+        )
     return Schedule(
         by_epoch=by_epoch,
         length=loop["max_epochs" if by_epoch else "max_iters"],
@@ -185,31 +161,16 @@ def read_schedule(cfg: Config) -> Schedule:
     )
 
 
-def check_saving(hook: Mapping[str, Any]) -> None:
-    """Refuse settings of mmengine's checkpoint hook that this project's checkpoints do not follow.
-
-    Raises:
-        UserError: names the setting.
-    """
-    defaults = {name: parameter.default for name, parameter in inspect.signature(CheckpointHook).parameters.items()}
-    for name, value in hook.items():
-        place = f"default_hooks.checkpoint.{name}={value}"
-        if name in ("save_best", "rule") and not isinstance(value, (str, type(None))):
-            raise UserError(f"{place}: takes one text, since best.pth is one file")
-        if name not in SAVING and not name.startswith("_") and value != defaults.get(name):
-            raise UserError(f"{place}: not available; remove it. Of this hook's settings, {', '.join(SAVING)} are")
-
-
 def is_finished(schedule: Schedule, checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint is of the end of a run."""
     state = DenseState.from_checkpoint(checkpoint)
     done = state.epoch if schedule.by_epoch else state.global_step
-    return state.validated and (state.stopped or done >= schedule.length)
+    return state.validated and done >= schedule.length
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run is, besides its config.
+    """A training run, besides its config.
 
     Attributes:
         config: its config, as it is written to the work dir and to checkpoints.
@@ -261,13 +222,7 @@ class TrainingRunner(DenseRunner):
         return self.train_loop.state
 
     def dump_config(self) -> None:
-        """Write the config to the work dir, once the run has opened its files: a refused run leaves them alone."""
-        if self.is_open and is_main_process():
-            path = self.output.folder / Path(self.cfg.filename).name
-            try:
-                self.run.config.dump(path)
-            except OSError as error:
-                print_main(f"WARNING: {path} could not be written ({error.strerror})")
+        """Write nothing yet: a refused run leaves the work dir's config alone. See `load_or_resume`."""
 
     def register_default_hooks(self, hooks: dict[str, Any] | None = None) -> None:
         """Register the hooks that every run has, but for the one that saves: the loop does that."""
@@ -295,9 +250,10 @@ class TrainingRunner(DenseRunner):
     def build_train_loop(self, loop: Any) -> BaseLoop:
         """Build the training loop."""
         del loop  # the schedule was read from it
-        return TrainLoop(self, self.cfg.train_dataloader, self.run.schedule, self._make_monitor, self.after_validation)
+        return TrainLoop(self, self.cfg.train_dataloader)
 
-    def _make_monitor(self, dataset_size: int) -> StepMonitor:
+    def make_monitor(self, dataset_size: int) -> StepMonitor:
+        """Make what acts on what happens in the steps, from the number of training images."""
         flags = DelayedFlags(self.device, flag_delay())
         limits = replace(self.run.limits, dataset_size=dataset_size)
         return StepMonitor(limits, self.run.watchdog, flags, self.output.folder, self.output.log_event, self.save)
@@ -305,8 +261,7 @@ class TrainingRunner(DenseRunner):
     @property
     def device(self) -> torch.device:
         """The process's device."""
-        is_gpu = get_device() == "cuda"
-        return torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device(get_device())
+        return torch.device(get_device())
 
     def build_val_loop(self, loop: Any) -> BaseLoop:
         """Build the validation loop, which ends when the run is to stop."""
@@ -316,17 +271,12 @@ class TrainingRunner(DenseRunner):
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
         """Build the optimiser, which skips steps that are not finite."""
-        if not isinstance(optim_wrapper, dict):
-            return super().build_optim_wrapper(optim_wrapper)
         kinds = {"OptimWrapper": SkippingOptimWrapper, "AmpOptimWrapper": SkippingAmpOptimWrapper}
-        settings = optim_wrapper if has_half_precision() else without_mixed_precision(optim_wrapper)
-        if settings is not optim_wrapper:
-            self.logger.warning("mixed precision: no GPU here, training in float32")
-        name = settings.get("type", "OptimWrapper")
+        name = optim_wrapper.get("type", "OptimWrapper")
         if name not in kinds:
             raise UserError(f"optim_wrapper.type={name}: unknown; choose {' or '.join(kinds)}")
-        self._scale_is_static = isinstance(settings.get("loss_scale", "dynamic"), float)
-        return super().build_optim_wrapper({**settings, "type": kinds[name]})
+        self._scale_is_static = isinstance(optim_wrapper.get("loss_scale", "dynamic"), float)
+        return super().build_optim_wrapper({**optim_wrapper, "type": kinds[name]})
 
     def searches_scale(self) -> bool:
         """Whether float16 may be searching for its loss scale, down to a scale of 1. A static one is not searched."""
@@ -359,7 +309,7 @@ class TrainingRunner(DenseRunner):
         described = describe_run(run.settings, self.data, self.device, PACKAGES)
         on_main_process(lambda: self.output.open(described, self.state.covers, source, run.resumes, scalars=False))
         self.is_open = True
-        self.dump_config()
+        on_main_process(lambda: run.config.dump(self.output.folder / Path(self.cfg.filename).name))
 
     def _compare(self, source: Source) -> None:
         """Compare the run with that of a checkpoint. `--auto-resume` refuses what differs, `--resume` reports it.
@@ -390,9 +340,8 @@ class TrainingRunner(DenseRunner):
         if is_main_process():
             loops = dict(train=self.train_loop) | (dict(val=self.val_loop) if self.val_loop is not None else {})
             data = {name: describe_samples(loop.dataloader.dataset) for name, loop in loops.items()}
-            orientation = orientation_in(self.cfg.train_dataloader)
-            reading = dict(orientation=orientation, **count_turned(sampled_files(self.train_loop.dataloader.dataset)))
-            described = [json.dumps([data, reading])]
+            turned = count_turned(sampled_files(self.train_loop.dataloader.dataset))
+            described = [json.dumps([data, dict(orientation=orientation_in(self.cfg.train_dataloader), **turned)])]
         data, reading = json.loads(all_gather(described)[0])
         return data, reading
 
@@ -416,10 +365,7 @@ class TrainingRunner(DenseRunner):
                 f"{what}: its training state does not fit the config ({first_line(error)}); "
                 f"{setting('load_from')} uses its weights alone"
             ) from None
-        self.train_loop.state = state = DenseState.from_checkpoint(checkpoint)
-        self.train_loop.stop_training = state.stopped
-        for hook, (waited, score) in zip(hooks_of(self, EarlyStoppingHook), state.patience):
-            hook.wait_count, hook.best_score = waited, score
+        self.train_loop.state = DenseState.from_checkpoint(checkpoint)
         print_main(f"checkpoint {source.path}: resuming at {self.output.names.place(checkpoint)}")
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -431,22 +377,19 @@ class TrainingRunner(DenseRunner):
         figures = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float, np.number))}
         self.output.log({**self.state.place(), **{f"test_{name}": value for name, value in figures.items()}})
         name, is_loss = self._score_name(figures)
-        is_new_best = name is not None and is_better(figures[name], self.state.best, is_loss)
-        if name is not None and is_new_best:
+        is_best = name is not None and is_better(figures[name], self.state.best, is_loss)
+        if name is not None and is_best:
             self.state.best = figures[name]
-        self.save(is_best=is_new_best)
+        self.save(is_best)
 
     def _score_name(self, figures: dict[str, float]) -> tuple[str | None, bool]:
         """Name of the figure that decides what is best, and whether less of it is better."""
         hook = saving_of(self.cfg)
         wanted = hook.get("save_best")
-        candidates = [name for name in (wanted, "mIoU", "coco/bbox_mAP", *figures) if name in figures]
-        name = candidates[0] if candidates else None
+        name = next((name for name in (wanted, "mIoU", "coco/bbox_mAP", *figures) if name in figures), None)
         if wanted not in (None, "auto", name):
-            print_main(
-                f"WARNING: default_hooks.checkpoint.save_best={wanted}: no such metric, best.pth follows "
-                f"{name}; choose from {', '.join(figures)}"
-            )
+            what = f"WARNING: default_hooks.checkpoint.save_best={wanted}: no such metric, best.pth follows {name}"
+            print_main(f"{what}; choose from {', '.join(figures)}")
         return name, hook.get("rule") == "less" or "loss" in (name or "")
 
     def save(self, is_best: bool = False) -> None:
@@ -510,13 +453,10 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], wha
     """
     hint = f"use the run's, or {setting('load_from')} for its weights alone"
     for now, before in zip(optimizer.param_groups, state["param_groups"]):
-        names = ("betas", "momentum", "alpha", "rho")  # which tell optimisers apart
-        if unknown := [name for name in names if (name in now) != (name in before)]:
-            has = "without" if unknown[0] in now else "with"
-            raise UserError(
-                f"{what}: optim_wrapper.optimizer.type={type(optimizer).__name__}: its optimiser is "
-                f"another one, {has} {unknown[0]}; {hint}"
-            )
+        telling = ("betas", "momentum", "alpha", "rho")  # which tell optimisers apart
+        if any((name in now) != (name in before) for name in telling):
+            kind = type(optimizer).__name__
+            raise UserError(f"{what}: optim_wrapper.optimizer.type={kind}: its optimiser is another one; {hint}")
         for name, key in (("lr", "initial_lr"), ("weight_decay", "weight_decay")):
             if key in now and key in before and now[key] != before[key]:
                 raise UserError(

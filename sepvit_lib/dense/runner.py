@@ -1,7 +1,7 @@
 """mmengine's runner, extended: several CPU processes, and checkpoints that are read safely and loaded strictly."""
 
+import copy
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,14 @@ from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
-from mmengine.runner import BaseLoop
+from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sepvit_lib.dense.console import console_filter, quiet, without_noise
+from sepvit_lib.dense.console import console, quiet, without_noise
 from sepvit_lib.dense.loading import use_checked_loading
-from sepvit_lib.dense.mmengine_adapter import QuietRunner, mark_loaded, read_checkpoint
+from sepvit_lib.dense.mmengine_adapter import read_checkpoint
 from sepvit_lib.training.checkpoints import load_weights, weights_of
 
 VARIANT_HINT = "use that variant's config, or another checkpoint"
@@ -40,15 +40,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def without_mixed_precision(optim_wrapper: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of an optimiser, for float32."""
-    if optim_wrapper.get("type") != "AmpOptimWrapper":
-        return optim_wrapper
-    scaling = ("loss_scale", "dtype", "use_fsdp")
-    return {**{key: value for key, value in optim_wrapper.items() if key not in scaling}, "type": "OptimWrapper"}
+def uses_half_precision(cfg: Config) -> bool:
+    """Whether a config trains or evaluates in half precision."""
+    loops = [cfg.get(name) or {} for name in ("val_cfg", "test_cfg")]
+    is_mixed = (cfg.get("optim_wrapper") or {}).get("type") == "AmpOptimWrapper"
+    return is_mixed or any(loop.get("fp16") for loop in loops)
 
 
-class DenseRunner(QuietRunner):
+def in_float32(cfg: Config) -> Config:
+    """Copy a config, for computing in float32."""
+    cfg = copy.deepcopy(cfg)
+    for settings in (cfg.get("val_cfg"), cfg.get("test_cfg")):
+        (settings or {}).pop("fp16", None)
+    if (cfg.get("optim_wrapper") or {}).get("type") == "AmpOptimWrapper":
+        for name in ("loss_scale", "dtype", "use_fsdp"):
+            cfg.optim_wrapper.pop(name, None)
+        cfg.optim_wrapper.type = "OptimWrapper"
+    return cfg
+
+
+class DenseRunner(Runner):
     """Train and test a segmentor or detector, on GPUs or on CPU processes.
 
     Attributes:
@@ -66,16 +77,22 @@ class DenseRunner(QuietRunner):
             checkpoints: checkpoints that were read for it, by path.
         """
         use_checked_loading(cfg)
-        runner = cls.from_cfg(cfg)
+        is_impossible = uses_half_precision(cfg) and not has_half_precision()
+        runner = cls.from_cfg(in_float32(cfg) if is_impossible else cfg)
         runner.checkpoints = checkpoints or {}
-        console_filter(runner.logger).level = logging.NOTSET
+        if cfg.get("load_from"):  # the backbone would report random weights, which the checkpoint replaces
+            unwrapped(runner.model).backbone.is_init = True
+        console.level = logging.NOTSET
+        if is_impossible:
+            runner.logger.warning("half precision: no GPU here, computing in float32")
         runner.logger.info(f"versions, config and hooks are in {runner.logger.log_file}")
         return runner
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         """Build the log. Hundreds of lines come from building the runner; they go to the log file alone."""
         logger = super().build_logger(*args, **kwargs)
-        console_filter(logger).level = logging.WARNING
+        console.attach(logger)
+        console.level = logging.WARNING
         return logger
 
     def build_visualizer(self, visualizer: Any = None) -> Visualizer:
@@ -87,7 +104,7 @@ class DenseRunner(QuietRunner):
     def build_dataloader(*args: Any, **kwargs: Any) -> DataLoader:
         """Build a data loader."""
         with without_noise():
-            return QuietRunner.build_dataloader(*args, **kwargs)
+            return Runner.build_dataloader(*args, **kwargs)
 
     def build_evaluator(self, evaluator: Any) -> Evaluator:
         """Build an evaluator. Processes collect their results in the run's folder, not in the current one."""
@@ -115,30 +132,15 @@ class DenseRunner(QuietRunner):
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
         """Build the optimiser."""
-        with quiet(self.logger):  # it logs every parameter
+        with quiet():  # it logs every parameter
             return super().build_optim_wrapper(optim_wrapper)
 
-    def build_val_loop(self, loop: Any) -> BaseLoop:
-        """Build the validation loop, for float32 if there is no GPU."""
-        return super().build_val_loop(self._in_possible_precision(loop))
+    def load_or_resume(self) -> None:
+        """Load the weights that the config names, if any."""
+        if self.cfg.get("load_from"):
+            self.load_checkpoint(self.cfg.load_from)
 
-    def build_test_loop(self, loop: Any) -> BaseLoop:
-        """Build the test loop, for float32 if there is no GPU."""
-        return super().build_test_loop(self._in_possible_precision(loop))
-
-    def _in_possible_precision(self, loop: Any) -> Any:
-        if not (isinstance(loop, dict) and loop.get("fp16")) or has_half_precision():
-            return loop
-        self.logger.warning("half precision: no GPU here, evaluating in float32")
-        return {**loop, "fp16": False}
-
-    def load_checkpoint(
-        self,
-        filename: str,
-        map_location: str | Callable[..., Any] = "cpu",
-        strict: bool = False,
-        revise_keys: list[tuple[str, str]] | None = None,
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load the weights of a whole segmentor or detector, without running any code in the file.
 
         All entries have to fit. The exception is training that starts from the weights of another data set (`load_from`
@@ -146,9 +148,8 @@ class DenseRunner(QuietRunner):
 
         Args:
             filename: path or https address.
-            map_location: unused, for mmengine's calls. Weights are always read to the CPU.
-            strict: unused, for mmengine's calls.
-            revise_keys: unused, for mmengine's calls. Prefixes of wrappers are always removed.
+            *args: unused, for mmengine's calls.
+            **kwargs: unused. Weights are always read to the CPU, and prefixes of wrappers removed.
 
         Returns:
             the checkpoint.
@@ -169,5 +170,4 @@ class DenseRunner(QuietRunner):
             partly=is_new_training,
         )
         self.logger.log(logging.WARNING if report.is_partial else logging.INFO, f"{what}: {report}")
-        mark_loaded(self)
         return checkpoint

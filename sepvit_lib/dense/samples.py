@@ -84,10 +84,8 @@ class SeededBatches(Sampler[list[Draw]]):
 
     def __init__(self, loader: DataLoader, is_endless: bool) -> None:
         if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-            raise UserError(
-                f"train_dataloader.dataset {type(loader.dataset).__name__}: a stream, which cannot be "
-                "resumed; use a data set with a length and batches"
-            )
+            what = f"train_dataloader.dataset {type(loader.dataset).__name__}"
+            raise UserError(f"{what}: a stream, which cannot be resumed; use a data set with a length and batches")
         batches: Any = loader.batch_sampler
         self.batch_sampler = batches
         self.sampler = getattr(batches, "sampler", loader.sampler)
@@ -131,17 +129,12 @@ def seeded_loader(loader: DataLoader, batches: SeededBatches, seed: int) -> Data
         batches: its batches.
         seed: the run's seed.
     """
+    same = "num_workers pin_memory timeout worker_init_fn multiprocessing_context prefetch_factor persistent_workers"
     return DataLoader(
         SeededSamples(loader.dataset, seed),
         batch_sampler=batches,
-        num_workers=loader.num_workers,
         collate_fn=partial(collate_with_names, loader.collate_fn),
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
+        **{name: getattr(loader, name) for name in same.split()},
     )
 
 

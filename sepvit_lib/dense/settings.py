@@ -1,24 +1,22 @@
 """From a command line to a checked config: shared by the commands of segmentation and detection."""
 
 import argparse
-import copy
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils import import_modules_from_strings
 
 from sepvit import entries_under, variant_of
 from sepvit_lib.dense.console import import_quietly, without_noise
-from sepvit_lib.dense.mmengine_adapter import base_files, read_checkpoint
-from sepvit_lib.dense.options import KeyValueAction, check_numbers, merge_options
-from sepvit_lib.dense.own_data import Bases, apply_top_level
-from sepvit_lib.dense.parts import dicts, resolve
+from sepvit_lib.dense.mmengine_adapter import read_checkpoint
+from sepvit_lib.dense.options import KeyValueAction, merge_options, move_root
+from sepvit_lib.dense.parts import LOADS_IMAGES, dicts, resolve, step_name
 from sepvit_lib.dense.runner import VARIANT_HINT
 from sepvit_lib.training.checkpoints import weights_of, wrong_variant
 from sepvit_lib.training.commands import Parser, path
@@ -29,6 +27,7 @@ from sepvit_lib.training.processes import init_distributed
 OWN_DATA_SETS = dict(
     mmseg="sepvit_lib.dense.labelled", mmdet="sepvit_lib.dense.coco"
 )  # what the commands change in a library's data sets
+FORMER_MODULE = re.compile(r"^dense\.(?=(backbone|coco|labelled|loading)\b)")
 # Old flags of mmsegmentation 0.10 and mmdetection 2.8, and what to use now.
 FORMER = {"--options": "use --cfg-options KEY=VALUE, with test_evaluator.KEY=VALUE for the evaluation"}
 FORMER_OF_TRAINING = {
@@ -110,15 +109,15 @@ def read_config(args: argparse.Namespace) -> Config:
     where, options = where_of(args), args.cfg_options
     cfg = _read_file(args.config, where)
     _enter_scope(cfg)
-    apply_top_level(cfg, where, Bases(reversed(base_files(cfg)), partial(_read_file, where=where)))
-    before = copy.deepcopy(cfg)
-    merge_options(cfg, options, where)
+    if isinstance(options.get("data_root"), str):
+        move_root(cfg, options["data_root"])
+    merge_options(cfg, options)
     if not isinstance(cfg.get("model"), dict) or not isinstance(cfg.model.get("backbone"), dict):
         raise UserError(f"{where}: not a config of a segmentor or detector, it has no model.backbone")
-    check_numbers(cfg, where, options)
     _complete_pretrained(cfg, options)
-    apply_top_level(cfg, where, [before])
     for node in dicts(cfg):
+        if cfg.get("orientation") and step_name(node) in LOADS_IMAGES:
+            node.setdefault("orientation", cfg.orientation)
         if node.get("num_workers") == 0:
             node.pop("persistent_workers", None)  # torch refuses the two together
     cfg.work_dir = getattr(args, "work_dir", None) or cfg.get("work_dir") or f"./work_dirs/{Path(args.config).stem}"
@@ -137,9 +136,21 @@ def _read_file(path: str, where: str) -> Config:
         raise UserError(f"{where}: {problem}; configs/ has the paper's configs")
     try:
         with without_noise():
-            return Config.fromfile(path)
+            cfg = Config.fromfile(path, import_custom_modules=False)
+            for node in dicts(cfg):
+                for key in node.keys() & {"type", "imports"}:
+                    node[key] = _renamed(node[key])
+            import_modules_from_strings(**cfg.get("custom_imports", {"imports": None}))
+            return cfg
     except Exception as error:  # a config is a program, which may raise anything
-        raise UserError(f"{where}: cannot be read ({_one_line(error)})") from None
+        raise UserError(f"{where}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())})") from None
+
+
+def _renamed(names: Any) -> Any:
+    """Follow the package's name in configs that runs wrote when it was `dense`."""
+    if isinstance(names, list):
+        return [_renamed(name) for name in names]
+    return FORMER_MODULE.sub("sepvit_lib.dense.", names) if isinstance(names, str) else names
 
 
 def _enter_scope(cfg: Config) -> None:
@@ -159,10 +170,6 @@ def _complete_pretrained(cfg: Config, options: Mapping[str, Any]) -> None:
         backbone.pop("init_cfg", None)
     elif isinstance(settings, dict) and "checkpoint" in settings:
         settings.setdefault("type", "Pretrained")
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def drop_pretrained(cfg: Config) -> None:
@@ -215,7 +222,7 @@ def read_model_checkpoint(cfg: Config, path: str, flag: str) -> dict[str, Any]:
     """
     what = f"{flag} {path}"
     if Path(path).is_dir():
-        raise UserError(f"{what}: a folder; {_checkpoints_in(Path(path))}")
+        raise UserError(f"{what}: a folder; name a checkpoint in it")
     checkpoint = read_checkpoint(path, what)
     weights = weights_of(checkpoint, what)
     backbone = cfg.model.get("module", cfg.model).backbone  # test-time augmentation wraps the model
@@ -227,13 +234,3 @@ def read_model_checkpoint(cfg: Config, path: str, flag: str) -> dict[str, Any]:
     if wanted is not None and held != wanted:
         raise wrong_variant(what, held, wanted, VARIANT_HINT)
     return checkpoint
-
-
-def _checkpoints_in(folder: Path) -> str:
-    """Describe which checkpoints a folder holds, with the way out."""
-    names = sorted(path.name for path in folder.iterdir() if path.suffix in (".pth", ".pt", ".safetensors"))
-    names.sort(key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
-    if not names:
-        return "it holds no checkpoint; name a checkpoint"
-    shown = ", ".join(names[-5:]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"name one of its checkpoints: {shown}"

@@ -2,13 +2,14 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.runner import BaseLoop
 
-from sepvit_lib.dense.checks import check_test_parts, check_weights, rehearse
+from sepvit_lib.dense.checks import build_errors, build_model, check_test_parts, check_weights
 from sepvit_lib.dense.classes import match_classes
 from sepvit_lib.dense.console import TestProgressHook
 from sepvit_lib.dense.data import check_data, check_reading
@@ -29,27 +30,11 @@ from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.processes import is_main_process, on_main_process
 from sepvit_lib.training.storage import make_folder, missing_folders, remove_empty
 
-
-@dataclass
-class Results:
-    """What is done with predictions besides evaluating them.
-
-    Attributes:
-        hooks: hooks of the runner.
-        folders: the folders that they write to, and what names each in messages.
-    """
-
-    hooks: list[Hook] = field(default_factory=list)
-    folders: list[tuple[Path, str]] = field(default_factory=list)
-
-    def add(self, hook: Hook | None, folder: Path, what: str) -> None:
-        """Add a hook that writes to a folder; None if something else does."""
-        self.hooks += [hook] if hook is not None else []
-        self.folders.append((folder, what))
-
-
+# What is done with predictions besides evaluating them: a hook of the runner (None if something else writes them), the
+# folder that they are written to, and what names it in messages.
+Result = tuple[Hook | None, Path, str]
 # Sets in the config what is evaluated, and returns what else is done with the predictions.
-Prepare = Callable[[Config, argparse.Namespace], Results]
+Prepare = Callable[[Config, argparse.Namespace], list[Result]]
 
 
 def build_test_parser(description: str | None, metrics: Sequence[str]) -> CommandParser:
@@ -67,7 +52,7 @@ def build_test_parser(description: str | None, metrics: Sequence[str]) -> Comman
     return parser
 
 
-def as_configured(cfg: Config, flags: str) -> Results:
+def as_configured(cfg: Config, flags: str) -> list[Result]:
     """Evaluate as the config says.
 
     Args:
@@ -79,7 +64,7 @@ def as_configured(cfg: Config, flags: str) -> Results:
     """
     if not cfg.test_evaluator:
         raise UserError(f"nothing to do: the config has no test_evaluator; give {flags}")
-    return Results()
+    return []
 
 
 def find_metric(name: str, metrics: Sequence[str]) -> str:
@@ -105,7 +90,8 @@ def test(args: argparse.Namespace, prepare: Prepare) -> None:
     join_processes(cfg, args)
     check_test_parts(cfg, where)
     results = prepare(cfg, args)
-    check_folders(cfg, results.folders)
+    folders = [(folder, what) for _, folder, what in results]
+    check_folders(cfg, folders)
     drop_pretrained(cfg)
     if args.aug_test:
         augment(cfg, args.config)
@@ -114,20 +100,27 @@ def test(args: argparse.Namespace, prepare: Prepare) -> None:
     checkpoint = read_model_checkpoint(cfg, args.checkpoint, "CHECKPOINT")
     match_classes(cfg, checkpoint, what, ["test_dataloader"])
     check_reading(cfg, checkpoint, what)
-    check_weights(rehearse(cfg, where, "test_dataloader"), checkpoint, what)
+    with build_errors(where):
+        check_weights(build_model(cfg), checkpoint, what)
     cfg.train_dataloader = cfg.train_cfg = cfg.optim_wrapper = cfg.param_scheduler = None
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     cfg.load_from, cfg.resume = args.checkpoint, False
-    folders = [*results.folders, (Path(cfg.work_dir), f"--work-dir {cfg.work_dir}")]
+    folders.append((Path(cfg.work_dir), f"--work-dir {cfg.work_dir}"))
     on_main_process(lambda: make_folders(folders))
-    runner = TestRunner.from_config(cfg, {args.checkpoint: checkpoint})
-    for hook in (TestProgressHook(), *results.hooks):
+    with build_errors(where):
+        runner = TestRunner.from_config(cfg, {args.checkpoint: checkpoint})
+    for hook in (TestProgressHook(), *(hook for hook, _, _ in results if hook is not None)):
         runner.register_hook(hook)
     runner.test()
 
 
 class TestRunner(DenseRunner):
     """Test a segmentor or detector."""
+
+    def build_test_loop(self, loop: Any) -> BaseLoop:
+        """Build the test loop, with the data set and the evaluator."""
+        with build_errors(f"CONFIG {self.cfg.filename}"):
+            return super().build_test_loop(loop)
 
     def dump_config(self) -> None:
         """Write the config beside the log. In the work dir may be that of the training run, which could train again."""
@@ -154,11 +147,9 @@ def check_folders(cfg: Config, folders: Sequence[tuple[Path, str]]) -> None:
         if isinstance(inner, str) and inner
     }
     for folder, what in folders:
-        place = folder.resolve()
-        if place in roots or data & {place, *place.parents}:
-            raise UserError(
-                f"{what}: holds images or labels of a data set, which results would replace; name another folder"
-            )
+        if folder.resolve() in roots or data & {folder.resolve(), *folder.resolve().parents}:
+            problem = "holds images or labels of a data set, which results would replace"
+            raise UserError(f"{what}: {problem}; name another folder")
 
 
 def make_folders(folders: Sequence[tuple[Path, str]]) -> None:
@@ -192,11 +183,11 @@ def augment(cfg: Config, path: str) -> None:
     if not (cfg.get("tta_model") and cfg.get("tta_pipeline")):
         hint = "remove the flag, or set both as segmentation/configs/_base_/ade20k.py does"
         raise UserError(f"--aug-test: CONFIG {path} has no tta_model and tta_pipeline; {hint}")
-    if single := [place for place, head in heads_of(cfg) if head.get("out_channels") == 1]:
-        raise UserError(
-            f"--aug-test: {single[0]}.out_channels=1: mmseg passes the scores of one channel through the "
-            "sigmoid twice, so that all pixels exceed its threshold; remove the flag"
+    if single := [key for key, head in heads_of(cfg) if head.get("out_channels") == 1]:
+        problem = (
+            "mmseg passes the scores of one channel through the sigmoid twice, so that all pixels exceed its threshold"
         )
+        raise UserError(f"--aug-test: {single[0]}.out_channels=1: {problem}; remove the flag")
     for dataset, _ in data_sets(cfg, "test_dataloader"):
         dataset["pipeline"] = cfg.tta_pipeline
     cfg.model = dict(**cfg.tta_model, module=cfg.model)

@@ -4,6 +4,7 @@ import argparse
 import copy
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
-from sepvit_lib.dense.checks import check_training_parts, entries_of_classes, rehearse
+from sepvit_lib.dense.checks import BuildError, build_errors, check_training_parts, entries_of_classes
 from sepvit_lib.dense.classes import has_other_classes, match_classes
 from sepvit_lib.dense.data import check_data
 from sepvit_lib.dense.loops import DenseState, Schedule
@@ -48,13 +49,10 @@ from sepvit_lib.training.resume import Source, find_checkpoint
 from sepvit_lib.training.storage import make_folder, missing_folders, remove_empty
 from sepvit_lib.training.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
 
-STATEFUL = (
-    "BatchSyncRandomResize",
-    "CachedMixUp",
-    "CachedMosaic",
-    "DynamicRoIHead",
-    "GroupMultiSourceSampler",
-    "SyncBuffersHook",
+# Parts of mmengine and mmdet with a state that no checkpoint holds.
+STATEFUL = re.compile(
+    r"BatchSyncRandomResize|CachedMixUp|CachedMosaic|DynamicRoIHead|EarlyStoppingHook|GroupMultiSourceSampler|"
+    r"SyncBuffersHook"
 )
 RESUME = "run the same command with --auto-resume to resume from the last checkpoint"
 
@@ -63,19 +61,9 @@ def build_train_parser(description: str | None) -> CommandParser:
     """Make the parser of train.py."""
     parser = build_parser(description, former=FORMER_OF_TRAINING)
     add = parser.add_argument
-    add(
-        "--auto-resume",
-        action="store_true",
-        help="resume from the work dir's newest checkpoint, if there is one, as if the run never stopped",
-    )
-    add(
-        "--resume",
-        nargs="?",
-        const="",
-        type=path,
-        metavar="PATH",
-        help="resume from a checkpoint; without PATH, from the newest in the work dir, if there is one",
-    )
+    add("--auto-resume", action="store_true", help="resume from the work dir's newest checkpoint, as if never stopped")
+    resume = "resume from a checkpoint; without PATH, from the newest in the work dir, if there is one"
+    add("--resume", nargs="?", const="", type=path, metavar="PATH", help=resume)
     add("--load-from", type=path, metavar="PATH", help="start from the weights of a whole segmentor or detector")
     add("--from-scratch", action="store_true", help="start from random weights, without a pretrained backbone")
     add("--amp", action="store_true", help="mixed precision (float16 with loss scaling)")
@@ -83,41 +71,16 @@ def build_train_parser(description: str | None) -> CommandParser:
     add("--no-validate", action="store_true", help="do not validate during training")
     add("--seed", type=number(int, 0, 2**32 - 1), default=None, help="default 0")  # NumPy takes no larger one
     add("--deterministic", action="store_true")
-    add(
-        "--checkpoint-every",
-        type=natural,
-        default=0,
-        metavar="ITERATIONS",
-        help="also save every ITERATIONS iterations; 0: only as the config says, and before validation",
-    )
-    add(
-        "--keep-checkpoints",
-        type=positive_int,
-        default=2,
-        metavar="N",
-        help="keep the newest N checkpoints, default 2, besides those at the config's interval",
-    )
-    add(
-        "--on-bad-image",
-        choices=("skip", "fail"),
-        default="skip",
-        help="skip: replace unreadable training images and "
-        "labels, up to 0.1 %% of the set; fail: end the run at the first one",
-    )
-    add(
-        "--max-bad-steps",
-        type=positive_int,
-        default=10,
-        metavar="N",
-        help="end the run after N skipped steps in a row, with a non-finite loss or non-finite gradients, default 10",
-    )
-    add(
-        "--timeout",
-        type=seconds,
-        default=600.0,
-        metavar="SECONDS",
-        help="seconds without progress after which a process counts as hanging, default 600",
-    )
+    every = "also save every ITERATIONS iterations; 0: only as the config says, and before validation"
+    add("--checkpoint-every", type=natural, default=0, metavar="ITERATIONS", help=every)
+    keep = "keep the newest N checkpoints, default 2, besides those at the config's interval"
+    add("--keep-checkpoints", type=positive_int, default=2, metavar="N", help=keep)
+    policy = "skip: replace unreadable training images and labels, up to 0.1 %% of the set; fail: end at the first one"
+    add("--on-bad-image", choices=("skip", "fail"), default="skip", help=policy)
+    bad = "end the run after N skipped steps in a row, with a non-finite loss or non-finite gradients, default 10"
+    add("--max-bad-steps", type=positive_int, default=10, metavar="N", help=bad)
+    hanging = "seconds without progress after which a process counts as hanging, default 600"
+    add("--timeout", type=seconds, default=600.0, metavar="SECONDS", help=hanging)
     return parser
 
 
@@ -146,11 +109,15 @@ def train(args: argparse.Namespace, flags: Mapping[str, str]) -> None:
             return
         on_main_process(lambda: output.check_free(source, resumes(args)))
         written = config_to_write(cfg, args)
-        checkpoints = set_starting_point(cfg, args, source)
-        rehearse(cfg, where_of(args), *used_loaders(cfg))
-        runner = TrainingRunner.from_config(cfg, checkpoints)
-        runner.run = build_run(cfg, written, args, schedule, output, watchdog, source)
-        run_to_the_end(runner)
+        with build_errors(where_of(args)):
+            checkpoints = set_starting_point(cfg, args, source)
+            runner = TrainingRunner.from_config(cfg, checkpoints)
+        settings = settings_of(cfg) | {"launcher.processes": get_world_size()}
+        limits = MonitorSettings(args.max_bad_steps, False, args.checkpoint_every, args.on_bad_image, 0, ADVICE)
+        files = output, watchdog, source
+        runner.run = Run(written, schedule, *files, args.auto_resume, resumes(args), settings, limits)
+        with build_errors(where_of(args), lambda: runner.is_open):
+            run_to_the_end(runner)
 
 
 def apply_options(cfg: Config, args: argparse.Namespace) -> None:
@@ -189,11 +156,9 @@ def check_states(cfg: Config) -> None:
         UserError: names the part.
     """
     for node in dicts(cfg):
-        if (name := str(node.get("type")).rpartition(".")[2]) in STATEFUL:
-            raise UserError(
-                f"--auto-resume: {name} has a state that no checkpoint holds, so that a resumed run would "
-                "differ; use --resume, or another part"
-            )
+        if STATEFUL.fullmatch(name := str(node.get("type")).rpartition(".")[2]):
+            what = f"--auto-resume: {name} has a state that no checkpoint holds"
+            raise UserError(f"{what}, so that a resumed run would differ; use --resume, or another part")
 
 
 def check_accumulation(cfg: Config, checkpoint_every: int) -> None:
@@ -204,21 +169,16 @@ def check_accumulation(cfg: Config, checkpoint_every: int) -> None:
     Raises:
         UserError: names the interval.
     """
-    accumulated = cfg.optim_wrapper.get("accumulative_counts", 1)
-    schedule = read_schedule(cfg)
-    intervals = {f"--checkpoint-every {checkpoint_every}": checkpoint_every}
+    accumulated, schedule = cfg.optim_wrapper.get("accumulative_counts", 1), read_schedule(cfg)
+    intervals = [("--checkpoint-every ", checkpoint_every)]
     if not schedule.by_epoch:
-        intervals[f"default_hooks.checkpoint.interval={schedule.save_interval}"] = max(0, schedule.save_interval)
+        intervals.append(("default_hooks.checkpoint.interval=", max(0, schedule.save_interval)))
         if cfg.get("val_dataloader"):
-            intervals[f"train_cfg.val_begin={schedule.val_begin}"] = schedule.val_begin if schedule.val_begin > 1 else 0
-            for _, interval in schedule.val_intervals:
-                intervals[f"train_cfg.val_interval={interval}"] = interval
-    for place, interval in intervals.items():
+            intervals += [("train_cfg.val_interval=", interval) for _, interval in schedule.val_intervals]
+    for name, interval in intervals:
         if interval % accumulated:
-            raise UserError(
-                f"{place}: takes a multiple of optim_wrapper.accumulative_counts={accumulated}, since "
-                "checkpoints hold no gradients"
-            )
+            count = f"optim_wrapper.accumulative_counts={accumulated}"
+            raise UserError(f"{name}{interval}: takes a multiple of {count}, since checkpoints hold no gradients")
 
 
 def used_loaders(cfg: Config) -> list[str]:
@@ -237,15 +197,8 @@ def find_source(cfg: Config, args: argparse.Namespace, output: Output) -> Source
     Raises:
         UserError: the checkpoint cannot be read, or holds weights only, or settings exclude each other.
     """
-    chosen = [
-        flag
-        for flag, value in (
-            ("--resume", args.resume),
-            ("--load-from", args.load_from),
-            ("--from-scratch", args.from_scratch),
-        )
-        if value
-    ]
+    values = {"--resume": args.resume, "--load-from": args.load_from, "--from-scratch": args.from_scratch}
+    chosen = [flag for flag, value in values.items() if value]
     if len(chosen) > 1 and chosen != ["--resume", "--from-scratch"]:
         raise UserError(f"{' and '.join(chosen)}: choose one")
 
@@ -268,11 +221,9 @@ def end_finished_run(source: Source, cfg: Config, schedule: Schedule) -> None:
         UserError: the user named the checkpoint, and expects more training.
     """
     done = f"all {schedule.length} {'epochs' if schedule.by_epoch else 'iterations'} are done"
-    if DenseState.from_checkpoint(source.checkpoint).stopped:
-        done = "its EarlyStoppingHook has ended it"
     if not source.is_automatic:
-        setting_name = "train_cfg.max_epochs" if schedule.by_epoch else "train_cfg.max_iters"
-        raise UserError(f"{source.what}: {done}; nothing left to train; raise {setting_name} to train longer")
+        name = "train_cfg.max_epochs" if schedule.by_epoch else "train_cfg.max_iters"
+        raise UserError(f"{source.what}: {done}; nothing left to train; raise {name} to train longer")
     print_main(f"{source.what}: the run in {cfg.work_dir} is complete: {done}")
 
 
@@ -288,21 +239,6 @@ def config_to_write(cfg: Config, args: argparse.Namespace) -> Config:
 def starting_weights(cfg: Config, args: argparse.Namespace) -> str | None:
     """Checkpoint of a whole model whose weights a fresh run starts from, None for none."""
     return args.load_from or (None if args.from_scratch or cfg.get("resume") else cfg.get("load_from"))
-
-
-def build_run(
-    cfg: Config,
-    written: Config,
-    args: argparse.Namespace,
-    schedule: Schedule,
-    output: Output,
-    watchdog: Watchdog,
-    source: Source | None,
-) -> Run:
-    """Gather what a training run is, besides its config."""
-    settings = settings_of(cfg) | {"launcher.processes": get_world_size()}
-    limits = MonitorSettings(args.max_bad_steps, False, args.checkpoint_every, args.on_bad_image, 0, ADVICE)
-    return Run(written, schedule, output, watchdog, source, args.auto_resume, resumes(args), settings, limits)
 
 
 def run_to_the_end(runner: TrainingRunner) -> None:
@@ -326,9 +262,8 @@ def run_to_the_end(runner: TrainingRunner) -> None:
     on_main_process(output.close)
     state = runner.state
     if state.bad_steps == state.global_step:
-        raise UserError(
-            f"{output.folder}: the loss was not finite in any iteration, and nothing was learned; try {ADVICE}"
-        )
+        problem = "the loss was not finite in any iteration, and nothing was learned"
+        raise UserError(f"{output.folder}: {problem}; try {ADVICE}")
     best = f", best score {state.best:.4g}" if state.best is not None else ""
     skipped = f", {state.bad_steps} steps skipped" if state.bad_steps else ""
     print_main(f"trained{best}{skipped}: checkpoints and logs are in {output.folder}")
@@ -352,9 +287,10 @@ def own_folder(output: Output, config: str, preemption: Preemption) -> Iterator[
     before = set(output.folder.iterdir()) if is_main_process() else set()  # another run may have written until now
     try:
         yield
-    except Exception:
+    except Exception as error:
         if not preemption.has_progress and is_main_process():
-            for path in {output.folder / LOG, output.folder / config, *log_folders(output.folder)} - before:
+            logs = [] if isinstance(error, BuildError) else log_folders(output.folder)  # which have the traceback
+            for path in {output.folder / LOG, output.folder / config, *logs} - before:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             remove_empty(missing)
         raise
@@ -397,10 +333,8 @@ def set_starting_point(cfg: Config, args: argparse.Namespace, source: Source | N
     settings = backbone.get("init_cfg")
     pretrained = backbone.get("pretrained") or (settings.get("checkpoint") if isinstance(settings, dict) else None)
     if pretrained and "://" not in pretrained and not Path(pretrained).is_file():
-        raise UserError(
-            f"pretrained {pretrained}: no such file; put a checkpoint of main.py there, name one with --cfg-options "
-            f"model.backbone.pretrained=PATH, or train without one: --from-scratch"
-        )
+        ways_out = "put a checkpoint of main.py there, name one with --cfg-options model.backbone.pretrained=PATH"
+        raise UserError(f"pretrained {pretrained}: no such file; {ways_out}, or train without one: --from-scratch")
     return {}
 
 
@@ -421,9 +355,8 @@ def read_starting_weights(cfg: Config, flag: str) -> dict[str, Any]:
     weights, depending = weights_of(checkpoint, what), entries_of_classes(cfg)
     kept = {name: value for name, value in weights.items() if name not in depending}
     count = len(weights) - len(kept)
-    print_main(
-        f"{what}: was trained on classes with different names; the {count} entries that depend on them stay fresh"
-    )
+    problem = "was trained on classes with different names"
+    print_main(f"{what}: {problem}; the {count} entries that depend on them stay fresh")
     return {"meta": checkpoint.get("meta", {}), "state_dict": kept}
 
 

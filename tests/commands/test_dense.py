@@ -136,12 +136,11 @@ def test_pretrained_forms(classifier, form, argument, tmp_path, report):
     model = build(**setting)
     fresh = {name: value.clone() for name, value in model.state_dict().items()}
     model.init_weights()
-    loaded = [
-        name for name, value in model.state_dict().items() if name in weights and torch.equal(value, weights[name])
-    ]
+    state = model.state_dict()
+    loaded = [name for name, value in state.items() if name in weights and torch.equal(value, weights[name])]
     not_in_it = [name for name in fresh if name not in weights]
     assert set(loaded) | set(not_in_it) == fresh.keys()
-    assert all(torch.equal(fresh[name], model.state_dict()[name]) for name in not_in_it)
+    assert all(torch.equal(fresh[name], state[name]) for name in not_in_it)
     text = report()
     assert f"pretrained {path}: SepViT_Lite" in text
     assert f": loaded {len(fresh) - len(not_in_it)} of {len(fresh)} entries; " in text
@@ -160,11 +159,8 @@ def test_missing_pretrained_weights_are_reported(report):
 def test_pretrained_refusals(classifier, tmp_path):
     torch.save(timm.create_model("SepViT_Tiny").state_dict(), tmp_path / "tiny.pth")
     torch.save({"model": classifier.state_dict(), "args": Code(tmp_path / "ran")}, tmp_path / "code.pth")
-    for name, words in (
-        ("tiny.pth", "contains SepViT_Tiny, not SepViT_Lite"),
-        ("code.pth", "could run code"),
-        ("none.pth", "no such file"),
-    ):
+    refused = {"tiny.pth": "not SepViT_Lite", "code.pth": "could run code", "none.pth": "no such file"}
+    for name, words in refused.items():
         with pytest.raises(UserError, match=words):
             build(pretrained=str(tmp_path / name)).init_weights()
     with pytest.raises(ValueError, match="give one of them"):
@@ -193,52 +189,31 @@ def test_no_loader_runs_code(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_libraries_of_a_host_program_stay_visible(tmp_path):
-    """Hugging Face's `datasets` stays importable, although a file of this project has the same name."""
-    host = tmp_path / "host.py"
-    host.write_text(
-        "import importlib, sys\n"
-        f"sys.path.append({str(ROOT)!r})\n"
-        "before = list(sys.path)\n"
-        "from mmengine.config import Config\n"
-        "from mmengine.registry import MODELS\n"
-        f"cfg = Config.fromfile({str(ROOT / 'segmentation/configs/fpn_sepvit_t_512x512_80k_ade20k.py')!r})\n"
-        "print(type(MODELS.build(cfg.model.backbone)))\n"
-        "for name in ('loading', 'predict', 'runner', 'settings', 'test', 'train'):\n"
-        "    importlib.import_module(f'dense.{name}')\n"
-        "assert 'datasets' not in sys.modules, sys.modules['datasets']\n"
-        "import datasets\n"
-        "print(datasets.load_dataset)\n"
-        "assert sys.path == before, sys.path\n"
-    )
-    text = succeed(script=host, cwd=tmp_path)
-    assert "SepViT_Tiny" in text
-    assert "function load_dataset" in text
-
-
-OWN_MODULES = (
-    "import importlib, sys\n"
-    "sys.path.append({root!r})\n"
-    "from mmengine.config import Config\n"
-    "from mmengine.registry import MODELS\n"
-    "import sepvit_lib.dense.backbone\n"
-    "print(type(MODELS.build(dict(type='SepViT_Lite'))))\n"
-    "for name in ('flops', 'loading', 'predict', 'runner', 'settings', 'test'):\n"
-    "    importlib.import_module(f'dense.{{name}}')\n"
-    "cfg = Config.fromfile({config!r})\n"
-    "print(type(MODELS.build(cfg.model.backbone)))\n"
-    "import datasets, utils\n"
-    "print(datasets.__file__, utils.__file__)\n"
-)
+HOST = """
+import importlib, sys
+sys.path.append({root!r})
+before = list(sys.path)
+from mmengine.config import Config
+from mmengine.registry import MODELS
+import sepvit_lib.dense.backbone
+print(type(MODELS.build(dict(type='SepViT_Lite'))))
+for name in ('flops', 'loading', 'predict', 'runner', 'settings', 'test', 'train'):
+    importlib.import_module(f'sepvit_lib.dense.{{name}}')
+print(type(MODELS.build(Config.fromfile({config!r}).model.backbone)))
+assert 'datasets' not in sys.modules, sys.modules['datasets']
+import datasets, utils
+assert sys.path == before, sys.path
+print(datasets.__file__, utils.__file__)
+"""
 
 
 def test_host_program_with_its_own_utils_and_datasets(tmp_path):
-    """The backbones, the configs and commands other than training import no `utils` or `datasets` of this project."""
+    """The backbones, the configs and the commands import no `utils` or `datasets` of this project."""
     for name in ("utils", "datasets"):
         (tmp_path / f"{name}.py").write_text("")
     host = tmp_path / "host.py"
     config = ROOT / "segmentation/configs/fpn_sepvit_t_512x512_80k_ade20k.py"
-    host.write_text(OWN_MODULES.format(root=str(ROOT), config=str(config)))
+    host.write_text(HOST.format(root=str(ROOT), config=str(config)))
     lite, tiny, files = succeed(script=host, cwd=tmp_path).splitlines()[-3:]
     assert "SepViT_Lite" in lite
     assert "SepViT_Tiny" in tiny

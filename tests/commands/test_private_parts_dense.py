@@ -5,7 +5,6 @@ are in pyproject.toml.
 """
 
 import json
-import logging
 import pickle
 import re
 
@@ -14,14 +13,11 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.logging import HistoryBuffer, print_log
-from mmengine.registry import MODELS
-from mmengine.runner import Runner
+from mmengine.logging import HistoryBuffer
 
 import sepvit_lib.dense.backbone  # noqa: F401
 from sepvit_lib.dense import mmengine_adapter
 from sepvit_lib.dense.mmengine_adapter import log_statistic, read_checkpoint
-from sepvit_lib.dense.runner import DenseRunner
 from sepvit_lib.training.errors import UserError
 
 # ------------------------------------------------------------------------------------------------------------ mmengine
@@ -43,22 +39,6 @@ def test_mmengine_finds_configs_by_distribution(module, base, tmp_path, monkeypa
     assert "train_cfg" in Config.fromfile(path)
 
 
-def test_texts_of_configs_name_their_bases(tmp_path):
-    """`Config.text` has the texts of all files that were read, each after the file's name, the config's own last."""
-    folder = tmp_path / "inner folder"
-    folder.mkdir()
-    (tmp_path / "first.py").write_text("a = 1")
-    (folder / "second.py").write_text("# ä\n_base_ = ['../first.py', 'mmseg::_base_/default_runtime.py']\n\nb = 2\n\n")
-    (tmp_path / "third.yml").write_text("c: 3\n")
-    (tmp_path / "last.py").write_text("_base_ = ['inner folder/second.py', 'third.yml']\nd = 4\n")
-    files = mmengine_adapter.base_files(Config.fromfile(tmp_path / "last.py"))
-    names = ["first.py", "default_runtime.py", "second.py", "third.yml"]
-    assert [file.rpartition("/")[2] for file in files] == names
-    assert all(Config.fromfile(file) for file in files)
-    assert mmengine_adapter.base_files(Config.fromfile(tmp_path / "first.py")) == []
-    assert mmengine_adapter.base_files(Config(dict(a=1))) == []
-
-
 def test_detection_metrics_keep_their_annotations(tmp_path):
     """In `CocoMetric._coco_api`, which `CompleteCocoMetric` replaces."""
     from mmdet.evaluation import CocoMetric
@@ -78,97 +58,14 @@ def test_detection_metrics_keep_their_annotations(tmp_path):
     assert CompleteCocoMetric()._coco_api is None
 
 
-def test_errors_show_the_part_that_was_built():
-    """`build_from_cfg` keeps the part and the registry in variables named `cfg` and `registry`."""
-    wrong = dict(type="SepViT_Lite", frozen_stages=9)
-    for built, where in ((wrong, "frozen_stages=9"), (dict(type="Nothing"), "Nothing is not in the")):
-        with pytest.raises((KeyError, ValueError), match=where) as raised:
-            MODELS.build(built)
-        found = mmengine_adapter.innermost_build(raised.value)
-        assert found is not None
-        assert found[0] == built
-        assert found[1].root is MODELS
-    with pytest.raises(ValueError, match="invalid literal") as raised:
-        int("x")
-    assert mmengine_adapter.innermost_build(raised.value) is None
-
-
-class Network(torch.nn.Module):
-    """The smallest model that a runner accepts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(3))
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """Write the checkpoint of a network."""
-    path = tmp_path / "network.pth"
-    torch.save({"state_dict": {"weight": torch.ones(3)}}, path)
-    return str(path)
-
-
-@pytest.mark.parametrize("kind", [Runner, DenseRunner], ids=["mmengine", "ours"])
-def test_runners_that_have_loaded_load_no_other_checkpoint(kind, checkpoint, tmp_path, monkeypatch):
-    """Both mark it in `_has_loaded`, ours by `mark_loaded`."""
-    runner = kind(Network(), str(tmp_path / "work"), load_from="missing.pth", experiment_name=f"{kind.__name__}_loads")
-    if kind is DenseRunner:
-        runner.checkpoints = {}
-        monkeypatch.setattr("sepvit_lib.dense.runner.load_weights", load_plainly)
-    assert runner._has_loaded is False, "mmengine has another attribute now: adapt mark_loaded"
-    runner.load_checkpoint(checkpoint)
-    assert runner._has_loaded is True
-    assert (runner.model.weight == 1).all()
-    runner.load_or_resume()  # would fail on missing.pth
-
-
-def test_a_missing_compiler_is_not_printed(tmp_path, monkeypatch, capfd):
-    """mmengine asks it for its version, in `Runner._log_env`."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    for kind, is_quiet in ((Runner, False), (DenseRunner, True)):
-        kind(Network(), str(tmp_path / kind.__name__), experiment_name=kind.__name__)
-        assert ("not found" not in capfd.readouterr().err) == is_quiet
-    assert "GCC: n/a" in next(tmp_path.glob("DenseRunner/*/*.log")).read_text()
-
-
-def test_weights_that_a_checkpoint_replaces_are_not_reported(tmp_path, capfd):
-    """In `Runner._init_model_weights`, before training."""
-    for load_from in (None, "weights.pth"):
-        network = Network()
-        network.init_weights = lambda: print_log("randomly initialised", "current", logging.WARNING)
-        runner = DenseRunner(network, str(tmp_path), load_from=load_from, experiment_name=f"initialises {load_from}")
-        runner._init_model_weights()
-        assert ("randomly initialised" in "".join(capfd.readouterr())) == (load_from is None)
-    assert len(re.findall("randomly initialised", "".join(log.read_text() for log in tmp_path.glob("*/*.log")))) == 2
-
-
-def test_runners_that_have_not_loaded_load(tmp_path):
-    """The test above relies on it."""
-    runner = Runner(Network(), str(tmp_path / "work"), load_from="missing.pth", experiment_name="loads_nothing")
-    with pytest.raises(FileNotFoundError, match=r"missing\.pth"):
-        runner.load_or_resume()
-
-
-def load_plainly(model, weights, what, **_):
-    """Load a state dict. Takes the place of `load_weights`, which expects a SepViT inside the model."""
-    from sepvit_lib.training.checkpoints import LoadReport
-
-    model.load_state_dict(weights)
-    return LoadReport(len(weights))
-
-
 # --------------------------------------------------------------------------------------------------- mmengine and NumPy
 
 
 def test_mmengines_log_is_read_without_running_code(tmp_path):
     """The log has arrays, numbers and references to methods."""
     buffer = HistoryBuffer([1.0, 2.0, 4.0], [1, 1, 2])
-    state = dict(
-        log_scalars={"loss": buffer},
-        numbers=[np.float64(0.5), np.int64(3), np.uint32(7), np.int32(-1), np.bool_(True)],
-        iter=7,
-    )
+    numbers = [np.float64(0.5), np.int64(3), np.uint32(7), np.int32(-1), np.bool_(True)]
+    state = dict(log_scalars={"loss": buffer}, numbers=numbers, iter=7)
     torch.save({"state_dict": {}, "message_hub": state}, tmp_path / "checkpoint.pth")
     read = read_checkpoint(str(tmp_path / "checkpoint.pth"), "checkpoint")["message_hub"]
     assert read["numbers"] == state["numbers"]
@@ -190,14 +87,11 @@ def test_mmengines_log_refers_to_its_methods():
 
 
 def test_numpy_pickles_by_functions_that_are_allowed():
-    """In NumPy 2.x they are private: `numpy._core.multiarray._reconstruct` and `scalar`."""
-    functions = [
-        entry for entry in mmengine_adapter.LOG_CLASSES if getattr(entry, "__module__", "").endswith("multiarray")
-    ]
-    assert [f"{function.__module__}.{function.__name__}" for function in functions] == [
-        "numpy._core.multiarray._reconstruct",
-        "numpy._core.multiarray.scalar",
-    ], "NumPy pickles arrays in another way now: checkpoints of older versions would be refused"
+    """In NumPy 2.x they are private. Otherwise, checkpoints of older versions would be refused."""
+    modules = [getattr(entry, "__module__", "") for entry in mmengine_adapter.LOG_CLASSES]
+    functions = [entry for entry, module in zip(mmengine_adapter.LOG_CLASSES, modules) if module.endswith("multiarray")]
+    names = [f"{function.__module__}.{function.__name__}" for function in functions]
+    assert names == ["numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar"]
 
 
 def test_other_numpy_functions_are_refused(tmp_path):

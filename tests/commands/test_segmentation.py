@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, Code, free_port, optimizer_groups, play_srun, refusal, shell, succeed, undecayed_names
+from dense_data import own_config
 from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS, TRANSFORMS, init_default_scope
 from mmseg.registry import MODELS
@@ -70,9 +71,8 @@ def learning_rates(cfg: Config, iterations: int) -> np.ndarray:
     """Return the learning rate of each iteration, from the built schedule."""
     lr = cfg.optim_wrapper.optimizer.lr
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    schedulers = [
-        PARAM_SCHEDULERS.build(dict(setting), default_args=dict(optimizer=optimizer)) for setting in cfg.param_scheduler
-    ]
+    build = partial(PARAM_SCHEDULERS.build, default_args=dict(optimizer=optimizer))
+    schedulers = [build(dict(setting)) for setting in cfg.param_scheduler]
     assert not any(setting.by_epoch for setting in cfg.param_scheduler)
     rates = np.empty(iterations)
     for i in range(iterations):
@@ -169,13 +169,8 @@ def test_evaluation_scales(read, tmp_path):
     init_default_scope("mmseg")
     Image.new("RGB", (683, 512)).save(tmp_path / "image.jpg")
     Image.new("L", (683, 512)).save(tmp_path / "labels.png")
-    sample = dict(
-        img_path=str(tmp_path / "image.jpg"),
-        seg_map_path=str(tmp_path / "labels.png"),
-        reduce_zero_label=True,
-        seg_fields=[],
-        label_map=None,
-    )
+    paths = dict(img_path=str(tmp_path / "image.jpg"), seg_map_path=str(tmp_path / "labels.png"))
+    sample = dict(paths, reduce_zero_label=True, seg_fields=[], label_map=None)
     cfg = read("t")
     for key in ("val_dataloader", "test_dataloader"):
         image = _run(cfg[key].dataset.pipeline, sample)["inputs"]
@@ -258,24 +253,19 @@ def scenes(demo_data, tmp_path_factory) -> Path:
     return root
 
 
+LENGTHS = ("train_cfg.max_iters", "train_cfg.val_interval", "default_hooks.checkpoint.interval")
+
+
 def small(scenes: Path, iterations: int = 2) -> list[str]:
     """Options that make a run small."""
-    return [
-        "--cfg-options",
-        f"data_root={scenes}",
-        f"train_cfg.max_iters={iterations}",
-        f"train_cfg.val_interval={iterations}",
-        f"default_hooks.checkpoint.interval={iterations}",
-        "train_dataloader.batch_size=2",
-        "train_dataloader.num_workers=0",
-        "val_dataloader.num_workers=0",
-        "test_dataloader.num_workers=0",
-        "default_hooks.logger.interval=1",
-    ]
+    lengths = " ".join(f"{name}={iterations}" for name in LENGTHS)
+    workers = " ".join(f"{split}_dataloader.num_workers=0" for split in ("train", "val", "test"))
+    others = f"{lengths} {workers} train_dataloader.batch_size=2 default_hooks.logger.interval=1"
+    return ["--cfg-options", f"data_root={scenes}", *others.split()]
 
 
-def run(name: str, *arguments, **kwargs) -> str:
-    return succeed(*arguments, script=f"segmentation/{name}", cwd=ROOT / "segmentation", **kwargs)
+def run(name: str, *arguments) -> str:
+    return succeed(*arguments, script=f"segmentation/{name}", cwd=ROOT / "segmentation")
 
 
 def miou(text: str) -> str:
@@ -286,7 +276,8 @@ def miou(text: str) -> str:
 def trained(scenes, tmp_path_factory) -> Path:
     """The work dir of a small run of two iterations."""
     work_dir = tmp_path_factory.mktemp("trained")
-    text = run("train.py", DEMO, "--work-dir", work_dir, "--seed", "0", "--deterministic", *small(scenes))
+    text = run("train.py", DEMO, "--work-dir", work_dir, "--resume", "--seed", "0", "--deterministic", *small(scenes))
+    assert f"no checkpoint in {work_dir} to resume from; starting a fresh run" in text
     assert "SepViT_Lite: randomly initialised, no pretrained weights" in text
     assert f": checkpoints and logs are in {work_dir}" in text
     assert "Iter(val) [2/2]" in text
@@ -300,7 +291,7 @@ def log_of(work_dir: Path) -> list[dict]:
 
 
 def test_resume(trained, scenes, tmp_path):
-    """From a given checkpoint, and from the newest in the work dir. The schedule continues, too."""
+    """From the newest checkpoint in the work dir; detection's test names one. The schedule continues, too."""
     shutil.copy(trained / "iter_2.pth", tmp_path / "iter_2.pth")
     (tmp_path / "last_checkpoint").write_text(str(tmp_path / "iter_2.pth"))
     options = small(scenes, 4)
@@ -312,19 +303,10 @@ def test_resume(trained, scenes, tmp_path):
     assert rates[4] > rates[3] > {e["step"]: e["lr"] for e in log_of(trained) if "lr" in e}[2]  # warming up
     assert read_checkpoint(str(tmp_path / "iter_4.pth"), "checkpoint")["meta"]["iter"] == 4
     assert "Iter(val)" not in automatic
-    named = run("train.py", DEMO, "--work-dir", tmp_path / "b", "--resume", trained / "iter_2.pth", *options)
-    assert "iter_2.pth: resuming at iteration 3" in named
-
-
-def test_resume_without_a_checkpoint_starts_a_fresh_run(scenes, tmp_path):
-    text = run("train.py", DEMO, "--work-dir", tmp_path, "--resume", "--no-validate", *small(scenes, 1))
-    assert f"no checkpoint in {tmp_path} to resume from; starting a fresh run" in text
-    assert (tmp_path / "iter_1.pth").exists()
 
 
 def test_load_from_starts_with_a_fresh_head_for_other_classes(trained, scenes, tmp_path):
-    config = tmp_path / "own.py"
-    config.write_text(f"_base_ = {str(DEMO)!r}\nmetainfo = dict(classes={tuple('abcdefghijkl')})\n")
+    config = own_config(tmp_path / "own.py", DEMO, scenes, tuple("abcdefghijkl"))
     text = run("train.py", config, "--work-dir", tmp_path, "--load-from", trained / "iter_2.pth", *small(scenes, 1))
     assert "randomly initialised 2: decode_head.conv_seg.weight, decode_head.conv_seg.bias" in text
     assert "Iter(train) [1/1]" in text
@@ -335,41 +317,21 @@ def test_pretrained_backbone_by_command(scenes, tmp_path):
     weights = timm.create_model("SepViT_Lite", num_classes=5).state_dict()
     path = tmp_path / "SepViT_Lite.pth"
     torch.save({"model": weights}, path)
-    text = run(
-        "train.py",
-        DEMO,
-        "--work-dir",
-        tmp_path,
-        "--amp",
-        *small(scenes, 1),
-        "model.backbone.init_cfg.type=Pretrained",
-        f"model.backbone.init_cfg.checkpoint={path}",
-        "optim_wrapper.optimizer.lr=0",
-    )
+    pretrained = ["model.backbone.init_cfg.type=Pretrained", f"model.backbone.init_cfg.checkpoint={path}"]
+    options = [*small(scenes, 1), *pretrained, "optim_wrapper.optimizer.lr=0"]
+    text = run("train.py", DEMO, "--work-dir", tmp_path, "--amp", *options)
     assert f"pretrained {path}: SepViT_Lite: loaded 180 of 208 entries; " in text
     if not torch.cuda.is_available():
-        assert "mixed precision: no GPU here, training in float32" in text
+        assert "half precision: no GPU here, computing in float32" in text
     saved = read_checkpoint(str(tmp_path / "iter_1.pth"), "checkpoint")["state_dict"]
     torch.testing.assert_close(saved["backbone.blocks.2.3.mlp.fc1.weight"], weights["blocks.2.3.mlp.fc1.weight"])
 
 
 def test_evaluation_metrics_predictions_and_pictures(trained, scenes, tmp_path):
     out, pictures = tmp_path / "out", tmp_path / "pictures"
-    text = run(
-        "test.py",
-        DEMO,
-        trained / "iter_2.pth",
-        "--eval",
-        "mIoU",
-        "mDice",
-        "--out",
-        out,
-        "--show-dir",
-        pictures,
-        "--work-dir",
-        tmp_path,
-        *small(scenes),
-    )
+    checkpoint, options = trained / "iter_2.pth", ["--work-dir", tmp_path, *small(scenes)]
+    written = ["--out", out, "--show-dir", pictures]
+    text = run("test.py", DEMO, checkpoint, "--eval", "mIoU", "mDice", *written, *options)
     entry = next(entry for entry in log_of(trained) if "mIoU" in entry)
     assert float(miou(text)) == pytest.approx(entry["mIoU"], abs=0.011)
     assert "mDice" in text
@@ -381,16 +343,7 @@ def test_evaluation_metrics_predictions_and_pictures(trained, scenes, tmp_path):
     picture = Image.open(pictures / f"{names[0]}.png")
     assert picture.width > 3 * 2 * 160  # image, truth, prediction, each enlarged to 320 × 256
     # drawing without evaluation
-    text = run(
-        "test.py",
-        DEMO,
-        trained / "iter_2.pth",
-        "--show-dir",
-        tmp_path / "alone",
-        "--work-dir",
-        tmp_path,
-        *small(scenes),
-    )
+    text = run("test.py", DEMO, checkpoint, "--show-dir", tmp_path / "alone", *options)
     assert "mIoU" not in text.split("Iter(test)")[-1]
     assert len(list((tmp_path / "alone").iterdir())) == 2
 
@@ -428,31 +381,15 @@ def test_paper_configs_on_two_processes(name, scenes, tmp_path):
     text = script("dist_train.sh", config, 2, "--from-scratch", "--work-dir", tmp_path, *options, environment=port)
     assert "Iter(val)" in text
     for extra in ([], ["--aug-test"]):
-        text = script(
-            "dist_test.sh",
-            config,
-            tmp_path / "iter_1.pth",
-            2,
-            "--eval",
-            "mIoU",
-            *extra,
-            "--work-dir",
-            tmp_path,
-            *options,
-            environment=port,
-        )
+        arguments = [config, tmp_path / "iter_1.pth", 2, "--eval", "mIoU", *extra, "--work-dir", tmp_path, *options]
+        text = script("dist_test.sh", *arguments, environment=port)
         assert float(miou(text)) >= 0
 
 
 def test_batches_of_one_image_are_refused_by_batch_norm(scenes, tmp_path, capsys):
     """UPerNet's pooling to 1 × 1 normalises over images."""
-    arguments = [
-        str(CONFIGS / "upernet_sepvit_t_512x512_160k_ade20k_swin_setting.py"),
-        "--from-scratch",
-        "--work-dir",
-        str(tmp_path / "run"),
-        *small(scenes),
-    ]
+    config = CONFIGS / "upernet_sepvit_t_512x512_160k_ade20k_swin_setting.py"
+    arguments = [config, "--from-scratch", "--work-dir", tmp_path / "run", *small(scenes)]
     line = refusal(RUN["train"], "train", [*arguments, "train_dataloader.batch_size=1"], capsys)
     assert "train_dataloader.batch_size: " in line
     assert not (tmp_path / "run").exists()
@@ -465,7 +402,7 @@ def test_the_reason_of_unreadable_labels_ends_the_run(scenes, tmp_path, capsys):
         labels = np.full_like(np.asarray(Image.open(path)), 200)
         path.unlink()
         Image.fromarray(labels).save(path)
-    arguments = [str(DEMO), "--work-dir", str(tmp_path / "run"), *small(tmp_path / "data")]
+    arguments = [DEMO, "--work-dir", tmp_path / "run", *small(tmp_path / "data")]
     line = refusal(RUN["train"], "train", arguments, capsys)
     assert "10 tried in its place" in line
     assert "200" in line
@@ -476,17 +413,8 @@ def test_slurm_scripts(name, trained, scenes, tmp_path):
     """A script takes the place of srun, and starts the tasks as it would."""
     environment = {**play_srun(tmp_path), "GPUS": "2", "SRUN_ARGS": "--quiet --time=1"}
     checkpoint = [] if name == "slurm_train.sh" else [trained / "iter_2.pth", "--eval", "mIoU"]
-    text = script(
-        name,
-        "gpu",
-        "job",
-        DEMO,
-        *checkpoint,
-        "--work-dir",
-        tmp_path / "work dir",
-        *small(scenes, 1),
-        environment=environment,
-    )
+    arguments = ["gpu", "job", DEMO, *checkpoint, "--work-dir", tmp_path / "work dir", *small(scenes, 1)]
+    text = script(name, *arguments, environment=environment)
     assert miou(text) if checkpoint else text.count(": checkpoints and logs are in ") == 1
     given = (tmp_path / "srun.txt").read_text().splitlines()
     assert {"--partition=gpu", "--job-name=job", "--gres=gpu:2", "--ntasks=2", "--time=1"} <= set(given)
@@ -554,99 +482,41 @@ def files(trained, scenes, tmp_path_factory) -> Path:
     return root
 
 
-DATA, NO_DATA = "data_root={scenes}", "data_root={files}/nothing"
-GOOD = ["{demo}", "{files}/good.pth"]
+# Command lines, and words of the answers. DATA stands for the scenes, GOOD for the demo's config and a checkpoint.
 MISTAKES = {
-    "missing config": ("train", ["none.py"], "CONFIG none.py: no such file"),
-    "config that is no Python": ("train", ["{files}/syntax.py"], "syntax.py: cannot be read (SyntaxError"),
-    "config without its base": ("train", ["{files}/no_base.py"], "missing.py"),
-    "config of something else": ("train", ["{files}/no_model.py"], "it has no model.backbone"),
-    "option that is no pair": ("train", ["{demo}", "--cfg-options", "lr"], "--cfg-options lr: takes key=value pairs"),
-    "option into nothing": ("train", ["{demo}", "--cfg-options", "model.type.x=1"], "model.type is 'EncoderDecoder'"),
-    "missing data": ("train", ["{demo}", "--cfg-options", NO_DATA], "train data {files}/nothing: no such folder"),
-    "missing pretrained": (
-        "train",
-        ["{files}/pretrained.py", "--cfg-options", DATA],
-        "pretrained none.pth: no such file; put a checkpoint of main.py there",
-    ),
-    "way out of it": ("train", ["{files}/pretrained.py", "--cfg-options", DATA], "train without one: --from-scratch"),
-    "resume and load": (
-        "train",
-        ["{demo}", "--resume", "a.pth", "--load-from", "b.pth", "--cfg-options", DATA],
-        "--resume and --load-from: choose one",
-    ),
-    "missing resume": ("train", ["{demo}", "--resume", "none.pth", "--cfg-options", DATA], "--resume none.pth: no"),
-    "resume from weights": (
-        "train",
-        ["{demo}", "--resume", "{files}/weights.pth", "--cfg-options", DATA],
-        "holds weights only, so it cannot be resumed; use --load-from to start",
-    ),
-    "resume that runs code": ("train", ["{demo}", "--resume", "{files}/code.pth", "--cfg-options", DATA], "run code"),
-    "load-from that runs code": (
-        "train",
-        ["{demo}", "--load-from", "{files}/code.pth", "--cfg-options", DATA],
-        "could run code",
-    ),
-    "predict by code": (
-        "predict",
-        ["{demo}", "{files}/code.pth", "{files}/image.png", "--out", "{files}/out"],
-        "could run code",
-    ),
-    "load-from another variant": (
-        "train",
-        ["{demo}", "--load-from", "{files}/tiny.pth", "--cfg-options", DATA],
-        "contains SepViT_Tiny, not SepViT_Lite",
-    ),
-    "load-from a backbone": (
-        "train",
-        ["{demo}", "--load-from", "{files}/backbone.pth", "--cfg-options", DATA],
-        "to train from it, give --cfg-options model.backbone.pretrained={files}/backbone.pth",
-    ),
-    "launcher without processes": (
-        "train",
-        ["{demo}", "--launcher", "pytorch", "--cfg-options", DATA],
-        "--launcher pytorch: RANK is not set",
-    ),
-    "work dir that is a file": (
-        "train",
-        ["{demo}", "--work-dir", "{files}/good.pth", "--cfg-options", DATA],
-        "--work-dir {files}/good.pth: cannot be written",
-    ),
-    "unknown flag": ("train", ["{demo}", "--lr", "1"], "--lr: unknown setting"),
-    "unknown metric": ("test", [*GOOD, "--eval", "mAP"], "--eval mAP: unknown; choose from mIoU, mDice, mFscore"),
-    "out that is a pickle": (
-        "test",
-        [*GOOD, "--out", "x.pkl", "--cfg-options", DATA],
-        "--out x.pkl: takes a folder of PNGs",
-    ),
-    "no TTA": ("test", ["{files}/no_tta.py", "{files}/good.pth", "--eval", "mIoU", "--aug-test"], "--aug-test: CONFIG"),
-    "missing checkpoint": (
-        "test",
-        ["{demo}", "none.pth", "--eval", "mIoU", "--cfg-options", DATA],
-        "CHECKPOINT none.pth: no such file",
-    ),
-    "truncated": ("test", ["{demo}", "{files}/truncated.pth", "--eval", "mIoU", "--cfg-options", DATA], "truncated"),
-    "another variant": (
-        "test",
-        ["{demo}", "{files}/tiny.pth", "--eval", "mIoU", "--cfg-options", DATA],
-        "contains SepViT_Tiny, not SepViT_Lite; use that variant's config",
-    ),
-    "a backbone": ("test", ["{demo}", "{files}/backbone.pth", "--eval", "mIoU", "--cfg-options", DATA], "a backbone"),
-    "incomplete": (
-        "test",
-        ["{demo}", "{files}/incomplete.pth", "--eval", "mIoU", "--cfg-options", DATA],
-        "1 entries are missing (decode_head.conv_seg.weight, …)",
-    ),
-    "code": ("test", ["{demo}", "{files}/code.pth", "--eval", "mIoU", "--cfg-options", DATA], "could run code"),
-    "missing test data": ("test", [*GOOD, "--eval", "mIoU", "--cfg-options", NO_DATA], "test data {files}/nothing: "),
-    "empty test data": ("test", [*GOOD, "--eval", "mIoU", "--cfg-options", "data_root={files}/empty"], "empty folder"),
-    "missing image": ("predict", [*GOOD, "none.jpg", "--out", "{files}/out"], "IMAGE none.jpg: no such file"),
-    "overwriting": ("predict", [*GOOD, "{files}/image.png", "--out", "{files}"], "would overwrite IMAGE"),
-    "predict by another": (
-        "predict",
-        ["{demo}", "{files}/tiny.pth", "{files}/image.png", "--out", "{files}/out"],
-        "contains SepViT_Tiny, not SepViT_Lite",
-    ),
+    "train none.py": "CONFIG none.py: no such file",
+    "train {files}/syntax.py": "syntax.py: cannot be read",
+    "train {files}/no_base.py": "missing.py",
+    "train {files}/no_model.py": "model.backbone",
+    "train {demo} --cfg-options lr": "--cfg-options lr: takes key=value pairs",
+    "train {demo} --cfg-options model.type.x=1": "model.type is 'EncoderDecoder'",
+    "train {demo} --cfg-options data_root={files}/nothing": "train data {files}/nothing: no such folder",
+    "train {files}/pretrained.py DATA": "pretrained none.pth: no such file; put a checkpoint of main.py there",
+    "train {demo} --resume a.pth --load-from b.pth DATA": "--resume and --load-from: choose one",
+    "train {demo} --resume none.pth DATA": "--resume none.pth: no",
+    "train {demo} --resume {files}/weights.pth DATA": "holds weights only, so it cannot be resumed; use --load-from",
+    "train {demo} --resume {files}/code.pth DATA": "could run code",
+    "train {demo} --load-from {files}/code.pth DATA": "could run code",
+    "predict {demo} {files}/code.pth {files}/image.png --out {files}/out": "could run code",
+    "train {demo} --load-from {files}/tiny.pth DATA": "SepViT_Tiny, not SepViT_Lite",
+    "train {demo} --load-from {files}/backbone.pth DATA": "model.backbone.pretrained={files}/backbone.pth",
+    "train {demo} --launcher pytorch DATA": "--launcher pytorch: RANK is not set",
+    "train {demo} --work-dir {files}/good.pth DATA": "--work-dir {files}/good.pth: cannot be written",
+    "train {demo} --lr 1": "--lr: unknown setting",
+    "test GOOD --eval mAP": "--eval mAP: unknown; choose from mIoU, mDice, mFscore",
+    "test GOOD --out x.pkl DATA": "--out x.pkl: takes a folder of PNGs",
+    "test {files}/no_tta.py {files}/good.pth --eval mIoU --aug-test": "--aug-test: CONFIG",
+    "test {demo} none.pth --eval mIoU DATA": "CHECKPOINT none.pth: no such file",
+    "test {demo} {files}/truncated.pth --eval mIoU DATA": "truncated",
+    "test {demo} {files}/tiny.pth --eval mIoU DATA": "SepViT_Tiny, not SepViT_Lite",
+    "test {demo} {files}/backbone.pth --eval mIoU DATA": "a backbone",
+    "test {demo} {files}/incomplete.pth --eval mIoU DATA": "1 entries are missing (decode_head.conv_seg.weight, …)",
+    "test {demo} {files}/code.pth --eval mIoU DATA": "could run code",
+    "test GOOD --eval mIoU --cfg-options data_root={files}/nothing": "test data {files}/nothing: ",
+    "test GOOD --eval mIoU --cfg-options data_root={files}/empty": "empty folder",
+    "predict GOOD none.jpg --out {files}/out": "IMAGE none.jpg: no such file",
+    "predict GOOD {files}/image.png --out {files}": "would overwrite IMAGE",
+    "predict {demo} {files}/tiny.pth {files}/image.png --out {files}/out": "SepViT_Tiny, not SepViT_Lite",
 }
 
 
@@ -662,29 +532,22 @@ def test_mistakes(mistake, files, scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    command, arguments, words = MISTAKES[mistake]
-    places = dict(demo=DEMO, files=files, scenes=scenes)
+    paths = dict(demo=DEMO, files=files, scenes=scenes)
     before = sorted(files.rglob("*"))
-    arguments = [argument.format(**places) for argument in arguments]
-    assert words.format(**places) in refusal(RUN[command], command, arguments, capsys)
+    line = mistake.replace("DATA", "--cfg-options data_root={scenes}").replace("GOOD", "{demo} {files}/good.pth")
+    command, *arguments = [word.format(**paths) for word in line.split()]
+    assert MISTAKES[mistake].format(**paths) in refusal(RUN[command], command, arguments, capsys)
     assert sorted(files.rglob("*")) == before
     assert not (tmp_path / "work_dirs").exists()
 
 
 FORMER = {
-    "--resume-from=a.pth": ("train", "--resume-from: use --resume PATH"),
-    "--resume_from a.pth": ("train", "--resume-from: use --resume PATH"),
-    "--options a=1": ("train", "--options: use --cfg-options KEY=VALUE"),
-    "--gpus 8": ("train", "--gpus: use bash dist_train.sh CONFIG N, which trains on N GPUs"),
-    "--gpu-ids 0 1": ("train", "--gpu-ids: use CUDA_VISIBLE_DEVICES to choose GPUs, and bash dist_train.sh CONFIG N"),
-    "--options b=1": ("test", "--options: use --cfg-options KEY=VALUE"),
-    "--eval-options a=1": ("test", "--eval-options: use --cfg-options test_evaluator.KEY=VALUE"),
-    "--show": ("test", "--show: use --show-dir DIR, which writes the pictures"),
-    "--gpu-collect": ("test", "--gpu-collect: not needed, results of all processes are always collected"),
-    "--tmpdir=a": ("test", "--tmpdir: not needed, results of all processes are always collected"),
-    "--fuse-conv-bn": ("test", "--fuse-conv-bn: not available; remove it"),
-    "--format-only": ("test", "--format-only: use --out DIR, which writes the predicted labels"),
-    "--options c=1": ("predict", "--options: use --cfg-options KEY=VALUE"),
+    "train --resume_from=a.pth": "use --resume PATH",
+    "train --gpus 8": "use bash dist_train.sh CONFIG N",
+    "test --eval-options a=1": "use --cfg-options test_evaluator.KEY=VALUE",
+    "test --fuse-conv-bn": "not available",
+    "test --format-only": "use --out DIR",
+    "predict --options c=1": "use --cfg-options KEY=VALUE",
 }
 
 
@@ -692,8 +555,9 @@ FORMER = {
 def test_flags_of_mmseg_0_10(arguments, tmp_path, capsys, monkeypatch):
     """They are answered before anything else in the command is checked."""
     monkeypatch.chdir(tmp_path)
-    command, words = FORMER[arguments]
-    assert words in refusal(RUN[command], command, ["config.py", *arguments.split()], capsys)
+    command, flag, *values = arguments.split()
+    line = refusal(RUN[command], command, ["config.py", flag, *values], capsys)
+    assert f"{flag.partition('=')[0].replace('_', '-')}: {FORMER[arguments]}" in line
     assert not list(tmp_path.iterdir())
 
 

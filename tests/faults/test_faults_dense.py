@@ -11,25 +11,28 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Code
+from conftest import ROOT, Code, refusal
 from harness import DENSE_NAMES, LIMIT, RESUME_STATUS, DenseRun, assert_same_dense, damage, descendants, kill_started
 
 from sepvit_lib.dense.mmengine_adapter import read_checkpoint
+from sepvit_lib.dense.train import build_train_parser, run_training
 from sepvit_lib.training import checkpoints
 from sepvit_lib.training.output import read_log
 
 KINDS = ("segmentation", "detection")
 LAST = {"segmentation": "iter_12.pth", "detection": "epoch_2.pth"}
-EACH_STEP = "default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=6))"
 CONFIGS = {
     "segmentation": """
 _base_ = "{root}/segmentation/configs/fpn_sepvit_lite_112x112_demo.py"
 data_root = "{data}/ade/ADEChallengeData2016"
+data = dict(data_root=data_root)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
@@ -45,10 +48,6 @@ test_pipeline = [
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
-train_dataloader = dict(
-    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(indices=12, pipeline=train_pipeline)
-)
-val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(indices=4, pipeline=test_pipeline))
 model = dict(data_preprocessor=dict(size=(32, 32)), backbone=dict(drop_path_rate=0.3))
 train_cfg = dict(max_iters=12, val_interval=6)
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=6))
@@ -56,6 +55,8 @@ default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=6))
     "detection": """
 _base_ = "{root}/detection/configs/mask_rcnn_sepvit_lite_fpn_demo.py"
 data_root = "{data}/coco/"
+data = dict(data_root=data_root)
+val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
@@ -71,10 +72,6 @@ test_pipeline = [
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
-train_dataloader = dict(
-    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(indices=12, pipeline=train_pipeline)
-)
-val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(indices=4, pipeline=test_pipeline))
 model = dict(backbone=dict(drop_path_rate=0.3))
 train_cfg = dict(max_epochs=2, val_interval=1)
 param_scheduler = [
@@ -84,8 +81,20 @@ param_scheduler = [
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1))
 """,
 }
+LOADERS = """
+train_dataloader = dict(
+    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(**data, indices=12, pipeline=train_pipeline)
+)
+val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(**data, indices=4, pipeline=test_pipeline))
+"""
 # A row of the table that the short form tries with one kind only, since both take the same code.
-ONLY = {kind: [pytest.param(name, marks=() if name == kind else pytest.mark.slow) for name in KINDS] for kind in KINDS}
+ONLY = {
+    kind: pytest.mark.parametrize(
+        "kind", [pytest.param(name, marks=() if name == kind else pytest.mark.slow) for name in KINDS]
+    )
+    for kind in KINDS
+}
+BOTH = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +106,7 @@ def configs(demo_data, tmp_path_factory) -> dict[str, Path]:
 def write_config(folder: Path, kind: str, data: Path) -> Path:
     """Write the config of a kind, for data in the layout of the demo."""
     path = folder / f"{kind}.py"
-    path.write_text(CONFIGS[kind].replace("{root}", str(ROOT)).replace("{data}", str(data)))
+    path.write_text((CONFIGS[kind] + LOADERS).replace("{root}", str(ROOT)).replace("{data}", str(data)))
     return path
 
 
@@ -105,7 +114,9 @@ def write_config(folder: Path, kind: str, data: Path) -> Path:
 def undisturbed(configs, tmp_path_factory) -> dict[str, Path]:
     """The work dirs of undisturbed runs, by kind."""
     runs = {kind: DenseRun(kind, tmp_path_factory.mktemp(kind), configs[kind]) for kind in KINDS}
-    return {kind: finished(run) for kind, run in runs.items()}
+    processes = {kind: run.start() for kind, run in runs.items()}  # side by side
+    assert {kind: process.wait(LIMIT) for kind, process in processes.items()} == dict.fromkeys(KINDS, 0)
+    return {kind: run.output for kind, run in runs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +124,18 @@ def undisturbed_pair(configs, tmp_path_factory) -> dict[str, Path]:
     """The same, on two processes each."""
     runs = {kind: DenseRun(kind, tmp_path_factory.mktemp(f"{kind}-pair"), configs[kind]) for kind in KINDS}
     return {kind: finished(run, 2) for kind, run in runs.items()}
+
+
+@pytest.fixture
+def run(kind, configs, tmp_path) -> DenseRun:
+    """A run of the kind, in the test's folder."""
+    return DenseRun(kind, tmp_path, configs[kind])
+
+
+@pytest.fixture
+def tried(kind, table) -> Callable[..., None]:
+    """Enters a fault of the kind in the table."""
+    return lambda fault, times=1: table.add(f"{fault}, {kind}", times)
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +172,12 @@ def assert_nothing_saved_is_lost(run: DenseRun) -> None:
         assert all(checkpoints.damage(path) is None or not path.exists() for path in kept)
 
 
+def refused(capsys, config: Path, *arguments: object) -> str:
+    """Run the command in this process, and require that it is refused. Returns the line that says why."""
+    train = partial(run_training, build_train_parser(""))
+    return refusal(train, "train", [config, "--from-scratch", *arguments], capsys)
+
+
 def entries(folder: Path, name: str) -> list:
     """The values of a name in log.txt, in the lines that have it."""
     return [entry[name] for entry in read_log(folder / "log.txt") if name in entry]
@@ -158,11 +187,13 @@ def entries(folder: Path, name: str) -> list:
 # Killed
 # ----------------------------------------------------------------------------------------------------------------------
 
-KILLED = {  # name: settings, processes, kills in the long form
-    "one process": ([], 0, 13),
-    "one process, two workers": (["train_dataloader.num_workers=2", "val_dataloader.num_workers=1"], 0, 6),
-    "two processes": ([], 2, 12),
+SETTINGS = {
+    "one process": [],
+    "one process, two workers": "--cfg-options train_dataloader.num_workers=2 val_dataloader.num_workers=1".split(),
+    "two processes": [],
 }
+KILLS = [(kind, *row) for kind in KINDS for row in zip(SETTINGS, (13, 6, 12))]
+KILLED = [("segmentation", "one process", 2), *(pytest.param(*row, marks=pytest.mark.slow) for row in KILLS)]
 
 
 def kill_pair(run: DenseRun, rng: random.Random) -> bool:
@@ -180,40 +211,21 @@ def kill_pair(run: DenseRun, rng: random.Random) -> bool:
     return was_running
 
 
-def kill_repeatedly(kind: str, name: str, kills: int, config: Path, folder: Path, undisturbed: Path, table) -> None:
-    settings, processes, _ = KILLED[name]
-    options = ["--cfg-options", *settings] if settings else []
+@pytest.mark.parametrize(("kind", "name", "kills"), KILLED)
+def test_killed(kind, name, kills, configs, tmp_path, request, tried):
+    processes = 2 if name == "two processes" else 0
+    undisturbed = request.getfixturevalue("undisturbed_pair" if processes else "undisturbed")[kind]
     rng = random.Random(f"{kind} {name}")
-    number = 0
-
-    def fresh() -> DenseRun:
-        nonlocal number
-        number += 1
-        return DenseRun(kind, folder / f"run{number}", config, *options)
-
-    run, done = fresh(), 0
+    runs = (DenseRun(kind, tmp_path / f"run{i}", configs[kind], *SETTINGS[name]) for i in range(kills + 1))
+    run, done = next(runs), 0
     while done < kills:
         done += kill_pair(run, rng) if processes else run.kill(rng)
         assert_nothing_saved_is_lost(run)
         if "trained" in run.text():  # complete: kill another run
             assert_same_dense(finished(run, processes), undisturbed)
-            run = fresh()
+            run = next(runs)
     assert_same_dense(finished(run, processes), undisturbed)
-    table.add(f"killed at a random moment, {kind}, {name}", kills)
-
-
-@pytest.mark.parametrize("kind", ONLY["segmentation"])
-def test_killed(kind, configs, tmp_path, undisturbed, table):
-    kill_repeatedly(kind, "one process", 2, configs[kind], tmp_path, undisturbed[kind], table)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", KILLED)
-@pytest.mark.parametrize("kind", KINDS)
-def test_killed_many_times(kind, name, configs, tmp_path, undisturbed, undisturbed_pair, table):
-    _, processes, kills = KILLED[name]
-    expected = (undisturbed_pair if processes else undisturbed)[kind]
-    kill_repeatedly(kind, name, kills, configs[kind], tmp_path, expected, table)
+    tried(f"killed at a random moment, {name}", kills)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,11 +233,10 @@ def test_killed_many_times(kind, name, configs, tmp_path, undisturbed, undisturb
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ONLY["detection"])
+@ONLY["detection"]
 @pytest.mark.parametrize("how", ["truncated", pytest.param("changed", marks=pytest.mark.slow)])
-def test_damaged_checkpoint(how, kind, configs, tmp_path, undisturbed, table):
+def test_damaged_checkpoint(run, how, kind, tmp_path, undisturbed, tried):
     rng = random.Random(how)
-    run = DenseRun(kind, tmp_path, configs[kind])
     process = run.start()
     run.wait_for(process, "saved run/", 2)
     os.killpg(process.pid, signal.SIGKILL)
@@ -241,14 +252,13 @@ def test_damaged_checkpoint(how, kind, configs, tmp_path, undisturbed, table):
     assert f"WARNING: moved/{newest.name} is damaged (" in printed
     assert f"checkpoint moved/{before.name}: resuming at " in printed
     assert_same_dense(moved, undisturbed[kind])
-    table.add(f"newest checkpoint truncated or changed, {kind}")
+    tried("newest checkpoint truncated or changed")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ONLY["segmentation"])
-def test_failed_write(kind, configs, tmp_path, undisturbed, table):
+@ONLY["segmentation"]
+def test_failed_write(run, kind, undisturbed, tried):
     """The file size limit is below the size of a checkpoint."""
-    run = DenseRun(kind, tmp_path, configs[kind])
     whole = run.command
     run.command = ["prlimit", "--fsize=20000000", *whole]
     assert run.start().wait(LIMIT) == 2
@@ -258,18 +268,17 @@ def test_failed_write(kind, configs, tmp_path, undisturbed, table):
     assert not list(run.output.glob("*.pth*"))
     run.command = whole
     assert_same_dense(finished(run), undisturbed[kind])
-    table.add(f"failed writes, {kind}", 6)
+    tried("failed writes", 6)
 
 
-@pytest.mark.parametrize("kind", ONLY["segmentation"])
-def test_code_in_the_newest_checkpoint_never_runs(kind, configs, tmp_path, undisturbed, table):
+@ONLY["segmentation"]
+def test_code_in_the_newest_checkpoint_never_runs(kind, configs, tmp_path, undisturbed, capsys, tried):
     shutil.copytree(undisturbed[kind], tmp_path / "run")
     torch.save({"state_dict": {}, "meta": Code(tmp_path / "ran")}, tmp_path / "run" / LAST[kind])
-    run = DenseRun(kind, tmp_path, configs[kind])
-    assert run.start().wait(LIMIT) == 2
-    assert "refused, it holds" in run.text()
+    line = refused(capsys, configs[kind], "--work-dir", tmp_path / "run", "--auto-resume")
+    assert "refused, it holds" in line
     assert not (tmp_path / "ran").exists()
-    table.add(f"newest checkpoint would run code, {kind}")
+    tried("newest checkpoint would run code")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -277,11 +286,10 @@ def test_code_in_the_newest_checkpoint_never_runs(kind, configs, tmp_path, undis
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ONLY["detection"])
+@ONLY["detection"]
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
-def test_preempted(number, kind, configs, tmp_path, undisturbed, table):
-    workers = ["--cfg-options", "train_dataloader.num_workers=1", "val_dataloader.num_workers=1"]
-    run = DenseRun(kind, tmp_path, configs[kind], *workers)
+def test_preempted(run, number, kind, undisturbed, tried):
+    run.command += ["--cfg-options", "train_dataloader.num_workers=1", "val_dataloader.num_workers=1"]
     process = run.start()
     run.wait_for(process, run.step, 3 if number == signal.SIGTERM else 7)
     os.killpg(process.pid, number)  # schedulers signal the process group, with its loader workers
@@ -289,25 +297,24 @@ def test_preempted(number, kind, configs, tmp_path, undisturbed, table):
     assert "train.py: stopped by a signal before iteration" in run.text()
     assert_nothing_saved_is_lost(run)
     assert_same_dense(finished(run), undisturbed[kind])
-    table.add(f"SIGTERM or SIGUSR1 to the run, {kind}")
+    tried("SIGTERM or SIGUSR1 to the run")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ONLY["detection"])
-def test_one_of_two_processes_preempted(kind, configs, tmp_path, undisturbed_pair, table):
-    run = DenseRun(kind, tmp_path, configs[kind])
+@ONLY["detection"]
+def test_one_of_two_processes_preempted(run, kind, undisturbed_pair, tried):
     tasks = run.start_tasks(2)
     run.wait_for(tasks[0], run.step, 3)
     tasks[1].send_signal(signal.SIGUSR1)
     assert [task.wait(LIMIT) for task in tasks] == [RESUME_STATUS] * 2
     assert run.text().count("stopped by a signal before") == 1
     assert_same_dense(finished(run, 2), undisturbed_pair[kind])
-    table.add(f"SIGUSR1 to one process of two, {kind}")
+    tried("SIGUSR1 to one process of two")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_slurm_script_requeues_the_job(kind, configs, tmp_path, undisturbed, table):
+@BOTH
+def test_slurm_script_requeues_the_job(kind, configs, tmp_path, undisturbed, tried):
     """Scripts stand in for srun, which runs one task, and scontrol, which records its arguments."""
     (tmp_path / "srun").write_text(
         "#!/usr/bin/env bash\nexport SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0\n"
@@ -316,18 +323,9 @@ def test_slurm_script_requeues_the_job(kind, configs, tmp_path, undisturbed, tab
     (tmp_path / "scontrol").write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/scontrol.txt\n')
     for name in ("srun", "scontrol"):
         (tmp_path / name).chmod(0o755)
-    run = DenseRun(
-        kind,
-        tmp_path / "job",
-        configs[kind],
-        environment=dict(
-            PATH=f"{tmp_path}:{os.environ['PATH']}",
-            SLURM_JOB_ID="77",
-            PYTHON=sys.executable,
-            SLURM_SUBMIT_DIR=str(ROOT),
-            OMP_NUM_THREADS="1",
-        ),
-    )
+    slurm = dict(SLURM_JOB_ID="77", SLURM_SUBMIT_DIR=str(ROOT), PYTHON=sys.executable, OMP_NUM_THREADS="1")
+    environment = {**slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    run = DenseRun(kind, tmp_path / "job", configs[kind], environment=environment)
     _, _, config, *settings = run.command
     settings.remove("--auto-resume")  # the script's own
     settings[settings.index("run")] = str(run.output)
@@ -340,23 +338,19 @@ def test_slurm_script_requeues_the_job(kind, configs, tmp_path, undisturbed, tab
     run.finish()
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"  # not requeued at the end
     assert entries(run.output, "train_loss") == entries(undisturbed[kind], "train_loss")
-    table.add(f"SIGUSR1 from SLURM, requeued, {kind}")
+    tried("SIGUSR1 from SLURM, requeued")
 
 
 WITH_HOOKS = """
 _base_ = {config!r}
 custom_imports = dict(imports=["sepvit_lib.dense.backbone", "stop_in_validation"])
-custom_hooks = [
-    dict(type="EMAHook", momentum=0.5),
-    dict(type="EarlyStoppingHook", monitor="mIoU", rule="greater", min_delta=100, patience=1),
-    dict(type="StopInValidation"),
-]
+custom_hooks = [dict(type="EMAHook", momentum=0.5), dict(type="StopInValidation")]
 """
 
 
 @pytest.mark.slow
-def test_hooks_with_a_state(configs, tmp_path, table):
-    """A signal comes in the first validation, which uses averaged weights. The second one ends the run early."""
+def test_stopped_in_validation(configs, tmp_path, table):
+    """A signal comes in the first validation, which uses averaged weights."""
     config = tmp_path / "config.py"
     config.write_text(WITH_HOOKS.format(config=str(configs["segmentation"])))
     alone = finished(DenseRun("segmentation", tmp_path / "alone", config))
@@ -365,8 +359,6 @@ def test_hooks_with_a_state(configs, tmp_path, table):
     shutil.copytree(run.output, tmp_path / "unvalidated/run")
     del run.environment["STOP_IN_VALIDATION"]
     assert_same_dense(finished(run), alone)
-    assert len(entries(alone, "test_mIoU")) == 2
-    assert ": its EarlyStoppingHook has ended it" in run.finish()
     table.add("SIGTERM or SIGUSR1 at a random moment, segmentation")
     run = DenseRun("segmentation", tmp_path / "unvalidated", config, "--no-validate")
     run.command[run.command.index("--auto-resume")] = "--resume"  # the way out where the validation cannot be done
@@ -380,11 +372,10 @@ def test_hooks_with_a_state(configs, tmp_path, table):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@BOTH
 @pytest.mark.parametrize(("process", "number"), [(1, signal.SIGKILL), (0, signal.SIGSTOP)])
-def test_lost_process(kind, process, number, configs, tmp_path, undisturbed_pair, table):
+def test_lost_process(run, kind, process, number, undisturbed_pair, tried):
     """Without torchrun, the remaining process has to notice the loss."""
-    run = DenseRun(kind, tmp_path, configs[kind])
     tasks = run.start_tasks(2)
     run.wait_for(tasks[0], run.step, 3)
     lost, other = tasks[process], tasks[1 - process]
@@ -395,47 +386,45 @@ def test_lost_process(kind, process, number, configs, tmp_path, undisturbed_pair
     lost.kill()
     lost.wait()
     assert_same_dense(finished(run, 2), undisturbed_pair[kind])
-    table.add(f"process lost to SIGKILL or SIGSTOP, {kind}")
+    tried("process lost to SIGKILL or SIGSTOP")
+
+
+SPOILED = {  # what happens to the second process in its fourth batch: exit status, words of the first, and the fault
+    "HANG": (RESUME_STATUS, r"\([^)]*\) hangs at .*iter [23].*: no progress for \d+ s", "hanging process"),
+    "FAIL": (1, r".* failed \(RuntimeError: out of memory\)", "process that fails with an error of the program"),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_hanging_process(kind, configs, tmp_path, table):
-    """The process is alive but makes no progress."""
-    run = sabotaged(DenseRun(kind, tmp_path, configs[kind], "--timeout", "20"), kind, HANG="1:4")
-    assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [RESUME_STATUS] * 2
-    assert re.search(r"process 0: process 1 \([^)]*\) hangs at .*iter [23].*: no progress for \d+ s", run.text())
-    table.add(f"hanging process, {kind}")
+@BOTH
+@pytest.mark.parametrize("variable", SPOILED)
+def test_hanging_or_failing_process(run, kind, variable, tried):
+    """A hanging process is alive but makes no progress. An error would occur again, so no restart is asked for."""
+    status, words, fault = SPOILED[variable]
+    run.command += ["--timeout", "20"]
+    sabotaged(run, kind, **{variable: "1:4"})
+    assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [status] * 2
+    assert re.search(f"process 0: process 1 {words}", run.text())
+    tried(fault)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_failing_process(kind, configs, tmp_path, table):
-    """The error would occur again, so the exit status does not ask for a restart."""
-    run = sabotaged(DenseRun(kind, tmp_path, configs[kind]), kind, FAIL="1:4")
-    assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [1, 1]
-    words = r"process 0: process 1 \(.*\), last seen at .*, failed \(RuntimeError: out of memory\)"
-    assert re.search(words, run.text())
-    table.add(f"process that fails with an error of the program, {kind}")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_network_error(kind, configs, tmp_path, undisturbed_pair, table):
+@BOTH
+def test_network_error(run, kind, undisturbed_pair, tried):
     """All processes are alive, and a restart may succeed."""
-    run = sabotaged(DenseRun(kind, tmp_path, configs[kind]), kind, CUT_OFF="1:4")
+    sabotaged(run, kind, CUT_OFF="1:4")
     assert [task.wait(LIMIT) for task in run.start_tasks(2)] == [RESUME_STATUS] * 2
     assert "train.py: process 1: DistBackendError: NCCL error: unhandled system error" in run.text()
     run.environment.pop("CUT_OFF")
     assert_same_dense(finished(run, 2), undisturbed_pair[kind])
-    table.add(f"network error, {kind}")
+    tried("network error")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_lost_loader_worker(kind, configs, tmp_path, undisturbed, table):
+@BOTH
+def test_lost_loader_worker(run, kind, undisturbed, tried):
     """SIGKILL, as the kernel sends it when memory runs out."""
-    run = DenseRun(kind, tmp_path, configs[kind], "--cfg-options", "train_dataloader.num_workers=1")
+    run.command += ["--cfg-options", "train_dataloader.num_workers=1"]
     process = run.start()
     run.wait_for(process, run.step, 3)
     os.kill(descendants(process.pid)[0], signal.SIGKILL)
@@ -443,12 +432,12 @@ def test_lost_loader_worker(kind, configs, tmp_path, undisturbed, table):
     assert re.search(r"train\.py: process 0: DataLoader worker .*; run the same command again", run.text())
     assert "Traceback" not in run.text()
     assert_same_dense(finished(run), undisturbed[kind])
-    table.add(f"loader worker killed, {kind}")
+    tried("loader worker killed")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_torchrun_restarts(kind, configs, tmp_path, undisturbed_pair, table):
+@BOTH
+def test_torchrun_restarts(kind, configs, tmp_path, undisturbed_pair, tried):
     launcher = ("--standalone", "--max-restarts=1")
     run = DenseRun(kind, tmp_path, configs[kind], "--launcher", "pytorch", processes=2, launcher=launcher)
     process = run.start()
@@ -457,7 +446,7 @@ def test_torchrun_restarts(kind, configs, tmp_path, undisturbed_pair, table):
     assert process.wait(LIMIT) == 0, run.text()
     assert len(re.findall(r"checkpoint run/\w+\.pth: resuming at", run.text())) == 1
     assert_same_dense(run.output, undisturbed_pair[kind])
-    table.add(f"process killed under torchrun --max-restarts, {kind}")
+    tried("process killed under torchrun --max-restarts")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -465,61 +454,46 @@ def test_torchrun_restarts(kind, configs, tmp_path, undisturbed_pair, table):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ONLY["segmentation"])
-def test_bad_loss_on_one_of_two_processes(kind, configs, tmp_path, table):
-    run = sabotaged(DenseRun(kind, tmp_path, configs[kind]), kind, BAD_LOSS="1:3,6")
-    finished(run, 2)  # each process starts with a pass whose gradients are discarded
-    assert entries(run.output, "not_finite") == ["loss"] * 2
-    assert "2 steps skipped" in run.text()
-    checkpoint = read_checkpoint(str(DENSE_NAMES.numbered(run.output)[0]), "the last checkpoint")
+@ONLY["segmentation"]
+def test_bad_loss_on_one_of_two_processes(run, kind, tried):
+    """The end is saved, too, after a skipped step. Without validation, which saves in any case."""
+    run.command.append("--no-validate")
+    last = {"segmentation": 13, "detection": 7}[kind]  # each process starts with a pass that is discarded
+    finished(sabotaged(run, kind, BAD_LOSS=f"1:3,5,{last}"), 2)
+    assert entries(run.output, "not_finite") == ["loss"] * 3
+    assert "3 steps skipped" in run.text()
+    newest = DENSE_NAMES.numbered(run.output)[0]
+    assert newest.name == LAST[kind]
+    checkpoint = read_checkpoint(str(newest), "the last checkpoint")
     steps = {int(value["step"]) for value in checkpoint["optimizer"]["state"].values()}
-    assert steps == {checkpoint["run"]["global_step"] - 2}
+    assert steps == {checkpoint["run"]["global_step"] - 3}
     assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
-    table.add(f"non-finite losses, for one step, {kind}", 2)
-
-
-@pytest.mark.parametrize("kind", ONLY["segmentation"])
-def test_the_end_is_saved_after_a_skipped_step(kind, configs, tmp_path, table):
-    """Without validation, which saves in any case."""
-    run = DenseRun(kind, tmp_path, configs[kind], "--no-validate")
-    finished(sabotaged(run, kind, BAD_LOSS="0:12"))
-    assert entries(run.output, "not_finite") == ["loss"]
-    assert DENSE_NAMES.numbered(run.output)[0].name == LAST[kind]
-    table.add(f"non-finite losses, for one step, {kind}")
+    tried("non-finite losses, for one step", 3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_bad_losses_may_be_read_one_step_late(kind, configs, tmp_path, table):
+@BOTH
+def test_bad_steps_may_be_read_one_step_late(kind, configs, tmp_path, tried):
     """GPUs read flags one step late, which LAG imitates. Results are identical, also at checkpoints and at the end."""
-    runs = [
-        sabotaged(DenseRun(kind, tmp_path / lag, configs[kind]), kind, BAD_LOSS="0:3,6,12", LAG=lag)
-        for lag in ("0", "1")
-    ]
+    faults = dict(BAD_LOSS="0:3,6,12", BAD_GRADIENTS="0:9")
+    runs = [sabotaged(DenseRun(kind, tmp_path / lag, configs[kind]), kind, **faults, LAG=lag) for lag in ("0", "1")]
     assert_same_dense(*map(finished, runs), in_order=False)  # a step's event comes after the next step's figures
-    assert entries(runs[1].output, "not_finite") == ["loss"] * 3
-    table.add(f"non-finite losses, for one step, {kind}", 3)
+    assert entries(runs[1].output, "not_finite") == ["loss", "loss", "gradients", "loss"]
+    tried("non-finite losses, for one step", 3)
+    tried("non-finite gradients, for one step")
 
 
-@pytest.mark.parametrize("kind", ONLY["detection"])
-def test_too_many_bad_losses(kind, configs, tmp_path, table):
+@ONLY["detection"]
+def test_too_many_bad_losses(run, kind, tried):
     steps = ",".join(map(str, range(7, 13)))
-    run = sabotaged(DenseRun(kind, tmp_path, configs[kind], "--max-bad-steps", "4"), kind, BAD_LOSS=f"0:{steps}")
+    run.command += ["--max-bad-steps", "4"]
+    sabotaged(run, kind, BAD_LOSS=f"0:{steps}")
     assert run.start().wait(LIMIT) == 2
     assert "\ntrain.py: --max-bad-steps 4: that many steps in a row were not finite" in run.text()
     newest = DENSE_NAMES.numbered(run.output)[0]
     assert checkpoints.damage(newest) is None
     assert newest.name in ("epoch_1.pth", "iter_6.pth")
-    table.add(f"non-finite losses, for good, {kind}")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_bad_gradients(kind, configs, tmp_path, table):
-    run = sabotaged(DenseRun(kind, tmp_path, configs[kind]), kind, BAD_GRADIENTS="0:2")
-    finished(run)
-    assert entries(run.output, "not_finite") == ["gradients"]
-    table.add(f"non-finite gradients, for one step, {kind}")
+    tried("non-finite losses, for good")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -535,8 +509,8 @@ def copied_data(kind: str, data: Path, folder: Path) -> tuple[Path, list[Path]]:
     return folder, sorted((folder / part / images).iterdir())
 
 
-@pytest.mark.parametrize("kind", ONLY["segmentation"])
-def test_unreadable_images(kind, demo_data, tmp_path, table):
+@ONLY["segmentation"]
+def test_unreadable_images(kind, demo_data, tmp_path, capsys, tried):
     """The limit is 0.1 % of the images, and at least one image. Two of 12 exceed it."""
     data, images = copied_data(kind, demo_data, tmp_path / "data")
     config = write_config(tmp_path, kind, data)
@@ -545,19 +519,15 @@ def test_unreadable_images(kind, demo_data, tmp_path, table):
     finished(run)
     assert entries(run.output, "unreadable_image") == [str(images[0])]
     images[1].write_text("no image")
-    run = DenseRun(kind, tmp_path / "two", config)
-    assert run.start().wait(LIMIT) == 2
-    last = run.text().strip().splitlines()[-1]
-    assert last.startswith("train.py: --on-bad-image skip: 2 of 12 training images are unreadable (limit 1), e.g. ")
-    run = DenseRun(kind, tmp_path / "fail", config, "--on-bad-image", "fail")
-    assert run.start().wait(LIMIT) == 2
-    assert "--on-bad-image fail: " in run.text().strip().splitlines()[-1]
-    table.add(f"unreadable images, {kind}", 3)
+    line = refused(capsys, config, "--work-dir", tmp_path / "two")
+    assert line.startswith("train.py: --on-bad-image skip: 2 of 12 training images are unreadable (limit 1), e.g. ")
+    assert "--on-bad-image fail: " in refused(capsys, config, "--work-dir", tmp_path / "fail", "--on-bad-image", "fail")
+    tried("unreadable images", 3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_storage_outage(kind, demo_data, tmp_path, table):
+@BOTH
+def test_storage_outage(run, kind, demo_data, tmp_path, tried):
     """The run waits out a short outage. A long one ends it with a transient error, and the same command resumes."""
     data, _ = copied_data(kind, demo_data, tmp_path / "data")
     config = write_config(tmp_path, kind, data)
@@ -579,7 +549,7 @@ def test_storage_outage(kind, demo_data, tmp_path, table):
     run.environment.pop("PAUSES")
     assert_same_dense(finished(run), undisturbed)
     assert not entries(run.output, "unreadable_image")
-    table.add(f"storage that does not respond, briefly and for good, {kind}", 2)
+    tried("storage that does not respond, briefly and for good", 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -587,73 +557,63 @@ def test_storage_outage(kind, demo_data, tmp_path, table):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ONLY["detection"])
-def test_other_settings_and_taken_folders_are_refused(kind, configs, tmp_path, undisturbed):
-    shutil.copytree(undisturbed[kind], tmp_path / "run")
-    for path in DENSE_NAMES.numbered(tmp_path / "run")[:1]:  # as if the run was not complete
-        path.unlink()
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
-
-    def refused(*settings: str, without: tuple[str, ...] = ()) -> str:
-        run = DenseRun(kind, tmp_path, configs[kind], *settings)
-        run.command = [word for word in run.command if word not in without]
-        assert run.start().wait(LIMIT) == 2, run.text()
-        assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
-        return run.text().strip().splitlines()[-1]
-
-    options = ["--cfg-options", "optim_wrapper.optimizer.lr=0.01", "model.backbone.drop_path_rate=0.2"]
-    line = refused(*options)
-    assert "model.backbone.drop_path_rate 0.2 (was 0.3), optim_wrapper.optimizer.lr 0.01 (was 0.001)" in line
-    assert "train_dataloader.dataset.indices 11 (was 12)" in refused(
-        "--cfg-options", "train_dataloader.dataset.indices=11"
-    )
-    assert "--seed" in refused("--seed", "1") or "randomness.seed 1 (was 0)" in refused("--seed", "1")
-    taken = "train.py: --work-dir run: already holds a run; resume it with --auto-resume, or name another folder"
-    assert refused(without=("--auto-resume",)) == taken
-    line = refused("--resume", "--cfg-options", "optim_wrapper.optimizer.lr=0.01", without=("--auto-resume",))
-    assert "its run has optim_wrapper.optimizer.lr=0.001, not 0.01" in line
-    options = ["optim_wrapper.optimizer.type=SGD", "optim_wrapper.optimizer.momentum=0.9"]
-    line = refused("--resume", "--cfg-options", *options, without=("--auto-resume",))
-    assert "optim_wrapper.optimizer" in line
+LR, INDICES = "optim_wrapper.optimizer.lr=0.01", "train_dataloader.dataset.indices=11"
+SGD = "optim_wrapper.optimizer.type=SGD optim_wrapper.optimizer.momentum=0.9"
+OTHERS = {
+    f"--auto-resume --cfg-options {LR} {INDICES}": "optim_wrapper.optimizer.lr 0.01 (was 0.001), "
+    "train_dataloader.dataset.indices 11 (was 12)",
+    "--auto-resume --seed 1": "randomness.seed 1 (was 0)",
+    "": "already holds a run; resume it with --auto-resume",
+    f"--resume --cfg-options {LR}": "its run has optim_wrapper.optimizer.lr=0.001, not 0.01",
+    f"--resume --cfg-options {SGD}": "optim_wrapper.optimizer",
+}
 
 
-def test_other_images_are_refused(demo_data, tmp_path, undisturbed):
+@pytest.mark.parametrize("settings", OTHERS)
+def test_other_settings_and_taken_folders_are_refused(settings, configs, tmp_path, undisturbed, capsys):
+    folder = shutil.copytree(undisturbed["detection"], tmp_path / "run")
+    (folder / LAST["detection"]).unlink()  # as if the run was not complete
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    line = refused(capsys, configs["detection"], "--work-dir", folder, "--checkpoint-every", "2", *settings.split())
+    assert OTHERS[settings] in line
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_other_images_are_refused(demo_data, tmp_path, undisturbed, capsys):
     shutil.copytree(undisturbed["segmentation"], tmp_path / "run")
     (tmp_path / "run/iter_12.pth").unlink()  # as if the run was not complete
     data, images = copied_data("segmentation", demo_data, tmp_path / "data")
     label = Path(str(images[0]).replace("/images/", "/annotations/")).with_suffix(".png")
     for path in (images[0], label):
         path.unlink()
-    run = DenseRun("segmentation", tmp_path, write_config(tmp_path, "segmentation", data))
-    assert run.start().wait(LIMIT) == 2
-    assert f"of a run on other images than train_dataloader.dataset.data_root {data}/" in run.text().splitlines()[-1]
+    config = write_config(tmp_path, "segmentation", data)
+    line = refused(capsys, config, "--work-dir", tmp_path / "run", "--auto-resume")
+    assert f"train_dataloader.dataset.data_root {data}/" in line
     assert DENSE_NAMES.numbered(tmp_path / "run")[0].name == "iter_10.pth"
+    run = DenseRun("segmentation", tmp_path, config)
     run.command[run.command.index("--auto-resume")] = "--resume"
     assert ": its run had other images: 12 training images as before, but with other names" in run.finish()
 
 
-@pytest.mark.parametrize("kind", ONLY["segmentation"])
-def test_complete_run(kind, configs, tmp_path, undisturbed):
+@ONLY["segmentation"]
+def test_complete_run(run, kind, configs, tmp_path, undisturbed, capsys):
     shutil.copytree(undisturbed[kind], tmp_path / "run")
-    run = DenseRun(kind, tmp_path, configs[kind])
     assert "the run in run is complete: all " in run.finish()
-    run.command.remove("--auto-resume")
-    run.command += ["--resume", f"run/{LAST[kind]}"]
-    assert run.start().wait(LIMIT) == 2
-    assert "are done; nothing left to train" in run.text()
+    line = refused(capsys, configs[kind], "--work-dir", tmp_path / "run", "--resume", tmp_path / "run" / LAST[kind])
+    assert "are done; nothing left to train" in line
     assert_same_dense(tmp_path / "run", undisturbed[kind])
 
 
-def test_log_starts_with_settings_versions_and_data(undisturbed):
-    for kind, images in (("segmentation", 12), ("detection", 12)):
-        run = read_log(undisturbed[kind] / "log.txt")[0]
-        assert run["settings"]["optim_wrapper.optimizer.lr"] == 1e-3
-        assert run["versions"]["torch"] == torch.__version__
-        assert "onedl-mmengine" in run["versions"]
-        assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", run["revision"])
-        assert run["data"]["train"]["images"] == images
-        assert re.fullmatch(r"[0-9a-f]{16}", run["data"]["train"]["fingerprint"])
-        assert run["processes"] == 1
+@BOTH
+def test_log_starts_with_settings_versions_and_data(kind, undisturbed):
+    run = read_log(undisturbed[kind] / "log.txt")[0]
+    assert run["settings"]["optim_wrapper.optimizer.lr"] == 1e-3
+    assert run["versions"]["torch"] == torch.__version__
+    assert "onedl-mmengine" in run["versions"]
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", run["revision"])
+    assert run["data"]["train"]["images"] == 12
+    assert re.fullmatch(r"[0-9a-f]{16}", run["data"]["train"]["fingerprint"])
+    assert run["processes"] == 1
 
 
 def test_best_and_regular_checkpoints_are_kept(undisturbed):
