@@ -6,7 +6,6 @@ are in pyproject.toml.
 
 import json
 import pickle
-import re
 
 import numpy as np
 import pytest
