@@ -2,10 +2,11 @@
 # make demo-segmentation   train and evaluate a segmentor on scenes of digits, draw its predictions
 # make demo-detection      train and evaluate a detector on scenes of digits, draw its detections
 # make lint                check style, format and types
-# make test-fast           lint, and tests that need only requirements.txt: under two minutes
+# make test-fast           lint, and tests that call functions: under two minutes, without mmcv
 # make test                lint, and every test
 # make test-long           every test, in its long form too
 # make test-faults         only the fault tests, in their long form
+# make test-gpu            what only a GPU can show, in LIMIT seconds
 # Each target installs what it needs, in the versions of CONSTRAINTS. VENV is the virtual environment, PYTHON (3.11 or
 # later) creates it.
 VENV ?= .venv
@@ -22,7 +23,7 @@ INSTALL = @$(RUN) -c '$(EXTRAS)' $(1) > $(VENV)/extras.txt; \
 # The Python to check: the environment's if it exists, otherwise PYTHON.
 CHECKED = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
 
-.PHONY: demo demo-segmentation demo-detection lint test-fast test test-long test-faults install install-fast install-mm \
+.PHONY: demo demo-segmentation demo-detection lint test-fast test test-long test-faults test-gpu install install-fast install-mm \
 	install-test
 
 demo: install
@@ -75,12 +76,14 @@ lint: install-fast
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# Without mmcv, without torch.compile, and with the two smaller variants.
-FAST = tests/unit
-FAST_FORMS = not compiles and not SepViT_Small and not SepViT_Base
-
 test-fast: lint
-	$(RUN) -m pytest -m "not slow" -k "$(FAST_FORMS)" $(FAST)
+	$(RUN) -m pytest -m "not slow" tests/unit
+
+# Installs nothing: works wherever torch, timm and pytest are. LIMIT is in seconds.
+LIMIT ?= 300
+
+test-gpu:
+	LIMIT=$(LIMIT) $(CHECKED) -m pytest tests/gpu
 
 install: $(VENV)/.installed
 install-fast: $(VENV)/.installed-fast

@@ -16,7 +16,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
     gc.freeze()  # collecting garbage between timings need not look at the libraries
     method = Method(2, 0.0, is_quick=True) if args.quick else Method(args.rounds)
     run = dict(
-        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         revision=args.revision or git_revision(),
         rounds=method.rounds,
         machine=describe(device),

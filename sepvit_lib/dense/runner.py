@@ -81,7 +81,7 @@ class DenseRunner(Runner):
         runner = cls.from_cfg(in_float32(cfg) if is_impossible else cfg)
         runner.checkpoints = checkpoints or {}
         if cfg.get("load_from"):  # the backbone would report random weights, which the checkpoint replaces
-            unwrapped(runner.model).backbone.is_init = True
+            unwrapped(runner.model).backbone.is_init = True  # type: ignore[union-attr]
         console.level = logging.NOTSET
         if is_impossible:
             runner.logger.warning("half precision: no GPU here, computing in float32")

@@ -8,11 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from itertools import chain
 from pathlib import Path
 
 import pytest
-import tomllib
 from conftest import ROOT
 from packaging.requirements import Requirement
 

@@ -42,6 +42,16 @@ def test_multiply_adds_are_those_of_pytorch(name):
     assert count_multiply_adds(network, image) == expected
 
 
+# Millions of activations that timm publishes (results/benchmark-infer-*.csv), counted by fvcore.
+ACTIVATIONS = {"swin_tiny_patch4_window7_224": 17.06, "convnext_tiny": 13.44, "pvt_v2_b0": 7.99}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name):
+    counts = count_by_module(timm.create_model(name).eval(), torch.zeros(1, 3, 224, 224)).values()
+    assert round(sum(count.activations for count in counts) / 1e6, 2) == ACTIVATIONS[name]
+
+
 # Of images of 224 × 224 pixels: parameters, multiply-adds and activations; the multiply-adds of the dense form.
 TOTALS = {
     "SepViT_Lite": (3_661_128, 573_229_824, 5_620_384, 575_266_432),
