@@ -9,7 +9,6 @@ import io
 import multiprocessing
 import os
 import pickle
-import re
 import signal
 import tarfile
 from datetime import timedelta
