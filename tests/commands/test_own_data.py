@@ -468,8 +468,7 @@ def test_annotations_of_the_turned_image(detection):
 
 def test_nested_pipelines_are_checked(detection):
     """Those of transforms that choose, and of data sets that wrap others."""
-    cfg = copy.deepcopy(detection)
-    init_default_scope("mmdet")
+    cfg, _ = detection
     inner = cfg.train_dataloader.dataset
     load, boxes = inner.pipeline[:2]
     inner.pipeline = [dict(type="RandomChoice", transforms=[[load, boxes], [dict(load), dict(boxes)]])]
@@ -539,7 +538,11 @@ Spoil = Callable[[Config, Path], Any]  # damages a copy of a data set, or its co
 
 
 def remove(*names: str) -> Spoil:
-    return lambda cfg, root: [(root / name).unlink() for name in names]
+    def spoil(cfg: Config, root: Path) -> None:
+        for name in names:
+            (root / name).unlink()
+
+    return spoil
 
 
 def rename(pattern: str, suffix: str) -> Spoil:
@@ -547,7 +550,12 @@ def rename(pattern: str, suffix: str) -> Spoil:
 
 
 def empty(folder: str, is_kept: bool = True) -> Spoil:
-    return lambda cfg, root: (shutil.rmtree(root / folder), is_kept and (root / folder).mkdir())
+    def spoil(cfg: Config, root: Path) -> None:
+        shutil.rmtree(root / folder)
+        if is_kept:
+            (root / folder).mkdir()
+
+    return spoil
 
 
 def list_images(text: str) -> Spoil:
