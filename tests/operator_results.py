@@ -2,7 +2,7 @@
 
     python operator_results.py OUT.pt
 
-Run with SEPVIT_OPERATORS, once for each kind of operators: tests/test_operators.py compares the results.
+Run with SEPVIT_OPERATORS, once for each kind of operators: tests/commands/test_operators.py compares the results.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Private and undocumented parts of mmengine (onedl-mmengine 0.10.x), used here and nowhere else.
 
-`tests/test_private_parts_dense.py` exercises each of them, and fails if a library changes.
+`tests/commands/test_private_parts_dense.py` exercises each of them, and fails if a library changes.
 """
 
 import pickle

@@ -80,7 +80,7 @@ class Preempted(Exception):  # noqa: N818 not an error
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors of libraries. PyTorch raises RuntimeError for most of them, so only the text tells them apart. Each function is
-# tested with texts of the pinned versions (tests/test_private_parts.py and tests/test_endings.py).
+# tested with texts of the pinned versions (tests/unit/test_private_parts.py, tests/unit/test_failures.py).
 # ----------------------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """Adapters for timm's readers of streaming data sets.
 
 All attributes of timm's readers that this project uses are used here, for timm 1.0.31 and later 1.0 versions. They are
-tested in tests/test_private_parts.py.
+tested in tests/unit/test_private_parts.py.
 """
 
 import math

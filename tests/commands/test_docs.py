@@ -278,7 +278,7 @@ def run_of(command: Command) -> Run:
     if run.script == "make":
         return run
     if run.script not in SCRIPTS:
-        raise LookupError(f"{command.place}: no rule for {run.script}; add it to SCRIPTS in tests/test_docs.py")
+        raise LookupError(f"{command.place}: no rule for {run.script}; add it to SCRIPTS in tests/commands/test_docs.py")
     rule, arguments = SCRIPTS[run.script], list(run.arguments)
     if "…" in arguments:
         place = arguments.index("…")
@@ -325,7 +325,7 @@ def _translate(words: list[str], folder: str) -> Run:
         return Run(at + re.sub(r"\.sh$", ".py", rest[0]), tuple(rest[1:]))
     if re.fullmatch(r"[\w/]+\.py", program):
         return Run(at + program, tuple(rest))
-    raise LookupError(f"no rule for the program {program}; add one in tests/test_docs.py")
+    raise LookupError(f"no rule for the program {program}; add one in tests/commands/test_docs.py")
 
 
 def cases() -> list:
@@ -511,7 +511,7 @@ def test_a_page_with_a_new_command_fails(tmp_path, monkeypatch):
         ("page.md:11", "main.py  --eval", "--epochs 1"),
     ]
     for command in found[:3]:
-        with pytest.raises(LookupError, match=r"no rule for .*tests/test_docs\.py"):
+        with pytest.raises(LookupError, match=r"no rule for .*tests/commands/test_docs\.py"):
             run_of(command)
     assert run_of(found[3]).arguments[-2:] == ("--epochs", "1")
 
