@@ -10,6 +10,7 @@ a page, and a picture. A table takes the place of an earlier one with the same s
 if not __package__:
     import _repository  # noqa: F401
 import argparse
+import functools
 import gc
 import hashlib
 import itertools
@@ -24,18 +25,9 @@ import timm
 import torch
 
 import sepvit
+from benchmarks import subjects
 from benchmarks.record import Record, as_text
-from benchmarks.subjects import (
-    DTYPES,
-    FORMS,
-    MEASURES,
-    OF_SEPVIT,
-    PEERS,
-    Setting,
-    Subject,
-    check_packages,
-    load_before,
-)
+from benchmarks.subjects import DTYPES, FORMS, MEASURES, OF_SEPVIT, PEERS, Setting, Subject
 from benchmarks.tables import Method, Table, measure_table
 from sepvit_lib.inference.machine import describe, device_name
 from sepvit_lib.training.commands import Parser, path, positive_int, run_command
@@ -88,9 +80,9 @@ def check_settings(args: argparse.Namespace) -> None:
     for name in args.peers:
         if name not in ("class", "none") and not timm.is_model(name):
             raise UserError(f"--peers {name}: timm has no such model; timm.list_models() lists all")
-    check_packages(args.forms, args.formats)
+    subjects.check_packages(args.forms, args.formats)
     if args.before is not None:
-        load_before(args.before)
+        subjects.load_before(args.before)
 
 
 def chosen_peers(args: argparse.Namespace) -> list[str]:
@@ -119,23 +111,10 @@ def tables_of(args: argparse.Namespace, run: dict[str, Any]) -> Iterator[tuple[T
     chosen = (args.formats, args.input_size, args.measures)
     for number_format, size, measure in itertools.product(*map(dict.fromkeys, chosen)):
         for batch in [1] if measure == "latency" else dict.fromkeys(batches):
-            settings = dict(
-                model=args.model,
-                is_dense=args.dense,
-                batch_size=batch,
-                size=list(size),
-                threads=args.threads,
-                forms=args.forms,
-                peers=chosen_peers(args),
-                before=before,
-            )
+            settings = dict(model=args.model, is_dense=args.dense, batch_size=batch, size=list(size), before=before)
+            settings |= dict(threads=args.threads, forms=args.forms, peers=chosen_peers(args))
             setting = Setting(measure, device, batch, size, args.dense, args.threads, args.before or "")
             yield Table(measure, number_format, settings, run), setting
-
-
-def print_progress(text: str) -> None:
-    """Print the current step."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -158,10 +137,11 @@ def main(args: argparse.Namespace) -> None:
         rounds=method.rounds,
         machine=describe(device),
     )
+    report = functools.partial(print, file=sys.stderr, flush=True)
     for table, setting in tables_of(args, run):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            measure_table(table, subjects_of(args, table.number_format), setting, method, print_progress)
+            measure_table(table, subjects_of(args, table.number_format), setting, method, report)
         print(as_text(table), end="\n\n", flush=True)
         if any(row.seconds for row in table.rows):
             record.add(table)

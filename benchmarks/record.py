@@ -1,16 +1,14 @@
 """The benchmark's record of one machine: its tables as text, as JSON, as a page, and as a picture."""
 
-if not __package__:
-    import _repository  # noqa: F401
 import importlib.util
 import io
 import json
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from benchmarks.rounds import Spread
 from benchmarks.subjects import DTYPES, MEASURES
@@ -53,10 +51,7 @@ COLUMNS: list[tuple[str, Callable[[Row, int], str]]] = [
 
 
 def grid(table: Table) -> list[list[str]]:
-    """Titles and cells of a table. Columns in which no row has anything are skipped.
-
-    A row that was not measured has its reason beside its form.
-    """
+    """Titles and cells of a table, without empty columns. Why a row was not measured stands beside its form."""
     batch = table.settings["batch_size"]
     columns = [[title, *(cell(row, batch) for row in table.rows)] for title, cell in COLUMNS]
     lines = [list(line) for line in zip(*(column for column in columns if set(column[1:]) != {"–"}))]
@@ -168,17 +163,12 @@ class Record:
             UserError: the folder cannot be written.
         """
         drawn = picture(self)
-        contents = {".json": json.dumps(asdict(self), indent=1, ensure_ascii=False).encode() + b"\n"}
-        contents |= {".md": self.page(f"{self.name}.png" if drawn else "").encode()} | (
-            {".png": drawn} if drawn else {}
-        )
-
-        def write(content: bytes, file: IO[bytes]) -> None:
-            file.write(content)
-
+        contents = {".json": json.dumps(asdict(self), indent=1, ensure_ascii=False).encode() + b"\n", ".png": drawn}
+        contents[".md"] = self.page(f"{self.name}.png" if drawn else "").encode()
         try:
             for ending, content in contents.items():
-                write_file(folder / f"{self.name}{ending}", partial(write, content))
+                if content:
+                    write_file(folder / f"{self.name}{ending}", operator.methodcaller("write", content))
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from None
 
@@ -191,9 +181,8 @@ class Record:
         lines = [f"# Speed on {self.device}", ""]
         lines += ["The quick form: its figures mean nothing.", ""] if self.is_quick else []
         lines += ["`benchmarks/benchmark.py`.", "", NOTE, ""]
-        for machine in dict.fromkeys(
-            ", ".join(f"{name} {value}" for name, value in table.run["machine"].items()) for table in self.tables
-        ):
+        machines = [table.run["machine"].items() for table in self.tables]
+        for machine in dict.fromkeys(", ".join(f"{name} {value}" for name, value in items) for items in machines):
             lines += [machine, ""]
         lines += [f"![Speed and published top-1]({picture})", ""] if picture else []
         for table in sorted(self.tables, key=lambda table: table.settings["model"]):
@@ -205,8 +194,7 @@ class Record:
 # Picture
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Colour of a family, and where its names stand: offset in points from a point, and which end is there. Neighbours
-# differ.
+# Colour of a family, and where its names stand beside a point: offset, and which end is there. Neighbours differ.
 FAMILIES = {
     "SepViT": ("C3", (4, 4), "left"),
     "swin": ("C0", (4, 4), "left"),

@@ -4,10 +4,9 @@ import gc
 import math
 import random
 import statistics
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -21,22 +20,9 @@ WARM_UP = 2  # calls before the first timing
 Key = TypeVar("Key", bound=Hashable)
 
 
-@dataclass
-class Times(Generic[Key]):
-    """Times of calls.
-
-    Attributes:
-        seconds: seconds of each call, round by round; without the calls that failed.
-        errors: why the others failed.
-    """
-
-    seconds: dict[Key, list[float]] = field(default_factory=dict)
-    errors: dict[Key, str] = field(default_factory=dict)
-
-
 def interleave(
     calls: Mapping[Key, Callable[[], object]], device: torch.device, rounds: int, min_seconds: float = MIN_SECONDS
-) -> Times[Key]:
+) -> tuple[dict[Key, list[float]], dict[Key, str]]:
     """Time calls in rounds. Each round times each call once, in another order.
 
     What a call leaves in the caches changes the next one's time, so each has to follow the others in turn.
@@ -46,23 +32,26 @@ def interleave(
         device: the device they work on.
         rounds: number of rounds.
         min_seconds: seconds that one timing takes at least, by repeating the call.
+
+    Returns:
+        seconds of each call, round by round, and why the other calls failed.
     """
-    times: Times[Key] = Times()
+    seconds: dict[Key, list[float]] = {key: [] for key in calls}
+    errors: dict[Key, str] = {}
     repetitions: dict[Key, int] = {}
-    for key, call in calls.items():
-        with _caught(times.errors, key):
-            repetitions[key] = _repetitions(call, device, min_seconds)
-    order = list(repetitions)
-    times.seconds = {key: [] for key in order}
-    for number in range(rounds):
+    for number in range(-1, rounds):
         gc.collect()
-        for key in random.Random(number).sample(order, len(order)):
-            if key not in times.errors:
-                with _caught(times.errors, key):
-                    times.seconds[key].append(_repeated(calls[key], repetitions[key], device))
-    for key in times.errors:
-        times.seconds.pop(key, None)
-    return times
+        keys = list(seconds)  # the first time, to warm them up, in the order given
+        for key in keys if number < 0 else random.Random(number).sample(keys, len(keys)):
+            try:
+                if number < 0:
+                    repetitions[key] = _repetitions(calls[key], device, min_seconds)
+                else:
+                    seconds[key].append(_repeated(calls[key], repetitions[key], device))
+            except Exception as error:
+                errors[key] = reason(error)
+                del seconds[key]
+    return seconds, errors
 
 
 def _repetitions(call: Callable[[], object], device: torch.device, min_seconds: float) -> int:
@@ -74,21 +63,7 @@ def _repetitions(call: Callable[[], object], device: torch.device, min_seconds: 
 
 def _repeated(call: Callable[[], object], count: int, device: torch.device) -> float:
     """Seconds of one call, as the mean of several."""
-
-    def repeat() -> None:
-        for _ in range(count):
-            call()
-
-    return timed(repeat, device) / count
-
-
-@contextmanager
-def _caught(errors: dict[Key, str], key: Key) -> Iterator[None]:
-    """Record an error's text under a key, instead of raising it."""
-    try:
-        yield
-    except Exception as error:
-        errors[key] = reason(error)
+    return timed(lambda: [call() for _ in range(count)], device) / count
 
 
 def reason(error: Exception) -> str:

@@ -1,7 +1,5 @@
 """Subjects of the benchmark: SepViT in its forms and its peers, their forward passes and training steps."""
 
-if not __package__:
-    import _repository  # noqa: F401
 import importlib.util
 import logging
 import sys
@@ -22,7 +20,7 @@ import main
 import sepvit
 from benchmarks.port import Port
 from benchmarks.rounds import reason
-from sepvit_lib.inference.exported import Session, compile_openvino, onnxruntime_session, run_onnxruntime, run_openvino
+from sepvit_lib.inference.exported import compile_openvino, onnxruntime_session, run_onnxruntime, run_openvino
 from sepvit_lib.inference.packages import require
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.measure import bytes_of
@@ -318,32 +316,24 @@ def _trained(subject: Subject, setting: Setting) -> Ready:
     return Ready(step, outputs, lambda: bytes_of(network, training.optimizer))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runtimes
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def _exported(subject: Subject, setting: Setting, folder: Path) -> Ready:
     """A network exported to ONNX, in a runtime."""
     images = setting.images()
     path = folder / f"{subject.model}-{'x'.join(map(str, images.shape))}.onnx"
     if not path.exists():
         export_onnx(create_network(subject, setting).eval(), images, path)
-    session = _open_session(subject, setting, path)
-    return Ready(lambda: session(images), lambda images: flattened(session(images)), lambda: None)
-
-
-def _open_session(subject: Subject, setting: Setting, path: Path) -> Session:
-    """Load an exported network into a runtime: a function from images to outputs."""
     is_int8 = subject.number_format == "int8"
     if subject.form == "onnxruntime":
-        return run_onnxruntime(onnxruntime_session(_with_int8_weights(path) if is_int8 else path, setting.threads))
-    import openvino
+        path = _with_int8_weights(path) if is_int8 else path
+        session = run_onnxruntime(onnxruntime_session(path, setting.threads))
+    else:
+        import openvino
 
-    model = openvino.Core().read_model(str(path))
-    if is_int8:
-        model = quantised_by_nncf(model, [setting.images(seed) for seed in range(1, CALIBRATION_BATCHES + 1)])
-    return run_openvino(compile_openvino(model, subject.number_format, setting.threads))
+        model = openvino.Core().read_model(str(path))
+        if is_int8:
+            model = quantised_by_nncf(model, [setting.images(seed) for seed in range(1, CALIBRATION_BATCHES + 1)])
+        session = run_openvino(compile_openvino(model, subject.number_format, setting.threads))
+    return Ready(lambda: session(images), lambda images: flattened(session(images)), lambda: None)
 
 
 def _with_int8_weights(path: Path) -> Path:

@@ -1,7 +1,5 @@
 """Measuring one table of the benchmark: subjects are built, checked, and timed in rounds."""
 
-if not __package__:
-    import _repository  # noqa: F401
 import functools
 import gc
 import json
@@ -23,8 +21,7 @@ from sepvit_lib.training.measure import count_multiply_adds, peak_memory
 
 # Largest ‖outputs − expected‖ / ‖expected‖, expected: float32 in eager mode. float32 admits the matrix units' TF32.
 TOLERANCES = {"float32": 5e-3, "bfloat16": 0.05, "bfloat16-whole": 0.1, "float16": 0.02, "int8": 0.5}
-# A training step multiplies in the forward pass, and twice in the backward pass: gradients of inputs and weights.
-PASSES = {True: 3, False: 1}
+PASSES = {True: 3, False: 1}  # of multiplications; a training step's backward pass is two
 MATRIX_PRODUCT = "matrix product"
 SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices: a GPU multiplies 2048 × 2048 faster than one call starts
 
@@ -49,12 +46,9 @@ SPREADS = ("speed", "speed_float32", "share")  # the fields of a row that are sp
 
 @dataclass
 class Row:
-    """What was measured of a subject.
+    """What was measured of a subject, which is its first three fields.
 
     Attributes:
-        model: the model.
-        form: its form.
-        number_format: its number format.
         failure: why nothing was measured; "" if it was.
         parameters: number of parameters.
         multiply_adds: of one image's forward pass.
@@ -177,7 +171,6 @@ def measure_table(
 
 
 def _release(device: torch.device) -> None:
-    """Free what the last subject has left."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -233,32 +226,25 @@ def _time(table: Table, ready: dict[Subject, Ready], setting: Setting, method: M
     dtype, products = DTYPES[table.number_format], 0
     if dtype is not None:
         calls[MATRIX_PRODUCT], products = matrix_product(dtype, setting.device, method.is_quick)
-    times = interleave(calls, setting.device, method.rounds, method.min_seconds)
-    table.rates = [products / seconds for seconds in times.seconds.get(MATRIX_PRODUCT, [])]
+    seconds, errors = interleave(calls, setting.device, method.rounds, method.min_seconds)
+    table.rates = [products / value for value in seconds.get(MATRIX_PRODUCT, [])]
     for row in table.rows:
         if row.subject in ready:
-            row.failure = times.errors.get(row.subject, "")
-            row.seconds = times.seconds.get(row.subject, [])
+            row.failure, row.seconds = errors.get(row.subject, ""), seconds.get(row.subject, [])
     compare(table)
 
 
 def _waited(call: Callable[[], object], device: torch.device) -> None:
-    """Make a call and wait for it: the next one must not start before the device has finished it."""
     call()
-    synchronize(device)
+    synchronize(device)  # the next call must not start before
 
 
 def compare(table: Table) -> None:
     """Fill in speeds and shares, round by round."""
     model, batch = table.settings["model"], table.settings["batch_size"]
-    baselines = {
-        row.number_format: row.seconds
-        for row in table.rows
-        if row.seconds and row.model == model and row.form == "eager"
-    }
-    for row in table.rows:
-        if not row.seconds:
-            continue
+    measured = [row for row in table.rows if row.seconds]
+    baselines = {row.number_format: row.seconds for row in measured if row.model == model and row.form == "eager"}
+    for row in measured:
         if row.number_format in baselines:
             row.speed = ratio(baselines[row.number_format], row.seconds)
         if "float32" in baselines:

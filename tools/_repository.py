@@ -1,7 +1,4 @@
-"""Makes the repository importable when a script of this folder is run by its path: `python FOLDER/SCRIPT.py`.
-
-Scripts import it before other libraries.
-"""
+"""Makes the repository importable when a script of this folder is run by its path. Imported before other libraries."""
 
 import sys
 from pathlib import Path

@@ -15,9 +15,8 @@ NEWEST = (3, 14)  # of the tested ones
 def problem():  # type: () -> str | None
     """Describe the problem in one line; None if there is none."""
     if sys.version_info[:2] < OLDEST:
-        return "Python %d.%d (%s) is too old: use 3.11 or later, e.g. PYTHON=python3.13 (and a new VENV)" % (
-            tuple(sys.version_info[:2]) + (sys.executable,)
-        )
+        version = "%d.%d" % sys.version_info[:2]
+        return "Python %s (%s) is too old: use 3.11 or later, e.g. PYTHON=python3.13" % (version, sys.executable)
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401

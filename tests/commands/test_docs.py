@@ -278,7 +278,7 @@ def run_of(command: Command) -> Run:
     if run.script == "make":
         return run
     if run.script not in SCRIPTS:
-        raise LookupError(f"{command.place}: no rule for {run.script}; add it to SCRIPTS in tests/commands/test_docs.py")
+        raise LookupError(f"{command.place}: no rule for {run.script}; see SCRIPTS in tests/commands/test_docs.py")
     rule, arguments = SCRIPTS[run.script], list(run.arguments)
     if "…" in arguments:
         place = arguments.index("…")
@@ -545,8 +545,9 @@ def test_files_of_the_repository_exist(command):
         is_own = re.match(r"(\./)?(tools|recipes|configs|tests|segmentation|detection|packaging|benchmarks)/\w", name)
         if is_own or name in ("requirements.txt", "constraints.txt"):
             assert any((folder / name).exists() for folder in folders), f"{command.place}: {name}"
-        if extra := re.fullmatch(r"\.\[(\w+)\]", word):
-            assert f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        if extras := re.fullmatch(r"\.\[([\w,]+)\]", word):
+            project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+            assert all(f"\n{extra} = [" in project for extra in extras[1].split(","))
     if command.text.startswith("pytest"):
         pattern = re.search(r"-k (\w+)", command.text)
         assert not pattern or pattern[1] in (ROOT / command.text.split()[1]).read_text(encoding="utf-8")

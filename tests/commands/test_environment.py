@@ -13,7 +13,7 @@ USER = 12345
 # The user may read every file, also in folders that are closed to others, such as pytest's, but write none of them.
 AS_USER = f"setpriv --reuid={USER} --regid={USER} --clear-groups".split()
 AS_USER += "--inh-caps=+dac_read_search --ambient-caps=+dac_read_search".split()
-FOLDERS = ("tools", "segmentation", "detection")
+FOLDERS = ("tools", "benchmarks", "segmentation", "detection")
 
 
 def can_change_user() -> bool:

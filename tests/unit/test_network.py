@@ -510,7 +510,7 @@ def test_adaptation_under_a_prefix():
 def adaptations(monkeypatch) -> list[sepvit.Adaptation]:
     """The adaptations of checkpoints of another size, in order, whoever called them."""
     adapt, found = sepvit._adapt_to_size, []
-    monkeypatch.setattr(sepvit, "_adapt_to_size", lambda *args: found.append(adapt(*args)) or found[-1])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(sepvit, "_adapt_to_size", lambda *args: found.append(adapt(*args)) or found[-1])
     return found
 
 
