@@ -61,9 +61,10 @@ demo-detection: install-mm
 
 # Two files at a time, the longest first, with one thread each.
 TWO = OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+ALL = tests/faults tests/commands tests/unit tests/gpu
 
 test: install-test lint
-	$(TWO) -m "not slow"
+	$(TWO) -m "not slow" $(ALL)
 
 test-long: install-test
 	$(RUN) -m pytest

@@ -9,8 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch.utils.tensorboard import SummaryWriter
-
 from sepvit_lib.training.checkpoints import CheckpointWriter, name_also
 from sepvit_lib.training.errors import Preempted, UserError, setting, with_flags
 from sepvit_lib.training.naming import CheckpointNames
@@ -109,19 +107,23 @@ class Scalars:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None
         self._unwritten: list[tuple[int, dict[str, float]]] = []
 
     def add(self, stats: dict[str, float], epoch: int) -> None:
         """Add an epoch's figures."""
         self._unwritten.append((epoch, stats))
         try:
+            from torch.utils.tensorboard import SummaryWriter
+
             self._writer = self._writer or SummaryWriter(self.folder, purge_step=self._unwritten[0][0])
             for step, values in self._unwritten:
                 for name, value in values.items():
                     self._writer.add_scalar(name.replace("_", "/", 1), value, step)
             self._writer.flush()
             self._unwritten.clear()
+        except ImportError as error:
+            print_line(f"WARNING: no files for TensorBoard ({error}); log.txt has all figures")
         except OSError as error:
             self._writer = None  # it does not recover
             print_line(f"WARNING: TensorBoard's files in {self.folder} could not be written ({error.strerror})")
@@ -133,9 +135,13 @@ def plot_curves(log: Path, picture: Path) -> None:
     Raises:
         OSError: the picture cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed at the end of a run
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    try:  # slow to import, and only needed at the end of a run
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        print_line(f"WARNING: no {picture.name} ({error})")
+        return
 
     entries = epoch_entries(read_log(log))
     panels = {

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -256,12 +257,13 @@ def write_to_full_disk(*_) -> None:
 def test_failed_tensorboard_writes_are_retried(tmp_path, monkeypatch, capsys):
     """A failed write loses none of the values."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
 
     scalars = output.Scalars(tmp_path)
     for epoch in range(5):
         with monkeypatch.context() as full_disk:
             if epoch == 2:
-                full_disk.setattr(output.SummaryWriter, "flush", write_to_full_disk)
+                full_disk.setattr(SummaryWriter, "flush", write_to_full_disk)
             scalars.add({"test_acc1": float(epoch)}, epoch)
     assert "TensorBoard's files" in capsys.readouterr().out
     events = EventAccumulator(str(tmp_path))
@@ -313,3 +315,12 @@ def test_published_training_state_is_resumed(tmp_path):
     assert training.epoch == 5
     for name, p in training.model.named_parameters():
         assert torch.equal(training.optimizer.state[p]["exp_avg"], moments[name]), name
+
+
+def test_tensorboard_and_matplotlib_may_be_missing(tmp_path, monkeypatch, capsys):
+    for name in ("torch.utils.tensorboard", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    output.Scalars(tmp_path).add({"train_loss": 1.0}, 0)
+    output.plot_curves(tmp_path / "log.txt", tmp_path / "curves.png")
+    assert capsys.readouterr().out.count("WARNING: no ") == 2
+    assert not any(tmp_path.iterdir())
