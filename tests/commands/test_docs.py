@@ -278,7 +278,9 @@ def run_of(command: Command) -> Run:
     if run.script == "make":
         return run
     if run.script not in SCRIPTS:
-        raise LookupError(f"{command.place}: no rule for {run.script}; add it to SCRIPTS in tests/commands/test_docs.py")
+        raise LookupError(
+            f"{command.place}: no rule for {run.script}; add it to SCRIPTS in tests/commands/test_docs.py"
+        )
     rule, arguments = SCRIPTS[run.script], list(run.arguments)
     if "…" in arguments:
         place = arguments.index("…")
