@@ -75,9 +75,7 @@ def own_config(path: Path, base: Path, root: Path, names: tuple[str, ...] = (), 
         f"_base_ = {str(base)!r}",
         f"data_root = {str(root)!r}",
         f"metainfo = dict(_delete_=True, classes={names!r})",
-        f"train_dataloader = dict(dataset={data})",
-        f"val_dataloader = dict(dataset={data})",
-        f"test_dataloader = dict(dataset={data})",
+        *(f"{part}_dataloader = dict(dataset={data})" for part in ("train", "val", "test")),
         f"model = dict({HEADS[base].format(len(names))})",
     ]
     if base == BOXED:

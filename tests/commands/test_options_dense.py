@@ -3,16 +3,14 @@
 import argparse
 import copy
 import fcntl
+import io
 import json
 import os
-import pty
 import shutil
-import struct
 import subprocess
 import sys
-import termios
 import threading
-from contextlib import suppress
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -200,7 +198,6 @@ MISTAKES = [
     ("train {folder}", "CONFIG {folder}: a folder; name a config in it"),
     (f"train {{demo}} --resume {{folder}} {DATA}", "--resume {folder}: a folder; name a checkpoint in it"),
     (f"test {{demo}} {{folder}} --eval mIoU {DATA}", "CHECKPOINT {folder}: a folder; name a checkpoint in it"),
-    (f"train {{demo}} {DATA} model.backbone.pretrained=none.pth", "name one with --cfg-options model.backbone.pretr"),
     ("train {given}/no_length.py --from-scratch", "has no optim_wrapper, which training needs"),
     ("test {given}/untested.py {checkpoint} --eval mIoU", "has no test_dataloader; set it: test_dataloader = val_data"),
     (
@@ -575,38 +572,28 @@ def test_training_images_with_an_orientation(scenes, tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def on_terminal(function) -> str:
-    """Run a function with a terminal as standard output. Returns what it printed."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 200, 0, 0))  # rows, columns
-    printed: list[bytes] = []
+class Terminal(io.StringIO):
+    """Text that was printed on a terminal."""
 
-    def read() -> None:
-        with suppress(OSError):  # the other end is closed
-            while part := os.read(ours, 1 << 16):
-                printed.append(part)
+    def isatty(self) -> bool:
+        return True
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    before, sys.stdout = sys.stdout, os.fdopen(theirs, "w")
-    try:
-        function()
-    finally:
-        sys.stdout.close()
-        sys.stdout = before
-        reader.join()
-        os.close(ours)
-    return b"".join(printed).decode()
+
+def on_terminal(main, *arguments: object) -> str:
+    """Run a command with a terminal as standard output. Returns what it printed."""
+    with redirect_stdout(Terminal()) as printed:
+        assert main(list(map(str, arguments))) == 0
+    return printed.getvalue()
 
 
 def test_progress_bars(scenes, segmentor, detector, tmp_path):
-    predict = [SEGMENTATION, segmentor, scenes / "images/validation", "--out", tmp_path / "out"]
-    text = on_terminal(lambda: segmentation.predict.main(list(map(str, predict))))
+    images, out = scenes / "images/validation", tmp_path / "out"
+    text = on_terminal(segmentation.predict.main, SEGMENTATION, segmentor, images, "--out", out)
     assert "predict 100%|" in text
     assert "| 2/2 [" in text
     assert text.count("drawn in") == 2
-    test = [DETECTION, detector, "--eval", "bbox", "--work-dir", tmp_path, *small(scenes)]
-    text = on_terminal(lambda: detection.test.main(list(map(str, test))))
+    flags = ["--eval", "bbox", "--work-dir", tmp_path, *small(scenes)]
+    text = on_terminal(detection.test.main, DETECTION, detector, *flags)
     assert "test 100%|" in text
     assert "Epoch(test) [1/2]" not in text  # in the log file instead
     assert "Epoch(test) [1/2]" in next(tmp_path.glob("*/*.log")).read_text()
