@@ -48,7 +48,9 @@ def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
                 )
             names, first = own or names, f"{loader}.dataset"
         _check_top(cfg, loader)
-    for place, head in heads_of(cfg) if names is not None else ():
+    if names is None:
+        return
+    for place, head in heads_of(cfg):
         if head.get("num_classes", len(names)) != len(names):
             raise UserError(
                 f"{place}.num_classes={head['num_classes']}: the data set has {len(names)} classes, {listed(names)}; "

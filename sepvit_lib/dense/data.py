@@ -152,6 +152,12 @@ def files_below(folder: str) -> set[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def unread(node: Mapping[str, Any], kind: Any) -> Any:
+    """Build a data set that does not read its annotations."""
+    settings = {key: value for key, value in node.items() if key not in ("type", "_scope_")}
+    return kind(**settings | dict(pipeline=[], lazy_init=True))
+
+
 def check_segmentation(part: str, node: Mapping[str, Any], kind: Any) -> None:
     """Refuse a segmentation data set without images, or with images without labels. Warn of images left out.
 
@@ -164,8 +170,7 @@ def check_segmentation(part: str, node: Mapping[str, Any], kind: Any) -> None:
         UserError: images or labels are missing.
     """
     with build_errors(f"{part}_dataloader.dataset"):
-        settings = {key: value for key, value in node.items() if key not in ("type", "_scope_")}
-        dataset = kind(**settings | dict(pipeline=[], lazy_init=True))
+        dataset = unread(node, kind)
         samples = dataset.load_data_list()
     folder, suffix = dataset.data_prefix["img_path"], dataset.img_suffix
     images = [sample["img_path"] for sample in samples]
@@ -210,7 +215,8 @@ def warn_of_unmet_classes(
         return
     step = next(step for step in dicts(node.get("pipeline")) if step_name(step) in LOADS_LABELS)
     load = LoadReadableLabels(imdecode_backend=step.get("imdecode_backend", "pillow"))
-    chosen, met = evenly_spaced(samples, MAX_LABELS), set()
+    chosen = evenly_spaced(samples, MAX_LABELS)
+    met: set[int] = set()
     for sample in chosen:
         with suppress(UnreadableImageError):  # training names it
             met.update(np.unique(load.transform(dict(sample))["gt_seg_map"]).tolist())
