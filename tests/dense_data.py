@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from conftest import ROOT
 from mmengine.config import Config
 from PIL import Image
 
+from sepvit_lib.dense.checks import build_model
 from sepvit_lib.dense.settings import read_config
 
 LABELLED = ROOT / "segmentation/configs/fpn_sepvit_lite_112x112_demo.py"
@@ -73,9 +75,7 @@ def own_config(path: Path, base: Path, root: Path, names: tuple[str, ...] = (), 
         f"_base_ = {str(base)!r}",
         f"data_root = {str(root)!r}",
         f"metainfo = dict(_delete_=True, classes={names!r})",
-        f"train_dataloader = dict(dataset={data})",
-        f"val_dataloader = dict(dataset={data})",
-        f"test_dataloader = dict(dataset={data})",
+        *(f"{part}_dataloader = dict(dataset={data})" for part in ("train", "val", "test")),
         f"model = dict({HEADS[base].format(len(names))})",
     ]
     if base == BOXED:
@@ -83,6 +83,15 @@ def own_config(path: Path, base: Path, root: Path, names: tuple[str, ...] = (), 
             "val_evaluator = test_evaluator = dict(ann_file=data_root + '/annotations/instances_val2017.json')"
         )
     path.write_text("\n".join([*lines, rest]) + "\n")
+    return path
+
+
+def save_model(config: Path, path: Path) -> Path:
+    """Write a checkpoint of a config's model with random weights."""
+    torch.manual_seed(0)
+    cfg = read(config)
+    meta = dict(dataset_meta=cfg.test_dataloader.dataset.metainfo.to_dict())
+    torch.save(dict(state_dict=build_model(cfg).state_dict(), meta=meta), path)
     return path
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from mmengine.config import Config
 
-from sepvit_lib.dense.options import OF_DATA
 from sepvit_lib.dense.parts import (
     COCO,
     LOADS_LABELS,
@@ -16,10 +15,9 @@ from sepvit_lib.dense.parts import (
     dicts,
     heads_of,
     is_kind,
-    listed,
     step_name,
 )
-from sepvit_lib.training.classes import canonical, order_of
+from sepvit_lib.training.classes import canonical, listed, order_of
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.processes import print_main
 
@@ -50,20 +48,21 @@ def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
                 )
             names, first = own or names, f"{loader}.dataset"
         _check_top(cfg, loader)
-    if names is not None:
-        for place, head in heads_of(cfg):
-            _check_head(place, head, names)
+    if names is None:
+        return
+    for place, head in heads_of(cfg):
+        if head.get("num_classes", len(names)) != len(names):
+            raise UserError(
+                f"{place}.num_classes={head['num_classes']}: the data set has {len(names)} classes, {listed(names)}; "
+                "state as many, or set metainfo = dict(classes=…) in the data sets"
+            )
 
 
 def _names_of(place: str, node: Mapping[str, Any], kind: Any) -> tuple[str, ...] | None:
-    """Return a data set's classes, and refuse names that mmengine would take for others, or that leave nothing."""
+    """Return a data set's classes, and refuse one name without a comma, and what leaves nothing to learn."""
     stated = (node.get("metainfo") or {}).get("classes")
-    are_texts = isinstance(stated, (list, tuple)) and all(isinstance(name, str) for name in stated)
-    if stated is not None and not (are_texts and 0 < len(stated) == len(set(map(canonical, stated)))):
-        raise UserError(
-            f"{place}.metainfo classes={stated!r}: takes a tuple of names that differ, such as ('road', 'sky'); one "
-            "name needs a comma, ('road',)"
-        )
+    if isinstance(stated, str):
+        raise UserError(f"{place}.metainfo classes={stated!r}: takes a tuple; one name needs a comma, ({stated!r},)")
     names = classes_of(node, kind)
     if is_kind(kind, SEGMENTATION) and len(names or ()) < 2:
         held = f"a single class ({names[0]}) leaves nothing to learn" if names else "has no classes"
@@ -75,43 +74,27 @@ def _names_of(place: str, node: Mapping[str, Any], kind: Any) -> tuple[str, ...]
 
 
 def _check_top(cfg: Config, loader: str) -> None:
-    """Refuse values at the top of a config that its data sets do not share: mmengine copies none into them.
+    """Refuse data and classes at the top of a config that its data sets do not share: mmengine copies none into them.
 
     A None at the top states nothing.
     """
-    held = [_described(node, classes_of(node, kind)) for node, kind in data_sets(cfg, loader)]
-    for name, stated in _described(cfg, (cfg.get("metainfo") or {}).get("classes")).items():
-        if held and cfg.get(name) is not None and stated != [] and stated not in [one[name] for one in held]:
+    sets = [*data_sets(cfg, loader)]
+    classes = [tuple(classes_of(node, kind) or ()) for node, kind in sets]
+    stated = (
+        ("data_root", _root_of(cfg), [_root_of(node) for node, _ in sets]),
+        ("metainfo", tuple((cfg.get("metainfo") or {}).get("classes") or ()), classes),
+        ("classes", tuple(cfg.get("classes") or ()), classes),
+    )
+    for name, value, held in stated:
+        if held and value and value not in held:
             raise UserError(
-                f"{name} at the top of the config is {stated!r}, but {loader}.dataset has {held[0][name]!r}; "
+                f"{name} at the top of the config is {value!r}, but {loader}.dataset has {held[0]!r}; "
                 "nothing copies it: state it in each data set, and the same at the top"
             )
 
 
-def _described(node: Any, names: Sequence[str] | None) -> dict[str, Any]:
-    """Return what a data set, or the top of a config, has under the names of `OF_DATA`, in a form to compare."""
-    names = list(names or ())
-    known = dict(
-        data_root=str(node.get("data_root") or "").rstrip("/"),
-        metainfo=names,
-        classes=list(node.get("classes") or names),
-        num_classes=node.get("num_classes", len(names)),
-    )
-    return {name: known.get(name, node.get(name)) for name in OF_DATA}
-
-
-def _check_head(place: str, head: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse a head with another number of classes, or one that learns nothing."""
-    if head.get("num_classes", len(names)) != len(names):
-        raise UserError(
-            f"{place}.num_classes={head['num_classes']}: the data set has {len(names)} classes, {listed(names)}; state "
-            "as many, or set metainfo = dict(classes=…) in the data sets"
-        )
-    losses = head.get("loss_decode") or dict(type="CrossEntropyLoss")  # mmseg's default
-    softmax = [loss for loss in dicts(losses) if step_name(loss) == "CrossEntropyLoss" and not loss.get("use_sigmoid")]
-    if head.get("out_channels") == 1 and softmax:
-        hint = f"set {place}.loss_decode.use_sigmoid=True"
-        raise UserError(f"{place}.out_channels=1: a softmax over one channel learns nothing; {hint}")
+def _root_of(node: Any) -> str:
+    return str(node.get("data_root") or "").rstrip("/")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

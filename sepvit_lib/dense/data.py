@@ -1,7 +1,6 @@
 """Checks of a config's data sets before training: their files, their labels and COCO's annotations."""
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,12 +26,11 @@ from sepvit_lib.dense.parts import (
     has_step,
     is_elsewhere,
     is_kind,
-    listed,
     orientation_in,
     orientations_in,
     step_name,
 )
-from sepvit_lib.training.classes import canonical
+from sepvit_lib.training.classes import canonical, listed
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.images import IMAGE_SUFFIXES, evenly_spaced, is_hidden
 from sepvit_lib.training.processes import on_main_process, on_processes, print_main
@@ -41,12 +39,7 @@ from sepvit_lib.training.unreadable import UnreadableImageError, unreadable_limi
 # Label maps that are read to find classes that no pixel has, and how many of them a class should have for itself: among
 # many classes, some are rare.
 MAX_LABELS, LABELS_PER_CLASS = 200, 10
-# What mmdet and pycocotools need of each entry, by the name of its list.
-REQUIRED = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
-}
+LISTS = ("images", "annotations", "categories")  # of COCO's format
 
 
 def check_data(cfg: Config, *loaders: str) -> None:
@@ -76,7 +69,8 @@ def check_data(cfg: Config, *loaders: str) -> None:
             if is_kind(kind, SEGMENTATION):
                 check_segmentation(part_of(loader), node, kind)
             elif class_name(kind) in COCO:
-                check_coco(cfg, part_of(loader), node, kind)
+                with build_errors(f"{loader}.dataset"):
+                    check_coco(cfg, part_of(loader), node, kind)
 
     on_processes(check_all_places, here=True)  # each machine has its own files
     on_main_process(check_all_contents)
@@ -122,22 +116,20 @@ def part_of(loader: str) -> str:
 
 
 def check_places(part: str, node: Mapping[str, Any]) -> None:
-    """Refuse missing or empty folders, and a missing annotation file.
+    """Refuse missing folders, and a missing annotation file.
 
     Args:
         part: what the data are for.
         node: the data set's settings.
 
     Raises:
-        UserError: one is missing or empty.
+        UserError: one is missing.
     """
     root, listing = node.get("data_root") or "", node.get("ann_file") or ""
     prefixes = [os.path.join(root, value) for value in (node.get("data_prefix") or {}).values() if value]
     problems = {place: "no such folder" for place in [root, *prefixes] if place and not os.path.isdir(place)}
     if listing and not os.path.exists(path := os.path.join(root, listing)):
         problems[path] = "no such file"
-    if not problems and prefixes and not any(os.scandir(prefixes[0])):
-        problems[prefixes[0]] = "an empty folder"
     for place, problem in problems.items():
         hint = "put the data set there, or name its folder with --cfg-options data_root=DIR"
         raise UserError(f"{part} data {place}: {problem}; {hint}")
@@ -211,7 +203,7 @@ def warn_of_unmet_classes(
 ) -> None:
     """Warn of classes that no label has, such as those of masks of 0 and 255. Of many labels, a sample is read.
 
-    A sample is silent about rare classes among many.
+    Nothing is said of a sample that is small for so many classes.
 
     Args:
         node: the settings of a training data set.
@@ -224,12 +216,12 @@ def warn_of_unmet_classes(
     step = next(step for step in dicts(node.get("pipeline")) if step_name(step) in LOADS_LABELS)
     load = LoadReadableLabels(imdecode_backend=step.get("imdecode_backend", "pillow"))
     chosen = evenly_spaced(samples, MAX_LABELS)
-    counts = np.zeros(LARGEST + 1, dtype=np.int64)
+    met: set[int] = set()
     for sample in chosen:
         with suppress(UnreadableImageError):  # training names it
-            counts += np.bincount(load.transform(dict(sample))["gt_seg_map"].ravel(), minlength=len(counts))
-    if unmet := [name for number, name in enumerate(names) if not counts[number]]:
-        ignored = f"; {LARGEST} is ignored" if counts[LARGEST] else ""
+            met.update(np.unique(load.transform(dict(sample))["gt_seg_map"]).tolist())
+    if unmet := [name for number, name in enumerate(names) if number not in met]:
+        ignored = f"; {LARGEST} is ignored" if LARGEST in met else ""
         labels = f"{len(chosen)} of its {len(samples)} label maps"
         print_main(f"WARNING: train labels {folder}: no pixel of the classes {listed(unmet)} in {labels}{ignored}")
 
@@ -239,27 +231,9 @@ def warn_of_unmet_classes(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def is_finite(value: Any) -> bool:
-    """Whether a value is a finite number. JSON files may hold NaN and Infinity."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def has_finite_box(mark: Mapping[str, Any]) -> bool:
-    """Whether the box of an annotation is four finite numbers."""
-    box = mark.get("bbox", (0, 0, 0, 0))
-    return isinstance(box, (list, tuple)) and len(box) == 4 and all(map(is_finite, box))
-
-
 def sound_polygons(mask: Sequence[Any]) -> list[Any]:
-    """Return the polygons of a mask that enclose something: of three corners at least, at finite coordinates."""
-    return [
-        one
-        for one in mask
-        if isinstance(one, list)
-        and len(one) >= 6
-        and len(one) % 2 == 0
-        and not any(isinstance(value, float) and not math.isfinite(value) for value in one)
-    ]
+    """Return the polygons of a mask that enclose something: of three corners at least."""
+    return [one for one in mask if isinstance(one, list) and len(one) >= 6 and len(one) % 2 == 0]
 
 
 def has_usable_mask(mark: Mapping[str, Any]) -> bool:
@@ -269,7 +243,7 @@ def has_usable_mask(mark: Mapping[str, Any]) -> bool:
 
 
 def check_coco(cfg: Config, part: str, node: Mapping[str, Any], kind: Any) -> None:
-    """Refuse COCO annotations that are damaged or do not fit the classes or images. Warn of those left out.
+    """Refuse COCO annotations that are damaged or do not fit the classes or images.
 
     Args:
         cfg: the config.
@@ -293,16 +267,13 @@ def check_coco(cfg: Config, part: str, node: Mapping[str, Any], kind: Any) -> No
     content = read_annotations(path, what, needs_objects)
     check_categories(what, content, names)
     if needs_objects:
-        min_size = (node.get("filter_cfg") or {}).get("min_size", 0) if part == "train" else 0
-        needs_masks = has_step(node, "LoadAnnotations", "LoadReadableInstances", with_mask=True)
-        check_objects(what, content, names, needs_masks, min_size)
+        check_objects(what, content, names, has_step(node, "LoadAnnotations", "LoadReadableInstances", with_mask=True))
     folder = os.path.join(root, (node.get("data_prefix") or {}).get("img", ""))
     images = [os.path.join(folder, image["file_name"]) for image in content["images"]]
-    if lost := missing_files(images, folder):
+    limit = unreadable_limit("skip", len(images)) if part == "train" else 0  # training replaces a few
+    if len(lost := missing_files(images, folder)) > limit:
         words = f"{len(lost)} of its {len(images)} images are missing, the first is {lost[0]}"
-        if part != "train" or len(lost) > unreadable_limit("skip", len(images)):
-            raise UserError(f"{what}: {words}; put them there, or set data_prefix=dict(img=FOLDER)")
-        print_main(f"WARNING: {what}: {words}")  # training counts them as unreadable
+        raise UserError(f"{what}: {words}; put them there, or set data_prefix=dict(img=FOLDER)")
 
 
 def read_annotations(path: str, what: str, needs_objects: bool) -> dict[str, Any]:
@@ -321,22 +292,19 @@ def read_annotations(path: str, what: str, needs_objects: bool) -> dict[str, Any
             content = json.load(file)
     except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
         raise UserError(f"{what}: cannot be read, not JSON, or truncated ({error})") from None
-    for key, required in REQUIRED.items():
+    for key in LISTS:
         entries = content.get(key) if isinstance(content, dict) else None
         if key == "annotations" and not entries and not needs_objects:
             continue
         if not isinstance(entries, list) or not entries:
-            raise UserError(f"{what}: has no {key}; COCO's format is an object with the lists {', '.join(REQUIRED)}")
-        for number, entry in enumerate(entries):
-            if not isinstance(entry, dict) or any(entry.get(name) is None for name in required):
-                raise UserError(f"{what}: {key}[{number}] is {entry!r:.80}; it needs {', '.join(required)}")
+            raise UserError(f"{what}: has no {key}; COCO's format is an object with the lists {', '.join(LISTS)}")
         if key != "annotations" and len({entry["id"] for entry in entries}) < len(entries):
             raise UserError(f"{what}: several of its {key} have the same id")
     return content
 
 
 def check_categories(what: str, content: Mapping[str, Any], classes: Sequence[str]) -> None:
-    """Refuse categories that do not contain each class once. The line has both lists.
+    """Refuse categories that do not contain the classes. The line has both lists.
 
     Args:
         what: the file, for messages.
@@ -346,42 +314,31 @@ def check_categories(what: str, content: Mapping[str, Any], classes: Sequence[st
     Raises:
         UserError: they do not.
     """
-    names = [category["name"] for category in content["categories"]]
-    counts = Counter(canonical(str(name)) for name in names)
-    if missing := [name for name in classes if not counts[canonical(name)]]:
+    names = [str(category["name"]) for category in content["categories"]]
+    known = set(map(canonical, names))
+    if missing := [name for name in classes if canonical(name) not in known]:
         both = f"the classes are {listed(classes)}; the file's categories are {listed(names)}"
         hint = "set metainfo = dict(classes=…) in the data sets to names of the file"
         raise UserError(f"{what}: no category is named {listed(missing)}: {both}; {hint}")
-    if twice := [name for name in classes if counts[canonical(name)] > 1]:
-        raise UserError(f"{what}: several categories are named {listed(twice)}")
 
 
-def check_objects(
-    what: str, content: Mapping[str, Any], classes: Sequence[str], needs_masks: bool, min_size: int
-) -> None:
-    """Refuse annotations of which nothing can be learned or evaluated. Warn of those that are skipped.
+def check_objects(what: str, content: Mapping[str, Any], classes: Sequence[str], needs_masks: bool) -> None:
+    """Refuse annotations of which nothing can be learned or evaluated.
 
     Args:
         what: the file, for messages.
         content: the file's content.
         classes: names of the data set's classes.
         needs_masks: whether each object needs a mask.
-        min_size: side of an image, in pixels, below which mmdet leaves it out.
 
     Raises:
         UserError: there is no object, or none has a mask.
     """
     wanted, marks = set(map(canonical, classes)), content["annotations"]
-    known = {category["id"] for category in content["categories"] if canonical(category["name"]) in wanted}
-    large = {image["id"] for image in content["images"] if min(image["width"], image["height"]) >= min_size}
-    used = [one for one in marks if one["category_id"] in known and one["image_id"] in large and has_finite_box(one)]
+    known = {category["id"] for category in content["categories"] if canonical(str(category["name"])) in wanted}
+    images = {image["id"] for image in content["images"]}
+    used = [one for one in marks if one["category_id"] in known and one["image_id"] in images]
     if not used:
         raise UserError(f"{what}: none of its {len(marks)} annotations is an object of the classes {listed(classes)}")
-    if len(used) < len(marks):
-        print_main(
-            f"WARNING: {what}: {len(marks) - len(used)} of its {len(marks)} annotations are skipped: of categories "
-            f"that are no classes, of images that are not listed or smaller than {min_size} pixels, or with a box that "
-            "is not finite"
-        )
     if needs_masks and not any(map(has_usable_mask, used)):
         raise UserError(f"{what}: no annotation has a segmentation; a model with masks needs it, RetinaNet does not")

@@ -24,12 +24,10 @@ SIMILAR = 0.75  # of difflib: 1 is equal
 OF_TYPED = set("type _scope_ _delete_ priority requires_grad convert_to_iter_based override init_cfg".split())
 OF_OPTIMISER = {"optimizer", "paramwise_cfg", "constructor"}
 OF_LOADER = {"dataset", "num_batch_per_epoch", "disable_subprocess_warning"}
-# Names at the top of a config that describe its data sets.
-OF_DATA = ("data_root", "metainfo", "classes", "num_classes", "img_suffix", "seg_map_suffix", "reduce_zero_label")
 # Names that are read from the top of a config, besides arguments of mmengine's runner.
-TOP = {*OF_DATA, "orientation"} | set(
-    "activation_checkpointing compile custom_imports efficient_conv_bn_eval find_unused_parameters model_wrapper_cfg "
-    "sync_bn test_pipeline tta_model tta_pipeline".split()
+TOP = set(
+    "activation_checkpointing classes compile custom_imports data_root efficient_conv_bn_eval find_unused_parameters "
+    "metainfo model_wrapper_cfg orientation sync_bn test_pipeline tta_model tta_pipeline".split()
 )
 
 
@@ -62,7 +60,7 @@ def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
         options: the options, by dotted key.
 
     Raises:
-        UserError: an option names nothing in the config, or replaces a number by a text.
+        UserError: an option names nothing in the config.
     """
     for key in sorted(options, key=lambda key: not key.endswith(".type")):  # other arguments depend on the type
         check_option(cfg, key, options[key])
@@ -93,9 +91,6 @@ def check_option(cfg: Config, key: str, value: Any) -> None:
             return
         else:
             node = node[part]
-    if isinstance(node, (int, float)) and isinstance(value, str) and value != "dynamic":  # which a loss scale may be
-        kind = "True or False" if isinstance(node, bool) else f"a number, such as {node}"
-        raise UserError(f"{FLAG} {key}={value}: takes {kind}")
 
 
 def is_read(node: Mapping[str, Any], place: str, key: str) -> bool:

@@ -1,6 +1,6 @@
 """The parts of a config that are about its data: the data sets, their pipelines, and the heads that predict classes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmengine.config import Config
@@ -17,7 +17,6 @@ LOADS_LABELS = ("LoadAnnotations", "LoadReadableLabels")  # transforms that load
 # Heads that predict the classes of the data set. First stages predict one class, heads for stuff other ones.
 HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "roi_head.bbox_head", "roi_head.mask_head")
 OTHER_HEADS = ("STDCHead",)  # which stand among them, and predict something else: this one, boundaries
-MAX_NAMES = 12  # in a message
 
 
 def dicts(node: Any) -> Iterator[Any]:
@@ -31,12 +30,6 @@ def dicts(node: Any) -> Iterator[Any]:
 def as_list(value: Any) -> list[Any]:
     """Return a list or tuple as a list, and anything else as the one entry of a list."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def listed(names: Sequence[Any]) -> str:
-    """List names for a message. Of many, only the first are shown."""
-    shown = ", ".join(map(str, names[:MAX_NAMES]))
-    return shown if len(names) <= MAX_NAMES else f"{shown}, … ({len(names)} in all)"
 
 
 def class_name(kind: type) -> str:

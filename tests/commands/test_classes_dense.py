@@ -1,6 +1,5 @@
 """Classes of segmentation and detection: heads with one channel, and checkpoints whose classes are compared by name."""
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -10,16 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import refusal
-from dense_data import BOXED, LABELLED, NAMES, own_config, read, write_boxed, write_labelled
+from dense_data import BOXED, LABELLED, NAMES, own_config, read, save_model, write_boxed, write_labelled
 from PIL import Image
 
 import detection.test
 import segmentation.predict
 import segmentation.test
-from sepvit_lib.dense.checks import build_model
-from sepvit_lib.dense.classes import has_other_classes, match_classes
+from sepvit_lib.dense.classes import match_classes
 from sepvit_lib.dense.mmengine_adapter import read_checkpoint
-from sepvit_lib.dense.parts import has_step
 from sepvit_lib.dense.predict import build_inference_model
 from sepvit_lib.dense.train import build_train_parser, read_starting_weights, run_training
 
@@ -29,12 +26,8 @@ OPTIONS = (
 ).split()
 
 
-def train(arguments: list[str]) -> int:
-    return run_training(build_train_parser(""), arguments)
-
-
 COMMANDS = {
-    "train": train,
+    "train": lambda arguments: run_training(build_train_parser(""), arguments),
     "test": segmentation.test.main,
     "predict": segmentation.predict.main,
     "detection": detection.test.main,
@@ -49,15 +42,6 @@ def roots(tmp_path_factory) -> dict[Path, Path]:
     for path in turned.glob("annotations/*/*.png"):
         Image.fromarray(3 - np.asarray(Image.open(path))).save(path)
     return {LABELLED: write_labelled(folder / "labelled"), BOXED: write_boxed(folder / "boxed"), Path("turned"): turned}
-
-
-def save_model(config: Path, path: Path) -> Path:
-    """Write a checkpoint of a config's model with random weights."""
-    torch.manual_seed(0)
-    cfg = read(config)
-    meta = dict(dataset_meta=copy.deepcopy(cfg.test_dataloader.dataset.metainfo.to_dict()))
-    torch.save(dict(state_dict=build_model(cfg).state_dict(), meta=meta), path)
-    return path
 
 
 @pytest.fixture
@@ -151,7 +135,7 @@ def test_other_classes_are_refused(base, test, roots, tmp_path, capsys):
     line = refusal(COMMANDS[test], "test", [config, tmp_path / "a.pth", *work], capsys)
     assert "2 names differ (" in line
     assert "metainfo = dict(classes=" in line
-    line = refusal(train, "train", [config, "--resume", tmp_path / "a.pth", *work], capsys)
+    line = refusal(COMMANDS["train"], "train", [config, "--resume", tmp_path / "a.pth", *work], capsys)
     assert line.startswith(f"train.py: --resume {tmp_path}/a.pth: ")
     assert "2 names differ (" in line
     assert not (tmp_path / "new").exists()
@@ -199,16 +183,6 @@ def test_colours_of_a_checkpoint_without_any(roots, tmp_path):
     save_model(config, tmp_path / "a.pth")
     model = build_inference_model(cfg, str(tmp_path / "a.pth"), "CONFIG")
     assert (model.dataset_meta["classes"], len(model.dataset_meta["palette"])) == (NAMES[LABELLED], 2)
-
-
-def test_names_in_another_unicode_form_are_the_same(roots, tmp_path):
-    composed, decomposed = ("sol", "carr\u00e9"), ("sol", "carre\u0301")
-    cfg = read(own_config(tmp_path / "own.py", LABELLED, roots[LABELLED], decomposed))
-    checkpoint = dict(meta=dict(dataset_meta=dict(classes=composed)))
-    assert not has_other_classes(cfg, checkpoint, "test_dataloader")
-    match_classes(cfg, checkpoint, "CHECKPOINT a.pth", ["test_dataloader"])
-    assert cfg.test_dataloader.dataset.metainfo.classes == composed
-    assert not has_step(cfg.test_dataloader.dataset, "LoadAnnotations", label_map=[0, 1])
 
 
 def test_some_of_ade20ks_classes_in_another_order():

@@ -3,26 +3,24 @@
 import argparse
 import copy
 import fcntl
+import io
 import json
 import os
-import pty
 import shutil
-import struct
 import subprocess
 import sys
-import termios
 import threading
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from conftest import ROOT, command, free_port, refusal
 from dense_data import BOXED as DETECTION
 from dense_data import LABELLED as SEGMENTATION
-from dense_data import read
+from dense_data import read, save_model
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import OneCycleLR, ReduceOnPlateauLR
@@ -40,7 +38,6 @@ from sepvit_lib.dense.checks import build_model
 from sepvit_lib.dense.drawing import enlargement
 from sepvit_lib.dense.loading import use_checked_loading
 from sepvit_lib.dense.mmengine_adapter import read_checkpoint
-from sepvit_lib.dense.options import accepted_arguments
 from sepvit_lib.dense.run import DenseNames, plain_state
 from sepvit_lib.dense.samples import SeededSamples
 from sepvit_lib.dense.settings import build_parser, join_processes, read_config
@@ -75,21 +72,15 @@ def merged(*options: str, path: Path = SEGMENTATION) -> Config:
 REFUSED = {
     "max_iters=1": "did you mean train_cfg.max_iters?",
     "train_cfg.max_itres=5": "did you mean train_cfg.max_iters?",
-    "foo=1": "nothing reads foo",
-    "optimiser.lr=1": "did you mean optim_wrapper.optimizer.lr?",
     "optim_wrapper.optimiser.type=SGD": "did you mean optim_wrapper.optimizer.type?",
     "optimizer.lr=1": "nothing reads optimizer.lr; did you mean optim_wrapper.optimizer.lr?",  # mmengine only copied it
     "train_pipeline.0.type=X": "nothing reads train_pipeline",
     "data_preprocessor.size=(64,64)": "did you mean model.data_preprocessor.size?",
-    "optim_wrapper.optimizer.lr=abc": "takes a number, such as 0.001",
     "optim_wrapper.optimizer.momentum=0.9": "nothing reads optim_wrapper.optimizer.momentum",
     "model.backbone.drop_path_rat=0.1": "did you mean model.backbone.drop_path_rate?",
-    "resume.x=1": "resume is False, which has no settings of its own",
-    "model.test_cfg.mod=slide": "did you mean model.test_cfg.mode?",
     "train_dataloader.batchsize=2": "did you mean train_dataloader.batch_size?",
     "train_dataloader.dataset.pipeline.2.scales=3": "did you mean train_dataloader.dataset.pipeline.2.scale?",
     "param_scheduler.7.end=5": "param_scheduler is a list of 2; name an entry: param_scheduler.0",
-    "env_cfg.cudnn_benchmark=fast": "takes True or False",
 }
 
 
@@ -102,7 +93,6 @@ def test_refused_options(option):
 
 
 TAKEN = {
-    "optim_wrapper.optimizer.lr=0.1": ("optim_wrapper.optimizer.lr", 0.1),
     "optim_wrapper.optimizer.fused=True": ("optim_wrapper.optimizer.fused", True),  # an argument of AdamW
     "optim_wrapper.optimizer.momentum=0.9 optim_wrapper.optimizer.type=SGD": (
         "optim_wrapper.optimizer",
@@ -113,14 +103,11 @@ TAKEN = {
     "model.backbone={'type':'SepViT_Tiny','with_cp':True}": ("model.backbone", dict(type="SepViT_Tiny", with_cp=True)),
     "model.backbone.drop_rate=0.1": ("model.backbone.drop_rate", 0.1),  # of the class it is derived from
     "train_dataloader.prefetch_factor=3": ("train_dataloader.prefetch_factor", 3),
-    "param_scheduler.0.begin=10": ("param_scheduler.0.begin", 10),
     "custom_hooks=[{'type':'EMAHook'}]": ("custom_hooks", [dict(type="EMAHook")]),
     "val_evaluator.iou_metrics=[mIoU,mDice]": ("val_evaluator.iou_metrics", ["mIoU", "mDice"]),
     "find_unused_parameters=True": ("find_unused_parameters", True),
-    "train_dataloader.dataset.pipeline.0.orientation=exif": ("train_dataloader.dataset.pipeline.0.orientation", "exif"),
     "orientation=exif": ("tta_pipeline.0.orientation", "exif"),  # of all
     "randomness.seed=3": ("randomness.seed", 3),
-    "val_dataloader=None": ("val_dataloader", None),
     "data_root=/own/": ("test_dataloader.dataset.data_root", "/own"),
     "model.decode_head.norm_cfg.requires_grad=False": ("model.decode_head.norm_cfg.requires_grad", False),
 }
@@ -139,14 +126,6 @@ def test_data_root_moves_the_evaluators():
     cfg = merged("data_root=/my data", path=DETECTION)
     assert cfg.train_dataloader.dataset.data_root == "/my data/"
     assert cfg.val_evaluator.ann_file == cfg.test_evaluator.ann_file == "/my data/annotations/instances_val2017.json"
-
-
-def test_accepted_arguments_follow_the_classes():
-    from sepvit_lib.dense.backbone import SepViT_Lite
-
-    assert {"drop_path_rate", "frozen_stages", "drop_rate", "depths"} <= (accepted_arguments(SepViT_Lite) or set())
-    assert accepted_arguments(torch.nn.Linear) == {"in_features", "out_features", "bias", "device", "dtype"}
-    assert accepted_arguments(lambda **kwargs: None) is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -176,17 +155,8 @@ def scenes(tmp_path_factory) -> Path:
             label.parent.mkdir(parents=True)
             Image.fromarray(np.full((64, 96), number, np.uint8)).save(label)
             listing["images"].append(dict(id=number, file_name=f"{place}.jpg", height=64, width=96))
-            listing["annotations"].append(
-                dict(
-                    id=number,
-                    image_id=number,
-                    category_id=number,
-                    bbox=[8, 8, 32, 32],
-                    area=1024,
-                    iscrowd=0,
-                    segmentation=square,
-                )
-            )
+            mark = dict(id=number, image_id=number, category_id=number, bbox=[8, 8, 32, 32], segmentation=square)
+            listing["annotations"].append(mark)
         (root / f"annotations/instances_{split}.json").write_text(json.dumps(listing))
     return root
 
@@ -197,15 +167,6 @@ def small(scenes: Path, *options: str) -> list[str]:
         "train_dataloader.batch_size=2 default_hooks.logger.interval=1"
     )
     return ["--cfg-options", f"data_root={scenes}", *usual.split(), *options]
-
-
-def save_model(config: Path, path: Path) -> Path:
-    """Write a checkpoint of a config's model with random weights."""
-    torch.manual_seed(0)
-    cfg = demo(config)
-    meta = dict(dataset_meta=dict(cfg.test_dataloader.dataset.metainfo))
-    torch.save(dict(state_dict=build_model(cfg).state_dict(), meta=meta), path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -233,17 +194,10 @@ def run_here(name: str, *arguments: object) -> None:
 DATA = "--cfg-options data_root={scenes}"
 IMAGE = "{scenes}/images/validation"
 MISTAKES = [
-    (f"train {{demo}} {DATA} model.backbone=5", "CONFIG {demo}: not a config of a segmentor or detector"),
     (f"train {{demo}} --seed -1 {DATA}", "--seed: -1 is out of range"),
-    (f"train {{demo}} --seed 4294967296 {DATA}", "--seed: 4294967296 is out of"),
     ("train {folder}", "CONFIG {folder}: a folder; name a config in it"),
-    (
-        f"train {{demo}} --resume {{folder}} {DATA}",
-        "--resume {folder}: a folder; name a checkpoint in it",
-    ),
+    (f"train {{demo}} --resume {{folder}} {DATA}", "--resume {folder}: a folder; name a checkpoint in it"),
     (f"test {{demo}} {{folder}} --eval mIoU {DATA}", "CHECKPOINT {folder}: a folder; name a checkpoint in it"),
-    (f"train {{demo}} {DATA} model.backbone.pretrained={{given}}/tiny.pth", "contains SepViT_Tiny, not SepViT_Lite"),
-    (f"train {{demo}} {DATA} model.backbone.pretrained=none.pth", "name one with --cfg-options model.backbone.pretr"),
     ("train {given}/no_length.py --from-scratch", "has no optim_wrapper, which training needs"),
     ("test {given}/untested.py {checkpoint} --eval mIoU", "has no test_dataloader; set it: test_dataloader = val_data"),
     (
@@ -257,20 +211,16 @@ MISTAKES = [
         "{given}/drawn/1.png exists; name another",
     ),
     (f"test {{demo}} {{checkpoint}} --show-dir {IMAGE}/a {DATA}", f"--show-dir {IMAGE}/a: holds images or labels of a"),
-    (
-        f"predict {{demo}} {{checkpoint}} {IMAGE} --out new --cfg-options test_dataloader.dataset.type=Foo",
-        "type=Foo: has",
-    ),
-    (f"train {{demo}} --from-scratch {DATA} test_evaluator=None", "cannot be built: ValueError: test_dataloader, "),
-    ("train {demo} --auto-resum", "--auto-resum: unknown setting; did you mean --auto-resume"),
     (f"train {{demo}} {DATA} default_hooks.checkpoint.save_best=['mIoU','mAcc']", "takes one text, since best.pth is"),
-    (
-        f"train {{demo}} {DATA} default_hooks.checkpoint.out_dir=new",
-        "default_hooks.checkpoint.out_dir=new: not available",
-    ),
+    (f"train {{demo}} {DATA} default_hooks.checkpoint.out_dir=new", "checkpoint.out_dir=new: not available"),
     (
         f"train {{demo}} {DATA} train_cfg.val_interval=600 optim_wrapper.accumulative_counts=7",
         "takes a multiple of optim_wrapper.accumulative_counts=7",
+    ),
+    (
+        f"train {{boxed}} --from-scratch {DATA} train_dataloader.num_workers=0 train_dataloader.batch_size=2 "
+        "model.roi_head.bbox_roi_extractor.roi_layer.pool_mode=max",
+        "mmcv's operator roi_align_forward with pool_mode='max'",  # in the first step
     ),
 ]
 
@@ -283,8 +233,8 @@ def test_mistakes(mistake, scenes, segmentor, tmp_path, capsys, monkeypatch):
     (given / "drawn/1.png").write_bytes(b"mine")
     (given / "untested.py").write_text(f"_base_ = {str(SEGMENTATION)!r}\ntest_dataloader = None\n")
     (given / "no_length.py").write_text(f"_base_ = {str(SEGMENTATION)!r}\noptim_wrapper = None\n")
-    torch.save(timm.create_model("SepViT_Tiny").state_dict(), given / "tiny.pth")
-    places = dict(demo=SEGMENTATION, scenes=scenes, checkpoint=segmentor, folder=segmentor.parent, given=given)
+    places = dict(demo=SEGMENTATION, boxed=DETECTION, scenes=scenes, checkpoint=segmentor, folder=segmentor.parent)
+    places["given"] = given
     words = MISTAKES[mistake][1].format(**places)
     script, *arguments = [argument.format(**places) for argument in MISTAKES[mistake][0].split()]
     before = sorted(tmp_path.rglob("*"))
@@ -295,12 +245,8 @@ def test_mistakes(mistake, scenes, segmentor, tmp_path, capsys, monkeypatch):
 
 UNBUILDABLE = {
     "model.backbone.type=SepVit_Lite": "KeyError: 'SepVit_Lite is not in the ",
-    "model.backbone.frozen_stages=9": "ValueError: frozen_stages=9: choose from",
     "model.decode_head.in_channels=[64,64]": "AssertionError: ",
-    "optim_wrapper.optimizer.weight_decay=-1": "ValueError: Invalid weight_decay",
-    "param_scheduler.0.begin=90": "ValueError: end should be larger than begin",
     "val_evaluator.type=IoUmetric": "KeyError: 'IoUmetric is not in the ",
-    "train_dataloader.dataset.pipeline.0.type=LoadImage": "KeyError: 'LoadImage is not in the ",
     "train_dataloader.prefetch_factor=3": "ValueError: prefetch_factor option",
 }
 
@@ -319,15 +265,8 @@ def test_parts_that_cannot_be_built(option, scenes, tmp_path, capsys):
 def test_metrics_and_models_that_cannot_be_built(scenes, segmentor, tmp_path, capsys):
     test = [SEGMENTATION, segmentor, "--work-dir", tmp_path / "test", *small(scenes, "test_evaluator.type=IoUmetric")]
     assert "cannot be built: KeyError: 'IoUmetric is not in " in refusal(RUN["test"], "test", test, capsys)
-    predict = [
-        SEGMENTATION,
-        segmentor,
-        scenes / "images",
-        "--out",
-        tmp_path / "out",
-        "--cfg-options",
-        "model.neck.type=F",
-    ]
+    predict = [SEGMENTATION, segmentor, scenes / "images", "--out", tmp_path / "out"]
+    predict += ["--cfg-options", "model.neck.type=F"]
     assert "cannot be built: KeyError: 'F is not in " in refusal(RUN["predict"], "predict", predict, capsys)
     assert not (tmp_path / "out").exists()
 
@@ -347,12 +286,6 @@ def test_a_refused_run_leaves_the_other_one_alone(scenes, tmp_path, capsys, monk
     timer.join()
     os.close(other)
     assert [path.name for path in folder.iterdir()] == ["iter_4.pth"]
-
-
-def test_home_folder_is_expanded(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    args = parsed("~/own.py", "--work-dir=~/runs", "--load-from=~/a.pth")
-    assert (args.config, args.work_dir, args.load_from) == ("/home/me/own.py", "/home/me/runs", "/home/me/a.pth")
 
 
 @pytest.mark.parametrize(
@@ -520,16 +453,12 @@ def test_backbone_of_a_segmentor_as_pretrained(segmentor):
     assert all(torch.equal(value, saved[f"backbone.{name}"]) for name, value in backbone.state_dict().items())
 
 
-def test_training_without_validation(scenes, segmentor, tmp_path, capsys):
-    """From the weights of a segmentor's backbone, as the messages advise."""
+def test_training_without_validation(scenes, tmp_path, capsys):
     config = tmp_path / "plain.py"
     config.write_text(f"_base_ = {str(SEGMENTATION)!r}\nval_dataloader = val_cfg = val_evaluator = None\n")
-    options = small(scenes, "train_cfg.max_iters=1", f"model.backbone.pretrained={segmentor}")
-    options = [option for option in options if not option.startswith("val_dataloader")]
-    run_here("train", config, "--work-dir", tmp_path / "run", *options)
-    text = capsys.readouterr().out
-    assert "the backbone of a whole segmentor or detector: loaded 208 of 208" in text
-    assert "Iter(val)" not in text
+    options = [one for one in small(scenes, "train_cfg.max_iters=1") if not one.startswith("val_dataloader")]
+    run_here("train", config, "--from-scratch", "--work-dir", tmp_path / "run", *options)
+    assert "Iter(val)" not in capsys.readouterr().out
     assert (tmp_path / "run/iter_1.pth").exists()
 
 
@@ -568,10 +497,7 @@ ROTATED = 6  # of EXIF: to be turned clockwise by 90°
 def test_predict_images_of_all_kinds(task, scenes, segmentor, detector, tmp_path, capsys):
     """Pictures of a folder's images keep its structure. Images that cannot be predicted are named, the others drawn."""
     image = draw_scene(tmp_path / "in/rgb.jpg", 3)
-    image.convert("CMYK").save(tmp_path / "in/cmyk.jpg")
     image.convert("RGBA").save(tmp_path / "in/rgba.png")
-    image.convert("L").save(tmp_path / "in/grey.png")
-    image.quantize(16).save(tmp_path / "in/palette.png")
     Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(tmp_path / "in/deep.png")
     exif = Image.Exif()
     exif[0x0112] = ROTATED
@@ -579,7 +505,7 @@ def test_predict_images_of_all_kinds(task, scenes, segmentor, detector, tmp_path
     (tmp_path / "in/notes.txt").write_text("no image")
     (tmp_path / "in/empty.jpg").touch()
     Image.new("RGB", (12000, 1)).save(tmp_path / "in/narrow.png")
-    names = ["cmyk", "deep", "grey", "inner/rgb", "palette", "rgb", "rgba"]
+    names = ["deep", "inner/rgb", "rgb", "rgba"]
     module, checkpoint = (segmentation, segmentor) if task == "segmentation" else (detection, detector)
     out = tmp_path / task
     arguments = [*map(str, (TASKS[task], checkpoint, tmp_path / "in", "--out", out))]
@@ -646,48 +572,29 @@ def test_training_images_with_an_orientation(scenes, tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def on_terminal(function) -> str:
-    """Run a function with a terminal as standard output. Returns what it printed."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 200, 0, 0))  # rows, columns
-    printed: list[bytes] = []
+class Terminal(io.StringIO):
+    """Text that was printed on a terminal."""
 
-    def read() -> None:
-        while True:
-            try:
-                part = os.read(ours, 1 << 16)
-            except OSError:  # the other end is closed
-                return
-            if not part:
-                return
-            printed.append(part)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    before, sys.stdout = sys.stdout, os.fdopen(theirs, "w")
-    try:
-        function()
-    finally:
-        sys.stdout.close()
-        sys.stdout = before
-        reader.join()
-        os.close(ours)
-    return b"".join(printed).decode()
+    def isatty(self) -> bool:
+        return True
 
 
-def test_progress_bar_of_predict(scenes, segmentor, tmp_path):
-    arguments = [str(SEGMENTATION), str(segmentor), str(scenes / "images/validation"), "--out", str(tmp_path / "out")]
-    text = on_terminal(lambda: segmentation.predict.main(arguments))
+def on_terminal(main, *arguments: object) -> str:
+    """Run a command with a terminal as standard output. Returns what it printed."""
+    with redirect_stdout(Terminal()) as printed:
+        assert main(list(map(str, arguments))) == 0
+    return printed.getvalue()
+
+
+def test_progress_bars(scenes, segmentor, detector, tmp_path):
+    images, out = scenes / "images/validation", tmp_path / "out"
+    text = on_terminal(segmentation.predict.main, SEGMENTATION, segmentor, images, "--out", out)
     assert "predict 100%|" in text
     assert "| 2/2 [" in text
     assert text.count("drawn in") == 2
-
-
-def test_progress_bar_of_test(scenes, detector, tmp_path):
-    arguments = [str(DETECTION), str(detector), "--eval", "bbox", "--work-dir", str(tmp_path), *small(scenes)]
-    text = on_terminal(lambda: detection.test.main(arguments))
+    flags = ["--eval", "bbox", "--work-dir", tmp_path, *small(scenes)]
+    text = on_terminal(detection.test.main, DETECTION, detector, *flags)
     assert "test 100%|" in text
-    assert "| 2/2 [" in text
     assert "Epoch(test) [1/2]" not in text  # in the log file instead
     assert "Epoch(test) [1/2]" in next(tmp_path.glob("*/*.log")).read_text()
     assert "bbox_mAP_copypaste" in text
@@ -707,20 +614,6 @@ def test_few_lines_before_the_first_step(scenes, tmp_path):
     assert len(before.splitlines()) + len(result.stderr.splitlines()) <= 6, before + result.stderr
     log = next(tmp_path.glob("*/*.log")).read_text()
     assert all(words in log for words in ("System environment:", "Config:", "Hooks will be executed"))
-
-
-def test_missing_operator_in_the_first_step(scenes, tmp_path):
-    """Maximum pooling needs mmcv's compiled operators. Once they are installed, the same command has to run."""
-    options = small(scenes, "model.roi_head.bbox_roi_extractor.roi_layer.pool_mode=max")
-    result = command(
-        *(DETECTION, "--from-scratch", "--work-dir", tmp_path / "work", *options),
-        script="detection/train.py",
-        cwd=ROOT / "detection",
-        environment={"SEPVIT_OPERATORS": "torchvision"},
-    )
-    assert result.returncode == 2, result.stderr
-    assert "train.py: mmcv's operator roi_align_forward with pool_mode='max'" in result.stderr
-    assert not (tmp_path / "work").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -761,18 +654,21 @@ def launch(tmp_path: Path, mode: str, processes: int = 2, **environment: str) ->
     )
 
 
-def test_launcher_leaves_the_last_word_to_the_processes(tmp_path):
-    result = launch(tmp_path, "mistake")
-    assert (result.returncode, result.stderr, result.stdout) == (2, "train.py: a mistake\n", "")
-    result = launch(tmp_path, "killed")
-    assert result.returncode == 75
-    assert result.stderr == "launch.sh: process 1 was killed by SIGKILL; the others were stopped\n"
-    result = launch(tmp_path, "bug")
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-2:] == [
-        "ValueError: a bug",
-        "launch.sh: process 1 failed with status 1; the others were stopped",
-    ]
+STOPPED = "the others were stopped"
+
+
+@pytest.mark.parametrize(
+    ("mode", "status", "last"),
+    [
+        ("mistake", 2, "train.py: a mistake"),
+        ("killed", 75, f"launch.sh: process 1 was killed by SIGKILL; {STOPPED}"),
+        ("bug", 1, f"launch.sh: process 1 failed with status 1; {STOPPED}"),
+    ],
+)
+def test_launcher_leaves_the_last_word_to_the_processes(mode, status, last, tmp_path):
+    result = launch(tmp_path, mode)
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (status, last)
+    assert len(result.stderr.splitlines()) == 1 or mode == "bug"
 
 
 def test_launcher_restarts(tmp_path):
@@ -800,14 +696,3 @@ def test_launcher_names_the_port(tmp_path):
     result = launch(tmp_path, "mistake", PORT="high")
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     assert "PORT=high: takes a whole number from 1 to 65535" in result.stderr
-
-
-def test_two_processes_leave_nothing_in_the_current_folder(scenes, segmentor, tmp_path):
-    (tmp_path / "current").mkdir()
-    arguments = [SEGMENTATION, segmentor, "--eval", "mIoU", "--launcher", "pytorch", "--work-dir", tmp_path / "work"]
-    options = dict(script="segmentation/test.py", processes=2, cwd=tmp_path / "current")
-    result = command(*arguments, *small(scenes), **options)
-    assert result.returncode == 0, result.stderr
-    assert "mIoU" in result.stdout
-    assert not list((tmp_path / "current").iterdir())
-    assert not list((tmp_path / "work").rglob("collected*"))

@@ -367,6 +367,7 @@ def test_evaluation_of_two_processes_is_that_of_one(scales, trained_by_two, scen
     arguments = [config, work_dir / "iter_2.pth", "--eval", "mIoU", "--work-dir", work_dir, *scales, *small(scenes)]
     two = script("dist_test.sh", *arguments[:2], 2, *arguments[2:], environment={"PORT": free_port()})
     assert miou(two) == miou(run("test.py", *arguments))
+    assert not [*work_dir.rglob("collected*")]
 
 
 @pytest.mark.slow
@@ -513,7 +514,7 @@ MISTAKES = {
     "test {demo} {files}/incomplete.pth --eval mIoU DATA": "1 entries are missing (decode_head.conv_seg.weight, …)",
     "test {demo} {files}/code.pth --eval mIoU DATA": "could run code",
     "test GOOD --eval mIoU --cfg-options data_root={files}/nothing": "test data {files}/nothing: ",
-    "test GOOD --eval mIoU --cfg-options data_root={files}/empty": "empty folder",
+    "test GOOD --eval mIoU --cfg-options data_root={files}/empty": "no image ends in",
     "predict GOOD none.jpg --out {files}/out": "IMAGE none.jpg: no such file",
     "predict GOOD {files}/image.png --out {files}": "would overwrite IMAGE",
     "predict {demo} {files}/tiny.pth {files}/image.png --out {files}/out": "SepViT_Tiny, not SepViT_Lite",
