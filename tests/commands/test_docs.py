@@ -103,7 +103,7 @@ ELSEWHERE = {
     r"python tools/app\.py": "test_app.py::test_an_image_goes_in_and_its_class_comes_out",
     r"pip install (-e )?\.$": "test_package.py::test_a_host_with_modules_of_the_same_names_imports_everything",
     r"--data-set CIFAR": "test_data.py::test_cifar",  # torchvision knows the checksums of the real files
-    r"bash slurm_(train|test)\.sh": "test_segmentation.py::test_slurm_scripts",
+    r"bash slurm_(train|test)\.sh": "test_dense_commands.py::test_slurm_scripts",
     r'^_base_ = "fpn_': "test_own_data.py::test_segmentation_config_of_the_page",
     r'^_base_ = "mask_rcnn_': "test_own_data.py::test_detection_config_of_the_page",
 }
@@ -278,7 +278,9 @@ def run_of(command: Command) -> Run:
     if run.script == "make":
         return run
     if run.script not in SCRIPTS:
-        raise LookupError(f"{command.place}: no rule for {run.script}; add it to SCRIPTS in tests/commands/test_docs.py")
+        raise LookupError(
+            f"{command.place}: no rule for {run.script}; add it to SCRIPTS in tests/commands/test_docs.py"
+        )
     rule, arguments = SCRIPTS[run.script], list(run.arguments)
     if "…" in arguments:
         place = arguments.index("…")
