@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 VARIANTS = list(sepvit.VARIANTS)
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 os.environ.setdefault("SEPVIT_OPERATORS", "torchvision")  # compiled ones may be installed, too
 
 
