@@ -104,18 +104,13 @@ def link_digits(digits: Path, root: Path, labels: str, train: int, val: int) -> 
 
 
 def command(
-    *arguments,
-    script: str | Path = "main.py",
-    processes: int = 0,
-    environment: dict | None = None,
-    cwd: Path = ROOT,
-    timeout: int = 600,
+    *arguments, script: str | Path = "main.py", processes: int = 0, environment: dict | None = None, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess:
     """Run a script in one process, or in several (`processes`). Return the finished process."""
     if script == "main.py" and small_model.MODEL in arguments:
         script = "tests/fixtures/small_main.py"  # main.py, which does not know that model
     variables = {**os.environ, **(environment or {})}
-    return scripts.run(ROOT / script, list(map(str, arguments)), Path(cwd), variables, timeout, processes)
+    return scripts.run(ROOT / script, list(map(str, arguments)), Path(cwd), variables, 600, processes)
 
 
 def succeed(*arguments, **kwargs) -> str:
@@ -249,17 +244,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hand the table over, if this is one of several processes that run tests (`pytest -n`)."""
-    output = getattr(session.config, "workeroutput", None)
-    if output is not None:
-        tried: Counter = session.config.stash[TRIED]
-        output["tried"] = dict(tried)
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tried"] = dict(session.config.stash[TRIED])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Take the table of a process that ran tests."""
-    config: pytest.Config = node.config
-    config.stash[TRIED].update(getattr(node, "workeroutput", {}).get("tried", {}))
+    node.config.stash[TRIED].update(getattr(node, "workeroutput", {}).get("tried", {}))
 
 
 @pytest.fixture
