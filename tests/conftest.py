@@ -15,7 +15,7 @@ import processes as scripts
 import pytest
 import small_model
 import torch
-from processes import free_port
+from processes import free_port as free_port
 from torchvision.datasets import ImageFolder
 
 import sepvit
@@ -104,18 +104,13 @@ def link_digits(digits: Path, root: Path, labels: str, train: int, val: int) -> 
 
 
 def command(
-    *arguments,
-    script: str | Path = "main.py",
-    processes: int = 0,
-    environment: dict | None = None,
-    cwd: Path = ROOT,
-    timeout: int = 600,
+    *arguments, script: str | Path = "main.py", processes: int = 0, environment: dict | None = None, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess:
     """Run a script in one process, or in several (`processes`). Return the finished process."""
     if script == "main.py" and small_model.MODEL in arguments:
         script = "tests/fixtures/small_main.py"  # main.py, which does not know that model
     variables = {**os.environ, **(environment or {})}
-    return scripts.run(ROOT / script, list(map(str, arguments)), Path(cwd), variables, timeout, processes)
+    return scripts.run(ROOT / script, list(map(str, arguments)), Path(cwd), variables, 600, processes)
 
 
 def succeed(*arguments, **kwargs) -> str:
@@ -184,57 +179,6 @@ def read_log(folder: Path) -> list[dict]:
     return output.epoch_entries(output.read_log(folder / "log.txt"))
 
 
-def shell(folder: str, script: str, *arguments, environment: dict | None = None) -> str:
-    """Run a shell script of segmentation/ or detection/ and require that it succeeds. Return its output."""
-    result = subprocess.run(
-        ["bash", script, *map(str, arguments)],
-        cwd=ROOT / folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **(environment or {})},
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
-
-
-def play_srun(folder: Path) -> dict[str, str]:
-    """Write a fake `srun`, which starts all tasks on this machine and appends its arguments to srun.txt.
-
-    Returns:
-        environment variables that put it on the path.
-    """
-    srun = folder / "srun"
-    srun.write_text(
-        "#!/usr/bin/env bash\n"
-        f"printf '%s\\n' \"$@\" >> {folder}/srun.txt\n"
-        "while [[ $1 == --* ]]; do [[ $1 == --ntasks=* ]] && tasks=${1#*=}; shift; done\n"
-        "export SLURM_NTASKS=$tasks SLURM_JOB_NODELIST=localhost\n"
-        'for ((i = 0; i < tasks; i++)); do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done\n'
-        "wait\n"
-    )
-    srun.chmod(0o755)
-    return {"PATH": f"{folder}:{os.environ['PATH']}", "MASTER_PORT": free_port()}
-
-
-def optimizer_groups(cfg, model: torch.nn.Module) -> dict[str, dict]:
-    """Each parameter's group in the optimiser that an mmengine config builds, by the parameter's name."""
-    from mmengine.optim import build_optim_wrapper
-
-    settings = {key: value for key, value in cfg.optim_wrapper.items() if key != "loss_scale"}
-    optimizer = build_optim_wrapper(model, {**settings, "type": "OptimWrapper"}).optimizer
-    assert type(optimizer) is torch.optim.AdamW
-    names = {id(p): name for name, p in model.named_parameters()}
-    groups = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
-    assert groups.keys() == set(names.values())
-    return groups
-
-
-def undecayed_names(model: torch.nn.Module) -> set[str]:
-    """Names of the parameters without weight decay in the published configs, which match words in the names."""
-    return {name for name, _ in model.named_parameters() if "norm" in name or "pos_block" in name}
-
-
 def refusal(run: Callable[[list[str]], int], name: str, arguments: Sequence[object], capsys) -> str:
     """Run a command with a user's mistake in this process. Return the one line that it prints.
 
@@ -300,17 +244,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hand the table over, if this is one of several processes that run tests (`pytest -n`)."""
-    output = getattr(session.config, "workeroutput", None)
-    if output is not None:
-        tried: Counter = session.config.stash[TRIED]
-        output["tried"] = dict(tried)
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tried"] = dict(session.config.stash[TRIED])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Take the table of a process that ran tests."""
-    config: pytest.Config = node.config
-    config.stash[TRIED].update(getattr(node, "workeroutput", {}).get("tried", {}))
+    node.config.stash[TRIED].update(getattr(node, "workeroutput", {}).get("tried", {}))
 
 
 @pytest.fixture

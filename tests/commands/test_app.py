@@ -95,9 +95,8 @@ class Server:
         self.folder.mkdir()
         self.printed = folder / "stdout", folder / "stderr"
         environment = {**os.environ, "TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        self.command = Command(
-            ROOT / "tools/app.py", [*map(str, arguments), "--port", "0"], self.folder, environment, *self.printed
-        )
+        arguments = (*map(str, arguments), "--port", "0")
+        self.command = Command(ROOT / "tools/app.py", list(arguments), self.folder, environment, *self.printed)
         while "\n" not in self.text(0).rpartition("http://")[2]:
             assert self.command.poll() is None, self.text(1)
             time.sleep(0.05)
@@ -189,20 +188,13 @@ def page(open_page, server):
 def choose(page, path: Path) -> None:
     """Choose a file, and wait for its prediction."""
     page.locator("#file").set_input_files(path)
-    wait_for_prediction(page)
-
-
-def wait_for_prediction(page) -> None:
     page.wait_for_selector("#rows li")
     page.wait_for_selector("#busy", state="hidden")
 
 
 def rows(page) -> list[tuple[str, str]]:
     """The lines of the prediction: class and percentage."""
-    lines = page.locator("#rows li")
-    return [
-        tuple(lines.nth(i).locator(part).inner_text() for part in (".name", ".share")) for i in range(lines.count())
-    ]
+    return list(zip(*(page.locator(f"#rows li {part}").all_inner_texts() for part in (".name", ".share"))))
 
 
 def pixels(page, canvas: str) -> np.ndarray:
@@ -232,9 +224,7 @@ def transfer(page, path: Path):
 MISTAKES = {
     "nothing": ("", "--resume"),
     "missing checkpoint": ("--resume none.pth", "--resume none.pth: "),
-    "text for a checkpoint": ("--resume {text}", "--resume {text}: "),
     "unknown host": ("--resume {good} --host no.such.host.invalid", "--host no.such.host.invalid"),
-    "host of another machine": ("--resume {good} --host 192.0.2.1", "--host 192.0.2.1"),
     "port out of range": ("--resume {good} --port 65536", "--port"),
     "device": ("--resume {good} --device foo", "--device foo"),
     "missing config": ("--resume {good} --config none.py", "CONFIG none.py: no such file"),
@@ -243,17 +233,13 @@ MISTAKES = {
     "averaged segmentor": ("--resume {good} --config x.py --averaged", "--averaged: "),
     "score of a classifier": ("--resume {good} --score-thr 0.5", "--score-thr 0.5: "),
     "score of a segmentor": ("--resume {good} --config {config} --score-thr 0.5", "--score-thr 0.5: is for detectors"),
-    "unknown flag": ("--resume {good} --prot 1", "did you mean --port?"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake(mistake, checkpoint, tmp_path, monkeypatch, capsys):
+def test_mistake(mistake, checkpoint, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    text = tmp_path / "text.pth"
-    text.write_text("nothing")
-    names = dict(good=checkpoint, text=text, config=SEGMENTATION)
-    arguments, expected = (part.format(**names) for part in MISTAKES[mistake])
+    arguments, expected = (part.format(good=checkpoint, config=SEGMENTATION) for part in MISTAKES[mistake])
     where = "" if "--port" in arguments else "--port 0"
     assert expected in refusal(app.run, "app", f"{arguments} {where}".split(), capsys)
 
@@ -264,11 +250,12 @@ def test_a_taken_port(checkpoint, capsys):
         assert f"--port {port}: " in refusal(app.run, "app", ["--resume", checkpoint, "--port", port], capsys)
 
 
-@pytest.mark.parametrize(("module", "config", "extra"), [("starlette", [], "tools"), ("mmdet", [SEGMENTATION], "mm")])
-def test_a_missing_package(module, config, extra, checkpoint, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("module", "flags", "extra"), [("starlette", "", "tools"), ("mmdet", f"--config {SEGMENTATION}", "mm")]
+)
+def test_a_missing_package(module, flags, extra, checkpoint, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
-    config = ["--config", *config] if config else []
-    line = refusal(app.run, "app", ["--resume", checkpoint, "--port", "0", *config], capsys)
+    line = refusal(app.run, "app", ["--resume", checkpoint, "--port", "0", *flags.split()], capsys)
     assert line.endswith(f"needs {module}: pip install '.[{extra}]'")
 
 
@@ -288,15 +275,14 @@ def test_addresses():
 def test_an_image_goes_in_and_its_class_comes_out(page, images):
     """Chosen, dropped or pasted."""
     for way, name in (("choose", "cat"), ("drop", "rocket"), ("paste", "coffee")):
+        moved = transfer(page, images[name])
         if way == "choose":
             choose(page, images[name])
+        elif way == "drop":
+            page.dispatch_event("body", "drop", {"dataTransfer": moved})
         else:
-            moved = transfer(page, images[name])
-            if way == "drop":
-                page.dispatch_event("body", "drop", {"dataTransfer": moved})
-            else:
-                page.evaluate("(it) => document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: it}))", moved)
-            page.locator("#rows .name").first.filter(has_text=name).wait_for()
+            page.evaluate("(it) => document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: it}))", moved)
+        page.locator("#rows .name").first.filter(has_text=name).wait_for()
         found = rows(page)
         assert found[0] == (name, "100.0 %")
         assert {row[0] for row in found} == set(CLASSES)
@@ -548,7 +534,8 @@ def test_a_file_of_untold_size_is_bounded(pieces):
         for _ in range(pieces):
             yield bytes(MAX_BYTES // 20)
 
-    content = anyio.run(read_body, SimpleNamespace(headers={}, stream=stream))
+    with ThreadPoolExecutor() as pool:  # the browser's loop runs in this thread
+        content = pool.submit(anyio.run, read_body, SimpleNamespace(headers={}, stream=stream)).result()
     assert content == (None if pieces > 20 else bytes(MAX_BYTES))
 
 
@@ -574,19 +561,14 @@ def test_requests_of_other_sites_are_refused(server, images):
         assert server.request("GET", path, Host=f"localhost:{own.partition(':')[2]}")[0] == 200
 
 
-def test_other_addresses(server):
-    assert [server.request("GET", path)[0] for path in ("/samples/none", "/none", "/../app.py", "/predict")] == [
-        404
-    ] * 4
-
-
-def test_headers(server):
-    for path in ("/", "/about", "/none"):
+def test_headers_and_other_addresses(server):
+    for path in ("/", "/about", "/none", "/samples/none", "/../app.py", "/predict"):
         connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=10)
         connection.request("GET", path)
-        headers = connection.getresponse().headers
-        assert headers["content-security-policy"].startswith("default-src 'self';")
-        assert (headers["x-content-type-options"], headers["server"]) == ("nosniff", None)
+        answer = connection.getresponse()
+        assert answer.status == (200 if path in ("/", "/about") else 404)
+        assert answer.headers["content-security-policy"].startswith("default-src 'self';")
+        assert (answer.headers["x-content-type-options"], answer.headers["server"]) == ("nosniff", None)
         connection.close()
 
 
@@ -620,7 +602,6 @@ def save_model(config: str, path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def segmentor(tmp_path_factory) -> Path:
-    """A checkpoint of a segmentor."""
     return save_model(SEGMENTATION, tmp_path_factory.mktemp("segmentor") / "iter_1.pth")
 
 
@@ -638,11 +619,11 @@ def loaded(*arguments: object):
 
 def test_segmentor(open_page, images, segmentor, predictor, tmp_path_factory):
     """The page shows the labels over the picture, and the backbone's attention."""
-    arguments = ["--resume", segmentor, "--config", ROOT / SEGMENTATION]
+    arguments = ["--resume", segmentor, "--config", ROOT / SEGMENTATION, "--device", "cpu"]
     image = read_image(images["cat"], "image")
     palette = np.array(predictor.model.dataset_meta["palette"])
     labels = predictor.run(predictor.model, np.asarray(image)).pred_sem_seg.data[0].numpy()
-    for server in serving(*arguments, "--device", "cpu", factory=tmp_path_factory):
+    for server in serving(*arguments, factory=tmp_path_factory):
         assert "shows EncoderDecoder with SepViT_Lite, a segmentor with 11 classes" in server.line
         page = open_page(server)
         choose(page, images["cat"])

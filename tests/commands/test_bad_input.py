@@ -1,8 +1,9 @@
 """Users' mistakes: one line that names the problem and the way out, exit status 2, and no partial output."""
 
-import gzip
+import argparse
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import timm
@@ -28,8 +29,6 @@ def files(tmp_path_factory, few_digits):
     for name, content in (
         ("truncated", whole[:5000]),
         ("text", b"train a model first"),
-        ("gzip", gzip.compress(whole[:5000])),
-        ("nothing", b""),
         ("page", b"<!DOCTYPE html>\n<html><body>Not found</body></html>"),
         ("pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
         ("malicious_pickle", pickle.dumps(Code(root / "ran"))),
@@ -37,9 +36,7 @@ def files(tmp_path_factory, few_digits):
         (root / f"{name}.pth").write_bytes(content)
     save_file(lite, root / "lite.safetensors")
     (root / "cut.safetensors").write_bytes((root / "lite.safetensors").read_bytes()[:-100])
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), root / "script.pth")
     for name, checkpoint in (
-        ("empty", {"model": {}}),
         ("list", [1, 2]),
         ("no_weights", {"epoch": 3}),
         ("malicious", {"model": lite, "args": Code(root / "ran")}),
@@ -77,9 +74,6 @@ TEACHER = "--distillation-type hard --teacher-model SepViT_Lite --teacher-path {
 MISTAKES = {  # the arguments, and what the line names
     "web page as a checkpoint": (f"{EVAL}/page.pth", "--resume {root}/page.pth", "an HTML page"),
     "git-lfs pointer": (f"{TUNE}/pointer.pth", "--finetune {root}/pointer.pth", "git lfs pull"),
-    "compressed checkpoint": (f"{TEACHER}/gzip.pth", "--teacher-path {root}/gzip.pth", "not a checkpoint"),
-    "empty checkpoint": (f"{EVAL}/nothing.pth", "nothing.pth: not a checkpoint"),
-    "TorchScript": (f"{EVAL}/script.pth", "script.pth: not a checkpoint"),
     "truncated safetensors": (f"{EVAL}/cut.safetensors", "cut.safetensors: not a checkpoint, or a damaged one"),
     "http address": ("--resume http://localhost/x.pth", "http://localhost/x.pth: no such file"),
     "evaluation of non-finite weights": (f"{EVAL}/nan.pth", "head.bias is not finite (3 of 3 values)"),
@@ -94,11 +88,9 @@ MISTAKES = {  # the arguments, and what the line names
     "timeout out of range": ("--timeout 1e300", "--timeout", "1e300 is out of range"),
     "plateau schedule without decay": ("--sched plateau --decay-rate 1", "--sched plateau", "< 1.0"),
     "reversed scale range": ("--scale 1 0.08", "--scale 1 0.08", "smaller number first"),
-    "reversed ratio range": ("--ratio 1.33 0.75", "--ratio 1.33 0.75", "smaller number first"),
     "reversed milestones": ("--sched multistep --decay-milestones 9 3", "--decay-milestones 9 3"),
     "crops of size zero": ("--scale 0 0", "--scale", "0 is out of range"),
     "augmentation section that timm ignores": ("--aa rand-mx", "--aa rand-mx", "no section mx"),
-    "empty augmentation section": ("--aa rand-m9-", "--aa rand-m9-", "no section -"),
     "number of classes for class folders": ("--num-classes 5", "--num-classes 5", "has 3 classes"),
     "misspelled setting": ("--output_dri x", "--output_dri: unknown", "did you mean --output_dir?"),
     "step larger than the data set": ("--accum-steps 4", "--batch-size 16 × --accum-steps 4", "48 training images"),
@@ -119,7 +111,6 @@ MISTAKES = {  # the arguments, and what the line names
     "text file as a checkpoint": ("--resume {root}/text.pth", "text.pth", "not a checkpoint"),
     "list as a checkpoint": ("--resume {root}/list.pth", "holds a list"),
     "checkpoint without weights": ("--resume {root}/no_weights.pth", "holds no model weights"),
-    "empty weights": ("--resume {root}/empty.pth", "holds no model weights"),
     "code in a checkpoint": ("--resume {root}/malicious.pth", "refused", "could run code"),
     "code in a teacher": (f"{TEACHER}/malicious.pth", "--teacher-path", "refused"),
     "code in a pickle": (f"{TUNE}/malicious_pickle.pth", "--finetune", "malicious_pickle.pth"),
@@ -128,7 +119,6 @@ MISTAKES = {  # the arguments, and what the line names
     "incomplete checkpoint": ("--resume {root}/incomplete.pth", "1 entries are missing", "2.0.norm1.weight"),
     "another number of classes": ("--resume {root}/nine.pth", "head.weight is (9, 256)", "--finetune"),
     "another image size": ("--resume {root}/size96.pth", "--input-size 32", "--finetune"),
-    "finetuning another variant": (f"{TUNE}/small.pth", "contains SepViT_Small"),
     "resume and finetune": (f"--resume {{root}}/lite.pth {TUNE}/lite.pth", "choose one"),
     "batch larger than the data set": ("--batch-size 50", "--batch-size 50", "48 training images"),
     "too few images to repeat": ("--repeated-aug", "0 of the 48 training images", "--no-repeated-aug"),
@@ -139,18 +129,13 @@ MISTAKES = {  # the arguments, and what the line names
     "text instead of a number": ("--epochs many", "--epochs", "many"),
     "drop path rate above one": ("--drop-path 1.5", "--drop-path", "at most 1"),
     "unknown optimiser": ("--opt adamv", "--opt adamv"),
-    "one beta": ("--opt-betas 0.9", "--opt adamw: does not accept these settings"),
     "betas of one": ("--opt-betas 1 1", "--opt adamw: does not accept these settings"),
     "optimiser that cannot be built": ("--opt fusedadam", "--opt fusedadam"),
     "model that lacks these settings": ("--model vgg11 --drop-path 0.1", "--drop-path 0.1", "vgg11"),
     "no epoch left": ("--start_epoch 5", "--epochs 1"),
     "number of processes without ranks": ("--world_size 8", "--world_size 8", "torchrun"),
     "unknown reader": ("--data-set foo/bar", "--data-set foo/bar", "wds/…"),
-    "missing shards": (
-        "--data-set wds/x --num-classes 3 --val-split v-{{0..1}}.tar|9",
-        "2 of 2 shards",
-        "v-0.tar",
-    ),
+    "missing shards": ("--data-set wds/x --num-classes 3 --val-split v-{{0..1}}.tar|9", "2 of 2 shards", "v-0.tar"),
     "broken archive": ("--data-path {root}/broken_tar", "val.tar", "not an archive"),
     "unwritable folder for evaluation": ("--eval --output_dir /proc/x", "--output_dir /proc/x"),
     "invalid iNaturalist annotations": ("--data-path {root}/broken_inat --data-set INAT", "annotations"),
@@ -158,10 +143,8 @@ MISTAKES = {  # the arguments, and what the line names
     "unavailable device": ("--device mps", "--device mps", "cpu"),
     "unknown augmentation": ("--aa rand-x9", "--aa rand-x9"),
     "distillation without a teacher": ("--distillation-type soft", "--teacher-path"),
-    "missing teacher": ("--distillation-type hard --teacher-path {root}/t.pth", "--teacher-path", "t.pth"),
     "unwritable output folder": ("--output_dir {root}/a_file/run", "--output_dir", "cannot be written"),
     "resume from a folder": ("--resume {root}", "--resume {root}: no such file"),
-    "checkpoint below a file": ("--resume {root}/a_file/x.pth", "--resume {root}/a_file/x.pth: no such file"),
     "failed download": ("--resume https://127.0.0.1:9/x.pth", "127.0.0.1:9/x.pth", "failed"),
 }
 
@@ -225,47 +208,34 @@ def test_a_folder_with_a_run_is_not_overwritten(flags, words, run_folder, few_di
 # ------------------------------------------------------------------------------------------------------- accepted input
 
 
+def parsed(flags: str) -> argparse.Namespace:
+    return main.build_parser().parse_args(flags.split())
+
+
 def test_alternative_spellings_of_settings():
-    arguments = ["--batch_size", "4", "--output-dir=x", "--num-workers", "1", "--start-epoch", "2", "--dr", "0.5"]
-    args = main.build_parser().parse_args(arguments)
+    args = parsed("--batch_size 4 --output-dir=x --num-workers 1 --start-epoch 2 --dr 0.5")
     assert (args.batch_size, args.output_dir, args.num_workers) == (4, "x", 1)
     assert (args.start_epoch, args.decay_rate) == (2, 0.5)
 
 
 def test_flags_of_deit_and_of_the_published_code_are_accepted():
     """Including --local-rank, which torch.distributed.launch passes without --use_env."""
-    arguments = ["--model-ema", "--no-model-ema", "--model-ema-force-cpu", "--local-rank=1", "--opt", "AdamW"]
-    args = main.build_parser().parse_args(arguments)
+    args = parsed("--model-ema --no-model-ema --model-ema-force-cpu --local-rank=1 --opt AdamW")
     assert (args.model_ema, args.model_ema_force_cpu, args.opt) == (False, True, "adamw")
     main.check_settings(args)
 
 
 def test_tilde_after_an_equals_sign_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    arguments = [
-        f"--{name}=~/x" for name in ("output_dir", "data-path", "resume", "finetune", "teacher-path", "config")
-    ]
-    args = main.build_parser().parse_args(arguments)
-    assert {args.output_dir, args.data_path, args.resume, args.finetune, args.teacher_path, args.config} == {
-        "/home/me/x"
-    }
+    names = ("output_dir", "data_path", "resume", "finetune", "teacher_path", "config")
+    args = vars(parsed(" ".join(f"--{name}=~/x" for name in names)))
+    assert {args[name] for name in names} == {"/home/me/x"}
 
 
-TIMM_AUGMENTATIONS = (
-    "rand-m9-mstd0.5-inc1",
-    "rand-m9-n3-p0.5-mmax12-tweights",
-    "augmix-m5-w4-d2-b1-a1.0",
-    "original-mstd0.5",
-    "v0r",
-    "3a",
-    "",
-)
-
-
-@pytest.mark.parametrize("name", TIMM_AUGMENTATIONS)
-def test_timm_augmentations(name):
-    args = main.build_parser().parse_args([f"--aa={name}"])
-    build_transform(True, main.transform_settings(args))
+def test_timm_augmentations():
+    names = "rand-m9-mstd0.5-inc1 rand-m9-n3-p0.5-mmax12-tweights augmix-m5-w4-d2-b1-a1.0 original-mstd0.5 v0r 3a"
+    for name in [*names.split(), ""]:
+        build_transform(True, main.transform_settings(parsed(f"--aa={name}")))
 
 
 def test_settings_of_another_kind_in_a_checkpoint():
@@ -273,10 +243,11 @@ def test_settings_of_another_kind_in_a_checkpoint():
     assert all(checkpoints.settings_in({"args": settings}) == {} for settings in (None, "text", [1], {}))
 
 
-def finetune(model, path: str) -> None:
+def finetune(model, weights: dict, folder: Path) -> None:
     """Load weights as `--finetune` does."""
-    what = f"--finetune {path}"
-    checkpoint = checkpoints.read_checkpoint(path, what)
+    what = f"--finetune {folder / 'weights.pth'}"
+    torch.save(weights, folder / "weights.pth")
+    checkpoint = checkpoints.read_checkpoint(str(folder / "weights.pth"), what)
     main.load_from(model, checkpoint, what, prefer_ema=True, new_classifier=True)
 
 
@@ -287,9 +258,8 @@ def test_weights_that_timm_renames_are_checked(tmp_path):
     for kind in ("weight", "bias"):
         weights[f"head.{kind}"] = weights.pop(f"head.fc.{kind}")
     weights["head.weight"][0, 0] = torch.nan
-    torch.save(weights, tmp_path / "old.pth")
     with pytest.raises(UserError, match=r"head\.fc\.weight is not finite"):
-        finetune(model, str(tmp_path / "old.pth"))
+        finetune(model, weights, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["lite.safetensors", "renamed.pth"])
@@ -309,36 +279,31 @@ def test_averaged_weights_alone_are_accepted(key):
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
-def test_timm_networks_are_finetuned_at_another_size(name, few_digits, tmp_path, capsys):
+def test_timm_networks_are_finetuned_at_another_size(name, tmp_path, capsys):
     """By timm's own resampling, which is reported."""
-    torch.save(timm.create_model(name, img_size=64, num_classes=9).state_dict(), tmp_path / "64.pth")
-    args = main.build_parser().parse_args(["--finetune", str(tmp_path / "64.pth")])
+    source = timm.create_model(name, img_size=64, num_classes=9).state_dict()
     model = timm.create_model(name, img_size=128, num_classes=3)
-    finetune(model, args.finetune)
+    finetune(model, source, tmp_path)
     printed = capsys.readouterr().out
     assert "of another image size or form: resampled" in printed
     assert "another number of classes: randomly initialised 2" in printed
-    source = torch.load(tmp_path / "64.pth", weights_only=True)
     same = [key for key, value in model.state_dict().items() if key in source and torch.equal(value, source[key])]
     assert len(same) > 0.8 * len(source)
 
 
-def test_weights_of_another_timm_network_are_refused(few_digits, tmp_path, capsys):
+def test_weights_of_another_timm_network_are_refused(tmp_path):
     """Although timm's own resampling raises an undocumented error for them."""
-    torch.save(timm.create_model("swin_small_patch4_window7_224", img_size=64).state_dict(), tmp_path / "small.pth")
-    args = main.build_parser().parse_args(["--finetune", str(tmp_path / "small.pth")])
+    small = timm.create_model("swin_small_patch4_window7_224", img_size=64).state_dict()
     model = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=3)
     with pytest.raises(UserError, match=r"another architecture: \d+ are unexpected \(layers\.2\.blocks\."):
-        finetune(model, args.finetune)
+        finetune(model, small, tmp_path)
 
 
 def test_weights_that_become_infinite_are_not_saved(few_digits, tmp_path, capsys):
     """The gradients are finite, but the updated weights are not."""
-    flags = (
-        "--opt momentum --momentum 0 --lr 3e38 --weight-decay 3e38 --batch-size 48 --warmup-epochs 0 --sched constant"
-    )
-    arguments = [*SMALLEST, "--data-path", str(few_digits), "--output_dir", str(tmp_path / "run"), *flags.split()]
-    assert main.run(arguments) == 2
+    flags = "--opt momentum --momentum 0 --lr 3e38 --weight-decay 3e38 --batch-size 48 --warmup-epochs 0"
+    arguments = [*SMALLEST, "--data-path", few_digits, "--output_dir", tmp_path / "run", *flags.split()]
+    assert run(*arguments, "--sched", "constant") == 2
     assert "the weights are no longer finite and are not saved" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*.pth"))
 
@@ -346,8 +311,7 @@ def test_weights_that_become_infinite_are_not_saved(few_digits, tmp_path, capsys
 def test_an_epoch_of_skipped_steps_is_a_failure(few_digits, tmp_path, monkeypatch, capsys):
     forward = engine.DistillationLoss.forward
     monkeypatch.setattr(engine.DistillationLoss, "forward", lambda *inputs: forward(*inputs) * torch.nan)
-    arguments = [*map(str, SMALLEST), "--data-path", str(few_digits), "--output_dir", str(tmp_path / "run")]
-    assert main.run(arguments) == 2
+    assert run(*SMALLEST, "--data-path", few_digits, "--output_dir", tmp_path / "run") == 2
     assert "epoch 0: loss or gradients were not finite in any step" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*.pth"))
 
@@ -357,25 +321,27 @@ def test_non_finite_outputs_are_a_failure(files, few_digits, tmp_path, capsys):
     weights["norm.weight"] *= 1e6  # with the next line, enough for any random weights
     weights["head.weight"] *= 1e38
     torch.save(weights, tmp_path / "large.pth")
-    arguments = [*map(str, SMALL), "--data-path", str(few_digits), "--eval", "--resume", str(tmp_path / "large.pth")]
-    assert main.run(arguments) == 2
+    assert run(*SMALL, "--data-path", few_digits, "--eval", "--resume", tmp_path / "large.pth") == 2
     assert "the network's outputs are not finite; try --amp off" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- other runs' checkpoints
 
 
-@pytest.mark.parametrize("before", [["--weight-decay", "0.05"], ["--weight-decay", "0"], ["--decay-window-tokens"]])
-@pytest.mark.parametrize("after", [["--weight-decay", "0.3"], ["--weight-decay", "0"], ["--decay-window-tokens"]])
+def build(flags):
+    """The smallest network, and what its training takes."""
+    args = parsed(f"{' '.join(SMALLEST)} --device cpu {flags}")
+    precision = main.build_precision(args, torch.device("cpu"))
+    torch.manual_seed(0)
+    model = main.build_model(args, 3, precision)
+    return model, main.build_training(args, model, precision, 1)
+
+
+@pytest.mark.parametrize("before", ["--weight-decay 0.05", "--weight-decay 0", "--decay-window-tokens"])
+@pytest.mark.parametrize("after", ["--weight-decay 0.3", "--weight-decay 0", "--decay-window-tokens"])
 def test_weight_decay_may_change(before, after):
     """Each parameter keeps its moments, whatever group of the optimiser it is in."""
-    built = []
-    for flags in (before, after):
-        args = main.build_parser().parse_args([*map(str, SMALLEST), "--device", "cpu", *flags])
-        torch.manual_seed(0)
-        model = main.build_model(args, 3, main.build_precision(args, torch.device("cpu")))
-        built.append((model, main.build_training(args, model, main.build_precision(args, torch.device("cpu")), 1)))
-    (old, training), (new, resumed) = built
+    (old, training), (new, resumed) = map(build, (before, after))
     for parameter in old.parameters():
         parameter.grad = torch.randn_like(parameter)
     training.optimizer.step()
@@ -386,14 +352,9 @@ def test_weight_decay_may_change(before, after):
 
 
 def test_window_tokens_decay_on_request():
-    args = main.build_parser().parse_args([*map(str, SMALLEST), "--device", "cpu", "--decay-window-tokens"])
-    precision = main.build_precision(args, torch.device("cpu"))
-    model = main.build_model(args, 3, precision)
-    training = main.build_training(args, model, precision, 1)
+    model, training = build("--decay-window-tokens")
     decayed = {p for group in training.optimizer.param_groups if group["weight_decay"] == 0.05 for p in group["params"]}
-    assert {name for name, p in model.named_parameters() if p in decayed} == {
-        name for name, p in model.named_parameters() if p.ndim > 1
-    }
+    assert all((p in decayed) == (p.ndim > 1) for p in model.parameters())
 
 
 def test_ordinary_runs_print_no_warnings(few_digits, tmp_path):

@@ -21,25 +21,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import (
-    PLAIN,
-    ROOT,
-    SMALL,
-    SMALLEST,
-    command,
-    differences,
-    free_port,
-    link_digits,
-    read_log,
-    succeed,
-)
+from conftest import PLAIN, ROOT, SMALL, SMALLEST, command, differences, free_port, link_digits, read_log, succeed
 from PIL import Image
 from safetensors.torch import save_file
 
 import main
 from sepvit_lib.training.state import Precision
-
-CHECKPOINT_KEYS = {"model", "optimizer", "lr_scheduler", "epoch", "scaler", "args"}
 
 
 def run(*arguments: object) -> int:
@@ -82,11 +69,9 @@ def test_training_learns(trained):
     log = read_log(folder)
     assert [entry["epoch"] for entry in log] == [0, 1]
     assert log[-1]["train_loss"] < 0.6 * log[0]["train_loss"]
-    assert log[-1]["test_acc1"] > 70
-    assert log[-1]["test_acc1"] > log[0]["test_acc1"]
-    assert log[0]["n_parameters"] == sum(
-        p.numel() for p in timm.create_model("SepViT_Lite", img_size=64, num_classes=10).parameters()
-    )
+    assert log[-1]["test_acc1"] > max(70, log[0]["test_acc1"])
+    model = timm.create_model("SepViT_Lite", img_size=64, num_classes=10)
+    assert log[0]["n_parameters"] == sum(p.numel() for p in model.parameters())
     assert {"train_lr", "test_loss", "test_acc5", "test_ema_acc1"} <= log[0].keys()
 
 
@@ -96,9 +81,8 @@ def test_output_folder(trained):
     assert list(folder.glob("events.out.tfevents.*"))
     assert not list(folder.glob("*.tmp"))
     checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
-    assert checkpoint.keys() >= CHECKPOINT_KEYS
-    assert checkpoint["epoch"] == 1
-    assert checkpoint["classes"] == list("0123456789")
+    assert checkpoint.keys() >= {"model", "optimizer", "lr_scheduler", "scaler", "args"}
+    assert (checkpoint["epoch"], checkpoint["classes"]) == (1, list("0123456789"))
     best = torch.load(folder / "checkpoint_best.pth", weights_only=True)
     accuracies = [entry["test_acc1"] for entry in read_log(folder)]
     assert best["epoch"] == int(np.argmax(accuracies))
@@ -161,11 +145,6 @@ def test_eval_at_another_input_size_resamples_window_tokens(trained, some_digits
     assert "100 images" in printed
 
 
-def test_help_lists_every_setting():
-    printed = succeed("--help")
-    assert all(flag in printed for flag in ("--repeated-aug", "--no-repeated-aug", "--pin-mem", "--opt-betas"))
-
-
 # ---------------------------------------------------------------------------------------------- settings of the command
 
 VARIATIONS = {
@@ -182,12 +161,11 @@ VARIATIONS = {
     "workers": "--num_workers 2",
     "averaged weights in CPU memory": "--model-ema --model-ema-force-cpu --input-size 32",
 }
-SLOW_VARIATIONS = ["float16, activation checkpointing"]  # half precision is slow on CPUs
+# half precision is slow on CPUs
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name.startswith("float16") else ()) for name in VARIATIONS]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_VARIATIONS else ()) for name in VARIATIONS]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_variations_train(name, few_digits, some_digits, tmp_path):
     data = some_digits if "repeated" in name else few_digits  # repeated augmentation needs 256 images
     assert run(*settings(data, tmp_path, VARIATIONS[name])) == 0
@@ -358,10 +336,9 @@ def test_finetune_reports_what_it_loaded(trained, few_digits, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distillation_trains(kind, trained, digits, tmp_path):
     images = link_digits(digits, tmp_path / "images", "0123456789", train=4, val=2)
-    flags = (
-        f"--input-size 64 --batch-size 32 --distillation-type {kind} --distillation-tau 2 --teacher-model SepViT_Lite"
-    )
-    assert run(*settings(images, tmp_path, flags), "--teacher-path", trained[0] / "checkpoint.pth") == 0
+    flags = f"--input-size 64 --batch-size 32 --distillation-type {kind} --distillation-tau 2"
+    teacher = ["--teacher-model", "SepViT_Lite", "--teacher-path", trained[0] / "checkpoint.pth"]
+    assert run(*settings(images, tmp_path, flags), *teacher) == 0
     assert np.isfinite(read_log(tmp_path / "run")[0]["train_loss"])
 
 

@@ -190,6 +190,20 @@ class DenseRun(Run):
         return super().start_tasks(count)
 
 
+def play_slurm(folder: Path, variables: str) -> dict[str, str]:
+    """Write scripts that stand in for srun, which runs one task, and scontrol, which records its arguments.
+
+    Returns:
+        environment variables of a job with them.
+    """
+    srun = f'export SLURM_NTASKS=1 {variables}\n"$@" &\necho $! > {folder}/task\nwait $!\n'
+    for name, body in (("srun", srun), ("scontrol", f'echo "$@" >> {folder}/scontrol.txt\n')):
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}")
+        (folder / name).chmod(0o755)
+    job = dict(SLURM_JOB_ID="77", SLURM_SUBMIT_DIR=str(ROOT), PYTHON=sys.executable)
+    return {**job, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
 def descendants(parent: int) -> list[int]:
     """Process IDs of all descendants of a process."""
     listed = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()

@@ -7,24 +7,14 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import harness
 import pytest
 import torch
 from conftest import ROOT, Code, free_port, refusal
-from harness import (
-    LIMIT,
-    RECIPE,
-    RESUME_STATUS,
-    Run,
-    assert_same,
-    assert_same_state,
-    damage,
-    descendants,
-    kill_started,
-)
+from harness import LIMIT, RECIPE, RESUME_STATUS, Run, assert_same, assert_same_state, damage, descendants, play_slurm
 from PIL import Image
 
 import main
@@ -71,7 +61,7 @@ def events(folder: Path, name: str) -> list:
 def kill_leftovers():
     """Kill the processes that a failed test left running."""
     yield
-    kill_started()
+    harness.kill_started()
 
 
 def sabotaged(run: Run, **variables: str) -> Run:
@@ -156,14 +146,13 @@ def test_loader_workers_do_not_change_results(few_digits, tmp_path, undisturbed)
 
 @pytest.mark.parametrize("how", ["truncated", pytest.param("changed", marks=pytest.mark.slow)])
 def test_damaged_checkpoint(how, few_digits, tmp_path, undisturbed, table):
-    rng = random.Random(how)
     run = Run(tmp_path, few_digits)
     process = run.start()
     run.wait_for(process, "saved ", 3)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     newest, before, *_ = StepNames(1).numbered(run.output)
-    damage(newest, how, rng)
+    damage(newest, how, random.Random(how))
     printed = run.finish()
     assert f"WARNING: run/{newest.name} is damaged (" in printed
     assert f"checkpoint run/{before.name}: resuming at epoch 0, step 4" in printed
@@ -329,14 +318,24 @@ def test_lost_process(process, number, few_digits, tmp_path, undisturbed_pair, t
     table.add("process lost to SIGKILL or SIGSTOP")
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_failing_process(process, few_digits, tmp_path, table):
-    """The error would occur again, so the exit status does not ask for a restart."""
-    run = sabotaged(pair(tmp_path, few_digits), FAIL=f"{process}:4")
-    assert statuses(run) == [1, 1]
-    other = f"process {1 - process}: process {process} "
-    assert re.search(rf"{other}\(.*\), last seen at .*, failed \(RuntimeError: out of memory\)", run.text())
-    table.add("process that fails with an error of the program")
+HANGS = r"\([^)]*\) hangs at epoch 0, step 3: no progress for \d+ s"
+FAILS = r"\(.*\), last seen at .*, failed \(RuntimeError: out of memory\)"
+
+
+@pytest.mark.parametrize(
+    ("process", "variable", "status", "words", "fault"),
+    [
+        (0, "FAIL", 1, FAILS, "process that fails with an error of the program"),
+        (1, "FAIL", 1, FAILS, "process that fails with an error of the program"),
+        pytest.param(1, "HANG", RESUME_STATUS, HANGS, "hanging process", marks=pytest.mark.slow),
+    ],
+)
+def test_hanging_or_failing_process(process, variable, status, words, fault, few_digits, tmp_path, table):
+    """A hanging process is alive but makes no progress. An error would occur again, so no restart is asked for."""
+    run = sabotaged(pair(tmp_path, few_digits, "--timeout", "20"), **{variable: f"{process}:4"})
+    assert statuses(run) == [status] * 2
+    assert re.search(rf"process {1 - process}: process {process} {words}", run.text())
+    table.add(fault)
 
 
 @pytest.mark.slow
@@ -367,43 +366,19 @@ def test_lost_loader_worker(few_digits, tmp_path, undisturbed, table):
 
 
 @pytest.mark.slow
-def test_hanging_process(few_digits, tmp_path, table):
-    """The process is alive but makes no progress."""
-    run = sabotaged(pair(tmp_path, few_digits, "--timeout", "20"), HANG="1:4")
-    assert statuses(run) == [RESUME_STATUS] * 2
-    assert re.search(r"process 0: process 1 \([^)]*\) hangs at epoch 0, step 3: no progress for \d+ s", run.text())
-    table.add("hanging process")
-
-
-@pytest.mark.slow
-def test_torchrun_restarts(few_digits, tmp_path, undisturbed_pair, table):
-    run = pair(tmp_path, few_digits, processes=2, launcher=("--standalone", "--max-restarts=1"))
-    process = run.start()
-    run.wait_for(process, "] loss", 4)
-    os.kill(descendants(process.pid)[-1], signal.SIGKILL)
-    assert process.wait(LIMIT) == 0
-    assert run.text().count("checkpoint run/checkpoint-") == 1
-    assert_same(run.output, undisturbed_pair)
-    table.add("process killed under torchrun --max-restarts, on one node and on two")
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_on_two_nodes(few_digits, tmp_path, undisturbed_pair, table):
-    """With the settings from docs/training.md. Both nodes are this machine."""
-    launcher = ("--nnodes=2", "--max-restarts=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}")
-    run = Run(
-        tmp_path,
-        few_digits,
-        "--batch-size",
-        "4",
-        processes=1,
-        launcher=launcher,
-        environment=dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OMP_NUM_THREADS="1"),
-    )
-    nodes = [run.start() for _ in range(2)]
+@pytest.mark.parametrize("count", [1, 2])
+def test_torchrun_restarts(count, few_digits, tmp_path, undisturbed_pair, table):
+    """On one node, and on two with the settings from docs/training.md. Both nodes are this machine."""
+    launcher = {
+        1: "--standalone --max-restarts=1",
+        2: f"--nnodes=2 --max-restarts=2 --rdzv_backend=c10d --rdzv_endpoint=localhost:{free_port()}",
+    }[count]
+    environment = dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OMP_NUM_THREADS="1") if count == 2 else None
+    run = pair(tmp_path, few_digits, processes=2 // count, launcher=launcher.split(), environment=environment)
+    nodes = [run.start() for _ in range(count)]
     run.wait_for(nodes[0], "] loss", 4)
-    os.kill(descendants(nodes[1].pid)[0], signal.SIGKILL)
-    assert [node.wait(LIMIT) for node in nodes] == [0, 0]
+    os.kill(descendants(nodes[-1].pid)[-1 if count == 1 else 0], signal.SIGKILL)
+    assert [node.wait(LIMIT) for node in nodes] == [0] * count
     assert run.text().count("checkpoint run/checkpoint-") == 1
     assert_same(run.output, undisturbed_pair)
     table.add("process killed under torchrun --max-restarts, on one node and on two")
@@ -459,19 +434,16 @@ def test_bad_loss_on_one_of_two_processes(few_digits, tmp_path, table):
 @pytest.mark.slow
 def test_bad_losses_may_be_read_one_step_late(few_digits, tmp_path, table):
     """GPUs read flags one step late, which LAG imitates. Results are identical, also at checkpoints and at the end."""
-    outputs = []
-    for lag in ("0", "1"):
-        run = sabotaged(Run(tmp_path / lag, few_digits), BAD_LOSS="0:3,8,12", LAG=lag)
+    runs = [sabotaged(Run(tmp_path / lag, few_digits), BAD_LOSS="0:3,8,12", LAG=lag) for lag in ("0", "1")]
+    for run in runs:
         run.finish()
-        outputs.append(run.output)
-    assert_same(*outputs)
-    assert events(outputs[1], "bad_steps")[-1] == 3
+    assert_same(runs[0].output, runs[1].output)
+    assert events(runs[1].output, "bad_steps")[-1] == 3
     table.add("non-finite losses, for one step", 3)
 
 
 def test_too_many_bad_losses(few_digits, tmp_path, table):
-    steps = ",".join(map(str, range(8, 13)))
-    run = sabotaged(Run(tmp_path, few_digits, "--max-bad-steps", "4"), BAD_LOSS=f"0:{steps}")
+    run = sabotaged(Run(tmp_path, few_digits, "--max-bad-steps", "4"), BAD_LOSS="0:8,9,10,11,12")
     assert run.start().wait(LIMIT) == 2
     assert "\nmain.py: --max-bad-steps 4: that many steps in a row were not finite" in run.text()
     newest = StepNames(1).numbered(run.output)[0]
@@ -484,10 +456,8 @@ def test_too_many_bad_losses(few_digits, tmp_path, table):
 def test_float16_gradients_that_stay_non_finite(few_digits, tmp_path, table):
     """Halving the loss scale from 65,536 does not help. Once it is below 1, skipped steps count as bad."""
     steps = ",".join(map(str, range(3, 60)))
-    run = sabotaged(
-        Run(tmp_path, few_digits, "--amp", "float16", "--batch-size", "2", "--max-bad-steps", "4"),
-        BAD_GRADIENTS=f"0:{steps}",
-    )
+    settings = "--amp float16 --batch-size 2 --max-bad-steps 4"
+    run = sabotaged(Run(tmp_path, few_digits, *settings.split()), BAD_GRADIENTS=f"0:{steps}")
     assert run.start().wait(LIMIT) == 2
     assert "main.py: --max-bad-steps 4: that many steps in a row were not finite" in run.text()
     assert events(run.output, "not_finite") == ["gradients"] * 4
@@ -508,12 +478,10 @@ def test_unreadable_images(few_digits, tmp_path, table):
     second.write_text("no image")
     run = Run(tmp_path / "two", data, "--num_workers", "1")
     assert run.start().wait(LIMIT) == 2
-    last = run.text().strip().splitlines()[-1]
-    assert last.startswith("main.py: --on-bad-image skip: 2 of 48 training images are unreadable (limit 1), e.g. ")
+    assert "main.py: --on-bad-image skip: 2 of 48 training images are unreadable (limit 1), e.g. " in run.text()
     second.unlink()
     run = Run(tmp_path / "one", data)
-    printed = run.finish()
-    assert printed.count(str(first)) == 1
+    assert run.finish().count(str(first)) == 1
     assert events(run.output, "unreadable_image") == [str(first)]
     assert events(run.output, "unreadable_images")[-1] == 1
     run = Run(tmp_path / "fail", data, "--on-bad-image", "fail")
@@ -654,28 +622,10 @@ def test_no_intact_checkpoint(few_digits, copy, capsys):
 
 @pytest.mark.slow
 def test_slurm_script_requeues_the_job(few_digits, tmp_path, table):
-    """Scripts stand in for srun, which runs one task, and scontrol, which records its arguments."""
-    port = free_port()
-    (tmp_path / "srun").write_text(
-        f'#!/usr/bin/env bash\nexport SLURM_NTASKS=1 MASTER_PORT={port}\n"$@" &\necho $! > {tmp_path}/task\nwait $!\n'
-    )
-    (tmp_path / "scontrol").write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/scontrol.txt\n')
-    for name in ("srun", "scontrol"):
-        (tmp_path / name).chmod(0o755)
     undisturbed = Run(tmp_path / "undisturbed", few_digits, *LITE)
     undisturbed.finish()
-    run = Run(
-        tmp_path / "job",
-        few_digits,
-        *LITE,
-        environment=dict(
-            PATH=f"{tmp_path}:{os.environ['PATH']}",
-            SLURM_JOB_ID="77",
-            PYTHON=sys.executable,
-            SLURM_SUBMIT_DIR=str(ROOT),
-            SLURM_CPUS_PER_TASK="0",
-        ),
-    )
+    environment = play_slurm(tmp_path, f"MASTER_PORT={free_port()}") | dict(SLURM_CPUS_PER_TASK="0")
+    run = Run(tmp_path / "job", few_digits, *LITE, environment=environment)
     script = run.command.index(str(ROOT / run.script))
     run.command = ["bash", str(ROOT / "tools/slurm/train.sh"), *run.command[script + 1 :]]
     run.command += ["--output_dir", str(run.output)]
@@ -703,17 +653,12 @@ def test_fused_optimizer_skips_bad_steps_on_the_device():
 
 
 def test_transient_and_storage_errors(tmp_path):
-    killed = "DataLoader worker (pid 7) is killed by signal: Killed. "
-    own = "Caught RuntimeError in DataLoader worker process 0.\nTraceback …\nRuntimeError: size mismatch"
-    assert is_transient(RuntimeError(killed))
-    assert not is_transient(RuntimeError(own))
-    for error, folder, expected in (
-        (OSError(errno.EIO, "Input/output error"), tmp_path, True),
-        (OSError(errno.ESTALE, "Stale file handle"), tmp_path, True),
-        (MemoryError(), tmp_path, True),
-        (FileNotFoundError(errno.ENOENT, "No such file"), tmp_path, False),
-        (FileNotFoundError(errno.ENOENT, "No such file"), tmp_path / "away", True),
-        (OSError("image file is truncated"), tmp_path / "away", False),
-        (ValueError("not an image"), tmp_path, False),
-    ):
-        assert is_storage_error(error, folder) == expected
+    assert is_transient(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
+    assert not is_transient(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback …"))
+    missing = FileNotFoundError(errno.ENOENT, "No such file")
+    for error in (OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale file handle"), MemoryError()):
+        assert is_storage_error(error, tmp_path)
+    assert is_storage_error(missing, tmp_path / "away")
+    assert not is_storage_error(missing, tmp_path)
+    assert not is_storage_error(OSError("image file is truncated"), tmp_path / "away")
+    assert not is_storage_error(ValueError("not an image"), tmp_path)

@@ -9,17 +9,17 @@ import random
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import harness
 import pytest
 import torch
 from conftest import ROOT, Code, refusal
-from harness import DENSE_NAMES, LIMIT, RESUME_STATUS, DenseRun, assert_same_dense, damage, descendants, kill_started
+from harness import DENSE_NAMES, LIMIT, RESUME_STATUS, DenseRun, assert_same_dense, damage, descendants, play_slurm
 
 from sepvit_lib.dense.mmengine_adapter import read_checkpoint
 from sepvit_lib.dense.train import build_train_parser, run_training
@@ -138,13 +138,6 @@ def tried(kind, table) -> Callable[..., None]:
     return lambda fault, times=1: table.add(f"{fault}, {kind}", times)
 
 
-@pytest.fixture(autouse=True)
-def kill_leftovers():
-    """Kill the processes that a failed test left running."""
-    yield
-    kill_started()
-
-
 def finished(run: DenseRun, processes: int = 0) -> Path:
     """Run the command to its end, and require that it succeeds. Returns the work dir."""
     if processes:
@@ -153,6 +146,13 @@ def finished(run: DenseRun, processes: int = 0) -> Path:
         run.finish()
     assert "trained" in run.text() or "is complete" in run.text()
     return run.output
+
+
+@pytest.fixture(autouse=True)
+def kill_leftovers():
+    """Kill the processes that a failed test left running."""
+    yield
+    harness.kill_started()
 
 
 def sabotaged(run: DenseRun, kind: str, **variables: str) -> DenseRun:
@@ -236,22 +236,19 @@ def test_killed(kind, name, kills, configs, tmp_path, request, tried):
 @ONLY["detection"]
 @pytest.mark.parametrize("how", ["truncated", pytest.param("changed", marks=pytest.mark.slow)])
 def test_damaged_checkpoint(run, how, kind, tmp_path, undisturbed, tried):
-    rng = random.Random(how)
     process = run.start()
     run.wait_for(process, "saved run/", 2)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     newest, before, *_ = DENSE_NAMES.numbered(run.output)
-    damage(newest, how, rng)
+    damage(newest, how, random.Random(how))
     (run.output / "last_checkpoint").unlink()  # mmengine's pointer is not needed
-    moved = tmp_path / "moved"
-    run.output.rename(moved)
+    run.output = run.output.rename(tmp_path / "moved")
     run.command[run.command.index("run")] = "moved"
-    run.output = moved
     printed = run.finish()
     assert f"WARNING: moved/{newest.name} is damaged (" in printed
     assert f"checkpoint moved/{before.name}: resuming at " in printed
-    assert_same_dense(moved, undisturbed[kind])
+    assert_same_dense(run.output, undisturbed[kind])
     tried("newest checkpoint truncated or changed")
 
 
@@ -315,16 +312,7 @@ def test_one_of_two_processes_preempted(run, kind, undisturbed_pair, tried):
 @pytest.mark.slow
 @BOTH
 def test_slurm_script_requeues_the_job(kind, configs, tmp_path, undisturbed, tried):
-    """Scripts stand in for srun, which runs one task, and scontrol, which records its arguments."""
-    (tmp_path / "srun").write_text(
-        "#!/usr/bin/env bash\nexport SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0\n"
-        f'"$@" &\necho $! > {tmp_path}/task\nwait $!\n'
-    )
-    (tmp_path / "scontrol").write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/scontrol.txt\n')
-    for name in ("srun", "scontrol"):
-        (tmp_path / name).chmod(0o755)
-    slurm = dict(SLURM_JOB_ID="77", SLURM_SUBMIT_DIR=str(ROOT), PYTHON=sys.executable, OMP_NUM_THREADS="1")
-    environment = {**slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment = play_slurm(tmp_path, "SLURM_PROCID=0 SLURM_LOCALID=0") | dict(OMP_NUM_THREADS="1")
     run = DenseRun(kind, tmp_path / "job", configs[kind], environment=environment)
     _, _, config, *settings = run.command
     settings.remove("--auto-resume")  # the script's own
@@ -485,9 +473,8 @@ def test_bad_steps_may_be_read_one_step_late(kind, configs, tmp_path, tried):
 
 @ONLY["detection"]
 def test_too_many_bad_losses(run, kind, tried):
-    steps = ",".join(map(str, range(7, 13)))
     run.command += ["--max-bad-steps", "4"]
-    sabotaged(run, kind, BAD_LOSS=f"0:{steps}")
+    sabotaged(run, kind, BAD_LOSS="0:7,8,9,10,11,12")
     assert run.start().wait(LIMIT) == 2
     assert "\ntrain.py: --max-bad-steps 4: that many steps in a row were not finite" in run.text()
     newest = DENSE_NAMES.numbered(run.output)[0]

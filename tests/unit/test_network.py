@@ -4,7 +4,7 @@ import argparse
 import copy
 import logging
 import shutil
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -348,23 +348,29 @@ def test_checkpoints_with_missing_entries_are_rejected(size, missing):
         timm.create_model("SepViT_Lite", img_size=size).load_state_dict(weights)
 
 
-@pytest.mark.parametrize(("old", "new"), [(224, (112, 448)), ((56, 224), 112), ((56, 224), (112, 448)), (28, 224)])
-def test_sizes_with_equal_window_counts_but_other_grids(old, new):
-    model = timm.create_model("SepViT_Lite", img_size=old, num_classes=3)
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(224, (160, 160)), (224, (112, 448)), ((56, 224), (112, 112)), ((56, 224), (112, 448)), (28, (224, 224))],
+)
+def test_set_input_size_equals_building_and_loading(old, new):
+    """Also where other grids have the same number of windows."""
+    model = timm.create_model("SepViT_Lite", img_size=old, num_classes=3, drop_path_rate=0.1).eval()
     weights = model.state_dict()
     with torch.no_grad():
         for name, value in weights.items():
             if name.endswith("win_tokens"):
                 value.normal_()
-    built = timm.create_model("SepViT_Lite", img_size=new, num_classes=3)
+    built = timm.create_model("SepViT_Lite", img_size=new, num_classes=3).eval()
     built.load_state_dict(weights)
     model.set_input_size(new)
     assert model.state_dict().keys() == built.state_dict().keys()
     for name, value in model.state_dict().items():
-        if "PSA_qk" not in name:
+        if name in weights or "PSA_qk" not in name:
             assert torch.equal(value, built.state_dict()[name]), name
-    size = new if isinstance(new, tuple) else (new, new)
-    assert model(torch.zeros(1, 3, *size)).shape == (1, 3)
+    built.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, *new)
+    assert torch.equal(model(images), built(images))
+    assert timm.models.get_model_input_config(model)["input_size"] == (3, *new)
 
 
 def test_set_input_size_keeps_frozen_parameters_frozen():
@@ -375,18 +381,9 @@ def test_set_input_size_keeps_frozen_parameters_frozen():
     assert trainable == {name for name, _ in model.named_parameters()} - before  # fresh parameters are trainable
 
 
-def test_non_square_source_grid():
-    source = timm.create_model("SepViT_Lite", img_size=(168, 280))
-    target = timm.create_model("SepViT_Lite", img_size=(336, 560))
-    with torch.no_grad():
-        source.blocks[0][0].win_tokens[0, :, 0, 0] = torch.arange(6.0).repeat_interleave(10)
-    target.load_state_dict(source.state_dict())
-    resampled = target.blocks[0][0].win_tokens[0, :, 0, 0].view(12, 20)
-    assert resampled.diff(dim=1).abs().max() < 1e-4
-
-
 # Window sides of each stage, repeated up to its depth. In some, no block's window side divides another's.
 SIDES = {
+    "as published": ((7,), (7, 14), (7, 14), (7,)),
     "5": ((5,), (5,), (5,), (5,)),
     "6 and 12": ((6,), (6, 12), (6, 12), (6,)),
     "12 in one stage": ((6,), (6,), (12,), (6,)),
@@ -411,11 +408,12 @@ def test_window_sides_round_trip(sides, size, caplog):
         assert torch.equal(target.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [((224, 224), (256, 192)), ((168, 280), (336, 560)), ((96, 96), (1024, 1024)), ((1024, 768), (256, 192))],
-)
-@pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
+RESIZED = [((224, 224), (256, 192)), ((168, 280), (336, 560)), ((96, 96), (1024, 1024)), ((1024, 768), (256, 192))]
+# 2 × 2 windows in the first block, then 1 × 2 or 2 × 1: the model's aspect ratio tells rows from columns.
+LATER = [(((6,), (5,), (5,), (5,)), *sizes) for sizes in (((32, 48), (64, 96)), ((48, 32), (96, 64)))]
+
+
+@pytest.mark.parametrize(("sides", "old", "new"), [*LATER, *((s, *sizes) for s in SIDES.values() for sizes in RESIZED)])
 def test_window_sides_resample_from_the_true_grids(sides, old, new):
     source = tiny_network(SepViT, 0, img_size=old, num_classes=3, window_sizes=sides)
     target = tiny_network(SepViT, 1, img_size=new, num_classes=3, window_sizes=sides)
@@ -427,20 +425,6 @@ def test_window_sides_resample_from_the_true_grids(sides, old, new):
             assert torch.equal(block.win_tokens, expected), name
             resampled += block.grid != other.grid
     assert resampled > 0
-
-
-@pytest.mark.parametrize(("old", "new"), [((32, 48), (64, 96)), ((48, 32), (96, 64))])
-def test_later_blocks_distinguish_grids(old, new):
-    """2 × 2 windows in the first block, then 1 × 2 or 2 × 1: the model's aspect ratio tells rows from columns."""
-    sides = ((6,), (5,), (5,), (5,))
-    source = tiny_network(SepViT, 0, img_size=old, num_classes=3, window_sizes=sides)
-    target = tiny_network(SepViT, 1, img_size=new, num_classes=3, window_sizes=sides)
-    assert source.blocks[0][0].grid == (2, 2)
-    block, other = target.blocks[1][0], source.blocks[1][0]
-    assert sorted(other.grid) == [1, 2]
-    target.load_state_dict(source.state_dict())
-    expected = sepvit.resample_window_tokens(other.win_tokens.data, other.grid, block.grid)
-    assert torch.equal(block.win_tokens, expected)
 
 
 @pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
@@ -470,21 +454,6 @@ def test_dense_loads_classification_weights_with_any_window_sides(sides):
     source.load_state_dict(own)  # loading did not change it
 
 
-def test_set_input_size_equals_building_and_loading():
-    model = timm.create_model("SepViT_Lite", img_size=224, num_classes=3, drop_path_rate=0.1)
-    with torch.no_grad():
-        model.blocks[0][0].win_tokens.normal_()
-    built = timm.create_model("SepViT_Lite", img_size=160, num_classes=3)
-    built.load_state_dict(model.state_dict())
-    model.set_input_size((160, 160))
-    assert model.state_dict().keys() == built.state_dict().keys()
-    for name, value in built.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
-    images = torch.randn(1, 3, 160, 160)
-    assert largest_difference(model.eval()(images), built.eval()(images)) == 0
-    assert timm.models.get_model_input_config(model)["input_size"] == (3, 160, 160)
-
-
 def test_dense_loads_classification_weights(caplog):
     source = timm.create_model("SepViT_Lite")
     dense = create_dense("SepViT_Lite")
@@ -499,13 +468,6 @@ def test_dense_loads_classification_weights(caplog):
         dense.load_state_dict(incomplete)
 
 
-def test_adaptation_under_a_prefix():
-    source = timm.create_model("SepViT_Lite")
-    wrapped = torch.nn.ModuleDict({"backbone": create_dense("SepViT_Lite")})
-    wrapped.load_state_dict({f"backbone.{name}": value for name, value in source.state_dict().items()})
-    assert torch.equal(wrapped["backbone"].blocks[0][0].mlp.fc1.weight, source.blocks[0][0].mlp.fc1.weight)
-
-
 @pytest.fixture
 def adaptations(monkeypatch) -> list[sepvit.Adaptation]:
     """The adaptations of checkpoints of another size, in order, whoever called them."""
@@ -514,58 +476,34 @@ def adaptations(monkeypatch) -> list[sepvit.Adaptation]:
     return found
 
 
-def load_directly(source: SepViT, target: SepViT, path: Path) -> SepViT:
-    target.load_state_dict(source.state_dict())
-    return target
-
-
-def load_by_timm(source: SepViT, target: SepViT, path: Path) -> Any:
-    torch.save(source.state_dict(), path)
-    return timm.create_model("SepViT_Lite", num_classes=3, img_size=target.img_size, checkpoint_path=str(path))
-
-
-def load_marked(source: SepViT, target: SepViT, path: Path) -> SepViT:
+def load(route: str, prefix: str, source: SepViT, target: SepViT) -> None:
+    """Load weights into a network, or into its part "backbone"."""
+    whole: Any = torch.nn.ModuleDict({"backbone": target}) if prefix else target
     weights = source.state_dict()
-    adapt_state_dict(weights, target)
-    target.load_state_dict(mark_adapted(weights))
-    return target
+    if route == "marked":
+        adapt_state_dict(weights, target)
+    weights = {prefix + name: value for name, value in weights.items()}
+    if route == "by command":
+        load_weights(whole, weights, "weights", variant_hint="", network=prefix.removesuffix("."))
+    else:
+        whole.load_state_dict(mark_adapted(weights, prefix) if route == "marked" else weights)
 
 
-def load_marked_under_a_prefix(source: SepViT, target: SepViT, path: Path) -> SepViT:
-    weights = source.state_dict()
-    adapt_state_dict(weights, target)
-    whole = torch.nn.ModuleDict({"backbone": target})
-    whole.load_state_dict(mark_adapted({f"backbone.{name}": value for name, value in weights.items()}, "backbone"))
-    return target
-
-
-def load_by_command(source: SepViT, target: SepViT, path: Path) -> SepViT:
-    load_weights(target, source.state_dict(), "weights", variant_hint="")
-    return target
-
-
-def load_by_command_under_a_prefix(source: SepViT, target: SepViT, path: Path) -> SepViT:
-    weights = {f"backbone.{name}": value for name, value in source.state_dict().items()}
-    load_weights(torch.nn.ModuleDict({"backbone": target}), weights, "weights", variant_hint="", network="backbone")
-    return target
-
-
-ROUTES = [
-    load_directly,
-    load_by_timm,
-    load_marked,
-    load_marked_under_a_prefix,
-    load_by_command,
-    load_by_command_under_a_prefix,
-]
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_every_route_adapts_once(route, adaptations, tmp_path):
+@pytest.mark.parametrize(
+    ("route", "prefix"), [("by timm", ""), *product(("directly", "marked", "by command"), ("", "backbone."))]
+)
+def test_every_route_adapts_once(route, prefix, adaptations, tmp_path):
     source = timm.create_model("SepViT_Lite", img_size=224, num_classes=3)
     with torch.no_grad():
         source.blocks[0][0].win_tokens.normal_()
-    target = route(source, timm.create_model("SepViT_Lite", img_size=160, num_classes=3), tmp_path / "weights.pth")
+    settings: dict[str, Any] = dict(img_size=160, num_classes=3)
+    if route == "by timm":  # from a published checkpoint
+        published = {"model": source.state_dict(), "epoch": 299, "args": argparse.Namespace(model="SepViT_Lite")}
+        torch.save(published, tmp_path / "weights.pth")
+        settings["checkpoint_path"] = str(tmp_path / "weights.pth")
+    target = timm.create_model("SepViT_Lite", **settings)
+    if route != "by timm":
+        load(route, prefix, source, target)
     assert len(adaptations) == 1
     assert adaptations[0].resampled[0].endswith("blocks.0.0.win_tokens")
     expected = sepvit.resample_window_tokens(source.blocks[0][0].win_tokens.data, (8, 8), (6, 6))
@@ -648,13 +586,3 @@ def test_variant_of():
     for variant in VARIANTS:
         assert sepvit.variant_of(golden_weights(golden_shapes(variant))) == variant
     assert sepvit.variant_of({"conv.weight": torch.zeros(1)}) is None
-
-
-def test_timm_loads_published_checkpoint(tmp_path):
-    model = timm.create_model("SepViT_Lite", num_classes=4)
-    path = tmp_path / "published.pth"
-    torch.save({"model": model.state_dict(), "epoch": 299, "args": argparse.Namespace(model="SepViT_Lite")}, path)
-    loaded = timm.create_model("SepViT_Lite", num_classes=4, checkpoint_path=str(path))
-    assert torch.equal(loaded.head.weight, model.head.weight)
-    resized = timm.create_model("SepViT_Lite", num_classes=4, img_size=160, checkpoint_path=str(path))
-    assert resized.blocks[0][0].win_tokens.shape[1] == 36
