@@ -18,7 +18,7 @@ RUN = $(VENV)/bin/python
 EXTRAS = import sys, tomllib; \
 	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
 	print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")
-INSTALL = @$(RUN) -c '$(EXTRAS)' $(1) > $(VENV)/extras.txt; \
+INSTALL = @$(RUN) -c '$(EXTRAS)' $(1) > $(VENV)/extras.txt && \
 	$(RUN) -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS) -r requirements.txt -r $(VENV)/extras.txt
 # The Python to check: the environment's if it exists, otherwise PYTHON.
 CHECKED = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
