@@ -94,7 +94,7 @@ def save_as(kind: str, path: Path, pixels: np.ndarray) -> Path:
     elif not kind.startswith("."):
         image = image.convert("L" if kind == "1" else "RGB").convert(kind)
     path = path.with_suffix(kind if kind.startswith(".") else {"CMYK": ".jpg"}.get(kind, ".png"))
-    image.save(path, **dict(progressive=True, subsampling=0) if kind == ".jpeg" else {})
+    image.save(path, progressive=kind == ".jpeg", subsampling=0 if kind == ".jpeg" else -1)  # options of JPEGs
     return path
 
 
