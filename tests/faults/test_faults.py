@@ -636,7 +636,7 @@ def test_slurm_script_requeues_the_job(few_digits, tmp_path, table):
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"
     run.finish()
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"  # not requeued at the end
-    assert_same_state(run.output, undisturbed)
+    assert_same_state(run.output, undisturbed.output)
     table.add("SIGUSR1 from SLURM, requeued")
 
 
