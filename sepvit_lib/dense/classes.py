@@ -56,6 +56,11 @@ def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
                 f"{place}.num_classes={head['num_classes']}: the data set has {len(names)} classes, {listed(names)}; "
                 "state as many, or set metainfo = dict(classes=…) in the data sets"
             )
+        losses = [*dicts(head.get("loss_decode") or dict(type="CrossEntropyLoss"))]  # mmseg's default
+        softmax = [one for one in losses if step_name(one) == "CrossEntropyLoss" and not one.get("use_sigmoid")]
+        if head.get("out_channels") == 1 and softmax:
+            hint = f"set {place}.loss_decode.use_sigmoid=True"
+            raise UserError(f"{place}.out_channels=1: a softmax over one channel learns nothing; {hint}")
 
 
 def _names_of(place: str, node: Mapping[str, Any], kind: Any) -> tuple[str, ...] | None:

@@ -11,7 +11,7 @@ from mmdet.registry import DATASETS, METRICS, TRANSFORMS
 from mmengine.fileio import get_local_path
 from pycocotools import mask as masks
 
-from sepvit_lib.dense.data import has_usable_mask, sound_polygons
+from sepvit_lib.dense.data import has_finite_box, has_usable_mask, is_finite, sound_polygons
 from sepvit_lib.training.classes import canonical, listed
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.unreadable import UnreadableImageError
@@ -22,14 +22,15 @@ class CompleteCOCO(COCO):
 
     - Without `iscrowd` an object is none, and `area` is that of its mask or box.
     - Ids of annotations count from 1: pycocotools takes a match with the id 0 for none.
-    - Polygons that enclose nothing are skipped.
+    - Annotations whose box is not finite are skipped, as are polygons that enclose nothing.
     """
 
     def createIndex(self) -> None:
         """Complete and clean the annotations, and index them."""
         self.dataset.setdefault("info", {})  # copied into results
         self.dataset.setdefault("licenses", [])
-        marks = self.dataset.setdefault("annotations", [])
+        marks = [mark for mark in self.dataset.get("annotations") or () if has_finite_box(mark)]
+        self.dataset["annotations"] = marks
         for number, annotation in enumerate(marks, 1):
             annotation["id"] = number
             annotation.setdefault("iscrowd", 0)
@@ -38,7 +39,7 @@ class CompleteCOCO(COCO):
                 annotation["segmentation"] = sound_polygons(mask) or [[]]  # which training ignores
         super().createIndex()
         for annotation in marks:
-            if "bbox" in annotation and annotation.get("area") is None:
+            if "bbox" in annotation and not is_finite(annotation.get("area")):
                 annotation["area"] = self._area(annotation)
 
     def _area(self, annotation: dict[str, Any]) -> float:

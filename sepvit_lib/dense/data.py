@@ -1,6 +1,7 @@
 """Checks of a config's data sets before training: their files, their labels and COCO's annotations."""
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -231,9 +232,21 @@ def warn_of_unmet_classes(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number. JSON files may hold NaN and Infinity."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def has_finite_box(mark: Mapping[str, Any]) -> bool:
+    """Whether the box of an annotation is four finite numbers."""
+    box = mark.get("bbox", (0, 0, 0, 0))
+    return isinstance(box, (list, tuple)) and len(box) == 4 and all(map(is_finite, box))
+
+
 def sound_polygons(mask: Sequence[Any]) -> list[Any]:
-    """Return the polygons of a mask that enclose something: of three corners at least."""
-    return [one for one in mask if isinstance(one, list) and len(one) >= 6 and len(one) % 2 == 0]
+    """Return the polygons of a mask that enclose something: of three corners at least, at finite coordinates."""
+    polygons = [one for one in mask if isinstance(one, list) and len(one) >= 6 and len(one) % 2 == 0]
+    return [one for one in polygons if all(map(is_finite, one))]
 
 
 def has_usable_mask(mark: Mapping[str, Any]) -> bool:
@@ -243,7 +256,7 @@ def has_usable_mask(mark: Mapping[str, Any]) -> bool:
 
 
 def check_coco(cfg: Config, part: str, node: Mapping[str, Any], kind: Any) -> None:
-    """Refuse COCO annotations that are damaged or do not fit the classes or images.
+    """Refuse COCO annotations that are damaged or do not fit the classes or images. Warn of those left out.
 
     Args:
         cfg: the config.
@@ -304,7 +317,7 @@ def read_annotations(path: str, what: str, needs_objects: bool) -> dict[str, Any
 
 
 def check_categories(what: str, content: Mapping[str, Any], classes: Sequence[str]) -> None:
-    """Refuse categories that do not contain the classes. The line has both lists.
+    """Refuse categories that do not contain each class once. The line has both lists.
 
     Args:
         what: the file, for messages.
@@ -315,15 +328,17 @@ def check_categories(what: str, content: Mapping[str, Any], classes: Sequence[st
         UserError: they do not.
     """
     names = [str(category["name"]) for category in content["categories"]]
-    known = set(map(canonical, names))
-    if missing := [name for name in classes if canonical(name) not in known]:
+    counts = Counter(map(canonical, names))
+    if missing := [name for name in classes if not counts[canonical(name)]]:
         both = f"the classes are {listed(classes)}; the file's categories are {listed(names)}"
         hint = "set metainfo = dict(classes=…) in the data sets to names of the file"
         raise UserError(f"{what}: no category is named {listed(missing)}: {both}; {hint}")
+    if twice := [name for name in classes if counts[canonical(name)] > 1]:
+        raise UserError(f"{what}: several categories are named {listed(twice)}")
 
 
 def check_objects(what: str, content: Mapping[str, Any], classes: Sequence[str], needs_masks: bool) -> None:
-    """Refuse annotations of which nothing can be learned or evaluated.
+    """Refuse annotations of which nothing can be learned or evaluated. Warn of those that are skipped.
 
     Args:
         what: the file, for messages.
@@ -337,8 +352,11 @@ def check_objects(what: str, content: Mapping[str, Any], classes: Sequence[str],
     wanted, marks = set(map(canonical, classes)), content["annotations"]
     known = {category["id"] for category in content["categories"] if canonical(str(category["name"])) in wanted}
     images = {image["id"] for image in content["images"]}
-    used = [one for one in marks if one["category_id"] in known and one["image_id"] in images]
+    used = [one for one in marks if one["category_id"] in known and one["image_id"] in images and has_finite_box(one)]
     if not used:
         raise UserError(f"{what}: none of its {len(marks)} annotations is an object of the classes {listed(classes)}")
+    if len(used) < len(marks):
+        reasons = "of categories that are no classes, of images that are not listed, or with a box that is not finite"
+        print_main(f"WARNING: {what}: {len(marks) - len(used)} of its {len(marks)} annotations are skipped: {reasons}")
     if needs_masks and not any(map(has_usable_mask, used)):
         raise UserError(f"{what}: no annotation has a segmentation; a model with masks needs it, RetinaNet does not")

@@ -60,7 +60,7 @@ def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
         options: the options, by dotted key.
 
     Raises:
-        UserError: an option names nothing in the config.
+        UserError: an option names nothing in the config, or replaces a number by a text.
     """
     for key in sorted(options, key=lambda key: not key.endswith(".type")):  # other arguments depend on the type
         check_option(cfg, key, options[key])
@@ -91,6 +91,9 @@ def check_option(cfg: Config, key: str, value: Any) -> None:
             return
         else:
             node = node[part]
+    if isinstance(node, (int, float)) and isinstance(value, str) and value != "dynamic":  # which a loss scale may be
+        kind = "True or False" if isinstance(node, bool) else f"a number, such as {node}"
+        raise UserError(f"{FLAG} {key}={value}: takes {kind}")
 
 
 def is_read(node: Mapping[str, Any], place: str, key: str) -> bool:

@@ -70,6 +70,8 @@ def merged(*options: str, path: Path = SEGMENTATION) -> Config:
 # ----------------------------------------------------------------------------------------------------------------------
 
 REFUSED = {
+    "optim_wrapper.optimizer.lr=abc": "takes a number, such as 0.001",
+    "env_cfg.cudnn_benchmark=fast": "takes True or False",
     "max_iters=1": "did you mean train_cfg.max_iters?",
     "train_cfg.max_itres=5": "did you mean train_cfg.max_iters?",
     "optim_wrapper.optimiser.type=SGD": "did you mean optim_wrapper.optimizer.type?",

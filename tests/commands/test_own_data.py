@@ -485,6 +485,7 @@ def each(key: str, function: Callable[[dict[str, Any]], Any], split: str = "trai
 
 
 SET = "train_dataloader.dataset"
+NAN, INFINITE = float("nan"), float("inf")  # which JSON files may hold
 UNFIT_LABELLED: list[tuple[Spoil, str]] = [
     (remove("."), "train data {root}: no such folder; put the data set there"),
     (remove("images/validation"), "val data {root}/images/validation: no such folder"),
@@ -503,6 +504,7 @@ UNFIT_LABELLED: list[tuple[Spoil, str]] = [
     (put(f"{SET}.metainfo.classes", ("square",)), "train_dataloader.dataset: a single class (square) leaves nothing"),
     (put("val_dataloader.dataset.metainfo.classes", ("ground", "disc")), "val_dataloader.dataset has the classes gro"),
     (put("model.decode_head.num_classes", 5), "model.decode_head.num_classes=5: the data set has 2 classes"),
+    (put("model.decode_head.out_channels", 1), "model.decode_head.out_channels=1: a softmax over one channel"),
     (put("model.auxiliary_head", [dict(num_classes=2), dict(num_classes=3)]), "model.auxiliary_head.1.num_classes=3"),
     (
         put("data_root", "/own"),
@@ -519,6 +521,8 @@ UNFIT_BOXED: list[tuple[Spoil, str]] = [
     (change(lambda content: content.pop("categories")), FILE + "has no categories; COCO's format is an object with"),
     (change(lambda content: content.pop("annotations"), "val2017"), "instances_val2017.json: has no annotations"),
     (each("images", lambda one: one.update(id=1)), FILE + "several of its images have the same id"),
+    (change(lambda one: one["categories"].append(dict(id=9, name="cat"))), FILE + "several categories are named cat"),
+    (each("annotations", lambda one: one.update(bbox=[1, NAN, 9, 9])), FILE + "none of its 6 annotations is"),
     (
         change(lambda content: content["categories"][1].update(name="Dog")),
         "no category is named dog: the classes are cat, dog; the file's categories are cat, Dog",
@@ -672,23 +676,26 @@ def test_classes_in_another_order_than_the_categories(detection):
 
 
 SQUARE = [10, 10, 10, 40, 40, 40, 40, 10]
-NOTHING: list[Any] = [[[]], [[10, 10, 40, 40]], [SQUARE[:7]], dict(size=[HEIGHT, WIDTH])]
+MASKS = [[[]], [[10, 10, 40, 40]], [SQUARE[:7]], [[*SQUARE[:7], NAN]], dict(size=[HEIGHT, WIDTH])]
+NOTHING = [*(dict(segmentation=mask) for mask in MASKS), dict(bbox=[NAN, 1, 9, 9]), dict(bbox=[1, 1, INFINITE, 9])]
 
 
-@pytest.mark.parametrize("mask", NOTHING, ids=range(len(NOTHING)))
+@pytest.mark.parametrize("nothing", NOTHING, ids=range(len(NOTHING)))
 @pytest.mark.parametrize("has_masks", [True, False])
-def test_masks_without_extent_are_ignored(mask, has_masks, detection):
+def test_objects_without_extent_are_ignored(nothing, has_masks, detection, capsys):
     """In training and evaluation alike. A box without a mask counts where masks are not used."""
     cfg, root = detection
     if not has_masks:
         without_masks(cfg)
-    mark = dict(id=50, image_id=1, category_id=3, iscrowd=0, bbox=[10, 10, 30, 30], area=900, segmentation=mask)
+    mark = dict(id=50, image_id=1, category_id=3, iscrowd=0, bbox=[10, 10, 30, 30], area=900, segmentation=[SQUARE])
     for split in ("train2017", "val2017"):
-        change(lambda content: content["annotations"].append(mark), split)(cfg, root)
+        change(lambda content: content["annotations"].append(mark | nothing), split)(cfg, root)
     check_data(cfg, TRAIN, VAL)
-    assert len(built(cfg)[0]["data_samples"].gt_instances) == (1 if has_masks else 2)
+    assert capsys.readouterr().out.count("1 of its ") == 2 * ("bbox" in nothing)
+    is_skipped = has_masks or "bbox" in nothing
+    assert len(built(cfg)[0]["data_samples"].gt_instances) == (1 if is_skipped else 2)
     figures = perfect_figures(cfg, root)  # without the object
-    assert (figures["coco/bbox_mAP"] == 1) == has_masks
+    assert (figures["coco/bbox_mAP"] == 1) == is_skipped
     assert figures.get("coco/segm_mAP", 1) == 1
 
 
