@@ -245,7 +245,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hand the table over, if this is one of several processes that run tests (`pytest -n`)."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["tried"] = dict(session.config.stash[TRIED])
+        session.config.workeroutput["tried"] = dict(session.config.stash[TRIED])  # type: ignore[index]
 
 
 @pytest.hookimpl(optionalhook=True)
