@@ -280,19 +280,19 @@ def record_in(folder):
 
 
 def test_tables_have_every_row_asked_for(tmp_path):
-    arguments = [*TINY, "--input-size", "32", "48x64", "--batch-size", "1", "2", "--peers", "test_resnet"]
-    arguments += ["--measures", "latency", "training", "--formats", "bfloat16", "--out", tmp_path]
+    arguments = [*TINY, *"--input-size 32x48 --batch-size 2 --peers test_vit --measures latency training".split()]
+    arguments += ["--formats", "bfloat16", "--out", tmp_path]
     printed = succeed(*arguments, script="benchmarks/benchmark.py")
     found = []
     for table in record_in(tmp_path):
         measure, number_format = table["measure"], "bfloat16"
         batch, (height, width) = table["settings"]["batch_size"], table["settings"]["size"]
-        found.append((measure, batch, height))
+        found.append((measure, batch, height, width))
         rows = {(row["model"], row["form"], row["number_format"]): row for row in table["rows"]}
         assert set(rows) == {
             ("SepViT_Lite", "eager", "float32"),
             *(("SepViT_Lite", form, number_format) for form in ("eager", "port")),
-            ("test_resnet", "eager", number_format),
+            ("test_vit", "eager", number_format),
         }
         baseline = rows["SepViT_Lite", "eager", number_format]
         assert baseline["speed"] == {"median": 1.0, "low": 1.0, "high": 1.0}
@@ -302,10 +302,17 @@ def test_tables_have_every_row_asked_for(tmp_path):
             assert len(row["seconds"]) == 2
             assert row["bytes_held"] >= 4 * row["parameters"] * (3 if measure == "training" else 1)
         assert f"SepViT_Lite, {height} × {width}, {measure}, batch {batch}, {number_format}" in printed
-    kinds = [("latency", 1), ("training", 1), ("training", 2)]
-    assert sorted(found) == sorted((*kind, side) for kind in kinds for side in (32, 48))
+    assert sorted(found) == [("latency", 1, 32, 48), ("training", 2, 32, 48)]
     (page,) = (path.read_text() for path in tmp_path.glob("*.md"))
     assert page.count("| SepViT_Lite | port |") == len(found)
+
+
+def test_each_size_and_batch_has_a_table():
+    arguments = "--input-size 32 48x64 --batch-size 1 2 --measures latency training".split()
+    tables = [table for table, _ in benchmark.tables_of(benchmark.build_parser().parse_args(arguments), {})]
+    found = [(table.measure, table.settings["batch_size"], *table.settings["size"]) for table in tables]
+    kinds = [("latency", 1), ("training", 1), ("training", 2)]
+    assert sorted(found) == sorted((*kind, *size) for kind in kinds for size in ((32, 32), (48, 64)))
 
 
 def test_a_run_replaces_its_tables_and_keeps_others(tmp_path, capsys):

@@ -93,7 +93,7 @@ def test_renamed_folders_are_numbered_by_a_class_map(trained_digits, shifted, tm
     (tmp_path / "map.txt").write_text("9\n1\n2\n")
     flags = ("--class-map", tmp_path / "map.txt", "--resume", trained_digits / "checkpoint.pth")
     assert main.run(settings(shifted, tmp_path, "--eval", *flags)) == 0
-    assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-6)
+    assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_class_maps_that_do_not_fit_are_refused(lines, problem, trained_digits, 
 def test_another_order_is_matched_by_name(permuted, trained_digits, few_digits, tmp_path, capsys):
     assert main.run(settings(few_digits, tmp_path, EVAL, permuted)) == 0
     assert "matched by name" in capsys.readouterr().out
-    assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-6)
+    assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-5)
     export = "--formats torchscript --rounds 1 --data-path".split()
     printed = succeed("--resume", permuted, "--out", tmp_path / "out", *export, few_digits, script="tools/export.py")
     assert scored(printed) == 100
@@ -179,7 +179,7 @@ def test_finetuning_with_a_class_map_keeps_its_numbers(trained_digits, tmp_path,
 def test_two_processes_match_classes(permuted, trained_digits, few_digits, tmp_path):
     printed = succeed(*settings(few_digits, tmp_path, "--dist-eval --eval --resume", permuted), processes=2)
     assert printed.count("matched by name") == 1
-    assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-6)
+    assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-5)
 
 
 def test_the_published_command_without_names(few_digits, tmp_path):
@@ -224,7 +224,7 @@ def test_forms_of_unicode_are_the_same_name(trained_digits, few_digits, tmp_path
     checkpoint = torch.load(trained_digits / "checkpoint.pth", weights_only=True)
     torch.save({**checkpoint, "classes": ["z", unicodedata.normalize("NFD", "é"), "f"]}, tmp_path / "checkpoint.pth")
     assert main.run(settings(mac, tmp_path, EVAL, tmp_path / "checkpoint.pth")) == 0
-    assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-6)
+    assert figures(tmp_path) == pytest.approx(figures(trained_digits), rel=1e-5)
 
 
 def test_renumbering_twice():
