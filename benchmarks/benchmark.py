@@ -39,8 +39,8 @@ from sepvit_lib.training.storage import make_folder
 
 def image_size(text: str) -> tuple[int, int]:
     """Parse an image size: one side, or HEIGHTxWIDTH."""
-    height, _, width = text.partition("x")
-    return positive_int(height), positive_int(width or height)
+    height, by, width = text.partition("x")
+    return positive_int(height), positive_int(width if by else height)
 
 
 def build_parser() -> Parser:

@@ -407,7 +407,8 @@ def exported(demo, tmp_path_factory) -> Path:
 
 def link_repository(root: Path, demo: Path) -> Path:
     """Make a folder with links to all of the repository, in which commands may leave files."""
-    for pattern in ("*.py", "*.txt", "Makefile", "recipes", "sepvit_lib", "tests", "tools"):
+    folders = ("benchmarks", "packaging", "recipes", "sepvit_lib", "tests", "tools")
+    for pattern in ("*.py", "*.txt", "*.toml", "Makefile", *folders):
         for path in ROOT.glob(pattern):
             (root / path.name).symlink_to(path)
     (root / "demo").symlink_to(demo)
