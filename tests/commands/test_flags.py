@@ -68,7 +68,7 @@ RUNS = {
 }
 
 # Flags of several processes and of faults, which the named tests start.
-ELSEWHERE = {"dist_url": "test_bad_input.py", "timeout": "test_bad_input.py"}
+ELSEWHERE = {"dist_url": "test_main.py", "timeout": "test_bad_input.py"}
 # Flags without any effect, which older commands have. The first is torch.distributed.launch's, and is not warned of.
 NONE = {"": "--local-rank 1, --resplit, --cooldown-epochs 3"}
 
