@@ -144,7 +144,8 @@ def model_card(description: Description) -> dict[str, Any]:
 
 def contiguous(network: nn.Module) -> nn.Module:
     """Copy a network, with all its weights contiguous, as safetensors wants them."""
-    return copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    copied: Any = copy.deepcopy(network)  # torch's versions type `to` differently
+    return copied.to(memory_format=torch.contiguous_format)
 
 
 def write_safetensors(job: Job, folder: Path) -> None:
