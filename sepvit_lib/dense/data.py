@@ -246,7 +246,7 @@ def has_finite_box(mark: Mapping[str, Any]) -> bool:
 def sound_polygons(mask: Sequence[Any]) -> list[Any]:
     """Return the polygons of a mask that enclose something: of three corners at least, at finite coordinates."""
     polygons = [one for one in mask if isinstance(one, list) and len(one) >= 6 and len(one) % 2 == 0]
-    return [one for one in polygons if all(map(is_finite, one))]
+    return [one for one in polygons if not any(isinstance(x, float) and not math.isfinite(x) for x in one)]
 
 
 def has_usable_mask(mark: Mapping[str, Any]) -> bool:
