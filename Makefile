@@ -78,7 +78,7 @@ lint: install-fast
 	$(RUN) -m mypy
 
 test-fast: lint
-	$(RUN) -m pytest -m "not slow" tests/unit
+	$(TWO) -m "not slow" tests/unit
 
 # Installs nothing: works wherever torch, timm and pytest are. LIMIT is in seconds.
 LIMIT ?= 300
