@@ -129,7 +129,7 @@ def main(args: argparse.Namespace) -> None:
     record = Record.read(device_name(device), args.quick, out)
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True  # as main.py
-    gc.freeze()  # collecting garbage between timings need not look at the libraries
+    gc.freeze()  # garbage collection between timings skips the libraries
     method = Method(2, 0.0, is_quick=True) if args.quick else Method(args.rounds)
     run = dict(
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -1,5 +1,6 @@
 """Shared by the tests: golden weights and images, the demo data, scripts as commands, and the table of faults."""
 
+import io
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import processes as scripts
 import pytest
 import small_model
 import torch
+from PIL import Image
 from processes import free_port as free_port
 from torchvision.datasets import ImageFolder
 
@@ -54,6 +56,23 @@ def golden_images(batch: int, height: int, width: int) -> torch.Tensor:
 
 def golden_shapes(name: str) -> dict[str, list[int]]:
     return json.loads((GOLDEN / f"state_dict_{name}.json").read_text())
+
+
+TURNED = 3  # EXIF orientation: upside down
+
+
+def exif(orientation: int) -> Image.Exif:
+    """Metadata with an orientation."""
+    metadata = Image.Exif()
+    metadata[0x0112] = orientation
+    return metadata
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """The content of an image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
 def tiny_network(form: type, seed: int = 0, **kwargs) -> torch.nn.Module:

@@ -160,7 +160,7 @@ def unread(node: Mapping[str, Any], kind: Any) -> Any:
 
 
 def check_segmentation(part: str, node: Mapping[str, Any], kind: Any) -> None:
-    """Refuse a segmentation data set without images, or with images without labels. Warn of images left out.
+    """Refuse a segmentation data set without images, or with images without labels. Warn of skipped images.
 
     Args:
         part: what the data are for.
@@ -204,7 +204,7 @@ def warn_of_unmet_classes(
 ) -> None:
     """Warn of classes that no label has, such as those of masks of 0 and 255. Of many labels, a sample is read.
 
-    Nothing is said of a sample that is small for so many classes.
+    With more classes than such a sample can cover, none are named.
 
     Args:
         node: the settings of a training data set.
@@ -256,7 +256,7 @@ def has_usable_mask(mark: Mapping[str, Any]) -> bool:
 
 
 def check_coco(cfg: Config, part: str, node: Mapping[str, Any], kind: Any) -> None:
-    """Refuse COCO annotations that are damaged or do not fit the classes or images. Warn of those left out.
+    """Refuse COCO annotations that are damaged or do not fit the classes or images. Warn of skipped ones.
 
     Args:
         cfg: the config.

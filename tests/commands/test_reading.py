@@ -1,6 +1,5 @@
 """One file has one reading: in training by every loader, in evaluation, prediction and export."""
 
-import io
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL, SMALLEST, link_digits, refusal, succeed
+from conftest import ROOT, SMALL, SMALLEST, TURNED, encoded, exif, link_digits, refusal, succeed
 from PIL import Image
 from test_data import run, val_loader, write_tar
 from timm.models import save_for_hf
@@ -28,21 +27,6 @@ from sepvit_lib.training.images import count_turned, decode, images_in
 from sepvit_lib.training.preprocessing import Preprocessing
 from sepvit_lib.training.samples import read_sample, sampled_files
 from tools.export_formats import hub_settings
-
-TURNED = 3  # EXIF orientation: upside down
-
-
-def exif(orientation: int) -> Image.Exif:
-    metadata = Image.Exif()
-    metadata[0x0112] = orientation
-    return metadata
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
 
 # Files of all kinds. What everything reads of them is tested by tests/unit/test_images.py.
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 4), np.uint8)

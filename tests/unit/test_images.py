@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from conftest import TURNED, encoded, exif
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -13,20 +14,6 @@ from torchvision import transforms
 import main
 from sepvit_lib.training.images import decode, orientation_for
 from sepvit_lib.training.preprocessing import MAX_ASPECT, Preprocessing
-
-TURNED = 3  # EXIF orientation: upside down
-
-
-def exif(orientation: int) -> Image.Exif:
-    metadata = Image.Exif()
-    metadata[0x0112] = orientation
-    return metadata
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def noise(mode: str, *shape: int) -> np.ndarray:
