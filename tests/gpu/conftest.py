@@ -23,10 +23,6 @@ IS_THERE = DEVICE.type == "cpu" or torch.cuda.is_available()
 start = 0.0  # of the first test, by `time.monotonic`
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: what only a GPU can show, run by `make test-gpu`")
-
-
 def pytest_report_header() -> list[str]:
     """Print the device and the versions."""
     if not IS_THERE:
