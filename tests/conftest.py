@@ -1,5 +1,6 @@
 """Shared by the tests: golden weights and images, the demo data, scripts as commands, and the table of faults."""
 
+import gc
 import io
 import json
 import os
@@ -259,6 +260,11 @@ class Table:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash.setdefault(TRIED, Counter())
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what was imported from garbage collection, which mmengine starts for each data set: a second each."""
+    gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ["torchvision", "timm", "torch.utils.tensorboard", "mmengine.runner"]
-LIBRARIES += ["late_operators", "mmseg.apis", "mmdet.apis"]  # these import mmcv's operators
+LIBRARIES += ["late_operators", "mmseg.apis", "mmdet.apis", "prepared"]  # these import mmcv's operators
 
 _server: ForkServerContext | ForkContext = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(LIBRARIES)

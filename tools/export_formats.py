@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,10 @@ class Job:
         """The network in ONNX, without metadata: what other formats start from. With another opset if one is given."""
         path = self.folder / f"opset-{opset or self.opset}.network"
         if not path.exists():
-            batch = ({0: Dim("batch")},)
-            export_onnx(self.network, self.images(), path, batch, opset or self.opset, ["logits"])
+            export_onnx(self.program, self.images(), path, opset=opset or self.opset, outputs=["logits"])
         return path
 
+    @cached_property
     def program(self) -> ExportedProgram:
         """The network as torch.export traces it, for batches of any size."""
         with quiet(), torch.no_grad():
@@ -160,15 +161,21 @@ def write_safetensors(job: Job, folder: Path) -> None:
 
 
 def export_onnx(
-    network: nn.Module, images: Tensor, path: Path, dynamic_shapes: Any = None, opset: int = OPSET, outputs: Any = None
+    network: nn.Module | ExportedProgram,
+    images: Tensor,
+    path: Path,
+    dynamic_shapes: Any = None,
+    opset: int = OPSET,
+    outputs: Any = None,
 ) -> None:
     """Export a network in evaluation mode to ONNX.
 
     Args:
-        network: the network.
+        network: the network, or a program that torch.export traced.
         images: what to trace it with.
         path: the file.
-        dynamic_shapes: dimensions that may differ from the traced ones, as for torch.export; None: none.
+        dynamic_shapes: dimensions that may differ from the traced ones, as for torch.export; None: none, or the
+            program's.
         opset: version of the operators.
         outputs: names of its outputs.
     """
@@ -327,7 +334,7 @@ def write_openvino_bfloat16(job: Job, path: Path) -> None:
 def write_torch_export(job: Job, path: Path) -> None:
     """The network as a program of torch.export, which PyTorch runs without this project's code."""
     with quiet():
-        torch.export.save(job.program(), path, extra_files={DESCRIPTION: job.description.to_json()})
+        torch.export.save(job.program, path, extra_files={DESCRIPTION: job.description.to_json()})
 
 
 def write_aotinductor(job: Job, path: Path) -> None:
@@ -336,7 +343,7 @@ def write_aotinductor(job: Job, path: Path) -> None:
 
     metadata = {"aot_inductor.metadata": {METADATA: job.description.to_json()}}
     with quiet():
-        aoti_compile_and_package(job.program(), package_path=str(path), inductor_configs=metadata)
+        aoti_compile_and_package(job.program, package_path=str(path), inductor_configs=metadata)
 
 
 def write_torchscript(job: Job, path: Path) -> None:

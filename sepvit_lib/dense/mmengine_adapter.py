@@ -4,8 +4,10 @@
 """
 
 import pickle
+from functools import cache
 from typing import Any
 
+from mmengine.config import utils as config_utils
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 from mmengine.utils import is_installed
@@ -19,6 +21,8 @@ def register_distributions() -> None:
     mmengine finds the configs of `mmseg::…` and `mmdet::…` by the name of the distribution. It knows the original
     names, not those of the maintained `onedl` releases.
     """
+    if not hasattr(config_utils.load, "cache_info"):
+        config_utils.load = cache(config_utils.load)  # else a hundred YAML files are read for each base of a config
     for module, distribution in (("mmseg", "onedl-mmsegmentation"), ("mmdet", "onedl-mmdetection")):
         if is_installed(distribution):
             MODULE2PACKAGE[module] = distribution

@@ -418,7 +418,7 @@ def test_webdataset_mistakes(webdataset, capsys):
 # ------------------------------------------------------------------------------------------------------------- workers
 
 
-@pytest.mark.parametrize("reader", ["hfds", *(pytest.param(name, marks=pytest.mark.slow) for name in ("imnet", "wds"))])
+@pytest.mark.parametrize("reader", ["imnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hfds", "wds"))])
 def test_spawned_workers(reader, few_digits, webdataset, tmp_path):
     """As on macOS and Windows, workers unpickle what they are sent, even where `datasets` is Hugging Face's library."""
     script = tmp_path / "spawned.py"

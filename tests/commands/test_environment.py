@@ -49,7 +49,13 @@ def test_a_user_without_a_name_trains_and_predicts(home, few_digits, tmp_path):
 
 
 @needs_root
-@pytest.mark.parametrize("script", ["segmentation/train.py", "detection/test.py", "tools/export.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "detection/test.py",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("segmentation/train.py", "tools/export.py")),
+    ],
+)
 def test_a_user_without_a_name_gets_help(script):
     assert "usage" in run(script, "--help", home=None)
 

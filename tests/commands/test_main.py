@@ -385,6 +385,7 @@ def side_by_side(task: Callable[[int], Any]) -> None:
     assert "epoch" not in results[1].stdout
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_nodes(few_digits, tmp_path):
     common = f"torch.distributed.run --nnodes=2 --nproc_per_node=1 --master_addr=127.0.0.1 --master_port={free_port()}"
     arguments = settings(few_digits, tmp_path, "--model SepViT_Lite --batch-size 8")

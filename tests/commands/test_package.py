@@ -61,7 +61,7 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["regular", "editable"])
+@pytest.fixture(scope="module", params=["regular", pytest.param("editable", marks=pytest.mark.slow)])
 def site(request, source, tmp_path_factory) -> tuple[Path, Path]:
     """A site folder with the package installed, and the folder that holds its modules."""
     prefix = tmp_path_factory.mktemp(request.param)

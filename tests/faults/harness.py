@@ -211,9 +211,17 @@ def descendants(parent: int) -> list[int]:
 
 
 def assert_same_state(output: Path, other: Path, *parts: str) -> None:
-    """Require that parts of the newest checkpoints of two runs are identical, bit by bit; by default the weights."""
+    """Require that the newest checkpoints of two runs are identical, bit by bit, but for the number of loader workers.
+
+    Args:
+        output: a run's folder.
+        other: another one's.
+        *parts: the parts to compare; all by default.
+    """
     a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (output, other))
-    for part in parts or ("model",):
+    a["args"]["num_workers"] = b["args"]["num_workers"]
+    assert a.keys() == b.keys()
+    for part in parts or a:
         found = differences(a[part], b[part])
         assert not found, f"{part}: {found[:5]}"
 

@@ -14,7 +14,7 @@ from PIL import Image
 from processes import Command, free_port
 
 import main
-from gpu.conftest import LIMIT
+from gpu.conftest import TEST_LIMIT
 from sepvit_lib.training.output import epoch_entries, read_log
 
 pytestmark = pytest.mark.gpu
@@ -67,7 +67,7 @@ class Run:
 
     def wait(self, process):
         try:
-            return process.wait(LIMIT)
+            return process.wait(TEST_LIMIT)
         finally:
             process.kill()
 
@@ -76,7 +76,7 @@ class Run:
 
     def interrupt(self, number):
         """Send a signal after the first checkpoint. Returns the exit status."""
-        process, end = self.start(), time.monotonic() + LIMIT
+        process, end = self.start(), time.monotonic() + TEST_LIMIT
         while "saved " not in self.printed.read_text() and process.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
         assert process.poll() is None, self.printed.read_text()[-3000:]
