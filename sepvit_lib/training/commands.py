@@ -23,6 +23,7 @@ from sepvit_lib.training.errors import (
     INTERRUPT_STATUS,
     RESUME_STATUS,
     USER_ERROR_STATUS,
+    LocalError,
     MachineError,
     Preempted,
     UserError,
@@ -181,7 +182,7 @@ def _run(name: str, command: Callable[[], int | None], flags: Mapping[str, str],
     try:
         return command() or 0
     except UserError as error:
-        return _refuse(name, with_flags(str(error), flags))
+        return _refuse(name, with_flags(str(error), flags), is_local=isinstance(error, LocalError))
     except Preempted as place:
         print_main(f"{name}: stopped by a signal {place}")
         return place.status
@@ -211,9 +212,9 @@ def _run(name: str, command: Callable[[], int | None], flags: Mapping[str, str],
         return INTERRUPT_STATUS
 
 
-def _refuse(name: str, message: str) -> int:
+def _refuse(name: str, message: str, is_local: bool = False) -> int:
     """Report a user's mistake, once if all processes make it. Returns the exit status."""
-    if is_main_process():
+    if is_main_process() or is_local:
         print(f"{name}: {message}", file=sys.stderr, flush=True)
     elif dist.is_initialized():
         time.sleep(5)  # if all processes make the mistake, rank 0 reports it and ends the others meanwhile

@@ -61,6 +61,10 @@ class UserError(OneLineError):
     """A user's mistake. The line names the setting, its value and the way out. The exit status is 2."""
 
 
+class LocalError(UserError):
+    """A user's mistake that may be one process's alone. Every process that makes it reports it."""
+
+
 class MachineError(OneLineError):
     """A transient error of the machine, its storage or its network: rerunning may succeed. The exit status is 75."""
 

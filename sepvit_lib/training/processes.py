@@ -4,6 +4,7 @@ Every rank has to make a collective call. With a single process, it returns at o
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from sepvit_lib.training.errors import MachineError, UserError, one_line, setting
+from sepvit_lib.training.errors import LocalError, MachineError, UserError, one_line, setting
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Joining
@@ -32,12 +33,12 @@ def environment_number(name: str, default: int, least: int = 0, most: int | None
         most: highest valid number, None for any.
 
     Raises:
-        UserError: it is not such a number.
+        LocalError: it is not such a number.
     """
     text = os.environ.get(name, str(default))
     if not text.isascii() or not text.isdigit() or int(text) < least or (most is not None and int(text) > most):
         bounds = f"from {least} to {most}" if most is not None else f"of at least {least}"
-        raise UserError(f"environment variable {name}={text}: takes a whole number {bounds}; unset it or correct it")
+        raise LocalError(f"environment variable {name}={text}: takes a whole number {bounds}; unset it or correct it")
     return int(text)
 
 
@@ -85,7 +86,7 @@ def init_distributed(device: str, world_size: int, dist_url: str, timeout: float
         this process's device, which is also CUDA's current one.
 
     Raises:
-        UserError: the environment does not set the rank, or not the address.
+        UserError: the environment does not set the rank or the address, or the address is of an unknown kind.
         MachineError: the processes cannot connect to each other.
     """
     os.environ.update(_launcher_variables())
@@ -100,9 +101,9 @@ def init_distributed(device: str, world_size: int, dist_url: str, timeout: float
             )
         return torch.device(device)
     world_size = environment_number("WORLD_SIZE", world_size, least=1)
-    rank = environment_number("RANK", 0)
-    if rank >= world_size:
-        raise ValueError(f"environment variable RANK={rank}: of {world_size} processes")
+    rank = environment_number("RANK", 0, most=world_size - 1)
+    if not re.match("(env|tcp|file)://", dist_url):
+        raise UserError(f"{setting('dist_url', dist_url)}: unknown; choose env://, tcp://HOST:PORT or file://PATH")
     limit = timedelta(seconds=timeout)
     try:
         dist.init_process_group(

@@ -493,16 +493,31 @@ def test_evaluation_on_a_full_disk(before, few_digits, tmp_path, capsys, monkeyp
         (dict(RANK="0"), "MASTER_ADDR"),
         (dict(RANK="x"), "RANK=x"),
         (dict(RANK="0", WORLD_SIZE="two"), "WORLD_SIZE=two"),
+        (dict(RANK="1", WORLD_SIZE="two"), "WORLD_SIZE=two"),  # not rank 0, which may have no mistake to report
+        (dict(RANK="5", WORLD_SIZE="2"), "RANK=5: takes a whole number from 0 to 1"),
         (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="abc"), "abc"),
         (dict(SLURM_PROCID="0", SLURM_NTASKS="two"), "SLURM_NTASKS=two"),
     ],
 )
 def test_invalid_launcher_variables(variables, named, few_digits, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    assert named in refusal_of_rank(variables, few_digits, tmp_path, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "http://x"])
+def test_invalid_addresses(address, few_digits, tmp_path, capsys, monkeypatch):
+    variables = dict(RANK="0", WORLD_SIZE="2")
+    line = refusal_of_rank(variables, few_digits, tmp_path, capsys, monkeypatch, "--dist_url", address)
+    assert f"--dist_url {address}: unknown; choose env://, tcp://HOST:PORT or file://PATH" in line
+
+
+def refusal_of_rank(variables, data, folder, capsys, monkeypatch, *flags: str) -> str:
+    """Run main.py with a mistake as a launcher with these variables would start it. Return the line that it prints."""
+    monkeypatch.chdir(folder)
     for name in list(os.environ):
         if re.match("RANK|WORLD_SIZE|LOCAL_RANK|MASTER_|SLURM_", name):
             monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert named in refusal(main.run, "main", [*CPU, "--data-path", few_digits], capsys)
-    assert os.listdir(tmp_path) == []
+    line = refusal(main.run, "main", [*CPU, "--data-path", data, *flags], capsys)
+    assert os.listdir(folder) == []
+    return line
