@@ -2,7 +2,7 @@
 
     python test.py CONFIG CHECKPOINT [--eval bbox [segm]] [--aug-test] [--out FILE.pkl] [--format-only]
                                      [--show-dir DIR] [--show-score-thr SCORE] [--work-dir DIR]
-                                     [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm|mpi]
+                                     [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm]
 
 `--eval mAP` evaluates everything the model predicts: boxes, and masks if it has them. dist_test.sh and slurm_test.sh
 start it on several processes.

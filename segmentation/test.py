@@ -1,7 +1,7 @@
 """Evaluate a segmentor, write its predictions, or draw them.
 
     python test.py CONFIG CHECKPOINT [--eval mIoU [mDice] [mFscore]] [--aug-test] [--out DIR] [--show-dir DIR]
-                                     [--work-dir DIR] [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm|mpi]
+                                     [--work-dir DIR] [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm]
 
 dist_test.sh and slurm_test.sh start it on several processes.
 """

@@ -25,7 +25,7 @@ COCO_CLASSES = 80  # number of classes of mmdet's heads by default
 
 
 def check_training_parts(cfg: Config, where: str) -> None:
-    """Refuse configs that cannot train.
+    """Refuse configs that cannot train. Sets the test's parts to None if they are incomplete: they are not used.
 
     Args:
         cfg: the config.
@@ -37,6 +37,9 @@ def check_training_parts(cfg: Config, where: str) -> None:
     needed = ("train_dataloader", "train_cfg", "optim_wrapper")
     if missing := [name for name in needed if not cfg.get(name)]:
         raise UserError(f"{where}: has no {missing[0]}, which training needs; set it, or inherit a config of configs/")
+    test = ("test_dataloader", "test_cfg", "test_evaluator")
+    if any(cfg.get(name) is None for name in test):  # mmengine takes all of them or none
+        cfg.update(dict.fromkeys(test))
 
 
 def check_test_parts(cfg: Config, where: str) -> None:

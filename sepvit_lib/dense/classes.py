@@ -1,5 +1,7 @@
 """Checks that a config's data sets, heads and checkpoint agree on the classes."""
 
+import inspect
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,11 +17,14 @@ from sepvit_lib.dense.parts import (
     dicts,
     heads_of,
     is_kind,
+    stated_classes,
     step_name,
 )
 from sepvit_lib.training.classes import canonical, listed, order_of
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.processes import print_main
+
+OF_LABELLED = ("img_suffix", "seg_map_suffix", "reduce_zero_label")  # settings of mmseg's data sets
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Of a config
@@ -50,6 +55,11 @@ def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
         _check_top(cfg, loader)
     if names is None:
         return
+    if cfg.get("num_classes") not in (None, len(names)):
+        raise UserError(
+            f"num_classes={cfg.num_classes} at the top of the config: the data set has {len(names)} classes, "
+            f"{listed(names)}; nothing copies it: state it in each head, and the same at the top"
+        )
     for place, head in heads_of(cfg):
         if head.get("num_classes", len(names)) != len(names):
             raise UserError(
@@ -66,8 +76,9 @@ def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
 def _names_of(place: str, node: Mapping[str, Any], kind: Any) -> tuple[str, ...] | None:
     """Return a data set's classes, and refuse one name without a comma, and what leaves nothing to learn."""
     stated = (node.get("metainfo") or {}).get("classes")
-    if isinstance(stated, str):
-        raise UserError(f"{place}.metainfo classes={stated!r}: takes a tuple; one name needs a comma, ({stated!r},)")
+    if isinstance(stated, str) and not os.path.isfile(stated):
+        hint = f"one name needs a comma, ({stated!r},)"
+        raise UserError(f"{place}.metainfo classes={stated!r}: takes a tuple, or a file of names; {hint}")
     names = classes_of(node, kind)
     if is_kind(kind, SEGMENTATION) and len(names or ()) < 2:
         held = f"a single class ({names[0]}) leaves nothing to learn" if names else "has no classes"
@@ -85,13 +96,15 @@ def _check_top(cfg: Config, loader: str) -> None:
     """
     sets = [*data_sets(cfg, loader)]
     classes = [tuple(classes_of(node, kind) or ()) for node, kind in sets]
-    stated = (
+    labelled = [(node, kind) for node, kind in sets if is_kind(kind, SEGMENTATION)]
+    stated: tuple[tuple[str, Any, list[Any]], ...] = (
         ("data_root", _root_of(cfg), [_root_of(node) for node, _ in sets]),
-        ("metainfo", tuple((cfg.get("metainfo") or {}).get("classes") or ()), classes),
+        ("metainfo", stated_classes(cfg), classes),
         ("classes", tuple(cfg.get("classes") or ()), classes),
+        *((name, cfg.get(name), [_setting_of(*one, name) for one in labelled]) for name in OF_LABELLED),
     )
     for name, value, held in stated:
-        if held and value and value not in held:
+        if held and value not in (None, "", ()) and value not in held:
             raise UserError(
                 f"{name} at the top of the config is {value!r}, but {loader}.dataset has {held[0]!r}; "
                 "nothing copies it: state it in each data set, and the same at the top"
@@ -100,6 +113,12 @@ def _check_top(cfg: Config, loader: str) -> None:
 
 def _root_of(node: Any) -> str:
     return str(node.get("data_root") or "").rstrip("/")
+
+
+def _setting_of(node: Mapping[str, Any], kind: Any, name: str) -> Any:
+    """Return a data set's setting, by default that of its class or of the class it is derived from."""
+    signatures = (inspect.signature(one).parameters for one in kind.__mro__ if "__init__" in vars(one))
+    return node.get(name, next((found[name].default for found in signatures if name in found), None))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

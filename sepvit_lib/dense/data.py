@@ -186,7 +186,7 @@ def check_segmentation(part: str, node: Mapping[str, Any], kind: Any) -> None:
         hint = f"set img_suffix in the data set; the folder has images: {found}" if found else "add some"
         raise UserError(f"{part} data {dataset.ann_file or folder}: no image ends in {suffix}; {hint}")
     if found:
-        print_main(f"WARNING: {part} data {folder}: {len(images)} images end in {suffix}; others are left out: {found}")
+        print_main(f"WARNING: {part} data {folder}: {len(images)} images end in {suffix}; others are skipped: {found}")
     labels = [sample["seg_map_path"] for sample in samples if sample.get("seg_map_path")]
     if not labels or not has_step(node, *LOADS_LABELS):
         return

@@ -1,9 +1,11 @@
 """The parts of a config that are about its data: the data sets, their pipelines, and the heads that predict classes."""
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS, Registry
 
 from sepvit_lib.training.images import EXIF, STORED
@@ -65,6 +67,15 @@ def inner_data_sets(dataset: Any) -> list[Any]:
     return list(several) if several else [one for one in [getattr(dataset, "dataset", None)] if one is not None]
 
 
+def stated_classes(node: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names in `metainfo.classes` of a dict of a config, or in the file that it names; () if there are none.
+
+    mmengine reads such a file, with one name per line.
+    """
+    stated = (node.get("metainfo") or {}).get("classes") or ()
+    return tuple(list_from_file(stated) if isinstance(stated, str) and os.path.isfile(stated) else stated)
+
+
 def classes_of(node: Mapping[str, Any], kind: Any) -> tuple[str, ...] | None:
     """Return the names of a data set's classes, None if it has none.
 
@@ -72,7 +83,7 @@ def classes_of(node: Mapping[str, Any], kind: Any) -> tuple[str, ...] | None:
         node: its settings.
         kind: its class.
     """
-    names = (node.get("metainfo") or {}).get("classes") or kind.METAINFO.get("classes")
+    names = stated_classes(node) or kind.METAINFO.get("classes")
     return tuple(names) if names else None
 
 

@@ -14,6 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATASETS
 from PIL import Image
 from torch import nn
 
@@ -74,7 +75,12 @@ def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.M
     with build_errors(where):
         model = revert_sync_batchnorm(build_model(cfg))
     check_weights(model, checkpoint, f"CHECKPOINT {checkpoint_path}")
-    node, kind = next(data_sets(cfg, "test_dataloader"))
+    with build_errors(where):
+        found = next(data_sets(cfg, "test_dataloader"), None)
+        if found is None:  # building says why
+            built = DATASETS.build(cfg.test_dataloader.dataset)
+            raise TypeError(f"test_dataloader.dataset: {type(built).__name__} is not derived from BaseDataset")
+    node, kind = found
     names = classes_in(checkpoint)
     if names is None:
         print_line(f"CHECKPOINT {checkpoint_path}: does not name its classes, which get the config's names by number")

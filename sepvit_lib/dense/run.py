@@ -1,5 +1,6 @@
 """A training run of segmentation or detection: its runner, its checkpoints, and what it resumes from."""
 
+import inspect
 import json
 import re
 import time
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.hooks import CheckpointHook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop
 from mmengine.visualization import Visualizer
@@ -136,28 +138,40 @@ def read_schedule(cfg: Config) -> Schedule:
     """Read the length of a run, and when it validates and saves, from its config.
 
     Raises:
-        UserError: the config's loop is neither iteration-based nor epoch-based, or a setting of mmengine's checkpoint
-            hook is one that this project's checkpoints do not follow.
+        UserError: the config's loop is neither iteration-based nor epoch-based, a length or interval is missing or
+            below 1, or a setting of mmengine's checkpoint hook is one that this project's checkpoints do not follow.
     """
-    loop, saving = cfg.train_cfg, saving_of(cfg)
+    loop, saving, hooks = cfg.train_cfg, saving_of(cfg), cfg.get("default_hooks") or {}
     kinds = {"EpochBasedTrainLoop": True, "IterBasedTrainLoop": False}
     by_epoch = kinds.get(loop.type) if "type" in loop else loop.get("by_epoch")
     if by_epoch is None:
         raise UserError(f"train_cfg.type={loop.get('type')}: unknown; choose {' or '.join(kinds)}")
     if not isinstance(best := saving.get("save_best"), (str, type(None))):
         raise UserError(f"default_hooks.checkpoint.save_best={best}: takes one text, since best.pth is one file")
-    if unknown := [name for name in saving if name not in SAVING and not name.startswith("_")]:
+    usual = {name: parameter.default for name, parameter in inspect.signature(CheckpointHook).parameters.items()}
+    others = [name for name in saving if name not in SAVING and not name.startswith("_")]
+    if unknown := [name for name in others if saving[name] != usual.get(name)]:
         raise UserError(
             f"default_hooks.checkpoint.{unknown[0]}={saving[unknown[0]]}: not available; remove it. Of this hook's "
             f"settings, {', '.join(SAVING)} are"
         )
+    length = "max_epochs" if by_epoch else "max_iters"
+    val_intervals = ((0, loop.get("val_interval", 1 if by_epoch else 1000)), *(loop.get("dynamic_intervals") or ()))
+    log_interval = (hooks.get("logger") or {}).get("interval", 10)
+    numbers = [(f"train_cfg.{length}", loop.get(length)), ("default_hooks.logger.interval", log_interval)]
+    numbers += [("train_cfg.val_interval", interval) for _, interval in val_intervals]
+    accumulated = (cfg.get("optim_wrapper") or {}).get("accumulative_counts", 1)
+    numbers.append(("optim_wrapper.accumulative_counts", accumulated))
+    for name, value in numbers:
+        if not isinstance(value, (int, float)) or value < 1:
+            raise UserError(f"{name}={value}: takes a number of at least 1; set it in the config")
     return Schedule(
         by_epoch=by_epoch,
-        length=loop["max_epochs" if by_epoch else "max_iters"],
+        length=loop[length],
         val_begin=loop.get("val_begin", 1),
-        val_intervals=((0, loop.get("val_interval", 1 if by_epoch else 1000)), *(loop.get("dynamic_intervals") or ())),
+        val_intervals=val_intervals,
         save_interval=saving.get("interval", -1) if saving.get("by_epoch", True) == by_epoch else -1,
-        log_interval=((cfg.get("default_hooks") or {}).get("logger") or {}).get("interval", 10),
+        log_interval=log_interval,
     )
 
 

@@ -87,7 +87,7 @@ def build_parser(
         parser.add_argument(
             "--work-dir", type=path, metavar="DIR", help="output folder, default work_dirs/<name of the config>"
         )
-        parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
+        parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none")
         parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
         "--cfg-options",
@@ -211,7 +211,7 @@ def join_processes(cfg: Config, args: argparse.Namespace, timeout: float = 1800.
         cfg.launcher = "none"
         return
     if "RANK" not in os.environ:
-        starter = dict(pytorch="torchrun, as dist_train.sh does", slurm="srun", mpi="mpirun")[args.launcher]
+        starter = dict(pytorch="torchrun, as dist_train.sh does", slurm="srun")[args.launcher]
         raise UserError(
             f"--launcher {args.launcher}: RANK is not set; remove the flag, or start the processes with {starter}"
         )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -34,11 +35,11 @@ import detection.test
 import segmentation.drawing
 import segmentation.predict
 import segmentation.test
-from sepvit_lib.dense.checks import build_model
+from sepvit_lib.dense.checks import build_model, check_training_parts
 from sepvit_lib.dense.drawing import enlargement
 from sepvit_lib.dense.loading import use_checked_loading
 from sepvit_lib.dense.mmengine_adapter import read_checkpoint
-from sepvit_lib.dense.run import DenseNames, plain_state
+from sepvit_lib.dense.run import DenseNames, plain_state, read_schedule
 from sepvit_lib.dense.samples import SeededSamples
 from sepvit_lib.dense.settings import build_parser, join_processes, read_config
 from sepvit_lib.dense.test import check_folders
@@ -197,6 +198,7 @@ DATA = "--cfg-options data_root={scenes}"
 IMAGE = "{scenes}/images/validation"
 MISTAKES = [
     (f"train {{demo}} --seed -1 {DATA}", "--seed: -1 is out of range"),
+    (f"train {{demo}} --launcher mpi {DATA}", "--launcher: invalid choice: 'mpi'"),
     ("train {folder}", "CONFIG {folder}: a folder; name a config in it"),
     (f"train {{demo}} --resume {{folder}} {DATA}", "--resume {folder}: a folder; name a checkpoint in it"),
     (f"test {{demo}} {{folder}} --eval mIoU {DATA}", "CHECKPOINT {folder}: a folder; name a checkpoint in it"),
@@ -215,6 +217,13 @@ MISTAKES = [
     (f"test {{demo}} {{checkpoint}} --show-dir {IMAGE}/a {DATA}", f"--show-dir {IMAGE}/a: holds images or labels of a"),
     (f"train {{demo}} {DATA} default_hooks.checkpoint.save_best=['mIoU','mAcc']", "takes one text, since best.pth is"),
     (f"train {{demo}} {DATA} default_hooks.checkpoint.out_dir=new", "checkpoint.out_dir=new: not available"),
+    (f"train {{demo}} {DATA} default_hooks.checkpoint.save_last=False", "checkpoint.save_last=False: not available"),
+    (f"train {{demo}} {DATA} train_cfg.max_iters=0", "train_cfg.max_iters=0: takes a number of at least 1; set it"),
+    (f"train {{demo}} {DATA} train_cfg.type=EpochBasedTrainLoop", "train_cfg.max_epochs=None"),
+    (f"train {{demo}} {DATA} train_cfg.val_interval=0", "train_cfg.val_interval=0: takes a number of at least 1"),
+    (f"train {{demo}} {DATA} train_cfg.dynamic_intervals=[(2,0)]", "train_cfg.val_interval=0: takes a number of at"),
+    (f"train {{demo}} {DATA} default_hooks.logger.interval=0", "default_hooks.logger.interval=0: takes a number of at"),
+    (f"train {{demo}} {DATA} optim_wrapper.accumulative_counts=0", "optim_wrapper.accumulative_counts=0: takes a num"),
     (
         f"train {{demo}} {DATA} train_cfg.val_interval=600 optim_wrapper.accumulative_counts=7",
         "takes a multiple of optim_wrapper.accumulative_counts=7",
@@ -268,8 +277,16 @@ def test_metrics_and_models_that_cannot_be_built(scenes, segmentor, tmp_path, ca
     test = [SEGMENTATION, segmentor, "--work-dir", tmp_path / "test", *small(scenes, "test_evaluator.type=IoUmetric")]
     assert "cannot be built: KeyError: 'IoUmetric is not in " in refusal(RUN["test"], "test", test, capsys)
     predict = [SEGMENTATION, segmentor, scenes / "images", "--out", tmp_path / "out"]
-    predict += ["--cfg-options", "model.neck.type=F"]
-    assert "cannot be built: KeyError: 'F is not in " in refusal(RUN["predict"], "predict", predict, capsys)
+    for option, words in (
+        ("model.neck.type=F", "KeyError: 'F is not in "),
+        ("test_dataloader.dataset.type=BaseSegDataSet", "KeyError: 'BaseSegDataSet is not in "),
+        (
+            "test_dataloader.dataset={'_delete_':True,'type':'torch.utils.data.TensorDataset'}",
+            "TypeError: test_dataloader.dataset: TensorDataset is not ",
+        ),
+    ):
+        line = refusal(RUN["predict"], "predict", [*predict, "--cfg-options", option], capsys)
+        assert f"CONFIG {SEGMENTATION}: cannot be built: {words}" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -433,7 +450,7 @@ def test_hooks_replace_the_pipeline_of_the_data_set():
 
 
 def test_labels_of_some_classes_are_written_in_the_numbering_of_all(tmp_path):
-    """mmseg's `label_map` has the labels of the data set's classes, and 255 for those that are left out."""
+    """mmseg's `label_map` has the labels of the data set's classes, and 255 for those that are omitted."""
     sample = SegDataSample(pred_sem_seg=PixelData(data=torch.tensor([[[0, 1], [1, 0]]])))
     metainfo = dict(label_map={0: 255, 1: 1, 2: 255, 3: 0}, reduce_zero_label=True)
     segmentation.drawing.LabelsHook(tmp_path).write(sample, metainfo, tmp_path / "a.jpg")
@@ -453,6 +470,23 @@ def test_backbone_of_a_segmentor_as_pretrained(segmentor):
     assert ": SepViT_Lite, the backbone of a whole segmentor or detector: loaded 208 of 208 entries" in report
     saved = torch.load(segmentor, weights_only=True)["state_dict"]
     assert all(torch.equal(value, saved[f"backbone.{name}"]) for name, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["test_dataloader", "test_cfg", "test_evaluator"])
+def test_training_without_a_whole_test(part):
+    """mmengine refuses some of the three alone. Training uses none."""
+    cfg = copy.deepcopy(demo())
+    check_training_parts(cfg, "CONFIG")
+    assert cfg.test_dataloader.dataset.type == "BaseSegDataset"
+    cfg[part] = None
+    check_training_parts(cfg, "CONFIG")
+    assert cfg.test_dataloader is cfg.test_cfg is cfg.test_evaluator is None
+
+
+def test_settings_of_the_checkpoint_hook_that_change_nothing():
+    usual = [f"default_hooks.checkpoint.{name}" for name in ("save_optimizer=True", "save_last=True", "save_begin=0")]
+    schedule = read_schedule(demo())
+    assert read_schedule(merged(*usual, "default_hooks.checkpoint.interval=-1")) == replace(schedule, save_interval=-1)
 
 
 def test_training_without_validation(scenes, tmp_path, capsys):

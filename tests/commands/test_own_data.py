@@ -500,7 +500,7 @@ UNFIT_LABELLED: list[tuple[Spoil, str]] = [
     (put(f"{SET}.ann_file", "list.txt"), "train data {root}/list.txt: no such file"),
     (list_images("0.jpg\n1.jpg\n"), "{root}/list.txt: 2 of its 2 images are missing, the first is {root}/images/train"),
     (put(f"{SET}.image_suffix", ".png"), "train_dataloader.dataset: cannot be built: TypeError: "),
-    (put(f"{SET}.metainfo.classes", "ground"), "dataset.metainfo classes='ground': takes a tuple; one name needs"),
+    (put(f"{SET}.metainfo.classes", "ground"), "classes='ground': takes a tuple, or a file of names; one name needs"),
     (put(f"{SET}.metainfo.classes", ("square",)), "train_dataloader.dataset: a single class (square) leaves nothing"),
     (put("val_dataloader.dataset.metainfo.classes", ("ground", "disc")), "val_dataloader.dataset has the classes gro"),
     (put("model.decode_head.num_classes", 5), "model.decode_head.num_classes=5: the data set has 2 classes"),
@@ -512,6 +512,13 @@ UNFIT_LABELLED: list[tuple[Spoil, str]] = [
     ),
     (put("metainfo.classes", ("x", "y")), "metainfo at the top of the config is ('x', 'y'), but train_dataloader"),
     (put("classes", ("x", "y")), "classes at the top of the config is ('x', 'y'), but "),
+    (put("num_classes", 5), "num_classes=5 at the top of the config: the data set has 2 classes, ground, square; "),
+    (
+        put("img_suffix", ".png"),
+        "img_suffix at the top of the config is '.png', but train_dataloader.dataset has '.jpg",
+    ),
+    (put("seg_map_suffix", ".tif"), "seg_map_suffix at the top of the config is '.tif', but train_dataloader.dataset "),
+    (put("reduce_zero_label", False), "reduce_zero_label at the top of the config is False, but train_dataloader.data"),
     (put(f"{SET}.pipeline.0.orientation", "exif"), "train_dataloader exif, val_dataloader stored"),
 ]
 FILE = "train annotations {root}/annotations/instances_train2017.json: "
@@ -547,6 +554,34 @@ def test_unfit_data(task, spoil, words, request):
     assert words.format(root=root) in str(raised.value)
 
 
+def test_what_the_data_sets_share_may_stand_at_the_top(segmentation):
+    """ADE20K's class has its own defaults."""
+    cfg, _ = segmentation
+    cfg.merge_from_dict(dict(num_classes=2, img_suffix=".jpg", seg_map_suffix=".png", reduce_zero_label=True))
+    check_data(cfg, TRAIN, VAL)
+    for place in (cfg, cfg[TRAIN].dataset, cfg[VAL].dataset):
+        place.metainfo = dict(classes=("wall", "sky"))
+    for node in (cfg[TRAIN].dataset, cfg[VAL].dataset):
+        node.type = "ADE20KDataset"
+        del node["reduce_zero_label"]
+    check_data(cfg, TRAIN, VAL)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_classes_in_a_file(task, tmp_path, request):
+    """mmengine reads one name per line."""
+    cfg, _ = request.getfixturevalue(task)
+    names = tuple(cfg.metainfo.classes)
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    for place in (cfg, cfg[TRAIN].dataset, cfg[VAL].dataset):
+        place.metainfo = dict(classes=str(tmp_path / "names.txt"))
+    check_data(cfg, TRAIN, VAL)
+    assert tuple(built(cfg).metainfo["classes"]) == names
+    (tmp_path / "names.txt").write_text("\n".join((*names, "third")))
+    with pytest.raises(UserError, match="num_classes=2: the data set has 3 classes"):
+        check_data(cfg, TRAIN, VAL)
+
+
 def test_images_of_another_suffix_are_mentioned(segmentation, capsys):
     """Hidden files, and blank lines of lists, name no image."""
     cfg, root = segmentation
@@ -558,7 +593,7 @@ def test_images_of_another_suffix_are_mentioned(segmentation, capsys):
     assert len(built(cfg)) == 6
     (root / "images/training/3.jpg").rename(root / "images/training/3.png")
     check_data(cfg, TRAIN, VAL)
-    words = "images/training: 5 images end in .jpg; others are left out: 1 in .png\n"
+    words = "images/training: 5 images end in .jpg; others are skipped: 1 in .png\n"
     assert capsys.readouterr().out == f"WARNING: train data {root}/{words}"
     list_images("0\n\n5\n  \n")(cfg, root)
     check_data(cfg, TRAIN)
