@@ -7,12 +7,14 @@ import http.client
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 import urllib.parse
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from sepvit_lib.training.storage import flush_folder, write_file
 
 MODEL_KEYS, EMA_KEYS = ("model", "state_dict"), ("model_ema", "state_dict_ema")  # the latter of each are timm's
 PART = 1 << 20  # bytes read at a time
+NETWORK_TIMEOUT = 30.0  # seconds that a server may take to respond
 DIRECTORY = 0x10  # attribute of a zip file's entry
 BEGINNING = 512  # bytes of a file that show its format
 
@@ -175,7 +178,8 @@ def _downloaded(url: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 part = Path(folder, path.name)
-                torch.hub.download_url_to_file(url, str(part), _hash_in(path.name), is_main_process())
+                with _network_timeout():
+                    torch.hub.download_url_to_file(url, str(part), _hash_in(path.name), is_main_process())
                 _check(part)
                 os.replace(part, path)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
@@ -183,6 +187,17 @@ def _downloaded(url: str) -> Path:
 
     on_processes(fetch, os.environ.get("LOCAL_RANK", "0") == "0")
     return path
+
+
+@contextmanager
+def _network_timeout() -> Iterator[None]:
+    """Let a server that stops responding fail a download: torch.hub passes no timeout on."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(NETWORK_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _hash_in(name: str) -> str | None:

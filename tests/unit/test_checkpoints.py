@@ -1,10 +1,12 @@
 """Checkpoints from a server, and damaged checkpoint files."""
 
 import hashlib
+import socket
 import ssl
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 import zipfile
 from collections import Counter, OrderedDict
@@ -35,6 +37,9 @@ class Server(BaseHTTPRequestHandler):
         way = self.path.split("/")[1]
         if way == "missing":
             self.send_error(404)
+            return
+        if way == "silent":
+            time.sleep(1)
             return
         self.send_response(200)
         if way != "without-length":
@@ -89,11 +94,15 @@ def test_downloads_are_kept(server, weights, tmp_path):
         ("whole/weights-00000000.pth", "download failed .*invalid hash value"),
         ("truncated/weights.pth", "not a checkpoint, or a damaged one"),
         ("without-length/weights.pth", "not a checkpoint, or a damaged one"),
+        ("silent/weights.pth", "download failed .*timed out"),
     ],
 )
-def test_a_download_that_fails_leaves_nothing(file, words, server, tmp_path):
+def test_a_download_that_fails_leaves_nothing(file, words, server, tmp_path, monkeypatch):
+    if file.startswith("silent"):
+        monkeypatch.setattr(checkpoints, "NETWORK_TIMEOUT", 0.3)
     with pytest.raises(UserError, match=rf"^--resume x: {words}"):
         checkpoints.read_checkpoint(f"{server[0]}/{file}", "--resume x")
+    assert socket.getdefaulttimeout() is None
     assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
 
 
