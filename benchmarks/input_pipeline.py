@@ -31,6 +31,7 @@ import main as classification
 from benchmarks.rounds import Spread, ratio
 from datasets import LoaderSettings, build_train_loader, epoch_batches
 from sepvit_lib.inference.machine import describe
+from sepvit_lib.inference.packages import require
 from sepvit_lib.training.commands import Parser, natural, path, positive_int, run_command
 from sepvit_lib.training.errors import UserError
 from sepvit_lib.training.storage import write_file
@@ -137,6 +138,7 @@ def main(args: argparse.Namespace) -> None:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         if args.synthetic is not None:
+            require("--synthetic", "skimage", "sklearn", extra="demo")
             write_photographs(Path(folder), args.synthetic, args.images)
         for workers in args.workers:
             loaders = {name: build_loader(args, args.data_path or folder, name, workers) for name in LOADERS}

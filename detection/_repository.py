@@ -11,4 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sepvit_lib.training.environment
 
 # isort: split
-import sepvit_lib.dense  # noqa: F401 offers the operators
+from sepvit_lib.inference.packages import require_or_exit
+
+require_or_exit("mmengine", "mmcv", "mmdet", extra="mm")
+import sepvit_lib.dense  # noqa: E402, F401 offers the operators

@@ -9,3 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sepvit_lib.training.environment  # noqa: F401 needs the path
+
+# isort: split
+from sepvit_lib.inference.packages import require_or_exit
+
+require_or_exit("mmengine", "mmcv", "mmseg", extra="mm")

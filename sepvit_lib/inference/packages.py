@@ -1,8 +1,10 @@
 """Optional packages: they are named when they are missing, with the extra of pyproject.toml that installs them."""
 
 import importlib.util
+import sys
+from pathlib import Path
 
-from sepvit_lib.training.errors import UserError
+from sepvit_lib.training.errors import USER_ERROR_STATUS, UserError
 
 
 def lacking(*modules: str, extra: str = "tools") -> str:
@@ -24,3 +26,10 @@ def require(what: str, *modules: str, extra: str = "tools") -> None:
     """
     if lack := lacking(*modules, extra=extra):
         raise UserError(f"{what}: {lack}")
+
+
+def require_or_exit(*modules: str, extra: str) -> None:
+    """End the running script without some modules, before it imports them. See `lacking`."""
+    if lack := lacking(*modules, extra=extra):
+        print(f"{Path(sys.argv[0]).name}: {lack}", file=sys.stderr)
+        sys.exit(USER_ERROR_STATUS)

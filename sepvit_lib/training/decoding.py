@@ -58,7 +58,7 @@ class CropDecoder:
         self.orientation = orientation
         self.size: int = crop.size[0]
         if importlib.util.find_spec("simplejpeg") is None:
-            raise UserError(f"{setting('loader', 'fast')}: needs simplejpeg: pip install simplejpeg, or use faithful")
+            raise UserError(f"{setting('loader', 'fast')}: needs simplejpeg: pip install '.[fast]', or use faithful")
 
     def __call__(self, source: Encoded) -> Image.Image:
         """Decode and resize a random crop.

@@ -287,7 +287,7 @@ def test_mistakes(photographs, tmp_path, monkeypatch, capsys):
     arguments = [*SMALL, "--data-path", photographs, "--output_dir", tmp_path / "run", "--input-size", 64]
     assert "'faithful', 'fast'" in refusal(main.run, "main", [*arguments, "--loader", "quick"], capsys)
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
-    assert "pip install simplejpeg" in refusal(main.run, "main", [*arguments, "--loader", "fast"], capsys)
+    assert "pip install '.[fast]'" in refusal(main.run, "main", [*arguments, "--loader", "fast"], capsys)
     assert not (tmp_path / "run").exists()
     assert batches_of(loader_of(photographs))  # needs no simplejpeg
 

@@ -1,12 +1,15 @@
 """The demo's tools and names of devices: what is printed, and users' mistakes, each with one line and exit status 2."""
 
 import json
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import refusal
+from conftest import ROOT, refusal
 
+from benchmarks import input_pipeline
 from sepvit_lib.training.devices import check_device
 from sepvit_lib.training.errors import UserError
 from tools import make_demo_data, show_demo
@@ -81,6 +84,26 @@ def test_a_missing_package(tmp_path, monkeypatch, capsys):
     line = refusal(make_demo_data.run, "make_demo_data", ["--out", tmp_path / "demo"], capsys)
     assert line.endswith("needs sklearn: pip install '.[demo]'")
     assert not (tmp_path / "demo").exists()
+
+
+def test_missing_photographs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    line = refusal(input_pipeline.run, "input_pipeline", ["--synthetic", "90x70"], capsys)
+    assert line == "input_pipeline.py: --synthetic: needs skimage: pip install '.[demo]'"
+
+
+@pytest.mark.parametrize("script", ["segmentation/train.py", "detection/predict.py"])
+def test_missing_libraries_of_segmentation_and_detection(script, monkeypatch, capsys):
+    monkeypatch.syspath_prepend((ROOT / script).parent)
+    for name in ("mmengine", "mmcv"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "_repository", raising=False)
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    line = capsys.readouterr().err
+    assert line.startswith(f"{Path(script).name}: needs mmengine, mmcv")
+    assert line.endswith(": pip install '.[mm]'\n")
 
 
 def test_show_demo(root, capsys):
