@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from functools import partial
-from multiprocessing.context import ForkContext, ForkServerContext
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from unittest import mock
@@ -23,14 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ["torchvision", "timm", "torch.utils.tensorboard", "mmengine.runner"]
 LIBRARIES += ["late_operators", "mmseg.apis", "mmdet.apis", "prepared"]  # these import mmcv's operators
 
-_server: ForkServerContext | ForkContext = multiprocessing.get_context("forkserver")
+_server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(LIBRARIES)
-
-
-def fork_from_here() -> None:
-    """Fork scripts from this process, which has imported the libraries already, instead of from a server."""
-    global _server
-    _server = multiprocessing.get_context("fork")
 
 
 class Command:

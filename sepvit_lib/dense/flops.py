@@ -45,17 +45,13 @@ def count(args: argparse.Namespace, samples: Callable[[int, int], list[Any]] | N
 
 
 def run_count(
-    description: str | None,
-    shape: tuple[int, int],
-    arguments: list[str] | None = None,
-    samples: Callable[[int, int], list[Any]] | None = None,
+    description: str | None, shape: tuple[int, int], samples: Callable[[int, int], list[Any]] | None = None
 ) -> int:
     """Run get_flops.py. Returns its exit status.
 
     Args:
         description: what the command does.
         shape: default image size (H, W), in pixels.
-        arguments: the command line, by default that of the process.
         samples: see `count`.
     """
     parser = build_parser(description, launchers=False)
@@ -65,6 +61,4 @@ def run_count(
     add(
         "--memory", action="store_true", help="measure the memory of the backbone's forward pass and training step, too"
     )
-    return run_command(
-        "get_flops.py", lambda: count(parser.parse_args(arguments), samples), parser, "use a smaller --shape"
-    )
+    return run_command("get_flops.py", lambda: count(parser.parse_args(), samples), parser, "use a smaller --shape")

@@ -9,7 +9,6 @@ are called.
 Environment variable SEPVIT_OPERATORS chooses explicitly: `torchvision`, or `compiled`, which must then be there.
 """
 
-import importlib
 import multiprocessing
 import os
 import sys
@@ -301,9 +300,3 @@ def offer() -> None:
     """Let Python find torchvision's operators when it imports mmcv's. Does nothing if called again."""
     if not any(isinstance(finder, OperatorFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, OperatorFinder())
-
-
-def in_use() -> str:
-    """Which operators mmcv uses, 'compiled' or 'torchvision'. Imports them."""
-    spec = importlib.import_module(MODULE).__spec__
-    return TORCHVISION if spec is not None and isinstance(spec.loader, OperatorLoader) else COMPILED

@@ -50,14 +50,13 @@ class Backbone:
     orientation: str = EXIF
 
 
-def load_backbone(path: str, what: str, averaged: bool = False, device: str = "cpu") -> Backbone | None:
+def load_backbone(path: str, what: str, averaged: bool = False) -> Backbone | None:
     """Load the backbone of a segmentor or detector, or a backbone alone.
 
     Args:
         path: path or https address of a checkpoint of mmengine, or of bare weights.
         what: flag and path, for messages.
         averaged: take the averaged weights.
-        device: device of the network.
 
     Returns:
         the backbone; None if the checkpoint holds no dense form.
@@ -75,5 +74,5 @@ def load_backbone(path: str, what: str, averaged: bool = False, device: str = "c
         raise UserError(f"{what}: has no averaged weights; take the others")
     network = create_dense(variant)
     checkpoints.load_weights(network, own, what, variant_hint="name another checkpoint")
-    place(network, torch.device(device)).eval()
+    place(network, torch.device("cpu")).eval()
     return Backbone(variant, network, orientation_for(checkpoint.get("reading")))

@@ -3,7 +3,6 @@
 import itertools
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -136,18 +135,3 @@ def timed(function: Callable[[], object], device: torch.device) -> float:
     function()
     synchronize(device)
     return time.perf_counter() - start
-
-
-def median_time(function: Callable[[], object], device: torch.device, least: float = 1.0) -> float:
-    """Median seconds of a call, after one to warm up.
-
-    Args:
-        function: the call.
-        device: the device it works on.
-        least: seconds to repeat it for.
-    """
-    timed(function, device)
-    times = [timed(function, device)]
-    while sum(times) < least:
-        times.append(timed(function, device))
-    return statistics.median(times)
