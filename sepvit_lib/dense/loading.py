@@ -51,7 +51,7 @@ def read_or_name(path: str, kind: str, read: Callable[[], T]) -> T:
 
     def read_regular() -> T:
         if not is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError("not a regular file")  # a pipe or a device could block for ever
+            raise OSError("not a regular file")  # a pipe or a device could block forever
         return read()
 
     try:

@@ -73,7 +73,7 @@ class SeededBatches(Sampler[list[Draw]]):
 
     Args:
         loader: a training loader of mmengine.
-        is_endless: whether the batches go on for ever, as an iteration-based run takes them, or end with the epoch.
+        is_endless: whether the batches go on forever, as an iteration-based run takes them, or end with the epoch.
 
     Attributes:
         sampler: mmengine's sampler, where its hooks expect it.

@@ -64,7 +64,7 @@ def open_webdataset(
     if not (len(expanding) == len(decoding) == 1 and expanding < decoding):
         raise UserError(
             f"{setting('data_set', 'wds/…')}: timm {timm.__version__} reads webdatasets differently from "
-            "the versions supported; install the version in requirements.txt"
+            "the versions supported; install the version in constraints.txt"
         )
     decoder = pipeline[decoding[0]]
     decoder.args = (partial(_decoded, partial(_decoded_by, decode, decoder.args[0])),)

@@ -1,6 +1,6 @@
 """Checkpoints and run folders of version 0.1.0 still work.
 
-`fixtures/run.tar.xz` was written by the last commit before `sepvit_lib/training/` was added. It holds a run of
+`fixtures/run.tar.xz` was written by the last commit before `training/` was added. It holds a run of
 `fixtures/small_main.py` on `few_digits` that SIGTERM stopped in the second of three epochs (`run`), and the same run
 completed without interruption (`undisturbed`).
 """

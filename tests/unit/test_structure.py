@@ -141,7 +141,7 @@ def flags() -> set[str]:
 def test_only_commands_name_flags(name):
     known = flags()
     named = {flag for text in texts_of(MODULES[name]) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
-    assert named & known == set(), "write setting('name'), see training/errors.py"
+    assert named & known == set(), "write setting('name'), see sepvit_lib/training/errors.py"
 
 
 def settings_added_by(name: str) -> set[str]:
