@@ -8,7 +8,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,18 @@ def tiny_network(form: type, seed: int = 0, **kwargs) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+@pytest.fixture(autouse=True)
+def forgotten_runs() -> Iterator[None]:
+    """Drop what mmengine keeps of runs in this process by config and second: the next may begin in the same one."""
+    yield
+    if "mmengine.runner" in sys.modules:
+        from mmengine.logging import MMLogger
+        from mmengine.visualization import Visualizer
+
+        for kind in (MMLogger, *Visualizer.__subclasses__()):
+            kind._instance_dict.clear()
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,13 @@ are in pyproject.toml.
 import json
 import pickle
 
+import mmengine
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from mmengine.config import Config
+from mmengine.config import utils as config_utils
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 
@@ -35,6 +38,16 @@ def test_mmengine_finds_configs_by_distribution(module, base, tmp_path, monkeypa
     mmengine_adapter.register_distributions()
     assert MODULE2PACKAGE[module] == {"mmseg": "onedl-mmsegmentation", "mmdet": "onedl-mmdetection"}[module]
     assert "train_cfg" in Config.fromfile(path)
+
+
+def test_mmengine_reads_metafiles_once(monkeypatch):
+    """For all bases of a config, `mmdet::…` included."""
+    read: list[str] = []
+    monkeypatch.setattr(config_utils, "load", lambda path: (read.append(path), mmengine.load(path))[1])
+    mmengine_adapter.register_distributions()
+    Config.fromfile(ROOT / "detection/configs/mask_rcnn_sepvit_lite_fpn_demo.py")
+    assert len(read) > 50
+    assert len(read) == len(set(read))
 
 
 def test_detection_metrics_keep_their_annotations(tmp_path):
