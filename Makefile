@@ -6,8 +6,8 @@
 # make test                lint, and every test
 # make test-long           every test, in its long form too
 # make test-faults         only the fault tests, in their long form
-# make test-gpu            what only a GPU can show, in LIMIT seconds
-# Each target installs what it needs, in the versions of CONSTRAINTS. VENV is the virtual environment, PYTHON (3.11 or
+# make test-gpu            tests that need a GPU, within LIMIT seconds
+# Each target installs what it needs, at the versions in CONSTRAINTS, into the virtual environment VENV. PYTHON (3.11 or
 # later) creates it.
 VENV ?= .venv
 PYTHON ?= python3
@@ -45,7 +45,7 @@ demo-segmentation: install-mm
 		--cfg-options $(SCENES)
 	cd segmentation && $(abspath $(RUN)) test.py $(SEGMENTATION) $(SEGMENTATION_RUN)/iter_1200.pth --eval mIoU \
 		--show-dir $(SEGMENTATION_RUN)/pictures --work-dir $(SEGMENTATION_RUN) --cfg-options $(SCENES)
-	@echo "predictions beside the truth: $(DEMO)/segmentation/pictures"
+	@echo "predictions beside the ground truth: $(DEMO)/segmentation/pictures"
 
 DETECTION = configs/mask_rcnn_sepvit_lite_fpn_demo.py
 OBJECTS = data_root=$(abspath $(DEMO))/coco
@@ -57,7 +57,7 @@ demo-detection: install-mm
 	cd detection && $(abspath $(RUN)) train.py $(DETECTION) --seed 0 --work-dir $(DETECTION_RUN) --cfg-options $(OBJECTS)
 	cd detection && $(abspath $(RUN)) test.py $(DETECTION) $(DETECTION_RUN)/epoch_10.pth --eval mAP \
 		--show-dir $(DETECTION_RUN)/pictures --work-dir $(DETECTION_RUN) --cfg-options $(OBJECTS)
-	@echo "detections beside the truth: $(DEMO)/detection/pictures"
+	@echo "detections beside the ground truth: $(DEMO)/detection/pictures"
 
 # Two files at a time, the longest first, with one thread each.
 TWO = OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -93,7 +93,7 @@ install-test: $(VENV)/.installed-test
 
 $(VENV)/.installed: requirements.txt $(CONSTRAINTS) pyproject.toml
 	@$(CHECKED) tools/check_setup.py
-	@echo "installing requirements.txt into $(VENV): torch is 5 GB, allow minutes"
+	@echo "installing requirements.txt into $(VENV): torch is 5 GB, allow several minutes"
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(call INSTALL,demo)
 	@touch $@
@@ -105,7 +105,7 @@ $(VENV)/.installed-fast: $(VENV)/.installed
 $(VENV)/.installed-mm: $(VENV)/.installed packaging/opencv-python/pyproject.toml
 	@echo "installing MMSegmentation and MMDetection into $(VENV): allow a minute"
 	$(call INSTALL,demo mm) ./packaging/opencv-python
-	@$(RUN) -W ignore -c "import sepvit_lib.dense, mmcv.ops, mmdet.apis, mmseg.apis" > /dev/null
+	@$(RUN) -W ignore -c "import sepvit_lib.mm, mmcv.ops, mmdet.apis, mmseg.apis" > /dev/null
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed-mm $(VENV)/.installed-fast

@@ -21,16 +21,16 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
 
 from samplers import DistributedEvalSampler, TrainBatchSampler
-from sepvit_lib.inference.packages import require
-from sepvit_lib.training.archives import Archive
-from sepvit_lib.training.classes import listed, order_of, read_class_map
-from sepvit_lib.training.decoding import CropDecoder
-from sepvit_lib.training.errors import MachineError, UserError, setting
-from sepvit_lib.training.images import IMAGE_SUFFIXES, Encoded, decode, describe_skipped, is_hidden
-from sepvit_lib.training.preprocessing import Preprocessing
-from sepvit_lib.training.processes import get_rank, get_world_size, print_main
-from sepvit_lib.training.readers import read_exactly_once, shards_of
-from sepvit_lib.training.samples import (
+from sepvit_lib.common.class_names import listed, order_of, read_class_map
+from sepvit_lib.common.errors import MachineError, UserError, setting
+from sepvit_lib.common.packages import require
+from sepvit_lib.common.processes import get_rank, get_world_size, print_main
+from sepvit_lib.common.storage import is_storage_error
+from sepvit_lib.pipeline.archives import Archive
+from sepvit_lib.pipeline.image_files import IMAGE_SUFFIXES, Encoded, decode, describe_skipped, is_hidden
+from sepvit_lib.pipeline.preprocessing import Preprocessing
+from sepvit_lib.pipeline.readers import read_exactly_once, shards_of
+from sepvit_lib.pipeline.samples import (
     ClassFolders,
     ImageData,
     INaturalist,
@@ -41,20 +41,20 @@ from sepvit_lib.training.samples import (
     import_hugging_face,
     labels_of,
 )
-from sepvit_lib.training.state import Precision
-from sepvit_lib.training.storage import is_storage_error
-from sepvit_lib.training.streams import TrainStream, ValStream
-from sepvit_lib.training.watchdog import ignore_preemption
+from sepvit_lib.pipeline.scaled_decoding import CropDecoder
+from sepvit_lib.pipeline.streams import TrainStream, ValStream
+from sepvit_lib.run.state import Precision
+from sepvit_lib.run.watchdog import ignore_preemption
 
 IMAGENET_FOLDERS = {True: ("train", "ILSVRC2012_img_train"), False: ("val", "ILSVRC2012_img_val")}
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19")
 READERS = ("wds", "hfds", "hfids", "tfds", "torch")  # prefixes that choose a reader of timm
-# What timm's readers need so that images of all kinds are found, and are decoded by `sepvit_lib.training.images` alone.
+# Arguments of timm's readers: find images of all formats, but leave decoding to `sepvit_lib.pipeline.image_files`.
 READER_ARGUMENTS: dict[str, dict[str, Any]] = {
     "wds": dict(input_key=";".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))),
     "hfids": dict(input_img_mode=""),
 }
-STREAMS = ("wds", "hfids", "tfds")  # those of streaming data sets
+STREAMS = ("wds", "hfids", "tfds")  # readers of streaming data sets
 SMALL_INPUT = 32  # side in pixels up to which training images are padded and cropped, not resized
 # Sections of an automatic augmentation's name, by its policy. timm ignores unknown ones silently.
 AUGMENTATIONS = {
@@ -67,17 +67,17 @@ INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "fami
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which data set to read.
+    """Settings of the data set.
 
     Attributes:
         data_set: one of `DATA_SETS`, or the name of a timm reader with one of the prefixes `READERS`.
         data_path: its folder.
-        class_map: file that numbers the classes, as timm reads it; "" to number them by their names.
+        class_map: file with the order of the classes, in timm's format; "" to sort them by name.
         inat_category: level of iNaturalist's taxonomy, one of `INAT_CATEGORIES`.
-        num_classes: number of classes, for readers that do not know it.
+        num_classes: number of classes, for readers that do not report it.
         train_split: name of the training split, for timm's readers.
         val_split: name of the validation split.
-        train_num_samples: number of training images, for readers that do not know it.
+        train_num_samples: number of training images, for readers that do not report it.
         val_num_samples: number of validation images.
         batch_size: images per batch, to which timm's readers round each worker's share.
         seed: the run's seed.
@@ -98,7 +98,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class TransformSettings:
-    """How images are transformed.
+    """Settings of the transforms.
 
     Attributes:
         preprocessing: transform of validation images. Training images have its size, mean and standard deviation.
@@ -106,7 +106,7 @@ class TransformSettings:
         scale: smallest and largest area of the random crop, as a share of the image.
         ratio: smallest and largest aspect ratio of the random crop.
         hflip: probability of a horizontal flip.
-        color_jitter: strength of colour jitter, where there is no automatic augmentation.
+        color_jitter: strength of colour jitter, without automatic augmentation.
         aa: timm's name of an automatic augmentation, "" for none.
         train_interpolation: interpolation of the random crop.
         reprob: probability of random erasing.
@@ -131,7 +131,7 @@ class TransformSettings:
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """How images are batched and loaded.
+    """Settings of the loaders.
 
     Attributes:
         batch_size: training images per rank and batch.
@@ -141,7 +141,7 @@ class LoaderSettings:
         num_workers: loader workers per rank.
         pin_mem: load into pinned memory, for CUDA.
         device: the device.
-        dist_eval: share the validation images among the ranks.
+        dist_eval: split the validation images across ranks.
         data_set: the data set, for messages.
     """
 
@@ -166,7 +166,7 @@ def find_dataset(is_train: bool, settings: DataSettings) -> ImageData:
 
     Args:
         is_train: training or validation images.
-        settings: which data set.
+        settings: settings of the data set.
 
     Raises:
         UserError: the data set is missing or incomplete.
@@ -179,11 +179,11 @@ def find_dataset(is_train: bool, settings: DataSettings) -> ImageData:
         what = f"{data_path}: {error.filename} cannot be read ({error.strerror})"
         if is_storage_error(error, settings.data_path):
             raise MachineError(what) from None
-        raise UserError(f"{what}; correct its permissions, or name another folder") from None
+        raise UserError(f"{what}; correct its permissions, or choose another folder") from None
     if settings.num_classes and data.num_classes != settings.num_classes:
         raise UserError(
             f"{setting('num_classes', settings.num_classes)}: {settings.data_path} has {data.num_classes} "
-            "classes; omit it, only timm's readers may need it"
+            "classes; omit it: only timm's readers may need it"
         )
     if settings.class_map:
         data = _numbered(data, settings.class_map)
@@ -193,7 +193,7 @@ def find_dataset(is_train: bool, settings: DataSettings) -> ImageData:
 
 
 def _numbered(data: ImageData, class_map: str) -> ImageData:
-    """Number the classes of a data set by a class map.
+    """Order the classes of a data set by a class map.
 
     Raises:
         UserError: the classes have no names, or the class map does not fit.
@@ -205,7 +205,7 @@ def _numbered(data: ImageData, class_map: str) -> ImageData:
 
 
 def _check_number(data: ImageData) -> None:
-    """Refuse a single class, which every network predicts right.
+    """Refuse a single class, which any network predicts correctly.
 
     Raises:
         UserError: there is a single class. If it has folders, they are named: they may be the classes.
@@ -232,7 +232,7 @@ def report_images(data: ImageData, what: str) -> None:
 
     Args:
         data: the data set.
-        what: names it.
+        what: its name in the warnings.
     """
     if skipped := getattr(data.dataset, "skipped", None):
         print_main(f"WARNING: {what}: {describe_skipped(skipped)}")
@@ -272,7 +272,7 @@ def _find_images(is_train: bool, settings: DataSettings) -> ImageData:
             dataset = CIFAR100(str(root), train=is_train)
         except RuntimeError:
             what = setting("data_path", root)
-            raise UserError(f"{what}: no intact CIFAR-100 there (expected cifar-100-python/)") from None
+            raise UserError(f"{what}: no intact CIFAR-100 found (expected cifar-100-python/)") from None
         return ImageData(dataset, len(dataset.classes), dataset.classes)
     year = {"INAT": 2018, "INAT19": 2019}[settings.data_set]
     dataset = INaturalist(root, is_train, year, settings.inat_category)
@@ -288,7 +288,7 @@ def _imagenet(root: Path, is_train: bool) -> ImageData:
         return _archive(archive)
     if folder is None:
         raise UserError(
-            f"{setting('data_path', root)}: no {names[0]}/ folder there "
+            f"{setting('data_path', root)}: no {names[0]}/ folder "
             "(expected train/ and val/, ILSVRC2012_img_train/ and ILSVRC2012_img_val/, or train.tar and val.tar)"
         )
     dataset = ClassFolders(str(folder))
@@ -296,19 +296,19 @@ def _imagenet(root: Path, is_train: bool) -> ImageData:
 
 
 def _archive(path: Path) -> ImageData:
-    """Read a tar archive of class folders. Classes are numbered by name, as in a folder."""
+    """Read a tar archive of class folders. Classes are sorted by name, as in a folder."""
     what = setting("data_path", path)
     try:
         dataset = Archive(path)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{what}: not an archive of class folders, or damaged ({error})") from None
     if not dataset.samples or dataset.classes == [""]:
-        raise UserError(f"{what}: no image in class folders there")
+        raise UserError(f"{what}: contains no image in class folders")
     return ImageData(dataset, len(dataset.classes), dataset.classes)
 
 
 def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
-    """Read a data set by one of timm's readers: wds/…, hfds/…, hfids/…, tfds/…, torch/…"""
+    """Read a data set with one of timm's readers: wds/…, hfds/…, hfids/…, tfds/…, torch/…"""
     split = settings.train_split if is_train else settings.val_split
     name, root = settings.data_set, settings.data_path
     what = f"{setting('data_set', name)}, split {split}, in {setting('data_path', root)}"
@@ -342,7 +342,7 @@ def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
     class_to_idx = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {}
     num_classes = settings.num_classes or len(class_to_idx)
     if not num_classes:
-        raise UserError(f"{what}: its reader does not know the number of classes; set {setting('num_classes')}")
+        raise UserError(f"{what}: its reader does not report the number of classes; set {setting('num_classes')}")
     dataset.target_transform = partial(check_label, num_classes=num_classes)
     classes = sorted(class_to_idx, key=lambda name: class_to_idx[name])
     return ImageData(dataset, num_classes, classes or None, is_hugging_face=is_hugging_face)
@@ -404,10 +404,10 @@ def build_transform(is_train: bool, settings: TransformSettings) -> Any:
 
 
 def split_transform(transform: Any) -> tuple[list[Any], list[Any]]:
-    """Split a training transform at the point where the fast loader's workers end.
+    """Split a training transform into the steps of the fast loader's workers and those on the device.
 
     Returns:
-        the steps on images in memory; and those on the device: normalisation, and random erasing if there is any.
+        the workers' steps; and those on the device: normalisation, and random erasing if there is any.
 
     Raises:
         UserError: the transform does not end in these steps.
@@ -418,16 +418,16 @@ def split_transform(transform: Any) -> tuple[list[Any], list[Any]]:
         if kinds[-len(end) :] == end:
             return steps[: -len(end)], steps[1 - len(end) :]
     raise UserError(
-        f"{setting('loader', 'fast')}: normalises and erases on the device, which has to end the transform; put "
+        f"{setting('loader', 'fast')}: normalises and erases on the device, as the last steps of the transform; put "
         f"{kinds[-1].__name__} before MaybeToTensor, or use faithful"
     )
 
 
 class DeviceTransform:
-    """End of a training transform, on batches on the device: normalisation and random erasing, as timm's prefetcher.
+    """Last steps of a training transform, on the device: normalisation and random erasing, as in timm's prefetcher.
 
-    Erasing draws from the generators of Python and of the device. The training loop seeds both for each batch of an
-    epoch (`Stream.STEP`), so an image is erased alike by every process, and in a resumed run.
+    Erasing uses the random number generators of Python and of the device. The training loop seeds both for each batch
+    (`Stream.STEP`), so every process, and a resumed run, would erase the same regions of an image.
 
     Args:
         transform: the training transform.
@@ -509,7 +509,7 @@ def _no_step(images: int, processes: int, settings: LoaderSettings) -> str:
     factors = [setting("batch_size", settings.batch_size)]
     factors += [setting("accum_steps", settings.accum_steps)] if settings.accum_steps > 1 else []
     factors += [f"{processes} processes"] if processes > 1 else []
-    epoch, way_out = f"the {images} training images", "choose smaller ones"
+    epoch, way_out = f"the {images} training images", "choose smaller values"
     if settings.repeated_aug:
         epoch = f"the {images // 256 * 256} of {epoch} that repeated augmentation takes"
         way_out += f", or {setting('no_repeated_aug')}"
@@ -530,7 +530,7 @@ def _check_shards(dataset: Any, settings: LoaderSettings) -> None:
 def build_val_loader(data: ImageData, settings: LoaderSettings) -> DataLoader:
     """Build a loader of validation batches, 1.5 times as large as in training.
 
-    It loads all images, or this rank's share (`dist_eval`).
+    It loads all images, or only this rank's share (`dist_eval`).
     """
     dataset, sampler = data.dataset, None
     if isinstance(dataset, IterableImageDataset):
@@ -559,14 +559,14 @@ def _loader(dataset: Dataset, settings: LoaderSettings, **batches: Any) -> DataL
 def epoch_batches(
     loader: DataLoader, epoch: int, step: int, accum_steps: int, tick: Callable[[str], None]
 ) -> Iterator[Any]:
-    """Iterate over a training epoch's batches from a step on.
+    """Iterate over a training epoch's batches, starting at a given step.
 
     Args:
         loader: loader of training batches.
         epoch: the epoch.
         step: step in the epoch to start from.
         accum_steps: batches that each rank accumulates per step.
-        tick: called with the place while a streaming data set skips to the step.
+        tick: called with the position while a streaming data set skips to the step.
     """
     if isinstance(loader.batch_sampler, TrainBatchSampler):
         loader.batch_sampler.set_epoch(epoch, step)

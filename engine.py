@@ -1,4 +1,4 @@
-"""The loops: a training epoch, validation and throughput; and the loss of knowledge distillation."""
+"""Training epoch, validation, throughput measurement, and the loss of knowledge distillation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from datasets import epoch_batches
-from sepvit_lib.training.errors import Preempted, UserError, setting
-from sepvit_lib.training.measure import timed
-from sepvit_lib.training.monitor import StepMonitor
-from sepvit_lib.training.preprocessing import Preprocessing
-from sepvit_lib.training.processes import (
+from sepvit_lib.common.devices import gpu_memory
+from sepvit_lib.common.errors import Preempted, UserError, setting
+from sepvit_lib.common.processes import (
     all_reduce,
     any_rank,
     broadcast,
@@ -25,8 +23,11 @@ from sepvit_lib.training.processes import (
     is_main_process,
     print_main,
 )
-from sepvit_lib.training.state import Precision, Training, buffers_of
-from sepvit_lib.training.watchdog import Watchdog
+from sepvit_lib.count import timed
+from sepvit_lib.pipeline.preprocessing import Preprocessing
+from sepvit_lib.run.monitor import StepMonitor
+from sepvit_lib.run.state import Precision, Training, buffers_of
+from sepvit_lib.run.watchdog import Watchdog
 from utils import Progress, Stream, seed_everything
 
 WARMUP_PASSES, TIMED_PASSES = 50, 30  # of the throughput measurement
@@ -41,7 +42,7 @@ class LoopSettings:
         seed: the run's seed.
         accum_steps: batches that each rank accumulates per step.
         clip_grad: maximum norm of the gradients, 0 for none.
-        print_freq: batches between two reports.
+        print_freq: batches between progress reports.
         data_path: the data set, for messages.
     """
 
@@ -58,8 +59,8 @@ class EvaluationSettings:
     """Settings of validation.
 
     Attributes:
-        dist_eval: share the images among the ranks.
-        print_freq: batches between two reports.
+        dist_eval: split the images across ranks.
+        print_freq: batches between progress reports.
         data_path: the data set, for messages.
     """
 
@@ -77,7 +78,7 @@ class DistillationLoss(nn.Module):
         base: loss on the labels.
         teacher: the teacher, or None without distillation.
         kind: 'none', 'soft' (divergence from the teacher's distribution) or 'hard' (cross entropy with its decisions).
-        alpha: weight of the teacher's part; the labels' part has weight 1 - alpha.
+        alpha: weight of the teacher's term; the labels' term has weight 1 - alpha.
         tau: temperature of the soft distributions.
 
     Raises:
@@ -123,12 +124,12 @@ class DistillationLoss(nn.Module):
 
 
 class Renormalised(nn.Module):
-    """A network that takes images normalised for another one.
+    """A network that takes images with a different normalisation than its own.
 
     Args:
         network: the network.
-        given: how the images were normalised.
-        own: how the network wants them.
+        given: normalisation of the images.
+        own: normalisation that the network expects.
     """
 
     scale: Tensor
@@ -160,8 +161,8 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train from the run's current step to the end of its epoch.
 
-    The loop waits for a GPU only when it reports the mean loss, and after steps that float16 skips. It waits at every
-    step if it has to save the batches of bad steps, or if the optimiser has no fused form.
+    The loop synchronises with a GPU only when it reports the mean loss, and after steps that float16 skips. It does so
+    at every step if it must save the batches of bad steps, or if the optimiser has no fused form.
 
     Args:
         training: the run.
@@ -170,7 +171,7 @@ def train_one_epoch(
         precision: device and number format.
         settings: settings of the loop.
         mixup: mixup and CutMix, or None.
-        monitor: acts on what happens in the steps.
+        monitor: called after each batch and step.
         prepare: turns a loaded batch into normalised images on the device; by default it copies them.
 
     Returns:
@@ -178,7 +179,7 @@ def train_one_epoch(
 
     Raises:
         UserError: too many bad steps in a row, or too many unreadable images.
-        Preempted: the run is to stop; its step is complete.
+        Preempted: the run was asked to stop; its current step is complete.
     """
     watchdog = monitor.watchdog
     prepare = prepare or precision.images
@@ -203,7 +204,7 @@ def train_one_epoch(
             finite = training.backward(loss, share)
         monitor.see_batch(finite, dict(images=images, targets=targets), unreadable)
         if progress.advance(len(images) * get_world_size()):
-            progress.report(loss=f"{training.mean_loss():.4f}", lr=f"{lr:.6f}")
+            progress.report(loss=f"{training.mean_loss():.4f}", lr=f"{lr:.6f}", **gpu_memory(precision.device))
         if is_last:
             bad_gradients = training.step(settings.clip_grad, buffers)
             monitor.after_step(training, bad_gradients, progress.done == progress.total)
@@ -238,25 +239,25 @@ def reporter() -> Callable[[str], None] | None:
 def _refuse_skipped_epoch(training: Training, is_search: bool, epochs: int) -> None:
     """Refuse an epoch in which every step was skipped.
 
-    A short epoch may pass while float16 searches for its loss scale (`is_search`), except for the last one.
+    A short epoch is accepted while float16 searches for its loss scale (`is_search`), except for the last one.
     """
     if not is_search or training.epoch == epochs - 1:
         raise UserError(
-            f"epoch {training.epoch}: loss or gradients were not finite in any step, and all steps were "
+            f"epoch {training.epoch}: loss or gradients were non-finite in every step, so all steps were "
             f"skipped; try a lower {setting('lr')}, or {setting('amp', 'bfloat16')} or off"
         )
 
 
 def _accumulated(batches: Progress, accum_steps: int) -> Iterator[tuple[Any, int, int, bool]]:
-    """Yield each batch with its place in its step.
+    """Yield each batch with its position in the optimiser step.
 
     Args:
         batches: the epoch's remaining batches.
         accum_steps: batches that each rank accumulates per step.
 
     Yields:
-        the batch; the number of batches in its step; its number among all ranks' batches of the epoch; and whether it
-        is its step's last.
+        the batch; the number of batches in the step; the batch's index among all ranks' batches of the epoch; and
+        whether it ends the step.
     """
     for index, batch in enumerate(batches, start=batches.done):
         first = index // accum_steps * accum_steps
@@ -275,23 +276,23 @@ def evaluate(
 ) -> dict[str, float]:
     """Validate a network: loss, top-1 and top-5 accuracy (%). A collective call.
 
-    If the ranks share the images, their counts are summed: every image counts once, for any number of ranks.
+    If the images are split across ranks, the counts are summed: every image counts once, on any number of ranks.
 
     Args:
         model: the network.
         loader: validation batches of this rank.
         precision: device and number format.
-        title: starts each reported line.
+        title: prefix of each reported line.
         settings: settings of validation.
-        watchdog: told about progress.
+        watchdog: notified of progress.
 
     Raises:
         UserError: there are no images.
-        Preempted: the run is to stop.
+        Preempted: the run was asked to stop.
     """
     model.eval()
     for buffer in model.buffers():
-        broadcast(buffer)  # validate with rank 0's, which the checkpoint holds
+        broadcast(buffer)  # validate with rank 0's, which the checkpoint saves
     kind = torch.float32 if precision.device.type == "mps" else torch.float64  # MPS has no float64
     sums = torch.zeros(3, dtype=kind, device=precision.device)  # loss, top-1, top-5
     count = 0
@@ -314,7 +315,7 @@ def evaluate(
     if any_rank(precision.device, watchdog.preemption.requested):
         raise Preempted(f"in {title}")
     totals = torch.cat([sums, sums.new_tensor([count])])
-    # All ranks act on the same figures, even if their devices differ in the last bits.
+    # All ranks use the same results, even if their devices differ in the last bits.
     loss, acc1, acc5, images_seen = (all_reduce(totals) if settings.dist_eval else broadcast(totals)).tolist()
     if images_seen == 0:
         raise UserError(f"{setting('data_path', settings.data_path)}: no validation image could be read")
@@ -336,11 +337,11 @@ def measure_throughput(
         model: the network.
         loader: validation batches.
         precision: device and number format.
-        print_freq: passes between two reports.
-        watchdog: told about progress.
+        print_freq: passes between progress reports.
+        watchdog: notified of progress.
 
     Returns:
-        images of the batch, and images per second.
+        images per batch, and images per second.
     """
     model.eval()
     images = precision.images(next(iter(loader))[0])

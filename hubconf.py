@@ -1,7 +1,7 @@
 """Entry points for torch.hub: `torch.hub.load(DIR, 'SepViT_Tiny', source='local')`.
 
-Importing this file needs torch and timm, and of this repository sepvit.py alone: torch.hub puts DIR in front of the
-path meanwhile, and its other modules (`utils`, `datasets`, …) may have namesakes in the calling program.
+This file imports only torch, timm and sepvit.py. torch.hub puts DIR first on sys.path meanwhile, where other modules of
+this repository (`utils`, `datasets`, …) could shadow those of the calling program.
 """
 
 import typing
@@ -23,8 +23,8 @@ def SepViT_Tiny(checkpoint: str = "", **kwargs: typing.Any) -> nn.Module:
     """SepViT-T: 31.2 M parameters, 4.5 G multiply-adds at 224 × 224.
 
     Args:
-        checkpoint: file with the weights, of main.py, of the published code, bare ones, or safetensors; averaged
-            weights where it has them. Random weights without it.
+        checkpoint: file with the weights: a checkpoint of main.py or of the published code, a state dict, or
+            safetensors. Averaged weights are preferred. Without it, weights are random.
         **kwargs: as for timm's `create_model`: `num_classes` (1000), `img_size` (224, or height and width),
             `drop_path_rate`, …
 
@@ -53,7 +53,7 @@ def sepvit_dense(variant: str = "SepViT_Tiny", checkpoint: str = "", **kwargs: t
 
     Args:
         variant: 'SepViT_Lite', 'SepViT_Tiny', 'SepViT_Small' or 'SepViT_Base'.
-        checkpoint: as for `SepViT_Tiny`. What this form does not have, such as the classifier, is dropped.
+        checkpoint: as for `SepViT_Tiny`. Weights that this form lacks, such as the classifier's, are dropped.
         **kwargs: as for `sepvit.SepViTDense`: `out_indices`, `drop_path_rate`, …
 
     Returns:
@@ -72,7 +72,7 @@ def _classifier(variant: str, checkpoint: str, kwargs: dict[str, typing.Any]) ->
 
 
 def _loaded(network: nn.Module, checkpoint: str) -> nn.Module:
-    """Load a network's weights, if there are any. Nothing in the file is executed."""
+    """Load a network's weights, if a checkpoint is given. Nothing in the file is executed."""
     if checkpoint:
         timm.models.load_checkpoint(network, checkpoint, weights_only=True)
     return network

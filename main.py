@@ -2,7 +2,7 @@
 
 import signal
 
-import sepvit_lib.training.environment  # noqa: F401 before timm
+import sepvit_lib.common.environment  # noqa: F401 before timm
 
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends the process without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -15,10 +15,12 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,17 +69,8 @@ from engine import (
     train_one_epoch,
 )
 from sepvit import VARIANTS
-from sepvit_lib.training.checkpoints import (
-    has_both_weights,
-    img_size_of,
-    load_weights,
-    match_classifier,
-    read_checkpoint,
-    settings_in,
-    weights_of,
-)
-from sepvit_lib.training.classes import check_map, listed
-from sepvit_lib.training.commands import (
+from sepvit_lib.common.class_names import check_map, listed
+from sepvit_lib.common.command_line import (
     Parser,
     fraction,
     natural,
@@ -89,17 +82,27 @@ from sepvit_lib.training.commands import (
     run_command,
     seconds,
 )
-from sepvit_lib.training.devices import available_cores, best_device, check_device
-from sepvit_lib.training.errors import Preempted, UserError
-from sepvit_lib.training.images import ORIENTATIONS, STORED, count_turned
-from sepvit_lib.training.monitor import DelayedFlags, MonitorSettings, StepMonitor
-from sepvit_lib.training.naming import StepNames
-from sepvit_lib.training.networks import create_network, place
-from sepvit_lib.training.output import Output, stopped
-from sepvit_lib.training.preprocessing import Preprocessing
-from sepvit_lib.training.processes import get_world_size, init_distributed, is_main_process, on_main_process, print_main
-from sepvit_lib.training.recipes import ARGS, parse_with_recipe, write_recipe
-from sepvit_lib.training.resume import (
+from sepvit_lib.common.devices import available_cores, best_device, check_device
+from sepvit_lib.common.errors import Preempted, UserError
+from sepvit_lib.common.processes import get_world_size, init_distributed, is_main_process, on_main_process, print_main
+from sepvit_lib.common.recipes import ARGS, parse_with_recipe, write_recipe
+from sepvit_lib.common.saved_settings import img_size_of, settings_in
+from sepvit_lib.common.storage import make_folder, write_file
+from sepvit_lib.networks import create_network, to_device
+from sepvit_lib.pipeline.image_files import ORIENTATIONS, STORED, count_turned
+from sepvit_lib.pipeline.preprocessing import Preprocessing
+from sepvit_lib.pipeline.samples import BY_CLASS_MAP, NO_NAMES, ImageData, sampled_files
+from sepvit_lib.run.checkpoint_names import StepNames
+from sepvit_lib.run.checkpoints import (
+    has_both_weights,
+    load_weights,
+    match_classifier,
+    read_checkpoint,
+    weights_of,
+)
+from sepvit_lib.run.monitor import DelayedFlags, MonitorSettings, StepMonitor
+from sepvit_lib.run.output import Output, stopped
+from sepvit_lib.run.resume import (
     PACKAGES,
     Source,
     check_source,
@@ -108,16 +111,14 @@ from sepvit_lib.training.resume import (
     find_checkpoint,
     restore,
 )
-from sepvit_lib.training.samples import BY_CLASS_MAP, NO_NAMES, ImageData, sampled_files
-from sepvit_lib.training.state import DIVERGENCE_ADVICE, Precision, Training
-from sepvit_lib.training.storage import make_folder, write_file
-from sepvit_lib.training.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
+from sepvit_lib.run.state import DIVERGENCE_ADVICE, Precision, Training
+from sepvit_lib.run.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
 from utils import Stream, seed_everything
 
 RERUN = "run the same command again"
 RESUME = "run the same command with --auto-resume to resume from the last checkpoint"
 MEMORY_ADVICE = (
-    "lower --batch-size (--accum-steps keeps the number of images per step), use --grad-checkpointing, or a smaller "
+    "lower --batch-size (raise --accum-steps to keep the images per step), use --grad-checkpointing, or lower "
     "--input-size"
 )
 
@@ -125,7 +126,7 @@ T = TypeVar("T")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train, evaluate, or measure throughput, as the settings ask."""
+    """Train, evaluate, or measure throughput, depending on the settings."""
     check_settings(args)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
@@ -190,7 +191,7 @@ def run_evaluation(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
         title = "validation, averaged weights"
         stats |= prefixed("test_ema", evaluate(model, loader, precision, title, settings, watchdog))
     if folder is not None:
-        on_main_process(lambda: write_figures(stats, folder / "eval.json"))
+        on_main_process(lambda: write_metrics(stats, folder / "eval.json"))
 
 
 def check_outputs(stats: dict[str, float], title: str) -> None:
@@ -201,13 +202,13 @@ def check_outputs(stats: dict[str, float], title: str) -> None:
     """
     if not math.isfinite(stats["test_loss"]):
         raise UserError(
-            f"{title}: the loss is {stats['test_loss']}, the network's outputs are not finite; try "
+            f"{title}: the loss is {stats['test_loss']} because the network's outputs are not finite; try "
             "--amp off, or train with a lower --lr"
         )
 
 
-def write_figures(stats: dict[str, float], path: Path) -> None:
-    """Write figures as JSON.
+def write_metrics(stats: dict[str, float], path: Path) -> None:
+    """Write metrics as JSON.
 
     Raises:
         UserError: the file cannot be written. A previous version is kept.
@@ -216,8 +217,8 @@ def write_figures(stats: dict[str, float], path: Path) -> None:
         write_file(path, lambda file: file.write(json.dumps(stats).encode() + b"\n"))
     except OSError as error:
         raise UserError(
-            f"--output_dir {path.parent}: {path.name} could not be written ({error.strerror}); make room, "
-            "or name another folder"
+            f"--output_dir {path.parent}: {path.name} could not be written ({error.strerror}); free some "
+            "disk space, or choose another folder"
         ) from None
 
 
@@ -295,11 +296,12 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     flags = DelayedFlags(precision.device, flag_delay(args, precision))
     limits = settings_from(args, MonitorSettings, dataset_size=len(train), advice=DIVERGENCE_ADVICE)
     monitor = StepMonitor(limits, watchdog, flags, output.folder, output.log_event, save)
-    train_epochs(parts, output, monitor, save)
+    with profiled(training, args.profile, output.folder):
+        train_epochs(parts, output, monitor, save)
 
 
 def find_start(args: argparse.Namespace, source: Source | None) -> tuple[dict[str, Any] | None, str]:
-    """Read what a run starts from.
+    """Read the checkpoint that a run starts from.
 
     Args:
         args: the command's settings.
@@ -320,13 +322,13 @@ def find_start(args: argparse.Namespace, source: Source | None) -> tuple[dict[st
 def adopt_reading(
     args: argparse.Namespace, checkpoint: dict[str, Any] | None, what: str, keeps: bool = False
 ) -> tuple[argparse.Namespace, Preprocessing]:
-    """Read images as a checkpoint's network was trained.
+    """Adopt the orientation and preprocessing that a checkpoint was trained with.
 
     Args:
         args: the command's settings.
         checkpoint: the checkpoint, None for random weights.
         what: flag and path, for messages.
-        keeps: whether the checkpoint's run continues, with the orientation that it began with.
+        keeps: whether the checkpoint's run is resumed automatically, with its original orientation.
 
     Returns:
         the settings with the checkpoint's orientation, unless the user has chosen one; and the preprocessing.
@@ -334,7 +336,7 @@ def adopt_reading(
     before = settings_in(checkpoint or {})
     orientation = args.orientation or before.get("orientation") or STORED
     if keeps and "orientation" not in before:
-        orientation = STORED  # of a run that began before there were orientations, whatever its recipe says now
+        orientation = STORED  # the run predates this setting, whatever its recipe says now
     args = argparse.Namespace(**{**vars(args), "orientation": orientation})
     published = Preprocessing.for_size(args.input_size)
     if checkpoint is None:
@@ -348,7 +350,7 @@ def adopt_reading(
 def match_resumed(
     train: ImageData, val: ImageData, checkpoint: dict[str, Any], what: str
 ) -> tuple[ImageData, ImageData]:
-    """Match the classes of both data sets, which are the same, with those of the run that is resumed.
+    """Match the classes of both data sets, already the same, with those of the resumed run.
 
     Args:
         train: training images.
@@ -362,21 +364,21 @@ def match_resumed(
     if img_size_of(checkpoint) and "reading" not in checkpoint:
         print_main(
             f"{what}: this run clipped 16-bit values and dropped transparency; from now on, values are scaled "
-            "and transparency is laid on white"
+            "and transparent pixels are blended with white"
         )
     held = checkpoint.get("classes")
     return train.matched(held, what), val.matched(held, what, quietly=True)
 
 
 def describe_reading(args: argparse.Namespace, train: ImageData) -> dict[str, Any]:
-    """Describe how a run reads its training images: the orientation, and how many images of a sample it concerns."""
+    """Describe how a run reads its training images: orientation, and the number of sampled images that it affects."""
     if args.orientation != STORED or not is_main_process():  # only rank 0 writes checkpoints
         return dict(orientation=args.orientation)
     counts = count_turned(sampled_files(train.dataset))
     if counts["turned"]:
         print_main(
             f"WARNING: --orientation stored: {counts['turned']} of {counts['sampled']} sampled training images "
-            "have an EXIF orientation, which is ignored; exif turns them upright"
+            "have an EXIF orientation, which is ignored; --orientation exif turns them upright"
         )
     return dict(orientation=STORED, **counts)
 
@@ -385,17 +387,33 @@ def open_output(output: Output, run: dict[str, Any], training: Training, source:
     """Prepare the output folder, and write the settings there as a recipe. See `Output.open`.
 
     Raises:
-        UserError: the folder cannot be written, or holds another run.
+        UserError: the folder cannot be written, or contains another run.
     """
     output.open(run, training.covers, source, resumes)
     try:
         write_recipe(output.folder / ARGS, run["settings"])
     except OSError as error:
-        raise UserError(f"{output.what}: cannot be written ({error.strerror}); name another folder") from None
+        raise UserError(f"{output.what}: cannot be written ({error.strerror}); choose another folder") from None
+
+
+@contextmanager
+def profiled(training: Training, steps: int, folder: Path) -> Iterator[None]:
+    """Write a trace of some training steps on rank 0, after two others, to `folder`/trace.json."""
+    if steps == 0 or not is_main_process():
+        yield
+        return
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
+    write = methodcaller("export_chrome_trace", str(folder / "trace.json"))
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
+        handle = training.optimizer.register_step_post_hook(lambda *_: profiler.step())
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Callable[..., None]) -> None:
-    """Train a run from its current step to its end.
+    """Train from the current step to the end of the run.
 
     Raises:
         Preempted: the run was asked to stop, and has saved.
@@ -418,8 +436,8 @@ def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Calla
             finish_epoch(training, output, save, stats)
     except Preempted:
         save()
-        place = f"before epoch {training.epoch}, step {training.epoch_step}"
-        raise stopped(output, place, watchdog.preemption.status, watchdog.flags) from None
+        position = f"before epoch {training.epoch}, step {training.epoch_step}"
+        raise stopped(output, position, watchdog.preemption.status, watchdog.flags) from None
     on_main_process(output.close)
     on_main_process(lambda: complete_output(output))
     check_outputs(stats, f"epoch {training.epoch - 1} validation")
@@ -432,7 +450,7 @@ def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Calla
 
 
 def validate(parts: Parts, watchdog: Watchdog) -> dict[str, float]:
-    """Validate the network and its averaged weights. Figures are named as in log.txt."""
+    """Validate the network and its averaged weights. Metrics are named as in log.txt."""
     training, precision = parts.training, parts.precision
     title = f"epoch {training.epoch} validation"
     stats = prefixed("test", evaluate(training.model, parts.val_loader, precision, title, parts.evaluation, watchdog))
@@ -447,7 +465,7 @@ def validate(parts: Parts, watchdog: Watchdog) -> dict[str, float]:
 
 
 def prefixed(prefix: str, stats: dict[str, float]) -> dict[str, float]:
-    """Name figures as log.txt does."""
+    """Name metrics as in log.txt."""
     return {f"{prefix}_{name}": value for name, value in stats.items()}
 
 
@@ -470,10 +488,10 @@ def finish_epoch(training: Training, output: Output, save: Callable[..., None], 
 
 
 def end_finished_run(output: Output, source: Source | None, training: Training, epochs: int) -> None:
-    """Complete the folder of a run that has no epoch left to train.
+    """Complete the output folder of a finished run.
 
     Raises:
-        UserError: the user did not ask to resume automatically, and expects more epochs.
+        UserError: the run was not resumed automatically: the user expects more epochs.
     """
     if source is None or not source.is_automatic:
         raise UserError(f"--epochs {epochs}: all {training.epoch} epochs are done; nothing left to train")
@@ -482,13 +500,13 @@ def end_finished_run(output: Output, source: Source | None, training: Training, 
 
 
 def complete_output(output: Output) -> None:
-    """Write what a run writes at its end. On failure, warn: the run itself is complete."""
+    """Write the final files of a run. On failure, only warn: the run itself is complete."""
     try:
         output.complete()
     except OSError as error:
         print_main(
             f"WARNING: {output.folder}: checkpoint.pth or curves.png could not be written ({error.strerror}); "
-            "make room and run the command again with --auto-resume"
+            "free some disk space and run the command again with --auto-resume"
         )
 
 
@@ -500,7 +518,7 @@ def save_checkpoint(
     Args:
         training: the run.
         output: its files.
-        run: settings, description of the data, names of the classes, and how images are read, also saved.
+        run: also saved: settings, description of the data, class names, and how images are read.
         accum_steps: batches that each rank accumulates per step.
         is_best: whether the last epoch has the highest top-1.
 
@@ -535,7 +553,7 @@ def build_data(args: argparse.Namespace, is_train: bool, preprocessing: Preproce
 
 
 def transform_settings(args: argparse.Namespace, preprocessing: Preprocessing | None = None) -> TransformSettings:
-    """Gather how images are transformed. Preprocessing is as published by default."""
+    """Collect the settings of the transforms. Preprocessing is as published by default."""
     preprocessing = preprocessing or Preprocessing.for_size(args.input_size)
     orientation = args.orientation or STORED
     return settings_from(args, TransformSettings, preprocessing=preprocessing, orientation=orientation)
@@ -571,7 +589,7 @@ def build_parts(
 def build_preparation(
     args: argparse.Namespace, preprocessing: Preprocessing, precision: Precision
 ) -> Callable[[Any], torch.Tensor]:
-    """Build what turns a loaded training batch into normalised images on the device."""
+    """Build the function that turns a loaded training batch into normalised images on the device."""
     if args.loader != "fast":
         return precision.images
     return DeviceTransform(build_transform(True, transform_settings(args, preprocessing)), precision)
@@ -592,27 +610,27 @@ def build_model(args: argparse.Namespace, num_classes: int, precision: Precision
     rates, parser = dict(drop=args.drop, drop_path=args.drop_path), build_parser()
     asked_for = [name for name, rate in rates.items() if rate != parser.get_default(name)]
     model = create_network(f"--model {args.model}", args.model, num_classes, args.input_size, rates, asked_for)
-    place(model, precision.device)
+    to_device(model, precision.device)
     if args.grad_checkpointing:
         try:
             model.set_grad_checkpointing()
         except (AssertionError, AttributeError):
             raise UserError(f"--grad-checkpointing: --model {args.model} does not support it; omit it") from None
     if args.compile:
-        # Otherwise the compiler times kernels on the GPU and takes the faster, which differs from run to run.
+        # Otherwise the compiler autotunes kernels on the GPU, with results that differ from run to run.
         model.compile(options=dict(deterministic=True) if args.deterministic else None)
     return model
 
 
 def build_training(args: argparse.Namespace, model: nn.Module, precision: Precision, accum_steps: int) -> Training:
     """Build optimiser, schedule, gradient scaler, averaged weights and the data-parallel wrapper of a network."""
-    # The published recipe's learning rate is for 512 images a step.
+    # The published recipe's learning rate is for 512 images per step.
     images_per_step = args.batch_size * accum_steps * get_world_size()
     kwargs = optimizer_kwargs(cfg=args) | {"lr": args.lr * images_per_step / 512}
     if args.decay_window_tokens:
         kwargs["param_group_fn"] = partial(param_groups_weight_decay, weight_decay=args.weight_decay)
     if precision.device.type in ("cuda", "cpu") and args.opt in ("adam", "adamw"):
-        kwargs["fused"] = True  # a single pass over the weights, and it skips a step without waiting for a GPU
+        kwargs["fused"] = True  # one pass over the weights, and skipped steps do not synchronise with the GPU
     try:
         optimizer = create_optimizer_v2(model, **kwargs)
     except (TypeError, ValueError, AssertionError, IndexError) as error:
@@ -641,13 +659,13 @@ def build_training(args: argparse.Namespace, model: nn.Module, precision: Precis
 def settle_buckets(wrapped: DistributedDataParallel, batch_size: int, input_size: int, precision: Precision) -> None:
     """Run one backward pass on blank images, and discard its gradients.
 
-    After the first backward pass, data parallelism regroups the gradients, which changes the order of additions in the
-    all-reduce and so the last bits. A resumed run must add in the same order as one that never stopped.
+    After the first backward pass, DistributedDataParallel rebuilds its buckets, which changes the order of summation in
+    the all-reduce and hence the last bits. A resumed run must sum in the same order as an uninterrupted one.
     """
     buffers = [buffer.clone() for buffer in wrapped.buffers()]
     images = precision.images(torch.zeros(batch_size, 3, input_size, input_size))
     with precision.autocast(), warnings.catch_warnings():
-        # Gradients of transposed weights have other strides than their buckets. The copy cannot be avoided.
+        # Gradients of transposed weights differ from their buckets in strides. The copy is unavoidable.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         wrapped(images).float().sum().backward()
     wrapped.zero_grad(set_to_none=True)
@@ -656,7 +674,7 @@ def settle_buckets(wrapped: DistributedDataParallel, batch_size: int, input_size
 
 
 def flag_delay(args: argparse.Namespace, precision: Precision) -> int:
-    """Number of steps after which a step's flags are read: one on GPUs, so that the loop does not wait for them."""
+    """Number of steps after which a step's flags are read: one on GPUs, to avoid synchronising with them."""
     return 1 if precision.device.type == "cuda" and not args.dump_bad_batch else 0
 
 
@@ -682,7 +700,7 @@ def build_criterion(
     """Build the training loss: cross entropy with soft, smoothed or plain targets, and distillation.
 
     Raises:
-        UserError: the teacher cannot be loaded, or has other classes than the training images.
+        UserError: the teacher cannot be loaded, or its classes differ from the training images'.
     """
     base: nn.Module
     if soft_targets:
@@ -705,7 +723,7 @@ def build_criterion(
     if (own.mean, own.std) != (preprocessing.mean, preprocessing.std):
         print_main(f"{what}: {own}")
         teacher = Renormalised(teacher, preprocessing, own)
-    place(teacher, precision.device).eval().requires_grad_(False)
+    to_device(teacher, precision.device).eval().requires_grad_(False)
     return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
 
 
@@ -732,12 +750,12 @@ def load_from(
         model: the model.
         checkpoint: the checkpoint.
         what: flag and path, for messages.
-        classes_hint: the way out if the weights have another number of classes.
-        variant_hint: the way out if the weights are of another variant.
+        classes_hint: advice if the number of classes differs.
+        variant_hint: advice if the weights belong to a different variant.
         prefer_ema: load the averaged weights if the checkpoint has them.
-        new_classifier: keep a randomly initialised classifier if the weights have another number of classes.
-        data: the data set whose labels the outputs are to mean. Classes with a name are matched by name, and those that
-            the checkpoint lacks stay randomly initialised. None: outputs stay as they are.
+        new_classifier: keep a randomly initialised classifier if the number of classes differs.
+        data: data set to match the outputs to. Classes are matched by name if they have names, and those missing from
+            the checkpoint stay randomly initialised. None: outputs stay as they are.
 
     Raises:
         UserError: the checkpoint does not fit.
@@ -746,7 +764,7 @@ def load_from(
     names = data.classes if data is not None else None
     if data is not None and data.class_map and held and names and len(held) == len(names):
         check_map(data.class_map, names, held, what)
-        held = None  # the user numbers the classes
+        held = None  # the class map sets the order
     if held and names:
         fresh = match_classifier(weights, model, held, names)
         if list(held) != names:
@@ -778,7 +796,7 @@ SWITCH = dict(action=argparse.BooleanOptionalAction, default=False)  # --no-… 
 
 
 def build_parser() -> Parser:
-    """Build the parser of all settings. Defaults are those of the published recipe."""
+    """Build the command's parser. Defaults are those of the published recipe."""
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     add_run_settings(parser.add_argument_group("run"))
     add_device_settings(parser.add_argument_group("devices and processes"))
@@ -795,22 +813,24 @@ def build_parser() -> Parser:
 def add_run_settings(group: Any) -> None:
     add = group.add_argument
     add("--batch-size", type=positive_int, default=64, help="images per process and forward pass")
-    add("--accum-steps", type=positive_int, default=1, help="forward passes per step, whose gradients are accumulated")
+    add("--accum-steps", type=positive_int, default=1, help="forward passes per step (gradient accumulation)")
     add("--epochs", type=positive_int, default=300)
     add("--start_epoch", type=natural, default=0)
     add("--seed", type=natural, default=0)
     add("--config", type=path, metavar="FILE.yaml", help="a recipe, as in recipes/; the command line takes precedence")
     add("--output_dir", type=path, default="", help="folder for checkpoints and logs; by default the model's name")
-    add("--resume", type=path, default="", help="checkpoint to resume from or to evaluate, a path or an https address")
+    add("--resume", type=path, default="", help="checkpoint to resume from or to evaluate: a path or an https address")
     add("--auto-resume", **SWITCH, help="resume from the output folder's newest checkpoint, if there is one")
     about = "also save within epochs, every STEPS steps; 0: only at the end of each epoch"
     add("--checkpoint-every", type=natural, default=0, metavar="STEPS", help=about)
     add("--keep-checkpoints", type=positive_int, default=2, metavar="N", help="number of checkpoints to keep")
-    add("--finetune", type=path, default="", help="checkpoint to start from, with any number of classes and image size")
+    add("--finetune", type=path, default="", help="checkpoint to start from; classes and image size may differ")
     add("--eval", **SWITCH, help="only evaluate")
-    add("--dist-eval", **SWITCH, help="share the validation images among the processes")
+    add("--dist-eval", **SWITCH, help="split the validation images across processes")
     add("--throughput", **SWITCH, help="only measure images per second")
-    add("--print-freq", type=positive_int, default=20, help="batches between two reports")
+    add("--print-freq", type=positive_int, default=20, help="batches between progress reports")
+    about = "write a trace of STEPS training steps to trace.json in the output folder (chrome://tracing)"
+    add("--profile", type=natural, default=0, metavar="STEPS", help=about)
     add("--deterministic", **SWITCH, help="reproduce weights bit for bit; slower on GPUs")
     about = "end the run after N skipped steps in a row, with a non-finite loss or non-finite gradients"
     add("--max-bad-steps", type=positive_int, default=10, metavar="N", help=about)
@@ -825,7 +845,7 @@ def add_device_settings(group: Any) -> None:
     add("--compile", **SWITCH, help="compile the network with torch.compile")
     add("--channels-last", **SWITCH, help="keep images channels last in memory")
     add("--grad-checkpointing", **SWITCH, help="recompute activations to save memory")
-    about = "hang timeout, after which all processes exit; a dead one is noticed after a tenth of it"
+    about = "hang timeout, after which all processes exit; a dead process is detected after a tenth of it"
     add("--timeout", type=seconds, default=600.0, metavar="SECONDS", help=about)
     about = "loader workers per process; by default the number of cores, at most 10"
     add("--num_workers", type=natural, default=min(10, available_cores()), help=about)
@@ -842,10 +862,10 @@ def add_model_settings(group: Any) -> None:
     add("--input-size", type=positive_int, default=224, help="side of the images in pixels")
     add("--drop", type=fraction, default=0.0, help="dropout rate")
     add("--drop-path", type=fraction, default=0.2, help="stochastic depth rate of the last block")
-    add("--model-ema", **SWITCH, help="average the weights; validate and save the average, too")
+    add("--model-ema", **SWITCH, help="keep a moving average of the weights; validate and save it too")
     add("--model-ema-force-cpu", **SWITCH, help="keep the averaged weights in CPU memory")
     add("--model-ema-decay", type=fraction, default=0.9999)
-    add("--model-ema-warmup", **SWITCH, help="raise the decay with the steps, for short runs")
+    add("--model-ema-warmup", **SWITCH, help="ramp up the decay over the steps, for short runs")
 
 
 def add_optimizer_settings(group: Any) -> None:
@@ -856,20 +876,20 @@ def add_optimizer_settings(group: Any) -> None:
     add("--clip-grad", type=non_negative, default=5.0, help="maximum norm of the gradients; 0: no clipping")
     add("--momentum", type=fraction, default=0.9)
     add("--weight-decay", type=non_negative, default=0.05)
-    add("--decay-window-tokens", **SWITCH, help="decay the window tokens, too, as in the published runs")
+    add("--decay-window-tokens", **SWITCH, help="apply weight decay to the window tokens, as in the published runs")
 
 
 def add_schedule_settings(group: Any) -> None:
     add = group.add_argument
     add("--sched", choices=("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant"), default="cosine")
-    add("--lr", type=non_negative, default=5e-4, help="learning rate for 512 images a step; scaled to the run's step")
-    about = "start, or start and end, of noise on the learning rate, as fractions of all epochs"
+    add("--lr", type=non_negative, default=5e-4, help="learning rate for 512 images per step, scaled linearly")
+    about = "start, or start and end, of learning rate noise, as fractions of all epochs"
     add("--lr-noise", type=fraction, nargs="+", help=about)
     add("--lr-noise-pct", type=positive, default=0.67)
     add("--lr-noise-std", type=positive, default=1.0)
     add("--warmup-lr", type=non_negative, default=1e-6)
     add("--min-lr", type=non_negative, default=1e-5)
-    add("--decay-epochs", type=positive, default=30, help="epochs between two decays of --sched step")
+    add("--decay-epochs", type=positive, default=30, help="epochs between decays of --sched step")
     about = "epochs before which --sched multistep decays"
     add("--decay-milestones", type=positive_int, nargs="+", default=[30, 60], metavar="EPOCH", help=about)
     add("--warmup-epochs", type=natural, default=5)
@@ -882,7 +902,7 @@ def add_augmentation_settings(group: Any) -> None:
     add = group.add_argument
     about = "smallest and largest area of the random crop"
     add("--scale", type=positive_fraction, nargs=2, default=(0.08, 1.0), help=about)
-    add("--ratio", type=positive, nargs=2, default=(3 / 4, 4 / 3), help="likewise, its aspect ratio")
+    add("--ratio", type=positive, nargs=2, default=(3 / 4, 4 / 3), help="smallest and largest aspect ratio")
     add("--hflip", type=fraction, default=0.5, help="probability of a horizontal flip")
     add("--color-jitter", type=non_negative, default=0.4)
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's name of an automatic augmentation; '' for none")
@@ -899,7 +919,7 @@ def add_mixing_settings(group: Any) -> None:
     add = group.add_argument
     add("--mixup", type=non_negative, default=0.8, help="alpha; 0 turns it off")
     add("--cutmix", type=non_negative, default=1.0, help="alpha; 0 turns it off")
-    about = "smallest and largest share of the image's sides to cut, instead of --cutmix"
+    about = "smallest and largest cut, as fractions of the image's sides, instead of --cutmix"
     add("--cutmix-minmax", type=fraction, nargs=2, help=about)
     add("--mixup-prob", type=fraction, default=1.0, help="probability that a batch is mixed")
     add("--mixup-switch-prob", type=fraction, default=0.5, help="probability of CutMix if both are on")
@@ -910,38 +930,37 @@ def add_distillation_settings(group: Any) -> None:
     add = group.add_argument
     add("--distillation-type", choices=("none", "soft", "hard"), default="none")
     add("--teacher-model", default="regnety_160", help="any timm model")
-    add("--teacher-path", type=path, default="", help="the teacher's checkpoint, a path or an https address")
-    add("--distillation-alpha", type=fraction, default=0.5, help="weight of the teacher's part of the loss")
+    add("--teacher-path", type=path, default="", help="the teacher's checkpoint: a path or an https address")
+    add("--distillation-alpha", type=fraction, default=0.5, help="weight of the teacher's term in the loss")
     add("--distillation-tau", type=positive, default=1.0, help="temperature of soft distillation")
 
 
 def add_data_settings(group: Any) -> None:
     add = group.add_argument
     add("--data-path", type=path, default="imagenet")
-    about = "stored: ignore EXIF orientations; exif: turn images upright; by default as the checkpoint's run, or stored"
+    about = "stored: ignore EXIF orientations; exif: turn images upright; by default as in the checkpoint, or stored"
     add("--orientation", choices=ORIENTATIONS, help=about)
-    about = "text file that numbers the classes, one name per line, for folders that were renamed"
+    about = "text file with the order of the classes, one name per line, for renamed folders"
     add("--class-map", type=path, default="", metavar="FILE", help=about)
     add(
         "--loader",
         choices=("faithful", "fast"),
         default="faithful",
-        help="training loader; faithful: PIL, as published; fast: JPEGs decoded at the size that the crop needs, "
-        "normalisation and random erasing on the device",
+        help="training loader; faithful: PIL, as published; fast: scaled JPEG decoding, with normalisation and random "
+        "erasing on the device",
     )
     about = "IMNET (a folder of class folders), CIFAR, INAT, INAT19, or a timm reader: wds/…, hfds/…, tfds/…, torch/…"
     add("--data-set", default="IMNET", help=about)
     add("--inat-category", choices=INAT_CATEGORIES, default="name")
-    unknown = "if a timm reader does not know it"
+    unknown = "for timm readers that do not report it"
     add("--num-classes", type=positive_int, help=f"number of classes, {unknown}")
     about = "skip: replace unreadable training images, up to 0.1 %% of the set; fail: end the run at the first one"
     add("--on-bad-image", choices=("skip", "fail"), default="skip", help=about)
-    add(
-        "--train-split", default="train", help="split of a timm reader; of a webdataset also SHARDS{00..99}.tar|SAMPLES"
-    )
-    add("--val-split", default="validation", help="likewise, for validation")
-    add("--train-num-samples", type=positive_int, help=f"number of images, {unknown}")
-    add("--val-num-samples", type=positive_int, help="likewise, for validation")
+    about = "training split, for timm readers; with wds/… also SHARDS{00..99}.tar|SAMPLES"
+    add("--train-split", default="train", help=about)
+    add("--val-split", default="validation", help="validation split, in the same form")
+    add("--train-num-samples", type=positive_int, help=f"number of training images, {unknown}")
+    add("--val-num-samples", type=positive_int, help=f"number of validation images, {unknown}")
 
 
 def check_settings(args: argparse.Namespace) -> None:
@@ -980,10 +999,10 @@ def check_ranges(args: argparse.Namespace) -> None:
     """
     for flag, pair in (("--scale", args.scale), ("--ratio", args.ratio), ("--cutmix-minmax", args.cutmix_minmax)):
         if pair and pair[0] > pair[1]:
-            raise UserError(f"{flag} {pair[0]:g} {pair[1]:g}: takes the smaller number first")
+            raise UserError(f"{flag} {pair[0]:g} {pair[1]:g}: the smaller number must come first")
     if args.decay_milestones != sorted(set(args.decay_milestones)):
         milestones = " ".join(map(str, args.decay_milestones))
-        raise UserError(f"--decay-milestones {milestones}: takes epochs in ascending order")
+        raise UserError(f"--decay-milestones {milestones}: the epochs must be in ascending order")
 
 
 def check_combinations(args: argparse.Namespace) -> None:
@@ -995,22 +1014,22 @@ def check_combinations(args: argparse.Namespace) -> None:
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2 and not (args.eval or args.throughput):
         raise UserError(
-            f"--batch-size {args.batch_size}: mixup and CutMix need an even one; or use --mixup 0 --cutmix 0"
+            f"--batch-size {args.batch_size}: must be even for mixup and CutMix; change it or use --mixup 0 --cutmix 0"
         )
     if args.distillation_type != "none" and not args.teacher_path:
         raise UserError(f"--distillation-type {args.distillation_type}: needs --teacher-path")
     if args.distillation_type == "none" and args.teacher_path:
         raise UserError(
-            f"--teacher-path {args.teacher_path}: needs --distillation-type soft or hard; set it, or omit the teacher"
+            f"--teacher-path {args.teacher_path}: needs --distillation-type soft or hard; set one, or omit the teacher"
         )
     if args.resume and args.finetune:
-        raise UserError("--resume and --finetune: choose one: resume a run, or start a fresh one from its weights")
+        raise UserError("--resume and --finetune: mutually exclusive; resume a run, or start one from its weights")
     if args.eval and args.finetune:
-        raise UserError(f"--eval --finetune {args.finetune}: evaluation takes its weights from --resume")
+        raise UserError(f"--eval --finetune {args.finetune}: mutually exclusive; pass the weights with --resume")
 
 
 def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
-    """Groups of settings, whether they have no effect beside the others, and the settings that are the reason."""
+    """Groups of settings, whether the other settings leave them without effect, and which ones do."""
     optimizer, is_small = get_optimizer_info(args.opt), args.input_size <= SMALL_INPUT
     is_stream = args.data_set.split("/")[0] in STREAMS
     mixes, cuts = args.mixup > 0, args.cutmix > 0 or args.cutmix_minmax is not None
@@ -1047,7 +1066,7 @@ def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
 
 
 def warn_of_settings(args: argparse.Namespace) -> None:
-    """Name the settings that differ from their defaults and have no effect, and those that keep the rate from --lr."""
+    """Warn of changed settings without effect, of a warm-up that never ends, and of a decay that never begins."""
     parser = build_parser()
     flags = parser.flags()
 
@@ -1066,14 +1085,14 @@ def warn_of_settings(args: argparse.Namespace) -> None:
         return
     if args.warmup_epochs >= args.epochs:
         print_main(
-            f"WARNING: --warmup-epochs {args.warmup_epochs}: as long as the run of --epochs {args.epochs}, or "
-            "longer; the learning rate never reaches its full value"
+            f"WARNING: --warmup-epochs {args.warmup_epochs}: not shorter than --epochs {args.epochs}; the learning "
+            "rate never reaches its full value"
         )
     first_decay = dict(step=args.decay_epochs, multistep=args.decay_milestones[0]).get(args.sched, 0)
     if first_decay >= args.epochs:
         print_main(
-            f"WARNING: --sched {args.sched}: the first decay, at {first_decay:g} epochs, is not within --epochs "
-            f"{args.epochs}"
+            f"WARNING: --sched {args.sched}: the first decay, at {first_decay:g} epochs, is not reached within "
+            f"--epochs {args.epochs}"
         )
 
 

@@ -3,11 +3,11 @@
     python predict.py IMAGE … --resume PATH [--topk 5] [--json FILE] [--csv FILE] [--out DIR]
 
 IMAGE is an image, a folder of images, or a pattern such as "photos/**/*.jpg". PATH is a checkpoint of main.py, a
-published one, a folder in timm's layout, or a file that tools/export.py wrote. Unreadable images are reported, and the
-others are classified; the exit status is then 1.
+published one, a folder in timm's layout, or a file that tools/export.py wrote. Unreadable images are reported and
+skipped; the exit status is then 1.
 """
 
-import sepvit_lib.training.environment  # noqa: F401 before timm
+import sepvit_lib.common.environment  # noqa: F401 before timm
 
 # isort: split
 import argparse
@@ -26,14 +26,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from sepvit_lib.common.command_line import Parser, natural, path, positive_int, run_command
+from sepvit_lib.common.devices import available_cores, best_device, check_device
+from sepvit_lib.common.errors import UNREADABLE_STATUS, UserError, one_line
+from sepvit_lib.common.storage import make_folder, write_file
 from sepvit_lib.inference.classifier import Classifier, Preparation, load_classifier
 from sepvit_lib.inference.images import PLACEHOLDER, Task, check_pictures, find_images, read_image
 from sepvit_lib.inference.pictures import with_classes, write_picture
-from sepvit_lib.training.commands import Parser, natural, path, positive_int, run_command
-from sepvit_lib.training.devices import available_cores, best_device, check_device
-from sepvit_lib.training.errors import UNREADABLE_STATUS, UserError, one_line
-from sepvit_lib.training.state import Precision
-from sepvit_lib.training.storage import make_folder, write_file
+from sepvit_lib.run.state import Precision
 
 STANDARD_OUTPUT = "-"
 
@@ -52,7 +52,7 @@ class Prediction:
 
 
 def read(prepare: Preparation, orientation: str, tasks: Sequence[Task]) -> list[Tensor | str]:
-    """Read images. Returns the classifier's input of each, or why it is unreadable."""
+    """Read images. Returns the classifier's input for each, or why it is unreadable."""
     entries: list[Tensor | str] = []
     for task in tasks:
         try:
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
     """Classify the images. Returns the exit status.
 
     Raises:
-        UserError: there is no image, no classifier, or no place for the results.
+        UserError: there is no image or no classifier, or the results cannot be written.
     """
     check_device(args.device)
     tasks = find_images(args.images)
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def predict(classifier: Classifier, tasks: Sequence[Task], args: argparse.Namespace) -> Iterator[Prediction | str]:
-    """Classify images in batches. Yields their predictions in order; for an unreadable one, why it is unreadable."""
+    """Classify images in batches. Yields predictions in order, and for an unreadable image the reason."""
     loader: DataLoader[Task] = DataLoader(
         tasks,  # type: ignore[arg-type]  # a sequence is enough
         batch_size=args.batch_size,
@@ -127,7 +127,7 @@ def as_text(prediction: Prediction) -> str:
 
 
 def as_json(predictions: Sequence[Prediction]) -> str:
-    """Write predictions as a JSON array: one object an image, with its classes and their probabilities."""
+    """Write predictions as a JSON array: one object per image, with its classes and their probabilities."""
     entries = []
     for prediction in predictions:
         rows = [{"class": name, "probability": round(probability, 6)} for name, probability in prediction.classes]
@@ -136,7 +136,7 @@ def as_json(predictions: Sequence[Prediction]) -> str:
 
 
 def as_csv(predictions: Sequence[Prediction]) -> str:
-    """Write predictions as CSV: one line a class, with image, rank, class and probability."""
+    """Write predictions as CSV: one line per class, with image, rank, class and probability."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("image", "rank", "class", "probability"))
@@ -160,11 +160,11 @@ def check_outputs(args: argparse.Namespace) -> None:
     for flag in FORMATS:
         name = getattr(args, flag)
         if name and name != STANDARD_OUTPUT and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
-            raise UserError(f"--{flag} {name}: takes a file in a folder that exists, or - for standard output")
+            raise UserError(f"--{flag} {name}: must be a file in an existing folder, or - for standard output")
 
 
 def write_results(predictions: Sequence[Prediction], args: argparse.Namespace) -> None:
-    """Write the files that the command line asks for, each as a whole.
+    """Write the requested files, each atomically.
 
     Raises:
         UserError: a file cannot be written.
@@ -174,11 +174,11 @@ def write_results(predictions: Sequence[Prediction], args: argparse.Namespace) -
         if name == STANDARD_OUTPUT:
             print(convert(predictions), end="")
         elif name:
-            content = convert(predictions).encode("utf-8", "surrogateescape")  # names of files may have any bytes
+            content = convert(predictions).encode("utf-8", "surrogateescape")  # file names may contain any bytes
             try:
                 write_file(Path(name), methodcaller("write", content))
             except OSError as error:
-                raise UserError(f"--{flag} {name}: cannot be written ({error.strerror}); name another file") from None
+                raise UserError(f"--{flag} {name}: cannot be written ({error.strerror}); choose another file") from None
 
 
 def draw(prediction: Prediction, out: Path, orientation: str) -> None:
@@ -203,21 +203,21 @@ def build_parser() -> Parser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
-    add("images", nargs="+", type=path, metavar=PLACEHOLDER, help="an image, a folder of images, or a pattern")
+    add("images", nargs="+", type=path, metavar=PLACEHOLDER, help="an image, a folder of images, or a glob pattern")
     add("--resume", required=True, type=path, metavar="PATH", help="checkpoint or exported file")
-    add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not tell it")
+    add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not specify it")
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
     add("--topk", type=positive_int, default=5, metavar="K", help="number of classes per image, default 5")
     add("--json", type=path, metavar="FILE", help="write the results as JSON; -: to standard output")
     add("--csv", type=path, metavar="FILE", help="write the results as CSV; -: to standard output")
     add("--out", type=path, metavar="DIR", help="write pictures with the classes on them")
-    add("--overwrite", action="store_true", help="replace pictures that are in DIR already")
+    add("--overwrite", action="store_true", help="replace existing pictures in DIR")
     add("--batch-size", type=positive_int, default=32, metavar="N", help="images per forward pass, default 32")
     workers = min(10, available_cores())
-    add("--num_workers", type=natural, default=workers, metavar="N", help=f"processes that read, default {workers}")
+    add("--num_workers", type=natural, default=workers, metavar="N", help=f"loader workers, default {workers}")
     add("--device", default=best_device(), help="cuda, mps or cpu, default the best available")
     formats = ("auto", "bfloat16", "float16", "off")
-    add("--amp", choices=formats, default="auto", help="mixed precision; auto: on CUDA, in the format that it has")
+    add("--amp", choices=formats, default="auto", help="mixed precision; auto: bfloat16 or float16, only on CUDA")
     return parser
 
 

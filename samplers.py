@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sized
 import torch
 from torch.utils.data import Sampler
 
-from sepvit_lib.training.randomness import Draw, Stream, derived_seed
+from sepvit_lib.common.randomness import SampleIndex, Stream, derived_seed
 
 REPEATS = 3  # views of each image with repeated augmentation
 
 
-class TrainBatchSampler(Sampler[list[Draw]]):
+class TrainBatchSampler(Sampler[list[SampleIndex]]):
     """Batches of one process, such that a step uses the same samples on any number of processes.
 
     An epoch is a shuffle of the data set. Each step takes the next `batch_size × batches_per_step` samples, over all
@@ -64,16 +64,16 @@ class TrainBatchSampler(Sampler[list[Draw]]):
         """Batches of this process in a whole epoch."""
         return self.steps * self.accum_steps
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
         generator = torch.Generator().manual_seed(derived_seed(Stream.SHUFFLE, self.seed, self.epoch))
         order = torch.randperm(self.dataset_size, generator=generator)
         batches_per_step = self.accum_steps * self.num_replicas
         for step in range(self.start_step, self.steps):
             start = step * batches_per_step * self.batch_size
             for batch in range(self.rank, batches_per_step, self.num_replicas):
-                places = start + batch + batches_per_step * torch.arange(self.batch_size)
-                indices = order[places // self.repeats]
-                yield [Draw(self.epoch, *draw) for draw in zip(places.tolist(), indices.tolist())]
+                positions = start + batch + batches_per_step * torch.arange(self.batch_size)
+                indices = order[positions // self.repeats]
+                yield [SampleIndex(self.epoch, *pair) for pair in zip(positions.tolist(), indices.tolist())]
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Select an epoch's shuffle and the step in the epoch to start from."""

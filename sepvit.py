@@ -1,14 +1,32 @@
 """SepViT: Separable Vision Transformer (Li et al., 2022, https://arxiv.org/abs/2203.15380).
 
-The file follows the paper's method section: window token embedding, depthwise separable self-attention, grouped
-self-attention, the block, and the network with its variants. Two forms share all of it:
+In order: window token embedding, depthwise separable self-attention, grouped self-attention, the block, the network
+and its variants. Loading checkpoints of other sizes, and workarounds for kernels and compilers, come last. One block
+computes:
+
+    z    = norm1([win_tokens, windows of x])                  window token embedding
+    a    = softmax(q kᵀ / √d) v + z,  q, k, v = DSA_qkv(z)    depthwise self-attention, inside each window
+    t, f = a[:, :, 0], a[:, :, 1:]                            window tokens and pixels
+    f    = softmax(q kᵀ / √d) f + f,  q, k = PSA_qk(GELU(win_tokens_norm(t)))    pointwise, among the windows
+    x    = x + proj(f)
+    x    = x + mlp(norm2(x))
+
+A classification block whose map is a single window has no window token and skips the pointwise step: at 224 × 224,
+the grouped blocks of stage 3 and all of stage 4. A positional encoding follows the first block of each stage.
+
+The shortcuts ``+ z`` and ``+ f`` are the published code's; the equations of the paper's early versions lack them. The
+names of modules are those of its checkpoints: DSA and PSA are depthwise and pointwise self-attention.
+tests/reference.py computes the same with loops over windows and heads, and is the plainest form to read.
+
+Both forms are made of the same stages:
 
 * ``SepViT``, the classification form: built for one image size, with learned window tokens. Registered with timm as
   ``SepViT_Lite``, ``SepViT_Tiny``, ``SepViT_Small`` and ``SepViT_Base``.
 * ``SepViTDense``, the dense prediction form: any image size, zeros as window tokens, one feature map per stage.
 
-Shapes use ``B`` for batch, ``H × W`` for the feature map, ``C`` for channels, ``h`` for heads of size ``d``, ``w`` for
-the window side, ``n = nh · nw`` for windows and ``L = w²`` for pixels per window.
+Shapes use ``B`` for batch, ``C_in × H × W`` for images, ``H × W`` (``H' × W'`` beside images) for the map of a stage,
+``C`` for channels, ``h`` for heads of size ``d``, ``w`` for the window side, ``n = rows · columns`` for windows,
+``L = w²`` for pixels per window, and ``T`` for tokens per window: ``1+L`` with a window token, ``L`` without.
 """
 
 import logging
@@ -17,7 +35,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any, cast
 
 import torch
@@ -55,25 +72,11 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-
-def init_weights(module: nn.Module) -> None:
-    """Initialise one layer; pass to `Module.apply`. LayerNorms and window tokens keep their initial values."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        assert module.bias is not None
-        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
-        nn.init.zeros_(module.bias)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Depthwise separable self-attention, with window token embedding and grouped self-attention
+# Window token embedding
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@register_notrace_function
 def window_partition(x: Tensor, window_size: int) -> Tensor:
     """Split a map into windows, zero-padded at the bottom and right to a multiple of the window side.
 
@@ -84,66 +87,57 @@ def window_partition(x: Tensor, window_size: int) -> Tensor:
     Returns:
         windows, B × n × L × C.
     """
-    B, H, W, C = x.shape
     w = window_size
-    nh, nw = (H + w - 1) // w, (W + w - 1) // w
-    is_fixed = isinstance(H, int) and isinstance(W, int)  # otherwise an exported program, which takes any size
-    if not is_fixed or nh * w > H or nw * w > W:
-        x = F.pad(x, (0, 0, 0, nw * w - W, 0, nh * w - H))
-    x = x.view(B, nh, w, nw, w, C).permute(0, 1, 3, 2, 4, 5)  # B × nh × nw × w × w × C
-    return x.reshape(B, nh * nw, w * w, C)
+    x = pad_to_windows(x, w)  # B × rows·w × columns·w × C
+    B, H, W, C = x.shape
+    x = x.view(B, H // w, w, W // w, w, C).permute(0, 1, 3, 2, 4, 5)  # B × rows × columns × w × w × C
+    return x.reshape(B, (H // w) * (W // w), w * w, C)
+
+
+def window_reverse(f: Tensor, window_size: int, H: int, W: int) -> Tensor:
+    """Join windows, B × n × L × C, to the H × W map that was split, without its padding: B × H × W × C."""
+    B, _, _, C = f.shape
+    w = window_size
+    rows, columns = (H + w - 1) // w, (W + w - 1) // w
+    f = f.reshape(B, rows, columns, w, w, C).permute(0, 1, 3, 2, 4, 5)  # B × rows × w × columns × w × C
+    return f.reshape(B, rows * w, columns * w, C)[:, :H, :W]
 
 
 def window_grid(img_size: tuple[int, int], stage: int, window_size: int) -> tuple[int, int]:
     """Rows and columns of windows in a block of stage `stage` (0 to 3) for images of `img_size` (H, W) pixels."""
-    stride = 4 * 2**stage * window_size  # image pixels per window; rounding up once equals rounding up at every stage
-    return math.ceil(img_size[0] / stride), math.ceil(img_size[1] / stride)
+    side = (
+        4 * 2**stage * window_size
+    )  # of a window, in image pixels; rounding up once equals rounding up at every stage
+    return math.ceil(img_size[0] / side), math.ceil(img_size[1] / side)
+
+
+def embed_window_tokens(windows: Tensor, win_tokens: Tensor | None) -> Tensor:
+    """Put a window token in front of each window: B × n × L × C to B × n × (1+L) × C.
+
+    Args:
+        windows: pixels of the windows, B × n × L × C.
+        win_tokens: learned tokens, 1 × n × 1 × C; None for zeros.
+    """
+    if win_tokens is None:
+        return F.pad(windows, (0, 0, 1, 0))
+    tokens = win_tokens.expand(windows.shape[0], -1, -1, -1)  # B × n × 1 × C
+    return torch.cat([tokens.to(windows.dtype), windows], dim=2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Depthwise separable self-attention
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def window_weights(q: Tensor, k: Tensor) -> Tensor:
-    """Attention weights within each window, windows × h × T × T, from queries and keys, windows × h × T × d."""
-    return torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1), dim=-1)
-
-
-MOST_WINDOWS = 65_535  # of one call: CUDA's kernels number the windows of a batch with 16 bits
-
-
-@register_notrace_function
-def window_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, most: int = MOST_WINDOWS) -> Tensor:
-    """Scaled dot-product attention within each window, at most `most` windows at a time.
-
-    Args:
-        q: queries, windows × h × T × d.
-        k: keys, likewise.
-        v: values, likewise.
-        dropout: dropout rate of the attention maps.
-        most: windows per call of the fused kernel.
-
-    Returns:
-        windows × h × T × d.
-    """
-    if not torch.jit.is_scripting():  # noqa: SIM102 TorchScript skips the inner condition, which it cannot read
-        if torch.compiler.is_exporting():
-            most = q.shape[0]  # an exported program may take any batch
-    if q.requires_grad and q.is_cpu and q.dtype in (torch.bfloat16, torch.float16):
-        # The fused kernel's backward pass on CPUs takes 40 % of a training step in 16-bit formats, five times as long
-        # as in float32.
-        P = window_weights(q, k)  # windows × h × T × T
-        return F.dropout(P, dropout).to(v.dtype) @ v
-    if q.shape[0] <= most:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    parts = [
-        F.scaled_dot_product_attention(qs, ks, vs, dropout_p=dropout)
-        for qs, ks, vs in zip(q.split(most), k.split(most), v.split(most))
-    ]
-    return torch.cat(parts)
+    """Attention weights within each window, B·n × h × T × T, from queries and keys, B·n × h × T × d."""
+    return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1)
 
 
 class SeparableSelfAttention(nn.Module):
     """Depthwise separable self-attention: depthwise within each window, then pointwise across windows.
 
-    Grouped self-attention is the same module with twice the window side: 2 × 2 windows of the preceding block form one
-    group.
+    Depthwise only, until `set_pointwise` adds the other part.
 
     Args:
         dim: channels C.
@@ -151,6 +145,13 @@ class SeparableSelfAttention(nn.Module):
         window_size: window side w.
         attn_drop: dropout rate of both attention maps.
         proj_drop: dropout rate after the output projection.
+
+    Attributes:
+        has_window_tokens: whether the windows of the input start with window tokens.
+        DSA_qkv: projection of windows to queries, keys and values.
+        win_tokens_norm: LayerNorm of the window tokens before `PSA_qk`.
+        PSA_qk: projection of the window tokens to queries and keys; None without pointwise self-attention.
+        proj: output projection.
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class SeparableSelfAttention(nn.Module):
         self.window_size = window_size
         self.scale = self.head_dim**-0.5
         self.attn_drop = attn_drop
+        self.has_window_tokens = False
 
         self.DSA_qkv = nn.Linear(dim, 3 * dim)
         self.win_tokens_norm: nn.LayerNorm | None
@@ -187,18 +189,18 @@ class SeparableSelfAttention(nn.Module):
         """Apply depthwise, then pointwise self-attention.
 
         Args:
-            z: normalised windows of an H × W map, each preceded by its window token: B × n × (1+L) × C. Without
-                pointwise self-attention, a single window and no token: B × 1 × L × C.
+            z: normalised windows of an H × W map, B × n × T × C.
             H: rows of the map, without padding.
             W: columns of the map, without padding.
 
         Returns:
             map, B × H × W × C.
         """
-        a = self.depthwise(z)  # B × n × T × C, T = 1+L or L
+        a = self.depthwise(z)  # B × n × T × C
         if self.PSA_qk is not None:
-            return self.project(self.pointwise(a), H, W)
-        return self.project(a, H, W)  # a single window: its pixels are already in map order
+            return self.project(self.heads_to_map(self.pointwise(a), H, W))
+        f = a[:, :, 1:] if self.has_window_tokens else a  # B × n × L × C
+        return self.project(window_reverse(f, self.window_size, H, W))
 
     def depthwise(self, z: Tensor) -> Tensor:
         """Self-attention within each window, window token included, plus the shortcut; keeps B × n × T × C."""
@@ -213,7 +215,7 @@ class SeparableSelfAttention(nn.Module):
         return q, k, v
 
     def join_heads(self, a: Tensor, z: Tensor) -> Tensor:
-        """Join heads, B·n × h × T × d, to windows, and add these to the windows before the attention, B × n × T × C."""
+        """Join heads, B·n × h × T × d, to B × n × T × C, and add the shortcut: the input z of the attention."""
         B, n, T, C = z.shape
         return a.transpose(1, 2).reshape(B, n, T, C) + z
 
@@ -237,7 +239,6 @@ class SeparableSelfAttention(nn.Module):
         t = F.gelu(self.win_tokens_norm(a[:, :, 0]))  # B × n × C
         qk = self.PSA_qk(t).view(B, n, 2, self.num_heads, self.head_dim)
         q, k = qk.permute(2, 0, 3, 1, 4).unbind(0)  # each B × h × n × d
-        # Values (L·d wide) are far wider than keys (d). No fused kernel supports that, so this is written out.
         return torch.softmax((q * self.scale) @ k.transpose(-2, -1), dim=-1)
 
     def mix_windows(self, P: Tensor, a: Tensor) -> Tensor:
@@ -254,26 +255,34 @@ class SeparableSelfAttention(nn.Module):
         h, d = self.num_heads, self.head_dim
         f = a[:, :, 1:].unflatten(3, (h, d)).permute(0, 3, 1, 2, 4)  # B × h × n × L × d
         f = f.reshape(B, h, n, (T - 1) * d)
+        # Written out: values (L·d wide) are far wider than keys (d), which no fused kernel supports.
         return (P + torch.eye(n, dtype=P.dtype, device=P.device)) @ f  # P @ f + f in a single pass over the pixels
 
-    def project(self, f: Tensor, H: int, W: int) -> Tensor:
-        """Put windows back into an H × W map, and project it.
+    def heads_to_map(self, f: Tensor, H: int, W: int) -> Tensor:
+        """Join windows and heads, B × h × n × L·d, to an H × W map, without its padding: B × H × W × C."""
+        B, h, w = f.shape[0], self.num_heads, self.window_size
+        rows, columns = (H + w - 1) // w, (W + w - 1) // w
+        f = f.view(B, h, rows, columns, w, w, self.head_dim).permute(
+            0, 2, 4, 3, 5, 1, 6
+        )  # B × rows × w × columns × w × h × d
+        return f.reshape(B, rows * w, columns * w, h * self.head_dim)[:, :H, :W]
 
-        Args:
-            f: pixels by head, B × h × n × L·d, or the pixels of a single window, B × 1 × L × C.
-            H: rows of the map, without padding.
-            W: columns of the map, without padding.
+    def project(self, x: Tensor) -> Tensor:
+        """Project a map, B × H × W × C."""
+        return self.proj_drop(self.proj(x.contiguous()))  # a non-contiguous map takes a second pass for the bias
 
-        Returns:
-            map, B × H × W × C.
-        """
-        B, w, C = f.shape[0], self.window_size, self.num_heads * self.head_dim
-        nh, nw = (H + w - 1) // w, (W + w - 1) // w
-        if self.PSA_qk is not None:
-            f = f.view(B, self.num_heads, nh, nw, w, w, self.head_dim)
-            f = f.permute(0, 2, 4, 3, 5, 1, 6)  # B × nh × w × nw × w × h × d
-        f = f.reshape(B, nh * w, nw * w, C)[:, :H, :W]  # B × H × W × C, padding removed
-        return self.proj_drop(self.proj(f.contiguous()))  # otherwise its bias takes another pass over the map
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Grouped self-attention
+# ----------------------------------------------------------------------------------------------------------------------
+
+# The same attention with twice the window side: 2 × 2 windows of 7 form one group of 14. Window sides per stage, cycled
+# over its blocks: (7, 14) alternates plain and grouped attention.
+WINDOW_SIZES = ((7,), (7, 14), (7, 14), (7,))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The block
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class SepViTBlock(nn.Module):
@@ -283,8 +292,8 @@ class SepViTBlock(nn.Module):
         dim: channels C.
         num_heads: heads h.
         window_size: window side w.
-        grid: rows and columns of windows in the classification form, which learns one token per window, or none for a
-            single window. None for the dense form, whose window tokens are zeros.
+        grid: rows and columns of windows, for the classification form: one learned token per window, none for a single
+            window. None for the dense form, whose tokens are zeros.
         mlp_ratio: hidden channels of the MLP divided by `dim`.
         drop: dropout rate of the projection and the MLP.
         attn_drop: dropout rate of the attention maps.
@@ -314,36 +323,31 @@ class SepViTBlock(nn.Module):
 
     @torch.jit.ignore
     def set_grid(self, grid: tuple[int, int] | None) -> None:
-        """Create the window tokens (zeros) and pointwise self-attention that a grid needs; see the class."""
+        """Set the grid: create or remove pointwise self-attention; window tokens restart at zero."""
         self.grid = grid
-        self.zero_tokens = grid is None
-        several = grid is None or math.prod(grid) > 1
-        self.attn.set_pointwise(several)
+        is_single_window = grid is not None and math.prod(grid) == 1
+        self.attn.has_window_tokens = not is_single_window
+        self.attn.set_pointwise(not is_single_window)
         self.win_tokens = None
-        if several and grid is not None:
+        if grid is not None and self.attn.has_window_tokens:
             dim, where = self.norm1.normalized_shape[0], get_device_dtype(self)
             self.win_tokens = nn.Parameter(torch.zeros(1, math.prod(grid), 1, dim, **where))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block; keeps B × H × W × C."""
         _, H, W, _ = x.shape
-        # The windows have no name here, so that their memory is free before the MLP, which needs the most.
-        x = x + self.drop_path(self.attn(self.norm1(self.embed_window_tokens(x)), H, W))
+        # The windows are not bound to a variable: in inference, they are freed before the MLP, where memory peaks.
+        x = x + self.drop_path(self.attn(self.norm1(self.windows_of(x)), H, W))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def embed_window_tokens(self, x: Tensor) -> Tensor:
-        """Split a map into windows, each preceded by its window token: B × H × W × C to B × n × (1+L) × C."""
+    def windows_of(self, x: Tensor) -> Tensor:
+        """Split a map, B × H × W × C, into windows, B × n × T × C, with window tokens if the block has them."""
         windows = window_partition(x, self.window_size)  # B × n × L × C
-        if self.zero_tokens:
-            return F.pad(windows, (0, 0, 1, 0))
-        if self.win_tokens is None:
-            return windows
-        tokens = self.win_tokens.expand(windows.shape[0], -1, -1, -1)  # B × n × 1 × C
-        return torch.cat([tokens.to(windows.dtype), windows], dim=2)
+        return embed_window_tokens(windows, self.win_tokens) if self.attn.has_window_tokens else windows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Stages
+# The network: four stages, and its two forms
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -360,18 +364,30 @@ class OverlapPatchEmbed(nn.Module):
 
 
 class ConditionalPositionalEncoding(nn.Module):
-    """Conditional positional encoding (PEG): x + dwconv3×3(x); keeps B × H × W × C."""
+    """Conditional positional encoding: x + dwconv3×3(x); keeps B × H × W × C."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim))
+        self.proj = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim))  # a Sequential for the published names
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def init_weights(module: nn.Module) -> None:
+    """Initialise one layer; pass to `Module.apply`. LayerNorms and window tokens keep their initial values."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        assert module.bias is not None
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+        nn.init.zeros_(module.bias)
+
+
 class SepViTStages(nn.Module):
-    """The four stages, shared by both forms. The dense form has a LayerNorm after each stage.
+    """Base class of both forms: the four stages. The dense form has a LayerNorm after each stage (`norm_list`).
 
     Args:
         img_size: image size (H, W) in pixels for the classification form; None for the dense form (any size).
@@ -379,7 +395,7 @@ class SepViTStages(nn.Module):
         embed_dims: channels of each stage.
         num_heads: heads of each stage.
         depths: blocks of each stage.
-        window_sizes: window sides of each stage's blocks, repeated up to its depth.
+        window_sizes: window sides per stage, cycled over its blocks.
         mlp_ratio: hidden channels of the MLPs divided by the stage's channels.
         drop_rate: dropout rate after the patch embeddings and projections, and in the MLPs.
         attn_drop_rate: dropout rate of the attention maps.
@@ -396,7 +412,7 @@ class SepViTStages(nn.Module):
         embed_dims: Sequence[int] = (96, 192, 384, 768),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         depths: Sequence[int] = (1, 2, 6, 2),
-        window_sizes: Sequence[Sequence[int]] = ((7,), (7, 14), (7, 14), (7,)),
+        window_sizes: Sequence[Sequence[int]] = WINDOW_SIZES,
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
@@ -484,7 +500,7 @@ class SepViTStages(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters with two or more dimensions that skip weight decay: the window tokens."""
+        """Names of the parameters excluded from weight decay besides vectors: the window tokens."""
         return {name for name, _ in self.named_parameters() if name.endswith("win_tokens")}
 
     @torch.jit.ignore
@@ -505,11 +521,6 @@ class SepViTStages(nn.Module):
 def _stage_of(block: str) -> int:
     """Stage of a block by its name, blocks.STAGE.INDEX."""
     return int(block.split(".")[1])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Classification form
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class SepViT(SepViTStages):
@@ -540,7 +551,7 @@ class SepViT(SepViTStages):
         self.apply(init_weights)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the last stage's normalised map, B × H/32 × W/32 × C, from images, B × C_in × H × W.
+        """Compute the last stage's normalised map, B × H' × W' × C, from images, B × C_in × H × W.
 
         Raises:
             AssertionError: the images are not of size `img_size`.
@@ -549,7 +560,10 @@ class SepViT(SepViTStages):
         return self.norm(self.forward_stages(x)[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool the map of `forward_features` to B × C and, unless `pre_logits`, classify it to B × classes."""
+        """Pool the map of `forward_features` to B × C and, unless `pre_logits`, classify it to B × classes.
+
+        With a `global_pool` of '', both keep H' × W': B × H' × W' × classes.
+        """
         if self.global_pool == "avg":
             x = x.mean(dim=(1, 2))
         elif self.global_pool == "max":
@@ -608,15 +622,15 @@ class SepViT(SepViTStages):
 
         Args:
             x: images, B × C_in × H × W.
-            indices: stages to return: the last n for a number, all for None, or these.
+            indices: stages to return: a list, a number n for the last n, or None for all.
             norm: normalise the last stage's map; the other stages have no norm in this form.
             stop_early: skip the stages after the last one to return.
             output_fmt: 'NCHW' for B × C × H × W, 'NHWC' for B × H × W × C.
             intermediates_only: return the maps without the final features.
 
         Returns:
-            the maps, or the final features and the maps. The final features equal `forward_features(x)` if all
-            stages were computed.
+            the maps, or the final features, B × H' × W' × C, and the maps. The final features equal
+            `forward_features(x)` if all stages were computed.
         """
         _assert(output_fmt in ("NCHW", "NHWC"), "output_fmt must be NCHW or NHWC")
         check_input_size(x, self.img_size)
@@ -631,7 +645,7 @@ class SepViT(SepViTStages):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop everything that the given stages' maps do not need; return their indices."""
+        """Drop later stages, the head and, if asked or no longer applicable, the norm; return the stages' indices."""
         take, last = feature_take_indices(len(self.blocks), indices)
         prune_end = last < len(self.blocks) - 1
         self.keep_stages(last + 1)
@@ -647,21 +661,6 @@ def _checked_pool(global_pool: str) -> str:
     if global_pool not in ("avg", "max", ""):
         raise ValueError(f"global_pool={global_pool!r}: choose 'avg', 'max' or '' (none)")
     return global_pool
-
-
-@register_notrace_function
-def check_input_size(x: Tensor, img_size: tuple[int, int]) -> None:
-    H, W = x.shape[-2:]
-    _assert(
-        img_size[0] == H and img_size[1] == W,
-        f"input is {H} × {W} pixels, but this model was built for {img_size[0]} × {img_size[1]}: "
-        "build it with img_size=(H, W) or call set_input_size",
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Dense prediction form
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class SepViTDense(SepViTStages):
@@ -694,7 +693,84 @@ class SepViTDense(SepViTStages):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints of another size or form
+# The paper's variants
+# ----------------------------------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "SepViT_Lite": dict(embed_dims=(32, 64, 128, 256), num_heads=(1, 2, 4, 8), depths=(1, 2, 6, 2)),
+    "SepViT_Tiny": dict(embed_dims=(96, 192, 384, 768), num_heads=(3, 6, 12, 24), depths=(1, 2, 6, 2)),
+    "SepViT_Small": dict(embed_dims=(96, 192, 384, 768), num_heads=(3, 6, 12, 24), depths=(1, 2, 14, 2)),
+    "SepViT_Base": dict(embed_dims=(128, 256, 512, 1024), num_heads=(4, 8, 16, 32), depths=(1, 2, 14, 2)),
+}
+
+
+def create_dense(variant: str, **kwargs: Any) -> SepViTDense:
+    """Build the dense form of a variant ('SepViT_Tiny', …); `kwargs` as for `SepViTDense`.
+
+    Raises:
+        ValueError: the variant is unknown.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r}: choose from {', '.join(VARIANTS)}")
+    return SepViTDense(**{**VARIANTS[variant], **kwargs})
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        variant: dict(
+            num_classes=1000,
+            input_size=(3, 224, 224),
+            fixed_input_size=True,
+            pool_size=(7, 7),
+            crop_pct=0.875,
+            interpolation="bicubic",
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+            first_conv="patch_embeds.0.proj",
+            classifier="head",
+            license="apache-2.0",
+        )
+        for variant in VARIANTS
+    }
+)
+
+
+def _create_sepvit(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    return build_model_with_cfg(
+        SepViT,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        **{**VARIANTS[variant], **kwargs},
+    )
+
+
+@register_model
+def SepViT_Lite(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SepViT-Lite: 3.7 M parameters, 0.57 G multiply-adds at 224 × 224; `kwargs` of `SepViT` and `create_model`."""
+    return _create_sepvit("SepViT_Lite", pretrained, **kwargs)
+
+
+@register_model
+def SepViT_Tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SepViT-T: 31.2 M parameters, 4.5 G multiply-adds at 224 × 224; `kwargs` of `SepViT` and `create_model`."""
+    return _create_sepvit("SepViT_Tiny", pretrained, **kwargs)
+
+
+@register_model
+def SepViT_Small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SepViT-S: 46.6 M parameters, 7.5 G multiply-adds at 224 × 224; `kwargs` of `SepViT` and `create_model`."""
+    return _create_sepvit("SepViT_Small", pretrained, **kwargs)
+
+
+@register_model
+def SepViT_Base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SepViT-B: 82.4 M parameters, 13.1 G multiply-adds at 224 × 224; `kwargs` of `SepViT` and `create_model`."""
+    return _create_sepvit("SepViT_Base", pretrained, **kwargs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints of other sizes and forms
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -723,11 +799,10 @@ def entries_under(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Te
 def adapt_state_dict(
     state_dict: dict[str, Tensor], model: SepViTStages, img_size: tuple[int, int] | None = None
 ) -> Adaptation:
-    """Adapt a state dict of another image size, or of the classification form, to `model`, in place.
+    """Adapt a state dict of a different image size, or of the classification form, to `model`, in place.
 
     Classification form: window tokens are resampled from the checkpoint's window grids to the model's. The checkpoint's
-    grids follow from `img_size` if that fits its numbers of window tokens. Otherwise they are inferred from these
-    numbers: the model's own grids if they fit, else square ones, else the ones closest to the model's aspect ratio.
+    image size is `img_size` if the numbers of window tokens agree with it, else the model's, else 224, else a square.
     Blocks with a single window in the checkpoint get the model's fresh window tokens and pointwise attention; blocks
     with a single window in the model lose theirs.
 
@@ -799,60 +874,23 @@ def _source_grids(
 
     Grids fit if rows times columns is the number of window tokens in every block.
     """
-    blocks, own = model.named_blocks(), model.window_grids(model.img_size)
-    tokens = [state_dict.get(f"{name}.win_tokens") for name in blocks]
+    tokens = [state_dict.get(f"{name}.win_tokens") for name in model.named_blocks()]
     counts = [1 if entry is None else entry.shape[1] for entry in tokens]
-
-    def fit(grids: list[tuple[int, int]]) -> bool:
-        return all(math.prod(grid) == count for grid, count in zip(grids, counts))
-
-    if img_size is not None and min(img_size) > 0 and fit(grids := model.window_grids(img_size)):
-        return None if grids == own else grids
-
-    # window sides in pixels of the first stage's map
-    sides = [2 ** _stage_of(name) * block.window_size for name, block in blocks.items()]
-    divisors = [rows for rows in range(1, counts[0] + 1) if counts[0] % rows == 0]
-    candidates = (
-        list(zip(rows, columns))
-        for first in divisors
-        for rows, columns in product(_windows_along(first, sides), _windows_along(counts[0] // first, sides))
-    )
-    fitting = [grids for grids in candidates if fit(grids)]
-    if not fitting or own in fitting:
-        return None
-
-    def distance(grids: list[tuple[int, int]]) -> tuple[bool, float, int, float]:
-        is_square = all(rows == columns for rows, columns in grids)
-        aspects = [
-            abs(math.log(rows / columns * own_columns / own_rows))
-            for (rows, columns), (own_rows, own_columns) in zip(grids, own)
-        ]
-        # The first block's aspect ratio decides; ties go to fewer rows there, then to the other blocks' aspect ratios.
-        return not is_square, aspects[0], grids[0][0], sum(aspects)
-
-    return min(fitting, key=distance)
-
-
-def _windows_along(first: int, sides: list[int]) -> list[tuple[int, ...]]:
-    """List the possible numbers of windows of all blocks along one image axis (rows or columns).
-
-    Args:
-        first: the first block's number.
-        sides: window side of each block, in pixels of the first stage's map.
-
-    Returns:
-        one tuple of the blocks' numbers per distinct outcome, over all lengths of the first stage's map that give the
-        first block `first` windows. A single tuple if the first block's window side divides all others, else rarely
-        more than a few.
-    """
-    lengths = range((first - 1) * sides[0] + 1, first * sides[0] + 1)
-    return list(dict.fromkeys(tuple(math.ceil(length / side) for side in sides) for length in lengths))
+    first = 4 * model.blocks[0][0].window_size  # image pixels per window of the first block
+    longest = math.isqrt(counts[0]) * first
+    squares = ((side, side) for side in range(longest - first + 1, longest + 1))
+    own = model.window_grids(model.img_size)
+    for size in ([img_size] if img_size and min(img_size) > 0 else []) + [model.img_size, (224, 224), *squares]:
+        grids = model.window_grids(size)
+        if [math.prod(grid) for grid in grids] == counts:
+            return grids if grids != own else None
+    return None
 
 
 def resample_window_tokens(tokens: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Resample window tokens, 1 × n × 1 × C, from an old grid of windows to a new one."""
     C = tokens.shape[-1]
-    grid = tokens.float().view(1, *old, C).permute(0, 3, 1, 2)  # 1 × C × nh × nw
+    grid = tokens.float().view(1, *old, C).permute(0, 3, 1, 2)  # 1 × C × rows × columns
     grid = F.interpolate(grid, size=new, mode="bicubic", antialias=True)
     return grid.permute(0, 2, 3, 1).reshape(1, math.prod(new), 1, C).to(tokens.dtype)
 
@@ -883,11 +921,11 @@ def _adapt_before_loading(
         del state_dict[prefix + name]
     state_dict.update({prefix + name: entries[name] for name in adaptation.resampled + adaptation.fresh})
     if adaptation:
-        _logger.warning("checkpoint of another size or form: %s", adaptation)
+        _logger.warning("checkpoint of a different size or form: %s", adaptation)
 
 
 def variant_of(state_dict: dict[str, Tensor]) -> str | None:
-    """Identify a state dict's variant by its widths and depths; None if it is not a SepViT."""
+    """Identify a state dict's variant by its widths and depths; None if it is none of the paper's."""
     stages: dict[int, set[int]] = {}
     for name in state_dict:
         if match := re.match(r"blocks\.(\d+)\.(\d+)\.attn\.DSA_qkv\.weight$", name):
@@ -902,77 +940,58 @@ def variant_of(state_dict: dict[str, Tensor]) -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Variants of the paper
+# Kernels and compilers: what they cannot do, or do slowly
 # ----------------------------------------------------------------------------------------------------------------------
 
-VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
-    "SepViT_Lite": dict(embed_dims=(32, 64, 128, 256), num_heads=(1, 2, 4, 8), depths=(1, 2, 6, 2)),
-    "SepViT_Tiny": dict(embed_dims=(96, 192, 384, 768), num_heads=(3, 6, 12, 24), depths=(1, 2, 6, 2)),
-    "SepViT_Small": dict(embed_dims=(96, 192, 384, 768), num_heads=(3, 6, 12, 24), depths=(1, 2, 14, 2)),
-    "SepViT_Base": dict(embed_dims=(128, 256, 512, 1024), num_heads=(4, 8, 16, 32), depths=(1, 2, 14, 2)),
-}
+
+@register_notrace_function
+def pad_to_windows(x: Tensor, window_size: int) -> Tensor:
+    """Zero-pad a map, B × H × W × C, at the bottom and right to a multiple of the window side."""
+    _, H, W, _ = x.shape
+    w = window_size
+    bottom, right = (H + w - 1) // w * w - H, (W + w - 1) // w * w - W
+    is_fixed = isinstance(H, int) and isinstance(W, int)  # otherwise an exported program, which takes any size
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if not is_fixed or bottom > 0 or right > 0 else x
 
 
-def create_dense(variant: str, **kwargs: Any) -> SepViTDense:
-    """Build the dense form of a variant ('SepViT_Tiny', …); `kwargs` as for `SepViTDense`.
+MAX_WINDOWS = 65_535  # per call: the limit of a CUDA grid's y and z
 
-    Raises:
-        ValueError: the variant is unknown.
+
+@register_notrace_function
+def window_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, max_windows: int = MAX_WINDOWS) -> Tensor:
+    """Scaled dot-product attention within each window, at most `max_windows` windows at a time.
+
+    Args:
+        q: queries, B·n × h × T × d.
+        k: keys, of the same shape.
+        v: values, of the same shape.
+        dropout: dropout rate of the attention maps.
+        max_windows: windows per call of the fused kernel.
+
+    Returns:
+        B·n × h × T × d.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r}: choose from {', '.join(VARIANTS)}")
-    return SepViTDense(**{**VARIANTS[variant], **kwargs})
+    if not torch.jit.is_scripting():  # noqa: SIM102 TorchScript skips the inner condition, which it cannot read
+        if torch.compiler.is_exporting():
+            max_windows = q.shape[0]  # an exported program may take any batch
+    if q.requires_grad and q.is_cpu and q.dtype in (torch.bfloat16, torch.float16):
+        # Written out: on CPUs, the fused kernel's backward pass in 16 bits takes five times as long as in float32.
+        P = window_weights(q, k)  # B·n × h × T × T
+        return F.dropout(P, dropout).to(v.dtype) @ v
+    if q.shape[0] <= max_windows:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    parts = [
+        F.scaled_dot_product_attention(qs, ks, vs, dropout_p=dropout)
+        for qs, ks, vs in zip(q.split(max_windows), k.split(max_windows), v.split(max_windows))
+    ]
+    return torch.cat(parts)
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        variant: dict(
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            fixed_input_size=True,
-            pool_size=(7, 7),
-            crop_pct=0.875,
-            interpolation="bicubic",
-            mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
-            first_conv="patch_embeds.0.proj",
-            classifier="head",
-            license="apache-2.0",
-        )
-        for variant in VARIANTS
-    }
-)
-
-
-def _create_sepvit(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(
-        SepViT,
-        variant,
-        pretrained,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
-        **{**VARIANTS[variant], **kwargs},
+@register_notrace_function
+def check_input_size(x: Tensor, img_size: tuple[int, int]) -> None:
+    H, W = x.shape[-2:]
+    _assert(
+        img_size[0] == H and img_size[1] == W,
+        f"input is {H} × {W} pixels, but this model was built for {img_size[0]} × {img_size[1]}: "
+        "build it with img_size=(H, W) or call set_input_size",
     )
-
-
-@register_model
-def SepViT_Lite(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """SepViT-Lite: 3.7 M parameters, 0.57 G multiply-adds; `kwargs` as for `SepViT` and timm's `create_model`."""
-    return _create_sepvit("SepViT_Lite", pretrained, **kwargs)
-
-
-@register_model
-def SepViT_Tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """SepViT-T: 31.2 M parameters, 4.5 G multiply-adds; `kwargs` as for `SepViT` and timm's `create_model`."""
-    return _create_sepvit("SepViT_Tiny", pretrained, **kwargs)
-
-
-@register_model
-def SepViT_Small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """SepViT-S: 46.6 M parameters, 7.5 G multiply-adds; `kwargs` as for `SepViT` and timm's `create_model`."""
-    return _create_sepvit("SepViT_Small", pretrained, **kwargs)
-
-
-@register_model
-def SepViT_Base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """SepViT-B: 82.4 M parameters, 13.1 G multiply-adds; `kwargs` as for `SepViT` and timm's `create_model`."""
-    return _create_sepvit("SepViT_Base", pretrained, **kwargs)

@@ -1,10 +1,10 @@
-"""Speed and memory of SepViT beside its peers, measured in the same rounds.
+"""Compare the speed and memory of SepViT with its peers, measured in the same rounds.
 
     python benchmarks/benchmark.py [--model SepViT_Tiny] [--device cuda] [--formats float32 bfloat16] [--forms eager]
 
 Measures latency (one image), throughput in inference and in training, and peak memory. Prints one table for each
 image size, batch size, measure and number format, and writes them into the record of this machine in benchmarks/: JSON,
-a page, and a picture. A table takes the place of an earlier one with the same settings.
+Markdown, and a picture. A table replaces an earlier one with the same settings.
 """
 
 if not __package__:
@@ -29,12 +29,12 @@ from benchmarks import subjects
 from benchmarks.record import Record, as_text
 from benchmarks.subjects import DTYPES, FORMS, MEASURES, OF_SEPVIT, PEERS, Setting, Subject
 from benchmarks.tables import Method, Table, measure_table
-from sepvit_lib.inference.machine import describe, device_name
-from sepvit_lib.training.commands import Parser, path, positive_int, run_command
-from sepvit_lib.training.devices import available_cores, best_device, check_device
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.resume import git_revision
-from sepvit_lib.training.storage import make_folder
+from sepvit_lib.common.command_line import Parser, path, positive_int, run_command
+from sepvit_lib.common.devices import available_cores, best_device, check_device
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.common.machine import describe, device_name
+from sepvit_lib.common.storage import make_folder
+from sepvit_lib.run.resume import git_revision
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -49,12 +49,12 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--model", default="SepViT_Tiny", choices=list(sepvit.VARIANTS))
     add("--dense", action="store_true", help="the dense prediction form, without peers")
-    peers = "models of timm to measure beside it, class for those of its class (the default), or none"
+    peers = "timm models to compare it with, class for those of its class (the default), or none"
     add("--peers", nargs="+", default=["class"], metavar="NAME", help=peers)
     add("--device", default=best_device(), help="cuda, mps or cpu; by default the best available")
     add("--formats", nargs="+", default=["float32"], choices=list(DTYPES), help="number formats")
     add("--forms", nargs="+", default=["eager", "port"], choices=list(FORMS), help="how the networks run")
-    add("--before", type=path, default=None, metavar="FILE", help="another revision's sepvit.py, as one more form")
+    add("--before", type=path, default=None, metavar="FILE", help="sepvit.py of another revision, as one more form")
     add("--measures", nargs="+", default=list(MEASURES), choices=list(MEASURES))
     batch = "images per call, except for latency; by default 8 (CPU) or 128 (GPU), with --dense 2 or 8"
     add("--batch-size", type=positive_int, nargs="+", default=None, metavar="N", help=batch)
@@ -63,8 +63,8 @@ def build_parser() -> Parser:
     add("--rounds", type=positive_int, default=9)
     add("--threads", type=positive_int, default=available_cores(), help="CPU threads")
     add("--out", type=path, default=str(Path(__file__).resolve().parent), help="folder of the record")
-    add("--revision", default=None, help="commit of the code, where git does not know it")
-    add("--quick", action="store_true", help="short timings in a record of their own: to try the benchmark itself")
+    add("--revision", default=None, help="commit of the code, if git cannot determine it")
+    add("--quick", action="store_true", help="short timings in a separate record, to try the benchmark itself")
     return parser
 
 
@@ -86,7 +86,7 @@ def check_settings(args: argparse.Namespace) -> None:
 
 
 def chosen_peers(args: argparse.Namespace) -> list[str]:
-    """Names of the models to measure beside SepViT."""
+    """Names of the models to compare SepViT with."""
     names = ["none"] if args.dense else args.peers
     chosen = [peer for name in names for peer in (PEERS[args.model] if name == "class" else [name]) if peer != "none"]
     return list(dict.fromkeys(chosen))
@@ -103,7 +103,7 @@ def subjects_of(args: argparse.Namespace, number_format: str) -> list[Subject]:
 
 
 def tables_of(args: argparse.Namespace, run: dict[str, Any]) -> Iterator[tuple[Table, Setting]]:
-    """Yield the tables to measure, without rows, and what the rows of each have in common."""
+    """Yield the tables to measure, without rows, and the setting that the rows of each share."""
     device = torch.device(args.device)
     defaults = {False: (8, 128), True: (2, 8)}[args.dense]
     batches = args.batch_size or [defaults[device.type == "cuda"]]
@@ -128,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
     make_folder(out, f"--out {out}")
     record = Record.read(device_name(device), args.quick, out)
     torch.set_num_threads(args.threads)
-    torch.backends.cudnn.benchmark = True  # as main.py
+    torch.backends.cudnn.benchmark = True  # as in main.py
     gc.freeze()  # garbage collection between timings skips the libraries
     method = Method(2, 0.0, is_quick=True) if args.quick else Method(args.rounds)
     run = dict(

@@ -3,10 +3,9 @@
     python benchmarks/input_pipeline.py --data-path imagenet [--input-size 224] [--workers 0 2] [--rounds 5]
     python benchmarks/input_pipeline.py --synthetic 500x375 [--images 512] [--out FILE.json]
 
-Both augment by the published recipe, and are measured in turn, round by round; what the fast loader leaves to the
-device is not measured. Without workers, seconds of CPU time count: they are images per second and core, and other
-processes disturb less. `--synthetic` writes JPEGs (quality 90) composed of scikit-image's and scikit-learn's
-photographs.
+Both augment as in the published recipe, and are measured alternately, round by round. The fast loader's work on the
+device is not measured. Without workers, CPU time is measured: the result is images per second and core, less disturbed
+by other processes. `--synthetic` writes JPEGs (quality 90) composed of scikit-image's and scikit-learn's photographs.
 """
 
 if not __package__:
@@ -30,11 +29,11 @@ from torch.utils.data import DataLoader
 import main as classification
 from benchmarks.rounds import Spread, ratio
 from datasets import LoaderSettings, build_train_loader, epoch_batches
-from sepvit_lib.inference.machine import describe
-from sepvit_lib.inference.packages import require
-from sepvit_lib.training.commands import Parser, natural, path, positive_int, run_command
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.storage import write_file
+from sepvit_lib.common.command_line import Parser, natural, path, positive_int, run_command
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.common.machine import describe
+from sepvit_lib.common.packages import require
+from sepvit_lib.common.storage import write_file
 
 LOADERS = ("faithful", "fast")
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # of scikit-image
@@ -87,13 +86,13 @@ def build_loader(args: argparse.Namespace, root: str, name: str, workers: int) -
     data = classification.build_data(settings, is_train=True)
     samples, count = data.dataset.samples, min(args.images, len(data))
     if count < args.batch_size:
-        raise UserError(f"--batch-size {args.batch_size}: there are only {count} images; use a smaller one")
+        raise UserError(f"--batch-size {args.batch_size}: there are only {count} images; use a smaller batch")
     data.dataset.samples = [samples[index * len(samples) // count] for index in range(count)]
     return build_train_loader(data, classification.settings_from(settings, LoaderSettings))
 
 
 def measure(loaders: dict[str, DataLoader], workers: int, rounds: int) -> dict[str, list[float]]:
-    """Images per second of each loader in each round, after one that warms up and starts the workers."""
+    """Images per second of each loader in each round, after a warm-up round that starts the workers."""
     clock = time.perf_counter if workers else time.process_time
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     for number in range(rounds + 1):
@@ -115,14 +114,14 @@ def build_parser() -> Parser:
     """Make the command's parser."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data-path", type=path, help="folder with train/ of class folders")
+    add("--data-path", type=path, help="folder with class folders in train/")
     add("--synthetic", type=size, metavar="WIDTHxHEIGHT", help="write images of this size, and measure with them")
-    add("--images", type=positive_int, default=512, help="images in a measurement")
+    add("--images", type=positive_int, default=512, help="images per measurement")
     add("--input-size", type=positive_int, default=224)
     add("--batch-size", type=positive_int, default=64)
     add("--workers", type=natural, nargs="+", default=[0, 2], help="numbers of loader workers")
     add("--rounds", type=positive_int, default=5)
-    add("--out", type=path, metavar="FILE.json", help="also write the figures there")
+    add("--out", type=path, metavar="FILE.json", help="also write the results to this file")
     return parser
 
 
@@ -133,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
         UserError: the images are missing or too few, or the file cannot be written.
     """
     if (args.data_path is None) == (args.synthetic is None):
-        raise UserError("--data-path, --synthetic: choose one: a folder of images, or the size of images to write")
+        raise UserError("--data-path, --synthetic: pass exactly one, a folder or the size of images to write")
     torch.set_num_threads(1)
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
-"""SepViT as an unoptimised port has it: the equations read literally, with standard layers.
+"""An unoptimised port of SepViT: the equations, implemented literally with standard layers.
 
-What the optimised network is compared with in speed and memory by `benchmarks/benchmark.py`, and in outputs and
-gradients by `tests/commands/test_benchmark.py`. The map travels as a sequence of pixels, is copied to B × C × H × W
-around convolutions and to windows around attention; attention is two matrix products and a softmax.
+The baseline of the optimised network, for speed and memory in `benchmarks/benchmark.py`, and for outputs and gradients
+in `tests/commands/test_benchmark.py`. Maps are kept as sequences of pixels, and copied to B × C × H × W for
+convolutions and to windows for attention. Attention is two matrix products and a softmax.
 
-Shapes use the letters of `sepvit.py`.
+Shapes use the notation of `sepvit.py`.
 """
 
 import math
@@ -74,7 +74,7 @@ class Block(nn.Module):
         dim: channels C.
         num_heads: heads h.
         window_size: window side w.
-        windows: windows that have a learned token each, or None for zeros.
+        windows: number of windows with a learned token each, or None for zeros.
         drop_path: stochastic depth rate.
     """
 
@@ -97,7 +97,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def attend(self, x: Tensor, H: int, W: int) -> Tensor:
-        """Partition the map into windows, attend, and put the windows together again."""
+        """Partition the map into windows, attend, and merge the windows."""
         B, _, C = x.shape
         w = self.window_size
         rows, columns = math.ceil(H / w), math.ceil(W / w)
@@ -149,7 +149,7 @@ def to_channels_first(x: Tensor, H: int, W: int) -> Tensor:
 
 
 class Port(nn.Module):
-    """A port of a network, in either form, with which it shares its parameters.
+    """A port of a network in either form. It shares the network's parameters.
 
     Dropout is not ported; stochastic depth is.
 

@@ -1,4 +1,4 @@
-"""The benchmark's record of one machine: its tables as text, as JSON, as a page, and as a picture."""
+"""The benchmark's record of one machine: its tables as text, JSON, Markdown and a picture."""
 
 import importlib.util
 import io
@@ -13,8 +13,8 @@ from typing import Any
 from benchmarks.rounds import Spread
 from benchmarks.subjects import DTYPES, MEASURES
 from benchmarks.tables import Row, Table
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.storage import write_file
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.common.storage import write_file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One table
@@ -51,7 +51,7 @@ COLUMNS: list[tuple[str, Callable[[Row, int], str]]] = [
 
 
 def grid(table: Table) -> list[list[str]]:
-    """Titles and cells of a table, without empty columns. Why a row was not measured stands beside its form."""
+    """Titles and cells of a table, without empty columns. The reason why a row was not measured follows its form."""
     batch = table.settings["batch_size"]
     columns = [[title, *(cell(row, batch) for row in table.rows)] for title, cell in COLUMNS]
     lines = [list(line) for line in zip(*(column for column in columns if set(column[1:]) != {"–"}))]
@@ -62,7 +62,7 @@ def grid(table: Table) -> list[list[str]]:
 
 
 def title(table: Table) -> str:
-    """What a table measures."""
+    """Title of a table: what it measures."""
     settings = table.settings
     form, (height, width) = ", dense form" if settings["is_dense"] else "", settings["size"]
     return (
@@ -72,7 +72,7 @@ def title(table: Table) -> str:
 
 
 def conditions(table: Table) -> str:
-    """On what, when and how a table was measured."""
+    """When and how a table was measured."""
     run = table.run
     rate = f"{spread(Spread.of([rate / 1e9 for rate in table.rates]), 1)} G multiply-adds/s" if table.rates else "–"
     when = f"{run['date']}, revision {run['revision']}, {run['rounds']} rounds, {table.settings['threads']} CPU threads"
@@ -88,7 +88,7 @@ def as_text(table: Table) -> str:
 
 
 def as_page(table: Table) -> list[str]:
-    """A table as lines of a page."""
+    """A table as lines of Markdown."""
     titles, *lines = grid(table)
     page = [f"## {title(table)}", "", conditions(table), "", f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     return [*page, *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines), ""]
@@ -99,11 +99,11 @@ def as_page(table: Table) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 NOTE = """\
-All rows of a table are measured in the same rounds: each round times each row once, in another order. Speeds and shares
-are computed round by round; the median stands first, the smallest and the largest in brackets. *Relative speed* is to
-SepViT in eager mode in the same number format. *Share of matrix products* is the time that the multiply-adds would take
+All rows of a table are measured in the same rounds: each round times each row once, in a different order. Speeds and
+shares are computed per round: median, with smallest and largest in brackets. *Relative speed* is relative to SepViT in
+eager mode in the same number format. *Share of matrix products* is the time that the multiply-adds would take
 at the rate of large matrix products, divided by the measured time; a training step counts three forward passes. *GiB*
-is the most memory in use at once: weights, the optimiser's state, and the tensors that a call allocates. Networks have
+is the peak memory in use: weights, the optimiser's state, and the tensors that a call allocates. Networks have
 random weights; images are random, and on the device before a call. Before anything is timed, outputs are compared with
 those in float32 and eager mode. `bfloat16` and `float16` are mixed precision; `bfloat16-whole` converts the network.
 Published top-1 is the authors', on ImageNet-1K."""
@@ -115,7 +115,7 @@ class Record:
 
     Attributes:
         device: name of the device.
-        is_quick: whether sizes were tiny, so that the figures mean nothing.
+        is_quick: whether timings were short, which makes the figures meaningless.
         tables: the tables.
     """
 
@@ -125,7 +125,7 @@ class Record:
 
     @property
     def name(self) -> str:
-        """Name of the record's files. The quick form has files of its own."""
+        """Name of the record's files. The quick form has separate files."""
         device = re.sub(r"[^\w.]+", "-", self.device)
         return f"speed-{device}{'-quick' if self.is_quick else ''}"
 
@@ -149,7 +149,7 @@ class Record:
         return record
 
     def add(self, table: Table) -> None:
-        """Add a table, in place of one of the same kind."""
+        """Add a table, replacing one with the same key."""
         keys = [other.key for other in self.tables]
         if table.key in keys:
             self.tables[keys.index(table.key)] = table
@@ -157,7 +157,7 @@ class Record:
             self.tables.append(table)
 
     def write(self, folder: Path) -> None:
-        """Write the JSON file, the page and the picture.
+        """Write the JSON file, the Markdown page and the picture.
 
         Raises:
             UserError: the folder cannot be written.
@@ -166,20 +166,20 @@ class Record:
         contents = {".json": json.dumps(asdict(self), indent=1, ensure_ascii=False).encode() + b"\n", ".png": drawn}
         contents[".md"] = self.page(f"{self.name}.png" if drawn else "").encode()
         try:
-            for ending, content in contents.items():
+            for suffix, content in contents.items():
                 if content:
-                    write_file(folder / f"{self.name}{ending}", operator.methodcaller("write", content))
+                    write_file(folder / f"{self.name}{suffix}", operator.methodcaller("write", content))
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from None
 
     def page(self, picture: str = "") -> str:
-        """The record as a page.
+        """The record as Markdown.
 
         Args:
             picture: name of its picture.
         """
         lines = [f"# Speed on {self.device}", ""]
-        lines += ["The quick form: its figures mean nothing.", ""] if self.is_quick else []
+        lines += ["Quick form: its figures are meaningless.", ""] if self.is_quick else []
         lines += ["`benchmarks/benchmark.py`.", "", NOTE, ""]
         machines = [table.run["machine"].items() for table in self.tables]
         for machine in dict.fromkeys(", ".join(f"{name} {value}" for name, value in items) for items in machines):
@@ -194,7 +194,7 @@ class Record:
 # Picture
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Colour of a family, and where its names stand beside a point: offset, and which end is there. Neighbours differ.
+# Colour of a family, and offset and alignment of its labels. Neighbours differ.
 FAMILIES = {
     "SepViT": ("C3", (4, 4), "left"),
     "swin": ("C0", (4, 4), "left"),
@@ -210,10 +210,10 @@ Panels = dict[tuple[str, str], dict[str, tuple[float, float]]]
 def panels_of(tables: Sequence[Table]) -> Panels:
     """Points of the picture: speed and published top-1 of each model in eager mode, by number format and measure.
 
-    Panels without another model than SepViT are skipped.
+    Panels with a single model are skipped.
     """
     panels: Panels = {}
-    # A point comes from where its peers are.
+    # A point comes from the table with most models.
     for table in sorted(tables, key=lambda table: -len({row.model for row in table.rows})):
         batch = table.settings["batch_size"]
         points = panels.setdefault((table.number_format, table.measure), {})
@@ -225,7 +225,7 @@ def panels_of(tables: Sequence[Table]) -> Panels:
 
 
 def picture(record: Record) -> bytes:
-    """Draw speed against the published accuracy. Empty if there is nothing to draw, or nothing to draw it with."""
+    """Draw speed against the published accuracy. Empty if there is nothing to draw, or no matplotlib."""
     panels = panels_of(record.tables)
     if not panels or importlib.util.find_spec("matplotlib") is None:  # a machine that only measures may lack it
         return b""
@@ -248,12 +248,12 @@ def picture(record: Record) -> bytes:
 
 def draw(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
     """Draw models as points, and lines between those of a family."""
-    for family, (colour, offset, end) in FAMILIES.items():
+    for family, (colour, offset, align) in FAMILIES.items():
         models = {model: point for model, point in points.items() if model.startswith(family)}
         if models:
             axes.plot(*zip(*sorted(models.values())), "-o", color=colour, label=family)
         for model, point in models.items():
-            axes.annotate(model.partition("_patch")[0], point, offset, textcoords="offset points", fontsize=6, ha=end)
+            axes.annotate(model.partition("_patch")[0], point, offset, textcoords="offset points", fontsize=6, ha=align)
     axes.margins(x=0.2)  # for the names
     axes.set_xscale("log")
     for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):

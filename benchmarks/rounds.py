@@ -1,4 +1,4 @@
-"""Times of several calls, interleaved round by round, so that a drifting machine changes all of them alike."""
+"""Times of several calls, interleaved in rounds: drift of the machine affects all of them equally."""
 
 import gc
 import math
@@ -10,11 +10,11 @@ from typing import TypeVar
 
 import torch
 
-from sepvit_lib.training.commands import first_line
-from sepvit_lib.training.errors import out_of_memory
-from sepvit_lib.training.measure import timed
+from sepvit_lib.common.command_line import first_line
+from sepvit_lib.common.errors import out_of_memory
+from sepvit_lib.count import timed
 
-MIN_SECONDS = 0.05  # of one timing: a call that is shorter is repeated
+MIN_SECONDS = 0.05  # per timing: shorter calls are repeated
 WARM_UP = 2  # calls before the first timing
 
 Key = TypeVar("Key", bound=Hashable)
@@ -23,15 +23,15 @@ Key = TypeVar("Key", bound=Hashable)
 def interleave(
     calls: Mapping[Key, Callable[[], object]], device: torch.device, rounds: int, min_seconds: float = MIN_SECONDS
 ) -> tuple[dict[Key, list[float]], dict[Key, str]]:
-    """Time calls in rounds. Each round times each call once, in another order.
+    """Time calls in rounds. Each round times each call once, in a different order.
 
-    What a call leaves in the caches changes the next one's time, so each has to follow the others in turn.
+    A call's time depends on what the previous one left in the caches, so the order is shuffled in each round.
 
     Args:
-        calls: the calls. One that fails is skipped in the rounds that follow.
-        device: the device they work on.
+        calls: the calls. One that fails is skipped in later rounds.
+        device: their device.
         rounds: number of rounds.
-        min_seconds: seconds that one timing takes at least, by repeating the call.
+        min_seconds: minimum seconds per timing, reached by repeating the call.
 
     Returns:
         seconds of each call, round by round, and why the other calls failed.
@@ -41,7 +41,7 @@ def interleave(
     repetitions: dict[Key, int] = {}
     for number in range(-1, rounds):
         gc.collect()
-        keys = list(seconds)  # the first time, to warm them up, in the order given
+        keys = list(seconds)  # in the given order in the warm-up round
         for key in keys if number < 0 else random.Random(number).sample(keys, len(keys)):
             try:
                 if number < 0:
@@ -55,7 +55,7 @@ def interleave(
 
 
 def _repetitions(call: Callable[[], object], device: torch.device, min_seconds: float) -> int:
-    """Warm a call up, and find how often to repeat it."""
+    """Warm up a call, and find how often to repeat it."""
     for _ in range(WARM_UP):
         call()
     return max(1, math.ceil(min_seconds / max(timed(call, device), 1e-9)))
@@ -67,7 +67,7 @@ def _repeated(call: Callable[[], object], count: int, device: torch.device) -> f
 
 
 def reason(error: Exception) -> str:
-    """Why something failed, in one line."""
+    """Reason of an error, in one line."""
     if out_of_memory(error):
         return "out of memory"
     return f"{type(error).__name__}: {first_line(error)}"[:200]
@@ -83,7 +83,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """The spread of values, one a round."""
+        """The spread of values, one per round."""
         return cls(statistics.median(values), min(values), max(values))
 
 

@@ -20,14 +20,14 @@ import main
 import sepvit
 from benchmarks.port import Port
 from benchmarks.rounds import reason
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.common.packages import require
+from sepvit_lib.count import bytes_of
 from sepvit_lib.inference.exported import compile_openvino, onnxruntime_session, run_onnxruntime, run_openvino
-from sepvit_lib.inference.packages import require
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.measure import bytes_of
-from sepvit_lib.training.networks import place
-from sepvit_lib.training.state import Precision
-from tools.export_formats import export_onnx
-from tools.export_int8 import quantised_by_nncf
+from sepvit_lib.networks import to_device
+from sepvit_lib.run.state import Precision
+from tools.exporting.int8 import quantised_by_nncf
+from tools.exporting.writers import export_onnx
 
 # Models of the same class: about as many multiply-adds and parameters as the variant.
 PEERS: dict[str, tuple[str, ...]] = {
@@ -85,17 +85,17 @@ DTYPES: dict[str, torch.dtype | None] = {
 }
 
 CLASSES = 1000
-CLIPPING = 5.0  # largest norm of the gradients, main.py's default
+CLIPPING = 5.0  # maximum norm of the gradients, main.py's default
 CALIBRATION_BATCHES = 8  # of random images, to quantise a network with
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a row of a table measures.
+    """The subject of a table row.
 
     Attributes:
         model: a variant of SepViT or a model of timm's.
-        form: how it runs, one of `FORMS`, or 'before': another revision's.
+        form: how it runs, one of `FORMS`, or 'before' for another revision.
         number_format: number format, one of `DTYPES`.
     """
 
@@ -109,7 +109,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the subjects of a table have in common.
+    """The setting that the subjects of a table share.
 
     Attributes:
         measure: one of `MEASURES`; latency is inference with a single image.
@@ -118,7 +118,7 @@ class Setting:
         size: image size (H, W).
         is_dense: the dense prediction form.
         threads: CPU threads.
-        before: another revision's sepvit.py, for the form 'before'; "" without it.
+        before: sepvit.py of another revision, for the form 'before'; "" without it.
     """
 
     measure: str
@@ -141,10 +141,10 @@ class Setting:
 
 
 def not_offered(subject: Subject, setting: Setting) -> str:
-    """Why a form does not exist in a number format or for a measure; "" if it does."""
+    """Why a form is not available in a number format or for a measure; "" if it is."""
     form, number_format = subject.form, subject.number_format
     if form in OF_SEPVIT and subject.model not in sepvit.VARIANTS:
-        return "a form of SepViT alone"
+        return "only SepViT has this form"
     if form in RUNTIMES:
         if setting.is_training:
             return "runtimes do not train"
@@ -168,14 +168,14 @@ def check_packages(forms: Sequence[str], formats: Sequence[str]) -> None:
 
 
 def load_before(file: str) -> ModuleType:
-    """Load another revision's sepvit.py. The models registered with timm stay those of this one.
+    """Load sepvit.py of another revision. The models registered with timm remain those of this one.
 
     Raises:
         UserError: the file cannot be loaded.
     """
     spec = importlib.util.spec_from_file_location("sepvit_before", file)
     if spec is None or spec.loader is None or not Path(file).is_file():
-        raise UserError(f"--before {file}: no Python file; name a copy of sepvit.py")
+        raise UserError(f"--before {file}: not a Python file; pass a copy of sepvit.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # timm's registry looks there
     with warnings.catch_warnings():
@@ -221,9 +221,9 @@ class Ready:
     """A subject that can be measured.
 
     Attributes:
-        call: what is timed: a forward pass, or a training step.
+        call: the timed call: a forward pass, or a training step.
         outputs: network outputs for images on the CPU, in evaluation mode.
-        held: bytes of weights and of the optimiser's state; None in a runtime, whose memory PyTorch does not know.
+        held: bytes of weights and of the optimiser's state; None in a runtime, whose memory PyTorch cannot measure.
     """
 
     call: Callable[[], object]
@@ -236,7 +236,7 @@ def build(subject: Subject, setting: Setting, folder: Path) -> Ready:
 
     Args:
         subject: the subject.
-        setting: what it is measured on.
+        setting: how it is measured.
         folder: folder for exported networks.
     """
     if subject.form in RUNTIMES:
@@ -256,7 +256,7 @@ def _inferred(subject: Subject, setting: Setting) -> Ready:
     if subject.number_format == "bfloat16-whole":
         network.bfloat16()
     precision = Precision.of(setting.device, AMPS.get(subject.number_format, "off"))
-    place(network, setting.device)
+    to_device(network, setting.device)
     if subject.form == "port":
         network = Port(network)
     dtype = next(network.parameters()).dtype
@@ -287,7 +287,7 @@ def _trained(subject: Subject, setting: Setting) -> Ready:
     args = main.build_parser().parse_args(arguments.split())
     precision = main.build_precision(args, setting.device)
     network = create_network(subject, setting, drop_path_rate=args.drop_path)
-    place(network, setting.device)
+    to_device(network, setting.device)
     if subject.form == "port":
         network = Port(network)
     training = main.build_training(args, network, precision, 1)
@@ -308,7 +308,7 @@ def _trained(subject: Subject, setting: Setting) -> Ready:
         with precision.autocast():
             result = flattened(network(precision.images(images)))
         network.train()
-        if subject.form == "compiled":  # for the steps that follow
+        if subject.form == "compiled":  # for the next steps
             network.compile(dynamic=False)
         return result
 
@@ -337,11 +337,11 @@ def _exported(subject: Subject, setting: Setting, folder: Path) -> Ready:
 
 
 def _with_int8_weights(path: Path) -> Path:
-    """Quantise the weights of an exported network to int8; activations are quantised as they come."""
+    """Quantise the weights of an exported network to int8; activations are quantised dynamically."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     target = path.with_suffix(".int8.onnx")
-    logging.getLogger().setLevel(logging.ERROR)  # it advises to preprocess
-    # Its rule for Attention is for an operator of ONNX Runtime of the same name.
+    logging.getLogger().setLevel(logging.ERROR)  # it recommends preprocessing
+    # Its rule for Attention targets ONNX Runtime's operator of the same name.
     quantize_dynamic(path, target, weight_type=QuantType.QInt8, op_types_to_quantize=["Conv", "MatMul"])
     return target

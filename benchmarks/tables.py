@@ -1,4 +1,4 @@
-"""Measuring one table of the benchmark: subjects are built, checked, and timed in rounds."""
+"""Measure one table of the benchmark: build, check and time its subjects."""
 
 import functools
 import gc
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from benchmarks.rounds import MIN_SECONDS, Spread, interleave, ratio, reason
 from benchmarks.subjects import DTYPES, TOP1, Ready, Setting, Subject, build, create_network, flattened, not_offered
-from sepvit_lib.training.devices import synchronize
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.measure import count_multiply_adds, peak_memory
+from sepvit_lib.common.devices import synchronize
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.count import count_multiply_adds, peak_memory
 
-# Largest ‖outputs − expected‖ / ‖expected‖, expected: float32 in eager mode. float32 admits the matrix units' TF32.
+# Maximum ‖outputs − expected‖ / ‖expected‖; expected is float32 in eager mode. float32 allows for TF32.
 TOLERANCES = {"float32": 5e-3, "bfloat16": 0.05, "bfloat16-whole": 0.1, "float16": 0.02, "int8": 0.5}
 PASSES = {True: 3, False: 1}  # of multiplications; a training step's backward pass is two
 MATRIX_PRODUCT = "matrix product"
-SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices: a GPU multiplies 2048 × 2048 faster than one call starts
+SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices: on a GPU, 2048 × 2048 takes less time than launching the call
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Method:
 
     Attributes:
         rounds: rounds of timing.
-        min_seconds: seconds of one timing at least.
+        min_seconds: minimum seconds per timing.
         is_quick: use small matrices: to try the benchmark itself.
     """
 
@@ -46,7 +46,7 @@ SPREADS = ("speed", "speed_float32", "share")  # the fields of a row that are sp
 
 @dataclass
 class Row:
-    """What was measured of a subject, which is its first three fields.
+    """Measurements of a subject, which is given by the first three fields.
 
     Attributes:
         failure: why nothing was measured; "" if it was.
@@ -57,9 +57,9 @@ class Row:
         seconds: of a call, by round.
         speed: relative to SepViT in eager mode, in the same number format (median, smallest, largest of the rounds).
         speed_float32: relative to SepViT in eager mode in float32.
-        share: of the rate of large matrix products (median, smallest, largest of the rounds).
+        share: part of the rate of large matrix products that is reached (median, smallest, largest of the rounds).
         bytes_held: of weights and of the optimiser's state.
-        bytes_peak: most bytes allocated at once during a call, beyond those.
+        bytes_peak: peak bytes that a call allocates in addition to `bytes_held`.
     """
 
     model: str
@@ -94,7 +94,7 @@ class Row:
 
     @property
     def bytes_all(self) -> int | None:
-        """Most bytes in use at once."""
+        """Peak bytes in use."""
         return None if self.bytes_peak is None or self.bytes_held is None else self.bytes_peak + self.bytes_held
 
 
@@ -104,8 +104,8 @@ class Table:
 
     Attributes:
         measure: one of `MEASURES`.
-        number_format: number format of the rows. A row in float32 may stand beside, as a baseline.
-        settings: what else was the same for all: model, batch, image size, …
+        number_format: number format of the rows. A row in float32 may be added as a baseline.
+        settings: further shared settings: model, batch, image size, …
         run: date, revision, rounds and versions.
         rates: multiply-adds per second of a large matrix product, by round.
         rows: the rows.
@@ -120,7 +120,7 @@ class Table:
 
     @property
     def key(self) -> str:
-        """What a later table of the same kind has in common with this one."""
+        """Identifies tables with the same settings."""
         return json.dumps([self.measure, self.number_format, self.settings], sort_keys=True)
 
     @classmethod
@@ -134,12 +134,12 @@ def measure_table(
 ) -> None:
     """Build, check and time subjects, and fill a table's rows.
 
-    A subject that fails is reported in its row; the others go on.
+    A subject that fails is reported in its row; the others continue.
 
     Args:
         table: the table. Its rows follow the order of the subjects.
         subjects: the subjects, the baselines among them.
-        setting: what they have in common.
+        setting: the setting that they share.
         method: how to measure.
         report: called with each step's description.
     """
@@ -166,7 +166,7 @@ def measure_table(
         report(f"timing {len(ready)} subjects, {method.rounds} rounds")
         _time(table, ready, setting, method)
     ready.clear()
-    torch.compiler.reset()  # it compiles only so many networks of a class, and runs further ones in eager mode
+    torch.compiler.reset()  # it limits the compiled networks per class, and runs further ones in eager mode
     _release(setting.device)
 
 
@@ -219,7 +219,7 @@ def matrix_product(dtype: torch.dtype, device: torch.device, is_quick: bool) -> 
 
 
 def _time(table: Table, ready: dict[Subject, Ready], setting: Setting, method: Method) -> None:
-    """Time what is ready, and a large matrix product beside it, and fill the rows."""
+    """Time the ready subjects and a large matrix product, and fill the rows."""
     calls: dict[Subject | str, Callable[[], object]] = {}
     for subject, entry in ready.items():
         calls[subject] = partial(_waited, entry.call, setting.device) if table.measure == "latency" else entry.call
@@ -236,7 +236,7 @@ def _time(table: Table, ready: dict[Subject, Ready], setting: Setting, method: M
 
 def _waited(call: Callable[[], object], device: torch.device) -> None:
     call()
-    synchronize(device)  # the next call must not start before
+    synchronize(device)  # before the next call starts
 
 
 def compare(table: Table) -> None:

@@ -1,3 +1,3 @@
-"""The commands of detection. Importing the package offers mmcv's operators, which mmdet looks for at its import."""
+"""The commands of detection. Importing the package provides mmcv's operators, which mmdet needs at import."""
 
-import sepvit_lib.dense  # noqa: F401
+import sepvit_lib.mm  # noqa: F401

@@ -1,6 +1,6 @@
-"""Makes the repository importable when a script of this folder is run by its path: `python FOLDER/SCRIPT.py`.
+"""Make the repository importable when a script in this folder is run by its path: `python FOLDER/SCRIPT.py`.
 
-Scripts import it before other libraries, which look for mmcv's operators when they are imported.
+Scripts import it before other libraries, which need mmcv's operators at import.
 """
 
 import sys
@@ -8,10 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import sepvit_lib.training.environment
+import sepvit_lib.common.environment
 
 # isort: split
-from sepvit_lib.inference.packages import require_or_exit
+from sepvit_lib.common.packages import require_or_exit
 
 require_or_exit("mmengine", "mmcv", "mmdet", extra="mm")
-import sepvit_lib.dense  # noqa: E402, F401 offers the operators
+import sepvit_lib.mm  # noqa: E402, F401 offers the operators

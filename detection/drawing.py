@@ -5,17 +5,17 @@ from typing import Any
 
 from mmdet.visualization import DetLocalVisualizer
 
-from sepvit_lib.dense.drawing import FileHook, read_pixels
 from sepvit_lib.inference.fonts import use_in_figures
+from sepvit_lib.mm.drawing import FileHook, read_pixels
 
 WRITABLE = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
 class DrawingHook(FileHook):
-    """Draw each test image with its true boxes and masks, if it has any, and the detected ones.
+    """Draw each test image with its ground-truth boxes and masks, if it has any, and the detected ones.
 
     Args:
-        folder: where to write one picture per image, with the image's path inside its data set.
+        folder: output folder. Each picture keeps its image's path inside the data set.
         lowest: lowest score to draw.
     """
 

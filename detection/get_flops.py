@@ -1,4 +1,4 @@
-"""Count the parameters and multiply-adds of a whole detector, and what its backbone costs by stage and kind.
+"""Count the parameters and multiply-adds of a whole detector, and the costs of its backbone by stage and kind.
 
 The second stage of a two-stage detector is counted for the boxes that an untrained first stage proposes (at most
 1,000), its mask head for 100 boxes.
@@ -12,7 +12,7 @@ import sys
 
 from mmdet.structures import DetDataSample
 
-from sepvit_lib.dense.flops import run_count
+from sepvit_lib.mm.commands.get_flops import run_count
 
 
 def samples(height: int, width: int) -> list[DetDataSample]:

@@ -2,8 +2,8 @@
 
 python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--overwrite] [--score-thr SCORE] [--cfg-options KEY=VALUE …]
 
-IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". Images are read upright,
-unless the network was trained on turned images as stored. Exit status 1: some cannot be read.
+IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". Images are turned upright,
+unless the model was trained with EXIF orientations ignored. The exit status is 1 if an image cannot be read.
 """
 
 if not __package__:
@@ -16,24 +16,24 @@ import numpy as np
 from mmdet.visualization import DetLocalVisualizer
 from PIL import Image
 
-from sepvit_lib.dense.drawing import enlargement
-from sepvit_lib.dense.predict import build_predict_parser, infer, run_prediction
+from sepvit_lib.common.command_line import fraction
 from sepvit_lib.inference.fonts import use_in_figures
-from sepvit_lib.training.commands import fraction
+from sepvit_lib.mm.commands.predict import build_predict_parser, infer, run_prediction
+from sepvit_lib.mm.drawing import enlargement
 
 
 def detect(model: Any, image: np.ndarray, lowest: float) -> Any:
     """Detect objects in an image.
 
     Args:
-        model: the detector, from `sepvit_lib.dense.predict.build_inference_model`.
+        model: the detector, from `sepvit_lib.mm.commands.predict.build_inference_model`.
         image: H × W × 3, RGB, 0 to 255.
         lowest: lowest score of an object.
 
     Returns:
         mmdet's data sample, with the objects in `pred_instances`.
     """
-    from mmdet.apis import inference_detector  # prints lines of its own unless its parts are imported before
+    from mmdet.apis import inference_detector  # prints noise unless its parts are imported first
 
     sample = infer(inference_detector, model, image)
     sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= lowest]
@@ -45,9 +45,9 @@ def draw_sample(model: Any, path: str, image: np.ndarray, sample: Any) -> Image.
 
     Args:
         model: see `detect`.
-        path: the image's file, which is not read again.
+        path: path of the image, which is not read again.
         image: see `detect`.
-        sample: what `detect` returned.
+        sample: the result of `detect`.
     """
     found = sample.pred_instances
     scale = enlargement(*image.shape[:2])
@@ -67,7 +67,7 @@ def draw_detections(model: Any, path: str, image: np.ndarray, lowest: float) -> 
 
     Args:
         model: see `detect`.
-        path: the image's file, which is not read again.
+        path: path of the image, which is not read again.
         image: see `detect`.
         lowest: lowest score to draw.
 

@@ -5,7 +5,7 @@
                                      [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm]
 
 `--eval mAP` evaluates everything the model predicts: boxes, and masks if it has them. dist_test.sh and slurm_test.sh
-start it on several processes.
+launch it in several processes.
 """
 
 if not __package__:
@@ -19,11 +19,11 @@ from mmengine.config import Config
 from mmengine.registry import METRICS as METRICS_OF
 
 from detection.drawing import DrawingHook
-from sepvit_lib.dense.parts import as_list, dicts, is_kind, resolve
-from sepvit_lib.dense.settings import CommandParser
-from sepvit_lib.dense.test import Result, as_configured, build_test_parser, find_metric, run_testing
-from sepvit_lib.training.commands import fraction, path
-from sepvit_lib.training.errors import UserError
+from sepvit_lib.common.command_line import fraction, path
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.mm.commands.test import Result, as_configured, build_test_parser, find_metric, run_testing
+from sepvit_lib.mm.config import CommandParser
+from sepvit_lib.mm.config_lookup import as_list, dicts, is_kind, resolve
 
 METRICS = ("bbox", "segm", "mAP")
 
@@ -34,16 +34,16 @@ def build_detection_test_parser() -> CommandParser:
     add = parser.add_argument
     add("--out", type=path, metavar="FILE.pkl", help="write the detections to a file")
     add("--format-only", action="store_true", help="write the detections in COCO's format to the work dir")
-    add("--show-dir", type=path, metavar="DIR", help="draw the detections beside the truth, in DIR")
+    add("--show-dir", type=path, metavar="DIR", help="draw the detections beside the ground truth, in DIR")
     add("--show-score-thr", type=fraction, default=0.3, metavar="SCORE", help="lowest score to draw, default 0.3")
     return parser
 
 
 def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
-    """Set in the config what is evaluated and written. Returns what else is done with the detections.
+    """Set the metrics in the config, and files to write. Returns the other outputs.
 
     Raises:
-        UserError: nothing is to be done, settings exclude each other, or a metric is unknown.
+        UserError: nothing is requested, settings exclude each other, or a metric is unknown.
     """
     if not (args.eval or args.out or args.format_only or args.show_dir):
         return as_configured(cfg, "--eval bbox, --out FILE.pkl, --format-only or --show-dir DIR")

@@ -1,4 +1,4 @@
-"""Makes the repository importable when a script of this folder is run by its path: `python FOLDER/SCRIPT.py`.
+"""Make the repository importable when a script in this folder is run by its path: `python FOLDER/SCRIPT.py`.
 
 Scripts import it before other libraries.
 """
@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import sepvit_lib.training.environment  # noqa: F401 needs the path
+import sepvit_lib.common.environment  # noqa: F401 needs the path
 
 # isort: split
-from sepvit_lib.inference.packages import require_or_exit
+from sepvit_lib.common.packages import require_or_exit
 
 require_or_exit("mmengine", "mmcv", "mmseg", extra="mm")

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sepvit_lib.dense.drawing import FileHook, enlargement, read_pixels
 from sepvit_lib.inference.fonts import font_file
+from sepvit_lib.mm.drawing import FileHook, enlargement, read_pixels
 
 IGNORED = 255  # label of pixels that belong to no class
 MARGIN = 8
@@ -16,7 +16,7 @@ OPACITY = 0.55
 
 
 def labels_in(field: Any) -> np.ndarray:
-    """Labels of a data sample's map, H × W, whole numbers. mmseg gives those of heads with one channel as floats."""
+    """Labels of a data sample's map, H × W, as integers. For single-channel heads, mmseg returns floats."""
     return field.data[0].cpu().numpy().astype(np.int64)
 
 
@@ -28,7 +28,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[in
 
 
 def shares(labels: np.ndarray, count: int) -> np.ndarray:
-    """Return the share of each of `count` classes in the pixels that are not ignored."""
+    """Return each class's share of the pixels that are not ignored. `count` is the number of classes."""
     areas = np.bincount(labels[labels != IGNORED].ravel(), minlength=count)
     return areas / max(1, areas.sum())
 
@@ -48,8 +48,8 @@ def draw(
     height, width = image.shape[:2]
     scale = enlargement(height, width)
     last = shares(list(maps.values())[-1], len(classes))
-    most = np.max([shares(labels, len(classes)) for labels in maps.values()], axis=0)
-    present = [index for index in np.argsort(-most, kind="stable") if most[index] > 0]
+    largest = np.max([shares(labels, len(classes)) for labels in maps.values()], axis=0)
+    present = [index for index in np.argsort(-largest, kind="stable") if largest[index] > 0]
     entries = [f"{classes[index]}  {100 * last[index]:.1f} %" for index in present]
     font, line = ImageFont.truetype(font_file([*entries, *panels]), size=14), 20
     legend = max([font.getlength(entry) for entry in entries], default=0) + 2 * line
@@ -71,7 +71,7 @@ def draw(
 
 
 class DrawingHook(FileHook):
-    """Draw each test image with its truth, if it has one, and its prediction, as PNG."""
+    """Draw each test image with its ground truth, if it has one, and its prediction, as PNG."""
 
     def write(self, sample: Any, metainfo: dict[str, Any], path: Path) -> None:
         """Draw an image."""
@@ -88,10 +88,10 @@ class LabelsHook(FileHook):
     def write(self, sample: Any, metainfo: dict[str, Any], path: Path) -> None:
         """Write the labels of an image."""
         labels = labels_in(sample.pred_sem_seg)
-        if chosen := metainfo.get("label_map"):  # some of the data set's classes
+        if chosen := metainfo.get("label_map"):  # a subset of the data set's classes
             originals = {new: old for old, new in chosen.items() if new != IGNORED}
             labels = np.array([originals[new] for new in range(len(originals))])[labels]
-        if stored := metainfo.get("stored_classes"):  # the checkpoint numbers them in another order
+        if stored := metainfo.get("stored_classes"):  # the checkpoint numbers them in a different order
             labels = np.array([stored.index(name) for name in metainfo["classes"]])[labels]
         if metainfo.get("reduce_zero_label"):
             labels = labels + 1  # the data set's 0 belongs to no class

@@ -1,4 +1,4 @@
-"""Count the parameters and multiply-adds of a whole segmentor, and what its backbone costs by stage and kind.
+"""Count the parameters and multiply-adds of a whole segmentor, and the costs of its backbone by stage and kind.
 
 python get_flops.py CONFIG [--shape H W] [--memory] [--cfg-options KEY=VALUE …]
 """
@@ -7,7 +7,7 @@ if not __package__:
     import _repository  # noqa: F401
 import sys
 
-from sepvit_lib.dense.flops import run_count
+from sepvit_lib.mm.commands.get_flops import run_count
 
 if __name__ == "__main__":
     sys.exit(run_count(__doc__, (512, 512)))

@@ -3,7 +3,7 @@
 python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--overwrite] [--cfg-options KEY=VALUE …]
 
 IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". Images are read upright,
-unless the network was trained on turned images as stored. Exit status 1: some cannot be read.
+unless the model was trained with EXIF orientations ignored. Exit status 1: some cannot be read.
 """
 
 if not __package__:
@@ -15,20 +15,20 @@ import numpy as np
 from PIL import Image
 
 from segmentation.drawing import draw, labels_in, shares
-from sepvit_lib.dense.predict import build_predict_parser, infer, run_prediction
+from sepvit_lib.mm.commands.predict import build_predict_parser, infer, run_prediction
 
 
 def segment(model: Any, image: np.ndarray) -> Any:
     """Segment an image.
 
     Args:
-        model: the segmentor, from `sepvit_lib.dense.predict.build_inference_model`.
+        model: the segmentor, from `sepvit_lib.mm.commands.predict.build_inference_model`.
         image: H × W × 3, RGB, 0 to 255.
 
     Returns:
         mmseg's data sample, with the labels in `pred_sem_seg`.
     """
-    from mmseg.apis import inference_model  # prints lines of its own unless its parts are imported before
+    from mmseg.apis import inference_model  # prints noise unless its parts are imported first
 
     return infer(inference_model, model, image)
 
@@ -38,7 +38,7 @@ def draw_prediction(model: Any, path: str, image: np.ndarray) -> tuple[Image.Ima
 
     Args:
         model: see `segment`.
-        path: the image's file, which is not read again.
+        path: path of the image, which is not read again.
         image: H × W × 3, RGB, 0 to 255.
 
     Returns:

@@ -16,11 +16,11 @@ from typing import Any
 from mmengine.config import Config
 
 from segmentation.drawing import DrawingHook, LabelsHook
-from sepvit_lib.dense.parts import dicts
-from sepvit_lib.dense.settings import CommandParser
-from sepvit_lib.dense.test import Result, as_configured, build_test_parser, find_metric, run_testing
-from sepvit_lib.training.commands import path
-from sepvit_lib.training.errors import UserError
+from sepvit_lib.common.command_line import path
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.mm.commands.test import Result, as_configured, build_test_parser, find_metric, run_testing
+from sepvit_lib.mm.config import CommandParser
+from sepvit_lib.mm.config_lookup import dicts
 
 METRICS = ("mIoU", "mDice", "mFscore")
 
@@ -31,20 +31,20 @@ def build_segmentation_test_parser() -> CommandParser:
     parser.former["--format-only"] = "use --out DIR, which writes the predicted labels"
     add = parser.add_argument
     add("--out", type=path, metavar="DIR", help="write the predicted labels to DIR, as PNG in the data set's numbering")
-    add("--show-dir", type=path, metavar="DIR", help="draw the predictions beside the truth, in DIR")
+    add("--show-dir", type=path, metavar="DIR", help="draw the predictions beside the ground truth, in DIR")
     return parser
 
 
 def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
-    """Set in the config what is evaluated. Returns what else is done with the predictions.
+    """Set the metrics in the config. Returns the other outputs.
 
     Raises:
-        UserError: nothing is to be done, or a metric is unknown.
+        UserError: nothing is requested, or a metric is unknown.
     """
     if not (args.eval or args.out or args.show_dir):
         return as_configured(cfg, "--eval mIoU, --out DIR or --show-dir DIR")
     if args.out and Path(args.out).suffix in (".pkl", ".pickle"):
-        raise UserError(f"--out {args.out}: takes a folder of PNGs (the predicted labels); remove the ending")
+        raise UserError(f"--out {args.out}: takes a folder of PNGs (the predicted labels); remove the suffix")
     metrics = [find_metric(name, METRICS) for name in args.eval]
     usual: dict[str, Any] = next((one for one in dicts(cfg.test_evaluator) if one.get("type") == "IoUMetric"), {})
     settings = dict(usual, type="IoUMetric", iou_metrics=metrics)

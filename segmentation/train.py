@@ -11,7 +11,7 @@ if not __package__:
     import _repository  # noqa: F401
 import sys
 
-from sepvit_lib.dense.train import build_train_parser, run_training
+from sepvit_lib.mm.commands.train import build_train_parser, run_training
 
 if __name__ == "__main__":
     sys.exit(run_training(build_train_parser(__doc__)))

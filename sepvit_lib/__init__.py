@@ -1,1 +1,1 @@
-"""What the commands of the repository share, and what `pip install` puts beside `sepvit.py`."""
+"""Code shared by the repository's commands, installed next to `sepvit.py`."""

@@ -22,7 +22,7 @@ from processes import free_port as free_port
 from torchvision.datasets import ImageFolder
 
 import sepvit
-from sepvit_lib.training.preprocessing import Preprocessing
+from sepvit_lib.pipeline.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -206,7 +206,7 @@ PLAIN = [
 
 def read_log(folder: Path) -> list[dict]:
     """Read the epoch entries of log.txt."""
-    from sepvit_lib.training import output  # needs TensorBoard, which a machine for the GPU tests may lack
+    from sepvit_lib.run import output  # needs TensorBoard, which a machine for the GPU tests may lack
 
     return output.epoch_entries(output.read_log(folder / "log.txt"))
 

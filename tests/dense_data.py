@@ -11,8 +11,8 @@ from conftest import ROOT
 from mmengine.config import Config
 from PIL import Image
 
-from sepvit_lib.dense.checks import build_model
-from sepvit_lib.dense.settings import read_config
+from sepvit_lib.mm.build import build_model
+from sepvit_lib.mm.config import read_config
 
 LABELLED = ROOT / "segmentation/configs/fpn_sepvit_lite_112x112_demo.py"
 BOXED = ROOT / "detection/configs/mask_rcnn_sepvit_lite_fpn_demo.py"

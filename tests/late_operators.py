@@ -14,6 +14,6 @@ def __getattr__(name: str) -> Callable:
         raise AttributeError(name)
 
     def operator(*args: object, **kwargs: object) -> object:
-        return importlib.import_module("sepvit_lib.dense.operators").find_operator(name)(*args, **kwargs)
+        return importlib.import_module("sepvit_lib.mm.operators").find_operator(name)(*args, **kwargs)
 
     return operator

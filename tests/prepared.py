@@ -7,7 +7,7 @@ from functools import cache
 from mmengine.config import utils
 from mmengine.utils import get_installed_path
 
-utils.load = cache(utils.load)  # as sepvit_lib/dense/mmengine_adapter.py does
+utils.load = cache(utils.load)  # as sepvit_lib/mm/mmengine_private.py does
 for distribution in ("onedl-mmsegmentation", "onedl-mmdetection"):
     with suppress(ValueError):  # no such config; all of the library's metafiles are read, which takes a second
         utils._get_cfg_metainfo(get_installed_path(distribution), "")

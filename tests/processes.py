@@ -109,28 +109,13 @@ def _work(
 
 
 def start_tasks(
-    count: int,
-    script: Path,
-    arguments: list[str],
-    folder: Path,
-    environment: dict[str, str],
-    stdout: Path,
-    stderr: Path,
+    count: int, script: Path, arguments: list[str], folder: Path, environment: dict[str, str], *printed: Path
 ) -> list[Command]:
     """Start the ranks of a distributed run with the environment variables that torchrun would set."""
     tasks = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), OMP_NUM_THREADS="1")
-    return [
-        Command(
-            script,
-            arguments,
-            folder,
-            {**environment, **tasks, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout,
-            stderr,
-            start_new_session=True,
-        )
-        for rank in range(count)
-    ]
+    ranks = ({**environment, **tasks, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
+    stdout, stderr = printed
+    return [Command(script, arguments, folder, rank, stdout, stderr, start_new_session=True) for rank in ranks]
 
 
 def free_port() -> str:

@@ -1,8 +1,8 @@
-"""Makes the repository importable when a script of this folder is run by its path. Imported before other libraries."""
+"""Make the repository importable from scripts that are run by path. Imported before other libraries."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import sepvit_lib.training.environment  # noqa: F401 needs the path
+import sepvit_lib.common.environment  # noqa: F401 needs the path

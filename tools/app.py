@@ -1,4 +1,4 @@
-"""Serve a page on which to try a trained network: drop an image, and see what the network sees in it.
+"""Serve a page to try a trained network: drop an image, and see its prediction and attention.
 
     python tools/app.py --resume PATH [--host 127.0.0.1] [--port 8000]
     python tools/app.py --resume CHECKPOINT --config segmentation/configs/NAME.py
@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from sepvit_lib.common.command_line import Parser, fraction, number, path, run_command
+from sepvit_lib.common.devices import best_device, check_device
+from sepvit_lib.common.errors import UserError, one_line
+from sepvit_lib.common.packages import require
+from sepvit_lib.common.processes import print_line
 from sepvit_lib.inference.classifier import load_classifier
-from sepvit_lib.inference.packages import require
-from sepvit_lib.training.commands import Parser, fraction, number, path, run_command
-from sepvit_lib.training.devices import best_device, check_device
-from sepvit_lib.training.errors import UserError, one_line
-from sepvit_lib.training.processes import print_line
-from sepvit_lib.training.state import Precision
-from tools.app_predictors import ClassifierPredictor, Predictor
-from tools.app_samples import load_samples
+from sepvit_lib.run.state import Precision
+from tools.page.predictors import ClassifierPredictor, Predictor
+from tools.page.samples import load_samples
 
 HOST, PORT = "127.0.0.1", 8000
 DENSE_PACKAGES = ("mmengine", "mmcv", "mmseg", "mmdet")
@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C.
 
     Raises:
-        UserError: there is no network to load, a package is missing, or the address cannot be listened on.
+        UserError: the network cannot be loaded, a package is missing, or the address is not available.
     """
     check_combinations(args)
     require("the page", "starlette", "uvicorn")
@@ -48,12 +48,12 @@ def main(args: argparse.Namespace) -> None:
     with listen(args.host, args.port) as listener:
         predictor = load_predictor(args, device)
         samples = load_samples(predictor.kind, predictor.classes)
-        predictor.predict(Image.new("RGB", (128, 128)))  # so that the first one is not slower than the others
-        from tools.app_server import build_application, serve
+        predictor.predict(Image.new("RGB", (128, 128)))  # warm up
+        from tools.page.server import build_application, serve
 
         predictor.facts |= {"resume": one_line(Path(args.resume).name), "device": device_name}
         application = build_application(predictor, samples, is_loopback(listener))
-        print_line(f"{address_of(listener, args.host)} shows {predictor.title}; Ctrl-C ends it")
+        print_line(f"{address_of(listener, args.host)} serves {predictor.title}; press Ctrl-C to stop")
         serve(application, listener)
 
 
@@ -66,23 +66,23 @@ def load_predictor(args: argparse.Namespace, device: torch.device) -> Predictor:
     if not args.config:
         return ClassifierPredictor(load_classifier(args.resume, args.model, args.averaged, Precision(device, None)))
     require(f"--config {args.config}", *DENSE_PACKAGES, extra="mm")
-    from tools.app_dense import load_dense_predictor
+    from tools.page.dense import load_dense_predictor
 
     return load_dense_predictor(args.config, args.resume, device, args.score_thr)
 
 
 def check_combinations(args: argparse.Namespace) -> None:
-    """Refuse settings that do not go together.
+    """Refuse incompatible settings.
 
     Raises:
-        UserError: names one of them.
+        UserError: the first one found.
     """
     if args.config:
         given = [flag for flag, value in (("--model", args.model), ("--averaged", args.averaged)) if value]
         if given:
-            raise UserError(f"{given[0]}: is for classifiers; omit it, or omit --config {args.config}")
+            raise UserError(f"{given[0]}: only for classifiers; omit it, or omit --config {args.config}")
     elif args.score_thr is not None:
-        raise UserError(f"--score-thr {args.score_thr}: is for detectors; omit it, or name one with --config")
+        raise UserError(f"--score-thr {args.score_thr}: only for detectors; omit it, or pass the --config of one")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -98,22 +98,22 @@ def listen(host: str, port: int) -> socket.socket:
         port: TCP port; 0 for any free one.
 
     Raises:
-        UserError: the host is unknown or of another machine, or the port is taken or not permitted.
+        UserError: the host is unknown or not on this machine, or the port is in use or not permitted.
     """
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        advice = f"name an address of this machine, such as {HOST}, and a free port (0: any)"
+        advice = f"choose an address of this machine, such as {HOST}, and a free port (0: any)"
         raise UserError(f"--host {host} --port {port}: {error.strerror}; {advice}") from None
 
 
 def is_loopback(listener: socket.socket) -> bool:
-    """Whether only programs of this machine reach a listening socket."""
+    """Whether a listening socket is reachable only from this machine."""
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def address_of(listener: socket.socket, host: str) -> str:
-    """The page's address, as a browser on this machine takes it.
+    """URL of the page for a browser on this machine.
 
     Args:
         listener: the listening socket.
@@ -136,11 +136,11 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("--resume", required=True, type=path, metavar="PATH", help="checkpoint or exported file")
-    add("--config", type=path, metavar="CONFIG", help="config of the segmentor or detector that PATH is of")
-    add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not tell it")
+    add("--config", type=path, metavar="CONFIG", help="config of the segmentor or detector in PATH")
+    add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not specify it")
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
-    add("--score-thr", type=fraction, metavar="SCORE", help="lowest score of a detection, default 0.3")
-    reach = f"address to listen on, default {HOST}, which only this machine reaches; 0.0.0.0: all of this machine"
+    add("--score-thr", type=fraction, metavar="SCORE", help="minimum score of a detection, default 0.3")
+    reach = f"address to listen on, default {HOST}, for this machine only; 0.0.0.0: all interfaces"
     add("--host", default=HOST, help=reach)
     add("--port", type=number(int, 0, 65535), default=PORT, help=f"port to listen on, default {PORT}; 0: a free one")
     add("--device", help="cuda, mps or cpu, default the best available")
@@ -150,7 +150,7 @@ def build_parser() -> Parser:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command. Returns its exit status: 0 after Ctrl-C, 2 for a user's mistake."""
     parser = build_parser()
-    return run_command("app.py", lambda: main(parser.parse_args(arguments)), parser, "name another --device")
+    return run_command("app.py", lambda: main(parser.parse_args(arguments)), parser, "choose another --device")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Check the Python version before minutes of installing. A problem is reported in one line.
+"""Check the Python version before a long installation. A problem is reported in one line.
 
 python tools/check_setup.py
 """
 
-# Has to run on every Python that it refuses, hence the old-fashioned code.
+# Must run on every Python that it rejects, hence the old-fashioned code.
 from __future__ import print_function
 
 import sys
 
 OLDEST = (3, 11)
-NEWEST = (3, 14)  # of the tested ones
+NEWEST = (3, 14)  # of the tested versions
 
 
 def problem():  # type: () -> str | None

@@ -1,4 +1,4 @@
-"""Export a trained classifier for deployment, and show in one table what each exported file gives.
+"""Export a trained classifier for deployment, and compare the exported files in one table.
 
     python tools/export.py --resume PATH --out DIR [--formats …] [--data-path DIR]
 
@@ -23,30 +23,30 @@ from timm.models import push_to_hf_hub
 from tqdm import tqdm
 
 from datasets import DATA_SETS
+from sepvit_lib.common.command_line import Parser, first_line, path, positive_int, run_command
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.common.packages import lacking
+from sepvit_lib.common.storage import make_folder, write_file
 from sepvit_lib.inference.classifier import Classifier, load_classifier
-from sepvit_lib.inference.packages import lacking
-from sepvit_lib.training.commands import Parser, first_line, path, positive_int, run_command
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.storage import make_folder, write_file
-from tools import export_backbone, export_formats, export_int8, export_table
-from tools.export_data import Images, calibration_images, find_labelled, photographs
-from tools.export_formats import MAX_DIFFERENCE, OPSET, OPSETS, Job
-from tools.export_int8 import MAX_LOSS
-from tools.export_table import Form, parts_of
+from tools.exporting import comparison, dense_backbone, int8, writers
+from tools.exporting.comparison import Form, parts_of
+from tools.exporting.data import Images, calibration_images, find_labelled, photographs
+from tools.exporting.int8 import MAX_LOSS
+from tools.exporting.writers import MAX_DIFFERENCE, OPSET, OPSETS, Job
 
-SAMPLES = 16  # images that preprocessing is checked with
+SAMPLES = 16  # images for checking the preprocessing
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format of files.
+    """An export format.
 
     Attributes:
         write: writes the file, or the folder.
-        ending: end of its name, after the model's.
+        ending: suffix of its name, after the model's.
         modules: packages that it needs.
-        is_exact: whether its logits have to agree with the checkpoint's for the same image. With preprocessing inside,
-            they have to for the same prepared image.
+        is_exact: whether its logits must match the checkpoint's on the same image. A file with built-in preprocessing
+            must match on the same prepared image instead.
         is_calibrated: whether it needs calibration images.
     """
 
@@ -60,33 +60,33 @@ class Format:
 EXPORTER = ("onnx", "onnxscript")
 ONNX, OPENVINO = (*EXPORTER, "onnxruntime"), (*EXPORTER, "openvino")
 FORMATS = {
-    "safetensors": Format(export_formats.write_safetensors, "-timm"),
-    "onnx": Format(export_formats.write_onnx, ".onnx", ONNX),
-    "onnx-preprocessing": Format(export_formats.write_onnx_preprocessing, "-preprocessing.onnx", ONNX, is_exact=False),
-    "onnx-int8": Format(export_int8.write_onnx_int8, "-int8.onnx", ONNX, is_exact=False, is_calibrated=True),
-    "openvino": Format(export_formats.write_openvino, ".xml", OPENVINO),
-    "openvino-bfloat16": Format(export_formats.write_openvino_bfloat16, "-bfloat16.xml", OPENVINO, is_exact=False),
-    "openvino-int8": Format(export_int8.write_openvino_int8, "-int8.xml", (*OPENVINO, "nncf"), False, True),
-    "torch-export": Format(export_formats.write_torch_export, ".pt2"),
-    "aotinductor": Format(export_formats.write_aotinductor, "-aotinductor.pt2"),
-    "torchscript": Format(export_formats.write_torchscript, "-torchscript.pt"),
+    "safetensors": Format(writers.write_safetensors, "-timm"),
+    "onnx": Format(writers.write_onnx, ".onnx", ONNX),
+    "onnx-preprocessing": Format(writers.write_onnx_preprocessing, "-preprocessing.onnx", ONNX, is_exact=False),
+    "onnx-int8": Format(int8.write_onnx_int8, "-int8.onnx", ONNX, is_exact=False, is_calibrated=True),
+    "openvino": Format(writers.write_openvino, ".xml", OPENVINO),
+    "openvino-bfloat16": Format(writers.write_openvino_bfloat16, "-bfloat16.xml", OPENVINO, is_exact=False),
+    "openvino-int8": Format(int8.write_openvino_int8, "-int8.xml", (*OPENVINO, "nncf"), False, True),
+    "torch-export": Format(writers.write_torch_export, ".pt2"),
+    "aotinductor": Format(writers.write_aotinductor, "-aotinductor.pt2"),
+    "torchscript": Format(writers.write_torchscript, "-torchscript.pt"),
 }
 
 
 def main(args: argparse.Namespace) -> int:
-    """Export the network. Returns the exit status: 1 if a format could not be made.
+    """Export the network. Returns the exit status: 1 if a format failed.
 
     Raises:
         UserError: there is nothing to export, a package is missing, or the folder cannot be written.
     """
     formats, missing = choose_formats(args)
     folder = Path(args.out)
-    if backbone := export_backbone.find(args.resume, args.averaged):
-        export_backbone.export(backbone, folder, args)
+    if backbone := dense_backbone.find(args.resume, args.averaged):
+        dense_backbone.export(backbone, folder, args)
         return 0
     classifier = load_classifier(args.resume, args.model, args.averaged)
     if classifier.network is None:
-        raise UserError(f"--resume {args.resume}: an exported file; name the checkpoint that it was exported from")
+        raise UserError(f"--resume {args.resume}: an exported file; pass the checkpoint that it was exported from")
     files = {name: f"{classifier.description.model.replace('/', '_')}{one.ending}" for name, one in formats.items()}
     check_free(folder, files.values(), args.overwrite)
     images = find_labelled(args, classifier) if args.data_path else photographs()
@@ -94,12 +94,12 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as work:
         job = build_job(args, classifier, images, Path(work), any(one.is_calibrated for one in formats.values()))
         forms, failures = write(job, files, formats)
-        forms = {export_table.CHECKPOINT: Form(classifier)} | forms
-        export_table.compare(forms, images)
+        forms = {comparison.CHECKPOINT: Form(classifier)} | forms
+        comparison.compare(forms, images)
         failures = missing | failures | refused(forms, formats, len(images.images))
         kept = {name: form for name, form in forms.items() if name not in failures}
-        export_table.time_forms(kept, images, args.rounds)
-        report = export_table.report(kept, failures, images, job.notes)
+        comparison.time_forms(kept, images, args.rounds)
+        report = comparison.report(kept, failures, images, job.notes)
         keep([form.file for form in kept.values() if form.file], folder)
     write_file(folder / "exports.md", lambda file: file.write(report.encode()))
     print(report)
@@ -109,18 +109,18 @@ def main(args: argparse.Namespace) -> int:
 
 
 def choose_formats(args: argparse.Namespace) -> tuple[dict[str, Format], dict[str, str]]:
-    """Choose the formats to write. All that this machine can write are, unless some are named.
+    """Choose the formats to write: by default, all that this machine can write.
 
     Returns:
-        the formats by name, with ONNX once more for each further opset; and why others are skipped.
+        the formats by name, with one more ONNX entry for each further opset; and why others are skipped.
 
     Raises:
-        UserError: a format that was named lacks a package or a compiler.
+        UserError: a requested format lacks a package or a compiler.
     """
     missing: dict[str, str] = {}
     for name in args.formats or FORMATS:
         lack = lacking(*FORMATS[name].modules)
-        if name == "aotinductor" and not export_formats.has_compiler():
+        if name == "aotinductor" and not writers.has_compiler():
             lack = "needs a C++ compiler, such as g++; install one, or omit it"
         if lack and args.formats:
             raise UserError(f"--formats {name}: {lack}")
@@ -128,7 +128,7 @@ def choose_formats(args: argparse.Namespace) -> tuple[dict[str, Format], dict[st
             missing[name] = lack
     chosen = {name: FORMATS[name] for name in args.formats or FORMATS if name not in missing}
     for opset in args.opset[1:]:
-        write = partial(export_formats.write_onnx, opset=opset)
+        write = partial(writers.write_onnx, opset=opset)
         chosen[f"onnx-opset-{opset}"] = replace(FORMATS["onnx"], write=write, ending=f"-opset-{opset}.onnx")
     return chosen, missing
 
@@ -136,7 +136,7 @@ def choose_formats(args: argparse.Namespace) -> tuple[dict[str, Format], dict[st
 def build_job(
     args: argparse.Namespace, classifier: Classifier, images: Images, folder: Path, is_calibrated: bool
 ) -> Job:
-    """Gather what the formats need."""
+    """Collect the inputs of the formats."""
     calibration = (calibration_images(args, classifier) if args.data_path else images.images) if is_calibrated else ()
     batches = [classifier.prepare(image)[None] for image in calibration]
     score = partial(images.accuracy, classifier) if images.labels else None
@@ -173,13 +173,13 @@ def refused(forms: Mapping[str, Form], formats: Mapping[str, Format], images: in
     Args:
         forms: the compared forms by name, the checkpoint among them.
         formats: the formats by name.
-        images: number of images; a single one that is lost is accepted.
+        images: number of images; losing a single one is accepted.
 
     Raises:
-        UserError: the checkpoint itself computes no finite numbers.
+        UserError: the checkpoint's own logits are not finite.
     """
     failures: dict[str, str] = {}
-    reference = forms[export_table.CHECKPOINT]
+    reference = forms[comparison.CHECKPOINT]
     if not math.isfinite(reference.difference):
         raise UserError("--resume: the network's logits are not finite; use a checkpoint from before it diverged")
     for name, form in forms.items():
@@ -194,14 +194,14 @@ def refused(forms: Mapping[str, Form], formats: Mapping[str, Format], images: in
 
 
 def check_free(folder: Path, names: Iterable[str], overwrite: bool) -> None:
-    """Refuse to replace files, unless the user wants it.
+    """Refuse to replace files without `--overwrite`.
 
     Raises:
         UserError: a file of one of these names is there already.
     """
     for part in (part for name in names for part in parts_of(folder / name)):
         if part.exists() and not overwrite:
-            raise UserError(f"--out {folder}: {part.name} exists; name another folder, or replace it with --overwrite")
+            raise UserError(f"--out {folder}: {part.name} exists; choose another folder, or pass --overwrite")
 
 
 def keep(files: Sequence[Path], folder: Path) -> None:
@@ -214,18 +214,18 @@ def keep(files: Sequence[Path], folder: Path) -> None:
 
 
 def push(classifier: Classifier, repository: str) -> None:
-    """Upload the weights in timm's layout to a repository of the Hugging Face hub, by timm.
+    """Upload the weights in timm's layout to a repository of the Hugging Face hub.
 
     Raises:
         UserError: the hub refuses, or cannot be reached.
     """
     assert classifier.network is not None
-    made, network = classifier.description, export_formats.contiguous(classifier.network)
-    settings = export_formats.hub_settings(made) | dict(model_card=export_formats.model_card(made))
+    made, network = classifier.description, writers.contiguous(classifier.network)
+    settings = writers.hub_settings(made) | dict(model_card=writers.model_card(made))
     try:
         push_to_hf_hub(network, repository, **settings)
     except Exception as error:  # of the hub's library, or of the network
-        advice = "log in by `hf auth login`, and name USER/NAME"
+        advice = "log in with `hf auth login`, and check USER/NAME"
         raise UserError(f"--push {repository}: {first_line(error)}; {advice}") from None
     print(f"--push {repository}: uploaded")
 
@@ -235,23 +235,23 @@ def build_parser() -> Parser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--resume", required=True, type=path, metavar="PATH", help="checkpoint, as predict.py takes it")
+    add("--resume", required=True, type=path, metavar="PATH", help="checkpoint, as for predict.py")
     add("--out", required=True, type=path, metavar="DIR", help="folder for the files")
     formats = f"{', '.join(FORMATS)}; default: all that this machine can write"
     add("--formats", nargs="+", choices=FORMATS, metavar="FORMAT", help=formats)
-    purpose = "data set of the classes, for top-1 and calibration; default: some photographs"
+    purpose = "data set of the same classes, for top-1 and calibration; default: four photographs"
     add("--data-path", type=path, default="", metavar="DIR", help=purpose)
     add("--data-set", default="IMNET", help=f"its kind, as for main.py: {', '.join(DATA_SETS)}, or a timm reader")
-    add("--class-map", type=path, default="", metavar="FILE", help="numbers its classes, as for main.py")
+    add("--class-map", type=path, default="", metavar="FILE", help="order of its classes, as for main.py")
     number = "validation images to compare on, evenly spaced, default 2000"
     add("--images", type=positive_int, default=2000, metavar="N", help=number)
-    add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH lacks it")
+    add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not specify it")
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
-    version = f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]}, default {OPSET}; several: a file of each"
+    version = f"ONNX opset, {OPSETS[0]} to {OPSETS[-1]}, default {OPSET}; several: one file each"
     add("--opset", type=int, choices=OPSETS, nargs="+", default=[OPSET], metavar="N", help=version)
     add("--rounds", type=positive_int, default=5, metavar="N", help="rounds of timing, default 5")
-    add("--overwrite", action="store_true", help="replace files that are in DIR already")
-    add("--push", default="", metavar="USER/NAME", help="upload the safetensors to the Hugging Face hub, by timm")
+    add("--overwrite", action="store_true", help="replace existing files in DIR")
+    add("--push", default="", metavar="USER/NAME", help="upload the safetensors to the Hugging Face hub")
     return parser
 
 

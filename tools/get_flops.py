@@ -1,11 +1,11 @@
-"""Count what a network costs: parameters, multiply-adds, activations and memory.
+"""Count a network's parameters, multiply-adds and activations, and measure its memory.
 
     python tools/get_flops.py [--model SepViT_Tiny] [--dense] [--input-size 224] [--batch-size 1]
 
-Parameters, multiply-adds and activations are those of one image, by stage and kind: convolutions (patch embedding,
+Parameters, multiply-adds and activations are counted for one image, by stage and kind: convolutions (patch embedding,
 positional encoding), projections (query, key, value, output, and the window tokens' query and key), attention inside
-and among windows, MLP, norms, classifier. Other networks of timm are counted by kind of layer. The memory of a forward
-pass and of a training step is measured, for a batch.
+and among windows, MLP, norms, classifier. Other timm networks are counted by layer type. Memory is measured for a
+forward pass and a training step, on a batch.
 """
 
 if not __package__:
@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 import sepvit
-from sepvit_lib.training.commands import Parser, positive_int, run_command
-from sepvit_lib.training.complexity import costs_as_text, costs_of, memory_as_text, memory_of, summary
-from sepvit_lib.training.devices import best_device, check_device
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.networks import create_network, place
+from sepvit_lib.common.command_line import Parser, positive_int, run_command
+from sepvit_lib.common.devices import best_device, check_device
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.count import costs_as_text, costs_of, memory_as_text, memory_of, summary
+from sepvit_lib.networks import create_network, to_device
 
 CLASSES = 1000
 
@@ -31,10 +31,10 @@ def build_parser() -> Parser:
     """Make the command's parser."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--model", default="SepViT_Tiny", metavar="NAME", help="a variant of SepViT, or another network of timm")
+    add("--model", default="SepViT_Tiny", metavar="NAME", help="a variant of SepViT, or any timm network")
     add("--dense", action="store_true", help="the dense prediction form")
     add("--input-size", type=positive_int, nargs="+", default=[224], metavar="PIXELS", help="one side, or H and W")
-    add("--batch-size", type=positive_int, default=1, metavar="N", help="images whose memory is measured, default 1")
+    add("--batch-size", type=positive_int, default=1, metavar="N", help="batch size for measuring memory, default 1")
     add("--device", default=best_device(), help="cuda, mps or cpu, to measure memory on; default the best available")
     return parser
 
@@ -46,7 +46,7 @@ def build_network(model: str, is_dense: bool, size: tuple[int, int]) -> nn.Modul
         UserError: there is no such network.
     """
     if is_dense and model not in sepvit.VARIANTS:
-        raise UserError(f"--dense --model {model}: a form of SepViT alone; choose from {', '.join(sepvit.VARIANTS)}")
+        raise UserError(f"--dense --model {model}: only SepViT has this form; choose from {', '.join(sepvit.VARIANTS)}")
     if not timm.is_model(model):
         raise UserError(
             f"--model {model}: timm has no such model; choose from {', '.join(sepvit.VARIANTS)}, or from "
@@ -59,14 +59,14 @@ def build_network(model: str, is_dense: bool, size: tuple[int, int]) -> nn.Modul
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print what the network costs.
+    """Print the network's costs.
 
     Raises:
         UserError: a setting cannot work.
     """
     check_device(args.device)
     if len(args.input_size) > 2:
-        raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: name one side, or H and W")
+        raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: takes one side, or H and W")
     size, device = (args.input_size[0], args.input_size[-1]), torch.device(args.device)
     torch.manual_seed(0)
     network = build_network(args.model, args.dense, size)
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"{args.model}{', dense form' if args.dense else ''}, {size[0]} × {size[1]} pixels: {summary(costs)}\n")
     print(costs_as_text(costs), flush=True)
     images = torch.randn(args.batch_size, 3, *size, device=device)
-    print(f"\n{memory_as_text(memory_of(place(network, device), images), args.batch_size, device)}")
+    print(f"\n{memory_as_text(memory_of(to_device(network, device), images), args.batch_size, device)}")
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Write small data sets in the layouts of ImageNet, ADE20K and COCO, to try everything without a download.
+"""Write small data sets in the layouts of ImageNet, ADE20K and COCO, for trying everything without a download.
 
     python tools/make_demo_data.py --out DIR
 
@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from sepvit_lib.inference.packages import require
-from sepvit_lib.training.commands import Parser, path, run_command
-from sepvit_lib.training.errors import UserError
+from sepvit_lib.common.command_line import Parser, path, run_command
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.common.packages import require
 
 DIGITS = 10
 SCENE_SIZE = (128, 160)  # rows and columns, in pixels
@@ -69,7 +69,7 @@ def split_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def digit_pixels(image: np.ndarray) -> np.ndarray:
-    """The pixels of scikit-learn's image of a digit, 8 × 8, 0 to 16, as 0 to 255."""
+    """Scale scikit-learn's image of a digit, 8 × 8, from 0 to 16 to 0 to 255."""
     return (image * (255 / 16)).round().astype(np.uint8)
 
 
@@ -105,7 +105,7 @@ def photographs(split: str) -> list[np.ndarray]:
 
 
 def compose_scenes(counts: dict[str, int] = SCENES) -> dict[str, list[Scene]]:
-    """Compose a number of scenes of each split. Each call composes the same ones."""
+    """Compose a number of scenes for each split. Every call returns the same scenes."""
     digits, scenes = load_digits(), {}
     for seed, ((split, count), indices) in enumerate(zip(counts.items(), split_digits())):
         rng, backgrounds = np.random.default_rng(seed), photographs(split)
@@ -117,7 +117,7 @@ def compose_scenes(counts: dict[str, int] = SCENES) -> dict[str, list[Scene]]:
 def compose_scene(
     rng: np.random.Generator, digits: np.ndarray, labels: np.ndarray, backgrounds: list[np.ndarray]
 ) -> Scene:
-    """Put one to four bright digits on a random part of a darkened photograph, at random places, sizes and colours.
+    """Put one to four bright digits on a random part of a darkened photograph, at random positions, sizes and colours.
 
     Args:
         rng: the random number generator.
@@ -127,13 +127,13 @@ def compose_scene(
     """
     height, width = SCENE_SIZE
     photograph = backgrounds[rng.integers(len(backgrounds))]
-    least = max(height / photograph.shape[0], width / photograph.shape[1])
-    zoom = rng.uniform(least, max(least, 1.0))
+    min_zoom = max(height / photograph.shape[0], width / photograph.shape[1])
+    zoom = rng.uniform(min_zoom, max(min_zoom, 1.0))
     rows, columns = int(height / zoom), int(width / zoom)
     top, left = rng.integers(photograph.shape[0] - rows + 1), rng.integers(photograph.shape[1] - columns + 1)
     part = Image.fromarray(photograph[top : top + rows, left : left + columns])
     image = 0.6 * np.asarray(part.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
-    most = rng.integers(1, 5)
+    max_digits = rng.integers(1, 5)
     instances: list[Instance] = []
     taken = np.zeros(SCENE_SIZE, dtype=bool)
     for _ in range(2 * DIGITS):  # attempts
@@ -141,7 +141,7 @@ def compose_scene(
         top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
         if taken[top : top + side, left : left + side].any():
             continue
-        if len(instances) == most:
+        if len(instances) == max_digits:
             break
         taken[top : top + side, left : left + side] = True
         strokes = Image.fromarray(np.pad(digits[index] / 16, 1).astype(np.float32))  # 10 × 10
@@ -241,7 +241,7 @@ def main(args: argparse.Namespace) -> None:
         counts = write_coco(coco, scenes)
         print(f"{coco}: the same scenes, {counts['training']} and {counts['validation']} digits with boxes and masks")
     except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); name another folder") from None
+        raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); choose another folder") from None
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
     python tools/show_demo.py --run DIR [--least 95]
 
-The exit status is 1 if the two figures differ, or if the top-1 is below `--least`.
+The exit status is 1 if the two values differ, or if the top-1 is below `--least`.
 """
 
 if not __package__:
@@ -12,8 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from sepvit_lib.training.commands import Parser, number, path, run_command
-from sepvit_lib.training.errors import UserError
+from sepvit_lib.common.command_line import Parser, number, path, run_command
+from sepvit_lib.common.errors import UserError
 
 
 def read_top1(run: str, name: str, advice: str) -> float:
@@ -38,13 +38,12 @@ def build_parser() -> Parser:
     """Make the command's parser."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=path, required=True, metavar="DIR", help="the run's output folder")
-    least = "top-1 (%%) that the demo has to reach"
-    parser.add_argument("--least", type=number(float, 0, 100), default=95.0, help=least)
+    parser.add_argument("--least", type=number(float, 0, 100), default=95.0, help="minimum top-1 (%%), default 95")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the figures.
+    """Print both values.
 
     Raises:
         UserError: the folder does not contain them.
@@ -56,16 +55,16 @@ def main(args: argparse.Namespace) -> None:
     print(f"top-1 of the checkpoint, by --eval:    {evaluated:.2f} %")
     print(f"loss, accuracy and learning rate:      {Path(args.run) / 'curves.png'}")
     if trained != evaluated:
-        sys.exit("the two figures differ")
+        sys.exit("the two values of top-1 differ")
     if trained < args.least:
-        sys.exit(f"below the {args.least:g} % that the demo has to reach")
+        sys.exit(f"below the {args.least:g} % that the demo must reach")
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command. Returns its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C.
 
     Raises:
-        SystemExit: the figures differ, or are too low.
+        SystemExit: the values differ, or are too low.
     """
     parser = build_parser()
     return run_command("show_demo.py", lambda: main(parser.parse_args(arguments)), parser)

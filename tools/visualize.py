@@ -1,4 +1,4 @@
-"""Draw what a SepViT attends to and has learned, on an image.
+"""Visualise what a SepViT attends to and has learned, on an image.
 
     python tools/visualize.py IMAGE --resume PATH --out DIR [--window ROW COLUMN | --window all] [--figures NAME …]
 
@@ -9,10 +9,10 @@ PATH is a checkpoint of main.py, a published one, a folder in timm's layout, or 
 * inside: the pixels of that window that its window token and its central pixel attend to, by block and head;
 * tokens: similarity of the learned window tokens;
 * features: the stages' feature maps;
-* attribution: the pixels that speak for the predicted class.
+* attribution: the pixels that support the predicted class.
 
-Windows are counted from 0, from the top and left, on the grid of the finest block. The default is the window in the
-middle. Attention is checked: rows sum to one, and each block's output, recomputed from them, equals the network's.
+Window indices start from 0 at the top left, on the grid of the finest block. The default is the central window.
+Attention is checked: rows sum to one, and each block's output, recomputed from it, matches the network's.
 """
 
 if not __package__:
@@ -33,6 +33,9 @@ from PIL import Image
 from torch import Tensor
 
 from sepvit import SepViT, SepViTStages
+from sepvit_lib.common.command_line import Parser, path, positive_int, run_command
+from sepvit_lib.common.errors import UserError, one_line
+from sepvit_lib.common.storage import make_folder
 from sepvit_lib.inference import exported
 from sepvit_lib.inference.attention import BlockAttention, record_attention, rollout
 from sepvit_lib.inference.backbones import load_backbone
@@ -40,23 +43,20 @@ from sepvit_lib.inference.classifier import load_classifier
 from sepvit_lib.inference.images import PLACEHOLDER, read_image
 from sepvit_lib.inference.maps import attribution, principal_components, token_similarity
 from sepvit_lib.inference.pictures import write_picture
-from sepvit_lib.training.commands import Parser, path, positive_int, run_command
-from sepvit_lib.training.errors import UserError, one_line
-from sepvit_lib.training.preprocessing import Preprocessing
-from sepvit_lib.training.storage import make_folder
-from tools import visualize_figures as figures
-from tools.visualize_figures import Subject
+from sepvit_lib.pipeline.preprocessing import Preprocessing
+from tools.visualizing import figures
+from tools.visualizing.figures import Subject
 
 ALL = "all"
-DPI = {"png": 200, "pdf": 300}  # for a PDF, of the images in it
-MAX_WINDOWS = 400  # for which one figure holds a map each
-MAX_NAME = 40  # characters of a file's or class's name in titles
-SHORTER_SIDE = 512  # pixels that a dense form gets at most by default, as in the configs for ADE20K
+DPI = {"png": 200, "pdf": 300}  # for a PDF, that of embedded images
+MAX_WINDOWS = 400  # in a figure with one map per window
+MAX_NAME = 40  # characters of a file or class name in titles
+SHORTER_SIDE = 512  # default maximum in pixels for a dense form, as in the configs for ADE20K
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A trained network, and how an image becomes its input.
+    """A trained network with its preprocessing.
 
     Attributes:
         network: either form.
@@ -73,15 +73,15 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Scene:
-    """A network on an image: what the figures are drawn from.
+    """A network's results on an image, from which the figures are drawn.
 
     Attributes:
         network: the network.
-        inputs: the image as the network takes it, 1 × 3 × H × W.
+        inputs: the preprocessed image, 1 × 3 × H × W.
         blocks: the attention of its blocks.
-        chosen: the blocks that get figures by head.
-        subject: what the figures show of all this.
-        label: index and name of the class that pixels are attributed to; None for the dense form.
+        chosen: the blocks that have figures by head.
+        subject: image, title and chosen window of the figures.
+        label: index and name of the class that is attributed to pixels; None for the dense form.
     """
 
     network: SepViTStages
@@ -98,27 +98,27 @@ class Scene:
 
 
 def load(args: argparse.Namespace) -> tuple[Loaded, Image.Image]:
-    """Load the network, and the image as it was trained to read it.
+    """Load the network, and read the image as in its training.
 
     Raises:
-        UserError: the file holds no network with attention to show, or a setting is not for it.
+        UserError: the file contains no network with attention to show, or a setting does not apply to it.
     """
     what = f"--resume {args.resume}"
     if exported.kind_of(Path(args.resume)):
-        raise UserError(f"{what}: an exported model, without attention; name the checkpoint that it was exported from")
+        raise UserError(f"{what}: an exported model, without attention; pass the checkpoint that it was exported from")
     if not Path(args.resume).is_dir() and (backbone := load_backbone(args.resume, what, args.averaged)):
         if args.label:
-            raise UserError(f"--class {args.label}: {what} holds a backbone, which has no classes; omit it")
+            raise UserError(f"--class {args.label}: {what} contains a backbone, which has no classes; omit it")
         image = read_image(args.image, f"{PLACEHOLDER} {args.image}", backbone.orientation)
         preprocessing = dense_preprocessing(image, args.input_size)
         return Loaded(backbone.network, f"{backbone.variant}, dense form", preprocessing), image
     if args.input_size:
         size = " ".join(map(str, args.input_size))
-        raise UserError(f"--input-size {size}: {what} holds a classifier, which takes its own image size; omit it")
+        raise UserError(f"--input-size {size}: {what} contains a classifier, whose image size is fixed; omit it")
     classifier = load_classifier(args.resume, args.model, args.averaged)
     network, description = classifier.network, classifier.description
     if not isinstance(network, SepViT):
-        raise UserError(f"{what}: holds {description.model}, not a SepViT, whose attention this command draws")
+        raise UserError(f"{what}: contains {description.model}, not a SepViT; choose a SepViT checkpoint")
     image = read_image(args.image, f"{PLACEHOLDER} {args.image}", description.orientation)
     return Loaded(network, description.model, description.preprocessing, description.classes), image
 
@@ -128,7 +128,7 @@ def dense_preprocessing(image: Image.Image, size: Sequence[int] | None) -> Prepr
 
     Args:
         image: the image.
-        size: height and width; None for the whole image, made smaller if its shorter side exceeds `SHORTER_SIDE`.
+        size: height and width; None for the whole image, downscaled if its shorter side exceeds `SHORTER_SIDE`.
     """
     height, width = image.height, image.width
     if size is None:
@@ -161,11 +161,11 @@ def shortened(text: str) -> str:
 
 
 def chosen_pixel(window: Sequence[str], network: SepViTStages, size: tuple[int, int]) -> tuple[float, float] | None:
-    """Middle of the window of `--window` in image pixels; None for all windows.
+    """Centre of the window of `--window` in image pixels; None for all windows.
 
     Args:
-        window: the words of the setting.
-        network: the network, whose finest grid of windows counts.
+        window: arguments of the setting.
+        network: the network, whose finest grid of windows is used.
         size: height and width of the image.
 
     Raises:
@@ -178,7 +178,7 @@ def chosen_pixel(window: Sequence[str], network: SepViTStages, size: tuple[int, 
     flag = f"--window {' '.join(window)}"
     if list(window) == [ALL]:
         if rows * columns > MAX_WINDOWS:
-            raise UserError(f"{flag}: {rows} × {columns} windows are too many to draw a map for each; name one")
+            raise UserError(f"{flag}: {rows} × {columns} windows are too many to draw a map for each; choose one")
         return None
     if not window:
         return (rows // 2 + 0.5) * side, (columns // 2 + 0.5) * side
@@ -191,7 +191,7 @@ def chosen_pixel(window: Sequence[str], network: SepViTStages, size: tuple[int, 
 
 
 def chosen_blocks(names: Sequence[str], blocks: list[BlockAttention]) -> list[BlockAttention]:
-    """The blocks of `--blocks`; by default the last one of each stage and window side.
+    """The blocks of `--blocks`; by default the last one of each stage and window size.
 
     Raises:
         UserError: there is no such block.
@@ -213,7 +213,7 @@ def short(block: BlockAttention) -> str:
 
 
 def observe(args: argparse.Namespace, loaded: Loaded, image: Image.Image) -> Scene:
-    """Run the network on the image, and report what it sees.
+    """Run the network on the image, and print its prediction.
 
     Raises:
         UserError: the command line names a class, window or block that does not exist.
@@ -235,7 +235,7 @@ def observe(args: argparse.Namespace, loaded: Loaded, image: Image.Image) -> Sce
     print(f"attention of {len(blocks)} blocks: rows sum to one; outputs recomputed from it differ by {difference:.0e}")
     crop = np.asarray(loaded.preprocessing.crop(image))
     title = f"{shortened(one_line(Path(args.image).name))} · {loaded.name}{prediction}"
-    subject = Subject(crop, title.replace("$", r"\$"), pixel)  # matplotlib would take it for the begin of a formula
+    subject = Subject(crop, title.replace("$", r"\$"), pixel)  # matplotlib would parse it as the start of a formula
     return Scene(loaded.network, inputs, blocks, chosen_blocks(args.blocks, blocks), subject, label)
 
 
@@ -243,7 +243,7 @@ def observe(args: argparse.Namespace, loaded: Loaded, image: Image.Image) -> Sce
 # Figures
 # ----------------------------------------------------------------------------------------------------------------------
 
-Drawings = Mapping[str, Callable[[], Figure]]  # functions that draw, by the name of the figure
+Drawings = Mapping[str, Callable[[], Figure]]  # drawing functions, by name of the figure
 
 
 def among(scene: Scene) -> Drawings | str:
@@ -262,7 +262,7 @@ def among(scene: Scene) -> Drawings | str:
 def inside(scene: Scene) -> Drawings | str:
     """Figures of attention inside a window, or why there are none."""
     if scene.subject.pixel is None:
-        return "shows one window; name it with --window ROW COLUMN"
+        return "it shows a single window; choose one with --window ROW COLUMN"
     return {f"inside-{short(block)}": partial(figures.inside_figure, scene.subject, block) for block in scene.chosen}
 
 
@@ -290,7 +290,7 @@ def features(scene: Scene) -> Drawings:
 
 
 def attributed(scene: Scene) -> Drawings | str:
-    """The figure of the pixels that speak for a class, or why there is none."""
+    """The figure of the pixels that support a class, or why there is none."""
     if scene.label is None or not isinstance(scene.network, SepViT):
         return "a backbone has no classes"
     index, name = scene.label
@@ -326,7 +326,7 @@ def plan(scene: Scene, args: argparse.Namespace) -> Iterator[tuple[Path, Callabl
         for name, draw in drawings.items():
             file = Path(args.out) / f"{Path(args.image).stem}-{name}.{args.format}"
             if file.exists() and not args.overwrite:
-                raise UserError(f"--out {args.out}: {file} exists; name another folder, or replace it with --overwrite")
+                raise UserError(f"--out {args.out}: {file} exists; choose another folder, or pass --overwrite")
             yield file, draw
 
 
@@ -342,20 +342,20 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("image", type=path, metavar=PLACEHOLDER, help="an image")
     add("--resume", required=True, type=path, metavar="PATH", help="checkpoint of a classifier, segmentor or detector")
-    add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not tell it")
+    add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not specify it")
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
     add("--out", required=True, type=path, metavar="DIR", help="folder for the figures")
-    add("--overwrite", action="store_true", help="replace figures that are in DIR already")
+    add("--overwrite", action="store_true", help="replace existing figures in DIR")
     add("--format", choices=tuple(DPI), default="png", help="png (200 dpi, the default), or pdf (vectors)")
-    figures = f"what to draw: {', '.join(KINDS)}; default all that PATH has"
+    figures = f"figures to draw: {', '.join(KINDS)}; default all that apply to PATH"
     add("--figures", nargs="+", choices=KINDS, default=list(KINDS), metavar="NAME", help=figures)
-    window = "the window, or all for the attention of every one; default the one in the middle"
+    window = "the window, or all for the attention of every window; default the central one"
     add("--window", nargs="+", default=[], metavar="ROW COLUMN", help=window)
-    blocks = "blocks to draw by head, or all; default the last of each stage and window side"
+    blocks = "blocks to draw by head, or all; default the last of each stage and window size"
     add("--blocks", nargs="+", default=[], metavar="STAGE.BLOCK", help=blocks)
-    label = "class to attribute pixels to, name or number; default the predicted one"
+    label = "class to attribute to pixels, by name or number; default the predicted one"
     add("--class", dest="label", default="", metavar="CLASS", help=label)
-    size = f"for backbones: scale and crop to this; default the whole image, its shorter side at most {SHORTER_SIDE}"
+    size = f"for backbones: resize and crop to this; default the whole image, its shorter side at most {SHORTER_SIDE}"
     add("--input-size", nargs=2, type=positive_int, metavar=("H", "W"), help=size)
     return parser
 

@@ -1,5 +1,6 @@
+# The paper's result: 48.0 box AP, 43.8 mask AP, 261 GFLOPs at 800 × 1280.
 _base_ = [
-    "../../sepvit_lib/dense/configs/sepvit.py",
+    "../../sepvit_lib/mm/configs/sepvit.py",
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
     "mmdet::_base_/datasets/coco_instance.py",
     "_base_/multi_scale.py",

@@ -1,1 +1,1 @@
-"""What `predict.py`, and `visualize.py`, `export.py` and `app.py` of `tools/` share: from an image to a prediction."""
+"""Inference with trained networks, shared by `predict.py` and the tools."""

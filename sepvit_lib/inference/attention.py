@@ -1,8 +1,7 @@
-"""The attention of a network's blocks on given images, among windows and inside them, and its rollout over blocks.
+"""Record attention among and inside windows on given images, and compute its rollout over blocks.
 
-Nothing is computed by a copy of the network. Hooks see what goes into each attention module and what comes out. The
-weights come from the module's own methods, and so does an output that is recomputed from them. It has to equal the
-module's.
+No copy of the network is involved. Forward hooks capture the inputs and the output of each attention module. The
+module's own methods compute the weights, and an output recomputed from them, which must equal the module's.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepvit import SeparableSelfAttention, SepViTStages, window_weights
+from sepvit import SeparableSelfAttention, SepViTStages, window_reverse, window_weights
 
-# Largest difference of a recomputed output, relative to the output's largest value, and of a row's sum from one.
+# Maximum difference of a recomputed output, relative to the output's largest value, and of a row's sum from one.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -62,13 +61,13 @@ class BlockAttention:
             ValueError: the block has a single window.
         """
         if self.among is None:
-            raise ValueError(f"{self.name} has a single window, so no attention among windows")
+            raise ValueError(f"{self.name} has a single window, so there is no attention among windows")
         return self.among.mean(dim=1)
 
     def window_at(self, row: float, column: float) -> tuple[int, int]:
         """Row and column of the window that an image pixel is in; the nearest window for pixels outside the grid."""
-        places = zip((row, column), self.grid)
-        rows, columns = (min(max(int(place // self.stride), 0), count - 1) for place, count in places)
+        pairs = zip((row, column), self.grid)
+        rows, columns = (min(max(int(pixel // self.stride), 0), count - 1) for pixel, count in pairs)
         return rows, columns
 
 
@@ -85,15 +84,15 @@ def record_attention(
     Args:
         network: a SepViT in either form, or any module that contains one, such as a segmentor.
         images: B × C_in × H × W, or whatever `run` takes.
-        run: runs the network; None to call it with the images. It may leave blocks out.
+        run: runs the network; None to call it with the images. It may skip blocks.
 
     Raises:
-        ValueError: the network holds no SepViT, is in training mode, or ran none of its blocks, or one of them twice.
+        ValueError: the network has no SepViT, is in training mode, or ran none of its blocks, or one of them twice.
         RuntimeError: rows of weights do not sum to one, or the output recomputed from them is not the network's.
     """
     blocks = _named_blocks(network)
     if not blocks:
-        raise ValueError(f"{type(network).__name__} holds no SepViT, whose attention could be recorded")
+        raise ValueError(f"{type(network).__name__} contains no SepViT, so there is no attention to record")
     if any(attention.training for attention, _ in blocks.values()):
         raise ValueError("the network is in training mode, in which dropout changes its attention; call eval() first")
     records: dict[str, BlockAttention] = {}
@@ -133,13 +132,15 @@ def _attention_of(
     q, k, v = attention.depthwise_heads(z)  # each B·n × h × T × d
     inside = window_weights(q, k)  # B·n × h × T × T
     a = attention.join_heads(inside.to(v.dtype) @ v, z)  # B × n × T × C
-    among, f = None, a
+    among, has_token = None, attention.has_window_tokens
     if attention.PSA_qk is not None:
         among = attention.pointwise_weights(a)  # B × h × n × n
-        f = attention.mix_windows(among, a)  # B × h × n × L·d
+        x = attention.heads_to_map(attention.mix_windows(among, a), H, W)  # B × H × W × C
+    else:
+        x = window_reverse(a[:, :, 1:] if has_token else a, w, H, W)  # B × H × W × C
     weights = [inside] if among is None else [inside, among]
-    difference = _check(name, weights, attention.project(f, H, W), output)
-    inside, has_token = inside.unflatten(0, (B, n)), among is not None
+    difference = _check(name, weights, attention.project(x), output)
+    inside = inside.unflatten(0, (B, n))
     grid, among = (-(-H // w), -(-W // w)), among if n > 1 else None
     return BlockAttention(name, stage, grid, w, (H, W), among, inside, has_token, difference)
 
@@ -153,10 +154,10 @@ def _check(name: str, weights: Sequence[Tensor], recomputed: Tensor, output: Ten
     tolerance = TOLERANCES[output.dtype]
     for rows in weights:
         excess = (rows.double().sum(dim=-1) - 1).abs().max().item()
-        if not excess <= tolerance:  # also if it is not a number
+        if not excess <= tolerance:  # also if it is NaN
             raise RuntimeError(f"{name}: a row of attention weights sums to one only within {excess:.1g}")
-    largest = output.double().abs().max().item()
-    difference = (recomputed.double() - output.double()).abs().max().item() / max(largest, 1e-30)
+    max_output = output.double().abs().max().item()
+    difference = (recomputed.double() - output.double()).abs().max().item() / max(max_output, 1e-30)
     if not difference <= tolerance:
         raise RuntimeError(f"{name}: the output recomputed from its attention differs by {difference:.1g}")
     return difference
@@ -172,8 +173,8 @@ class Rollout:
     """Attention among windows through several blocks, on a common grid of m cells.
 
     Attributes:
-        weights: B × m × m, rows sum to one. Row i holds how much cell i after the last block has of each cell before
-            the first one.
+        weights: B × m × m, rows sum to one. Row i is the contribution of each cell before the first block to cell i
+            after the last one.
         grid: rows and columns of cells.
         stride: image pixels per side of a cell. Cells in the last row and column may reach beyond the image.
     """
@@ -189,13 +190,13 @@ def rollout(blocks: Sequence[BlockAttention]) -> Rollout:
     Each block contributes (P + I) / 2, where P is its attention among windows, averaged over heads. The shortcut adds
     the identity in this network too, which computes (P + I) @ f.
 
-    Grids differ between blocks. The common one is the finest, of m cells, and areas bring the others to it. A cell
-    attends as the windows do that it overlaps, in proportion to the overlaps: A, m × n, rows sum to one. The weight of
-    a window spreads evenly over its area: D, n × m. So P becomes A P D, m × m. Weight on padding is dropped, and rows
-    are divided by their sums. The identity stays that of the cells: the shortcut leaves pixels where they are.
+    Grids differ between blocks. The common grid is the finest, of m cells; the others are resampled to it by area. A
+    cell attends like the windows that it overlaps, in proportion to the overlaps: A, m × n, rows sum to one. A window's
+    weight is spread evenly over its area: D, n × m. So P becomes A P D, m × m. Weight on padding is dropped, and rows
+    are divided by their sums. The identity remains that of the cells: the shortcut does not move pixels.
 
     Blocks with a single window have no attention among windows, and are skipped. Attention inside windows and
-    convolutions, which mix neighbours, are not counted.
+    convolutions, which mix neighbours, are ignored.
 
     Args:
         blocks: the attention of blocks, in the order in which they ran.
@@ -227,7 +228,7 @@ def _overlaps(extent: int, cell: int, window: int) -> Tensor:
     Args:
         extent: length of the image.
         cell: length of a cell. The first starts at 0.
-        window: length of a window, likewise.
+        window: length of a window. The first starts at 0, too.
     """
     cells, windows = (torch.arange(0, extent, side, dtype=torch.float64) for side in (cell, window))
     ends = torch.minimum((cells + cell)[:, None], (windows + window)[None]).clamp(max=extent)

@@ -1,4 +1,4 @@
-"""SepViT's dense form from a checkpoint of a whole segmentor or detector, read without their libraries."""
+"""Load SepViT's dense form from a checkpoint of a segmentor or detector, without mmseg and mmdet."""
 
 import pickle
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ from typing import Any
 import torch
 
 from sepvit import SepViTDense, create_dense, entries_under, variant_of
-from sepvit_lib.training import checkpoints
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.images import EXIF, orientation_for
-from sepvit_lib.training.networks import place
+from sepvit_lib.common.errors import UserError, setting
+from sepvit_lib.networks import to_device
+from sepvit_lib.pipeline.image_files import EXIF, orientation_for
+from sepvit_lib.run import checkpoints
 
 
 class _Log:
-    """Stands for mmengine's `HistoryBuffer`, in which its checkpoints keep the log, which nobody reads here."""
+    """Placeholder for mmengine's `HistoryBuffer`, the log in its checkpoints, which is not read here."""
 
 
 def _log_statistic(owner: type, name: str) -> str:
-    """Stands for `getattr`, by which mmengine's log refers to methods of `HistoryBuffer`.
+    """Placeholder for `getattr`, with which mmengine's log refers to methods of `HistoryBuffer`.
 
     Raises:
         pickle.UnpicklingError: anything else is requested.
@@ -56,10 +56,10 @@ def load_backbone(path: str, what: str, averaged: bool = False) -> Backbone | No
     Args:
         path: path or https address of a checkpoint of mmengine, or of bare weights.
         what: flag and path, for messages.
-        averaged: take the averaged weights.
+        averaged: use the averaged weights.
 
     Returns:
-        the backbone; None if the checkpoint holds no dense form.
+        the backbone; None if the checkpoint contains no dense form.
 
     Raises:
         UserError: the file is missing, damaged or not a checkpoint, would run code, or its weights do not fit.
@@ -71,8 +71,8 @@ def load_backbone(path: str, what: str, averaged: bool = False) -> Backbone | No
     if variant is None or not any(name.startswith("norm_list.") for name in own):  # which only the dense form has
         return None
     if averaged and not checkpoints.has_averaged_weights(checkpoint):
-        raise UserError(f"{what}: has no averaged weights; take the others")
+        raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")
     network = create_dense(variant)
-    checkpoints.load_weights(network, own, what, variant_hint="name another checkpoint")
-    place(network, torch.device("cpu")).eval()
+    checkpoints.load_weights(network, own, what, variant_hint="choose another checkpoint")
+    to_device(network, torch.device("cpu")).eval()
     return Backbone(variant, network, orientation_for(checkpoint.get("reading")))

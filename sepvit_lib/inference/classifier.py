@@ -1,4 +1,4 @@
-"""A trained classifier with all that an image needs on its way to class probabilities."""
+"""A trained classifier with its preprocessing and class names."""
 
 import json
 import re
@@ -17,25 +17,26 @@ from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 
 from sepvit import VARIANTS, entries_under, variant_of
+from sepvit_lib.common.errors import UserError, setting
+from sepvit_lib.common.saved_settings import img_size_of, settings_in
 from sepvit_lib.inference import exported
-from sepvit_lib.training import checkpoints
-from sepvit_lib.training.errors import UserError, setting
-from sepvit_lib.training.images import EXIF, orientation_for
-from sepvit_lib.training.networks import create_network, place
-from sepvit_lib.training.preprocessing import Preprocessing
-from sepvit_lib.training.state import Precision
+from sepvit_lib.networks import create_network, to_device
+from sepvit_lib.pipeline.image_files import EXIF, orientation_for
+from sepvit_lib.pipeline.preprocessing import Preprocessing
+from sepvit_lib.run import checkpoints
+from sepvit_lib.run.state import Precision
 
 CONFIG = "config.json"  # of a model's folder in timm's layout
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a classifier predicts, and from what. Exported files hold it as JSON.
+    """Description of a classifier's inputs and outputs. Exported files contain it as JSON.
 
     Attributes:
         model: timm's name of the network.
         classes: names of the classes, in the order of the outputs.
-        preprocessing: how an image becomes its input.
+        preprocessing: transform from an image to its input.
         orientation: 'exif' to turn images upright, or 'stored'.
     """
 
@@ -50,10 +51,10 @@ class Description:
 
     @classmethod
     def from_json(cls, text: str) -> "Description":
-        """Read what `to_json` returned.
+        """Read the output of `to_json`.
 
         Raises:
-            ValueError: the text is something else.
+            ValueError: the text is not a description.
         """
         try:
             fields = json.loads(text)
@@ -65,7 +66,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Makes a classifier's input of an image. Loader workers get a copy.
+    """Turns an image into a classifier's input. Loader workers get a copy.
 
     Attributes:
         preprocessing: see `Description`.
@@ -87,10 +88,10 @@ class Classifier:
     """A trained classifier.
 
     Attributes:
-        description: what it predicts, and from what.
-        prepare: makes its input of an RGB image.
-        run: computes logits, B × classes, from inputs, B × 3 × H × W, or from the pixels of one image, as `prepare`
-            makes them.
+        description: its inputs and outputs.
+        prepare: turns an RGB image into its input.
+        run: computes logits, B × classes, from inputs, B × 3 × H × W, or from the pixels of one image, as returned by
+            `prepare`.
         network: the network itself; None for an exported file.
         is_named: whether the names of its classes are known. Otherwise they are numbers, or ImageNet's.
     """
@@ -105,7 +106,7 @@ class Classifier:
         """Compute logits, images × classes, in float32 on the CPU.
 
         Args:
-            inputs: what `prepare` made of each image.
+            inputs: the output of `prepare` for each image.
         """
         if self.prepare.takes_pixels:
             return torch.cat([self.run(pixels).float().cpu() for pixels in inputs])
@@ -124,18 +125,18 @@ class Classifier:
 def load_classifier(
     path: str, model: str = "", averaged: bool = False, precision: Precision | None = None, what: str = ""
 ) -> Classifier:
-    """Load a classifier from whatever holds one.
+    """Load a classifier from a checkpoint, a folder or an exported file.
 
     Args:
         path: a checkpoint of main.py, a published one or bare weights (a path or an https address), a folder in timm's
             layout, or an exported file.
-        model: timm's name of the network, for files that do not tell it.
-        averaged: take the averaged weights.
+        model: timm's name of the network, for files that do not specify it.
+        averaged: use the averaged weights.
         precision: device and number format; None for float32 on the CPU.
-        what: names the file in messages; by default the setting `resume` and the path.
+        what: name of the file in messages; by default the setting `resume` and the path.
 
     Raises:
-        UserError: the file is missing, damaged, holds no classifier or another one, or needs a missing package.
+        UserError: the file is missing or damaged, has no classifier or a different one, or needs a missing package.
     """
     precision = precision or Precision(torch.device("cpu"), None)
     what = what or setting("resume", path)
@@ -156,7 +157,7 @@ def load_classifier(
 def _classifier(
     network: nn.Module, description: Description, names: Sequence[str] | None, precision: Precision
 ) -> Classifier:
-    place(network, precision.device).eval()
+    to_device(network, precision.device).eval()
 
     def run(images: Tensor) -> Tensor:
         with torch.inference_mode(), precision.autocast():
@@ -175,12 +176,12 @@ def _exported(path: str, kind: exported.Kind, what: str, precision: Precision) -
 
 
 def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description, Sequence[str] | None]:
-    """Load a folder in timm's layout. Returns also the names of the classes, if it has them."""
+    """Load a folder in timm's layout. Also returns the names of the classes, if it has them."""
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{what}: a folder without {CONFIG}; name a checkpoint in it, or a folder of save_for_hf")
+        raise UserError(f"{what}: a folder without {CONFIG}; choose a checkpoint in it, or a folder of save_for_hf")
     try:
         network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except Exception as error:  # of any type, for files that are damaged or of other networks
+    except Exception as error:  # of any type, for damaged files or other networks
         raise UserError(f"{what}: timm cannot load it ({' '.join(str(error).split())[:200]})") from None
     fields = network.pretrained_cfg
     orientation = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("orientation", EXIF)
@@ -192,7 +193,7 @@ def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description, Seque
 def _from_checkpoint(
     path: str, model: str, averaged: bool, what: str
 ) -> tuple[nn.Module, Description, Sequence[str] | None]:
-    """Load a checkpoint. Returns also the names of the classes, if it has them."""
+    """Load a checkpoint. Also returns the names of the classes, if it has them."""
     checkpoint = checkpoints.read_checkpoint(path, what)
     if averaged and not checkpoints.has_averaged_weights(checkpoint):
         raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")
@@ -200,9 +201,9 @@ def _from_checkpoint(
     name = _model_name(model, checkpoint, weights, what)
     num_classes = _count_classes(name, weights, what)
     default: Any = get_pretrained_cfg_value(name, "input_size")
-    size = checkpoints.settings_in(checkpoint).get("input_size") or default[-1]
+    size = settings_in(checkpoint).get("input_size") or default[-1]
     network = create_network(f"{what}, model {name}", name, num_classes, size)
-    hint, img_size = f"name it with {setting('model')}", checkpoints.img_size_of(checkpoint)
+    hint, img_size = f"name it with {setting('model')}", img_size_of(checkpoint)
     checkpoints.load_weights(network, weights, what, variant_hint=hint, img_size=img_size)
     names = checkpoint.get("classes")
     preprocessing, orientation = Preprocessing.of_weights(checkpoint, name, size), checkpoint.get("reading")
@@ -211,13 +212,13 @@ def _from_checkpoint(
 
 
 def _model_name(model: str, checkpoint: Mapping[str, Any], weights: dict[str, Tensor], what: str) -> str:
-    """Find the network's name: the given one, the settings', or the SepViT that the weights are of."""
-    name = model or checkpoints.settings_in(dict(checkpoint)).get("model") or variant_of(weights)
+    """Find the network's name: the given one, the one in the checkpoint's settings, or the variant of its weights."""
+    name = model or settings_in(dict(checkpoint)).get("model") or variant_of(weights)
     if not name:
         if variant := variant_of(entries_under(weights, "backbone")):
             advice = "use segmentation/predict.py or detection/predict.py"
-            raise UserError(f"{what}: holds a segmentor or detector with {variant}, not a classifier; {advice}")
-        raise UserError(f"{what}: does not tell its model; name it with {setting('model')}")
+            raise UserError(f"{what}: contains a segmentor or detector with {variant}, not a classifier; {advice}")
+        raise UserError(f"{what}: does not specify its model; name it with {setting('model')}")
     if not timm.is_model(name):
         raise UserError(f"{setting('model', name)}: unknown; choose {', '.join(VARIANTS)}, or a timm model")
     return name
@@ -227,14 +228,14 @@ def _count_classes(name: str, weights: Mapping[str, Tensor], what: str) -> int:
     heads = get_pretrained_cfg_value(name, "classifier")
     found = checkpoints.classifier_of(weights, heads)
     if not found:
-        raise UserError(f"{what}: holds no classifier ({name} has it in {heads}); fine-tune it with main.py first")
+        raise UserError(f"{what}: contains no classifier ({name} has it in {heads}); fine-tune it with main.py first")
     return len(weights[found[0]])
 
 
 def class_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """Names of the classes as people know them: ImageNet's words for its codes, and numbers where nothing is known.
+    """Readable names of the classes: ImageNet's words for its codes, and numbers if names are unknown.
 
-    Classes of the same name have their code, or their number, after it.
+    Duplicate names are followed by the code or the number of the class.
 
     Args:
         names: names of the classes in the data set; None if unknown, which for 1000 classes means ImageNet's.

@@ -1,4 +1,4 @@
-"""Classifiers exported to files (tools/export.py), opened by the runtime of each kind."""
+"""Open classifiers exported by tools/export.py, each kind with its runtime."""
 
 import logging
 import warnings
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepvit_lib.inference.packages import require
-from sepvit_lib.training.devices import available_cores
-from sepvit_lib.training.errors import UserError
+from sepvit_lib.common.devices import available_cores
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.common.packages import require
 
 DESCRIPTION = "description.json"  # in PyTorch's archives
 METADATA = "sepvit"  # name of the description in the metadata of ONNX, OpenVINO and AOTInductor
 NUMBER_FORMAT = "number_format"
-MAX_SHAPES = 4  # of batches, for which a model is kept compiled
+MAX_SHAPES = 4  # batch shapes with a cached compiled model
 
 
 class Kind(Enum):
@@ -33,7 +33,7 @@ class Kind(Enum):
     TORCHSCRIPT = "TorchScript"
 
 
-PACKAGES = {Kind.ONNX: ("onnxruntime",), Kind.OPENVINO: ("openvino",)}  # what they need besides requirements.txt
+PACKAGES = {Kind.ONNX: ("onnxruntime",), Kind.OPENVINO: ("openvino",)}  # in addition to requirements.txt
 
 Session = Callable[[Tensor], list[Tensor]]
 
@@ -44,8 +44,8 @@ class Opened:
 
     Attributes:
         run: computes logits from its input.
-        description: the text that describes it, "" if it holds none; see `sepvit_lib.inference.classifier.Description`.
-        takes_pixels: whether its input is an image's pixels, H × W × 3, 0 to 255, not normalised images.
+        description: the text that describes it, "" if there is none; see `sepvit_lib.inference.classifier.Description`.
+        takes_pixels: whether its input is an image's pixels, H × W × 3, 0 to 255, instead of normalised images.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -78,7 +78,7 @@ def open_file(path: Path, kind: Kind, what: str, device: torch.device) -> Opened
         path: the file.
         kind: returned by `kind_of`.
         what: flag and path, for messages.
-        device: where PyTorch's kinds compute. The others compute on the CPU.
+        device: device for PyTorch's kinds. The others run on the CPU.
 
     Raises:
         UserError: the file is missing or damaged, or its runtime is not installed.
@@ -125,7 +125,7 @@ def compile_openvino(model: Any, number_format: str, threads: int) -> Any:
 
     Args:
         model: the model.
-        number_format: what to multiply in: 'float32', 'bfloat16', or 'int8', where OpenVINO chooses for the rest.
+        number_format: format of products: 'float32', 'bfloat16', or 'int8', where OpenVINO chooses the others.
         threads: CPU threads.
     """
     import openvino
@@ -164,7 +164,7 @@ def _open_openvino(path: Path, device: torch.device) -> Opened:
 
     @lru_cache(MAX_SHAPES)
     def session(shape: torch.Size) -> Session:
-        """The model compiled for a fixed shape, with which it is up to twice as fast, in int8."""
+        """The model compiled for a fixed shape, which is up to twice as fast in int8."""
         model.reshape(list(shape))
         return run_openvino(compile_openvino(model, stored(NUMBER_FORMAT, "float32"), available_cores()))
 
@@ -177,20 +177,20 @@ def _open_openvino(path: Path, device: torch.device) -> Opened:
 
 
 def _on(device: torch.device | str, network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A network as a function that moves images to its device."""
+    """Function that runs a network in inference mode, on images moved to its device."""
     return torch.inference_mode()(lambda images: network(images.to(device)))
 
 
 def _open_exported_program(path: Path, device: torch.device) -> Opened:
     texts = {DESCRIPTION: ""}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the file's buffers, which nobody writes to
+        warnings.simplefilter("ignore")  # about the file's buffers, which are never written to
         program = torch.export.load(path, extra_files=texts)
     return Opened(_on(device, program.module().to(device)), texts[DESCRIPTION])
 
 
 def _open_aotinductor(path: Path, device: torch.device) -> Opened:
-    # Where there is no GPU, a module that this imports reports it.
+    # Without a GPU, a module that this imports reports it.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch._inductor import aoti_load_package
 

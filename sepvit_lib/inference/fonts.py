@@ -1,4 +1,4 @@
-"""Fonts that have the characters of class names, for all pictures."""
+"""Find fonts that have the characters of class names, for all pictures."""
 
 import sys
 import unicodedata
@@ -15,9 +15,9 @@ INVISIBLE = ("Cc", "Cf", "Cs")  # Unicode's categories of characters without a g
 
 
 def font_file(texts: Iterable[str]) -> str:
-    """Find the file of a font with all characters of some texts: DejaVu Sans, or a font of the system.
+    """Find the file of a font with all characters of some texts: DejaVu Sans, or a system font.
 
-    If there is none, a line says so, once for each script, and DejaVu Sans has to do.
+    If there is none, warn once per script, and use DejaVu Sans.
     """
     return _font_file("".join(sorted(set("".join(texts)))))
 
@@ -49,7 +49,7 @@ def _report(script: str) -> None:
 
 
 def use_in_figures(texts: Iterable[str]) -> None:
-    """Make matplotlib write in a font with all characters of some texts."""
+    """Make matplotlib use a font with all characters of some texts."""
     path = font_file(texts)
     name = font_manager.FontProperties(fname=path).get_name()
     if name not in matplotlib.rcParams["font.sans-serif"]:

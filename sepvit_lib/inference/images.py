@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from sepvit_lib.training.errors import UserError, setting
-from sepvit_lib.training.images import (
+from sepvit_lib.common.errors import UserError, setting
+from sepvit_lib.pipeline.image_files import (
     EXIF,
     IMAGE_SUFFIXES,
     decode,
@@ -30,11 +30,11 @@ PLACEHOLDER = "IMAGE"  # what the commands call an image in their help
 
 
 def read_image(source: str | Path | bytes, what: str, orientation: str = EXIF) -> Image.Image:
-    """Read an image in RGB, upright. See `sepvit_lib.training.images.decode`.
+    """Read an image in RGB, upright. See `sepvit_lib.pipeline.image_files.decode`.
 
     Args:
         source: a path, or a file's content.
-        what: names the image in messages.
+        what: name of the image in messages.
         orientation: 'stored' for a network that was trained on images as stored.
 
     Raises:
@@ -59,7 +59,7 @@ class Task:
 
     Attributes:
         path: its file.
-        inner: its path inside the folder that was named, or its file's name.
+        inner: its path inside the named folder, or its file name.
     """
 
     path: Path
@@ -71,10 +71,10 @@ class Task:
 
 
 def find_images(names: Sequence[str]) -> list[Task]:
-    """Find images by their files, their folders (and folders in these) or glob patterns. Each is found once.
+    """Find images by file, folder (recursively) or glob pattern. Each is found once.
 
     Args:
-        names: what the user named. A pattern's ** matches folders of any depth.
+        names: files, folders and patterns. A pattern's ** matches folders of any depth.
 
     Raises:
         UserError: there is no such file, or a folder or pattern has no image.
@@ -130,10 +130,10 @@ def check_pictures(tasks: Sequence[Task], out: Path, overwrite: bool) -> None:
         picture = task.picture(out)
         other = sources.setdefault(picture, task.path)
         if other != task.path:
-            advice = "rename one, or name the folder that holds both"
+            advice = "rename one, or pass the folder that contains both"
             raise UserError(f"{PLACEHOLDER} {task.path}: would get the same picture as {other}, {picture}; {advice}")
         if picture.resolve() in images:
-            raise UserError(f"{setting('out', out)}: would overwrite {PLACEHOLDER} {picture}; name another folder")
+            raise UserError(f"{setting('out', out)}: would overwrite {PLACEHOLDER} {picture}; choose another folder")
         if picture.exists() and not overwrite:
-            advice = f"name another folder, or replace it with {setting('overwrite')}"
+            advice = f"choose another folder, or pass {setting('overwrite')}"
             raise UserError(f"{setting('out', out)}: {picture} exists; {advice}")

@@ -1,4 +1,4 @@
-"""What a network has learned and computes, as maps: window tokens, feature maps, attribution of a class to pixels."""
+"""Maps of a network's window tokens, of its features, and of the attribution of a class to pixels."""
 
 from contextlib import ExitStack
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from sepvit import SepViT, SepViTBlock
 
 COLOURS = 3  # principal components that are shown as red, green and blue
-OUTLIERS = 1.0  # per cent of the values that may lie beyond each end of the colours
+OUTLIERS = 1.0  # per cent of the values clipped at each end of the colour scale
 
 
 def token_similarity(block: SepViTBlock) -> Tensor | None:
@@ -35,13 +35,13 @@ def principal_components(feature_map: Tensor) -> tuple[np.ndarray, float]:
         feature_map: H' × W' × C.
 
     Returns:
-        colours, H' × W' × 3, 0 to 1: each component on its own scale, without outliers, zeros for components that so
-        few pixels do not have; and the share of the variance that the components hold.
+        colours, H' × W' × 3, 0 to 1: each component on its own scale, with outliers clipped, and zeros for components
+        that a map of few pixels lacks; and the share of the variance that the components explain.
     """
     H, W, _ = feature_map.shape
     pixels = feature_map.detach().double().cpu().flatten(0, 1).numpy()  # H'·W' × C
     left, scale, right = np.linalg.svd(pixels - pixels.mean(axis=0), full_matrices=False)
-    signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])  # of the largest weights: positive
+    signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])  # make the largest weights positive
     count = min(COLOURS, H * W - 1, len(scale))
     components = (left * scale * signs)[:, :count]
     low, high = np.percentile(components, (OUTLIERS, 100 - OUTLIERS), axis=0)
@@ -55,7 +55,7 @@ def attribution(network: SepViT, images: Tensor, label: int) -> list[Tensor]:
     """Attribute a class's logit to the pixels of each stage's map: gradient × activation, summed over channels.
 
     This is HiResCAM (Draelos and Carin, 2020, arXiv 2011.08891). For the last stage, after the final norm, the values
-    of an image sum up to the logit, less the classifier's bias.
+    of an image sum up to the logit, without the classifier's bias.
 
     Args:
         network: the classification form, with average pooling, in evaluation mode.

@@ -6,11 +6,11 @@ from typing import IO
 
 from PIL import Image, ImageDraw, ImageFont
 
+from sepvit_lib.common.errors import UserError, setting
+from sepvit_lib.common.storage import write_file
 from sepvit_lib.inference.fonts import font_file
-from sepvit_lib.training.errors import UserError, setting
-from sepvit_lib.training.storage import write_file
 
-MIN_WIDTH = 320  # pixels; smaller images are enlarged, so that the classes are legible
+MIN_WIDTH = 320  # pixels; smaller images are enlarged, to keep the classes legible
 MAX_SIDE = 4096  # pixels; longer images are not enlarged, and their text does not grow
 ROWS = 5
 
@@ -41,12 +41,12 @@ def with_classes(image: Image.Image, classes: Sequence[tuple[str, float]]) -> Im
 
 
 def write_picture(path: Path, write: Callable[[IO[bytes]], object], out: str) -> None:
-    """Write a picture, as a whole or not at all. Makes its folder.
+    """Write a picture atomically. Makes its folder.
 
     Args:
         path: its file.
         write: writes to an open binary file.
-        out: the folder of all pictures, as the user named it.
+        out: the folder of all pictures, as the user wrote it.
 
     Raises:
         UserError: it cannot be written.

@@ -32,15 +32,15 @@ from PIL import Image
 from processes import Command
 from skimage import data
 
+from sepvit_lib.common.errors import UserError
 from sepvit_lib.inference.attention import record_attention, rollout
 from sepvit_lib.inference.classifier import load_classifier
 from sepvit_lib.inference.exported import DESCRIPTION
 from sepvit_lib.inference.images import read_image
-from sepvit_lib.training.errors import UserError
 from tools import app
-from tools.app_predictors import ClassifierPredictor
-from tools.app_samples import load_samples
-from tools.app_server import MAX_BYTES, read_body
+from tools.page.predictors import ClassifierPredictor
+from tools.page.samples import load_samples
+from tools.page.server import MAX_BYTES, read_body
 
 CLASSES = ("cat", "coffee", "rocket", "astronaut")
 PHOTOGRAPHS = dict(zip(CLASSES, ("chelsea", "coffee", "rocket", "astronaut")))
@@ -232,7 +232,10 @@ MISTAKES = {
     "model of a segmentor": ("--resume {good} --config x.py --model SepViT_Lite", "--model: "),
     "averaged segmentor": ("--resume {good} --config x.py --averaged", "--averaged: "),
     "score of a classifier": ("--resume {good} --score-thr 0.5", "--score-thr 0.5: "),
-    "score of a segmentor": ("--resume {good} --config {config} --score-thr 0.5", "--score-thr 0.5: is for detectors"),
+    "score of a segmentor": (
+        "--resume {good} --config {config} --score-thr 0.5",
+        "--score-thr 0.5: only for detectors",
+    ),
 }
 
 
@@ -590,8 +593,8 @@ def test_several_at_once_and_one_that_goes_away(server, images):
 
 def save_model(config: str, path: Path) -> Path:
     """Save a checkpoint of a config's model with random weights."""
-    from sepvit_lib.dense.checks import build_model
-    from sepvit_lib.dense.settings import read_config
+    from sepvit_lib.mm.build import build_model
+    from sepvit_lib.mm.config import read_config
 
     torch.manual_seed(0)
     cfg = read_config(argparse.Namespace(config=str(ROOT / config), cfg_options={}))
@@ -624,7 +627,7 @@ def test_segmentor(open_page, images, segmentor, predictor, tmp_path_factory):
     palette = np.array(predictor.model.dataset_meta["palette"])
     labels = predictor.run(predictor.model, np.asarray(image)).pred_sem_seg.data[0].numpy()
     for server in serving(*arguments, factory=tmp_path_factory):
-        assert "shows EncoderDecoder with SepViT_Lite, a segmentor with 11 classes" in server.line
+        assert "serves EncoderDecoder with SepViT_Lite, a segmentor with 11 classes" in server.line
         page = open_page(server)
         choose(page, images["cat"])
         assert (pixels(page, "picture")[..., :3] == np.asarray(image)).all()

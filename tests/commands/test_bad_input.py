@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 import engine
 import main
 from datasets import build_transform
-from sepvit_lib.training import checkpoints
-from sepvit_lib.training.errors import UserError
+from sepvit_lib.common import saved_settings
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.run import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +85,10 @@ MISTAKES = {  # the arguments, and what the line names
     "evaluation with --finetune": ("--eval --finetune {root}/lite.pth", "--resume"),
     "teacher without distillation": ("--teacher-path {root}/lite.pth", "--distillation-type soft or hard"),
     "infinite learning rate": ("--lr inf", "--lr", "inf is not a finite number"),
-    "reversed cutmix range": ("--cutmix-minmax 0.8 0.2", "--cutmix-minmax 0.8 0.2", "smaller number first"),
+    "reversed cutmix range": ("--cutmix-minmax 0.8 0.2", "--cutmix-minmax 0.8 0.2", "must come first"),
     "timeout out of range": ("--timeout 1e300", "--timeout", "1e300 is out of range"),
     "plateau schedule without decay": ("--sched plateau --decay-rate 1", "--sched plateau", "< 1.0"),
-    "reversed scale range": ("--scale 1 0.08", "--scale 1 0.08", "smaller number first"),
+    "reversed scale range": ("--scale 1 0.08", "--scale 1 0.08", "must come first"),
     "reversed milestones": ("--sched multistep --decay-milestones 9 3", "--decay-milestones 9 3"),
     "crops of size zero": ("--scale 0 0", "--scale", "0 is out of range"),
     "augmentation section that timm ignores": ("--aa rand-mx", "--aa rand-mx", "no section mx"),
@@ -109,8 +110,8 @@ MISTAKES = {  # the arguments, and what the line names
     "missing checkpoint": ("--resume {root}/nowhere.pth", "--resume {root}/nowhere.pth: no such file"),
     "truncated checkpoint": ("--resume {root}/truncated.pth", "--resume {root}/truncated.pth", "damaged"),
     "text file as a checkpoint": ("--resume {root}/text.pth", "text.pth", "not a checkpoint"),
-    "list as a checkpoint": ("--resume {root}/list.pth", "holds a list"),
-    "checkpoint without weights": ("--resume {root}/no_weights.pth", "holds no model weights"),
+    "list as a checkpoint": ("--resume {root}/list.pth", "but a list"),
+    "checkpoint without weights": ("--resume {root}/no_weights.pth", "contains no model weights"),
     "code in a checkpoint": ("--resume {root}/malicious.pth", "refused", "could run code"),
     "code in a teacher": (f"{TEACHER}/malicious.pth", "--teacher-path", "refused"),
     "code in a pickle": (f"{TUNE}/malicious_pickle.pth", "--finetune", "malicious_pickle.pth"),
@@ -119,7 +120,7 @@ MISTAKES = {  # the arguments, and what the line names
     "incomplete checkpoint": ("--resume {root}/incomplete.pth", "1 entries are missing", "2.0.norm1.weight"),
     "another number of classes": ("--resume {root}/nine.pth", "head.weight is (9, 256)", "--finetune"),
     "another image size": ("--resume {root}/size96.pth", "--input-size 32", "--finetune"),
-    "resume and finetune": (f"--resume {{root}}/lite.pth {TUNE}/lite.pth", "choose one"),
+    "resume and finetune": (f"--resume {{root}}/lite.pth {TUNE}/lite.pth", "--resume and --finetune"),
     "batch larger than the data set": ("--batch-size 50", "--batch-size 50", "48 training images"),
     "too few images to repeat": ("--repeated-aug", "0 of the 48 training images", "--no-repeated-aug"),
     "odd batch with mixup": ("--batch-size 7", "--batch-size 7", "--mixup 0 --cutmix 0"),
@@ -192,8 +193,8 @@ def run_folder(few_digits, tmp_path_factory):
         ("", "--auto-resume"),
         ("--resume {run}/checkpoint.pth", "nothing left to train"),
         ("--resume {tmp}/other.pth --epochs 2", "already holds a run"),
-        ("--resume {run}/checkpoint.pth --epochs 2 --opt sgd", "its optimiser is adamw, not --opt sgd"),
-        ("--resume {run}/checkpoint.pth --epochs 2 --opt lamb", "its optimiser is adamw, not --opt lamb"),
+        ("--resume {run}/checkpoint.pth --epochs 2 --opt sgd", "adamw, not --opt sgd"),
+        ("--resume {run}/checkpoint.pth --epochs 2 --opt lamb", "adamw, not --opt lamb"),
     ],
 )
 def test_a_folder_with_a_run_is_not_overwritten(flags, words, run_folder, few_digits, tmp_path, capsys):
@@ -240,7 +241,7 @@ def test_timm_augmentations():
 
 def test_settings_of_another_kind_in_a_checkpoint():
     """Other programs keep other things under `args`."""
-    assert all(checkpoints.settings_in({"args": settings}) == {} for settings in (None, "text", [1], {}))
+    assert all(saved_settings.settings_in({"args": settings}) == {} for settings in (None, "text", [1], {}))
 
 
 def finetune(model, weights: dict, folder: Path) -> None:
@@ -285,8 +286,8 @@ def test_timm_networks_are_finetuned_at_another_size(name, tmp_path, capsys):
     model = timm.create_model(name, img_size=128, num_classes=3)
     finetune(model, source, tmp_path)
     printed = capsys.readouterr().out
-    assert "of another image size or form: resampled" in printed
-    assert "another number of classes: randomly initialised 2" in printed
+    assert "image size or form: resampled" in printed
+    assert "number of classes: randomly initialised 2" in printed
     same = [key for key, value in model.state_dict().items() if key in source and torch.equal(value, source[key])]
     assert len(same) > 0.8 * len(source)
 
@@ -295,7 +296,7 @@ def test_weights_of_another_timm_network_are_refused(tmp_path):
     """Although timm's own resampling raises an undocumented error for them."""
     small = timm.create_model("swin_small_patch4_window7_224", img_size=64).state_dict()
     model = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=3)
-    with pytest.raises(UserError, match=r"another architecture: \d+ are unexpected \(layers\.2\.blocks\."):
+    with pytest.raises(UserError, match=r"different architecture: \d+ are unexpected \(layers\.2\.blocks\."):
         finetune(model, small, tmp_path)
 
 
@@ -312,7 +313,7 @@ def test_an_epoch_of_skipped_steps_is_a_failure(few_digits, tmp_path, monkeypatc
     forward = engine.DistillationLoss.forward
     monkeypatch.setattr(engine.DistillationLoss, "forward", lambda *inputs: forward(*inputs) * torch.nan)
     assert run(*SMALLEST, "--data-path", few_digits, "--output_dir", tmp_path / "run") == 2
-    assert "epoch 0: loss or gradients were not finite in any step" in capsys.readouterr().err
+    assert "epoch 0: loss or gradients were non-finite" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*.pth"))
 
 

@@ -19,9 +19,9 @@ from benchmarks.record import Record, panels_of, picture
 from benchmarks.rounds import interleave, ratio
 from benchmarks.subjects import Setting, Subject, not_offered
 from benchmarks.tables import TOLERANCES, Method, Row, Table, compare, measure_table
-from sepvit_lib.inference.machine import device_name
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.measure import peak_memory
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.common.machine import device_name
+from sepvit_lib.count import peak_memory
 
 CPU = torch.device("cpu")
 
@@ -367,9 +367,9 @@ def test_input_pipeline(tmp_path, capsys):
 
 def test_mistakes_of_the_input_pipeline(few_digits, tmp_path, capsys):
     for arguments, expected in (
-        ([], "choose one"),
+        ([], "--data-path, --synthetic"),
         (["--data-path", few_digits, "--images", 40], "--batch-size 64"),
-        (["--data-path", tmp_path], "no train/ folder there"),
+        (["--data-path", tmp_path], "no train/ folder"),
         (["--synthetic", "9"], "--synthetic"),
     ):
         assert expected in refusal(input_pipeline.run, "input_pipeline", arguments, capsys)

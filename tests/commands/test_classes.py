@@ -16,12 +16,12 @@ from PIL import Image
 import datasets
 import main
 import sepvit
-from sepvit_lib.training.checkpoints import read_checkpoint
-from sepvit_lib.training.classes import order_of
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.preprocessing import Preprocessing
-from sepvit_lib.training.samples import fingerprint
-from sepvit_lib.training.state import Precision
+from sepvit_lib.common.class_names import order_of
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.pipeline.preprocessing import Preprocessing
+from sepvit_lib.pipeline.samples import fingerprint
+from sepvit_lib.run.checkpoints import read_checkpoint
+from sepvit_lib.run.state import Precision
 
 CPU = Precision(torch.device("cpu"), None)
 
@@ -99,7 +99,7 @@ def test_renamed_folders_are_numbered_by_a_class_map(trained_digits, shifted, tm
 @pytest.mark.parametrize(
     ("lines", "problem"),
     [
-        ("9\n2\n1\n", "puts 2 at number 1, but"),
+        ("9\n2\n1\n", "assigns number 1 to 2, but"),
         ("1\n2\n", "lacks 1 classes"),
         ("9\n\n1\n\n2\n", "does not number its classes from 0 on"),
         (None, "not a class map"),
@@ -164,7 +164,7 @@ def test_finetuning_carries_the_rows_of_shared_names_over(labels, trained_digits
 def test_finetuning_with_a_class_map_keeps_its_numbers(trained_digits, tmp_path, capsys):
     what, path = "--finetune x", str(trained_digits / "checkpoint.pth")
     checkpoint = read_checkpoint(path, what)
-    for names, problem in ((["9", "1", "2"], ""), (["1", "0", "2"], "puts 1 at number 0")):
+    for names, problem in ((["9", "1", "2"], ""), (["1", "0", "2"], "assigns number 0 to 1")):
         model = sepvit.SepViT_Lite(img_size=32, num_classes=3)
         data = main.ImageData(None, 3, names, class_map="map.txt")
         if problem:
@@ -193,7 +193,7 @@ def test_the_published_command_without_names(few_digits, tmp_path):
     literal = ["--eval", "--resume", "SepViT_Tiny.pth", "--model", "SepViT_Tiny", "--data-path", "imagenet"]
     printed = succeed(*literal, "--num_workers", 0, "--device", "cpu", cwd=tmp_path).splitlines()
     assert [line for line in printed if "number" in line] == [
-        "--resume SepViT_Tiny.pth: no class names known; classes are matched by number"
+        "--resume SepViT_Tiny.pth: class names unknown; classes are matched by number"
     ]
     assert not [line for line in printed if "SepViT_Tiny.pth" in line][1:]
     images = [next((tmp_path / "imagenet/val" / label).iterdir()) for label in "012"]

@@ -15,10 +15,10 @@ from PIL import Image
 import detection.test
 import segmentation.predict
 import segmentation.test
-from sepvit_lib.dense.classes import match_classes
-from sepvit_lib.dense.mmengine_adapter import read_checkpoint
-from sepvit_lib.dense.predict import build_inference_model
-from sepvit_lib.dense.train import build_train_parser, read_starting_weights, run_training
+from sepvit_lib.mm.check_classes import match_classes
+from sepvit_lib.mm.commands.predict import build_inference_model
+from sepvit_lib.mm.commands.train import build_train_parser, read_starting_weights, run_training
+from sepvit_lib.mm.mmengine_private import read_checkpoint
 
 OPTIONS = (
     "--cfg-options train_dataloader.num_workers=0 val_dataloader.num_workers=0 test_dataloader.num_workers=0 "
@@ -74,7 +74,7 @@ def test_binary_segmentation_with_one_channel(roots, tmp_path, run, capsys):
     image = roots[LABELLED] / "images/validation/0.jpg"
     assert " %; drawn in " in run("predict", config, checkpoint, image, "--out", tmp_path / "drawn")
 
-    from tools.app_dense import load_dense_predictor
+    from tools.page.dense import load_dense_predictor
 
     answer = load_dense_predictor(str(config), str(checkpoint), torch.device("cpu"), None).predict(Image.open(image))
     assert sum(row.share for row in answer.rows) == pytest.approx(1)
@@ -103,7 +103,7 @@ def test_segmentor_with_classes_in_another_order(roots, tmp_path, run):
         rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
         found.append({row[1]: float(row[2]) for row in rows if row[1] in names})
         labels.append(set(np.unique(Image.open(tmp_path / f"out_{config.stem}/0.png"))))
-        assert ("they are matched by name" in text) == (config == turned)
+        assert ("matched by name" in text) == (config == turned)
     assert found[0] == found[1]
     assert found[0]["ground"] == 0
     assert found[0]["square"] > 5
@@ -119,7 +119,7 @@ def test_detector_with_classes_in_another_order(roots, tmp_path, run):
         flags = ["--format-only", "--work-dir", tmp_path / f"work{number}", *OPTIONS]
         text = run("detection", config, checkpoint, *flags, "model.test_cfg.rcnn.score_thr=0")
         results.append(json.loads((tmp_path / f"work{number}/results.bbox.json").read_text()))
-        assert ("they are matched by name" in text) == (number == 1)
+        assert ("matched by name" in text) == (number == 1)
     assert results[0] == results[1]
     assert {one["category_id"] for one in results[0]} == {3, 7}
 

@@ -23,11 +23,11 @@ from torchvision.datasets import CIFAR100
 
 import main
 from datasets import INAT_CATEGORIES, LoaderSettings, build_train_loader, build_val_loader, epoch_batches
-from sepvit_lib.training import readers, samples
-from sepvit_lib.training.commands import run_command
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.output import read_log as read_whole_log
-from sepvit_lib.training.samples import INaturalist, fingerprint, read_sample
+from sepvit_lib.common.command_line import run_command
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.pipeline import readers, samples
+from sepvit_lib.pipeline.samples import INaturalist, fingerprint, read_sample
+from sepvit_lib.run.output import read_log as read_whole_log
 
 
 def settings(*arguments):
@@ -280,7 +280,7 @@ def test_webdataset_resumes_bit_for_bit(webdataset, tmp_path, capsys):
     other.mkdir()
     shutil.copy(tmp_path / "whole/checkpoint-00000008.pth", other)
     line = refusal(main.run, "main", [*arguments, "--num_workers", 1, "--output_dir", other], capsys)
-    assert "which 1 processes read with 2 workers each, not 1 with 1" in line
+    assert "read by 1 processes with 2 workers each, not 1 with 1" in line
     assert run(*arguments, "--output_dir", other) == 0
     a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (tmp_path / "whole", other))
     assert a["epoch"] == b["epoch"] == 1
@@ -400,7 +400,7 @@ def test_unknown_timm_pipelines_are_refused(webdataset, monkeypatch):
                 another_version.setattr(reader_wds.wds, "tarfile_to_samples", lambda **_: lambda stream: iter(()))
             else:
                 another_version.setattr(reader_wds, "partial", lambda function, **_: lambda sample: function(sample))
-            with pytest.raises(UserError, match="reads webdatasets differently from the versions supported"):
+            with pytest.raises(UserError, match="reads webdatasets differently from the supported versions"):
                 list(val_loader(args))
 
 

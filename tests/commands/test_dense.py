@@ -11,9 +11,9 @@ import torch
 from conftest import GOLDEN, ROOT, VARIANTS, Code, golden_images, golden_shapes, golden_weights, succeed
 from mmengine.logging import MMLogger
 
-import sepvit_lib.dense.backbone
+import sepvit_lib.mm.backbone
 from sepvit import create_dense
-from sepvit_lib.training.errors import UserError
+from sepvit_lib.common.errors import UserError
 
 
 def build(variant="SepViT_Lite", **kwargs):
@@ -24,7 +24,7 @@ def build(variant="SepViT_Lite", **kwargs):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_registered(registry, variant):
     model = registry.build(dict(type=variant))
-    assert type(model) is getattr(sepvit_lib.dense.backbone, variant)
+    assert type(model) is getattr(sepvit_lib.mm.backbone, variant)
     assert model.state_dict().keys() == create_dense(variant).state_dict().keys()
 
 
@@ -153,7 +153,7 @@ def test_pretrained_refusals(classifier, tmp_path):
     for name, words in refused.items():
         with pytest.raises(UserError, match=words):
             build(pretrained=str(tmp_path / name)).init_weights()
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="choose one"):
         build(pretrained="a.pth", init_cfg=dict(type="Pretrained", checkpoint="b.pth"))
     assert not (tmp_path / "ran").exists()
 
@@ -181,8 +181,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 for _ in range(2):
     config = Config.fromfile({config!r})
-for name in ('flops', 'loading', 'predict', 'runner', 'settings', 'test', 'train'):
-    importlib.import_module(f'sepvit_lib.dense.{{name}}')
+modules = 'image_loading runner config commands.get_flops commands.predict commands.test commands.train'
+for name in modules.split():
+    importlib.import_module(f'sepvit_lib.mm.{{name}}')
 print(type(MODELS.build(config.model.backbone)))
 assert 'datasets' not in sys.modules, sys.modules['datasets']
 import datasets, utils

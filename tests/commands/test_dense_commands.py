@@ -26,10 +26,10 @@ import detection.predict
 import detection.test
 import segmentation.predict
 import segmentation.test
-from sepvit_lib.dense.mmengine_adapter import read_checkpoint
-from sepvit_lib.dense.runner import DenseRunner
-from sepvit_lib.dense.settings import read_config
-from sepvit_lib.dense.train import build_train_parser, run_training
+from sepvit_lib.mm.commands.train import build_train_parser, run_training
+from sepvit_lib.mm.config import read_config
+from sepvit_lib.mm.mmengine_private import read_checkpoint
+from sepvit_lib.mm.runner import DenseRunner
 
 DEMO = {
     "segmentation": ROOT / "segmentation/configs/fpn_sepvit_lite_112x112_demo.py",
@@ -208,7 +208,7 @@ def test_the_reason_of_unreadable_labels_ends_the_run(scenes, tmp_path, capsys):
         Image.fromarray(labels).save(path)
     flags = ["--work-dir", tmp_path / "run", *small("segmentation", tmp_path / "data", 2)]
     line = refusal(train, "train", [DEMO["segmentation"], *flags], capsys)
-    assert "10 tried in its place" in line
+    assert "its 10 replacements" in line
     assert "200" in line
 
 
@@ -482,7 +482,7 @@ MISTAKES = {
         "train {files}/pretrained.py DATA": "pretrained none.pth: no such file; put a checkpoint of main.py there",
         "train {demo} --resume a.pth --load-from b.pth DATA": "--resume and --load-from: choose one",
         "train {demo} --resume none.pth DATA": "--resume none.pth: no",
-        "train {demo} --resume {files}/weights.pth DATA": "holds weights only, so it cannot be resumed; use",
+        "train {demo} --resume {files}/weights.pth DATA": "contains only weights and cannot be resumed; use",
         "train {demo} --resume {files}/code.pth DATA": "could run code",
         "train {demo} --load-from {files}/code.pth DATA": "could run code",
         "predict {demo} {files}/code.pth {files}/image.png --out {files}/out": "could run code",
@@ -562,7 +562,7 @@ def test_flags_that_stay():
     [
         ("dist_train.sh config.py", "usage: dist_train.sh CONFIG PROCESSES"),
         ("dist_test.sh config.py 8", "usage: dist_test.sh CONFIG CHECKPOINT PROCESSES"),
-        ("dist_train.sh config.py --amp", "--amp: the number of processes (GPUs) has to be a number"),
+        ("dist_train.sh config.py --amp", "--amp: the number of processes (GPUs) must be a positive integer"),
         ("slurm_train.sh gpu job", "usage: slurm_train.sh PARTITION JOB_NAME CONFIG"),
         ("slurm_test.sh gpu job config.py", "usage: slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT"),
     ],

@@ -563,7 +563,7 @@ def test_flags_in_the_text_exist():
     known = {flag.replace("_", "-") for source in sources for flag in re.findall(r"--[a-z][\w-]*", source)}
     known.add("--use-env")  # of torch.distributed.launch
     for block in BLOCKS:
-        if block.kind == "inline" and block.page != "docs/differences.md":  # which names flags of other projects
+        if block.kind == "inline" and block.page != "docs/coming_from.md":  # which names flags of other projects
             for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", block.text):
                 assert flag.replace("_", "-").replace("--no-", "--") in known, f"{block.page}:{block.line}: {flag}"
 

@@ -25,9 +25,10 @@ from conftest import ROOT, SMALLEST, refusal
 
 import engine
 import main
-from sepvit_lib.training import checkpoints, output, storage
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.naming import StepNames
+from sepvit_lib.common import storage
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.run import checkpoints, output
+from sepvit_lib.run.checkpoint_names import StepNames
 
 sys.path.append(str(ROOT / "tests/faults"))
 from harness import LIMIT, RESUME_STATUS, STARTED, Run, differences, kill_started
@@ -389,7 +390,7 @@ sys.meta_path.insert(0, Stuck())
 """
 
 
-@pytest.mark.parametrize("module", ["torch", "sepvit_lib.training.devices"])
+@pytest.mark.parametrize("module", ["torch", "sepvit_lib.common.devices"])
 def test_interrupt_while_importing(module, tmp_path):
     """Early and late in start-up."""
     (tmp_path / "sitecustomize.py").write_text(STUCK_IMPORT.format(module=module))
@@ -494,7 +495,7 @@ def test_evaluation_on_a_full_disk(before, few_digits, tmp_path, capsys, monkeyp
         (dict(RANK="x"), "RANK=x"),
         (dict(RANK="0", WORLD_SIZE="two"), "WORLD_SIZE=two"),
         (dict(RANK="1", WORLD_SIZE="two"), "WORLD_SIZE=two"),  # not rank 0, which may have no mistake to report
-        (dict(RANK="5", WORLD_SIZE="2"), "RANK=5: takes a whole number from 0 to 1"),
+        (dict(RANK="5", WORLD_SIZE="2"), "RANK=5: must be an integer from 0 to 1"),
         (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="abc"), "abc"),
         (dict(SLURM_PROCID="0", SLURM_NTASKS="two"), "SLURM_NTASKS=two"),
     ],

@@ -70,4 +70,4 @@ def test_commands_prepare_the_environment_first():
         imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
         names = [node.names[0].name if isinstance(node, ast.Import) else str(node.module) for node in imports]
         libraries = [name for name in names if name.split(".")[0] not in sys.stdlib_module_names]
-        assert libraries[0] in ("_repository", "sepvit_lib.training.environment"), path
+        assert libraries[0] in ("_repository", "sepvit_lib.common.environment"), path

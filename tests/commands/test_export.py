@@ -15,13 +15,14 @@ from conftest import refusal, succeed, tiny_network
 from PIL import Image
 
 import sepvit
+from sepvit_lib.common.errors import UserError
 from sepvit_lib.inference.classifier import Description, load_classifier
 from sepvit_lib.inference.exported import Kind, kind_of
 from sepvit_lib.inference.images import find_images, read_image
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.preprocessing import Preprocessing
-from tools import export, export_backbone, export_formats, export_table
-from tools.export_data import Images, photographs
+from sepvit_lib.pipeline.preprocessing import Preprocessing
+from tools import export
+from tools.exporting import comparison, dense_backbone, writers
+from tools.exporting.data import Images, photographs
 
 SCRIPT = "tools/export.py"
 SLOW = "aotinductor"  # compiles for a minute
@@ -93,10 +94,10 @@ def test_table(exported, trained_digits):
         assert float(row["images/s"]) > 0
         if name != "checkpoint":
             file = exported.out / FILES[name]
-            parts = file.rglob("*") if file.is_dir() else export_table.parts_of(file)
+            parts = file.rglob("*") if file.is_dir() else comparison.parts_of(file)
             size = sum(part.stat().st_size for part in parts)
             assert float(row["MB"]) == pytest.approx(size / 1e6, abs=0.051)
-            bound = export_formats.MAX_DIFFERENCE if export.FORMATS[name].is_exact else 1.0
+            bound = writers.MAX_DIFFERENCE if export.FORMATS[name].is_exact else 1.0
             assert float(row["largest difference"]) < bound
     pixels = r"\nonnx-preprocessing: pixels differ from Pillow's by at most [01]\.\d\d of 255\.\n"
     assert re.search(pixels, exported.printed)
@@ -111,7 +112,7 @@ def test_the_file_tells_all_and_agrees(name, exported, opened, checkpoint, few_d
     expected = source.logits([source.prepare(image) for image in images])
     assert [len(logits) for logits in found["logits"]] == [1, 2, len(images)]
     for logits in found["logits"]:
-        tolerance = export_formats.MAX_DIFFERENCE if export.FORMATS[name].is_exact else 1.0
+        tolerance = writers.MAX_DIFFERENCE if export.FORMATS[name].is_exact else 1.0
         assert torch.allclose(logits, expected[: len(logits)], atol=tolerance)
 
 
@@ -182,7 +183,7 @@ def test_timm_loads_the_folder_offline(exported, checkpoint):
 def test_timm_resizes_to_the_same_length(size):
     """timm stores the share of the crop, and rounds when it computes the length again."""
     preprocessing = Preprocessing.for_size(size)
-    share = export_formats.crop_share(preprocessing)
+    share = writers.crop_share(preprocessing)
     transform = timm.data.create_transform((3, size, size), crop_pct=share, interpolation="bicubic")
     assert transform.transforms[0].size == preprocessing.resize
 
@@ -201,26 +202,26 @@ def test_preprocessing_inside_the_graph_has_pillows_pixels(interpolation):
     noise = np.random.default_rng(0)
     made = [Image.fromarray(noise.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in SHAPES]
     images = [*photographs().images, *made]
-    for opset in (18, export_formats.OPSET, 23):
-        graph = export_formats.preprocessing_graph(preprocessing, opset)
-        assert export_formats.pixel_difference(graph, preprocessing, images) <= export_formats.MAX_PIXEL_DIFFERENCE
+    for opset in (18, writers.OPSET, 23):
+        graph = writers.preprocessing_graph(preprocessing, opset)
+        assert writers.pixel_difference(graph, preprocessing, images) <= writers.MAX_PIXEL_DIFFERENCE
 
 
 def test_a_network_that_differs_is_noticed(exported, checkpoint):
     classifier = load_classifier(str(checkpoint))
-    job = export_formats.Job(classifier, exported.out, samples=photographs().images)
-    graph = export_formats.preprocessing_graph(classifier.description.preprocessing)
-    export_formats.check_joined(graph, exported.out / FILES["onnx-preprocessing"], job)
+    job = writers.Job(classifier, exported.out, samples=photographs().images)
+    graph = writers.preprocessing_graph(classifier.description.preprocessing)
+    writers.check_joined(graph, exported.out / FILES["onnx-preprocessing"], job)
     with torch.no_grad():
         classifier.network.head.bias += 0.01
     with pytest.raises(ValueError, match=r"its logits differ by 0\.01 for the same prepared image"):
-        export_formats.check_joined(graph, exported.out / FILES["onnx-preprocessing"], job)
+        writers.check_joined(graph, exported.out / FILES["onnx-preprocessing"], job)
 
 
 def test_pixels_that_differ_are_noticed():
-    wrong = export_formats.preprocessing_graph(Preprocessing((32, 32), 40))
-    difference = export_formats.pixel_difference(wrong, Preprocessing((32, 32), 36), photographs().images)
-    assert difference > 10 * export_formats.MAX_PIXEL_DIFFERENCE
+    wrong = writers.preprocessing_graph(Preprocessing((32, 32), 40))
+    difference = writers.pixel_difference(wrong, Preprocessing((32, 32), 36), photographs().images)
+    assert difference > 10 * writers.MAX_PIXEL_DIFFERENCE
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -251,14 +252,14 @@ def test_int8_keeps_attention_in_float(exported, checkpoint):
 
 def test_backbone_of_any_size(tmp_path, capsys):
     network = tiny_network(sepvit.SepViTDense, out_indices=(0, 1)).eval()
-    backbone = export_backbone.Backbone("tiny", network)
-    export_backbone.write(backbone, tmp_path / "tiny.onnx", export_formats.OPSET)
-    export_backbone.compare(backbone, tmp_path / "tiny.onnx", rounds=1)  # raises if they differ
-    assert capsys.readouterr().out.count("largest difference") == len(export_backbone.COMPARED)
+    backbone = dense_backbone.Backbone("tiny", network)
+    dense_backbone.write(backbone, tmp_path / "tiny.onnx", writers.OPSET)
+    dense_backbone.compare(backbone, tmp_path / "tiny.onnx", rounds=1)  # raises if they differ
+    assert capsys.readouterr().out.count("largest difference") == len(dense_backbone.COMPARED)
     with torch.no_grad():
         backbone.network.norm_list[1].bias += 0.01
     with pytest.raises(UserError, match=r"its maps differ by 1\.0e-02, more than 0\.001"):
-        export_backbone.compare(backbone, tmp_path / "tiny.onnx", rounds=1)
+        dense_backbone.compare(backbone, tmp_path / "tiny.onnx", rounds=1)
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +277,7 @@ def test_backbone_of_a_segmentor(segmentor, tmp_path):
     """A segmentor's backbone in ONNX: any size divisible by 32, any batch."""
     printed = succeed("--resume", segmentor, "--out", tmp_path / "out", "--rounds", "1", script=SCRIPT)
     differences = [float(number) for number in re.findall(r"largest difference (\S+)", printed)]
-    assert len(differences) == len(export_backbone.COMPARED)
+    assert len(differences) == len(dense_backbone.COMPARED)
     assert max(differences) < 1e-3
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["SepViT_Lite-backbone.onnx"]
 
@@ -304,7 +305,7 @@ FORMS = {
 
 
 def test_what_is_refused():
-    forms = {name: export_table.Form(None, None, difference, top1) for name, (difference, top1, _) in FORMS.items()}
+    forms = {name: comparison.Form(None, None, difference, top1) for name, (difference, top1, _) in FORMS.items()}
     reasons = export.refused(forms, export.FORMATS, 1000)
     assert reasons == {name: reason for name, (_, _, reason) in FORMS.items() if reason}
     forms["openvino-int8"].top1 = 85.0
@@ -320,7 +321,7 @@ def test_a_form_that_is_wrong_or_fails_is_reported_and_not_kept(checkpoint, tmp_
     def spoiled(job, path):
         with torch.no_grad():
             job.network.head.bias += 0.01
-            export_formats.write_torch_export(job, path)
+            writers.write_torch_export(job, path)
             job.network.head.bias -= 0.01
 
     def failing(job, path):
@@ -392,7 +393,7 @@ def test_missing_packages(missing, monkeypatch, tmp_path, checkpoint, capsys):
 
 
 def test_no_compiler(monkeypatch):
-    monkeypatch.setattr(export_formats, "has_compiler", lambda: False)
+    monkeypatch.setattr(writers, "has_compiler", lambda: False)
     with pytest.raises(UserError, match="--formats aotinductor: needs a C\\+\\+ compiler"):
         export.choose_formats(SimpleNamespace(formats=["aotinductor"], opset=[18]))
     chosen, skipped = export.choose_formats(ALL)

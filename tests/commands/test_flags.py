@@ -20,9 +20,9 @@ from PIL import Image
 from test_data import inat_folder, write_tar
 
 import main
-from sepvit_lib.training import output
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.monitor import MonitorSettings
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.run import output
+from sepvit_lib.run.monitor import MonitorSettings
 
 TEACHER = f"--distillation-type soft --teacher-model {small_model.MODEL} --teacher-path {{root}}/teacher.pth"
 SHARDS = "--data-set wds/x --data-path {root}/wds --num-classes 2 --train-split a-0.tar|16 --val-split a-1.tar|16"
@@ -61,7 +61,7 @@ RUNS = {
     "": "--config {root}/recipe.yaml, --deterministic, --eval, --finetune {root}/teacher.pth, "
     "--output_dir {root}/elsewhere, --throughput, --world_size 2",
     "--output_dir {root}/run": "--auto-resume",
-    "--epochs 3": "--keep-checkpoints 1",
+    "--epochs 3": "--keep-checkpoints 1, --profile 1",
     "--eval": "--resume {root}/teacher.pth",
     TEACHER: "--teacher-model test_resnet",
     f"--distillation-type hard --teacher-model {small_model.MODEL}": "--teacher-path {root}/teacher.pth",
@@ -221,7 +221,7 @@ def rates_of(training):
 
 @cache
 def outcome(root, arguments, attempt=0):
-    """Status and lines of a run, its checkpoints, and whether it was deterministic; without times."""
+    """Status and lines of a run, its checkpoints and traces, and whether it was deterministic; without times."""
     folder, printed = root / f"outcome{abs(hash((arguments, attempt)))}", io.StringIO()
     out = "" if "--output_dir" in arguments else f" --output_dir {folder}"
     with redirect_stdout(printed), redirect_stderr(printed):
@@ -230,7 +230,8 @@ def outcome(root, arguments, attempt=0):
     lines = [line for line in lines if not any(word in line for word in ("images/s", "WARN", "trained"))]
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
-    return status, sorted(lines), sorted(path.name for path in folder.glob("*.pth")), deterministic
+    files = sorted(path.name for path in (*folder.glob("*.pth"), *folder.glob("*.json")))
+    return status, sorted(lines), files, deterministic
 
 
 @pytest.fixture

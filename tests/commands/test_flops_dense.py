@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, succeed
 
 import sepvit
-from sepvit_lib.training.complexity import costs_as_text, costs_of
+from sepvit_lib.count import costs_as_text, costs_of
 
 
 @pytest.mark.parametrize(

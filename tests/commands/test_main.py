@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import main
-from sepvit_lib.training.state import Precision
+from sepvit_lib.run.state import Precision
 
 
 def run(*arguments: object) -> int:
@@ -94,6 +94,14 @@ def test_output_folder(trained):
     assert "run left" in printed
 
 
+def test_profile_traces_the_steps_asked_for(few_digits, tmp_path):
+    assert run(*settings(few_digits, tmp_path, "--batch-size 8 --profile 2")) == 0
+    names = [event["name"] for event in json.loads((tmp_path / "run/trace.json").read_text())["traceEvents"]]
+    steps = [name for name in names if name.startswith("ProfilerStep#")]
+    assert len(set(steps)) == 2
+    assert "aten::convolution" in names
+
+
 def test_tensorboard_scalars_match_the_log(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -140,7 +148,7 @@ def test_dist_eval_is_exact_on_any_number_of_processes(trained, some_digits):
 def test_eval_at_another_input_size_resamples_window_tokens(trained, some_digits, capsys):
     assert run(*evaluation(trained[0], some_digits, "--input-size 96")) == 0
     printed = capsys.readouterr().out
-    assert "of another image size or form: resampled" in printed
+    assert "image size or form: resampled" in printed
     assert "blocks.0.0.win_tokens" in printed
     assert "100 images" in printed
 
@@ -189,7 +197,7 @@ def test_variations_train(name, few_digits, some_digits, tmp_path):
 
 FAULTS = """
 import resource, torch
-from sepvit_lib.training.devices import keep_freed_memory
+from sepvit_lib.common.devices import keep_freed_memory
 
 def faults():
     for number in range(40):
@@ -250,8 +258,8 @@ def test_training_steps_do_not_wait_for_the_device(few_digits, tmp_path, monkeyp
     def watched(original, name):
         def read(tensor, *arguments, **kwargs):
             caller = sys._getframe(1).f_code.co_filename
-            own = Path(caller).parent in (ROOT, ROOT / "sepvit_lib/training") and Path(caller).name not in CPU_ONLY
-            if own:  # not the optimiser's step counters, which are on the CPU
+            is_own = Path(caller).is_relative_to(ROOT / "sepvit_lib") or Path(caller).parent == ROOT
+            if is_own and Path(caller).name not in CPU_ONLY:  # not the optimiser's step counters, which are on the CPU
                 reads.append((Path(caller).name, name))
             return original(tensor, *arguments, **kwargs)
 

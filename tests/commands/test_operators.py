@@ -4,7 +4,7 @@ The operators under test are those that SEPVIT_OPERATORS names: torchvision's in
 mmcv's compiled ones.
 """
 
-from sepvit_lib.dense import operators  # mmcv.ops finds no operators before
+from sepvit_lib.mm import operators  # mmcv.ops finds no operators before
 
 # isort: split
 import importlib
@@ -23,7 +23,7 @@ from mmcv.ops.deform_conv import deform_conv2d
 from mmdet.models.losses import focal_loss
 from mmengine.utils.dl_utils import mmcv_full_available
 
-from sepvit_lib.training.errors import UserError
+from sepvit_lib.common.errors import UserError
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 IS_COMPILED = os.environ.get(operators.CHOICE) == operators.COMPILED
@@ -283,7 +283,7 @@ def test_missing_operators_are_named():
     ):
         with pytest.raises(UserError) as error:
             function(*arguments)
-        assert str(error.value).startswith(f"mmcv's operator {name}: torchvision has none")
+        assert str(error.value).startswith(f"mmcv's operator {name}: torchvision has no counterpart")
         assert str(error.value).endswith(operators.INSTALL)
     with pytest.raises(AttributeError):
         importlib.import_module(operators.MODULE).__path__  # noqa: B018
@@ -324,13 +324,13 @@ def test_operators_compiled_for_another_torch(choose, tmp_path):
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     (tmp_path / f"_ext{suffix}").write_bytes(b"not a library")
     spec = choose(None)
-    with pytest.raises(UserError, match=rf"do not load with torch {re.escape(torch.__version__)}.*=torchvision"):
+    with pytest.raises(UserError, match=rf"cannot be loaded with torch {re.escape(torch.__version__)}.*=torchvision"):
         importlib.util.module_from_spec(spec)
 
 
 TWICE = """
-import sepvit_lib.dense.backbone
-from sepvit_lib.dense import operators
+import sepvit_lib.mm.backbone
+from sepvit_lib.mm import operators
 operators.offer()
 import mmdet.apis, mmdet.models, mmseg.apis
 from mmdet.models.dense_heads import rpn_head

@@ -35,19 +35,19 @@ import detection.test
 import segmentation.drawing
 import segmentation.predict
 import segmentation.test
-from sepvit_lib.dense.checks import build_model, check_training_parts
-from sepvit_lib.dense.drawing import enlargement
-from sepvit_lib.dense.loading import use_checked_loading
-from sepvit_lib.dense.mmengine_adapter import read_checkpoint
-from sepvit_lib.dense.run import DenseNames, plain_state, read_schedule
-from sepvit_lib.dense.samples import SeededSamples
-from sepvit_lib.dense.settings import build_parser, join_processes, read_config
-from sepvit_lib.dense.test import check_folders
-from sepvit_lib.dense.train import apply_options, build_train_parser, log_folders, own_folder, run_training
-from sepvit_lib.training import output
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.output import Output
-from sepvit_lib.training.watchdog import Preemption, Watchdog
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.mm.build import build_model, check_training_parts
+from sepvit_lib.mm.commands.test import check_folders
+from sepvit_lib.mm.commands.train import apply_options, build_train_parser, log_folders, own_folder, run_training
+from sepvit_lib.mm.config import build_parser, join_processes, read_config
+from sepvit_lib.mm.drawing import enlargement
+from sepvit_lib.mm.image_loading import use_checked_loading
+from sepvit_lib.mm.mmengine_private import read_checkpoint
+from sepvit_lib.mm.seeded_samples import SeededSamples
+from sepvit_lib.mm.training_run import DenseNames, plain_state, read_schedule
+from sepvit_lib.run import output
+from sepvit_lib.run.output import Output
+from sepvit_lib.run.watchdog import Preemption, Watchdog
 
 TASKS = {"segmentation": SEGMENTATION, "detection": DETECTION}
 
@@ -76,14 +76,14 @@ REFUSED = {
     "max_iters=1": "did you mean train_cfg.max_iters?",
     "train_cfg.max_itres=5": "did you mean train_cfg.max_iters?",
     "optim_wrapper.optimiser.type=SGD": "did you mean optim_wrapper.optimizer.type?",
-    "optimizer.lr=1": "nothing reads optimizer.lr; did you mean optim_wrapper.optimizer.lr?",  # mmengine only copied it
-    "train_pipeline.0.type=X": "nothing reads train_pipeline",
+    "optimizer.lr=1": "has no effect; did you mean optim_wrapper.optimizer.lr?",  # mmengine only copied it
+    "train_pipeline.0.type=X": "train_pipeline.0.type=X: has no effect",
     "data_preprocessor.size=(64,64)": "did you mean model.data_preprocessor.size?",
-    "optim_wrapper.optimizer.momentum=0.9": "nothing reads optim_wrapper.optimizer.momentum",
+    "optim_wrapper.optimizer.momentum=0.9": "optim_wrapper.optimizer.momentum=0.9: has no effect",
     "model.backbone.drop_path_rat=0.1": "did you mean model.backbone.drop_path_rate?",
     "train_dataloader.batchsize=2": "did you mean train_dataloader.batch_size?",
     "train_dataloader.dataset.pipeline.2.scales=3": "did you mean train_dataloader.dataset.pipeline.2.scale?",
-    "param_scheduler.7.end=5": "param_scheduler is a list of 2; name an entry: param_scheduler.0",
+    "param_scheduler.7.end=5": "param_scheduler is a list of 2; use an index: param_scheduler.0",
 }
 
 
@@ -212,10 +212,10 @@ MISTAKES = [
     (f"predict {{demo}} {{checkpoint}} {IMAGE}/a/1.jpg {IMAGE}/b/1.jpg --out new", "would get the same picture as "),
     (
         f"predict {{demo}} {{checkpoint}} {IMAGE}/a/1.jpg --out {{given}}/drawn",
-        "{given}/drawn/1.png exists; name another",
+        "{given}/drawn/1.png exists; choose another",
     ),
-    (f"test {{demo}} {{checkpoint}} --show-dir {IMAGE}/a {DATA}", f"--show-dir {IMAGE}/a: holds images or labels of a"),
-    (f"train {{demo}} {DATA} default_hooks.checkpoint.save_best=['mIoU','mAcc']", "takes one text, since best.pth is"),
+    (f"test {{demo}} {{checkpoint}} --show-dir {IMAGE}/a {DATA}", f"--show-dir {IMAGE}/a: contains images or labels"),
+    (f"train {{demo}} {DATA} default_hooks.checkpoint.save_best=['mIoU','mAcc']", "takes a single metric"),
     (f"train {{demo}} {DATA} default_hooks.checkpoint.out_dir=new", "checkpoint.out_dir=new: not available"),
     (f"train {{demo}} {DATA} default_hooks.checkpoint.save_last=False", "checkpoint.save_last=False: not available"),
     (f"train {{demo}} {DATA} train_cfg.max_iters=0", "train_cfg.max_iters=0: takes a number of at least 1; set it"),
@@ -226,7 +226,7 @@ MISTAKES = [
     (f"train {{demo}} {DATA} optim_wrapper.accumulative_counts=0", "optim_wrapper.accumulative_counts=0: takes a num"),
     (
         f"train {{demo}} {DATA} train_cfg.val_interval=600 optim_wrapper.accumulative_counts=7",
-        "takes a multiple of optim_wrapper.accumulative_counts=7",
+        "must be a multiple of optim_wrapper.accumulative_counts=7",
     ),
     (
         f"train {{boxed}} --from-scratch {DATA} train_dataloader.num_workers=0 train_dataloader.batch_size=2 "
@@ -301,7 +301,7 @@ def test_a_refused_run_leaves_the_other_one_alone(scenes, tmp_path, capsys, monk
     timer = threading.Timer(2, (folder / "iter_2.pth").rename, [folder / "iter_4.pth"])
     timer.start()
     arguments = [SEGMENTATION, "--from-scratch", "--work-dir", folder, "--timeout", "10", *small(scenes)]
-    assert "another run writes to it; end that run" in refusal(RUN["train"], "train", arguments, capsys)
+    assert "another run is writing to it" in refusal(RUN["train"], "train", arguments, capsys)
     timer.join()
     os.close(other)
     assert [path.name for path in folder.iterdir()] == ["iter_4.pth"]
@@ -347,7 +347,7 @@ def test_nothing_to_test():
     cfg = Config(dict(test_evaluator=[], model=dict()))
     for task, flags in ((segmentation, ["a", "b"]), (detection, ["a", "b"])):
         parser = getattr(task.test, f"build_{task.__name__}_test_parser")()
-        with pytest.raises(UserError, match="nothing to do: the config has no test_evaluator; give --eval "):
+        with pytest.raises(UserError, match="nothing to do: the config has no test_evaluator; pass --eval "):
             task.test.prepare(cfg, parser.parse_args(flags))
 
 
@@ -373,7 +373,7 @@ def test_folders_of_data_are_no_folders_for_results(place, tmp_path):
     train = dict(type="BaseSegDataset", data_root=root, data_prefix=dict(img_path="train", seg_map_path="labels"))
     flat = dict(type="BaseSegDataset", data_root=root, data_prefix=dict(img_path=""))
     cfg = Config(dict(train_dataloader=dict(dataset=train), test_dataloader=dict(dataset=flat)))
-    with pytest.raises(UserError, match="holds images or labels of a data set"):
+    with pytest.raises(UserError, match="contains images or labels"):
         check_folders(cfg, [(tmp_path / place, "--out x")])
     check_folders(cfg, [(tmp_path / "results", "--out x")])
 
@@ -410,7 +410,7 @@ def test_parts_with_a_state_of_their_own_are_refused(scenes, tmp_path):
     args = parsed(config, "--resume", *small(scenes))
     apply_options(read_config(args), args)
     args = parsed(config, "--auto-resume", *small(scenes))
-    with pytest.raises(UserError, match="SyncBuffersHook has a state that no checkpoint holds"):
+    with pytest.raises(UserError, match="SyncBuffersHook has state that checkpoints"):
         apply_options(read_config(args), args)
 
 
@@ -682,7 +682,7 @@ def launch(tmp_path: Path, mode: str, processes: int = 2, **environment: str) ->
     worker.write_text(WORKER)
     variables = {**os.environ, "PYTHON": sys.executable, "PORT": free_port(), **environment}
     return subprocess.run(
-        ["bash", ROOT / "sepvit_lib/dense/launch.sh", worker, str(processes), mode],
+        ["bash", ROOT / "sepvit_lib/mm/launch.sh", worker, str(processes), mode],
         capture_output=True,
         text=True,
         timeout=300,
@@ -731,4 +731,4 @@ def test_launcher_names_the_port(tmp_path):
     assert result.stderr == words
     result = launch(tmp_path, "mistake", PORT="high")
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
-    assert "PORT=high: takes a whole number from 1 to 65535" in result.stderr
+    assert "PORT=high: must be an integer from 1 to 65535" in result.stderr

@@ -7,9 +7,9 @@ import torch
 from conftest import PLAIN, link_digits, read_log, refusal
 
 import main
+from sepvit_lib.common.errors import UserError
 from sepvit_lib.inference.classifier import load_classifier
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.networks import create_network
+from sepvit_lib.networks import create_network
 
 # One small network each of twenty families, and the side of its images.
 NETWORKS = {

@@ -25,17 +25,17 @@ from PIL import Image
 
 from detection import test as detection_test
 from segmentation import test as segmentation_test
-from sepvit_lib.dense.coco import CompleteCOCO, CompleteCocoMetric
-from sepvit_lib.dense.data import check_data
-from sepvit_lib.dense.drawing import read_pixels
-from sepvit_lib.dense.loading import LoadReadableImage, LoadReadableLabels, use_checked_loading
-from sepvit_lib.dense.options import move_root
-from sepvit_lib.dense.parts import dicts
-from sepvit_lib.dense.samples import describe_samples, sampled_files
-from sepvit_lib.dense.train import build_train_parser, run_training
-from sepvit_lib.training.errors import MachineError, UserError
-from sepvit_lib.training.images import count_turned, decode
-from sepvit_lib.training.unreadable import UnreadableImageError
+from sepvit_lib.common.errors import MachineError, UserError
+from sepvit_lib.mm.cfg_options import move_root
+from sepvit_lib.mm.check_data import check_data
+from sepvit_lib.mm.coco_data_sets import CompleteCOCO, CompleteCocoMetric
+from sepvit_lib.mm.commands.train import build_train_parser, run_training
+from sepvit_lib.mm.config_lookup import dicts
+from sepvit_lib.mm.drawing import read_pixels
+from sepvit_lib.mm.image_loading import LoadReadableImage, LoadReadableLabels, use_checked_loading
+from sepvit_lib.mm.seeded_samples import describe_samples, sampled_files
+from sepvit_lib.pipeline.image_files import count_turned, decode
+from sepvit_lib.pipeline.unreadable import UnreadableImageError
 
 WRITERS = {LABELLED: write_labelled, BOXED: write_boxed}
 
@@ -234,7 +234,7 @@ def test_storage_that_does_not_respond(loader, segmentation, monkeypatch):
     cfg, root = segmentation
     dataset = built(cfg, loader)
     pauses = []
-    monkeypatch.setattr("sepvit_lib.training.storage.time.sleep", pauses.append)
+    monkeypatch.setattr("sepvit_lib.common.storage.time.sleep", pauses.append)
     images = Path(dataset.data_prefix["img_path"])
     images.rename(tmp := root / "unmounted")
     with pytest.raises(UnreadableImageError if loader == "train_dataloader" else MachineError) as raised:
@@ -242,7 +242,7 @@ def test_storage_that_does_not_respond(loader, segmentation, monkeypatch):
     assert f"image {images}/1.jpg: cannot be read (FileNotFoundError" in str(raised.value)
     assert getattr(raised.value, "is_storage_error", True)
     assert sum(pauses) == 60
-    monkeypatch.setattr("sepvit_lib.training.storage.time.sleep", lambda _: images.exists() or tmp.rename(images))
+    monkeypatch.setattr("sepvit_lib.common.storage.time.sleep", lambda _: images.exists() or tmp.rename(images))
     assert dataset[1] is not None
 
 
@@ -303,7 +303,7 @@ def test_forms_of_labels(tmp_path):
 
 WRONG_LABELS: dict[str, tuple[Callable[[np.ndarray], Any], str, str]] = {
     "RGB": (lambda x: np.stack([x] * 3, -1), "PNG", "it has 3 channels; a label map has one"),
-    "JPEG": (lambda x: x, "JPEG", "a JPEG, which changes values"),
+    "JPEG": (lambda x: x, "JPEG", "a JPEG, whose compression changes labels"),
     "size": (lambda x: x[::2, ::2].copy(), "PNG", f"it has 40 × 48 pixels, its image {HEIGHT} × {WIDTH}"),
     "beyond": (lambda x: np.where(x == 2, 7, x), "PNG", f"it has the value 7 in {SIDE**2} pixels, beyond the 2 class"),
     "16 bits": (  # 258 is 2 in 8 bits
@@ -311,7 +311,7 @@ WRONG_LABELS: dict[str, tuple[Callable[[np.ndarray], Any], str, str]] = {
         "PNG",
         f"it has the value 258 in {SIDE**2} pixels, beyond the 2 classes",
     ),
-    "fractions": (lambda x: x.astype(np.float32), "TIFF", "its values are no whole numbers"),
+    "fractions": (lambda x: x.astype(np.float32), "TIFF", "its values are not integers"),
 }
 
 
@@ -414,21 +414,23 @@ def test_fingerprints_do_not_depend_on_the_place_of_the_data(base, originals, tm
 
 @pytest.mark.parametrize("base", [LABELLED, BOXED], ids=["segmentation", "detection"])
 def test_config_that_a_run_writes_is_read_again(base, originals, tmp_path):
-    """Also one of a run from the time when the package was named `dense`."""
+    """Also those of runs from the times when the package was named `dense` and `sepvit_lib.dense`."""
     cfg, _ = copied(originals[base], tmp_path)
     use_checked_loading(cfg)
     text = cfg.dump()
-    for name in ("written", "former"):
-        if name == "former":
-            text = text.replace("sepvit_lib.dense.", "dense.").replace("'LoadReada", "'dense.loading.LoadReada")
-            text = text.replace("'CompleteCocoD", "'dense.coco.CompleteCocoD")
-            text = text.replace("'dense.loading.LoadReadableInst", "'dense.coco.LoadReadableInst")
+    for name in ("written", "sepvit_lib.dense", "dense"):
+        if name != "written":
+            text = text.replace("sepvit_lib.mm.image_loading", f"{name}.loading")
+            text = text.replace("sepvit_lib.mm.backbone", f"{name}.backbone")
+            text = text.replace("'LoadReada", f"'{name}.loading.LoadReada")
+            text = text.replace("'CompleteCocoD", f"'{name}.coco.CompleteCocoD")
+            text = text.replace(f"'{name}.loading.LoadReadableInst", f"'{name}.coco.LoadReadableInst")
         (tmp_path / f"{name}.py").write_text(text)
         again = read(tmp_path / f"{name}.py")
         check_data(again, TRAIN, VAL)
         assert built(again)[0]["inputs"].shape[0] == 3
         assert again.custom_imports == cfg.custom_imports
-        assert name == "former" or again.to_dict() == cfg.to_dict()
+        assert name != "written" or again.to_dict() == cfg.to_dict()
 
 
 def test_classes_of_the_data_set_limit_its_labels(segmentation):
@@ -500,7 +502,7 @@ UNFIT_LABELLED: list[tuple[Spoil, str]] = [
     (put(f"{SET}.ann_file", "list.txt"), "train data {root}/list.txt: no such file"),
     (list_images("0.jpg\n1.jpg\n"), "{root}/list.txt: 2 of its 2 images are missing, the first is {root}/images/train"),
     (put(f"{SET}.image_suffix", ".png"), "train_dataloader.dataset: cannot be built: TypeError: "),
-    (put(f"{SET}.metainfo.classes", "ground"), "classes='ground': takes a tuple, or a file of names; one name needs"),
+    (put(f"{SET}.metainfo.classes", "ground"), "classes='ground': takes a tuple, or a file of names; a single name"),
     (put(f"{SET}.metainfo.classes", ("square",)), "train_dataloader.dataset: a single class (square) leaves nothing"),
     (put("val_dataloader.dataset.metainfo.classes", ("ground", "disc")), "val_dataloader.dataset has the classes gro"),
     (put("model.decode_head.num_classes", 5), "model.decode_head.num_classes=5: the data set has 2 classes"),
@@ -613,7 +615,7 @@ def test_classes_that_no_label_has_are_named(values, words, segmentation, capsys
     check_data(cfg, TRAIN, VAL)
     start = f"WARNING: train labels {root}/annotations/training: no pixel of the classes {words}"
     assert capsys.readouterr().out.startswith(start)
-    monkeypatch.setattr("sepvit_lib.dense.data.MAX_LABELS", 3)  # too few for two classes
+    monkeypatch.setattr("sepvit_lib.mm.check_data.MAX_LABELS", 3)  # too few for two classes
     check_data(cfg, TRAIN)
     assert capsys.readouterr().out == ""
 

@@ -17,9 +17,9 @@ from timm.models import save_for_hf
 
 import predict
 import sepvit
+from sepvit_lib.common.errors import UserError
 from sepvit_lib.inference.classifier import class_names, load_classifier
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.preprocessing import Preprocessing
+from sepvit_lib.pipeline.preprocessing import Preprocessing
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_text_csv_and_pictures(checkpoint, few_digits, tmp_path, capsys):
     assert [str(file.relative_to(tmp_path / "pictures")) for file in pictures] == sorted(
         str(file.relative_to(few_digits / "val")) for file in (few_digits / "val").rglob("*.png")
     )
-    assert "exists; name another folder" in refusal(predict.run, "predict", arguments, capsys)
+    assert "exists; choose another folder" in refusal(predict.run, "predict", arguments, capsys)
 
 
 def test_unreadable_images_are_reported_and_the_rest_go_on(checkpoint, few_digits, tmp_path):
@@ -180,15 +180,18 @@ MISTAKES = {
     "no checkpoint": ("{image} --resume {root}/nothing.pth", "--resume {root}/nothing.pth: no such file"),
     "no exported file": ("{image} --resume {root}/nothing.onnx", "--resume {root}/nothing.onnx: no such file"),
     "damaged export": ("{image} --resume {root}/bad.onnx", "--resume {root}/bad.onnx: ONNX Runtime cannot "),
-    "folder": ("{image} --resume {root}/empty", "--resume {root}/empty: a folder without config.json; name a "),
+    "folder": ("{image} --resume {root}/empty", "--resume {root}/empty: a folder without config.json; "),
     "segmentor": ("{image} --resume {root}/segmentor.pth", "use segmentation/predict.py or detection/"),
     "no averaged weights": ("{image} --resume {root}/plain.pth --averaged", "omit --averaged"),
     "unknown model": ("{image} --resume {root}/plain.pth --model vit", "--model vit: unknown; choose "),
     "another model": ("{image} --resume {root}/plain.pth --model SepViT_Tiny", "contains SepViT_Lite, not SepViT_Tiny"),
     "averaged weights of a folder": ("{image} --resume {root}/a/hf --averaged", "omit --averaged"),
     "another folder": ("{image} --resume {root}/a/hf --model SepViT_Tiny", "contains SepViT_Lite, not SepViT_Tiny"),
-    "no classifier": ("{image} --resume {root}/headless.pth", "holds no classifier"),
-    "no folder for results": ("{image} --json {root}/no/x.json", "--json {root}/no/x.json: takes a file in a folder"),
+    "no classifier": ("{image} --resume {root}/headless.pth", "contains no classifier"),
+    "no folder for results": (
+        "{image} --json {root}/no/x.json",
+        "--json {root}/no/x.json: must be a file in an existing folder",
+    ),
     "both to standard output": ("{image} --json - --csv -", "--json - and --csv -: "),
     "unwritable pictures": ("{image} --out {root}/bad.onnx/x", "--out {root}/bad.onnx/x: cannot be written"),
     "picture over image": ("{image} --out {root}", "--out {root}: would overwrite IMAGE {root}/1.png"),

@@ -1,7 +1,7 @@
 """Private parts of mmengine, mmdet and NumPy that are used. A failure means that a library has changed: adapt it.
 
-They are used in `sepvit_lib/dense/mmengine_adapter.py`, mmdet's in `sepvit_lib/dense/coco.py`. The ranges of versions
-are in pyproject.toml.
+They are used in `mmengine_private.py` and `coco_data_sets.py` of `sepvit_lib/mm/`. The ranges of versions are in
+pyproject.toml.
 """
 
 import json
@@ -17,9 +17,9 @@ from mmengine.config import utils as config_utils
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 
-import sepvit_lib.dense.backbone  # noqa: F401
-from sepvit_lib.dense import mmengine_adapter
-from sepvit_lib.dense.mmengine_adapter import log_statistic, read_checkpoint
+import sepvit_lib.mm.backbone  # noqa: F401
+from sepvit_lib.mm import mmengine_private
+from sepvit_lib.mm.mmengine_private import log_statistic, read_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------ mmengine
 
@@ -35,7 +35,7 @@ def test_mmengine_finds_configs_by_distribution(module, base, tmp_path, monkeypa
     monkeypatch.setitem(MODULE2PACKAGE, module, "not-installed")
     with pytest.raises(Exception, match="not-installed"):
         Config.fromfile(path)
-    mmengine_adapter.register_distributions()
+    mmengine_private.register_distributions()
     assert MODULE2PACKAGE[module] == {"mmseg": "onedl-mmsegmentation", "mmdet": "onedl-mmdetection"}[module]
     assert "train_cfg" in Config.fromfile(path)
 
@@ -44,7 +44,7 @@ def test_mmengine_reads_metafiles_once(monkeypatch):
     """For all bases of a config, `mmdet::…` included."""
     read: list[str] = []
     monkeypatch.setattr(config_utils, "load", lambda path: (read.append(path), mmengine.load(path))[1])
-    mmengine_adapter.register_distributions()
+    mmengine_private.register_distributions()
     Config.fromfile(ROOT / "detection/configs/mask_rcnn_sepvit_lite_fpn_demo.py")
     assert len(read) > 50
     assert len(read) == len(set(read))
@@ -54,7 +54,7 @@ def test_detection_metrics_keep_their_annotations(tmp_path):
     """In `CocoMetric._coco_api`, which `CompleteCocoMetric` replaces."""
     from mmdet.evaluation import CocoMetric
 
-    from sepvit_lib.dense.coco import CompleteCOCO, CompleteCocoMetric
+    from sepvit_lib.mm.coco_data_sets import CompleteCOCO, CompleteCocoMetric
 
     path = tmp_path / "annotations.json"
     mark = dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 2, 3])
@@ -99,7 +99,7 @@ def test_mmengines_log_refers_to_its_methods():
 
 def test_numpy_pickles_by_functions_that_are_allowed():
     """In NumPy 2.x they are private. Otherwise, checkpoints of older versions would be refused."""
-    modules = [getattr(entry, "__module__", "") for entry in mmengine_adapter.LOG_CLASSES]
-    functions = [entry for entry, module in zip(mmengine_adapter.LOG_CLASSES, modules) if module.endswith("multiarray")]
+    modules = [getattr(entry, "__module__", "") for entry in mmengine_private.LOG_CLASSES]
+    functions = [entry for entry, module in zip(mmengine_private.LOG_CLASSES, modules) if module.endswith("multiarray")]
     names = [f"{function.__module__}.{function.__name__}" for function in functions]
     assert names == ["numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar"]

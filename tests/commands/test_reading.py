@@ -23,10 +23,10 @@ from datasets import LoaderSettings, build_train_loader, epoch_batches
 from engine import Renormalised
 from sepvit_lib.inference.classifier import load_classifier
 from sepvit_lib.inference.images import find_images, read_image
-from sepvit_lib.training.images import count_turned, decode, images_in
-from sepvit_lib.training.preprocessing import Preprocessing
-from sepvit_lib.training.samples import read_sample, sampled_files
-from tools.export_formats import hub_settings
+from sepvit_lib.pipeline.image_files import count_turned, decode, images_in
+from sepvit_lib.pipeline.preprocessing import Preprocessing
+from sepvit_lib.pipeline.samples import read_sample, sampled_files
+from tools.exporting.writers import hub_settings
 
 # Files of all kinds. What everything reads of them is tested by tests/unit/test_images.py.
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 4), np.uint8)

@@ -134,7 +134,7 @@ MISTAKES = {
     "broken image": ("{root}/broken.png --resume {root}/cat.pth", "not an image"),
     "missing checkpoint": ("{cat} --resume {root}/no.pth", "--resume {root}/no.pth: no such file"),
     "exported": ("{cat} --resume {root}/cat.onnx", "cat.onnx: an exported model"),
-    "another network": ("{cat} --resume {root}/other.pth", "holds test_vit, not a SepViT"),
+    "another network": ("{cat} --resume {root}/other.pth", "contains test_vit, not a SepViT"),
     "no averaged weights": ("{cat} --resume {root}/cat.pth --averaged", "omit --averaged"),
     "no averaged backbone": ("{cat} --resume {root}/backbone.pth --averaged", "backbone.pth: has no averaged weights"),
     "window out of range": (

@@ -16,8 +16,8 @@ import torch
 from conftest import ROOT, differences
 from processes import Command, start_tasks
 
-from sepvit_lib.dense.mmengine_adapter import read_checkpoint
-from sepvit_lib.dense.run import DenseNames
+from sepvit_lib.mm.mmengine_private import read_checkpoint
+from sepvit_lib.mm.training_run import DenseNames
 
 DENSE_NAMES = DenseNames(interval=0, keep=1, keep_regular=-1)  # to list checkpoints
 

@@ -10,7 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from sepvit_lib.training.processes import get_rank
+from sepvit_lib.common.processes import get_rank
 
 calls = 0
 

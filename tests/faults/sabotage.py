@@ -18,7 +18,8 @@ import small_model  # noqa: F401 registers the model
 
 import engine
 import main
-from sepvit_lib.training import checkpoints, samples
+from sepvit_lib.pipeline import samples
+from sepvit_lib.run import checkpoints
 
 forward = engine.DistillationLoss.forward
 

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import injected
 from mmengine.model import BaseModel
 
-from sepvit_lib.dense import loading, run
-from sepvit_lib.dense.train import build_train_parser, run_training
-from sepvit_lib.training.storage import with_retries
+from sepvit_lib.common.storage import with_retries
+from sepvit_lib.mm import image_loading, training_run
+from sepvit_lib.mm.commands.train import build_train_parser, run_training
 
 parse_losses = BaseModel.parse_losses
 
@@ -28,8 +28,8 @@ def parse_losses_with_faults(self, losses):
 
 BaseModel.parse_losses = parse_losses_with_faults
 if "LAG" in os.environ:
-    run.flag_delay = lambda: int(os.environ["LAG"])
+    training_run.flag_delay = lambda: int(os.environ["LAG"])
 if "PAUSES" in os.environ:
-    loading.with_retries = partial(with_retries, pauses=tuple(map(int, os.environ["PAUSES"].split(","))))
+    image_loading.with_retries = partial(with_retries, pauses=tuple(map(int, os.environ["PAUSES"].split(","))))
 importlib.import_module(f"{os.environ['KIND']}.train")
 sys.exit(run_training(build_train_parser(None)))

@@ -18,10 +18,10 @@ from harness import LIMIT, RECIPE, RESUME_STATUS, Run, assert_same, assert_same_
 from PIL import Image
 
 import main
-from sepvit_lib.training import checkpoints, output
-from sepvit_lib.training.errors import UserError, is_transient
-from sepvit_lib.training.naming import StepNames
-from sepvit_lib.training.storage import is_storage_error
+from sepvit_lib.common.errors import UserError, is_transient
+from sepvit_lib.common.storage import is_storage_error
+from sepvit_lib.run import checkpoints, output
+from sepvit_lib.run.checkpoint_names import StepNames
 
 WEIGHTS = ("model", "model_ema", "optimizer")  # of runs in other folders, or with copies of the images
 LAST = "checkpoint-00000012.pth"  # 48 images, 8 a batch, two epochs
@@ -398,9 +398,9 @@ def test_elastic(few_digits, tmp_path, table):
         task.kill()
         task.wait()
     assert statuses(run, 3) == [2, 2, 2]
-    assert "its steps have 4 batches of 2 images, which 3 processes with these settings cannot share" in run.text()
+    assert "each step has 4 batches of 2 images, which 3 processes" in run.text()
     assert statuses(run) == [0, 0]
-    assert "4 batches of 2 images a step, as before: 2 processes accumulate 2 each" in run.text()
+    assert "4 batches of 2 images per step, as before; 2 processes accumulate 2 each" in run.text()
     whole = Run(tmp_path / "pair", few_digits, "--batch-size", "2", "--accum-steps", "2")
     assert statuses(whole) == [0, 0]
     checkpoint = torch.load(run.output / "checkpoint.pth", weights_only=True)
@@ -446,7 +446,7 @@ def test_bad_losses_may_be_read_one_step_late(few_digits, tmp_path, table):
 def test_too_many_bad_losses(few_digits, tmp_path, table):
     run = sabotaged(Run(tmp_path, few_digits, "--max-bad-steps", "4"), BAD_LOSS="0:8,9,10,11,12")
     assert run.start().wait(LIMIT) == 2
-    assert "\nmain.py: --max-bad-steps 4: that many steps in a row were not finite" in run.text()
+    assert "\nmain.py: --max-bad-steps 4: this many consecutive steps were not finite" in run.text()
     newest = StepNames(1).numbered(run.output)[0]
     assert newest.name == "checkpoint-00000006.pth"
     assert checkpoints.damage(newest) is None
@@ -460,7 +460,7 @@ def test_float16_gradients_that_stay_non_finite(few_digits, tmp_path, table):
     settings = "--amp float16 --batch-size 2 --max-bad-steps 4"
     run = sabotaged(Run(tmp_path, few_digits, *settings.split()), BAD_GRADIENTS=f"0:{steps}")
     assert run.start().wait(LIMIT) == 2
-    assert "main.py: --max-bad-steps 4: that many steps in a row were not finite" in run.text()
+    assert "main.py: --max-bad-steps 4: this many consecutive steps were not finite" in run.text()
     assert events(run.output, "not_finite") == ["gradients"] * 4
     table.add("non-finite gradients, for good")
 
@@ -537,7 +537,7 @@ def test_storage_outage(workers, few_digits, tmp_path, undisturbed, table):
 
 REFUSED = {
     "other settings": (["--lr", "1e-3", "--smoothing", "0.2"], "--lr 0.001 (was 0.005), --smoothing 0.2 (was 0.1)"),
-    "other images": (["--data-path", "fewer"], "of a run on other images"),
+    "other images": (["--data-path", "fewer"], "by a run on different images"),
     "a fresh run": (["--no-auto-resume"], "--output_dir run: already holds a run"),
     "an older checkpoint": (["--no-auto-resume", "--resume", "run/checkpoint-00000008.pth"], "already holds a run"),
     "other weights": (["--no-auto-resume", "--resume", "run/weights.pth"], "already holds a run"),
@@ -565,7 +565,7 @@ def test_a_run_is_neither_mixed_with_another_nor_overwritten(what, few_digits, c
 def test_folder_in_use_by_another_run(tmp_path, monkeypatch):
     monkeypatch.setattr(output, "LOCK_TIMEOUT", 1)
     lock = output.lock_folder(tmp_path, 1, "--output_dir run")
-    with pytest.raises(UserError, match="another run writes to it; end that run, or name another folder"):
+    with pytest.raises(UserError, match="another run is writing to it"):
         output.lock_folder(tmp_path, 1, "--output_dir run")
     os.close(lock)
     os.close(output.lock_folder(tmp_path, 1, "--output_dir run"))
@@ -609,7 +609,7 @@ def test_code_in_the_newest_checkpoint_never_runs(few_digits, copy, capsys, tabl
     newest = StepNames(1).numbered(copy)[0]
     newest.unlink()
     torch.save({"model": {}, "args": Code(copy / "ran")}, newest)
-    assert "refused, it holds" in refusal(main.run, "main", [*RECIPE, "--data-path", few_digits], capsys)
+    assert "refused, it contains" in refusal(main.run, "main", [*RECIPE, "--data-path", few_digits], capsys)
     assert not (copy / "ran").exists()
     table.add("newest checkpoint would run code")
 

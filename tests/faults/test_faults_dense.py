@@ -21,10 +21,10 @@ import torch
 from conftest import ROOT, Code, refusal
 from harness import DENSE_NAMES, LIMIT, RESUME_STATUS, DenseRun, assert_same_dense, damage, descendants, play_slurm
 
-from sepvit_lib.dense.mmengine_adapter import read_checkpoint
-from sepvit_lib.dense.train import build_train_parser, run_training
-from sepvit_lib.training import checkpoints
-from sepvit_lib.training.output import read_log
+from sepvit_lib.mm.commands.train import build_train_parser, run_training
+from sepvit_lib.mm.mmengine_private import read_checkpoint
+from sepvit_lib.run import checkpoints
+from sepvit_lib.run.output import read_log
 
 KINDS = ("segmentation", "detection")
 LAST = {"segmentation": "iter_12.pth", "detection": "epoch_2.pth"}
@@ -273,7 +273,7 @@ def test_code_in_the_newest_checkpoint_never_runs(kind, configs, tmp_path, undis
     shutil.copytree(undisturbed[kind], tmp_path / "run")
     torch.save({"state_dict": {}, "meta": Code(tmp_path / "ran")}, tmp_path / "run" / LAST[kind])
     line = refused(capsys, configs[kind], "--work-dir", tmp_path / "run", "--auto-resume")
-    assert "refused, it holds" in line
+    assert "refused, it contains" in line
     assert not (tmp_path / "ran").exists()
     tried("newest checkpoint would run code")
 
@@ -331,7 +331,7 @@ def test_slurm_script_requeues_the_job(kind, configs, tmp_path, undisturbed, tri
 
 WITH_HOOKS = """
 _base_ = {config!r}
-custom_imports = dict(imports=["sepvit_lib.dense.backbone", "stop_in_validation"])
+custom_imports = dict(imports=["sepvit_lib.mm.backbone", "stop_in_validation"])
 custom_hooks = [dict(type="EMAHook", momentum=0.5), dict(type="StopInValidation")]
 """
 
@@ -476,7 +476,7 @@ def test_too_many_bad_losses(run, kind, tried):
     run.command += ["--max-bad-steps", "4"]
     sabotaged(run, kind, BAD_LOSS="0:7,8,9,10,11,12")
     assert run.start().wait(LIMIT) == 2
-    assert "\ntrain.py: --max-bad-steps 4: that many steps in a row were not finite" in run.text()
+    assert "\ntrain.py: --max-bad-steps 4: this many consecutive steps were not finite" in run.text()
     newest = DENSE_NAMES.numbered(run.output)[0]
     assert checkpoints.damage(newest) is None
     assert newest.name in ("epoch_1.pth", "iter_6.pth")
@@ -579,7 +579,7 @@ def test_other_images_are_refused(demo_data, tmp_path, undisturbed, capsys):
     assert DENSE_NAMES.numbered(tmp_path / "run")[0].name == "iter_10.pth"
     run = DenseRun("segmentation", tmp_path, config)
     run.command[run.command.index("--auto-resume")] = "--resume"
-    assert ": its run had other images: 12 training images as before, but with other names" in run.finish()
+    assert ": its run had different images: 12 training images as before, but with different names" in run.finish()
 
 
 @ONLY["segmentation"]

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sepvit_lib.inference.machine import describe
-from sepvit_lib.training.devices import available_cores
+from sepvit_lib.common.devices import available_cores
+from sepvit_lib.common.machine import describe
 
 LIMIT = float(os.environ.get("LIMIT", "300"))
 TEST_LIMIT = 200  # seconds of one test, where pytest-timeout is installed

@@ -13,7 +13,7 @@ from conftest import GOLDEN, VARIANTS, golden_images, golden_shapes, golden_weig
 from timm.scheduler import StepLRScheduler
 
 import sepvit
-from sepvit_lib.training.state import Precision, Training
+from sepvit_lib.run.state import Precision, Training
 
 pytestmark = pytest.mark.gpu
 

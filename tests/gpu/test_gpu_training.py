@@ -15,7 +15,7 @@ from processes import Command, free_port
 
 import main
 from gpu.conftest import TEST_LIMIT
-from sepvit_lib.training.output import epoch_entries, read_log
+from sepvit_lib.run.output import epoch_entries, read_log
 
 pytestmark = pytest.mark.gpu
 

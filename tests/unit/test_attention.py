@@ -113,7 +113,7 @@ def test_16_bit_formats():
 
 def test_what_cannot_be_recorded():
     model, images = tiny_network(SepViTDense).eval(), torch.randn(1, 3, 64, 64)
-    with pytest.raises(ValueError, match="Linear holds no SepViT"):
+    with pytest.raises(ValueError, match="Linear contains no SepViT"):
         record_attention(nn.Linear(2, 2), images)
     with pytest.raises(ValueError, match=r"blocks\.0\.0 ran twice"):
         record_attention(model, images, lambda x: (model(x), model(x)))

@@ -18,9 +18,9 @@ import small_model
 import timm
 import torch
 
-from sepvit_lib.training import checkpoints
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.naming import StepNames
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.run import checkpoints
+from sepvit_lib.run.checkpoint_names import StepNames
 
 
 class Server(BaseHTTPRequestHandler):
@@ -134,7 +134,7 @@ def test_a_flipped_bit_anywhere_is_detected(tmp_path):
 
 def test_the_best_checkpoint_is_written_first(tmp_path, monkeypatch):
     """A run killed before the checkpoint gets its other names repeats the epoch and finds the same best."""
-    monkeypatch.setattr(checkpoints, "name_also", lambda *_: sys.exit())
+    monkeypatch.setattr(checkpoints, "hard_link", lambda *_: sys.exit())
     writer = checkpoints.CheckpointWriter(tmp_path, StepNames(2))
     writer.save(dict(steps=3, epoch=0, epoch_step=0), is_best=True)
     with pytest.raises(SystemExit):

@@ -7,10 +7,10 @@ import pytest
 from torch._utils import ExceptionWrapper
 
 import main
-from sepvit_lib.training import watchdog
-from sepvit_lib.training.commands import run_command
-from sepvit_lib.training.errors import RESUME_STATUS, out_of_shared_memory
-from sepvit_lib.training.watchdog import Heartbeat, Preemption, RankState, Watchdog
+from sepvit_lib.common.command_line import run_command
+from sepvit_lib.common.errors import RESUME_STATUS, out_of_shared_memory
+from sepvit_lib.run import watchdog
+from sepvit_lib.run.watchdog import Heartbeat, Preemption, RankState, Watchdog
 
 FLAGS = main.build_parser().flags()
 
@@ -109,7 +109,7 @@ def no_exit(monkeypatch) -> None:
             RankState.FAILED,
             "UserError: --data-path /x: no such folder",
             1,
-            "; fix the cause that it printed, then run the same",
+            "; fix the error that it printed, then run the same",
         ),
         (RankState.LOST, "MachineError: storage", RESUME_STATUS, "(MachineError: storage); run the same command with"),
     ],

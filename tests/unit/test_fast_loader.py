@@ -19,11 +19,11 @@ from torchvision import transforms
 import datasets
 import main
 from datasets import DeviceTransform, LoaderSettings, build_train_loader, epoch_batches
-from sepvit_lib.training.decoding import CropDecoder
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.images import decode
-from sepvit_lib.training.state import Precision
-from sepvit_lib.training.unreadable import unreadable_images
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.pipeline.image_files import decode
+from sepvit_lib.pipeline.scaled_decoding import CropDecoder
+from sepvit_lib.pipeline.unreadable import unreadable_images
+from sepvit_lib.run.state import Precision
 from utils import seed_everything
 
 CPU = Precision(torch.device("cpu"), None)

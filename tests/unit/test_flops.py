@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import sepvit
-from sepvit_lib.training.complexity import (
+from sepvit_lib.count import (
     AMONG,
     HEAD,
     INSIDE,
@@ -19,10 +19,11 @@ from sepvit_lib.training.complexity import (
     Part,
     costs_as_text,
     costs_of,
+    count_by_module,
+    count_multiply_adds,
     memory_of,
     total_of,
 )
-from sepvit_lib.training.measure import count_by_module, count_multiply_adds
 from tools import get_flops
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -188,7 +189,7 @@ MISTAKES = {
     "--model SepViT_Huge": ("--model SepViT_Huge", "SepViT_Tiny", "timm.list_models()"),
     "--dense --model resnet18": ("--dense --model resnet18", "SepViT_Base"),
     "--input-size 0": ("--input-size", "0", "at least 1"),
-    "--input-size 8 8 8": ("--input-size 8 8 8", "name one side, or H and W"),
+    "--input-size 8 8 8": ("--input-size 8 8 8", "one side, or H and W"),
     "--model efficientnet_b0 --input-size 1": ("--batch-size", "more than one value per channel"),
     "--device tpu": ("--device tpu: unknown; choose",),
     "--models x": ("--models", "did you mean --model?"),

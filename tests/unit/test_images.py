@@ -12,8 +12,8 @@ from PIL import Image
 from torchvision import transforms
 
 import main
-from sepvit_lib.training.images import decode, orientation_for
-from sepvit_lib.training.preprocessing import MAX_ASPECT, Preprocessing
+from sepvit_lib.pipeline.image_files import decode, orientation_for
+from sepvit_lib.pipeline.preprocessing import MAX_ASPECT, Preprocessing
 
 
 def noise(mode: str, *shape: int) -> np.ndarray:

@@ -7,9 +7,9 @@ import pytest
 from conftest import encoded
 from PIL import Image
 
+from sepvit_lib.common.errors import UserError
 from sepvit_lib.inference.images import find_images, read_image
 from sepvit_lib.inference.pictures import with_classes
-from sepvit_lib.training.errors import UserError
 
 RED, WHITE = (254, 0, 0), (255, 255, 255)
 

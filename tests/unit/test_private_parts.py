@@ -22,10 +22,8 @@ from PIL import Image
 from torch._utils import ExceptionWrapper
 
 import sepvit  # noqa: F401 registers the models
-from sepvit_lib.training import readers
-from sepvit_lib.training.checkpoints import refused_class
-from sepvit_lib.training.commands import Parser
-from sepvit_lib.training.errors import (
+from sepvit_lib.common.command_line import Parser
+from sepvit_lib.common.errors import (
     UserError,
     is_communication_error,
     is_transient,
@@ -33,7 +31,9 @@ from sepvit_lib.training.errors import (
     out_of_files,
     out_of_shared_memory,
 )
-from sepvit_lib.training.state import reads_found_inf
+from sepvit_lib.pipeline import readers
+from sepvit_lib.run.checkpoints import refused_class
+from sepvit_lib.run.state import reads_found_inf
 
 # ---------------------------------------------------------------------------------------------------------------- timm
 

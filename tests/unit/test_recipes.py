@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT, SMALLEST, differences, read_log, refusal
 
 import main
-from sepvit_lib.training.recipes import parse_with_recipe, write_recipe
+from sepvit_lib.common.recipes import parse_with_recipe, write_recipe
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -91,8 +91,8 @@ MISTAKES = {
     "dist-eval: true\ndist_eval: false": "dist_eval: set twice",
     "lr: 1: 2": "not YAML .*line 1",
     "lr: 1\n\tseed: 2": "not YAML .*line 2",
-    "- lr": "holds no settings",
-    "": "holds no settings",
+    "- lr": "contains no settings",
+    "": "contains no settings",
 }
 
 

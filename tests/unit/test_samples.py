@@ -73,7 +73,7 @@ def test_train_sampler_yields_every_index_once(size, batch_size, processes, accu
     whole = epoch_of(size, batch_size, accum_steps, processes, epoch)
     draws = [draw for step in whole for batch in step for draw in batch]
     per_step = batch_size * accum_steps * processes
-    assert sorted(draw.place for draw in draws) == list(range(size // per_step * per_step))
+    assert sorted(draw.position for draw in draws) == list(range(size // per_step * per_step))
     assert len({draw.index for draw in draws}) == len(draws)
     if size % per_step == 0:
         assert {draw.index for draw in draws} == set(range(size))
@@ -96,7 +96,7 @@ def test_repeated_augmentation(size, batch_size, processes):
     ]
     per_step = batch_size * processes
     assert len(draws) == size // 256 * 256 // per_step * per_step
-    order = [draw.index for draw in sorted(draws, key=lambda draw: draw.place)]
+    order = [draw.index for draw in sorted(draws, key=lambda draw: draw.position)]
     groups = [order[i : i + 3] for i in range(0, len(order) - 2, 3)]
     assert all(len(set(group)) == 1 for group in groups)  # each sample three times in a row,
     assert len({group[0] for group in groups}) == len(groups)  # and only there

@@ -16,7 +16,8 @@ COMMANDS = (
     "benchmarks",
     "segmentation",
     "detection",
-    *(f"sepvit_lib.dense.{name}" for name in ("flops", "predict", "settings", "test", "train")),
+    "sepvit_lib.mm.commands",
+    "sepvit_lib.mm.config",
 )
 LAYERS = (COMMANDS, ("engine", "datasets"), ("utils", "samplers"), ("sepvit_lib",), ("sepvit",))
 
@@ -24,7 +25,7 @@ LAYERS = (COMMANDS, ("engine", "datasets"), ("utils", "samplers"), ("sepvit_lib"
 def modules() -> dict[str, Path]:
     """All modules of this project except the tests, by name."""
     paths = [*ROOT.glob("*.py")]
-    for folder in ("sepvit_lib", "sepvit_lib/*", "tools", "benchmarks", "segmentation", "detection"):
+    for folder in ("sepvit_lib", "sepvit_lib/*", "sepvit_lib/mm/*", "tools", "benchmarks", "segmentation", "detection"):
         paths += ROOT.glob(f"{folder}/*.py")
     named = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
     return {name.removesuffix(".__init__"): path for name, path in named.items()}
@@ -77,8 +78,8 @@ def reached(name: str) -> set[str]:
 
 
 def test_modules_and_imports_are_found():
-    assert {"main", "engine", "sepvit_lib.dense.backbone", "tools.export", "benchmarks.benchmark"} <= MODULES.keys()
-    assert "sepvit_lib.training.state" in GRAPH["engine"]
+    assert {"main", "engine", "sepvit_lib.mm.backbone", "tools.export", "benchmarks.benchmark"} <= MODULES.keys()
+    assert "sepvit_lib.run.state" in GRAPH["engine"]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
@@ -86,6 +87,23 @@ def test_imports_point_down(name):
     for other in GRAPH[name]:
         assert layer_of(other) >= layer_of(name), f"{name} imports {other}, of a higher layer"
     assert name not in {module for other in GRAPH[name] for module in reached(other)}, "it imports itself in a circle"
+
+
+WALLS = {  # packages of sepvit_lib, and the ones that each may import
+    "common": set(),
+    "pipeline": {"common"},
+    "run": {"common", "pipeline"},
+    "inference": {"common", "pipeline", "run"},
+}
+
+
+@pytest.mark.parametrize("package", WALLS)
+def test_packages_of_the_library_have_walls(package):
+    own = [name for name in MODULES if name.startswith(f"sepvit_lib.{package}.")]
+    assert own
+    for name in own:
+        imported = {other.split(".")[1] for other in GRAPH[name] if other.count(".") > 1}
+        assert imported <= WALLS[package] | {package}, f"{name} imports {imported}"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +159,7 @@ def flags() -> set[str]:
 def test_only_commands_name_flags(name):
     known = flags()
     named = {flag for text in texts_of(MODULES[name]) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
-    assert named & known == set(), "write setting('name'), see sepvit_lib/training/errors.py"
+    assert named & known == set(), "write setting('name'), see sepvit_lib/common/errors.py"
 
 
 def settings_added_by(name: str) -> set[str]:
@@ -157,7 +175,7 @@ def test_messages_mention_existing_settings():
     import predict
 
     known = main.build_parser().flags().keys() | predict.build_parser().flags().keys()
-    known |= settings_added_by("sepvit_lib.dense.train") | settings_added_by("sepvit_lib.dense.settings")
+    known |= settings_added_by("sepvit_lib.mm.commands.train") | settings_added_by("sepvit_lib.mm.config")
     for name in BELOW_COMMANDS:
         tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
         for node in ast.walk(tree):
@@ -169,10 +187,9 @@ def test_messages_mention_existing_settings():
 def test_no_namespace_below_the_commands():
     """Only main.py's builders and the parsing code use argparse.Namespace."""
     users = [name for name in BELOW_COMMANDS if "argparse.Namespace" in MODULES[name].read_text(encoding="utf-8")]
-    parsing = ["sepvit_lib.training.commands", "sepvit_lib.training.recipes"]
-    assert [name for name in users if name not in parsing] == [
-        "sepvit_lib.training.checkpoints"
-    ]  # published files have one
+    parsing = ["sepvit_lib.common.command_line", "sepvit_lib.common.recipes"]
+    published = ["sepvit_lib.common.saved_settings", "sepvit_lib.run.checkpoints"]  # have one in their files
+    assert [name for name in users if name not in parsing] == published
 
 
 def test_readme_length():

@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT, refusal
 
 from benchmarks import input_pipeline
-from sepvit_lib.training.devices import check_device
-from sepvit_lib.training.errors import UserError
+from sepvit_lib.common.devices import check_device
+from sepvit_lib.common.errors import UserError
 from tools import make_demo_data, show_demo
 
 RUN = {"settings": {"model": "SepViT_Lite", "epochs": 2}, "versions": {"torch": "2.0"}}

@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader
 
 import main
 from engine import DistillationLoss, LoopSettings, train_one_epoch
-from sepvit_lib.training import output, resume
-from sepvit_lib.training.checkpoints import load_optimizer, read_checkpoint
-from sepvit_lib.training.devices import available_cores
-from sepvit_lib.training.errors import UserError
-from sepvit_lib.training.monitor import DelayedFlags, MonitorSettings, StepMonitor
-from sepvit_lib.training.naming import StepNames
-from sepvit_lib.training.watchdog import Preemption, Watchdog
+from sepvit_lib.common.devices import available_cores
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.run import output, resume
+from sepvit_lib.run.checkpoint_names import StepNames
+from sepvit_lib.run.checkpoints import load_optimizer, read_checkpoint
+from sepvit_lib.run.monitor import DelayedFlags, MonitorSettings, StepMonitor
+from sepvit_lib.run.watchdog import Preemption, Watchdog
 
 # The published recipe's settings.
 DEFAULTS = (
@@ -150,7 +150,7 @@ def test_a_skipped_step_restores_running_statistics():
     images = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3))
     args, precision, training = prepared("--model-ema", model=images)
     before = {name: value.clone() for name, value in images.state_dict().items()}
-    with pytest.raises(UserError, match="loss or gradients were not finite in any step"):
+    with pytest.raises(UserError, match="loss or gradients were non-finite"):
         one_epoch(args, precision, training, criterion=lambda images, outputs, targets: outputs.sum() * torch.inf)
     assert training.bad_steps == 1
     assert all(torch.equal(value, before[name]) for name, value in images.state_dict().items())

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Run a training command in a job, and put the job back into the queue until the run is complete: requeue.sh COMMAND…
+# Run a training command in a job, and requeue the job until the run is complete: requeue.sh COMMAND…
 #
-# The command exits with status 75 once it has saved and stopped, or has lost a process. A user's mistake or an error of
-# the program ends the job. The job is requeued at most MAX_REQUEUES (100) times.
+# The command exits with status 75 once it has saved and stopped, or has lost a process. A user's mistake or a bug ends
+# the job. The job is requeued at most MAX_REQUEUES (100) times.
 set -uo pipefail
 "$@"
 status=$?
@@ -12,7 +12,7 @@ case $status in
         if ((${SLURM_RESTART_COUNT:-0} < ${MAX_REQUEUES:-100})); then
             scontrol requeue "$SLURM_JOB_ID"
         else
-            echo "requeue.sh: the job went back to the queue ${SLURM_RESTART_COUNT} times; MAX_REQUEUES allows more" >&2
+            echo "requeue.sh: requeued ${SLURM_RESTART_COUNT} times already; raise MAX_REQUEUES to allow more" >&2
         fi
         ;;
 esac

@@ -1,0 +1,1 @@
+"""Shared by all commands: argument parsing, one-line errors, processes, devices, files. Imports nothing beside it."""

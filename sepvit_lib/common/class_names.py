@@ -1,0 +1,97 @@
+"""Match the classes of a network and of a data set by name."""
+
+import unicodedata
+from collections.abc import Sequence
+
+from timm.data.readers.class_map import load_class_map
+
+from sepvit_lib.common.errors import UserError, setting
+
+MAX_NAMES = 5  # in a message
+
+
+def canonical(name: str) -> str:
+    """Name in composed Unicode form (NFC). Names unpacked on a Mac are decomposed."""
+    return unicodedata.normalize("NFC", name)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names for a message; only the first `MAX_NAMES` if there are more."""
+    return ", ".join(names[:MAX_NAMES]) + (", …" if len(names) > MAX_NAMES else "")
+
+
+def order_of(held: Sequence[str], names: Sequence[str], what: str, data: str, way_out: str) -> list[int] | None:
+    """Match the classes of a data set with those of a network by name.
+
+    Args:
+        held: names of the network's classes, in the order of its outputs.
+        names: names of the data set's classes, in the order of its labels.
+        what: the network, for messages.
+        data: the data set, for messages.
+        way_out: the way out, for messages.
+
+    Returns:
+        the network's output index for each label; None if labels and outputs are in the same order.
+
+    Raises:
+        UserError: names differ.
+    """
+    held, names = [canonical(name) for name in held], [canonical(name) for name in names]
+    if held == names:
+        return None
+    outputs = {name: index for index, name in enumerate(held)}
+    differing = [name for name in names if name not in outputs] + sorted(set(held) - set(names), key=held.index)
+    if differing or len(held) != len(names):
+        raise UserError(
+            f"{what}: was trained on different classes than {data}: {len(differing)} names differ "
+            f"({listed(differing)}); {way_out}"
+        )
+    return [outputs[name] for name in names]
+
+
+def read_class_map(path: str, names: Sequence[str], data: str) -> tuple[list[str], list[int]]:
+    """Read timm's class map: a text file with one class name per line, or a pickled dict from names to numbers.
+
+    Args:
+        path: the file.
+        names: names of the data set's classes, in the order of its labels.
+        data: the data set, for messages.
+
+    Returns:
+        the names in the order of their numbers, and the number of each of the data set's classes.
+
+    Raises:
+        UserError: the file cannot be read, does not number its names from 0 on, or lacks a class of the data set.
+    """
+    what = setting("class_map", path)
+    try:
+        numbers = {canonical(name): number for name, number in load_class_map(path).items()}
+        ordered = sorted(numbers, key=lambda name: numbers[name])
+    except (OSError, ValueError, TypeError, AssertionError, AttributeError, EOFError) as error:
+        raise UserError(f"{what}: not a class map ({error}); write one class name per line") from None
+    if [numbers[name] for name in ordered] != list(range(len(numbers))):
+        raise UserError(f"{what}: does not number its classes from 0 on; write each name once, without blank lines")
+    if missing := [name for name in map(canonical, names) if name not in numbers]:
+        raise UserError(f"{what}: lacks {len(missing)} classes of {data} ({listed(missing)}); add them")
+    return ordered, [numbers[canonical(name)] for name in names]
+
+
+def check_map(path: str, names: Sequence[str], held: Sequence[str], what: str) -> None:
+    """Refuse a class map that contradicts the numbers of a network's classes.
+
+    Args:
+        path: the class map.
+        names: its names, in the order of their numbers.
+        held: names of the network's classes, in the order of its outputs.
+        what: the network, for messages.
+
+    Raises:
+        UserError: a class has different numbers in the two.
+    """
+    outputs = {canonical(name): index for index, name in enumerate(held)}
+    for number, name in enumerate(map(canonical, names)):
+        if outputs.get(name, number) != number:
+            raise UserError(
+                f"{setting('class_map', path)}: assigns number {number} to {name}, but {what} assigns {outputs[name]}; "
+                "list the names in the network's order"
+            )

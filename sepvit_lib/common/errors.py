@@ -1,0 +1,136 @@
+"""Errors that end a command, exit statuses, and library errors recognised by their text."""
+
+import errno
+import re
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+RESUME_STATUS = 75  # exit status for "run the same command again" (EX_TEMPFAIL of sysexits.h)
+INTERRUPT_STATUS = 130  # exit status after Ctrl-C
+USER_ERROR_STATUS = 2
+UNREADABLE_STATUS = 1  # of predict.py: some images are unreadable
+
+SETTING = re.compile(r"`([\w.]+)`")
+
+
+def setting(name: str, *values: object) -> str:
+    """Mention a setting in a message, with its values.
+
+    Only commands know flags. `with_flags` replaces the name with the flag of the command that prints the message.
+
+    Args:
+        name: the setting's name, e.g. 'data_path'.
+        values: its values.
+    """
+    return " ".join([f"`{name}`", *map(str, values)])
+
+
+def with_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Replace the names of settings in a message (see `setting`) with a command's flags.
+
+    Args:
+        message: the message.
+        flags: flags by setting, e.g. '--data-path' by 'data_path'. Other names stay as they are; those with dots are
+            keys of a config and lose their quotes.
+    """
+    return SETTING.sub(lambda match: flags.get(match[1], match[1] if "." in match[1] else match[0]), message)
+
+
+def one_line(text: str) -> str:
+    """Escape the unprintable characters of a text. File names may contain line breaks and invalid UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+class OneLineError(Exception):
+    """An error that is reported to the user in one line.
+
+    Args:
+        message: the line. Settings are mentioned by name, see `setting`.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        # PyTorch re-raises a loader worker's error as its class, with the whole traceback as the message.
+        if is_worker_traceback(message):
+            message = message.strip().splitlines()[-1].partition("Error: ")[2]
+        super().__init__(one_line(message))
+
+
+class UserError(OneLineError):
+    """A mistake by the user. The line names the setting, its value and the way out. The exit status is 2."""
+
+
+class LocalError(UserError):
+    """A user error that may occur on a single process. Every affected process reports it."""
+
+
+class MachineError(OneLineError):
+    """A transient error of the machine, its storage or its network: rerunning may succeed. The exit status is 75."""
+
+
+class Preempted(Exception):  # noqa: N818 not an error
+    """The run was asked to stop, and all ranks have stopped at the same step.
+
+    Args:
+        position: where the run stopped, for the final message.
+        status: the exit status.
+    """
+
+    def __init__(self, position: str = "", status: int = RESUME_STATUS) -> None:
+        super().__init__(position)
+        self.status = status
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Library errors. PyTorch raises RuntimeError for most of them, so only the text distinguishes them. Each function is
+# tested with texts of the pinned versions (tests/unit/test_private_parts.py, tests/unit/test_failures.py).
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def is_worker_traceback(text: str) -> bool:
+    """Whether an error's text is the traceback of a loader worker. Its last line is the error itself."""
+    return text.startswith("Caught ") and "\nOriginal Traceback" in text
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Whether an error is transient: rerunning may succeed. Includes an OOM-killed loader worker."""
+    is_lost_worker = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+    return is_lost_worker or isinstance(error, MachineError)
+
+
+def is_communication_error(error: BaseException | None) -> bool:
+    """Whether a collective call failed, usually because another rank is gone."""
+    is_backend = isinstance(error, RuntimeError) and bool(re.search("gloo|nccl", str(error), re.IGNORECASE))
+    return is_backend or isinstance(error, dist.DistError)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or its accelerator ran out of memory, here or in a loader worker."""
+    texts = (
+        "DefaultCPUAllocator",
+        "MPS backend out of memory",
+        "CUDA error: out of memory",
+        "_STATUS_ALLOC_FAILED",
+        "Cannot allocate memory",
+    )
+    by_text = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return by_text or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def has_single_value(error: BaseException) -> bool:
+    """Whether BatchNorm got one value per channel in training, which has no variance."""
+    return isinstance(error, (RuntimeError, ValueError)) and "Expected more than 1 value per channel" in str(error)
+
+
+def out_of_shared_memory(error: BaseException) -> bool:
+    """Whether the shared memory that carries loader workers' batches ran out."""
+    pattern = r"shared memory\(shm\)|</torch_\w+>: No space left|Bus error"
+    return isinstance(error, RuntimeError) and bool(re.search(pattern, str(error)))
+
+
+def out_of_files(error: BaseException) -> bool:
+    """Whether the process has too many open files. Each loader worker opens some."""
+    return (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)) or (
+        isinstance(error, RuntimeError) and "Too many open files" in str(error)
+    )

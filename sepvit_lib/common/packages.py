@@ -1,0 +1,35 @@
+"""Optional packages: report missing ones with the extra of pyproject.toml that installs them."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from sepvit_lib.common.errors import USER_ERROR_STATUS, UserError
+
+
+def lacking(*modules: str, extra: str = "tools") -> str:
+    """Describe missing modules and how to install them, in the repository's folder; "" if none are missing."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    return f"needs {', '.join(missing)}: pip install '.[{extra}]'" if missing else ""
+
+
+def require(what: str, *modules: str, extra: str = "tools") -> None:
+    """Raise an error if modules are missing. See `lacking`.
+
+    Args:
+        what: what needs them, for messages.
+        *modules: their names.
+        extra: the extra that installs them.
+
+    Raises:
+        UserError: modules are missing.
+    """
+    if problem := lacking(*modules, extra=extra):
+        raise UserError(f"{what}: {problem}")
+
+
+def require_or_exit(*modules: str, extra: str) -> None:
+    """Exit the running script if modules are missing, before it imports them. See `lacking`."""
+    if problem := lacking(*modules, extra=extra):
+        print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
+        sys.exit(USER_ERROR_STATUS)

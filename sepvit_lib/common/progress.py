@@ -1,0 +1,87 @@
+"""Progress of a loop over batches: a bar on a terminal, regular lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Iterate over batches and report progress: a bar on a terminal, regular lines elsewhere.
+
+    Args:
+        batches: the batches.
+        title: the start of each line.
+        every: batches between reports. Values on a GPU are read only for reports.
+        total: number of batches, including those done before; 0 if unknown.
+        done: number of batches done before, in a resumed epoch.
+        later: number of epochs after this one, to estimate the run's remaining time.
+        print_line: prints a line; None on ranks that do not report.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        title: str,
+        every: int,
+        total: int,
+        done: int = 0,
+        later: int = 0,
+        print_line: Callable[[str], None] | None = print,
+    ) -> None:
+        self.batches = batches
+        self.title = title
+        self.every = every
+        self.later = later
+        self.total = total
+        self.images = 0
+        self.done = self.before = done
+        self.start = time.perf_counter()
+        self.print_line = print_line
+        self.bar: tqdm | None = None
+        if print_line is not None and sys.stdout.isatty():
+            layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            self.bar = tqdm(
+                total=self.total or None,
+                initial=done,
+                desc=title,
+                bar_format=layout,
+                file=sys.stdout,
+                dynamic_ncols=True,
+            )
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            for batch in self.batches:
+                yield batch
+                if self.bar is not None:
+                    self.bar.update()
+        finally:
+            if self.bar is not None:
+                self.bar.close()
+
+    def advance(self, images: int) -> bool:
+        """Count a batch of `images` images (of all ranks). Returns whether a report is due."""
+        self.done += 1
+        self.images += images
+        return self.done % self.every == 0 or self.done == self.total
+
+    def report(self, **values: str) -> None:
+        """Show values, the speed so far and the time left."""
+        seconds = time.perf_counter() - self.start
+        pace = seconds / (self.done - self.before)
+        left = max(0.0, pace * (self.total - self.done))
+        values["images/s"] = f"{self.images / seconds:.1f}"
+        if self.bar is None and self.total:
+            values["left"] = str(timedelta(seconds=round(left)))
+        if self.later:
+            values["run left"] = str(timedelta(seconds=round(left + self.later * pace * self.total)))
+        text = ", ".join(f"{name} {value}" for name, value in values.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        elif self.print_line is not None:
+            position = f"{self.done:{len(str(self.total))}}/{self.total}" if self.total else str(self.done)
+            self.print_line(f"{self.title} [{position}] {text}")

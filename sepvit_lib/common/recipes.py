@@ -1,0 +1,92 @@
+"""Recipes: YAML files of settings. Each run writes its settings as args.yaml, a recipe that repeats the run."""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sepvit_lib.common.command_line import Parser
+from sepvit_lib.common.errors import UserError, setting
+from sepvit_lib.common.storage import write_file
+
+ARGS = "args.yaml"
+LAUNCH_SETTINGS = ("config", "local_rank")  # settings of a single launch, not part of a recipe
+SWITCHES = dict(true=0, yes=0, on=0, false=1, no=1, off=1)  # index in the option's strings: --flag, --no-flag
+
+
+def parse_with_recipe(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line. Missing settings come from its recipe (`config`), then from the defaults.
+
+    Raises:
+        UserError: a setting is invalid, in the command line or in the recipe.
+    """
+    args = parser.parse_args(arguments)
+    if args.config is None:
+        return args
+    try:
+        recipe = [argument for entry in read_recipe(args.config) for argument in _arguments_of(*entry, parser)]
+        return parser.parse_args([*recipe, *(sys.argv[1:] if arguments is None else arguments)])
+    except UserError as error:  # the command line alone is valid
+        raise UserError(f"{setting('config', args.config)}: {error}") from None
+
+
+def read_recipe(path: str) -> list[tuple[str, Any]]:
+    """Read the settings in a recipe, a YAML mapping. Values stay text: YAML reads 5e-4 as a string and off as false.
+
+    Raises:
+        UserError: the file cannot be read, is not a YAML mapping, or sets something twice.
+    """
+    try:
+        loader = yaml.BaseLoader(Path(path).read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror}); recipes/ has the paper's recipes") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError("contains no settings; expected lines such as `lr: 5e-4`")
+    entries = [(str(key.value), loader.construct_object(value, deep=True)) for key, value in root.value]
+    counts = Counter(key.replace("-", "_") for key, _ in entries)
+    if max(counts.values(), default=1) > 1:
+        raise UserError(f"{counts.most_common(1)[0][0]}: set twice; remove one")
+    return entries
+
+
+def _arguments_of(key: str, value: Any, parser: Parser) -> list[str]:
+    """Write a recipe's setting as arguments of the command line.
+
+    Raises:
+        UserError: the setting is unknown, or its value has the wrong type.
+    """
+    action = parser.actions().get(key.replace("-", "_"))
+    if action is None or action.dest in (*LAUNCH_SETTINGS, "help"):
+        raise UserError(f"{key}: unknown setting{parser.suggestion(f'--{key}')}")
+    if action.default is None and value in ("", "~", "null"):
+        return []
+    if action.nargs == 0:
+        if str(value).lower() not in SWITCHES:
+            raise UserError(f"{key}: takes true or false, not {value}")
+        return [action.option_strings[SWITCHES[value.lower()]]]
+    if isinstance(value, str):
+        return [f"--{key}={value}"]
+    if action.nargs is None:
+        raise UserError(f"{key}: takes a single value, not {value}")
+    return [f"--{key}", *map(str, value)]
+
+
+def write_recipe(path: Path, settings: dict[str, Any]) -> None:
+    """Write a run's settings as a recipe that repeats the run.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    values = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in settings.items()
+        if name not in LAUNCH_SETTINGS
+    }
+    write_file(path, lambda file: file.write(yaml.safe_dump(values, sort_keys=False).encode()))

@@ -1,9 +1,0 @@
-#!/usr/bin/env bash
-# Start a script in several processes on one or more nodes: launch.sh SCRIPT PROCESSES ARGUMENT…
-# launch.py lists the environment variables that set the rendezvous; PYTHON is the Python to use.
-set -euo pipefail
-if ! [[ $2 =~ ^[1-9][0-9]*$ ]]; then
-    echo "$0: $2: the number of processes (GPUs) has to be a number from 1" >&2
-    exit 2
-fi
-exec "${PYTHON:-python}" "$(dirname "$0")/launch.py" "$@" --launcher pytorch

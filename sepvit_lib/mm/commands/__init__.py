@@ -1,0 +1,1 @@
+"""The commands of segmentation and detection, built on mmengine's runner."""

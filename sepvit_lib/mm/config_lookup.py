@@ -1,0 +1,132 @@
+"""Look up the data sets of a config, their pipelines, and the heads that predict classes."""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.fileio import list_from_file
+from mmengine.registry import DATASETS, Registry
+
+from sepvit_lib.pipeline.image_files import EXIF, STORED
+
+LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+BASE = "mmengine.dataset.base_dataset.BaseDataset"
+SEGMENTATION = "mmseg.datasets.basesegdataset.BaseSegDataset"
+COCO = ("mmdet.datasets.coco.CocoDataset", "sepvit_lib.mm.coco_data_sets.CompleteCocoDataset")
+LOADS_IMAGES = ("LoadImageFromFile", "LoadReadableImage")  # transforms that load images
+LOADS_LABELS = ("LoadAnnotations", "LoadReadableLabels")  # transforms that load label maps
+# Heads that predict the data set's classes. First stages predict a single class, stuff heads different ones.
+HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "roi_head.bbox_head", "roi_head.mask_head")
+OTHER_HEADS = ("STDCHead",)  # found under the same keys, but predicts boundaries
+
+
+def dicts(node: Any) -> Iterator[Any]:
+    """Yield a config and all dicts inside it."""
+    if isinstance(node, (dict, Config)):
+        yield node
+    for child in node.values() if isinstance(node, (dict, Config)) else node if isinstance(node, (list, tuple)) else ():
+        yield from dicts(child)
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return a list or tuple as a list, and wrap anything else in a list."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def class_name(kind: type) -> str:
+    """Return the module and name of a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def resolve(registry: Registry, node: Mapping[str, Any]) -> type | None:
+    """Return the class that a registry builds from a config dict, None if there is none."""
+    kind = node.get("type")
+    if isinstance(kind, str):
+        with registry.switch_scope_and_registry(node.get("_scope_")) as scoped:
+            kind = scoped.get(kind)
+    return kind if isinstance(kind, type) else None
+
+
+def is_kind(kind: type, name: str) -> bool:
+    """Whether a class is one of the given name (see `class_name`), or derived from it."""
+    return any(class_name(parent) == name for parent in kind.__mro__)
+
+
+def data_sets(cfg: Config, loader: str) -> Iterator[tuple[Any, Any]]:
+    """Yield the settings and class of each data set of a loader. Wrappers of data sets are skipped."""
+    for node in dicts((cfg.get(loader) or {}).get("dataset")):
+        kind = resolve(DATASETS, node)
+        if kind is not None and is_kind(kind, BASE):
+            yield node, kind
+
+
+def inner_data_sets(dataset: Any) -> list[Any]:
+    """Return the data sets that a built data set wraps."""
+    several = getattr(dataset, "datasets", None)
+    return list(several) if several else [one for one in [getattr(dataset, "dataset", None)] if one is not None]
+
+
+def stated_classes(node: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names in `metainfo.classes` of a config dict, or in the file that it names; () if there are none.
+
+    mmengine reads such a file, with one name per line.
+    """
+    stated = (node.get("metainfo") or {}).get("classes") or ()
+    return tuple(list_from_file(stated) if isinstance(stated, str) and os.path.isfile(stated) else stated)
+
+
+def classes_of(node: Mapping[str, Any], kind: Any) -> tuple[str, ...] | None:
+    """Return the names of a data set's classes, None if it has none.
+
+    Args:
+        node: its settings.
+        kind: its class.
+    """
+    names = stated_classes(node) or kind.METAINFO.get("classes")
+    return tuple(names) if names else None
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL, which mmengine's file clients read."""
+    return "://" in path
+
+
+def is_elsewhere(node: Mapping[str, Any]) -> bool:
+    """Whether a data set's files are not on this machine's disks and cannot be listed."""
+    return is_remote(node.get("data_root") or "") or bool(node.get("backend_args"))
+
+
+def step_name(step: Mapping[str, Any]) -> str:
+    """Return the name of a transform's class, without its module."""
+    return str(step.get("type")).rpartition(".")[2]
+
+
+def has_step(node: Any, *types: str, **settings: Any) -> bool:
+    """Whether a data set's pipeline has a transform of one of the given types with the given settings."""
+    steps = [step for step in dicts(node.get("pipeline")) if step_name(step) in types]
+    return any(all(step.get(key) == value for key, value in settings.items()) for step in steps)
+
+
+def orientations_in(node: Any) -> set[str]:
+    """Orientations in which the transforms in part of a config load images."""
+    return {step.get("orientation", STORED) for step in dicts(node) if step_name(step) in LOADS_IMAGES}
+
+
+def orientation_in(node: Any) -> str:
+    """Orientation in which a loader reads its images; 'stored' if it uses other transforms."""
+    return EXIF if EXIF in orientations_in(node) else STORED
+
+
+def heads_of(cfg: Config) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the settings of each head that predicts the data set's classes."""
+    model = cfg.get("model") or {}
+    model = model.get("module", model)  # test-time augmentation wraps the model
+    for name in HEADS:
+        node: Any = model
+        for part in name.split("."):
+            node = (node.get(part) or {}) if isinstance(node, dict) else {}
+        several = isinstance(node, (list, tuple))
+        for number, head in enumerate(node if several else [node]):
+            if isinstance(head, dict) and head and head.get("type") not in OTHER_HEADS:
+                yield f"model.{name}.{number}" if several else f"model.{name}", head

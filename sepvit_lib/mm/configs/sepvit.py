@@ -1,0 +1,27 @@
+# The first base of every config. It registers the backbones, for mmsegmentation's and mmdetection's own tools too, and
+# lets the bases after it be `mmseg::…` and `mmdet::…`.
+import importlib
+import importlib.util
+import os
+import sys
+
+# Only if this project is not installed. Appended to the path, where it shadows no module of a host program.
+if importlib.util.find_spec("sepvit_lib") is None:
+    sys.path.append(os.path.realpath("{{ fileDirname }}/../../.."))
+importlib.import_module("sepvit_lib.mm.backbone")
+custom_imports = dict(imports=["sepvit_lib.mm.backbone", "sepvit_lib.mm.image_loading"], allow_failed_imports=False)
+
+# The variants, with the published code's stochastic depth and weights saved by main.py. A summary of the paper states
+# stochastic depths of 0.2, 0.3 and 0.4 for Semantic FPN, and of 0.3, 0.3 and 0.5 for UPerNet.
+sepvit_tiny = dict(
+    type="SepViT_Tiny", drop_path_rate=0.2, init_cfg=dict(type="Pretrained", checkpoint="pretrained/SepViT_Tiny.pth")
+)
+sepvit_small = dict(
+    type="SepViT_Small", drop_path_rate=0.3, init_cfg=dict(type="Pretrained", checkpoint="pretrained/SepViT_Small.pth")
+)
+sepvit_base = dict(
+    type="SepViT_Base", drop_path_rate=0.5, init_cfg=dict(type="Pretrained", checkpoint="pretrained/SepViT_Base.pth")
+)
+# For optim_wrapper.paramwise_cfg, as published: no weight decay for parameters with these words in their names, which
+# are the backbone's norms and positional encodings. The batch norms of UPerNet's heads are named `bn` and are decayed.
+no_weight_decay = dict(custom_keys={"norm": dict(decay_mult=0.0), "pos_block": dict(decay_mult=0.0)})

@@ -1,0 +1,122 @@
+"""Console output. Library messages that are noise to users go to the log file only, or are dropped."""
+
+import contextlib
+import importlib
+import io
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
+from tqdm import tqdm
+
+from sepvit_lib.common.processes import is_main_process
+
+# Lines that libraries print or log on every run.
+NOISE = (
+    r"Could not import OneDL",  # of mmseg: an optional data format
+    r"Line NMS is not compiled\.",  # of mmdet: for a detector of traffic lanes
+    r'"FileClient" will be deprecated',  # of mmengine about itself
+    r'"HardDiskBackend" is the alias',
+    r"The prefix is not set in metric class",  # of mmengine about IoUMetric
+    r"(loading annotations into memory|creating index|index created|Done \(t=|Loading and preparing results|DONE \(t=)",
+)
+WARNINGS = (
+    r"Fail to import ``MultiScaleDeformableAttention``",
+    r"Default ``avg_non_ignore`` is False",
+    r"faster_coco_eval is not installed",
+    r"The draw is False, it means that the hook for visualization will not take effect",
+    r"Setting (OMP|MKL)_NUM_THREADS environment variable",
+    r"Grad strides do not match bucket view strides",  # of data parallelism, for layers of some shapes
+)
+noise = re.compile("|".join(NOISE))
+
+
+class ConsoleFilter(logging.Filter):
+    """Keep log records off the console. Log files get all of them.
+
+    Attributes:
+        level: level below which all records are dropped, not only noise.
+    """
+
+    level = logging.NOTSET
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to print a record."""
+        return record.levelno >= self.level and not noise.match(record.getMessage())
+
+    def attach(self, logger: logging.Logger) -> None:
+        """Filter a logger's console output. Idempotent."""
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.addFilter(self)
+
+
+console = ConsoleFilter()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep records of mmengine's current logger below WARNING off the console."""
+    console.attach(MMLogger.get_current_instance())
+    before, console.level = console.level, logging.WARNING
+    try:
+        yield
+    finally:
+        console.level = before
+
+
+@contextlib.contextmanager
+def without_noise() -> Iterator[None]:
+    """Drop noise that is printed to standard output inside the context."""
+    MMLogger.get_current_instance()  # a logger created inside would keep the redirected output
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        lines = printed.getvalue().splitlines(keepends=True)
+        sys.stdout.write("".join(line for line in lines if not noise.match(line)))
+
+
+def import_quietly(*names: str) -> None:
+    """Import modules without their noise."""
+    warnings.filterwarnings("ignore", message="|".join(WARNINGS))
+    with without_noise():
+        for name in names:
+            importlib.import_module(name)
+
+
+def progress_bar(total: int, title: str) -> tqdm:
+    """Make a progress bar, shown only by the main process on a terminal.
+
+    Args:
+        total: number of steps.
+        title: text before the bar.
+    """
+    layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+    shown = is_main_process() and sys.stdout.isatty()
+    return tqdm(total=total, desc=title, bar_format=layout, file=sys.stdout, dynamic_ncols=True, disable=not shown)
+
+
+class TestProgressHook(Hook):
+    """Show a test's progress: a bar on a terminal, mmengine's regular lines elsewhere."""
+
+    bar: tqdm
+
+    def before_test_epoch(self, runner: Any) -> None:
+        """Show the bar, and keep the log off the console."""
+        self.bar = progress_bar(len(runner.test_dataloader), "test")
+        if not self.bar.disable:
+            console.level = logging.WARNING
+
+    def after_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Advance the bar, and close it after the last batch."""
+        self.bar.update()
+        if batch_idx + 1 == self.bar.total:
+            self.bar.close()
+            console.level = logging.NOTSET

@@ -1,0 +1,56 @@
+"""Private and undocumented parts of mmengine (onedl-mmengine 0.10.x), used only here.
+
+`tests/commands/test_private_parts_dense.py` exercises each of them, and fails if a library changes.
+"""
+
+import pickle
+from functools import cache
+from typing import Any
+
+from mmengine.config import utils as config_utils
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.logging import HistoryBuffer
+from mmengine.utils import is_installed
+
+from sepvit_lib.run import checkpoints
+
+
+def register_distributions() -> None:
+    """Register the distributions of mmseg and mmdet with mmengine.
+
+    mmengine finds the configs of `mmseg::…` and `mmdet::…` by the name of the distribution. It knows the original
+    names, not those of the maintained `onedl` releases.
+    """
+    if not hasattr(config_utils.load, "cache_info"):
+        config_utils.load = cache(config_utils.load)  # else a hundred YAML files are read for each base of a config
+    for module, distribution in (("mmseg", "onedl-mmsegmentation"), ("mmdet", "onedl-mmdetection")):
+        if is_installed(distribution):
+            MODULE2PACKAGE[module] = distribution
+
+
+def log_statistic(owner: type, name: str) -> Any:
+    """Replacement for `getattr` in checkpoints, where mmengine's log refers to methods of `HistoryBuffer`.
+
+    Raises:
+        pickle.UnpicklingError: anything else is requested.
+    """
+    if owner is HistoryBuffer and name in ("min", "max", "current", "mean"):
+        return getattr(owner, name)
+    raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr of {name}")
+
+
+# Besides tensors, checkpoints of mmengine contain its log: NumPy arrays and numbers. None of it can run code.
+LOG_CLASSES = (HistoryBuffer, (log_statistic, "builtins.getattr"), *checkpoints.NUMPY_CLASSES)
+
+
+def read_checkpoint(path: str, what: str) -> dict[str, Any]:
+    """Read a checkpoint of mmengine or main.py without running any code it contains.
+
+    Args:
+        path: path or https address.
+        what: flag and path, for messages.
+
+    Raises:
+        UserError: the file is missing, truncated, not a checkpoint, or contains code.
+    """
+    return checkpoints.read_checkpoint(path, what, LOG_CLASSES)

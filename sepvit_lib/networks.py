@@ -1,0 +1,96 @@
+"""Build a timm network for an image size, and move it to a device."""
+
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg_value
+from torch import nn
+
+from sepvit import VARIANTS
+from sepvit_lib.common.command_line import first_line
+from sepvit_lib.common.errors import UserError, out_of_memory, setting
+from sepvit_lib.common.processes import print_main
+
+
+def create_network(
+    what: str,
+    name: str,
+    num_classes: int,
+    input_size: int | tuple[int, int],
+    rates: Mapping[str, float] | None = None,
+    asked_for: Collection[str] = (),
+) -> Any:
+    """Build a timm network, for the given image size if its size is fixed.
+
+    Args:
+        what: the network and the setting that chose it, for messages.
+        name: timm's name.
+        num_classes: number of classes.
+        input_size: side of the images in pixels, or height and width.
+        rates: rates of dropout and stochastic depth by setting: 'drop', 'drop_path'.
+        asked_for: rates that the network must support. Others are ignored, with a message, if it does not.
+
+    Raises:
+        UserError: timm cannot build it with these settings, or it does not support the image size.
+    """
+    rates = rates or {}
+    build = partial(timm.create_model, name, num_classes=num_classes)
+    if get_pretrained_cfg_value(name, "fixed_input_size"):
+        build.keywords["img_size"] = input_size
+    try:
+        network, unsupported = _built(build, {f"{rate}_rate": value for rate, value in rates.items()})
+    except (TypeError, ValueError, AssertionError) as error:  # for settings that a network does not have
+        raise UserError(f"{what}: timm cannot build it with these settings ({error})") from None
+    for rate, value in rates.items():
+        if value and f"{rate}_rate" in unsupported:
+            if rate in asked_for:
+                raise UserError(f"{setting(rate, value)}: {name} has no {rate}_rate; use {setting(rate, 0)}")
+            print_main(f"{what}: has no {rate}_rate; the default, {value}, is ignored")
+    _check_size(network, name, (input_size, input_size) if isinstance(input_size, int) else input_size)
+    return network
+
+
+def _built(build: Callable[..., Any], rates: Mapping[str, float]) -> tuple[Any, Collection[str]]:
+    """Build a network with as many of the rates as it supports. Returns it and the names of the others."""
+    problem = None
+    for count in range(len(rates) + 1):
+        for unsupported in combinations(rates, count):
+            try:
+                return build(**{name: rate for name, rate in rates.items() if name not in unsupported}), unsupported
+            except TypeError as error:  # an argument that the network does not have
+                problem = problem or error
+    raise problem or TypeError
+
+
+def _check_size(network: nn.Module, name: str, size: tuple[int, int]) -> None:
+    """Run a forward pass to check that a network supports an image size. timm also builds networks that do not.
+
+    Raises:
+        UserError: it does not support the size.
+    """
+    own: Any = get_pretrained_cfg_value(name, "input_size")
+    if name in VARIANTS or own is None or own[1:] == size:
+        return
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 3, *size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(
+            f"{setting('input_size', *size)}: not supported by {name} ({first_line(error)}); its own size is "
+            f"{own[1]} × {own[2]} pixels"
+        ) from None
+    network.train()
+
+
+def to_device(network: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network to a device.
+
+    Convolution weights become channels last, like SepViT's feature maps. Otherwise each convolution would convert them.
+    """
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

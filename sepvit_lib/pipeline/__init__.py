@@ -1,0 +1,1 @@
+"""The input pipeline: from image files and archives to a loader's samples."""

@@ -1,0 +1,94 @@
+"""Tar archives of class folders, or of one archive per class."""
+
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from timm.utils import natural_key
+
+from sepvit_lib.common.class_names import canonical
+from sepvit_lib.pipeline.image_files import ImageFiles, is_hidden, is_image
+
+# Subclasses of tarfile.HeaderError that its documentation does not list (Python 3.10 to 3.12).
+END_OF_ARCHIVE = tarfile.EOFHeaderError  # type: ignore[attr-defined]
+TRUNCATED = (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError)  # type: ignore[attr-defined]
+
+
+class CheckedTarInfo(tarfile.TarInfo):
+    """Member of a tar archive that must be complete. tarfile treats a broken or missing header as the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "CheckedTarInfo":
+        """Read the next member's header.
+
+        Raises:
+            tarfile.ReadError: there is no intact header and no end-of-archive mark.
+        """
+        try:
+            return super().fromtarfile(archive)
+        except END_OF_ARCHIVE:
+            raise
+        except TRUNCATED:
+            raise tarfile.ReadError("truncated: it has no end-of-archive mark") from None
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"damaged: {error}") from None
+
+
+class Archive(ImageFiles):
+    """Images in a tar archive, in natural order. A class is a folder, or an archive inside the archive.
+
+    Args:
+        path: the archive.
+
+    Raises:
+        tarfile.TarError: it is damaged or not an archive.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.root = path, str(path.parent)
+        self.skipped = Counter()
+        with tarfile.open(path, "r:", tarinfo=CheckedTarInfo) as archive:
+            found = sorted(self._images(archive), key=lambda image: natural_key(image[0]))
+        self.classes = sorted({label for _, label, _, _ in found})
+        labels = {name: label for label, name in enumerate(self.classes)}
+        self.samples = [(name, labels[label]) for name, label, _, _ in found]
+        self._extents = [(start, size) for _, _, start, size in found]
+
+    def _images(self, archive: tarfile.TarFile, inner: str = "", start: int = 0) -> Iterator[tuple[str, str, int, int]]:
+        """Yield each image's name, the name of its class, and the offset and size of its file in bytes.
+
+        Args:
+            archive: the archive, or one inside it.
+            inner: the class of images outside folders.
+            start: offset of the archive in bytes.
+        """
+        own = []
+        for member in archive:
+            folder, name = os.path.split(os.path.normpath(member.path))
+            if not member.isfile() or any(is_hidden(part) for part in Path(member.path).parts):
+                continue
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() == ".tar":
+                with tarfile.open(fileobj=archive.extractfile(member), mode="r:", tarinfo=CheckedTarInfo) as part:
+                    yield from self._images(part, stem, start + member.offset_data)
+            elif is_image(name):
+                own.append(
+                    (member.path, canonical(os.path.basename(folder)) or inner, start + member.offset_data, member.size)
+                )
+            else:
+                self.skipped[suffix.lower() or "no suffix"] += 1
+        yield from own
+
+    def read(self, index: int) -> bytes:
+        """Read an image's file.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        start, size = self._extents[index]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return file.read(size)

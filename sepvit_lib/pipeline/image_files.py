@@ -1,0 +1,244 @@
+"""Find and decode image files, identically for all commands."""
+
+import io
+import os
+import stat
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from sepvit_lib.common.class_names import canonical
+
+T = TypeVar("T")
+
+# Formats that Pillow decodes in memory. For some others, it starts programs that work on files.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM")
+DEEP_MODES = ("I", "F")  # and I;16…: one channel of more than 8 bits
+STORED, EXIF = ORIENTATIONS = ("stored", "exif")  # pixels as in the file, or upright
+MAX_SUFFIXES = 5  # in a message
+MAX_HEADERS = 500  # images whose orientation is checked before training
+UPRIGHT = 1  # the EXIF orientation of an image that is stored upright
+
+Image.init()  # loads the decoders; some may be missing from Pillow
+IMAGE_SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+
+Encoded = bytes | Image.Image  # an image file's content, or an image decoded by its data set
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pixels
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: str | Path) -> bytes:
+    """Read an image file without decoding it.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe or a device, which could block forever.
+    """
+    _check_regular(path)
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
+def _check_regular(path: str | Path) -> None:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a regular file")
+
+
+def open_image(source: str | Path | BinaryIO) -> Image.Image:
+    """Open an image of one of `FORMATS`, without decoding its pixels. Raises the errors of Pillow and `read_file`."""
+    if isinstance(source, (str, Path)):
+        _check_regular(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about sizes below the limit, and metadata
+        return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def decode(source: Encoded, orientation: str = STORED) -> Image.Image:
+    """Decode an image to RGB, 8 bits per channel.
+
+    16-bit and float values are scaled to 0 to 255, transparent parts become white, and an animation yields its first
+    frame. Ordinary images have the same pixels as with Pillow's `convert("RGB")`.
+
+    Args:
+        source: an image file's content, or an image.
+        orientation: 'stored', or 'exif' to turn the image upright by its EXIF orientation.
+
+    Raises:
+        Exception: whatever Pillow raises for an unreadable image.
+    """
+    image = open_image(io.BytesIO(source)) if isinstance(source, bytes) else source
+    if orientation == EXIF and orientation_of(image) != UPRIGHT:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(DEEP_MODES):
+        image = _scaled_to_8_bits(image)
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers)
+    return image.convert("RGB")
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation of an image, 1 to 8; 1, upright, if it has none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damaged metadata
+        value = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
+    return value if value in range(1, 9) else UPRIGHT
+
+
+def orientation_for(reading: Mapping[str, Any] | None) -> str:
+    """Orientation of images for prediction: upright, unless the network was trained on rotated ones as stored.
+
+    Args:
+        reading: how its training images were read, from its checkpoint; None if that is unknown.
+    """
+    return STORED if reading and reading["orientation"] == STORED and reading.get("turned") else EXIF
+
+
+def evenly_spaced(entries: Sequence[T], max_count: int) -> list[T]:
+    """Select at most `max_count` entries, evenly spaced."""
+    count = min(max_count, len(entries))
+    return [entries[number * len(entries) // count] for number in range(count)]
+
+
+def count_turned(files: Iterable[Callable[[], Any]]) -> dict[str, int]:
+    """Count the images whose EXIF orientation is not upright, among the first `MAX_HEADERS`. Pixels are not decoded.
+
+    Args:
+        files: functions that return a path or an open file.
+
+    Returns:
+        the number of `turned` images among the `sampled` ones. Unreadable images are skipped.
+    """
+    turned = sampled = 0
+    for file in islice(files, MAX_HEADERS):
+        with suppress(Exception), open_image(file()) as image:  # Pillow's decoders raise errors of any type
+            turned += orientation_of(image) != UPRIGHT
+            sampled += 1
+    return dict(turned=turned, sampled=sampled)
+
+
+def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale the values of a grey image with more than 8 bits to 0 to 255.
+
+    Integers have 16 bits in every common format. Floats from 0 to 1 are scaled as such, others from their own range.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    if image.mode != "F" and low >= 0 and high <= 65535:
+        low, high = 0.0, 255.0 if image.mode == "I" and high <= 255 else 65535.0
+    elif low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    scaled = np.nan_to_num((values - low) / max(high - low, 1e-12), posinf=1, neginf=0) * 255
+    return Image.fromarray(scaled.round().astype(np.uint8))
+
+
+def reason_of(error: Exception) -> str:
+    """Describe why an image could not be read, in a few words."""
+    if isinstance(error, MemoryError):
+        return "too large for this machine's memory"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image, or damaged"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def describe_skipped(skipped: Counter[str]) -> str:
+    """Describe skipped files, for a warning.
+
+    Args:
+        skipped: number of files by suffix.
+    """
+    counts = ", ".join(f"{number} {suffix}" for suffix, number in skipped.most_common(MAX_SUFFIXES))
+    return f"skipped {skipped.total()} files without an image suffix: {counts}"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, such as `._x.png` and `.ipynb_checkpoints`. It is neither image nor class."""
+    return name.startswith(".")
+
+
+def is_image(name: str | Path) -> bool:
+    """Whether a file is an image, by its name."""
+    name = os.path.basename(name)
+    return not is_hidden(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield a folder and its visible subfolders, each with its visible files. Follows links.
+
+    Folders and files are sorted by name in composed Unicode form: a copy on a Mac has the same order.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name) and not _is_cycle(os.path.join(parent, name))]
+        found.append((parent, sorted((name for name in files if not is_hidden(name)), key=canonical)))
+    yield from sorted(found, key=lambda entry: canonical(entry[0]))
+
+
+def _is_cycle(folder: str) -> bool:
+    """Whether a folder is a link to one of its parents."""
+    if not os.path.islink(folder):
+        return False
+    target, parent = Path(os.path.realpath(folder)), Path(os.path.realpath(os.path.dirname(folder)))
+    return target in (parent, *parent.parents)
+
+
+class ImageFiles:
+    """A data set of image files.
+
+    Attributes:
+        root: a folder that exists whenever the storage is available.
+        classes: names of the classes.
+        samples: paths and labels of the images.
+        skipped: number of other visible files by suffix.
+    """
+
+    root: str
+    classes: list[str]
+    samples: list[tuple[str, int]]
+    skipped: Counter[str]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int) -> bytes:
+        """Read an image's file. See `read_file`."""
+        return read_file(self.samples[index][0])
+
+
+def images_in(folder: str | Path) -> tuple[list[str], Counter[str]]:
+    """List the images in a folder, recursively.
+
+    Returns:
+        their paths, and the number of other visible files by suffix.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    files = [os.path.join(parent, name) for parent, names in walk(folder) for name in names]
+    others = Counter(os.path.splitext(file)[1].lower() or "no suffix" for file in files if not is_image(file))
+    return [file for file in files if is_image(file)], others

@@ -1,0 +1,1 @@
+"""A training run: its state, its checkpoints and logs, and how it survives faults."""

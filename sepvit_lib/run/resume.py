@@ -1,0 +1,364 @@
+"""Resuming a run: find its checkpoint, check that it belongs to the run, and restore the run's state."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sepvit_lib.common.errors import UserError, setting
+from sepvit_lib.common.processes import all_gather, get_world_size, on_main_process, print_main
+from sepvit_lib.common.saved_settings import img_size_of, settings_in
+from sepvit_lib.pipeline.samples import ImageData, fingerprint
+from sepvit_lib.run.checkpoint_names import CheckpointNames
+from sepvit_lib.run.checkpoints import (
+    load_optimizer,
+    load_weights,
+    newest_good,
+    read_checkpoint,
+    weights_of,
+)
+from sepvit_lib.run.state import Training
+
+# Settings that do not change what a run computes. A run may be resumed with different values.
+FREE_SETTINGS = set(
+    "auto_resume checkpoint_every class_map config data_path device dist_eval dist_url dump_bad_batch eval "
+    "keep_checkpoints local_rank max_bad_steps model_ema_force_cpu num_workers on_bad_image output_dir pin_mem "
+    "print_freq profile resume start_epoch throughput timeout world_size".split()
+)
+
+# Settings missing from the checkpoints of older runs, with the values that these used.
+FORMER_VALUES = {"decay_milestones": [30, 60]}
+
+PACKAGES = ("torchvision", "timm", "numpy", "pillow")  # whose versions are recorded, besides torch
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Description of a run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def describe_data(train: ImageData, val: ImageData) -> dict[str, Any]:
+    """Size and fingerprint of a run's data sets."""
+    return {
+        name: dict(images=len(data), fingerprint=fingerprint(data)) for name, data in (("train", train), ("val", val))
+    }
+
+
+def git_revision() -> str:
+    """The commit of this code, with "-dirty" if files differ from it; "unknown" without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return git.stdout.strip() or "unknown"
+
+
+def describe_run(
+    settings: Mapping[str, Any], data: dict[str, Any], device: torch.device, packages: Sequence[str] = PACKAGES
+) -> dict[str, Any]:
+    """Everything needed to repeat a run: settings, versions, revision, device, processes and data.
+
+    Args:
+        settings: the run's settings by name.
+        data: size and fingerprint of its data sets.
+        device: the process's device.
+        packages: distributions whose versions are recorded, besides torch.
+    """
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    versions |= {name: version(name) for name in packages}
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+    return dict(
+        settings=dict(settings),
+        versions=versions,
+        revision=git_revision(),
+        device=name,
+        processes=get_world_size(),
+        data=data,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finding the checkpoint
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that a run resumes from.
+
+    Attributes:
+        path: its path or https address.
+        is_automatic: whether it was found in the output folder, not named by the user.
+        checkpoint: its content.
+    """
+
+    path: str
+    is_automatic: bool
+    checkpoint: dict[str, Any]
+
+    @property
+    def what(self) -> str:
+        """Setting and path, for messages."""
+        return setting("auto_resume" if self.is_automatic else "resume", self.path)
+
+
+def find_checkpoint(
+    path: str,
+    automatic: bool,
+    folder: Path,
+    names: CheckpointNames,
+    read: Callable[[str, str], dict[str, Any]] = read_checkpoint,
+) -> Source | None:
+    """Find the checkpoint to resume from; None for a fresh run. A collective call.
+
+    Args:
+        path: checkpoint named by the user, "" for none.
+        automatic: prefer the newest intact checkpoint in the output folder, if it has any.
+        folder: the output folder.
+        names: names of its checkpoints.
+        read: reads a checkpoint, from its path and a description for messages.
+
+    Raises:
+        UserError: the checkpoint cannot be read.
+    """
+    newest = _newest_checkpoint(folder, names) if automatic else ""
+    if newest:
+        path = newest
+    elif not path:
+        if automatic:
+            print_main(f"no checkpoint in {folder} to resume from; starting a fresh run")
+        return None
+    source = Source(path, bool(newest), {})
+    return replace(source, checkpoint=read(path, source.what))
+
+
+def _newest_checkpoint(folder: Path, names: CheckpointNames) -> str:
+    """Path of a folder's newest intact checkpoint, "" if there is none. The same on all ranks."""
+    found: list[str] = []
+
+    def find() -> None:
+        try:
+            found.append(str(newest_good(folder, names) or ""))
+        except UserError as error:
+            raise UserError(f"{setting('auto_resume')}: {error}") from None
+
+    on_main_process(find)
+    return all_gather(found)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checking that it belongs to the run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_source(source: Source, settings: Mapping[str, Any], data: dict[str, Any], is_stream: bool) -> int:
+    """Check that a run with these settings can resume from a checkpoint.
+
+    Args:
+        source: the checkpoint.
+        settings: the run's settings by name.
+        data: returned by `describe_data`.
+        is_stream: whether the training images are a streaming data set.
+
+    Returns:
+        batches that each rank accumulates per step, to keep the number of images per step.
+
+    Raises:
+        UserError: the checkpoint belongs to a different run, or its steps cannot be divided among the processes.
+    """
+    if source.is_automatic:
+        check_same_run(source, settings, data)
+    if "batches_per_step" not in source.checkpoint:
+        return int(settings["accum_steps"])
+    accum_steps = accumulation(source, settings)
+    if is_stream and source.checkpoint["epoch_step"]:
+        check_same_readers(source, settings)
+    return accum_steps
+
+
+def check_same_run(
+    source: Source,
+    settings: Mapping[str, Any],
+    data: dict[str, Any],
+    free: Collection[str] = FREE_SETTINGS,
+    folder: str = "output_dir",
+    images: str = "data_path",
+) -> None:
+    """Refuse a checkpoint of a run with different settings or images.
+
+    Args:
+        source: the checkpoint.
+        settings: the run's settings by name.
+        data: size and fingerprint of its data sets.
+        free: settings that may differ.
+        folder: the setting of the output folder.
+        images: the setting of the data set.
+
+    Raises:
+        UserError: settings or images differ.
+    """
+    before = settings_in(source.checkpoint)
+    if before and (differing := differences({**FORMER_VALUES, **before}, settings, free)):
+        raise UserError(
+            f"{source.what}: was saved by a run with different settings: {', '.join(differing)}; restore them, choose "
+            f"another {setting(folder)}, or pass {setting('resume', source.path)} to continue with the new ones"
+        )
+    if different := data_differences(source, data):
+        path = setting(images, settings.get(images) or "")
+        raise UserError(
+            f"{source.what}: was saved by a run on different images than {path} has: {', '.join(different)}; restore "
+            f"them, choose another {setting(folder)}, or pass {setting('resume', source.path)} to continue with these"
+        )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> list[str]:
+    """Settings that differ between an earlier run and now, each with both values.
+
+    Args:
+        before: the earlier run's settings.
+        now: the current settings.
+        free: settings that may differ.
+    """
+    return [
+        f"{setting(name, now[name])} (was {before[name]})"
+        for name in sorted(before.keys() & now)
+        if name not in free and json.dumps(before[name]) != json.dumps(now[name])
+    ]
+
+
+def data_differences(source: Source, data: dict[str, Any]) -> list[str]:
+    """Data sets that differ between the run of a checkpoint and now.
+
+    Args:
+        source: the checkpoint.
+        data: size and fingerprint of the current data sets.
+    """
+    before = source.checkpoint.get("data", data)
+    return [
+        _data_difference(split, before[split], data[split])
+        for split in data
+        if split in before and before[split] != data[split]
+    ]
+
+
+def _data_difference(split: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Describe the difference between an earlier run's images and the current ones."""
+    name = {"train": "training", "val": "validation"}[split]
+    if before["images"] != now["images"]:
+        return f"{now['images']} {name} images (were {before['images']})"
+    return f"{now['images']} {name} images as before, but with different names or labels"
+
+
+def accumulation(source: Source, settings: Mapping[str, Any]) -> int:
+    """Batches that each rank accumulates, to keep the number of images per step.
+
+    Raises:
+        UserError: the batches cannot be divided among the processes, or the settings change a step within an epoch.
+    """
+    checkpoint, processes = source.checkpoint, get_world_size()
+    batch_size, accum_steps = settings["batch_size"], settings["accum_steps"]
+    before, batches = settings_in(checkpoint), checkpoint["batches_per_step"]
+    if batches == accum_steps * processes and before["batch_size"] == batch_size:
+        return int(accum_steps)
+    is_same = (before["batch_size"], before["accum_steps"]) == (batch_size, accum_steps)
+    if is_same and batches % processes == 0:
+        accum_steps = batches // processes
+        print_main(
+            f"checkpoint {source.path}: {batches} batches of {batch_size} images per step, as before; "
+            f"{processes} processes accumulate {accum_steps} each"
+        )
+    elif is_same or checkpoint["epoch_step"]:
+        divisors = ", ".join(str(number) for number in range(1, batches + 1) if batches % number == 0)
+        raise UserError(
+            f"{source.what}: each step has {batches} batches of {before['batch_size']} images, which {processes} "
+            "processes with these settings cannot divide evenly; use the same settings and "
+            f"{' or '.join(divisors.rsplit(', ', 1))} processes"
+        )
+    return int(accum_steps)
+
+
+def check_same_readers(source: Source, settings: Mapping[str, Any]) -> None:
+    """Within an epoch of a streaming data set, refuse a different number of readers: each has its own shards.
+
+    Raises:
+        UserError: the number of readers differs.
+    """
+    processes = len(source.checkpoint["losses"])  # one entry per rank
+    was = processes, max(1, settings_in(source.checkpoint)["num_workers"])
+    now = get_world_size(), max(1, settings["num_workers"])
+    if was != now:
+        raise UserError(
+            f"{source.what}: was saved within an epoch of {settings['data_set']}, read by {was[0]} processes with "
+            f"{was[1]} workers each, not {now[0]} with {now[1]}; use the same numbers, or a checkpoint from between "
+            "epochs"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Restoring
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def restore(training: Training, source: Source, settings: Mapping[str, Any]) -> None:
+    """Restore a run's state from a checkpoint. A bare state dict restores only the weights.
+
+    Args:
+        training: the run.
+        source: the checkpoint.
+        settings: the run's settings by name.
+
+    Raises:
+        UserError: the checkpoint does not match the settings.
+    """
+    what, checkpoint = source.what, source.checkpoint
+    _restore_weights(training, source, settings)
+    if "optimizer" not in checkpoint:
+        print_main(f"checkpoint {source.path}: contains only weights; optimiser and schedule start fresh")
+        return
+    optimizer = str(settings_in(checkpoint).get("opt", settings["opt"])).lower()
+    if optimizer != settings["opt"]:
+        raise UserError(
+            f"{what}: was trained with {optimizer}, not {setting('opt', settings['opt'])}; use {optimizer}, or "
+            f"{setting('finetune')} to load only the weights"
+        )
+    is_plateau = settings["sched"] == "plateau"
+    try:
+        load_optimizer(training.optimizer, training.model, checkpoint["optimizer"], with_lr=is_plateau)
+        if checkpoint.get("scaler") and training.scaler.is_enabled():
+            training.scaler.load_state_dict(checkpoint["scaler"])
+        if is_plateau:  # the only schedule with a state; the others follow from the settings
+            training.restore_schedule(checkpoint["lr_scheduler"])
+        elif checkpoint["epoch"] >= 0:
+            training.lr_scheduler.step(checkpoint["epoch"])
+        training.restore_progress(checkpoint)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{what}: its training state does not match ({error}); use {setting('finetune')} to load only the weights"
+        ) from None
+    step = f", step {training.epoch_step}" if training.epoch_step else ""
+    print_main(f"checkpoint {source.path}: resuming at epoch {training.epoch}{step}")
+
+
+def _restore_weights(training: Training, source: Source, settings: Mapping[str, Any]) -> None:
+    what, checkpoint = source.what, source.checkpoint
+    load = partial(
+        load_weights,
+        what=what,
+        variant_hint=f"select the variant with {setting('model')}",
+        classes_hint=f"use {setting('finetune')} to train a new head",
+        img_size=img_size_of(checkpoint),
+    )
+    if load(training.model, weights_of(checkpoint, what)).adaptation:
+        raise UserError(
+            f"{what}: was trained at a different image size than {setting('input_size', settings['input_size'])}; "
+            f"use {setting('finetune')}"
+        )
+    if training.ema is not None:
+        load(training.ema.module, weights_of(checkpoint, what, prefer_ema=True))

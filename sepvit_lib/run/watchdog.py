@@ -1,0 +1,352 @@
+"""Signals that stop a run, and the watchdog that ends a process when it hangs or when another rank is lost."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from enum import Enum
+from types import FrameType, TracebackType
+from typing import NoReturn
+from urllib.parse import urlparse
+
+import torch.distributed as dist
+
+from sepvit_lib.common.errors import (
+    INTERRUPT_STATUS,
+    RESUME_STATUS,
+    MachineError,
+    Preempted,
+    is_communication_error,
+    is_transient,
+    one_line,
+    with_flags,
+)
+from sepvit_lib.common.processes import get_rank, get_world_size, is_main_process
+
+# Windows has no SIGUSR1.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+POLLS = 5  # polls of the watchdog within a heartbeat timeout
+STARTUP_TIMEOUT = 1800.0  # seconds; scanning the data sets before the first step may take long
+
+
+class Preemption:
+    """Handle the signals that stop a run: SIGTERM, SIGUSR1 (SLURM's `--signal`) and SIGINT (Ctrl-C).
+
+    The run finishes its step and saves. A second Ctrl-C ends the process at once.
+
+    Args:
+        command: the script's name, printed before messages.
+        saves: whether the command saves its progress. If not, a signal ends it at once.
+
+    Attributes:
+        requested: whether this rank received a signal or, set by the watchdog, another one did.
+        has_progress: whether there is anything to save. If not, a signal ends the process at once.
+        status: exit status of the stopped run.
+    """
+
+    def __init__(self, command: str, saves: bool = True) -> None:
+        self.command = command
+        self.saves = saves
+        self.requested = False
+        self.has_progress = False
+        self.status = RESUME_STATUS
+
+    def __enter__(self) -> "Preemption":
+        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        is_second = number == signal.SIGINT and self.status == INTERRUPT_STATUS
+        if number == signal.SIGINT:
+            self.status = INTERRUPT_STATUS
+        self.requested = True
+        if self.saves and self.has_progress and not is_second:
+            if number == signal.SIGINT:
+                self._print("interrupted: finishing the step and saving; press Ctrl-C again to end at once")
+            return
+        what = "interrupted" if number == signal.SIGINT else "stopped by a signal"
+        is_early = self.saves and not is_second
+        self._print(f"{what} before the first step; run the same command again" if is_early else what)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(self.status)
+
+    def _print(self, line: str) -> None:
+        """Print a line from a signal handler, which may have interrupted a `print`."""
+        if is_main_process():
+            with suppress(OSError):
+                os.write(2, f"{self.command}: {line}\n".encode())
+
+
+def ignore_preemption(*_: object) -> None:
+    """In a loader worker, ignore the signals that stop a run. They reach the whole process group, and the main process
+    still needs images to finish its step."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def heartbeat_timeout(timeout: float) -> float:
+    """Seconds without a heartbeat after which a rank counts as lost, given a run's hang timeout."""
+    return max(5.0, timeout / 10)
+
+
+def startup_timeout(timeout: float) -> float:
+    """Seconds without progress allowed before the first step, given a run's hang timeout."""
+    return max(timeout, STARTUP_TIMEOUT)
+
+
+class RankState(str, Enum):
+    """State of a rank."""
+
+    RUNNING = "running"
+    ENDED = "ended"
+    FAILED = "failed"  # a persistent error
+    LOST = "was lost"  # a transient error
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Status that a rank reports to the others.
+
+    Attributes:
+        state: its state.
+        cause: the error that ended it, "" if none did.
+        ticks: sync points, and ticks since the last one.
+        position: its position in the run, for messages.
+        host: name of its machine.
+        preempted: whether it received a stop signal.
+        time: when it was sent, which makes each heartbeat unique.
+    """
+
+    state: RankState
+    cause: str
+    ticks: tuple[int, int]
+    position: str
+    host: str
+    preempted: bool
+    time: float
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Heartbeat":
+        """Parse the result of `to_json`."""
+        values = json.loads(text)
+        return cls(**{**values, "state": RankState(values["state"]), "ticks": tuple(values["ticks"])})
+
+    def to_json(self) -> str:
+        """Serialise the heartbeat."""
+        return json.dumps(asdict(self))
+
+    def has_failed(self) -> bool:
+        """Whether the rank ended with an error."""
+        return self.state in (RankState.FAILED, RankState.LOST)
+
+
+class Watchdog:
+    """End this process, with a message, when it hangs or when another rank is lost.
+
+    Each rank sends heartbeats to a store on rank 0. A rank without a heartbeat for the heartbeat timeout (a
+    tenth of `timeout`, at least 5 seconds) is dead or stopped. If this process makes no progress for `timeout` (before
+    the first step, at least half an hour), the ranks with the fewest ticks hang. If torchrun is gone, the run
+    stops as on a signal; this process ends if that takes longer than the heartbeat timeout. A single process is only
+    watched for hanging.
+
+    Args:
+        timeout: hang timeout in seconds.
+        dist_url: rendezvous address.
+        preemption: notified when another rank received a signal.
+        advice: how to start the command again, for messages.
+        flags: the command's flags by setting, for other ranks' errors.
+    """
+
+    def __init__(
+        self, timeout: float, dist_url: str, preemption: Preemption, advice: str, flags: Mapping[str, str]
+    ) -> None:
+        self.timeout = timeout
+        self.heartbeat_timeout = heartbeat_timeout(timeout)
+        self.dist_url = dist_url
+        self.preemption = preemption
+        self.advice = advice
+        self.flags = flags
+        self.sync_points = 0
+        self.ticks = 0
+        self.position = "the start"
+        self.is_evaluating = False
+        self._ended = threading.Event()
+
+    def tick(self, position: str) -> None:
+        """Record progress. `position` is the position in the run, for messages."""
+        self.ticks += 1
+        self.position = position
+
+    def sync_point(self) -> None:
+        """Mark a collective sync point; tick counters restart."""
+        self.sync_points += 1
+        self.ticks = 0
+
+    def __enter__(self) -> "Watchdog":
+        is_alone = get_world_size() == 1
+        if not is_alone:
+            self._join()
+        target = self._watch_alone if is_alone else self._watch
+        self._thread = threading.Thread(target=target, name="watchdog", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if get_world_size() == 1:
+            self._ended.set()
+            self._thread.join()
+            return
+        lost_connection = is_communication_error(error)
+        if lost_connection:
+            self._thread.join(3 * self.heartbeat_timeout)  # another rank failed: the thread finds out which
+        self._ended.set()
+        self._thread.join()
+        if error is None or isinstance(error, Preempted):
+            self._send(RankState.ENDED)
+            dist.barrier()  # rank 0 holds the store
+            return
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        with suppress(RuntimeError):  # rank 0 may have ended for the same reason
+            self._send(RankState.LOST if lost_connection or is_transient(error) else RankState.FAILED, cause)
+            self._wait_for_failures()
+        if lost_connection:  # and no rank failed: the network did
+            raise MachineError(cause) from error
+
+    def _join(self) -> None:
+        """Open the store for heartbeats, and wait until every rank has sent one."""
+        host = os.environ.get("MASTER_ADDR") or urlparse(self.dist_url).hostname or "127.0.0.1"
+        timeout = timedelta(seconds=self.heartbeat_timeout)
+        port, store = [0], None
+        if get_rank() == 0:
+            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            port = [store.port]
+        dist.broadcast_object_list(port)
+        self._store = store or dist.TCPStore(host, port[0], is_master=False, timeout=timeout)
+        self._send(RankState.RUNNING)
+        dist.barrier()
+
+    def _wait_for_failures(self) -> None:
+        """On rank 0, which holds the store, give the other ranks time to learn that it failed."""
+        end = time.monotonic() + 4 * self.heartbeat_timeout / POLLS
+        others = [str(rank) for rank in range(1, get_world_size())]
+        while get_rank() == 0 and time.monotonic() < end:
+            if all(Heartbeat.from_json(text).has_failed() for text in self._store.multi_get(others)):
+                return
+            time.sleep(0.1)
+
+    def _send(self, state: RankState, cause: str = "") -> None:
+        beat = Heartbeat(
+            state,
+            cause,
+            (self.sync_points, self.ticks),
+            self.position,
+            socket.gethostname(),
+            self.preemption.requested,
+            time.monotonic(),
+        )
+        self._store.set(str(get_rank()), beat.to_json())
+
+    def _watch_alone(self) -> None:
+        progress, since = (self.sync_points, self.ticks), time.monotonic()
+        last_poll = time.monotonic()
+        while not self._ended.wait(self.heartbeat_timeout / POLLS):
+            current, now = (self.sync_points, self.ticks), time.monotonic()
+            was_stopped = now - last_poll > self.heartbeat_timeout  # the process was suspended, as by Ctrl-Z: no hang
+            last_poll = now
+            if was_stopped or current != progress:
+                progress, since = current, now
+            if now - since > self._hang_timeout():
+                self._end(f"hangs at {self.position}: no progress for {now - since:.0f} s")
+
+    def _hang_timeout(self) -> float:
+        """Seconds without progress after which the run counts as hanging."""
+        is_short = self.preemption.has_progress and not self.is_evaluating
+        return self.timeout if is_short else startup_timeout(self.timeout)
+
+    def _watch(self) -> None:
+        launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        ranks = [str(rank) for rank in range(get_world_size())]
+        seen = [("", time.monotonic())] * len(ranks)  # each rank's last heartbeat, and when it was first seen
+        progress, since = (self.sync_points, self.ticks), time.monotonic()
+        orphaned = math.inf  # when torchrun was first found gone
+        while not self._ended.wait(self.heartbeat_timeout / POLLS):
+            now = time.monotonic()
+            if launcher is not None and os.getppid() != launcher:
+                self.preemption.requested = True
+                orphaned = min(orphaned, now)
+                if now - orphaned > self.heartbeat_timeout:
+                    self._end("its launcher, torchrun, is gone")
+            beats = self._exchange(ranks)
+            if beats is None:
+                return
+            seen = [last if beat == last[0] else (beat, now) for beat, last in zip(beats, seen)]
+            current = (self.sync_points, self.ticks)
+            if current != progress:
+                progress, since = current, now
+            self._judge([Heartbeat.from_json(beat) for beat in beats], [now - first for _, first in seen], now - since)
+
+    def _exchange(self, ranks: list[str]) -> list[str] | None:
+        """Send a heartbeat and return those of all ranks; None at the end of the run, where rank 0 may be gone."""
+        # The store has no timeout for a suspended rank 0.
+        timer = threading.Timer(2 * self.heartbeat_timeout, self._end_unless_done, ["process 0 does not respond"])
+        timer.daemon = True
+        timer.start()
+        try:
+            self._send(RankState.RUNNING)
+            return [beat.decode() for beat in self._store.multi_get(ranks)]
+        except RuntimeError as error:
+            self._end_unless_done(f"process 0 does not respond ({' '.join(str(error).split())[:120]})")
+            return None
+        finally:
+            timer.cancel()
+
+    def _judge(self, beats: list[Heartbeat], ages: list[float], stalled: float) -> None:
+        """End this process if it hangs or another rank is lost.
+
+        Args:
+            beats: the ranks' last heartbeats.
+            ages: seconds since they were first seen.
+            stalled: seconds since this process made progress.
+        """
+        self.preemption.requested |= any(beat.preempted for beat in beats)
+        for rank, (beat, age) in enumerate(zip(beats, ages)):
+            who = f"process {rank} ({beat.host}), last seen at {beat.position},"
+            if beat.has_failed() and age > self.heartbeat_timeout / POLLS:  # until then, this rank may fail by itself
+                status = 1 if beat.state is RankState.FAILED else RESUME_STATUS
+                self._end(f"{who} {beat.state.value} ({beat.cause})", status)
+            if beat.state is RankState.RUNNING and age > self.heartbeat_timeout:
+                self._end(f"{who} has sent no heartbeat for {age:.0f} s")
+        if stalled > self._hang_timeout():
+            fewest = min(beat.ticks for beat in beats)
+            hanging = [
+                f"process {rank} ({beat.host}) hangs at {beat.position}"
+                for rank, beat in enumerate(beats)
+                if beat.ticks == fewest
+            ]
+            self._end(f"{', '.join(hanging)}: no progress for {stalled:.0f} s")
+
+    def _end_unless_done(self, what: str) -> None:
+        """End this process, unless the run has ended."""
+        if not self._ended.is_set():
+            self._end(what)
+
+    def _end(self, what: str, status: int = RESUME_STATUS) -> NoReturn:
+        """End this process, with status 1 if the lost rank would fail again."""
+        cause = "" if status == RESUME_STATUS else "fix the error that it printed, then "
+        line = one_line(f"process {get_rank()}: {with_flags(what, self.flags)}; {cause}{self.advice}")
+        print(f"{self.preemption.command}: {line}", file=sys.stderr, flush=True)
+        os._exit(status)  # the main thread may be waiting for the lost rank in native code

@@ -1,1 +1,0 @@
-"""A run's machinery: what keeps training alive, and what commands share."""

@@ -1,0 +1,1 @@
+"""Export of classifiers and backbones, for tools/export.py."""

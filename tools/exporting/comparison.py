@@ -1,0 +1,145 @@
+"""Compare and time the forms of a classifier: the rows of export.py's table."""
+
+import math
+import platform
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from sepvit_lib.common.devices import available_cores
+from sepvit_lib.inference.classifier import Classifier
+from tools.exporting.data import BATCH_SIZE, Images
+
+CHECKPOINT = "checkpoint"  # the form that the others are compared with: PyTorch, eager, float32
+MIN_SECONDS = 0.3  # per timing: threads of the previous runtime spin for some milliseconds
+HEADER = ("form", "file", "MB", "largest difference", "top-1, %", "latency, ms", "ratio", "images/s", "ratio")
+
+
+@dataclass
+class Form:
+    """A form of the classifier, and its measurements.
+
+    Attributes:
+        classifier: the form, opened.
+        file: its file or folder; None for the checkpoint.
+        difference: largest difference of its logits from the checkpoint's.
+        top1: its top-1 (%); None without labels.
+        seconds: seconds per batch in each round, by batch size.
+    """
+
+    classifier: Classifier
+    file: Path | None = None
+    difference: float = 0.0
+    top1: float | None = None
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+
+    def megabytes(self) -> float:
+        """Size of its files, in 10⁶ bytes."""
+        if self.file is None:
+            assert self.classifier.network is not None
+            return sum(value.nbytes for value in self.classifier.network.state_dict().values()) / 1e6
+        parts = self.file.rglob("*") if self.file.is_dir() else parts_of(self.file)
+        return sum(part.stat().st_size for part in parts if part.is_file()) / 1e6
+
+
+def parts_of(file: Path) -> list[Path]:
+    """A file and its companions: OpenVINO stores the weights in a second file."""
+    return [file, file.with_suffix(".bin")] if file.suffix == ".xml" else [file]
+
+
+def compare(forms: Mapping[str, Form], images: Images) -> None:
+    """Compare all forms with the checkpoint, image by image."""
+    reference, correct = forms[CHECKPOINT].classifier, Counter[str]()
+    for batch, labels in images.batches():
+        expected = reference.logits([reference.prepare(image) for image in batch])
+        for name, form in forms.items():
+            one = form.classifier
+            logits = expected if one is reference else one.logits([one.prepare(image) for image in batch])
+            difference = float((logits - expected).abs().max())
+            form.difference = max(form.difference, difference) if math.isfinite(difference) else math.nan
+            if labels:
+                correct[name] += int((logits.argmax(dim=1) == torch.tensor(labels)).sum())
+    if images.labels:
+        for name, form in forms.items():
+            form.top1 = 100 * correct[name] / len(images.images)
+
+
+def time_forms(forms: Mapping[str, Form], images: Images, rounds: int) -> None:
+    """Time all forms on one image and on a batch. Built-in preprocessing is included."""
+    for size in (1, BATCH_SIZE):
+        chosen = [images.images[number % len(images.images)] for number in range(size)]
+        calls = {
+            name: partial(form.classifier.logits, [form.classifier.prepare(image) for image in chosen])
+            for name, form in forms.items()
+        }
+        for name, seconds in time_calls(calls, rounds).items():
+            forms[name].seconds[size] = seconds
+
+
+def time_calls(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round. Calls are interleaved: drift of the machine affects all of them equally."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(1 + rounds):  # the first warms up
+        for name, call in calls.items():
+            start, count, elapsed = time.perf_counter(), 0, 0.0
+            while elapsed < MIN_SECONDS:
+                call()
+                count, elapsed = count + 1, time.perf_counter() - start
+            seconds[name].append(elapsed / count)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def speed(reference: Sequence[float], seconds: Sequence[float]) -> float:
+    """Speed-up over the reference: the median over the rounds."""
+    return statistics.median(a / b for a, b in zip(reference, seconds))
+
+
+def report(forms: Mapping[str, Form], failures: Mapping[str, str], images: Images, notes: Sequence[str]) -> str:
+    """Write the table, followed by how it was measured, remarks, and why some forms are missing."""
+    description = forms[CHECKPOINT].classifier.description
+    height, width = description.preprocessing.size
+    rows = [HEADER, *(_row(name, form, forms[CHECKPOINT]) for name, form in forms.items())]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, tuple("-" * width for width in widths))
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    paragraphs = [
+        f"{description.model}, {len(description.classes)} classes, {height} × {width} pixels, {machine()}.",
+        f"Differences of the logits{' and top-1' if images.labels else ''}: on {images.source}. Speed: medians of "
+        f"{len(forms[CHECKPOINT].seconds[1])} interleaved rounds, one image and batches of {BATCH_SIZE}; ratios to the "
+        "checkpoint in eager mode.",
+        *notes,
+        *(f"Not made: {name}: {why}" for name, why in failures.items()),
+    ]
+    return "\n\n".join(["\n".join(lines), *paragraphs]) + "\n"
+
+
+def machine() -> str:
+    """Describe the processor and the versions of the runtimes."""
+    described = [f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, {available_cores()} cores"]
+    for package in ("torch", "onnxruntime", "openvino"):
+        with suppress(PackageNotFoundError):
+            described.append(f"{package} {version(package)}")
+    return ", ".join(described)
+
+
+def _row(name: str, form: Form, reference: Form) -> tuple[str, ...]:
+    one, batch = form.seconds[1], form.seconds[BATCH_SIZE]
+    return (
+        name,
+        form.file.name if form.file else "",
+        f"{form.megabytes():.1f}",
+        "" if name == CHECKPOINT else f"{form.difference:.1e}",
+        "" if form.top1 is None else f"{form.top1:.2f}",
+        f"{1000 * statistics.median(one):.1f}",
+        f"{speed(reference.seconds[1], one):.2f}",
+        f"{BATCH_SIZE / statistics.median(batch):.1f}",
+        f"{speed(reference.seconds[BATCH_SIZE], batch):.2f}",
+    )

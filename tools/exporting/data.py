@@ -1,0 +1,108 @@
+"""Real images for export.py to compare on and calibrate with."""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+import main
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.common.packages import require
+from sepvit_lib.inference.classifier import Classifier, class_names
+from sepvit_lib.pipeline.image_files import evenly_spaced
+from sepvit_lib.pipeline.samples import ImageData, ValSamples
+from sepvit_lib.pipeline.streams import ValStream
+
+CALIBRATION_IMAGES = 128
+BATCH_SIZE = 8
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # bundled with scikit-image
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images to compare a classifier's forms on.
+
+    Attributes:
+        source: description of the images.
+        images: the images, RGB.
+        labels: class index of each image; empty if unknown.
+    """
+
+    source: str
+    images: Sequence[Image.Image]
+    labels: Sequence[int] = ()
+
+    def batches(self) -> Iterator[tuple[Sequence[Image.Image], Sequence[int]]]:
+        """Batches of images and labels."""
+        for start in range(0, len(self.images), BATCH_SIZE):
+            part = slice(start, start + BATCH_SIZE)
+            yield self.images[part], self.labels[part]
+
+    def accuracy(self, classifier: Classifier, logits: Callable[[Tensor], Tensor]) -> float:
+        """Top-1 (0 to 1) of a function from a classifier's inputs to logits."""
+        correct = 0
+        for images, labels in self.batches():
+            inputs = torch.stack([classifier.prepare(image) for image in images])
+            correct += int((logits(inputs).argmax(dim=1) == torch.tensor(labels)).sum())
+        return correct / len(self.images)
+
+
+def photographs() -> Images:
+    """Photographs that come with scikit-image, of different shapes.
+
+    Raises:
+        UserError: scikit-image is missing.
+    """
+    require("the photographs to compare on (or choose a data set with --data-path)", "skimage", extra="demo")
+    import skimage.data
+
+    images = [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in PHOTOGRAPHS]
+    return Images("four photographs of scikit-image", images)
+
+
+def find_labelled(args: argparse.Namespace, classifier: Classifier) -> Images:
+    """Validation images of the data set, evenly spaced.
+
+    Raises:
+        UserError: there are none, or their classes differ from the classifier's.
+    """
+    data, names = _find(args, classifier, is_train=False), classifier.description.classes
+    if data.classes:  # readable names, like the classifier's
+        data = replace(data, classes=list(class_names(data.classes, data.num_classes)))
+    data = data.matched(names if classifier.is_named else None, f"--resume {args.resume}")
+    if data.num_classes != len(names):
+        counts = f"{data.num_classes} classes, but the checkpoint has {len(names)}"
+        raise UserError(f"--data-path {args.data_path}: has {counts}; use the data set that it was trained on")
+    images, labels = zip(*_spaced(data, args.images))
+    return Images(f"{len(images)} validation images of {args.data_path}", images, labels)
+
+
+def calibration_images(args: argparse.Namespace, classifier: Classifier) -> list[Image.Image]:
+    """Training images, evenly spaced.
+
+    Raises:
+        UserError: there are none.
+    """
+    return [image for image, _ in _spaced(_find(args, classifier, is_train=True), CALIBRATION_IMAGES)]
+
+
+def _find(args: argparse.Namespace, classifier: Classifier, is_train: bool) -> ImageData:
+    settings = main.build_parser().parse_args([])
+    settings.data_path, settings.data_set, settings.class_map = args.data_path, args.data_set, args.class_map
+    settings.orientation = classifier.description.orientation
+    return main.build_data(settings, is_train)
+
+
+def _spaced(data: ImageData, count: int) -> Iterator[tuple[Image.Image, int]]:
+    """At most `count` images of a data set and their outputs, evenly spaced; of a stream, the first ones."""
+    data = replace(data, transform=lambda image: image)
+    if isinstance(data.dataset, IterableDataset):
+        yield from itertools.islice(ValStream(data), count)
+        return
+    samples = ValSamples(data)
+    yield from (samples[index] for index in evenly_spaced(range(len(samples)), count))

@@ -1,0 +1,81 @@
+"""The backbone of a segmentor or detector in ONNX, for images of any size divisible by 32 and batches of any size."""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.export import Dim
+
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.common.packages import require
+from sepvit_lib.common.storage import make_folder
+from sepvit_lib.inference.backbones import Backbone, load_backbone
+from sepvit_lib.inference.exported import kind_of, open_onnx
+from tools.exporting.comparison import speed, time_calls
+from tools.exporting.writers import MAX_DIFFERENCE, export_onnx
+
+STRIDE = 32
+# Every block has several windows along each side: the exporter would treat a single one as static.
+TRACED = (2, 3, 256, 320)
+# One window in the last stages, padding in some or all stages, and the sizes of ADE20K and COCO.
+COMPARED = ((1, 3, 32, 64), (3, 3, 224, 224), (1, 3, 512, 512), (2, 3, 416, 608), (1, 3, 800, 1280))
+TIMED = (1, 3, 512, 512)
+
+
+def find(path: str, averaged: bool) -> Backbone | None:
+    """Load the backbone in a checkpoint; None for a classifier's or an exported file."""
+    if Path(path).is_dir() or kind_of(Path(path)):
+        return None
+    return load_backbone(path, f"--resume {path}", averaged)
+
+
+def export(backbone: Backbone, folder: Path, args: argparse.Namespace) -> None:
+    """Write a backbone to ONNX, compare it at several sizes, and print the differences and its speed.
+
+    Raises:
+        UserError: a different format is requested, or the file is refused or cannot be written.
+    """
+    if others := set(args.formats or ()) - {"onnx"}:
+        raise UserError(f"--formats {others.pop()}: --resume {args.resume} contains a backbone; choose onnx")
+    require("--formats onnx", "onnx", "onnxscript", "onnxruntime")
+    target = folder / f"{backbone.variant}-backbone.onnx"
+    if target.exists() and not args.overwrite:
+        raise UserError(f"--out {folder}: {target.name} exists; choose another folder, or pass --overwrite")
+    make_folder(folder, f"--out {folder}")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as work:
+        file = Path(work) / target.name
+        write(backbone, file, args.opset[0])
+        count = len(backbone.network.out_indices)
+        print(f"{backbone.variant}, backbone, {count} maps, {file.stat().st_size / 1e6:.1f} MB")
+        compare(backbone, file, args.rounds)
+        file.replace(target)
+    print(f"written to {target}")
+
+
+def write(backbone: Backbone, file: Path, opset: int) -> None:
+    """Write the network with its maps as outputs, named after their stages."""
+    shapes = ({0: Dim("batch"), 2: STRIDE * Dim("height"), 3: STRIDE * Dim("width")},)
+    names = [f"stage{number}" for number in backbone.network.out_indices]
+    export_onnx(backbone.network, torch.randn(TRACED), file, shapes, opset, outputs=names)
+
+
+def compare(backbone: Backbone, file: Path, rounds: int) -> None:
+    """Print the largest difference of the maps at each of several sizes, and the speed relative to the network's.
+
+    Raises:
+        UserError: the maps differ too much.
+    """
+    run = open_onnx(file)
+    with torch.inference_mode():
+        for shape in COMPARED:
+            images = torch.randn(shape)
+            maps = zip(run(images), backbone.network(images), strict=True)
+            difference = max(float((a - b).abs().max()) for a, b in maps)
+            print(f"  {shape[0]} × {shape[2]} × {shape[3]}: largest difference {difference:.1e}")
+            if not difference < MAX_DIFFERENCE:
+                raise UserError(f"--formats onnx: its maps differ by {difference:.1e}, more than {MAX_DIFFERENCE:g}")
+        images = torch.randn(TIMED)
+        times = time_calls({"ONNX": lambda: run(images), "eager": lambda: backbone.network(images)}, rounds)
+    ratio = speed(times["eager"], times["ONNX"])
+    print(f"  {TIMED[2]} × {TIMED[3]} in ONNX Runtime: {ratio:.2f} × the speed of PyTorch in eager mode")
