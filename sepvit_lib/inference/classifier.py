@@ -201,7 +201,7 @@ def _from_checkpoint(
     name = _model_name(model, checkpoint, weights, what)
     num_classes = _count_classes(name, weights, what)
     default: Any = get_pretrained_cfg_value(name, "input_size")
-    size = settings_in(checkpoint).get("input_size") or default[-1]
+    size = (img_size_of(checkpoint) or default)[-1]
     network = create_network(f"{what}, model {name}", name, num_classes, size)
     hint, img_size = f"name it with {setting('model')}", img_size_of(checkpoint)
     checkpoints.load_weights(network, weights, what, variant_hint=hint, img_size=img_size)

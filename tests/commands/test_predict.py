@@ -1,5 +1,6 @@
 """predict.py as a command: classes and probabilities, results in files and pictures, images of all kinds, mistakes."""
 
+import argparse
 import csv
 import json
 import os
@@ -138,6 +139,14 @@ def test_bare_weights_of_another_size(tmp_path):
     description = load_classifier(str(tmp_path / "weights.pth")).description
     assert (description.model, description.preprocessing) == ("SepViT_Lite", Preprocessing.for_size(224))
     assert description.classes[0] == "tench, Tinca tinca"
+
+
+@pytest.mark.parametrize("input_size", [None, [3, 160, 160]])
+def test_checkpoints_of_timms_training(input_size, tmp_path):
+    weights = timm.create_model("test_vit", num_classes=3).state_dict()
+    settings = argparse.Namespace(model="test_vit", input_size=input_size)
+    torch.save({"state_dict": weights, "args": settings}, tmp_path / "last.pth.tar")
+    assert load_classifier(str(tmp_path / "last.pth.tar")).description.model == "test_vit"
 
 
 @pytest.mark.parametrize("is_safe", [False, True])
