@@ -389,7 +389,8 @@ class TrainingRunner(DenseRunner):
     def after_validation(self, metrics: dict[str, Any]) -> None:
         """Log a validation and save a checkpoint, also as the best if it is. A collective call."""
         figures = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float, np.number))}
-        self.output.log({**self.state.position(), **{f"test_{name}": value for name, value in figures.items()}})
+        if figures:  # COCO has none without a single detection
+            self.output.log({**self.state.position(), **{f"test_{name}": value for name, value in figures.items()}})
         name, is_loss = self._score_name(figures)
         is_best = name is not None and is_better(figures[name], self.state.best, is_loss)
         if name is not None and is_best:

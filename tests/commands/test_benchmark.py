@@ -219,11 +219,10 @@ def test_forms_that_a_format_or_a_measure_lacks():
 
 EXPORTED = [(form, number_format) for form, formats in subjects.RUNTIMES.items() for number_format in formats]
 SHORT = (("onnxruntime", "float32"), ("openvino", "bfloat16"))  # the others differ in one setting each
+CASES = [case if case in SHORT else pytest.param(case, marks=pytest.mark.slow) for case in EXPORTED]
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in SHORT else pytest.param(case, marks=pytest.mark.slow) for case in EXPORTED]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_exported_networks(case):
     form, number_format = case
     for package in (*subjects.PACKAGES[form], *["nncf"] * (number_format == "int8")):

@@ -97,8 +97,7 @@ def test_output_folder(trained):
 def test_profile_traces_the_steps_asked_for(few_digits, tmp_path):
     assert run(*settings(few_digits, tmp_path, "--batch-size 8 --profile 2")) == 0
     names = [event["name"] for event in json.loads((tmp_path / "run/trace.json").read_text())["traceEvents"]]
-    steps = [name for name in names if name.startswith("ProfilerStep#")]
-    assert len(set(steps)) == 2
+    assert len({name for name in names if name.startswith("ProfilerStep#")}) == 2
     assert "aten::convolution" in names
 
 

@@ -417,9 +417,8 @@ def test_config_that_a_run_writes_is_read_again(base, originals, tmp_path):
     """Also those of runs from the times when the package was named `dense` and `sepvit_lib.dense`."""
     cfg, _ = copied(originals[base], tmp_path)
     use_checked_loading(cfg)
-    written = cfg.dump()
     for name in ("written", "sepvit_lib.dense", "dense"):
-        text = written
+        text = cfg.dump()
         if name != "written":
             text = text.replace("sepvit_lib.mm.image_loading", f"{name}.loading")
             text = text.replace("sepvit_lib.mm.backbone", f"{name}.backbone")

@@ -143,9 +143,9 @@ def test_bare_weights_of_another_size(tmp_path):
 
 @pytest.mark.parametrize("input_size", [None, [3, 160, 160]])
 def test_checkpoints_of_timms_training(input_size, tmp_path):
-    weights = timm.create_model("test_vit", num_classes=3).state_dict()
-    settings = argparse.Namespace(model="test_vit", input_size=input_size)
-    torch.save({"state_dict": weights, "args": settings}, tmp_path / "last.pth.tar")
+    checkpoint = dict(args=argparse.Namespace(model="test_vit", input_size=input_size))
+    checkpoint["state_dict"] = timm.create_model("test_vit", num_classes=3).state_dict()
+    torch.save(checkpoint, tmp_path / "last.pth.tar")
     assert load_classifier(str(tmp_path / "last.pth.tar")).description.model == "test_vit"
 
 

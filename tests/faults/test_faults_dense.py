@@ -202,7 +202,7 @@ def kill_pair(run: DenseRun, rng: random.Random) -> bool:
     tasks = run.start_tasks(2)
     if rng.random() < 0.8:  # start-up takes long and would be hit too often
         run.wait_for(tasks[0], run.step, lines + 1)
-    time.sleep(rng.uniform(0, 4))
+    time.sleep(rng.uniform(0, 2))
     was_running = any(task.poll() is None for task in tasks)
     for task in rng.sample(tasks, 2):
         with suppress(ProcessLookupError):
@@ -216,7 +216,7 @@ def test_killed(kind, name, kills, configs, tmp_path, request, tried):
     processes = 2 if name == "two processes" else 0
     undisturbed = request.getfixturevalue("undisturbed_pair" if processes else "undisturbed")[kind]
     rng = random.Random(f"{kind} {name}")
-    runs = (DenseRun(kind, tmp_path / f"run{i}", configs[kind], *SETTINGS[name]) for i in range(kills + 1))
+    runs = (DenseRun(kind, tmp_path / f"run{i}", configs[kind], *SETTINGS[name]) for i in range(10 * kills))
     run, done = next(runs), 0
     while done < kills:
         done += kill_pair(run, rng) if processes else run.kill(rng)
@@ -330,6 +330,8 @@ def test_slurm_script_requeues_the_job(kind, configs, tmp_path, undisturbed, tri
 
 
 WITH_HOOKS = """
+import sys
+sys.path.append({folder!r})
 _base_ = {config!r}
 custom_imports = dict(imports=["sepvit_lib.mm.backbone", "stop_in_validation"])
 custom_hooks = [dict(type="EMAHook", momentum=0.5), dict(type="StopInValidation")]
@@ -340,7 +342,7 @@ custom_hooks = [dict(type="EMAHook", momentum=0.5), dict(type="StopInValidation"
 def test_stopped_in_validation(configs, tmp_path, table):
     """A signal comes in the first validation, which uses averaged weights."""
     config = tmp_path / "config.py"
-    config.write_text(WITH_HOOKS.format(config=str(configs["segmentation"])))
+    config.write_text(WITH_HOOKS.format(config=str(configs["segmentation"]), folder=str(Path(__file__).parent)))
     alone = finished(DenseRun("segmentation", tmp_path / "alone", config))
     run = DenseRun("segmentation", tmp_path / "stopped", config, environment={"STOP_IN_VALIDATION": "1"})
     assert run.start().wait(LIMIT) == RESUME_STATUS
@@ -601,6 +603,13 @@ def test_log_starts_with_settings_versions_and_data(kind, undisturbed):
     assert run["data"]["train"]["images"] == 12
     assert re.fullmatch(r"[0-9a-f]{16}", run["data"]["train"]["fingerprint"])
     assert run["processes"] == 1
+
+
+@pytest.mark.slow
+@BOTH
+def test_each_line_of_the_log_has_figures(kind, undisturbed_pair):
+    """The first validation of two processes detects nothing. A line without figures looks like one of training."""
+    assert all(entry.keys() - {"epoch", "step", "iter"} for entry in read_log(undisturbed_pair[kind] / "log.txt"))
 
 
 def test_best_and_regular_checkpoints_are_kept(undisturbed):
