@@ -1,6 +1,5 @@
 """Random crops of training images. JPEGs are decoded at the size that the crop needs, other images in full."""
 
-import importlib.util
 import io
 import math
 import random
@@ -15,6 +14,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import InterpolationMode
 
 from sepvit_lib.common.errors import UserError, setting
+from sepvit_lib.common.packages import lacking
 from sepvit_lib.pipeline.image_files import EXIF, STORED, UPRIGHT, Encoded, decode, open_image, orientation_of
 
 SCALES = (8, 4, 2, 1)  # a JPEG can be decoded at 1/8 to 1/1 of its size, from fewer coefficients of each block
@@ -56,8 +56,8 @@ class CropDecoder:
         self.crop = crop
         self.orientation = orientation
         self.size: int = crop.size[0]
-        if importlib.util.find_spec("simplejpeg") is None:
-            raise UserError(f"{setting('loader', 'fast')}: needs simplejpeg: pip install '.[fast]', or use faithful")
+        if problem := lacking("simplejpeg", extra="fast"):
+            raise UserError(f"{setting('loader', 'fast')}: {problem}, or use faithful")
 
     def __call__(self, source: Encoded) -> Image.Image:
         """Decode and resize a random crop.

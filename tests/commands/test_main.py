@@ -147,7 +147,7 @@ def test_dist_eval_is_exact_on_any_number_of_processes(trained, some_digits):
 def test_eval_at_another_input_size_resamples_window_tokens(trained, some_digits, capsys):
     assert run(*evaluation(trained[0], some_digits, "--input-size 96")) == 0
     printed = capsys.readouterr().out
-    assert "image size or form: resampled" in printed
+    assert "different image size or form: resampled" in printed
     assert "blocks.0.0.win_tokens" in printed
     assert "100 images" in printed
 

@@ -75,7 +75,7 @@ def test_an_old_checkpoint_is_evaluated(old, few_digits):
 def test_an_old_checkpoint_is_finetuned_at_another_size(old, few_digits):
     result = run(old, few_digits, f"--finetune {LAST} --input-size 96 --epochs 1 --output_dir tuned")
     assert "averaged weights, loaded " in result.stdout
-    assert "image size or form: resampled " in result.stdout
+    assert "different image size or form: resampled " in result.stdout
 
 
 def test_an_old_run_is_repeated_from_its_args(old, few_digits):

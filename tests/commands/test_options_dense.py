@@ -301,7 +301,7 @@ def test_a_refused_run_leaves_the_other_one_alone(scenes, tmp_path, capsys, monk
     timer = threading.Timer(2, (folder / "iter_2.pth").rename, [folder / "iter_4.pth"])
     timer.start()
     arguments = [SEGMENTATION, "--from-scratch", "--work-dir", folder, "--timeout", "10", *small(scenes)]
-    assert "another run is writing to it" in refusal(RUN["train"], "train", arguments, capsys)
+    assert "another run is writing to it; stop that run" in refusal(RUN["train"], "train", arguments, capsys)
     timer.join()
     os.close(other)
     assert [path.name for path in folder.iterdir()] == ["iter_4.pth"]

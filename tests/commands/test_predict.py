@@ -189,7 +189,7 @@ MISTAKES = {
     "no checkpoint": ("{image} --resume {root}/nothing.pth", "--resume {root}/nothing.pth: no such file"),
     "no exported file": ("{image} --resume {root}/nothing.onnx", "--resume {root}/nothing.onnx: no such file"),
     "damaged export": ("{image} --resume {root}/bad.onnx", "--resume {root}/bad.onnx: ONNX Runtime cannot "),
-    "folder": ("{image} --resume {root}/empty", "--resume {root}/empty: a folder without config.json; "),
+    "folder": ("{image} --resume {root}/empty", "{root}/empty: a folder without config.json; choose a checkpoint"),
     "segmentor": ("{image} --resume {root}/segmentor.pth", "use segmentation/predict.py or detection/"),
     "no averaged weights": ("{image} --resume {root}/plain.pth --averaged", "omit --averaged"),
     "unknown model": ("{image} --resume {root}/plain.pth --model vit", "--model vit: unknown; choose "),

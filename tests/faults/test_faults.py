@@ -398,7 +398,7 @@ def test_elastic(few_digits, tmp_path, table):
         task.kill()
         task.wait()
     assert statuses(run, 3) == [2, 2, 2]
-    assert "each step has 4 batches of 2 images, which 3 processes" in run.text()
+    assert "step has 4 batches of 2 images, which 3 processes with these settings cannot divide evenly" in run.text()
     assert statuses(run) == [0, 0]
     assert "4 batches of 2 images per step, as before; 2 processes accumulate 2 each" in run.text()
     whole = Run(tmp_path / "pair", few_digits, "--batch-size", "2", "--accum-steps", "2")
