@@ -26,20 +26,19 @@ from sepvit_lib.common.errors import MachineError, UserError, setting
 from sepvit_lib.common.packages import require
 from sepvit_lib.common.processes import get_rank, get_world_size, print_main
 from sepvit_lib.common.storage import is_storage_error
-from sepvit_lib.pipeline.archives import Archive
+from sepvit_lib.pipeline.data_sets.archive import Archive
+from sepvit_lib.pipeline.data_sets.base import Images
+from sepvit_lib.pipeline.data_sets.class_folders import ClassFolders
+from sepvit_lib.pipeline.data_sets.inaturalist import INaturalist
+from sepvit_lib.pipeline.data_sets.libraries import Cifar100, from_library, import_hugging_face
 from sepvit_lib.pipeline.image_files import IMAGE_SUFFIXES, Encoded, decode, describe_skipped, is_hidden
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 from sepvit_lib.pipeline.readers import read_exactly_once, shards_of
 from sepvit_lib.pipeline.samples import (
-    ClassFolders,
     ImageData,
-    INaturalist,
     TrainSamples,
     ValSamples,
-    check_label,
     collate,
-    import_hugging_face,
-    labels_of,
 )
 from sepvit_lib.pipeline.scaled_decoding import CropDecoder
 from sepvit_lib.pipeline.streams import TrainStream, ValStream
@@ -47,7 +46,6 @@ from sepvit_lib.run.state import Precision
 from sepvit_lib.run.watchdog import ignore_preemption
 
 IMAGENET_FOLDERS = {True: ("train", "ILSVRC2012_img_train"), False: ("val", "ILSVRC2012_img_val")}
-DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19")
 READERS = ("wds", "hfds", "hfids", "tfds", "torch")  # prefixes that choose a reader of timm
 # Arguments of timm's readers: find images of all formats, but leave decoding to `sepvit_lib.pipeline.image_files`.
 READER_ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -213,7 +211,7 @@ def _check_number(data: ImageData) -> None:
     if data.num_classes > 1:
         return
     name = (data.classes or ["0"])[0]
-    folder = Path(getattr(data.dataset, "root", "."), name)
+    folder = Path(data.dataset.root, name)
     inner = (
         sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
         if folder.is_dir()
@@ -234,9 +232,9 @@ def report_images(data: ImageData, what: str) -> None:
         data: the data set.
         what: its name in the warnings.
     """
-    if skipped := getattr(data.dataset, "skipped", None):
-        print_main(f"WARNING: {what}: {describe_skipped(skipped)}")
-    labels = labels_of(data.dataset)
+    if data.dataset.skipped:
+        print_main(f"WARNING: {what}: {describe_skipped(data.dataset.skipped)}")
+    labels = data.dataset.labels()
     missing = sorted(set(range(data.num_classes)) - {data.outputs[n] if data.outputs else n for n in labels or ()})
     if labels and missing:
         names = [data.classes[number] if data.classes else str(number) for number in missing]
@@ -265,21 +263,11 @@ def _find_images(is_train: bool, settings: DataSettings) -> ImageData:
         return _timm_dataset(is_train, settings)
     if not root.is_dir():
         raise UserError(f"{setting('data_path', root)}: no such folder")
-    if settings.data_set == "IMNET":
-        return _imagenet(root, is_train)
-    if settings.data_set == "CIFAR":
-        try:
-            dataset = CIFAR100(str(root), train=is_train)
-        except RuntimeError:
-            what = setting("data_path", root)
-            raise UserError(f"{what}: no intact CIFAR-100 found (expected cifar-100-python/)") from None
-        return ImageData(dataset, len(dataset.classes), dataset.classes)
-    year = {"INAT": 2018, "INAT19": 2019}[settings.data_set]
-    dataset = INaturalist(root, is_train, year, settings.inat_category)
-    return ImageData(dataset, len(dataset.classes), dataset.classes)
+    dataset = DATA_SETS[settings.data_set](root, is_train, settings)
+    return ImageData(dataset, len(dataset.classes or ()), dataset.classes)
 
 
-def _imagenet(root: Path, is_train: bool) -> ImageData:
+def _imagenet(root: Path, is_train: bool, settings: DataSettings) -> Images:
     """Read a folder of class folders, or train.tar and val.tar of such folders."""
     names = IMAGENET_FOLDERS[is_train]
     folder = next((root / name for name in names if (root / name).is_dir()), None)
@@ -291,11 +279,10 @@ def _imagenet(root: Path, is_train: bool) -> ImageData:
             f"{setting('data_path', root)}: no {names[0]}/ folder "
             "(expected train/ and val/, ILSVRC2012_img_train/ and ILSVRC2012_img_val/, or train.tar and val.tar)"
         )
-    dataset = ClassFolders(str(folder))
-    return ImageData(dataset, len(dataset.classes), dataset.classes)
+    return ClassFolders(str(folder))
 
 
-def _archive(path: Path) -> ImageData:
+def _archive(path: Path) -> Archive:
     """Read a tar archive of class folders. Classes are sorted by name, as in a folder."""
     what = setting("data_path", path)
     try:
@@ -304,7 +291,26 @@ def _archive(path: Path) -> ImageData:
         raise UserError(f"{what}: not an archive of class folders, or damaged ({error})") from None
     if not dataset.samples or dataset.classes == [""]:
         raise UserError(f"{what}: contains no image in class folders")
-    return ImageData(dataset, len(dataset.classes), dataset.classes)
+    return dataset
+
+
+def _cifar(root: Path, is_train: bool, settings: DataSettings) -> Images:
+    try:
+        return Cifar100(CIFAR100(str(root), train=is_train))
+    except RuntimeError:
+        what = setting("data_path", root)
+        raise UserError(f"{what}: no intact CIFAR-100 found (expected cifar-100-python/)") from None
+
+
+def _inaturalist(root: Path, is_train: bool, settings: DataSettings) -> Images:
+    year = {"INAT": 2018, "INAT19": 2019}[settings.data_set]
+    return INaturalist(root, is_train, year, settings.inat_category)
+
+
+# Readers of data sets, by the value of --data-set. Those of timm have a slash in their names.
+DATA_SETS: dict[str, Callable[[Path, bool, DataSettings], Images]] = dict(
+    IMNET=_imagenet, CIFAR=_cifar, INAT=_inaturalist, INAT19=_inaturalist
+)
 
 
 def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
@@ -333,8 +339,8 @@ def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
     except Exception as error:  # each reader's library raises its own types
         raise UserError(f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
     if type(dataset) is ImageFolder:
-        dataset = ClassFolders(str(dataset.root))
-        return ImageData(dataset, len(dataset.classes), dataset.classes)
+        folders = ClassFolders(str(dataset.root))
+        return ImageData(folders, len(folders.classes), folders.classes)
     shards = shards_of(dataset) or () if name.startswith("wds/") else ()
     missing = [shard for shard in shards if ":" not in shard and not (Path(root) / shard).is_file()]
     if missing:
@@ -343,9 +349,10 @@ def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
     num_classes = settings.num_classes or len(class_to_idx)
     if not num_classes:
         raise UserError(f"{what}: its reader does not report the number of classes; set {setting('num_classes')}")
-    dataset.target_transform = partial(check_label, num_classes=num_classes)
     classes = sorted(class_to_idx, key=lambda name: class_to_idx[name])
-    return ImageData(dataset, num_classes, classes or None, is_hugging_face=is_hugging_face)
+    return ImageData(
+        from_library(dataset, root, num_classes), num_classes, classes or None, is_hugging_face=is_hugging_face
+    )
 
 
 def match_splits(train: ImageData, val: ImageData) -> ImageData:
@@ -407,27 +414,28 @@ def split_transform(transform: Any) -> tuple[list[Any], list[Any]]:
     """Split a training transform into the steps of the fast loader's workers and those on the device.
 
     Returns:
-        the workers' steps; and those on the device: normalisation, and random erasing if there is any.
+        the steps before MaybeToTensor; and Normalize with the steps after it.
 
     Raises:
-        UserError: the transform does not end in these steps.
+        UserError: there is no MaybeToTensor with Normalize right after it.
     """
     steps = transform.transforms
     kinds = [type(step) for step in steps]
-    for end in ([MaybeToTensor, transforms.Normalize], [MaybeToTensor, transforms.Normalize, RandomErasing]):
-        if kinds[-len(end) :] == end:
-            return steps[: -len(end)], steps[1 - len(end) :]
+    end = kinds.index(MaybeToTensor) if MaybeToTensor in kinds else 0
+    if kinds[end : end + 2] == [MaybeToTensor, transforms.Normalize]:
+        return steps[:end], steps[end + 1 :]
     raise UserError(
-        f"{setting('loader', 'fast')}: normalises and erases on the device, as the last steps of the transform; put "
-        f"{kinds[-1].__name__} before MaybeToTensor, or use faithful"
+        f"{setting('loader', 'fast')}: the transform needs MaybeToTensor with Normalize right after it; put other "
+        "steps before or after the two, or use faithful"
     )
 
 
 class DeviceTransform:
-    """Last steps of a training transform, on the device: normalisation and random erasing, as in timm's prefetcher.
+    """Last steps of a training transform, on the device: Normalize and those after it.
 
-    Erasing uses the random number generators of Python and of the device. The training loop seeds both for each batch
-    (`Stream.STEP`), so every process, and a resumed run, would erase the same regions of an image.
+    Random erasing takes a whole batch, as in timm's prefetcher, and other steps take one image after another. They may
+    use the random number generators of Python, NumPy, torch and the device. The training loop seeds all of them for
+    each batch (`Stream.STEP`), so every process, and a resumed run, would erase the same regions of an image.
 
     Args:
         transform: the training transform.
@@ -436,19 +444,23 @@ class DeviceTransform:
 
     def __init__(self, transform: Any, precision: Precision) -> None:
         self.precision = precision
-        _, (normalise, *self.erasing) = split_transform(transform)
-        for erasing in self.erasing:
-            erasing.device = precision.device
+        _, (normalise, *self.steps) = split_transform(transform)
+        for step in self.steps:
+            if isinstance(step, RandomErasing):
+                step.device = precision.device
         self.mean, self.std = (
             255 * torch.as_tensor(values, device=precision.device)[:, None, None]
             for values in (normalise.mean, normalise.std)
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalise and erase images, B × 3 × H × W, uint8."""
+        """Transform images, B × 3 × H × W, uint8."""
         images = self.precision.images(images).float().sub_(self.mean).div_(self.std)
-        for erase in self.erasing:
-            images = erase(images)
+        for step in self.steps:
+            if isinstance(step, RandomErasing):
+                images = step(images)
+            else:
+                images = self.precision.images(torch.stack([step(image) for image in images]))
         return images
 
 

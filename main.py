@@ -91,7 +91,7 @@ from sepvit_lib.common.storage import make_folder, write_file
 from sepvit_lib.networks import create_network, to_device
 from sepvit_lib.pipeline.image_files import ORIENTATIONS, STORED, count_turned
 from sepvit_lib.pipeline.preprocessing import Preprocessing
-from sepvit_lib.pipeline.samples import BY_CLASS_MAP, NO_NAMES, ImageData, sampled_files
+from sepvit_lib.pipeline.samples import BY_CLASS_MAP, NO_NAMES, ImageData
 from sepvit_lib.run.checkpoint_names import StepNames
 from sepvit_lib.run.checkpoints import (
     has_both_weights,
@@ -374,7 +374,7 @@ def describe_reading(args: argparse.Namespace, train: ImageData) -> dict[str, An
     """Describe how a run reads its training images: orientation, and the number of sampled images that it affects."""
     if args.orientation != STORED or not is_main_process():  # only rank 0 writes checkpoints
         return dict(orientation=args.orientation)
-    counts = count_turned(sampled_files(train.dataset))
+    counts = count_turned(train.dataset.files())
     if counts["turned"]:
         print_main(
             f"WARNING: --orientation stored: {counts['turned']} of {counts['sampled']} sampled training images "

@@ -1,3 +1,3 @@
-"""The commands of detection. Importing the package provides mmcv's operators, which mmdet needs at import."""
+"""The commands, configs and backbones of detection. Importing it provides mmcv's operators, which mmdet needs."""
 
 import sepvit_lib.mm  # noqa: F401

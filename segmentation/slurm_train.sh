@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
-# Train under SLURM: [GPUS=8] slurm_train.sh PARTITION JOB_NAME CONFIG [ARGUMENT OF train.py …]
-if [ $# -lt 3 ]; then echo "usage: $0 PARTITION JOB_NAME CONFIG [ARGUMENT OF train.py …]" >&2; exit 2; fi
-here=$(dirname "$0")
-exec bash "$here/../sepvit_lib/mm/launch_slurm.sh" "$here/train.py" "$@"
+# Train under SLURM: slurm_train.sh PARTITION JOB_NAME CONFIG [ARGUMENT OF train.py …], GPUS=8 by default
+exec bash "$(dirname "$0")/../sepvit_lib/mm/launch_slurm.sh" "$0" "$@"

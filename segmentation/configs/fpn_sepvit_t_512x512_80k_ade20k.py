@@ -1,6 +1,6 @@
-# The paper's result: 44.8 mIoU, 181 GFLOPs at 512 × 512.
+# The paper's result: 44.8 mIoU, 181 GFLOPs at 512 × 2048.
 _base_ = [
-    "../../sepvit_lib/mm/configs/sepvit.py",
+    "_base_/sepvit.py",
     "mmseg::_base_/models/fpn_r50.py",
     "_base_/ade20k.py",
     "mmseg::_base_/default_runtime.py",

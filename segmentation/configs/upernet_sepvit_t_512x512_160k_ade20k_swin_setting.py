@@ -1,6 +1,6 @@
 # The paper's result: 47.4 mIoU (48.3 multi-scale), 940 GFLOPs at 512 × 2048.
 _base_ = [
-    "../../sepvit_lib/mm/configs/sepvit.py",
+    "_base_/sepvit.py",
     "mmseg::_base_/models/upernet_swin.py",
     "_base_/ade20k.py",
     "mmseg::_base_/default_runtime.py",

@@ -1,9 +1,19 @@
 #!/usr/bin/env bash
-# Start a script in several processes on one or more nodes: launch.sh SCRIPT PROCESSES ARGUMENT…
+# What dist_train.sh and dist_test.sh do: start train.py or test.py, which lies beside them, in several processes on one
+# or more nodes. launch.sh SCRIPT ARGUMENT…, with the arguments of that script, whose second line says which.
 # launch.py lists the environment variables that set the rendezvous; PYTHON is the Python to use.
 set -euo pipefail
-if ! [[ $2 =~ ^[1-9][0-9]*$ ]]; then
-    echo "$0: $2: the number of processes (GPUs) must be a positive integer" >&2
+script=$1 command=train.py before=1 # arguments before PROCESSES
+shift
+if [[ $script == *test.sh ]]; then command=test.py before=2; fi
+if [ $# -le $before ]; then
+    sed -n '2s/.*: /usage: /p' "$script" >&2
     exit 2
 fi
-exec "${PYTHON:-python}" "$(dirname "$0")/launch.py" "$@" --launcher pytorch
+processes=${*:before + 1:1}
+if ! [[ $processes =~ ^[1-9][0-9]*$ ]]; then
+    echo "$script: $processes: the number of processes (GPUs) must be a positive integer" >&2
+    exit 2
+fi
+exec "${PYTHON:-python}" "$(dirname "$0")/launch.py" "$(dirname "$script")/$command" "$processes" \
+    "${@:1:before}" "${@:before + 2}" --launcher pytorch

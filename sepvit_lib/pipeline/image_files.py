@@ -207,29 +207,6 @@ def _is_cycle(folder: str) -> bool:
     return target in (parent, *parent.parents)
 
 
-class ImageFiles:
-    """A data set of image files.
-
-    Attributes:
-        root: a folder that exists whenever the storage is available.
-        classes: names of the classes.
-        samples: paths and labels of the images.
-        skipped: number of other visible files by suffix.
-    """
-
-    root: str
-    classes: list[str]
-    samples: list[tuple[str, int]]
-    skipped: Counter[str]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def read(self, index: int) -> bytes:
-        """Read an image's file. See `read_file`."""
-        return read_file(self.samples[index][0])
-
-
 def images_in(folder: str | Path) -> tuple[list[str], Counter[str]]:
     """List the images in a folder, recursively.
 

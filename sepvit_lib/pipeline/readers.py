@@ -21,7 +21,7 @@ from timm.data.readers.reader_wds import ReaderWds, WdsTargetKeyError
 
 from sepvit_lib.common.errors import MachineError, UserError, setting
 from sepvit_lib.common.storage import is_storage_error
-from sepvit_lib.pipeline.archives import CheckedTarInfo
+from sepvit_lib.pipeline.data_sets.archive import CheckedTarInfo
 from sepvit_lib.pipeline.unreadable import UnreadableImageError
 
 BLANK = b"P5 1 1 255 \0"  # a one-pixel image, which PIL opens fast

@@ -18,6 +18,7 @@ import main
 import sepvit
 from sepvit_lib.common.class_names import order_of
 from sepvit_lib.common.errors import UserError
+from sepvit_lib.pipeline.data_sets.base import Images
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 from sepvit_lib.pipeline.samples import fingerprint
 from sepvit_lib.run.checkpoints import read_checkpoint
@@ -230,7 +231,7 @@ def test_forms_of_unicode_are_the_same_name(trained_digits, few_digits, tmp_path
 def test_renumbering_twice():
     """A validation set in another order than the training set, which is in another order than the checkpoint."""
     names = ["c", "a", "b"]
-    val = datasets.match_splits(main.ImageData(None, 3, ["a", "b", "c"]), main.ImageData(None, 3, names))
+    val = datasets.match_splits(*(main.ImageData(Images(), 3, classes) for classes in (["a", "b", "c"], names)))
     val = val.matched(["b", "c", "a"], "x")
     assert val.classes == ["b", "c", "a"]
     assert [val.classes[output] for output in val.outputs] == names

@@ -26,7 +26,8 @@ from datasets import INAT_CATEGORIES, LoaderSettings, build_train_loader, build_
 from sepvit_lib.common.command_line import run_command
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.pipeline import readers, samples
-from sepvit_lib.pipeline.samples import INaturalist, fingerprint, read_sample
+from sepvit_lib.pipeline.data_sets.inaturalist import INaturalist
+from sepvit_lib.pipeline.samples import fingerprint, read_sample
 from sepvit_lib.run.output import read_log as read_whole_log
 
 
@@ -132,7 +133,7 @@ def test_nested_archives_are_checked(few_digits, tmp_path):
     data = data_of(tmp_path)
     assert (len(data.dataset), data.classes) == (21, ["0", "1", "2"])
     for index, (name, label) in enumerate(data.dataset.samples):
-        assert data.dataset.read(index) == (few_digits / "val" / str(label) / name).read_bytes()
+        assert data.dataset.encoded(index)[0] == (few_digits / "val" / str(label) / name).read_bytes()
     write_tar(tmp_path / "val.tar", inner | {"1.tar": inner["1.tar"][: members_of(tmp_path / "x.tar")[-2].offset]})
     with pytest.raises(UserError, match=r"val\.tar: .*damaged"):
         data_of(tmp_path)
@@ -220,7 +221,7 @@ def test_cifar(tmp_path, monkeypatch):
             monkeypatch.setattr(CIFAR100, f"{name}_list", [[name, md5]])
     train, val = (data_of(tmp_path, "--data-set", "CIFAR", is_train=is_train) for is_train in (True, False))
     assert (len(train.dataset), train.num_classes, len(val.dataset)) == (6, 100, 2)
-    image, target = train.dataset[2]
+    image, target = train.dataset.encoded(2)
     assert (train.transform(image).shape, target) == ((3, 32, 32), 99)
 
 

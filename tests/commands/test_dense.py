@@ -1,5 +1,6 @@
 """The registered backbones: outputs, arguments and pretrained weights, in mmseg's and mmdet's registries."""
 
+import importlib
 import pickle
 
 import mmdet.registry
@@ -20,9 +21,12 @@ def build(variant="SepViT_Lite", **kwargs):
     return mmseg.registry.MODELS.build(dict(type=variant, **kwargs))
 
 
-@pytest.mark.parametrize("registry", [mmseg.registry.MODELS, mmdet.registry.MODELS], ids=["mmseg", "mmdet"])
+@pytest.mark.parametrize("library", ["mmseg", "mmdet"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_registered(registry, variant):
+def test_registered(library, variant):
+    registry = dict(mmseg=mmseg.registry.MODELS, mmdet=mmdet.registry.MODELS)[library]
+    importlib.import_module(f"{dict(mmseg='segmentation', mmdet='detection')[library]}.backbones")
+    assert variant in registry.module_dict
     model = registry.build(dict(type=variant))
     assert type(model) is getattr(sepvit_lib.mm.backbone, variant)
     assert model.state_dict().keys() == create_dense(variant).state_dict().keys()

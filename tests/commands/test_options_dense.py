@@ -678,11 +678,10 @@ time.sleep(60)
 
 def launch(tmp_path: Path, mode: str, processes: int = 2, **environment: str) -> subprocess.CompletedProcess:
     """Start small processes as dist_train.sh does."""
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
+    (tmp_path / "train.py").write_text(WORKER)
     variables = {**os.environ, "PYTHON": sys.executable, "PORT": free_port(), **environment}
     return subprocess.run(
-        ["bash", ROOT / "sepvit_lib/mm/launch.sh", worker, str(processes), mode],
+        ["bash", ROOT / "sepvit_lib/mm/launch.sh", tmp_path / "dist_train.sh", mode, str(processes)],
         capture_output=True,
         text=True,
         timeout=300,

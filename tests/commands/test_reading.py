@@ -25,7 +25,7 @@ from sepvit_lib.inference.classifier import load_classifier
 from sepvit_lib.inference.images import find_images, read_image
 from sepvit_lib.pipeline.image_files import count_turned, decode, images_in
 from sepvit_lib.pipeline.preprocessing import Preprocessing
-from sepvit_lib.pipeline.samples import read_sample, sampled_files
+from sepvit_lib.pipeline.samples import read_sample
 from tools.exporting.writers import hub_settings
 
 # Files of all kinds. What everything reads of them is tested by tests/unit/test_images.py.
@@ -97,7 +97,7 @@ def test_every_source_reads_alike(source, tmp_path):
     if not source.startswith("hf"):
         check(arguments)
         data = main.build_data(main.build_parser().parse_args(arguments), is_train=True)
-        assert count_turned(sampled_files(data.dataset)) == dict(turned=1, sampled=4)
+        assert count_turned(data.dataset.files()) == dict(turned=1, sampled=4)
         return
     script = tmp_path / "check.py"  # Hugging Face's library takes the name of datasets.py
     script.write_text(CHECK.format(root=str(ROOT), arguments=arguments))

@@ -13,13 +13,14 @@ import torch
 from conftest import SMALL, differences, refusal
 from PIL import Image, ImageFilter
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
 from torchvision import transforms
 
 import datasets
 import main
 from datasets import DeviceTransform, LoaderSettings, build_train_loader, epoch_batches
 from sepvit_lib.common.errors import UserError
+from sepvit_lib.pipeline.data_sets.base import Images
 from sepvit_lib.pipeline.image_files import decode
 from sepvit_lib.pipeline.scaled_decoding import CropDecoder
 from sepvit_lib.pipeline.unreadable import unreadable_images
@@ -189,20 +190,25 @@ def test_the_device_ends_the_transform_as_timm_does(remode):
     assert sum(not torch.equal(*pair) for pair in zip(erased, plain)) > 4
 
 
-@pytest.mark.parametrize("position", [-2, -1, None], ids=["before Normalize", "after Normalize", "last"])
-@pytest.mark.parametrize("reprob", ["0", "0.25"])
-def test_a_transform_that_the_device_would_miss_is_refused(reprob, position, monkeypatch):
-    """Workers would apply it to bytes that are not normalised."""
-    transform = training_transform("--reprob", reprob)
-    transform.transforms.insert(len(transform.transforms) if position is None else position, transforms.Grayscale(3))
+@pytest.mark.parametrize("flags", [(), ("--reprob", "0")])
+def test_a_step_may_be_added_after_normalize(flags, monkeypatch):
+    """The device applies it image by image, as workers of the faithful loader do. Between the two steps that the device
+    takes over, workers would apply it to bytes: it is refused."""
+    transform = training_transform(*flags)
+    position = 2 + next(i for i, step in enumerate(transform.transforms) if isinstance(step, MaybeToTensor))
+    transform.transforms.insert(position, transforms.RandomErasing(1))
+    images = [photograph(64, 64, seed) for seed in range(4)]
+    seed_everything(1)
+    expected = torch.stack([transforms.Compose(transform.transforms[position - 2 : position + 1])(x) for x in images])
+    seed_everything(1)
+    transform.transforms = transform.transforms[: position + 1]
+    pixels = torch.stack([transforms.functional.pil_to_tensor(image) for image in images])
+    torch.testing.assert_close(DeviceTransform(transform, CPU)(pixels), expected)
+    transform.transforms.insert(position - 1, transforms.Grayscale(3))
     monkeypatch.setattr(datasets, "build_transform", lambda is_train, settings: transform)
     args = main.build_parser().parse_args(["--loader", "fast"])
-    if (reprob, position) == ("0", -2):  # before MaybeToTensor, on images in memory
-        prepared = main.prepared(main.ImageData(None, 2), True, main.transform_settings(args))
-        assert isinstance(prepared.transform.transforms[-2], transforms.Grayscale)
-        return
     with pytest.raises(UserError, match=r"`loader` fast: .*use faithful"):
-        main.prepared(main.ImageData(None, 2), True, main.transform_settings(args))
+        main.prepared(main.ImageData(Images(), 2), True, main.transform_settings(args))
 
 
 # -------------------------------------------------------------------------------------------------------------- loader

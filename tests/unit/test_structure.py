@@ -24,9 +24,8 @@ LAYERS = (COMMANDS, ("engine", "datasets"), ("utils", "samplers"), ("sepvit_lib"
 
 def modules() -> dict[str, Path]:
     """All modules of this project except the tests, by name."""
-    paths = [*ROOT.glob("*.py")]
-    for folder in "sepvit_lib sepvit_lib/* sepvit_lib/mm/* tools tools/* benchmarks segmentation detection".split():
-        paths += ROOT.glob(f"{folder}/*.py")
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("segmentation/*.py"), *ROOT.glob("detection/*.py")]
+    paths += [path for folder in ("sepvit_lib", "tools", "benchmarks") for path in ROOT.glob(f"{folder}/**/*.py")]
     named = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
     return {name.removesuffix(".__init__"): path for name, path in named.items()}
 

@@ -1,4 +1,5 @@
-# Augmentation of the 3x schedules: a flip, then either a resize, or a coarser resize, a crop and the same resize.
+# Augmentation of the 3x schedules, after loading: a flip, then either a resize, or a coarser resize, a crop and the
+# same resize.
 scales = [(side, 1333) for side in range(480, 801, 32)]
 multi_scale = [
     dict(type="RandomFlip", prob=0.5),
@@ -13,4 +14,5 @@ multi_scale = [
             ],
         ],
     ),
+    dict(type="PackDetInputs"),
 ]

@@ -1,13 +1,10 @@
-# The first base of every config. It registers the backbones, for mmsegmentation's and mmdetection's own tools too, and
-# lets the bases after it be `mmseg::…` and `mmdet::…`.
+# What the configs of both tasks share. Importing the backbones lets the bases after it be `mmseg::…` and `mmdet::…`.
 import importlib
-import importlib.util
 import os
 import sys
 
-# Only if this project is not installed. Appended to the path, where it shadows no module of a host program.
-if importlib.util.find_spec("sepvit_lib") is None:
-    sys.path.append(os.path.realpath("{{ fileDirname }}/../../.."))
+# The repository, for mmsegmentation's and mmdetection's own tools too. Last, where it shadows no module of a program.
+sys.path.append(os.path.realpath("{{ fileDirname }}/../../.."))
 importlib.import_module("sepvit_lib.mm.backbone")
 custom_imports = dict(imports=["sepvit_lib.mm.backbone", "sepvit_lib.mm.image_loading"], allow_failed_imports=False)
 

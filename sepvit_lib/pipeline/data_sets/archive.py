@@ -1,15 +1,18 @@
 """Tar archives of class folders, or of one archive per class."""
 
+import io
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from timm.utils import natural_key
 
 from sepvit_lib.common.class_names import canonical
-from sepvit_lib.pipeline.image_files import ImageFiles, is_hidden, is_image
+from sepvit_lib.pipeline.data_sets.base import ImageFiles
+from sepvit_lib.pipeline.image_files import is_hidden, is_image
 
 # Subclasses of tarfile.HeaderError that its documentation does not list (Python 3.10 to 3.12).
 END_OF_ARCHIVE = tarfile.EOFHeaderError  # type: ignore[attr-defined]
@@ -47,6 +50,8 @@ class Archive(ImageFiles):
         OSError: it cannot be read.
     """
 
+    skipped: Counter[str]
+
     def __init__(self, path: Path) -> None:
         self.path, self.root = path, str(path.parent)
         self.skipped = Counter()
@@ -82,8 +87,8 @@ class Archive(ImageFiles):
                 self.skipped[suffix.lower() or "no suffix"] += 1
         yield from own
 
-    def read(self, index: int) -> bytes:
-        """Read an image's file.
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        """Read an image's file, and its label.
 
         Raises:
             OSError: it cannot be read.
@@ -91,4 +96,12 @@ class Archive(ImageFiles):
         start, size = self._extents[index]
         with self.path.open("rb") as file:
             file.seek(start)
-            return file.read(size)
+            return file.read(size), self.samples[index][1]
+
+    def identity(self) -> Iterator[bytes]:
+        """Yield each image's name in the archive, and its label."""
+        return (os.fsencode(f"{canonical(name)}\0{label}\n") for name, label in self.samples)
+
+    def file(self, index: int) -> Any:
+        """Open file of an image."""
+        return io.BytesIO(self.encoded(index)[0])

@@ -1,0 +1,1 @@
+"""The commands, configs and backbones of segmentation."""

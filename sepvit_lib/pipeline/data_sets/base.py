@@ -1,0 +1,104 @@
+"""What a data set of images provides.
+
+A data set is a subclass of `Images` or `ImageFiles` in a module of its own, and a line in `datasets.DATA_SETS`. Loader
+workers are sent the object by pickle.
+"""
+
+import io
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from sepvit_lib.common.class_names import canonical
+from sepvit_lib.common.errors import UserError, setting
+from sepvit_lib.pipeline.image_files import MAX_HEADERS, Encoded, evenly_spaced, read_file
+
+
+class Images:
+    """Labelled images, read by number.
+
+    Attributes:
+        root: a folder that exists whenever the storage is available.
+        classes: names of the classes; None if they are unknown.
+        skipped: number of visible files by suffix that are not images; None if unknown.
+    """
+
+    root: str = "."
+    classes: list[str] | None = None
+    skipped: Counter[str] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        raise NotImplementedError
+
+    def encoded(self, index: int) -> tuple[Encoded, int]:
+        """Read an image's file, or the image if the data set has no files, and its label."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """Name of an image, for messages."""
+        return f"number {index}"
+
+    def identity(self) -> Iterator[bytes]:
+        """Yield what distinguishes these images from others, wherever they lie: usually names and labels.
+
+        A resumed run is refused if it changed.
+        """
+        raise NotImplementedError
+
+    def labels(self) -> set[int] | None:
+        """Labels that occur; None if they are unknown until all images are read."""
+        return None
+
+    def files(self) -> Iterator[Callable[[], Any]]:
+        """Yield functions that return paths or open files of some images, whose headers `count_turned` reads."""
+        yield from (partial(self.file, index) for index in evenly_spaced(range(len(self)), MAX_HEADERS))
+
+    def file(self, index: int) -> Any:
+        """Path or open file of an image."""
+        return io.BytesIO(self.encoded(index)[0])  # type: ignore[arg-type] # an image without a file is skipped
+
+
+class ImageFiles(Images):
+    """Labelled image files.
+
+    Attributes:
+        samples: paths and labels of the images.
+    """
+
+    classes: list[str]
+    samples: list[tuple[str, int]]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        """Read an image's file. See `read_file`."""
+        path, label = self.samples[index]
+        return read_file(path), label
+
+    def name(self, index: int) -> str:
+        """Path of an image."""
+        return self.samples[index][0]
+
+    def identity(self) -> Iterator[bytes]:
+        """Yield each image's path below the root, and its label."""
+        for path, label in self.samples:
+            yield os.fsencode(f"{canonical(path.removeprefix(self.root))}\0{label}\n")
+
+    def labels(self) -> set[int]:
+        """Labels that occur."""
+        return {label for _, label in self.samples}
+
+    def file(self, index: int) -> Any:
+        """Path of an image."""
+        return self.samples[index][0]
+
+
+def check_label(label: int, num_classes: int) -> int:
+    """Refuse a label without a class."""
+    if not 0 <= label < num_classes:
+        raise UserError(f"{setting('num_classes', num_classes)}: an image is labelled {label}; labels start at 0")
+    return label
