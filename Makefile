@@ -4,8 +4,8 @@
 # make lint                check style, format and types
 # make test-fast           lint, and tests that call functions: under two minutes, without mmcv
 # make test                lint, and every test
-# make test-long           every test, in its long form too
-# make test-faults         only the fault tests, in their long form
+# make test-long           every test, including the long forms
+# make test-faults         only the fault tests, including the long forms
 # make test-gpu            tests that need a GPU, within LIMIT seconds
 # Each target installs what it needs, at the versions in CONSTRAINTS, into the virtual environment VENV. PYTHON (3.11 or
 # later) creates it.
@@ -14,13 +14,13 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 DEMO ?= demo
 RUN = $(VENV)/bin/python
-# Extras of pyproject.toml, without the project itself, which runs from this folder.
+# Prints the packages of the named extras of pyproject.toml. The project itself is not installed: it runs from here.
 EXTRAS = import sys, tomllib; \
 	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
 	print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")
 INSTALL = @$(RUN) -c '$(EXTRAS)' $(1) > $(VENV)/extras.txt && \
 	$(RUN) -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS) -r requirements.txt -r $(VENV)/extras.txt
-# The Python to check: the environment's if it exists, otherwise PYTHON.
+# The environment's Python if it exists, otherwise PYTHON.
 CHECKED = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
 
 .PHONY: demo demo-segmentation demo-detection lint test-fast test test-long test-faults test-gpu install install-fast install-mm \
@@ -59,7 +59,7 @@ demo-detection: install-mm
 		--show-dir $(DETECTION_RUN)/pictures --work-dir $(DETECTION_RUN) --cfg-options $(OBJECTS)
 	@echo "detections beside the ground truth: $(DEMO)/detection/pictures"
 
-# Two files at a time, the longest first, with one thread each.
+# Runs two test files at a time, the longest first, with one thread each.
 TWO = OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ALL = tests/faults tests/commands tests/unit tests/gpu
 
@@ -80,7 +80,7 @@ lint: install-fast
 test-fast: lint
 	$(TWO) -m "not slow" tests/unit
 
-# Installs nothing: works wherever torch, timm and pytest are. LIMIT is in seconds.
+# Installs nothing: needs only torch, timm and pytest. LIMIT is in seconds.
 LIMIT ?= 300
 
 test-gpu:

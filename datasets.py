@@ -46,15 +46,15 @@ from sepvit_lib.run.state import Precision
 from sepvit_lib.run.watchdog import ignore_preemption
 
 IMAGENET_FOLDERS = {True: ("train", "ILSVRC2012_img_train"), False: ("val", "ILSVRC2012_img_val")}
-READERS = ("wds", "hfds", "hfids", "tfds", "torch")  # prefixes that choose a reader of timm
-# Arguments of timm's readers: find images of all formats, but leave decoding to `sepvit_lib.pipeline.image_files`.
+READERS = ("wds", "hfds", "hfids", "tfds", "torch")  # prefixes that select one of timm's readers
+# Arguments for timm's readers: find images of all formats, but leave decoding to `sepvit_lib.pipeline.image_files`.
 READER_ARGUMENTS: dict[str, dict[str, Any]] = {
     "wds": dict(input_key=";".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))),
     "hfids": dict(input_img_mode=""),
 }
 STREAMS = ("wds", "hfids", "tfds")  # readers of streaming data sets
 SMALL_INPUT = 32  # side in pixels up to which training images are padded and cropped, not resized
-# Sections of an automatic augmentation's name, by its policy. timm ignores unknown ones silently.
+# Valid sections of an automatic augmentation's name, by policy (regular expressions). timm silently ignores others.
 AUGMENTATIONS = {
     "rand": r"(m|n|mmax)\d+|mstd\d+(\.\d+)?|p\d+(\.\d+)?|inc[01]|t[a-z0-9]+",
     "augmix": r"(m|w|d)\d+|mstd\d+(\.\d+)?|a\d+(\.\d+)?|b[01]",
@@ -68,8 +68,8 @@ class DataSettings:
     """Settings of the data set.
 
     Attributes:
-        data_set: one of `DATA_SETS`, or the name of a timm reader with one of the prefixes `READERS`.
-        data_path: its folder.
+        data_set: one of `DATA_SETS`, or a name for timm that begins with one of `READERS` and a slash.
+        data_path: folder of the data set.
         class_map: file with the order of the classes, in timm's format; "" to sort them by name.
         inat_category: level of iNaturalist's taxonomy, one of `INAT_CATEGORIES`.
         num_classes: number of classes, for readers that do not report it.
@@ -77,7 +77,7 @@ class DataSettings:
         val_split: name of the validation split.
         train_num_samples: number of training images, for readers that do not report it.
         val_num_samples: number of validation images.
-        batch_size: images per batch, to which timm's readers round each worker's share.
+        batch_size: images per batch. timm's readers round each worker's share up to a multiple of it.
         seed: the run's seed.
     """
 
@@ -99,12 +99,12 @@ class TransformSettings:
     """Settings of the transforms.
 
     Attributes:
-        preprocessing: transform of validation images. Training images have its size, mean and standard deviation.
+        preprocessing: transform of validation images. Training uses its size, mean and standard deviation.
         orientation: 'stored', or 'exif' to turn images upright.
         scale: smallest and largest area of the random crop, as a share of the image.
         ratio: smallest and largest aspect ratio of the random crop.
         hflip: probability of a horizontal flip.
-        color_jitter: strength of colour jitter, without automatic augmentation.
+        color_jitter: strength of colour jitter, which most automatic augmentations turn off.
         aa: timm's name of an automatic augmentation, "" for none.
         train_interpolation: interpolation of the random crop.
         reprob: probability of random erasing.
@@ -134,7 +134,7 @@ class LoaderSettings:
     Attributes:
         batch_size: training images per rank and batch.
         accum_steps: batches that each rank accumulates per step.
-        repeated_aug: repeated augmentation.
+        repeated_aug: use repeated augmentation.
         seed: the run's seed.
         num_workers: loader workers per rank.
         pin_mem: load into pinned memory, for CUDA.
@@ -206,7 +206,7 @@ def _check_number(data: ImageData) -> None:
     """Refuse a single class, which any network predicts correctly.
 
     Raises:
-        UserError: there is a single class. If it has folders, they are named: they may be the classes.
+        UserError: there is a single class. The message names the folders in its folder, which may be the classes.
     """
     if data.num_classes > 1:
         return
@@ -268,7 +268,7 @@ def _find_images(is_train: bool, settings: DataSettings) -> ImageData:
 
 
 def _imagenet(root: Path, is_train: bool, settings: DataSettings) -> Images:
-    """Read a folder of class folders, or train.tar and val.tar of such folders."""
+    """Read a split from its folder of class folders, or from an archive of them (train.tar, val.tar)."""
     names = IMAGENET_FOLDERS[is_train]
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     archive = root / f"{names[0]}.tar"
@@ -307,7 +307,7 @@ def _inaturalist(root: Path, is_train: bool, settings: DataSettings) -> Images:
     return INaturalist(root, is_train, year, settings.inat_category)
 
 
-# Readers of data sets, by the value of --data-set. Those of timm have a slash in their names.
+# Functions that read a data set, by the value of --data-set. Values with a slash select timm's readers instead.
 DATA_SETS: dict[str, Callable[[Path, bool, DataSettings], Images]] = dict(
     IMNET=_imagenet, CIFAR=_cifar, INAT=_inaturalist, INAT19=_inaturalist
 )
@@ -336,7 +336,7 @@ def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
             num_samples=settings.train_num_samples if is_train else settings.val_num_samples,
             **READER_ARGUMENTS.get(name.split("/")[0], {}),
         )
-    except Exception as error:  # each reader's library raises its own types
+    except Exception as error:  # each reader's library raises its own exception types
         raise UserError(f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
     if type(dataset) is ImageFolder:
         folders = ClassFolders(str(dataset.root))
@@ -356,10 +356,10 @@ def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
 
 
 def match_splits(train: ImageData, val: ImageData) -> ImageData:
-    """Match the validation set's classes with the training set's: a label means the same in both.
+    """Match the validation set's classes with the training set's, so that a label means the same in both.
 
     Returns:
-        the validation set.
+        the validation set, renumbered if necessary.
 
     Raises:
         UserError: the classes differ.
@@ -411,7 +411,7 @@ def build_transform(is_train: bool, settings: TransformSettings) -> Any:
 
 
 def split_transform(transform: Any) -> tuple[list[Any], list[Any]]:
-    """Split a training transform into the steps of the fast loader's workers and those on the device.
+    """Split a training transform into the steps that the fast loader's workers run and those that the device runs.
 
     Returns:
         the steps before MaybeToTensor; and Normalize with the steps after it.
@@ -426,16 +426,16 @@ def split_transform(transform: Any) -> tuple[list[Any], list[Any]]:
         return steps[:end], steps[end + 1 :]
     raise UserError(
         f"{setting('loader', 'fast')}: the transform needs MaybeToTensor with Normalize right after it; put other "
-        "steps before or after the two, or use faithful"
+        "steps before MaybeToTensor or after Normalize, or use faithful"
     )
 
 
 class DeviceTransform:
-    """Last steps of a training transform, on the device: Normalize and those after it.
+    """The last steps of a training transform, from Normalize on, which run on the device.
 
-    Random erasing takes a whole batch, as in timm's prefetcher, and other steps take one image after another. They may
-    use the random number generators of Python, NumPy, torch and the device. The training loop seeds all of them for
-    each batch (`Stream.STEP`), so every process, and a resumed run, would erase the same regions of an image.
+    Random erasing takes a whole batch, as in timm's prefetcher. Other steps take one image at a time. All steps may use
+    the random number generators of Python, NumPy, torch and the device. The training loop seeds them for each batch
+    (`Stream.STEP`), so the erased regions depend neither on the process that computes the batch nor on interruptions.
 
     Args:
         transform: the training transform.
@@ -468,7 +468,7 @@ def _check_augmentation(name: str) -> None:
     """Refuse an automatic augmentation whose name has a section that timm would ignore.
 
     Raises:
-        UserError: it has such a section, or timm does not know it.
+        UserError: the name has such a section, or timm does not know its policy.
     """
     policy, *sections = name.split("-")
     pattern = next((sections for begin, sections in AUGMENTATIONS.items() if re.fullmatch(begin, policy)), None)
@@ -488,7 +488,9 @@ def _check_augmentation(name: str) -> None:
 
 
 def build_train_loader(data: ImageData, settings: LoaderSettings) -> DataLoader:
-    """Build a loader of this rank's training batches, shuffled and augmented. An incomplete last step is dropped.
+    """Build a loader of this rank's training batches, shuffled and augmented.
+
+    An incomplete last step is dropped; with a streaming data set, only an incomplete last batch.
 
     Raises:
         UserError: an epoch has no complete step.
@@ -516,7 +518,7 @@ def build_train_loader(data: ImageData, settings: LoaderSettings) -> DataLoader:
 
 
 def _no_step(images: int, processes: int, settings: LoaderSettings) -> str:
-    """Explain why an epoch has no complete step, and name the settings that make a step large."""
+    """Message for an epoch without a complete step. It names the settings that determine the size of a step."""
     step_size = settings.batch_size * settings.accum_steps * processes
     factors = [setting("batch_size", settings.batch_size)]
     factors += [setting("accum_steps", settings.accum_steps)] if settings.accum_steps > 1 else []
@@ -529,7 +531,7 @@ def _no_step(images: int, processes: int, settings: LoaderSettings) -> str:
 
 
 def _check_shards(dataset: Any, settings: LoaderSettings) -> None:
-    """Refuse a webdataset with fewer shards than readers: a reader without a shard would wait forever."""
+    """Refuse a webdataset with fewer shards than loader workers: a worker without a shard would wait forever."""
     shards = shards_of(dataset)
     readers = get_world_size() * max(1, settings.num_workers)
     if shards is not None and len(shards) < readers:
@@ -542,7 +544,7 @@ def _check_shards(dataset: Any, settings: LoaderSettings) -> None:
 def build_val_loader(data: ImageData, settings: LoaderSettings) -> DataLoader:
     """Build a loader of validation batches, 1.5 times as large as in training.
 
-    It loads all images, or only this rank's share (`dist_eval`).
+    It loads all images, or with `dist_eval` only this rank's share.
     """
     dataset, sampler = data.dataset, None
     if isinstance(dataset, IterableImageDataset):
@@ -586,7 +588,7 @@ def epoch_batches(
     if isinstance(loader.dataset, TrainStream):
         loader.dataset.set_epoch(epoch)
     batches = iter(loader)
-    for number in range(min(step * accum_steps, len(loader))):  # a stream can only be skipped by reading it
+    for number in range(min(step * accum_steps, len(loader))):  # a stream is skipped by reading it
         tick(f"epoch {epoch}, skipping batch {number}")
         next(batches)
     return batches

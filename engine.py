@@ -41,9 +41,9 @@ class LoopSettings:
         epochs: epochs of the run.
         seed: the run's seed.
         accum_steps: batches that each rank accumulates per step.
-        clip_grad: maximum norm of the gradients, 0 for none.
+        clip_grad: maximum norm of the gradients, 0 for no clipping.
         print_freq: batches between progress reports.
-        data_path: the data set, for messages.
+        data_path: path of the data set, for messages.
     """
 
     epochs: int
@@ -61,7 +61,7 @@ class EvaluationSettings:
     Attributes:
         dist_eval: split the images across ranks.
         print_freq: batches between progress reports.
-        data_path: the data set, for messages.
+        data_path: path of the data set, for messages.
     """
 
     dist_eval: bool
@@ -72,14 +72,15 @@ class EvaluationSettings:
 class DistillationLoss(nn.Module):
     """Loss on the labels and on a teacher's outputs (Touvron et al., https://arxiv.org/abs/2012.12877).
 
-    Both apply to the same outputs of the student: SepViT has no distillation token.
+    Both terms apply to the same outputs of the student, because SepViT has no distillation token.
 
     Args:
         base: loss on the labels.
         teacher: the teacher, or None without distillation.
-        kind: 'none', 'soft' (divergence from the teacher's distribution) or 'hard' (cross entropy with its decisions).
+        kind: 'none', 'soft' (KL divergence from the teacher's distribution) or 'hard' (cross entropy with the teacher's
+            predicted classes).
         alpha: weight of the teacher's term; the labels' term has weight 1 - alpha.
-        tau: temperature of the soft distributions.
+        tau: temperature of soft distillation.
 
     Raises:
         ValueError: distillation without a teacher.
@@ -161,18 +162,20 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train from the run's current step to the end of its epoch.
 
-    The loop synchronises with a GPU only when it reports the mean loss, and after steps that float16 skips. It does so
-    at every step if it must save the batches of bad steps, or if the optimiser has no fused form.
+    The loop synchronises with a GPU only when it reports the mean loss, and after float16 steps with non-finite
+    gradients. It synchronises at every step if it must save the batches of bad steps (those with a non-finite loss or
+    gradients), or if the optimiser has no fused form.
 
     Args:
-        training: the run.
+        training: the run's state.
         loader: training batches of this rank.
         criterion: loss from images, outputs and targets.
         precision: device and number format.
         settings: settings of the loop.
         mixup: mixup and CutMix, or None.
         monitor: called after each batch and step.
-        prepare: turns a loaded batch into normalised images on the device; by default it copies them.
+        prepare: turns a loaded batch into normalised images on the device; by default `precision.images`, which only
+            copies them.
 
     Returns:
         mean loss, and the epoch's learning rate.
@@ -196,7 +199,7 @@ def train_one_epoch(
         images, targets = prepare(images), targets.to(precision.device, non_blocking=True)
         if mixup is not None:
             images, targets = mixup(images, targets)
-        # Gradients accumulate on each rank until the step's last batch.
+        # Ranks accumulate gradients locally, and all-reduce them only with the step's last batch.
         with wrapped.no_sync() if hasattr(wrapped, "no_sync") and not is_last else nullcontext():
             with precision.autocast():
                 loss = criterion(images, wrapped(images), targets)
@@ -239,7 +242,7 @@ def reporter() -> Callable[[str], None] | None:
 def _refuse_skipped_epoch(training: Training, is_search: bool, epochs: int) -> None:
     """Refuse an epoch in which every step was skipped.
 
-    A short epoch is accepted while float16 searches for its loss scale (`is_search`), except for the last one.
+    Such an epoch is accepted while float16 searches for its loss scale (`is_search`), unless it is the run's last.
     """
     if not is_search or training.epoch == epochs - 1:
         raise UserError(
@@ -274,9 +277,9 @@ def evaluate(
     settings: EvaluationSettings,
     watchdog: Watchdog,
 ) -> dict[str, float]:
-    """Validate a network: loss, top-1 and top-5 accuracy (%). A collective call.
+    """Validate a network. Returns loss, and top-1 and top-5 accuracy (%). A collective call.
 
-    If the images are split across ranks, the counts are summed: every image counts once, on any number of ranks.
+    If the images are split across ranks, the ranks' sums are all-reduced, so that every image counts exactly once.
 
     Args:
         model: the network.
@@ -287,12 +290,12 @@ def evaluate(
         watchdog: notified of progress.
 
     Raises:
-        UserError: there are no images.
+        UserError: there is no readable image.
         Preempted: the run was asked to stop.
     """
     model.eval()
     for buffer in model.buffers():
-        broadcast(buffer)  # validate with rank 0's, which the checkpoint saves
+        broadcast(buffer)  # validate with rank 0's buffers, which the checkpoint saves
     kind = torch.float32 if precision.device.type == "mps" else torch.float64  # MPS has no float64
     sums = torch.zeros(3, dtype=kind, device=precision.device)  # loss, top-1, top-5
     count = 0

@@ -1,7 +1,7 @@
 """Entry points for torch.hub: `torch.hub.load(DIR, 'SepViT_Tiny', source='local')`.
 
-This file imports only torch, timm and sepvit.py. torch.hub puts DIR first on sys.path meanwhile, where other modules of
-this repository (`utils`, `datasets`, …) could shadow those of the calling program.
+This file imports only torch, timm and sepvit.py. While torch.hub loads it, DIR is first on sys.path, and other modules
+of this repository (`utils`, `datasets`, …) could shadow those of the calling program.
 """
 
 import typing
@@ -24,16 +24,16 @@ def SepViT_Tiny(checkpoint: str = "", **kwargs: typing.Any) -> nn.Module:
 
     Args:
         checkpoint: file with the weights: a checkpoint of main.py or of the published code, a state dict, or
-            safetensors. Averaged weights are preferred. Without it, weights are random.
+            safetensors. Averaged weights are preferred. Without a checkpoint, weights are random.
         **kwargs: as for timm's `create_model`: `num_classes` (1000), `img_size` (224, or height and width),
             `drop_path_rate`, …
 
     Returns:
-        the network: logits, B × classes, from normalised images, B × 3 × H × W.
+        the network, which computes logits, B × classes, from normalised images, B × 3 × H × W.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        RuntimeError: it would run code, or its weights do not fit.
+        RuntimeError: loading the file would run code, or its weights do not fit.
     """
     return _classifier("SepViT_Tiny", checkpoint, kwargs)
 
@@ -49,7 +49,7 @@ def SepViT_Base(checkpoint: str = "", **kwargs: typing.Any) -> nn.Module:
 
 
 def sepvit_dense(variant: str = "SepViT_Tiny", checkpoint: str = "", **kwargs: typing.Any) -> nn.Module:
-    """The dense prediction form of a variant: four maps, strides 4, 8, 16 and 32, from images of any size.
+    """The dense prediction form of a variant: feature maps with strides 4, 8, 16 and 32, from images of any size.
 
     Args:
         variant: 'SepViT_Lite', 'SepViT_Tiny', 'SepViT_Small' or 'SepViT_Base'.
@@ -57,11 +57,11 @@ def sepvit_dense(variant: str = "SepViT_Tiny", checkpoint: str = "", **kwargs: t
         **kwargs: as for `sepvit.SepViTDense`: `out_indices`, `drop_path_rate`, …
 
     Returns:
-        the network: maps, B × C × H' × W' each, from normalised images, B × 3 × H × W.
+        the network, which computes feature maps, B × C × H' × W' each, from normalised images, B × 3 × H × W.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        RuntimeError: it would run code, or its weights do not fit.
+        RuntimeError: loading the file would run code, or its weights do not fit.
         ValueError: the variant is unknown.
     """
     return _loaded(sepvit.create_dense(variant, **kwargs), checkpoint)

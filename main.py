@@ -153,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def run_throughput(args: argparse.Namespace, watchdog: Watchdog, precision: Precision) -> None:
-    """`--throughput`: measure the network's images per second."""
+    """Measure the network's throughput in images per second (`--throughput`)."""
     val = build_data(args, is_train=False)
     model = build_model(args, val.num_classes, precision)
     loader = build_val_loader(val, settings_from(args, LoaderSettings))
@@ -166,7 +166,7 @@ def run_throughput(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
 
 
 def run_evaluation(args: argparse.Namespace, watchdog: Watchdog, precision: Precision) -> None:
-    """`--eval`: validate the weights of `--resume`, and its averaged weights if it has any."""
+    """Validate the weights of the `--resume` checkpoint, and its averaged weights if it has any (`--eval`)."""
     what = f"--resume {args.resume}"
     checkpoint = read_checkpoint(args.resume, what) if args.resume else None
     args, preprocessing = adopt_reading(args, checkpoint, what)
@@ -238,8 +238,8 @@ class Parts:
         criterion: the loss.
         mixup: mixup and CutMix, or None.
         prepare: turns a loaded batch into normalised images on the device.
-        precision: device and number format.
-        loop: settings of the loop.
+        precision: device, number format and memory format.
+        loop: settings of the training loop.
         evaluation: settings of validation.
         ema_on_cpu: whether the averaged weights are kept in CPU memory.
     """
@@ -257,7 +257,7 @@ class Parts:
 
 
 def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, precision: Precision) -> None:
-    """Train epoch by epoch. Write checkpoints, log.txt, TensorBoard's files and curves.png."""
+    """Train epoch by epoch. Write checkpoints, log.txt, TensorBoard event files and curves.png."""
     val, train = build_data(args, is_train=False), build_data(args, is_train=True)
     val = match_splits(train, val)
     model = build_model(args, train.num_classes, precision)
@@ -305,13 +305,14 @@ def find_start(args: argparse.Namespace, source: Source | None) -> tuple[dict[st
 
     Args:
         args: the command's settings.
-        source: checkpoint that it resumes from, None for a fresh run.
+        source: checkpoint that the run resumes from, None for a fresh run.
 
     Returns:
-        the checkpoint that it resumes from or finetunes, None for random weights; and its flag and path, for messages.
+        the checkpoint that the run resumes from or fine-tunes, None for random weights; and its flag and path, for
+        messages.
 
     Raises:
-        UserError: the checkpoint to finetune cannot be read.
+        UserError: the checkpoint to fine-tune cannot be read.
     """
     if source:
         return source.checkpoint, f"{'--auto-resume' if source.is_automatic else '--resume'} {source.path}"
@@ -328,7 +329,7 @@ def adopt_reading(
         args: the command's settings.
         checkpoint: the checkpoint, None for random weights.
         what: flag and path, for messages.
-        keeps: whether the checkpoint's run is resumed automatically, with its original orientation.
+        keeps: whether the run is resumed automatically. If it predates `--orientation`, it keeps STORED.
 
     Returns:
         the settings with the checkpoint's orientation, unless the user has chosen one; and the preprocessing.
@@ -336,7 +337,7 @@ def adopt_reading(
     before = settings_in(checkpoint or {})
     orientation = args.orientation or before.get("orientation") or STORED
     if keeps and "orientation" not in before:
-        orientation = STORED  # the run predates this setting, whatever its recipe says now
+        orientation = STORED  # the run predates this setting, even if its recipe sets it now
     args = argparse.Namespace(**{**vars(args), "orientation": orientation})
     published = Preprocessing.for_size(args.input_size)
     if checkpoint is None:
@@ -350,7 +351,7 @@ def adopt_reading(
 def match_resumed(
     train: ImageData, val: ImageData, checkpoint: dict[str, Any], what: str
 ) -> tuple[ImageData, ImageData]:
-    """Match the classes of both data sets, already the same, with those of the resumed run.
+    """Match the classes of both data sets, which already agree with each other, with those of the resumed run.
 
     Args:
         train: training images.
@@ -371,7 +372,7 @@ def match_resumed(
 
 
 def describe_reading(args: argparse.Namespace, train: ImageData) -> dict[str, Any]:
-    """Describe how a run reads its training images: orientation, and the number of sampled images that it affects."""
+    """Describe how a run reads training images: orientation and, if stored, how many sampled images are not upright."""
     if args.orientation != STORED or not is_main_process():  # only rank 0 writes checkpoints
         return dict(orientation=args.orientation)
     counts = count_turned(train.dataset.files())
@@ -398,7 +399,7 @@ def open_output(output: Output, run: dict[str, Any], training: Training, source:
 
 @contextmanager
 def profiled(training: Training, steps: int, folder: Path) -> Iterator[None]:
-    """Write a trace of some training steps on rank 0, after two others, to `folder`/trace.json."""
+    """Skip two training steps, trace the next `steps` on rank 0, and write the trace to `folder`/trace.json."""
     if steps == 0 or not is_main_process():
         yield
         return
@@ -416,7 +417,7 @@ def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Calla
     """Train from the current step to the end of the run.
 
     Raises:
-        Preempted: the run was asked to stop, and has saved.
+        Preempted: the run was asked to stop, and has saved a checkpoint.
     """
     training, watchdog, start = parts.training, monitor.watchdog, time.perf_counter()
     stats: dict[str, float] = {}
@@ -465,12 +466,12 @@ def validate(parts: Parts, watchdog: Watchdog) -> dict[str, float]:
 
 
 def prefixed(prefix: str, stats: dict[str, float]) -> dict[str, float]:
-    """Name metrics as in log.txt."""
+    """Add a prefix to the names of metrics, as in log.txt."""
     return {f"{prefix}_{name}": value for name, value in stats.items()}
 
 
 def finish_epoch(training: Training, output: Output, save: Callable[..., None], stats: dict[str, float]) -> None:
-    """Write the epoch's logs, then its checkpoint: log.txt always covers the newest checkpoint."""
+    """Write the epoch's logs, then its checkpoint, so that log.txt always covers the newest checkpoint."""
     is_best = stats["test_acc1"] > training.best_accuracy and math.isfinite(stats["test_loss"])
     training.best_accuracy = stats["test_acc1"] if is_best else training.best_accuracy
     n_parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
@@ -491,7 +492,7 @@ def end_finished_run(output: Output, source: Source | None, training: Training, 
     """Complete the output folder of a finished run.
 
     Raises:
-        UserError: the run was not resumed automatically: the user expects more epochs.
+        UserError: the run was not resumed automatically, so the user expects more epochs.
     """
     if source is None or not source.is_automatic:
         raise UserError(f"--epochs {epochs}: all {training.epoch} epochs are done; nothing left to train")
@@ -516,11 +517,11 @@ def save_checkpoint(
     """Write a checkpoint. A collective call.
 
     Args:
-        training: the run.
-        output: its files.
-        run: also saved: settings, description of the data, class names, and how images are read.
+        training: the run's state.
+        output: the run's output folder.
+        run: further entries (settings, description of the data, class names, and how images are read).
         accum_steps: batches that each rank accumulates per step.
-        is_best: whether the last epoch has the highest top-1.
+        is_best: whether the last epoch has the highest top-1 so far.
 
     Raises:
         UserError: the weights are not finite.
@@ -535,7 +536,7 @@ def save_checkpoint(
 
 
 def settings_from(args: argparse.Namespace, kind: type[T], **values: Any) -> T:
-    """Make a dataclass of settings. Its fields have the names of the command's settings.
+    """Build a dataclass of settings. Each field takes the value of the command's setting with the same name.
 
     Args:
         args: the command's settings.
@@ -596,9 +597,9 @@ def build_preparation(
 
 
 def build_precision(args: argparse.Namespace, device: torch.device) -> Precision:
-    """Choose number format and memory format.
+    """Choose the number format and the memory format.
 
-    With `--amp auto`, `--throughput` measures float32, as published.
+    With `--amp auto`, `--throughput` measures in float32, as published.
     """
     amp = "off" if args.amp == "auto" and args.throughput else args.amp
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -617,14 +618,14 @@ def build_model(args: argparse.Namespace, num_classes: int, precision: Precision
         except (AssertionError, AttributeError):
             raise UserError(f"--grad-checkpointing: --model {args.model} does not support it; omit it") from None
     if args.compile:
-        # Otherwise the compiler autotunes kernels on the GPU, with results that differ from run to run.
+        # Without `deterministic`, the compiler autotunes kernels on the GPU, and results differ from run to run.
         model.compile(options=dict(deterministic=True) if args.deterministic else None)
     return model
 
 
 def build_training(args: argparse.Namespace, model: nn.Module, precision: Precision, accum_steps: int) -> Training:
     """Build optimiser, schedule, gradient scaler, averaged weights and the data-parallel wrapper of a network."""
-    # The published recipe's learning rate is for 512 images per step.
+    # The learning rate is specified for 512 images per step, as in the published recipe.
     images_per_step = args.batch_size * accum_steps * get_world_size()
     kwargs = optimizer_kwargs(cfg=args) | {"lr": args.lr * images_per_step / 512}
     if args.decay_window_tokens:
@@ -636,7 +637,7 @@ def build_training(args: argparse.Namespace, model: nn.Module, precision: Precis
     except (TypeError, ValueError, AssertionError, IndexError) as error:
         raise UserError(f"--opt {args.opt}: does not accept these settings ({error})") from None
     try:
-        with warnings.catch_warnings():  # about the plateau schedule, which is as published
+        with warnings.catch_warnings():  # timm deprecates the plateau schedule, which the published code offers
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"timm\.scheduler")
             lr_scheduler, _ = create_scheduler(args, optimizer)
     except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
@@ -674,7 +675,7 @@ def settle_buckets(wrapped: DistributedDataParallel, batch_size: int, input_size
 
 
 def flag_delay(args: argparse.Namespace, precision: Precision) -> int:
-    """Number of steps after which a step's flags are read: one on GPUs, to avoid synchronising with them."""
+    """Steps until the flags of `StepFlags` are read: 1 on CUDA, to avoid synchronising with the GPU; otherwise 0."""
     return 1 if precision.device.type == "cuda" and not args.dump_bad_batch else 0
 
 
@@ -697,7 +698,7 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 def build_criterion(
     args: argparse.Namespace, train: ImageData, preprocessing: Preprocessing, precision: Precision, soft_targets: bool
 ) -> DistillationLoss:
-    """Build the training loss: cross entropy with soft, smoothed or plain targets, and distillation.
+    """Build the training loss: cross entropy with soft, smoothed or plain targets, and optional distillation.
 
     Raises:
         UserError: the teacher cannot be loaded, or its classes differ from the training images'.
@@ -754,8 +755,8 @@ def load_from(
         variant_hint: advice if the weights belong to a different variant.
         prefer_ema: load the averaged weights if the checkpoint has them.
         new_classifier: keep a randomly initialised classifier if the number of classes differs.
-        data: data set to match the outputs to. Classes are matched by name if they have names, and those missing from
-            the checkpoint stay randomly initialised. None: outputs stay as they are.
+        data: data set whose classes the outputs must match; None to keep the outputs as they are. Classes are matched
+            by name if they have names. Classes missing from the checkpoint stay randomly initialised.
 
     Raises:
         UserError: the checkpoint does not fit.
@@ -832,9 +833,9 @@ def add_run_settings(group: Any) -> None:
     about = "write a trace of STEPS training steps to trace.json in the output folder (chrome://tracing)"
     add("--profile", type=natural, default=0, metavar="STEPS", help=about)
     add("--deterministic", **SWITCH, help="reproduce weights bit for bit; slower on GPUs")
-    about = "end the run after N skipped steps in a row, with a non-finite loss or non-finite gradients"
+    about = "end the run after N consecutive steps that were skipped because of a non-finite loss or gradients"
     add("--max-bad-steps", type=positive_int, default=10, metavar="N", help=about)
-    add("--dump-bad-batch", **SWITCH, help="save the batches of such steps")
+    add("--dump-bad-batch", **SWITCH, help="save the batches of the steps that --max-bad-steps counts")
 
 
 def add_device_settings(group: Any) -> None:
@@ -890,10 +891,10 @@ def add_schedule_settings(group: Any) -> None:
     add("--warmup-lr", type=non_negative, default=1e-6)
     add("--min-lr", type=non_negative, default=1e-5)
     add("--decay-epochs", type=positive, default=30, help="epochs between decays of --sched step")
-    about = "epochs before which --sched multistep decays"
+    about = "epochs at whose start --sched multistep decays the learning rate"
     add("--decay-milestones", type=positive_int, nargs="+", default=[30, 60], metavar="EPOCH", help=about)
     add("--warmup-epochs", type=natural, default=5)
-    add("--cooldown-epochs", type=natural, default=10, help="accepted for DeiT's commands; has no effect")
+    add("--cooldown-epochs", type=natural, default=10, help="accepted for compatibility with DeiT; has no effect")
     add("--patience-epochs", type=natural, default=10)
     add("--decay-rate", "--dr", type=positive, default=0.1)
 
@@ -912,7 +913,7 @@ def add_augmentation_settings(group: Any) -> None:
     add("--reprob", type=fraction, default=0.25, help="probability of random erasing")
     add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="fill of the erased regions")
     add("--recount", type=positive_int, default=1, help="erased regions per image")
-    add("--resplit", **SWITCH, help="accepted for DeiT's commands; has no effect")
+    add("--resplit", **SWITCH, help="accepted for compatibility with DeiT; has no effect")
 
 
 def add_mixing_settings(group: Any) -> None:
@@ -938,7 +939,7 @@ def add_distillation_settings(group: Any) -> None:
 def add_data_settings(group: Any) -> None:
     add = group.add_argument
     add("--data-path", type=path, default="imagenet")
-    about = "stored: ignore EXIF orientations; exif: turn images upright; by default as in the checkpoint, or stored"
+    about = "stored: ignore EXIF orientations; exif: turn images upright; by default as in the checkpoint, else stored"
     add("--orientation", choices=ORIENTATIONS, help=about)
     about = "text file with the order of the classes, one name per line, for renamed folders"
     add("--class-map", type=path, default="", metavar="FILE", help=about)
@@ -958,7 +959,7 @@ def add_data_settings(group: Any) -> None:
     add("--on-bad-image", choices=("skip", "fail"), default="skip", help=about)
     about = "training split, for timm readers; with wds/… also SHARDS{00..99}.tar|SAMPLES"
     add("--train-split", default="train", help=about)
-    add("--val-split", default="validation", help="validation split, in the same form")
+    add("--val-split", default="validation", help="validation split, in the form of --train-split")
     add("--train-num-samples", type=positive_int, help=f"number of training images, {unknown}")
     add("--val-num-samples", type=positive_int, help=f"number of validation images, {unknown}")
 
@@ -967,7 +968,7 @@ def check_settings(args: argparse.Namespace) -> None:
     """Refuse settings that cannot work, before anything is built or written.
 
     Raises:
-        UserError: the first one found.
+        UserError: a setting cannot work. The message names the first one found.
     """
     check_names(args)
     check_device(args.device)
@@ -979,7 +980,7 @@ def check_names(args: argparse.Namespace) -> None:
     """Refuse unknown names of models, optimisers and data sets.
 
     Raises:
-        UserError: the first one found.
+        UserError: a name is unknown.
     """
     for flag, name in (("--model", args.model), ("--teacher-model", args.teacher_model)):
         if not timm.is_model(name):
@@ -995,7 +996,7 @@ def check_ranges(args: argparse.Namespace) -> None:
     """Refuse numbers in the wrong order.
 
     Raises:
-        UserError: the first one found.
+        UserError: numbers are in the wrong order.
     """
     for flag, pair in (("--scale", args.scale), ("--ratio", args.ratio), ("--cutmix-minmax", args.cutmix_minmax)):
         if pair and pair[0] > pair[1]:
@@ -1006,10 +1007,10 @@ def check_ranges(args: argparse.Namespace) -> None:
 
 
 def check_combinations(args: argparse.Namespace) -> None:
-    """Refuse settings that exclude or require each other.
+    """Refuse combinations of settings that cannot work.
 
     Raises:
-        UserError: the first one found.
+        UserError: two settings exclude each other, or one requires another.
     """
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2 and not (args.eval or args.throughput):
@@ -1029,7 +1030,7 @@ def check_combinations(args: argparse.Namespace) -> None:
 
 
 def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
-    """Groups of settings, whether the other settings leave them without effect, and which ones do."""
+    """List groups of settings: their names, whether they have no effect, and the names of the settings at fault."""
     optimizer, is_small = get_optimizer_info(args.opt), args.input_size <= SMALL_INPUT
     is_stream = args.data_set.split("/")[0] in STREAMS
     mixes, cuts = args.mixup > 0, args.cutmix > 0 or args.cutmix_minmax is not None

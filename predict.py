@@ -1,9 +1,9 @@
-"""Classify images: print the likeliest classes of each, and write them to files and onto pictures.
+"""Classify images: print the likeliest classes of each image, and optionally write them to files and onto pictures.
 
     python predict.py IMAGE … --resume PATH [--topk 5] [--json FILE] [--csv FILE] [--out DIR]
 
-IMAGE is an image, a folder of images, or a pattern such as "photos/**/*.jpg". PATH is a checkpoint of main.py, a
-published one, a folder in timm's layout, or a file that tools/export.py wrote. Unreadable images are reported and
+IMAGE is an image, a folder of images, or a pattern such as "photos/**/*.jpg". PATH is a checkpoint of main.py or of the
+published code, a folder in timm's layout, or a file that tools/export.py wrote. Unreadable images are reported and
 skipped; the exit status is then 1.
 """
 
@@ -52,7 +52,7 @@ class Prediction:
 
 
 def read(prepare: Preparation, orientation: str, tasks: Sequence[Task]) -> list[Tensor | str]:
-    """Read images. Returns the classifier's input for each, or why it is unreadable."""
+    """Read images. Returns the classifier's input for each image, or the reason why it is unreadable."""
     entries: list[Tensor | str] = []
     for task in tasks:
         try:
@@ -95,11 +95,11 @@ def main(args: argparse.Namespace) -> int:
 
 
 def predict(classifier: Classifier, tasks: Sequence[Task], args: argparse.Namespace) -> Iterator[Prediction | str]:
-    """Classify images in batches. Yields predictions in order, and for an unreadable image the reason."""
+    """Classify images in batches. Yields, in order, each image's prediction, or why it is unreadable."""
     loader: DataLoader[Task] = DataLoader(
         tasks,  # type: ignore[arg-type]  # a sequence is enough
         batch_size=args.batch_size,
-        num_workers=min(args.num_workers, (len(tasks) - 1) // args.batch_size),  # none for a single batch
+        num_workers=min(args.num_workers, (len(tasks) - 1) // args.batch_size),  # no workers for a single batch
         collate_fn=partial(read, classifier.prepare, classifier.description.orientation),
         pin_memory=torch.device(args.device).type == "cuda",
     )
@@ -121,13 +121,13 @@ def predict(classifier: Classifier, tasks: Sequence[Task], args: argparse.Namesp
 
 
 def as_text(prediction: Prediction) -> str:
-    """Write a prediction as lines: the image, and below it each class after its probability."""
+    """Format a prediction as lines: the image's path, then one line per class, with probability and name."""
     rows = (f"  {100 * probability:6.2f} %  {name}" for name, probability in prediction.classes)
     return "\n".join([one_line(str(prediction.task.path)), *rows])
 
 
 def as_json(predictions: Sequence[Prediction]) -> str:
-    """Write predictions as a JSON array: one object per image, with its classes and their probabilities."""
+    """Format predictions as a JSON array: one object per image, with its classes and their probabilities."""
     entries = []
     for prediction in predictions:
         rows = [{"class": name, "probability": round(probability, 6)} for name, probability in prediction.classes]
@@ -136,7 +136,7 @@ def as_json(predictions: Sequence[Prediction]) -> str:
 
 
 def as_csv(predictions: Sequence[Prediction]) -> str:
-    """Write predictions as CSV: one line per class, with image, rank, class and probability."""
+    """Format predictions as CSV: one line per class, with image, rank, class and probability."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("image", "rank", "class", "probability"))
@@ -153,7 +153,7 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Refuse files that cannot be written, before anything is computed.
 
     Raises:
-        UserError: both formats would go to standard output, or a file's folder does not exist.
+        UserError: both formats would go to standard output, a path is a folder, or a path's folder does not exist.
     """
     if args.json == args.csv == STANDARD_OUTPUT:
         raise UserError("--json - and --csv -: only one of them can be written to standard output")
@@ -182,10 +182,10 @@ def write_results(predictions: Sequence[Prediction], args: argparse.Namespace) -
 
 
 def draw(prediction: Prediction, out: Path, orientation: str) -> None:
-    """Write the picture of a prediction.
+    """Write a picture of the image with its likeliest classes on it.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the picture cannot be written.
     """
     picture = prediction.task.picture(out)
     image = read_image(prediction.task.path, f"{PLACEHOLDER} {prediction.task.path}", orientation)
@@ -215,7 +215,7 @@ def build_parser() -> Parser:
     add("--batch-size", type=positive_int, default=32, metavar="N", help="images per forward pass, default 32")
     workers = min(10, available_cores())
     add("--num_workers", type=natural, default=workers, metavar="N", help=f"loader workers, default {workers}")
-    add("--device", default=best_device(), help="cuda, mps or cpu, default the best available")
+    add("--device", default=best_device(), help="cuda, mps or cpu; by default the best available")
     formats = ("auto", "bfloat16", "float16", "off")
     add("--amp", choices=formats, default="auto", help="mixed precision; auto: bfloat16 or float16, only on CUDA")
     return parser

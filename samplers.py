@@ -14,23 +14,23 @@ REPEATS = 3  # views of each image with repeated augmentation
 class TrainBatchSampler(Sampler[list[SampleIndex]]):
     """Batches of one process, such that a step uses the same samples on any number of processes.
 
-    An epoch is a shuffle of the data set. Each step takes the next `batch_size × batches_per_step` samples, over all
-    processes; an incomplete last step is dropped. Batch k of a step takes every `batches_per_step`-th of its samples,
-    starting from the k-th. Process r computes batches r, r + processes, …, so four processes compute the same batches
-    as two processes that accumulate two batches each.
+    An epoch is a shuffle of the data set. Each step takes the next `batch_size × batches_per_step` samples, where
+    `batches_per_step = accum_steps × num_replicas`; an incomplete last step is dropped. Batch k of a step takes every
+    `batches_per_step`-th of its samples, starting from the k-th. Process r computes batches r, r + num_replicas, …, so
+    four processes compute the same batches as two processes that accumulate two batches each.
 
-    Repeated augmentation repeats each sample three times in a row in the shuffled order: different processes augment
-    the same image differently, and one step averages over these views (Hoffer et al., https://arxiv.org/abs/1901.09335;
-    Touvron et al., https://arxiv.org/abs/2012.12877). An epoch is as long as without repetition, ⌊N / 256⌋ · 256
-    samples, so it covers a third of the data set.
+    Repeated augmentation repeats each sample three times in a row in the shuffled order. Each repetition is augmented
+    differently, and one step averages over these views (Hoffer et al., https://arxiv.org/abs/1901.09335; Touvron et
+    al., https://arxiv.org/abs/2012.12877). An epoch takes ⌊N / 256⌋ · 256 samples, about as many as without repetition,
+    so it covers a third of the data set.
 
     Args:
         dataset: anything with a length.
         batch_size: samples per batch.
         accum_steps: batches per process and step.
         num_replicas: number of processes.
-        rank: this process.
-        seed: the shuffles' seed, the same on all processes.
+        rank: index of this process.
+        seed: seed of the shuffles, the same on all processes.
         repeated_augmentation: repeat each sample three times and cover a third of the data set per epoch.
     """
 
@@ -56,12 +56,12 @@ class TrainBatchSampler(Sampler[list[SampleIndex]]):
 
     @property
     def steps(self) -> int:
-        """Steps in a whole epoch."""
+        """Number of steps in a whole epoch."""
         size = self.dataset_size if self.repeats == 1 else self.dataset_size // 256 * 256
         return size // (self.batch_size * self.accum_steps * self.num_replicas)
 
     def __len__(self) -> int:
-        """Batches of this process in a whole epoch."""
+        """Number of this process's batches in a whole epoch."""
         return self.steps * self.accum_steps
 
     def __iter__(self) -> Iterator[list[SampleIndex]]:
@@ -82,14 +82,15 @@ class TrainBatchSampler(Sampler[list[SampleIndex]]):
 
 
 class DistributedEvalSampler(Sampler[int]):
-    """Each index exactly once across all processes. Unlike torch's DistributedSampler, it does not pad with repeats.
+    """Sample each index exactly once across all processes.
 
-    Shares differ by at most one sample. With more processes than samples, some shares are empty.
+    Unlike torch's DistributedSampler, it does not pad with repeats. Shares differ by at most one sample. With more
+    processes than samples, some shares are empty.
 
     Args:
         dataset: anything with a length.
         num_replicas: number of processes.
-        rank: this process.
+        rank: index of this process.
     """
 
     def __init__(self, dataset: Sized, num_replicas: int, rank: int) -> None:

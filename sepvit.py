@@ -1,8 +1,8 @@
 """SepViT: Separable Vision Transformer (Li et al., 2022, https://arxiv.org/abs/2203.15380).
 
-In order: window token embedding, depthwise separable self-attention, grouped self-attention, the block, the network
-and its variants. Loading checkpoints of other sizes, and workarounds for kernels and compilers, come last. One block
-computes:
+This file defines, in order: window token embedding, depthwise separable self-attention, grouped self-attention, the
+block, the network and its variants. Adapting checkpoints of other sizes, and workarounds for kernels and compilers,
+come last. One block computes:
 
     z    = norm1([win_tokens, windows of x])                  window token embedding
     a    = softmax(q kᵀ / √d) v + z,  q, k, v = DSA_qkv(z)    depthwise self-attention, inside each window
@@ -12,20 +12,20 @@ computes:
     x    = x + mlp(norm2(x))
 
 A classification block whose map is a single window has no window token and skips the pointwise step: at 224 × 224,
-the grouped blocks of stage 3 and all of stage 4. A positional encoding follows the first block of each stage.
+the grouped blocks of stage 3 and all blocks of stage 4. A positional encoding follows the first block of each stage.
 
-The shortcuts ``+ z`` and ``+ f`` are the published code's; the equations of the paper's early versions lack them. The
-names of modules are those of its checkpoints: DSA and PSA are depthwise and pointwise self-attention.
-tests/reference.py computes the same with loops over windows and heads, and is the plainest form to read.
+The shortcuts ``+ z`` and ``+ f`` are the published code's; the equations of the paper's early versions lack them.
+Modules have the names of the published code: DSA and PSA stand for depthwise and pointwise self-attention.
+tests/reference.py computes the same with loops over windows and heads, and is the easiest version to read.
 
-Both forms are made of the same stages:
+The network has two forms, made of the same stages:
 
 * ``SepViT``, the classification form: built for one image size, with learned window tokens. Registered with timm as
   ``SepViT_Lite``, ``SepViT_Tiny``, ``SepViT_Small`` and ``SepViT_Base``.
 * ``SepViTDense``, the dense prediction form: any image size, zeros as window tokens, one feature map per stage.
 
-Shapes use ``B`` for batch, ``C_in × H × W`` for images, ``H × W`` (``H' × W'`` beside images) for the map of a stage,
-``C`` for channels, ``h`` for heads of size ``d``, ``w`` for the window side, ``n = rows · columns`` for windows,
+Shapes use ``B`` for batch, ``C_in × H × W`` for images, ``H × W`` (beside images, ``H' × W'``) for the map of a
+stage, ``C`` for channels, ``h`` for heads of size ``d``, ``w`` for the window side, ``n = rows · columns`` for windows,
 ``L = w²`` for pixels per window, and ``T`` for tokens per window: ``1+L`` with a window token, ``L`` without.
 """
 
@@ -53,8 +53,8 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from torch import Tensor, nn
 
 # isort: split
-# Private in timm, but its own models use them and there is no public counterpart. Tested with timm 1.0.31, the first
-# version with `update_model_input_size`.
+# These functions are private in timm, but its own models use them, and there is no public counterpart. Tested with timm
+# 1.0.31, the first version with `update_model_input_size`.
 from timm.layers import _assert
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
@@ -95,7 +95,7 @@ def window_partition(x: Tensor, window_size: int) -> Tensor:
 
 
 def window_reverse(f: Tensor, window_size: int, H: int, W: int) -> Tensor:
-    """Join windows, B × n × L × C, to the H × W map that was split, without its padding: B × H × W × C."""
+    """Join windows, B × n × L × C, into the H × W map that was split, without its padding: B × H × W × C."""
     B, _, _, C = f.shape
     w = window_size
     rows, columns = (H + w - 1) // w, (W + w - 1) // w
@@ -107,7 +107,7 @@ def window_grid(img_size: tuple[int, int], stage: int, window_size: int) -> tupl
     """Rows and columns of windows in a block of stage `stage` (0 to 3) for images of `img_size` (H, W) pixels."""
     side = (
         4 * 2**stage * window_size
-    )  # of a window, in image pixels; rounding up once equals rounding up at every stage
+    )  # side of a window in image pixels; rounding up once equals rounding up at every stage
     return math.ceil(img_size[0] / side), math.ceil(img_size[1] / side)
 
 
@@ -137,17 +137,17 @@ def window_weights(q: Tensor, k: Tensor) -> Tensor:
 class SeparableSelfAttention(nn.Module):
     """Depthwise separable self-attention: depthwise within each window, then pointwise across windows.
 
-    Depthwise only, until `set_pointwise` adds the other part.
+    A new module has only the depthwise part; `set_pointwise` adds the pointwise part.
 
     Args:
         dim: channels C.
         num_heads: heads h.
         window_size: window side w.
-        attn_drop: dropout rate of both attention maps.
+        attn_drop: dropout rate of the attention weights of both parts.
         proj_drop: dropout rate after the output projection.
 
     Attributes:
-        has_window_tokens: whether the windows of the input start with window tokens.
+        has_window_tokens: whether each window of the input starts with a window token.
         DSA_qkv: projection of windows to queries, keys and values.
         win_tokens_norm: LayerNorm of the window tokens before `PSA_qk`.
         PSA_qk: projection of the window tokens to queries and keys; None without pointwise self-attention.
@@ -175,7 +175,7 @@ class SeparableSelfAttention(nn.Module):
 
     @torch.jit.ignore
     def set_pointwise(self, enable: bool) -> None:
-        """Add pointwise self-attention, randomly initialised unless already there, or remove it."""
+        """Add pointwise self-attention, randomly initialised, unless the module has it already; or remove it."""
         if enable and self.PSA_qk is None:
             dim, where = self.proj.in_features, get_device_dtype(self)
             self.win_tokens_norm = nn.LayerNorm(dim, eps=1e-5, **where)
@@ -203,7 +203,7 @@ class SeparableSelfAttention(nn.Module):
         return self.project(window_reverse(f, self.window_size, H, W))
 
     def depthwise(self, z: Tensor) -> Tensor:
-        """Self-attention within each window, window token included, plus the shortcut; keeps B × n × T × C."""
+        """Self-attention within each window, including its window token, plus the shortcut; keeps B × n × T × C."""
         q, k, v = self.depthwise_heads(z)  # each B·n × h × T × d
         return self.join_heads(window_attention(q, k, v, self.attn_drop if self.training else 0.0), z)
 
@@ -220,13 +220,13 @@ class SeparableSelfAttention(nn.Module):
         return a.transpose(1, 2).reshape(B, n, T, C) + z
 
     def pointwise(self, a: Tensor) -> Tensor:
-        """Mix pixels across windows, weighted by the attention among window tokens, plus the shortcut.
+        """Mix pixels across windows by the attention among window tokens, and add the shortcut.
 
         Args:
             a: output of the depthwise attention, B × n × (1+L) × C.
 
         Returns:
-            pixels by head, B × h × n × L·d.
+            pixels split into heads, B × h × n × L·d.
         """
         P = F.dropout(self.pointwise_weights(a), self.attn_drop, self.training)  # B × h × n × n
         return self.mix_windows(P, a)
@@ -242,24 +242,24 @@ class SeparableSelfAttention(nn.Module):
         return torch.softmax((q * self.scale) @ k.transpose(-2, -1), dim=-1)
 
     def mix_windows(self, P: Tensor, a: Tensor) -> Tensor:
-        """Mix the windows' pixels by weights among windows, plus the shortcut.
+        """Mix the windows' pixels by weights among windows, and add the shortcut.
 
         Args:
             P: weights, B × h × n × n.
             a: output of the depthwise attention, B × n × (1+L) × C.
 
         Returns:
-            pixels by head, B × h × n × L·d.
+            pixels split into heads, B × h × n × L·d.
         """
         B, n, T, _ = a.shape
         h, d = self.num_heads, self.head_dim
         f = a[:, :, 1:].unflatten(3, (h, d)).permute(0, 3, 1, 2, 4)  # B × h × n × L × d
         f = f.reshape(B, h, n, (T - 1) * d)
-        # Written out: values (L·d wide) are far wider than keys (d), which no fused kernel supports.
+        # Written out, because no fused kernel supports values (L·d wide) so much wider than keys (d).
         return (P + torch.eye(n, dtype=P.dtype, device=P.device)) @ f  # P @ f + f in a single pass over the pixels
 
     def heads_to_map(self, f: Tensor, H: int, W: int) -> Tensor:
-        """Join windows and heads, B × h × n × L·d, to an H × W map, without its padding: B × H × W × C."""
+        """Join windows and heads, B × h × n × L·d, into an H × W map, without its padding: B × H × W × C."""
         B, h, w, d = f.shape[0], self.num_heads, self.window_size, self.head_dim
         rows, columns = (H + w - 1) // w, (W + w - 1) // w
         if limits_ranks():
@@ -270,15 +270,15 @@ class SeparableSelfAttention(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """Project a map, B × H × W × C."""
-        return self.proj_drop(self.proj(x.contiguous()))  # a non-contiguous map takes a second pass for the bias
+        return self.proj_drop(self.proj(x.contiguous()))  # otherwise, the bias is added in a second pass
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Grouped self-attention
 # ----------------------------------------------------------------------------------------------------------------------
 
-# The same attention with twice the window side: 2 × 2 windows of 7 form one group of 14. Window sides per stage, cycled
-# over its blocks: (7, 14) alternates plain and grouped attention.
+# Grouped self-attention is the same attention with twice the window side: 2 × 2 windows of side 7 form a group of side
+# 14. Below are the window sides per stage, cycled over its blocks: (7, 14) alternates plain and grouped attention.
 WINDOW_SIZES = ((7,), (7, 14), (7, 14), (7,))
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ class SepViTBlock(nn.Module):
 
     @torch.jit.ignore
     def set_grid(self, grid: tuple[int, int] | None) -> None:
-        """Set the grid: create or remove pointwise self-attention; window tokens restart at zero."""
+        """Set the grid. Adds or removes pointwise self-attention and learned window tokens, which start at zero."""
         self.grid = grid
         is_single_window = grid is not None and math.prod(grid) == 1
         self.attn.has_window_tokens = not is_single_window
@@ -335,7 +335,7 @@ class SepViTBlock(nn.Module):
             self.win_tokens = nn.Parameter(torch.zeros(1, math.prod(grid), 1, dim, **where))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the block; keeps B × H × W × C."""
+        """Apply the block; keeps the shape B × H × W × C."""
         _, H, W, _ = x.shape
         # The windows are not bound to a variable: in inference, they are freed before the MLP, where memory peaks.
         x = x + self.drop_path(self.attn(self.norm1(self.windows_of(x)), H, W))
@@ -369,14 +369,14 @@ class ConditionalPositionalEncoding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim))  # a Sequential for the published names
+        self.proj = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim))  # Sequential, for the published names
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise one layer; pass to `Module.apply`. LayerNorms and window tokens keep their initial values."""
+    """Initialise one layer; a function for `Module.apply`. LayerNorms and window tokens keep their initial values."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -501,12 +501,12 @@ class SepViTStages(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters excluded from weight decay besides vectors: the window tokens."""
+        """Names of the parameters without weight decay, in addition to biases and norms: the window tokens."""
         return {name for name, _ in self.named_parameters() if name.endswith("win_tokens")}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that group parameters into layers, for layer decay: one per block, or per stage if `coarse`."""
+        """Patterns that group parameters into layers, for layer decay: a layer per block, or per stage if `coarse`."""
         if coarse:
             return dict(stem=r"^patch_embeds\.0", blocks=r"^(?:patch_embeds|pos_block|blocks)\.(\d+)")
         return dict(
@@ -520,7 +520,7 @@ class SepViTStages(nn.Module):
 
 
 def _stage_of(block: str) -> int:
-    """Stage of a block by its name, blocks.STAGE.INDEX."""
+    """Index of a block's stage, from the block's name, blocks.STAGE.INDEX."""
     return int(block.split(".")[1])
 
 
@@ -563,7 +563,7 @@ class SepViT(SepViTStages):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the map of `forward_features` to B × C and, unless `pre_logits`, classify it to B × classes.
 
-        With a `global_pool` of '', both keep H' × W': B × H' × W' × classes.
+        With `global_pool` '', nothing is pooled, and the result is B × H' × W' × C or B × H' × W' × classes.
         """
         if self.global_pool == "avg":
             x = x.mean(dim=(1, 2))
@@ -581,7 +581,7 @@ class SepViT(SepViTStages):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier with a fresh one for `num_classes` classes (0: none), and the pooling if given."""
+        """Replace the classifier with a fresh one for `num_classes` classes (0: none), and set the pooling if given."""
         if global_pool is not None:
             self.global_pool = _checked_pool(global_pool)
         self.num_classes = num_classes
@@ -594,8 +594,8 @@ class SepViT(SepViTStages):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Adapt the model to images of `img_size` pixels (one number or (H, W)), keeping its weights.
 
-        Window tokens are resampled. Blocks that change from one window to several gain fresh pointwise attention; those
-        that change from several to one lose theirs.
+        Window tokens are resampled. Blocks that change from one window to several gain fresh window tokens and
+        pointwise attention; blocks that change from several windows to one lose theirs.
         """
         size: tuple[int, int] = to_2tuple(img_size)
         old_grids, grids = self.window_grids(self.img_size), self.window_grids(size)
@@ -619,7 +619,7 @@ class SepViT(SepViTStages):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Compute the stages' maps: timm's interface for feature extraction.
+        """Compute the stages' maps (timm's interface for feature extraction).
 
         Args:
             x: images, B × C_in × H × W.
@@ -630,8 +630,8 @@ class SepViT(SepViTStages):
             intermediates_only: return the maps without the final features.
 
         Returns:
-            the maps, or the final features, B × H' × W' × C, and the maps. The final features equal
-            `forward_features(x)` if all stages were computed.
+            the maps if `intermediates_only`, otherwise the final features, B × H' × W' × C, and the maps. The final
+            features equal `forward_features(x)` if all stages were computed.
         """
         _assert(output_fmt in ("NCHW", "NHWC"), "output_fmt must be NCHW or NHWC")
         check_input_size(x, self.img_size)
@@ -646,7 +646,13 @@ class SepViT(SepViTStages):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop later stages, the head and, if asked or no longer applicable, the norm; return the stages' indices."""
+        """Drop the stages after the last one in `indices`.
+
+        The norm and the head are dropped if requested, or if any stage is dropped.
+
+        Returns:
+            the indices of the requested stages, counted from 0.
+        """
         take, last = feature_take_indices(len(self.blocks), indices)
         prune_end = last < len(self.blocks) - 1
         self.keep_stages(last + 1)
@@ -668,7 +674,7 @@ class SepViTDense(SepViTStages):
     """SepViT for dense prediction (segmentation, detection): images of any size to one normalised map per stage.
 
     Args:
-        out_indices: stages whose maps are returned; later stages are dropped.
+        out_indices: stages whose maps are returned, in this order; stages after the last of them are dropped.
         **kwargs: see `SepViTStages`.
 
     Raises:
@@ -777,7 +783,7 @@ def SepViT_Base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @dataclass
 class Adaptation:
-    """Names of the entries that `adapt_state_dict` resampled, took fresh from the model, or dropped."""
+    """Names of the entries that `adapt_state_dict` resampled, took from the model (`fresh`), or dropped."""
 
     resampled: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
@@ -800,15 +806,16 @@ def entries_under(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Te
 def adapt_state_dict(
     state_dict: dict[str, Tensor], model: SepViTStages, img_size: tuple[int, int] | None = None
 ) -> Adaptation:
-    """Adapt a state dict of a different image size, or of the classification form, to `model`, in place.
+    """Adapt a state dict in place to the image size and the form of `model`.
 
     Classification form: window tokens are resampled from the checkpoint's window grids to the model's. The checkpoint's
-    image size is `img_size` if the numbers of window tokens agree with it, else the model's, else 224, else a square.
-    Blocks with a single window in the checkpoint get the model's fresh window tokens and pointwise attention; blocks
-    with a single window in the model lose theirs.
+    image size is the first that agrees with its numbers of window tokens: `img_size`, the model's, 224 × 224, or any
+    square. Blocks that go from a single window to several take their window tokens and pointwise attention from the
+    model; blocks that go from several windows to a single one lose theirs.
 
-    Dense form: window tokens, final norm, classifier and stages missing from the model are dropped. If the checkpoint
-    has no output norms, they stay fresh, and so does the pointwise attention of blocks without window tokens.
+    Dense form: window tokens, final norm, classifier, and stages that the model lacks are dropped. If the checkpoint
+    has no norms of the stages' maps (`norm_list`), they are taken from the model, and so is the pointwise attention of
+    blocks without window tokens in the checkpoint.
 
     Every other difference is left for `load_state_dict` to reject.
 
@@ -871,13 +878,13 @@ def _apply(adaptation: Adaptation, state_dict: dict[str, Tensor], own: dict[str,
 def _source_grids(
     state_dict: dict[str, Tensor], model: SepViT, img_size: tuple[int, int] | None
 ) -> list[tuple[int, int]] | None:
-    """Find the window grid of every block in the checkpoint; None if they equal the model's, or none fit.
+    """Find the window grids of a checkpoint's blocks; None if they equal the model's, or if no image size fits.
 
-    Grids fit if rows times columns is the number of window tokens in every block.
+    An image size fits if, in every block, rows times columns is the number of window tokens (1 without window tokens).
     """
     tokens = [state_dict.get(f"{name}.win_tokens") for name in model.named_blocks()]
     counts = [1 if entry is None else entry.shape[1] for entry in tokens]
-    first = 4 * model.blocks[0][0].window_size  # image pixels per window of the first block
+    first = 4 * model.blocks[0][0].window_size  # window side of the first block, in image pixels
     longest = math.isqrt(counts[0]) * first
     squares = ((side, side) for side in range(longest - first + 1, longest + 1))
     own = model.window_grids(model.img_size)
@@ -913,7 +920,7 @@ def mark_adapted(state_dict: Mapping[str, Tensor], prefix: str = "") -> OrderedD
 def _adapt_before_loading(
     model: SepViTStages, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *_: Any
 ) -> None:
-    """Adapt a state dict that is not marked as adapted, and warn: the hook that `load_state_dict` calls first."""
+    """Pre-hook of `load_state_dict`: adapt a state dict unless it is marked as adapted, and warn of any change."""
     if local_metadata.get("sepvit_adapted"):
         return
     entries = entries_under(state_dict, prefix)
@@ -941,7 +948,7 @@ def variant_of(state_dict: dict[str, Tensor]) -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Kernels and compilers: what they cannot do, or do slowly
+# Workarounds for kernels and compilers
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -951,21 +958,21 @@ def pad_to_windows(x: Tensor, window_size: int) -> Tensor:
     _, H, W, _ = x.shape
     w = window_size
     bottom, right = (H + w - 1) // w * w - H, (W + w - 1) // w * w - W
-    is_fixed = isinstance(H, int) and isinstance(W, int)  # otherwise an exported program, which takes any size
+    is_fixed = isinstance(H, int) and isinstance(W, int)  # not in exported programs, which take any size
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if not is_fixed or bottom > 0 or right > 0 else x
 
 
 def limits_ranks() -> bool:
-    """Whether tensors must have five dimensions or fewer: in exported programs, for the runtimes of phones.
+    """Whether tensors may have at most five dimensions: in exported programs, for mobile runtimes.
 
-    Elsewhere, a single copy of rank 7 saves up to 3 % of the time.
+    Elsewhere, a single copy of a tensor with seven dimensions saves up to 3 % of the time.
     """
     if not torch.jit.is_scripting():
         return torch.compiler.is_exporting()
     return False
 
 
-MAX_WINDOWS = 65_535  # per call: the limit of a CUDA grid's y and z
+MAX_WINDOWS = 65_535  # per call: the limit of a CUDA grid in y and z
 
 
 @register_notrace_function
@@ -980,11 +987,11 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, max_window
         max_windows: windows per call of the fused kernel.
 
     Returns:
-        B·n × h × T × d.
+        outputs, B·n × h × T × d.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 TorchScript skips the inner condition, which it cannot read
+    if not torch.jit.is_scripting():  # noqa: SIM102 TorchScript skips the inner condition, which it cannot compile
         if torch.compiler.is_exporting():
-            max_windows = q.shape[0]  # an exported program may take any batch
+            max_windows = q.shape[0]  # an exported program takes any batch size
     if q.requires_grad and q.is_cpu and q.dtype in (torch.bfloat16, torch.float16):
         # Written out: on CPUs, the fused kernel's backward pass in 16 bits takes five times as long as in float32.
         P = window_weights(q, k)  # B·n × h × T × T

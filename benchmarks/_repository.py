@@ -5,4 +5,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import sepvit_lib.common.environment  # noqa: F401 needs the path
+import sepvit_lib.common.environment  # noqa: F401 needs the path set above

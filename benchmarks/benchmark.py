@@ -1,10 +1,10 @@
-"""Compare the speed and memory of SepViT with its peers, measured in the same rounds.
+"""Compare the speed and memory of SepViT with those of its peers, measured in the same rounds.
 
     python benchmarks/benchmark.py [--model SepViT_Tiny] [--device cuda] [--formats float32 bfloat16] [--forms eager]
 
 Measures latency (one image), throughput in inference and in training, and peak memory. Prints one table for each
-image size, batch size, measure and number format, and writes them into the record of this machine in benchmarks/: JSON,
-Markdown, and a picture. A table replaces an earlier one with the same settings.
+image size, batch size, measure and number format, and adds it to this machine's record in benchmarks/: JSON, Markdown
+and a picture. A table replaces an earlier table with the same settings.
 """
 
 if not __package__:
@@ -49,16 +49,16 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--model", default="SepViT_Tiny", choices=list(sepvit.VARIANTS))
     add("--dense", action="store_true", help="the dense prediction form, without peers")
-    peers = "timm models to compare it with, class for those of its class (the default), or none"
+    peers = "timm models to compare with; class: models of the same class (the default); none: no peers"
     add("--peers", nargs="+", default=["class"], metavar="NAME", help=peers)
     add("--device", default=best_device(), help="cuda, mps or cpu; by default the best available")
     add("--formats", nargs="+", default=["float32"], choices=list(DTYPES), help="number formats")
     add("--forms", nargs="+", default=["eager", "port"], choices=list(FORMS), help="how the networks run")
-    add("--before", type=path, default=None, metavar="FILE", help="sepvit.py of another revision, as one more form")
+    add("--before", type=path, default=None, metavar="FILE", help="sepvit.py of another revision, as a further form")
     add("--measures", nargs="+", default=list(MEASURES), choices=list(MEASURES))
     batch = "images per call, except for latency; by default 8 (CPU) or 128 (GPU), with --dense 2 or 8"
     add("--batch-size", type=positive_int, nargs="+", default=None, metavar="N", help=batch)
-    size = "image sizes, each one side in pixels, or HEIGHTxWIDTH"
+    size = "image sizes in pixels: SIDE or HEIGHTxWIDTH"
     add("--input-size", type=image_size, nargs="+", default=[(224, 224)], metavar="SIZE", help=size)
     add("--rounds", type=positive_int, default=9)
     add("--threads", type=positive_int, default=available_cores(), help="CPU threads")
@@ -72,7 +72,7 @@ def check_settings(args: argparse.Namespace) -> None:
     """Refuse settings that cannot work, before anything is built.
 
     Raises:
-        UserError: the first one found.
+        UserError: a setting cannot work. The message names the first one found.
     """
     check_device(args.device)
     if args.dense and args.peers not in (["class"], ["none"]):
@@ -93,7 +93,7 @@ def chosen_peers(args: argparse.Namespace) -> list[str]:
 
 
 def subjects_of(args: argparse.Namespace, number_format: str) -> list[Subject]:
-    """The rows of a table: each model in each form, and SepViT in eager mode, also in float32, as baselines."""
+    """The rows of a table: each model in each form, and as baselines SepViT in eager mode, also in float32."""
     baseline = [] if number_format == "int8" else ["eager"]
     before = [] if args.before is None else ["before"]
     rows = [Subject(args.model, form, number_format) for form in dict.fromkeys([*baseline, *args.forms, *before])]
@@ -103,7 +103,7 @@ def subjects_of(args: argparse.Namespace, number_format: str) -> list[Subject]:
 
 
 def tables_of(args: argparse.Namespace, run: dict[str, Any]) -> Iterator[tuple[Table, Setting]]:
-    """Yield the tables to measure, without rows, and the setting that the rows of each share."""
+    """Yield each table to measure, still without rows, and the setting that its rows share."""
     device = torch.device(args.device)
     defaults = {False: (8, 128), True: (2, 8)}[args.dense]
     batches = args.batch_size or [defaults[device.type == "cuda"]]

@@ -1,11 +1,12 @@
-"""Images per second of main.py's training loaders alone: `--loader faithful` and `--loader fast`.
+"""Measure the throughput of main.py's training loaders alone (`--loader faithful` and `--loader fast`).
 
     python benchmarks/input_pipeline.py --data-path imagenet [--input-size 224] [--workers 0 2] [--rounds 5]
     python benchmarks/input_pipeline.py --synthetic 500x375 [--images 512] [--out FILE.json]
 
-Both augment as in the published recipe, and are measured alternately, round by round. The fast loader's work on the
-device is not measured. Without workers, CPU time is measured: the result is images per second and core, less disturbed
-by other processes. `--synthetic` writes JPEGs (quality 90) composed of scikit-image's and scikit-learn's photographs.
+Both loaders augment as in the published recipe. They are measured alternately, round by round. The fast loader's work
+on the device is not measured. Without workers, CPU time is measured, which other processes disturb less: the result is
+images per second and core. `--synthetic` writes JPEGs (quality 90) composed of scikit-image's and scikit-learn's
+photographs.
 """
 
 if not __package__:
@@ -44,10 +45,10 @@ QUALITY = 90  # of synthetic JPEGs
 
 
 def write_photographs(folder: Path, size: tuple[int, int], count: int) -> None:
-    """Write JPEGs of a size into class folders. Each is composed of parts of photographs, at their own resolution.
+    """Write JPEGs of a given size into class folders. Each is composed of parts of photographs, which are not resized.
 
     Args:
-        folder: folder for `train`.
+        folder: folder in which `train` is created.
         size: width and height in pixels.
         count: number of images.
     """
@@ -78,7 +79,7 @@ def build_loader(args: argparse.Namespace, root: str, name: str, workers: int) -
     """Build one of main.py's training loaders, on at most `--images` images.
 
     Raises:
-        UserError: the images are missing, or fewer than a batch.
+        UserError: the images are missing, or there are fewer than one batch.
     """
     flags = ["--data-path", root, "--loader", name, "--input-size", str(args.input_size), "--no-pin-mem"]
     flags += ["--device", "cpu", "--batch-size", str(args.batch_size), "--num_workers", str(workers)]

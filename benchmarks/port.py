@@ -1,8 +1,8 @@
 """An unoptimised port of SepViT: the equations, implemented literally with standard layers.
 
-The baseline of the optimised network, for speed and memory in `benchmarks/benchmark.py`, and for outputs and gradients
-in `tests/commands/test_benchmark.py`. Maps are kept as sequences of pixels, and copied to B × C × H × W for
-convolutions and to windows for attention. Attention is two matrix products and a softmax.
+It is the baseline for the optimised network: for speed and memory in `benchmarks/benchmark.py`, and for outputs and
+gradients in `tests/commands/test_benchmark.py`. Maps are kept as sequences of pixels. They are copied to B × C × H × W
+for convolutions, and partitioned into windows for attention. Attention is two matrix products and a softmax.
 
 Shapes use the notation of `sepvit.py`.
 """
@@ -24,7 +24,7 @@ class Attention(nn.Module):
     Args:
         dim: channels C.
         num_heads: heads h.
-        has_tokens: whether the windows have window tokens, and so pointwise self-attention.
+        has_tokens: whether the windows have window tokens. Without them, there is no pointwise self-attention.
     """
 
     def __init__(self, dim: int, num_heads: int, has_tokens: bool) -> None:
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def depthwise(self, z: Tensor) -> Tensor:
-        """Attend within each window; keeps B × n × T × C."""
+        """Attend within each window; keeps the shape B × n × T × C."""
         B, n, T, C = z.shape
         h = self.num_heads
         qkv = self.DSA_qkv(z).reshape(B * n, T, 3, h, C // h).permute(2, 0, 3, 1, 4)
@@ -74,7 +74,7 @@ class Block(nn.Module):
         dim: channels C.
         num_heads: heads h.
         window_size: window side w.
-        windows: number of windows with a learned token each, or None for zeros.
+        windows: number of windows, each with a learned token unless it is the only one; None for zeros as tokens.
         drop_path: stochastic depth rate.
     """
 
@@ -92,7 +92,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
-        """Apply the block to a map; keeps B × H·W × C."""
+        """Apply the block to a map; keeps the shape B × H·W × C."""
         x = x + self.drop_path(self.attend(x, H, W))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -118,7 +118,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Overlapping patch embedding: B × C_in × H × W to B × H'·W' × C, with H' and W'."""
+    """Overlapping patch embedding: B × C_in × H × W to B × H'·W' × C. Also returns H' and W'."""
 
     def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class PatchEmbed(nn.Module):
 
 
 class PositionalEncoding(nn.Module):
-    """Conditional positional encoding: x + dwconv3×3(x); keeps B × H·W × C."""
+    """Conditional positional encoding: x + dwconv3×3(x); keeps the shape B × H·W × C."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Port(nn.Module):
                 previous = dims[i - 1] if i else network.in_chans
                 self.patch_embeds.append(PatchEmbed(previous, dim, *((3, 2) if i else (7, 4))))
                 self.pos_block.append(PositionalEncoding(dim))
-            self.blocks: Any = nn.ModuleList(  # nested, which torch's types cannot express
+            self.blocks: Any = nn.ModuleList(  # one ModuleList per stage, a nesting that torch's types cannot express
                 nn.ModuleList(self._block(block, dim) for block in blocks) for blocks, dim in zip(network.blocks, dims)
             )
             if self.is_dense:
@@ -185,7 +185,7 @@ class Port(nn.Module):
         return Block(dim, block.attn.num_heads, block.window_size, windows, rate or 0.0)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that skip weight decay besides norms and biases: the window tokens."""
+        """Names of the parameters without weight decay, in addition to biases and norms: the window tokens."""
         return {name for name, _ in self.named_parameters() if name.endswith("win_tokens")}
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:

@@ -22,18 +22,18 @@ from sepvit_lib.common.storage import write_file
 
 
 def spread(value: Spread | None, digits: int = 2) -> str:
-    """A median with its smallest and largest value."""
+    """Format a spread: median, with the smallest and largest value in brackets."""
     if value is None:
         return "–"
     return f"{value.median:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
 
 
 def scaled(value: float | None, unit: float, digits: int) -> str:
-    """A number in a unit; a dash if there is none."""
+    """Format a number in a unit; None gives a dash."""
     return "–" if value is None else f"{value / unit:.{digits}f}"
 
 
-# Columns: title, and cell of a row and a batch size.
+# Columns: title, and a function from a row and a batch size to the cell.
 COLUMNS: list[tuple[str, Callable[[Row, int], str]]] = [
     ("model", lambda row, batch: row.model),
     ("form", lambda row, batch: row.form),
@@ -51,7 +51,7 @@ COLUMNS: list[tuple[str, Callable[[Row, int], str]]] = [
 
 
 def grid(table: Table) -> list[list[str]]:
-    """Titles and cells of a table, without empty columns. The reason why a row was not measured follows its form."""
+    """Titles and cells of a table, without empty columns. A row that was not measured has the reason after its form."""
     batch = table.settings["batch_size"]
     columns = [[title, *(cell(row, batch) for row in table.rows)] for title, cell in COLUMNS]
     lines = [list(line) for line in zip(*(column for column in columns if set(column[1:]) != {"–"}))]
@@ -62,7 +62,7 @@ def grid(table: Table) -> list[list[str]]:
 
 
 def title(table: Table) -> str:
-    """Title of a table: what it measures."""
+    """Title of a table: model, image size, measure, batch size and number format."""
     settings = table.settings
     form, (height, width) = ", dense form" if settings["is_dense"] else "", settings["size"]
     return (
@@ -72,7 +72,7 @@ def title(table: Table) -> str:
 
 
 def conditions(table: Table) -> str:
-    """When and how a table was measured."""
+    """Conditions under which a table was measured: date, revision, rounds, threads and the rate of matrix products."""
     run = table.run
     rate = f"{spread(Spread.of([rate / 1e9 for rate in table.rates]), 1)} G multiply-adds/s" if table.rates else "–"
     when = f"{run['date']}, revision {run['revision']}, {run['rounds']} rounds, {table.settings['threads']} CPU threads"
@@ -80,7 +80,7 @@ def conditions(table: Table) -> str:
 
 
 def as_text(table: Table) -> str:
-    """A table for a terminal."""
+    """Format a table for a terminal."""
     lines = grid(table)
     widths = [max(map(len, column)) for column in zip(*lines)]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
@@ -88,7 +88,7 @@ def as_text(table: Table) -> str:
 
 
 def as_page(table: Table) -> list[str]:
-    """A table as lines of Markdown."""
+    """Format a table as lines of Markdown."""
     titles, *lines = grid(table)
     page = [f"## {title(table)}", "", conditions(table), "", f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     return [*page, *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines), ""]
@@ -125,7 +125,7 @@ class Record:
 
     @property
     def name(self) -> str:
-        """Name of the record's files. The quick form has separate files."""
+        """Name of the record's files, without suffix. A quick record has its own files."""
         device = re.sub(r"[^\w.]+", "-", self.device)
         return f"speed-{device}{'-quick' if self.is_quick else ''}"
 
@@ -149,7 +149,7 @@ class Record:
         return record
 
     def add(self, table: Table) -> None:
-        """Add a table, replacing one with the same key."""
+        """Add a table. It replaces a table with the same key."""
         keys = [other.key for other in self.tables]
         if table.key in keys:
             self.tables[keys.index(table.key)] = table
@@ -173,10 +173,10 @@ class Record:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from None
 
     def page(self, picture: str = "") -> str:
-        """The record as Markdown.
+        """Format the record as Markdown.
 
         Args:
-            picture: name of its picture.
+            picture: file name of its picture; "" if it has none.
         """
         lines = [f"# Speed on {self.device}", ""]
         lines += ["Quick form: its figures are meaningless.", ""] if self.is_quick else []
@@ -194,7 +194,7 @@ class Record:
 # Picture
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Colour of a family, and offset and alignment of its labels. Neighbours differ.
+# Colour of each model family, and offset and alignment of its labels, chosen to keep labels apart.
 FAMILIES = {
     "SepViT": ("C3", (4, 4), "left"),
     "swin": ("C0", (4, 4), "left"),
@@ -213,7 +213,7 @@ def panels_of(tables: Sequence[Table]) -> Panels:
     Panels with a single model are skipped.
     """
     panels: Panels = {}
-    # A point comes from the table with most models.
+    # If several tables have a point for a model, the table with the most models supplies it.
     for table in sorted(tables, key=lambda table: -len({row.model for row in table.rows})):
         batch = table.settings["batch_size"]
         points = panels.setdefault((table.number_format, table.measure), {})
@@ -225,7 +225,7 @@ def panels_of(tables: Sequence[Table]) -> Panels:
 
 
 def picture(record: Record) -> bytes:
-    """Draw speed against the published accuracy. Empty if there is nothing to draw, or no matplotlib."""
+    """Draw the published accuracy against speed, as PNG. Empty if there is nothing to draw, or no matplotlib."""
     panels = panels_of(record.tables)
     if not panels or importlib.util.find_spec("matplotlib") is None:  # a machine that only measures may lack it
         return b""
@@ -254,7 +254,7 @@ def draw(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
             axes.plot(*zip(*sorted(models.values())), "-o", color=colour, label=family)
         for model, point in models.items():
             axes.annotate(model.partition("_patch")[0], point, offset, textcoords="offset points", fontsize=6, ha=align)
-    axes.margins(x=0.2)  # for the names
+    axes.margins(x=0.2)  # room for the labels
     axes.set_xscale("log")
     for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         axis("{x:g}")

@@ -1,4 +1,4 @@
-"""Times of several calls, interleaved in rounds: drift of the machine affects all of them equally."""
+"""Time several calls, interleaved in rounds, so that a drift in the machine's speed affects all of them equally."""
 
 import gc
 import math
@@ -28,13 +28,13 @@ def interleave(
     A call's time depends on what the previous one left in the caches, so the order is shuffled in each round.
 
     Args:
-        calls: the calls. One that fails is skipped in later rounds.
+        calls: the calls. A call that fails is skipped in later rounds.
         device: their device.
         rounds: number of rounds.
         min_seconds: minimum seconds per timing, reached by repeating the call.
 
     Returns:
-        seconds of each call, round by round, and why the other calls failed.
+        the seconds of each successful call in each round, and the reason for each failed call.
     """
     seconds: dict[Key, list[float]] = {key: [] for key in calls}
     errors: dict[Key, str] = {}
@@ -55,7 +55,7 @@ def interleave(
 
 
 def _repetitions(call: Callable[[], object], device: torch.device, min_seconds: float) -> int:
-    """Warm up a call, and find how often to repeat it."""
+    """Warm up a call, and find how often to repeat it per timing."""
     for _ in range(WARM_UP):
         call()
     return max(1, math.ceil(min_seconds / max(timed(call, device), 1e-9)))
@@ -67,7 +67,7 @@ def _repeated(call: Callable[[], object], count: int, device: torch.device) -> f
 
 
 def reason(error: Exception) -> str:
-    """Reason of an error, in one line."""
+    """Describe an error in one line."""
     if out_of_memory(error):
         return "out of memory"
     return f"{type(error).__name__}: {first_line(error)}"[:200]
@@ -75,7 +75,7 @@ def reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, smallest and largest of a figure over the rounds."""
+    """Median, smallest and largest value of a measurement over the rounds."""
 
     median: float
     low: float
@@ -83,10 +83,10 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """The spread of values, one per round."""
+        """Compute the spread of values, one per round."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-    """Spread of the rounds' ratios."""
+    """Spread of the ratios of two measurements, computed round by round."""
     return Spread.of([a / b for a, b in zip(numerators, denominators)])

@@ -29,7 +29,7 @@ from sepvit_lib.run.state import Precision
 from tools.exporting.int8 import quantised_by_nncf
 from tools.exporting.writers import export_onnx
 
-# Models of the same class: about as many multiply-adds and parameters as the variant.
+# Models of each variant's class: they have about as many multiply-adds and parameters as the variant.
 PEERS: dict[str, tuple[str, ...]] = {
     "SepViT_Lite": ("pvt_v2_b0",),
     "SepViT_Tiny": ("swin_tiny_patch4_window7_224", "twins_svt_small", "pvt_v2_b2", "nextvit_small", "convnext_tiny"),
@@ -70,11 +70,11 @@ TOP1: dict[str, float] = {
 MEASURES = ("latency", "inference", "training")
 FORMS = ("eager", "port", "compiled", "onnxruntime", "openvino")
 OF_SEPVIT = ("port", "before")  # forms that peers do not have
-# Runtimes by form: number formats, and packages. ONNX Runtime's kernels for CPUs have no bfloat16.
+# Forms that use a runtime: their number formats, and the packages they need. ONNX Runtime has no bfloat16 on CPUs.
 RUNTIMES = {"onnxruntime": ("float32", "int8"), "openvino": ("float32", "bfloat16", "int8")}
 PACKAGES = {name: ("onnx", "onnxscript", name) for name in RUNTIMES}
-# Number formats: main.py's --amp in training. `bfloat16` and `float16` are mixed precision (autocast);
-# `bfloat16-whole` converts the whole network. int8 has no rate of matrix products to compare with.
+# By number format: main.py's --amp, for the formats of training; and the dtype of the large matrix product to compare
+# with, None for int8. `bfloat16` and `float16` are mixed precision (autocast); `bfloat16-whole` converts the network.
 AMPS = {"float32": "off", "bfloat16": "bfloat16", "float16": "float16"}
 DTYPES: dict[str, torch.dtype | None] = {
     "float32": torch.float32,
@@ -94,8 +94,8 @@ class Subject:
     """The subject of a table row.
 
     Attributes:
-        model: a variant of SepViT or a model of timm's.
-        form: how it runs, one of `FORMS`, or 'before' for another revision.
+        model: a variant of SepViT, or a timm model.
+        form: how the model runs, one of `FORMS`, or 'before' for sepvit.py of another revision.
         number_format: number format, one of `DTYPES`.
     """
 
@@ -116,7 +116,7 @@ class Setting:
         device: the device.
         batch_size: images per call.
         size: image size (H, W).
-        is_dense: the dense prediction form.
+        is_dense: whether SepViT is in its dense prediction form.
         threads: CPU threads.
         before: sepvit.py of another revision, for the form 'before'; "" without it.
     """
@@ -168,7 +168,7 @@ def check_packages(forms: Sequence[str], formats: Sequence[str]) -> None:
 
 
 def load_before(file: str) -> ModuleType:
-    """Load sepvit.py of another revision. The models registered with timm remain those of this one.
+    """Load sepvit.py of another revision. The models registered with timm remain those of this revision.
 
     Raises:
         UserError: the file cannot be loaded.
@@ -177,9 +177,9 @@ def load_before(file: str) -> ModuleType:
     if spec is None or spec.loader is None or not Path(file).is_file():
         raise UserError(f"--before {file}: not a Python file; pass a copy of sepvit.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # timm's registry looks there
+    sys.modules[spec.name] = module  # where timm's registry looks it up
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about models that are registered again
+        warnings.simplefilter("ignore")  # timm warns of models that are registered again
         try:
             spec.loader.exec_module(module)
         except Exception as error:
@@ -190,12 +190,12 @@ def load_before(file: str) -> ModuleType:
 
 
 def create_network(subject: Subject, setting: Setting, **kwargs: Any) -> Any:
-    """Build a subject's network on the CPU, in the form 'before' or as it is, with the same weights each time.
+    """Build a subject's network on the CPU, always with the same weights; 'before' uses the code of the other revision.
 
     Args:
         subject: the subject.
-        setting: form, image size, and the other revision.
-        **kwargs: stochastic depth.
+        setting: dense form or not, image size, and the file of the other revision.
+        **kwargs: further arguments of the network, such as `drop_path_rate`.
     """
     code: Any = load_before(setting.before) if subject.form == "before" else sepvit
     torch.manual_seed(0)
@@ -212,7 +212,7 @@ def create_network(subject: Subject, setting: Setting, **kwargs: Any) -> Any:
         network.load_state_dict(create_network(Subject(subject.model, "eager", "float32"), setting).state_dict())
     for name, parameter in network.named_parameters():
         if name.endswith("win_tokens") and subject.form != "before":
-            nn.init.normal_(parameter, std=0.5)  # zeros would give all windows the same attention
+            nn.init.normal_(parameter, std=0.5)  # a token of zeros would attend to all pixels equally
     return network
 
 
@@ -222,8 +222,8 @@ class Ready:
 
     Attributes:
         call: the timed call: a forward pass, or a training step.
-        outputs: network outputs for images on the CPU, in evaluation mode.
-        held: bytes of weights and of the optimiser's state; None in a runtime, whose memory PyTorch cannot measure.
+        outputs: computes the network's outputs, in evaluation mode, from images on the CPU.
+        held: returns the bytes of weights and optimiser state; None in a runtime, whose memory PyTorch cannot measure.
     """
 
     call: Callable[[], object]
@@ -251,7 +251,7 @@ def flattened(outputs: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def _inferred(subject: Subject, setting: Setting) -> Ready:
-    """A network in evaluation mode, and its forward pass."""
+    """Build a network in evaluation mode, and its forward pass."""
     network = create_network(subject, setting).eval()
     if subject.number_format == "bfloat16-whole":
         network.bfloat16()
@@ -277,12 +277,12 @@ def _inferred(subject: Subject, setting: Setting) -> Ready:
 
 
 def feature_loss(maps: Sequence[Tensor], targets: Tensor) -> Tensor:
-    """A loss for the dense form, in place of a segmentation or detection head: the mean square of each map."""
+    """A loss for the dense form, in place of a segmentation or detection head: the sum of the maps' mean squares."""
     return torch.stack([y.float().square().mean() for y in maps]).sum()
 
 
 def _trained(subject: Subject, setting: Setting) -> Ready:
-    """A network and the training step of main.py. Its outputs are those of evaluation mode, not compiled."""
+    """Build a network and the training step of main.py. Outputs are computed before the network is compiled."""
     arguments = f"--model {subject.model} --batch-size {setting.batch_size} --amp {AMPS[subject.number_format]}"
     args = main.build_parser().parse_args(arguments.split())
     precision = main.build_precision(args, setting.device)
@@ -308,7 +308,7 @@ def _trained(subject: Subject, setting: Setting) -> Ready:
         with precision.autocast():
             result = flattened(network(precision.images(images)))
         network.train()
-        if subject.form == "compiled":  # for the next steps
+        if subject.form == "compiled":  # for the training steps, which follow
             network.compile(dynamic=False)
         return result
 
@@ -317,7 +317,7 @@ def _trained(subject: Subject, setting: Setting) -> Ready:
 
 
 def _exported(subject: Subject, setting: Setting, folder: Path) -> Ready:
-    """A network exported to ONNX, in a runtime."""
+    """Export a network to ONNX, and load it in a runtime."""
     images = setting.images()
     path = folder / f"{subject.model}-{'x'.join(map(str, images.shape))}.onnx"
     if not path.exists():
@@ -341,7 +341,7 @@ def _with_int8_weights(path: Path) -> Path:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     target = path.with_suffix(".int8.onnx")
-    logging.getLogger().setLevel(logging.ERROR)  # it recommends preprocessing
-    # Its rule for Attention targets ONNX Runtime's operator of the same name.
+    logging.getLogger().setLevel(logging.ERROR)  # ONNX Runtime logs advice to preprocess the model
+    # Attention is not listed: ONNX Runtime's rule is for its own operator of that name.
     quantize_dynamic(path, target, weight_type=QuantType.QInt8, op_types_to_quantize=["Conv", "MatMul"])
     return target

@@ -19,11 +19,11 @@ from sepvit_lib.common.devices import synchronize
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.count import count_multiply_adds, peak_memory
 
-# Maximum ‖outputs − expected‖ / ‖expected‖; expected is float32 in eager mode. float32 allows for TF32.
+# Maximum ‖outputs − expected‖ / ‖expected‖, with expected from float32 in eager mode. float32's value allows for TF32.
 TOLERANCES = {"float32": 5e-3, "bfloat16": 0.05, "bfloat16-whole": 0.1, "float16": 0.02, "int8": 0.5}
-PASSES = {True: 3, False: 1}  # of multiplications; a training step's backward pass is two
+PASSES = {True: 3, False: 1}  # forward passes per call, by whether it trains: a backward pass counts as two
 MATRIX_PRODUCT = "matrix product"
-SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices: on a GPU, 2048 × 2048 takes less time than launching the call
+SIDES = {"cpu": 2048, "cuda": 8192}  # sides of matrices: on a GPU, 2048 × 2048 takes less time than launching the call
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Method:
     Attributes:
         rounds: rounds of timing.
         min_seconds: minimum seconds per timing.
-        is_quick: use small matrices: to try the benchmark itself.
+        is_quick: use small matrices, to try the benchmark itself.
     """
 
     rounds: int
@@ -46,19 +46,19 @@ SPREADS = ("speed", "speed_float32", "share")  # the fields of a row that are sp
 
 @dataclass
 class Row:
-    """Measurements of a subject, which is given by the first three fields.
+    """Measurements of a subject, which the first three fields specify.
 
     Attributes:
         failure: why nothing was measured; "" if it was.
         parameters: number of parameters.
-        multiply_adds: of one image's forward pass.
-        top1_published: top-1 (%) that its authors published, for images of 224 × 224.
+        multiply_adds: multiply-adds of one image's forward pass.
+        top1_published: top-1 (%) that the model's authors published at 224 × 224; None if there is none.
         output_error: relative error of the outputs, compared with float32 in eager mode.
-        seconds: of a call, by round.
-        speed: relative to SepViT in eager mode, in the same number format (median, smallest, largest of the rounds).
-        speed_float32: relative to SepViT in eager mode in float32.
-        share: part of the rate of large matrix products that is reached (median, smallest, largest of the rounds).
-        bytes_held: of weights and of the optimiser's state.
+        seconds: seconds of a call in each round.
+        speed: speed relative to SepViT in eager mode in the same number format.
+        speed_float32: speed relative to SepViT in eager mode in float32.
+        share: fraction of the rate of large matrix products that the subject reaches.
+        bytes_held: bytes of weights and of the optimiser's state.
         bytes_peak: peak bytes that a call allocates in addition to `bytes_held`.
     """
 
@@ -106,7 +106,7 @@ class Table:
         measure: one of `MEASURES`.
         number_format: number format of the rows. A row in float32 may be added as a baseline.
         settings: further shared settings: model, batch, image size, …
-        run: date, revision, rounds and versions.
+        run: date, revision, rounds and machine.
         rates: multiply-adds per second of a large matrix product, by round.
         rows: the rows.
     """
@@ -120,7 +120,7 @@ class Table:
 
     @property
     def key(self) -> str:
-        """Identifies tables with the same settings."""
+        """Key that is equal for tables with the same settings."""
         return json.dumps([self.measure, self.number_format, self.settings], sort_keys=True)
 
     @classmethod
@@ -138,7 +138,7 @@ def measure_table(
 
     Args:
         table: the table. Its rows follow the order of the subjects.
-        subjects: the subjects, the baselines among them.
+        subjects: the subjects, including the baselines.
         setting: the setting that they share.
         method: how to measure.
         report: called with each step's description.
@@ -166,7 +166,7 @@ def measure_table(
         report(f"timing {len(ready)} subjects, {method.rounds} rounds")
         _time(table, ready, setting, method)
     ready.clear()
-    torch.compiler.reset()  # it limits the compiled networks per class, and runs further ones in eager mode
+    torch.compiler.reset()  # otherwise, only the first few networks of a class are compiled
     _release(setting.device)
 
 
@@ -193,7 +193,7 @@ def _reference(model: str, setting: Setting) -> Tensor:
 
 
 def _checked(row: Row, expected: Tensor, setting: Setting, folder: Path) -> Ready:
-    """Build a row's subject, compare its outputs with those in float32, and measure its memory.
+    """Build a row's subject, compare its outputs with those in float32 and eager mode, and measure its memory.
 
     Raises:
         ValueError: the outputs differ, or the loss of a training step is not finite.
@@ -212,7 +212,7 @@ def _checked(row: Row, expected: Tensor, setting: Setting, folder: Path) -> Read
 
 
 def matrix_product(dtype: torch.dtype, device: torch.device, is_quick: bool) -> tuple[Callable[[], object], int]:
-    """A large matrix product as a call, and its multiply-adds; a small one to try the benchmark itself."""
+    """A large matrix product as a call (a small one if `is_quick`), and its multiply-adds."""
     side = 64 if is_quick else SIDES.get(device.type, SIDES["cpu"])
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return partial(torch.matmul, a, b, out=torch.empty_like(a)), side**3

@@ -14,4 +14,4 @@ import sepvit_lib.common.environment
 from sepvit_lib.common.packages import require_or_exit
 
 require_or_exit("mmengine", "mmcv", "mmdet", extra="mm")
-import sepvit_lib.mm  # noqa: E402, F401 offers the operators
+import sepvit_lib.mm  # noqa: E402, F401 provides mmcv's operators

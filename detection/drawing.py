@@ -12,11 +12,11 @@ WRITABLE = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
 class DrawingHook(FileHook):
-    """Draw each test image with its ground-truth boxes and masks, if it has any, and the detected ones.
+    """Draw each test image with the detected boxes and masks, and with the ground truth if it has any.
 
     Args:
-        folder: output folder. Each picture keeps its image's path inside the data set.
-        lowest: lowest score to draw.
+        folder: output folder. Below it, each picture has its image's path relative to the data set.
+        lowest: minimum score of the detections to draw.
     """
 
     def __init__(self, folder: Path, lowest: float) -> None:
@@ -24,7 +24,7 @@ class DrawingHook(FileHook):
         self.lowest = lowest
 
     def write(self, sample: Any, metainfo: dict[str, Any], path: Path) -> None:
-        """Draw an image."""
+        """Draw a test image and write the picture."""
         visualizer = DetLocalVisualizer.get_instance("test")
         visualizer.dataset_meta = metainfo
         use_in_figures(metainfo["classes"])

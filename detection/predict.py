@@ -3,7 +3,7 @@
 python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--overwrite] [--score-thr SCORE] [--cfg-options KEY=VALUE …]
 
 IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". Images are turned upright,
-unless the model was trained with EXIF orientations ignored. The exit status is 1 if an image cannot be read.
+unless the model was trained with EXIF orientations ignored. The exit status is 1 if an image cannot be read or resized.
 """
 
 if not __package__:
@@ -28,7 +28,7 @@ def detect(model: Any, image: np.ndarray, lowest: float) -> Any:
     Args:
         model: the detector, from `sepvit_lib.mm.commands.predict.build_inference_model`.
         image: H × W × 3, RGB, 0 to 255.
-        lowest: lowest score of an object.
+        lowest: minimum score of an object.
 
     Returns:
         mmdet's data sample, with the objects in `pred_instances`.
@@ -41,11 +41,11 @@ def detect(model: Any, image: np.ndarray, lowest: float) -> Any:
 
 
 def draw_sample(model: Any, path: str, image: np.ndarray, sample: Any) -> Image.Image:
-    """Draw the objects of a data sample, which is changed.
+    """Draw the objects of a data sample, which is modified in place.
 
     Args:
         model: see `detect`.
-        path: path of the image, which is not read again.
+        path: path of the image; the file is not opened.
         image: see `detect`.
         sample: the result of `detect`.
     """
@@ -67,12 +67,12 @@ def draw_detections(model: Any, path: str, image: np.ndarray, lowest: float) -> 
 
     Args:
         model: see `detect`.
-        path: path of the image, which is not read again.
+        path: path of the image; the file is not opened.
         image: see `detect`.
-        lowest: lowest score to draw.
+        lowest: minimum score of an object.
 
     Returns:
-        the picture, and a line with the number of objects of each class.
+        the picture, and a line of text with the number of objects of each class.
     """
     sample = detect(model, image, lowest)
     counts = Counter(model.dataset_meta["classes"][label] for label in sample.pred_instances.labels.tolist())

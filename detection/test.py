@@ -5,7 +5,7 @@
                                      [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm]
 
 `--eval mAP` evaluates everything the model predicts: boxes, and masks if it has them. dist_test.sh and slurm_test.sh
-launch it in several processes.
+start it in several processes.
 """
 
 if not __package__:
@@ -40,7 +40,7 @@ def build_detection_test_parser() -> CommandParser:
 
 
 def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
-    """Set the metrics in the config, and files to write. Returns the other outputs.
+    """Set the config's evaluators: metrics, and files that they write. Returns the outputs other than metrics.
 
     Raises:
         UserError: nothing is requested, settings exclude each other, or a metric is unknown.
@@ -74,13 +74,13 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
 
 
 def is_coco(evaluator: dict[str, Any]) -> bool:
-    """Whether an evaluator is a CocoMetric or derived from it."""
+    """Whether an evaluator's class is CocoMetric or derived from it."""
     kind = resolve(METRICS_OF, evaluator)
     return kind is not None and is_kind(kind, "mmdet.evaluation.metrics.coco_metric.CocoMetric")
 
 
 def possible_metrics(cfg: Config) -> list[str]:
-    """Return the metrics of everything a config's model predicts: those of its evaluators, and masks of a mask head."""
+    """Return the metrics that a config's model allows: its evaluators' metrics, and segm if it has a mask head."""
     stated = [metric for one in dicts(cfg.test_evaluator) for metric in as_list(one.get("metric"))]
     masks = ["segm"] if "mask_head" in cfg.model.get("roi_head", {}) else []
     return [metric for metric in ("bbox", "segm") if metric in stated + masks] or ["bbox"]

@@ -16,12 +16,12 @@ OPACITY = 0.55
 
 
 def labels_in(field: Any) -> np.ndarray:
-    """Labels of a data sample's map, H × W, as integers. For single-channel heads, mmseg returns floats."""
+    """Labels of a data sample's label map, H × W, as integers. For single-channel heads, mmseg returns floats."""
     return field.data[0].cpu().numpy().astype(np.int64)
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
-    """Colour an image (H × W × 3, RGB, 0 to 255) by its labels (H × W). Ignored pixels keep their colour."""
+    """Blend an image (H × W × 3, RGB, 0 to 255) with the colours of its labels (H × W), except at ignored pixels."""
     colours = np.asarray(palette, dtype=np.float32)[np.where(labels == IGNORED, 0, labels)]  # H × W × 3
     mixed = (1 - OPACITY) * image + OPACITY * colours
     return np.where((labels == IGNORED)[..., None], image, mixed).round().astype(np.uint8)
@@ -36,7 +36,7 @@ def shares(labels: np.ndarray, count: int) -> np.ndarray:
 def draw(
     image: np.ndarray, maps: dict[str, np.ndarray], classes: Sequence[str], palette: Sequence[Sequence[int]]
 ) -> Image.Image:
-    """Draw an image, each label map over it, and a legend: the classes in the maps, and their shares in the last map.
+    """Draw an image, each label map over the image, and a legend of the classes with their shares in the last map.
 
     Args:
         image: H × W × 3, RGB, 0 to 255.
@@ -74,7 +74,7 @@ class DrawingHook(FileHook):
     """Draw each test image with its ground truth, if it has one, and its prediction, as PNG."""
 
     def write(self, sample: Any, metainfo: dict[str, Any], path: Path) -> None:
-        """Draw an image."""
+        """Draw a test image and write the picture."""
         maps = {}
         if "gt_sem_seg" in sample:
             maps["truth"] = labels_in(sample.gt_sem_seg)
@@ -88,10 +88,10 @@ class LabelsHook(FileHook):
     def write(self, sample: Any, metainfo: dict[str, Any], path: Path) -> None:
         """Write the labels of an image."""
         labels = labels_in(sample.pred_sem_seg)
-        if chosen := metainfo.get("label_map"):  # a subset of the data set's classes
+        if chosen := metainfo.get("label_map"):  # the config selects a subset of the data set's classes
             originals = {new: old for old, new in chosen.items() if new != IGNORED}
             labels = np.array([originals[new] for new in range(len(originals))])[labels]
-        if stored := metainfo.get("stored_classes"):  # the checkpoint numbers them in a different order
+        if stored := metainfo.get("stored_classes"):  # the checkpoint numbers the classes in a different order
             labels = np.array([stored.index(name) for name in metainfo["classes"]])[labels]
         if metainfo.get("reduce_zero_label"):
             labels = labels + 1  # the data set's 0 belongs to no class

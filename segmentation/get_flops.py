@@ -1,4 +1,4 @@
-"""Count the parameters and multiply-adds of a whole segmentor, and the costs of its backbone by stage and kind.
+"""Count a segmentor's parameters and multiply-adds, and the costs of its backbone by stage and kind of operation.
 
 python get_flops.py CONFIG [--shape H W] [--memory] [--cfg-options KEY=VALUE …]
 """

@@ -2,8 +2,8 @@
 
 python predict.py CONFIG CHECKPOINT IMAGE … --out DIR [--overwrite] [--cfg-options KEY=VALUE …]
 
-IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". Images are read upright,
-unless the model was trained with EXIF orientations ignored. Exit status 1: some cannot be read.
+IMAGE is an image, a folder of images, or a pattern such as "photos/*.jpg". Images are turned upright,
+unless the model was trained with EXIF orientations ignored. The exit status is 1 if an image cannot be read or resized.
 """
 
 if not __package__:
@@ -38,11 +38,11 @@ def draw_prediction(model: Any, path: str, image: np.ndarray) -> tuple[Image.Ima
 
     Args:
         model: see `segment`.
-        path: path of the image, which is not read again.
+        path: unused.
         image: H × W × 3, RGB, 0 to 255.
 
     Returns:
-        the picture, and a line with the largest classes.
+        the picture, and a line of text with the largest classes.
     """
     classes, palette = model.dataset_meta["classes"], model.dataset_meta["palette"]
     labels = labels_in(segment(model, image).pred_sem_seg)

@@ -3,7 +3,7 @@
     python test.py CONFIG CHECKPOINT [--eval mIoU [mDice] [mFscore]] [--aug-test] [--out DIR] [--show-dir DIR]
                                      [--work-dir DIR] [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm]
 
-dist_test.sh and slurm_test.sh start it on several processes.
+dist_test.sh and slurm_test.sh start it in several processes.
 """
 
 if not __package__:
@@ -36,7 +36,7 @@ def build_segmentation_test_parser() -> CommandParser:
 
 
 def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
-    """Set the metrics in the config. Returns the other outputs.
+    """Set the metrics in the config. Returns the outputs other than metrics.
 
     Raises:
         UserError: nothing is requested, or a metric is unknown.

@@ -1,6 +1,6 @@
-"""Count and measure a network: parameters, multiply-adds and activations by stage and kind, memory and time; as tables.
+"""Count a network's parameters, multiply-adds and activations by stage and kind; measure its memory and time.
 
-Shared by the three commands named get_flops.py, the benchmark and throughput.
+Shared by the three scripts named get_flops.py, the benchmarks and the throughput measurement.
 """
 
 import itertools
@@ -58,13 +58,13 @@ def count_by_module(
     Args:
         model: the model.
         *inputs: arguments of its forward pass.
-        spans: computations to count separately, each from the end of one module to the start of another. A name extends
-            that of the module that contains the span: 'blocks.0.0.attn.pointwise'.
+        spans: computations to count separately, by name: each lasts from the end of one module to the start of another.
+            Its name is that of the module around it and a suffix: 'blocks.0.0.attn.pointwise'.
 
     Returns:
-        the counts by name of the layer or span; everything outside these is under ''.
+        the counts by name of the layer or span; '' counts everything outside them.
     """
-    root = type(model).__name__  # the counters' name for the model
+    root = type(model).__name__  # the name under which the counters record the model
     norms = {aten.native_layer_norm: lambda shape, *_, **__: 2 * LAYER_NORM * math.prod(shape)}
     outputs = dict.fromkeys(ACTIVATIONS, lambda *_, out_shape, **__: math.prod(out_shape))
     flops, sizes = (FlopCounterMode(display=False, custom_mapping=mapping) for mapping in (norms, outputs))
@@ -74,7 +74,7 @@ def count_by_module(
                 begin, end = (partial(_note, note, f"{root}.{name}") for note in (parents.add, parents.discard))
                 stack.callback(before.register_forward_hook(begin).remove)
                 stack.callback(after.register_forward_pre_hook(end).remove)
-        # Unfused attention exposes its matrix products to the counters. A fused kernel has no outputs between them.
+        # Unfused attention exposes its matrix products to the counters. A fused kernel is a single operation.
         for context in (torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flops, sizes):
             stack.enter_context(context)
         model(*inputs)
@@ -177,7 +177,7 @@ class Cost:
     activations: int = 0
 
 
-QUANTITIES = {"parameters": 3, "multiply_adds": 2, "activations": 3}  # with the decimals to print, in millions
+QUANTITIES = {"parameters": 3, "multiply_adds": 2, "activations": 3}  # with the number of decimals in tables
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def costs_of(network: nn.Module, image: Tensor) -> dict[Part, Cost]:
         return _part_of_sepvit(name) if is_sepvit else Part(WHOLE, _kind_of_layer(network.get_submodule(name)))
 
     costs: dict[Part, Cost] = {}
-    for name, parameter in network.named_parameters():  # shared ones appear once
+    for name, parameter in network.named_parameters():  # shared parameters appear once
         costs.setdefault(part_of(name.rpartition(".")[0]), Cost()).parameters += parameter.numel()
     for name, count in count_by_module(network, image, spans=spans).items():
         cost = costs.setdefault(part_of(name), Cost())
@@ -213,7 +213,7 @@ def costs_of(network: nn.Module, image: Tensor) -> dict[Part, Cost]:
 
 
 def _attention_of(network: SepViTStages) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Layers before and after each group of matrix products in SepViT's attention, by name."""
+    """Layers before and after each pair of matrix products in SepViT's attention, by name of the span."""
     spans: dict[str, tuple[nn.Module, nn.Module]] = {}
     for name, block in network.named_blocks().items():
         attn = block.attn
@@ -260,7 +260,7 @@ def total_of(costs: Mapping[Part, Cost], quantity: str, stage: str = "", kind: s
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a call in bytes, excluding its images.
+    """Memory of a call in bytes, without its input images.
 
     Attributes:
         weights: the network's parameters and buffers.
@@ -274,7 +274,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Sum of all three."""
+        """Sum of weights, moments and computed."""
         return self.weights + self.moments + self.computed
 
 
@@ -299,7 +299,7 @@ def memory_of(network: nn.Module, images: Tensor) -> dict[str, Memory] | None:
         outputs = network(images)
         maps = outputs if isinstance(outputs, (list, tuple)) else [outputs]
         loss = torch.stack([output.float().square().mean() for output in maps]).sum()
-        if loss.requires_grad:  # false if everything is frozen
+        if loss.requires_grad:  # False if all parameters are frozen
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -319,7 +319,7 @@ def memory_of(network: nn.Module, images: Tensor) -> dict[str, Memory] | None:
 # Tables
 # ----------------------------------------------------------------------------------------------------------------------
 
-WIDTH = 26  # of the first column
+WIDTH = 26  # of the first column, in characters
 
 
 def costs_as_text(costs: Mapping[Part, Cost]) -> str:
@@ -345,7 +345,7 @@ def memory_as_text(memory: Mapping[str, Memory] | None, images: int, device: tor
     Args:
         memory: returned by `memory_of`.
         images: number of images.
-        device: the device it was measured on.
+        device: the device on which it was measured.
     """
     if memory is None:
         return f"memory: cannot be measured on {device.type}"

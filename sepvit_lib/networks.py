@@ -24,18 +24,18 @@ def create_network(
     rates: Mapping[str, float] | None = None,
     asked_for: Collection[str] = (),
 ) -> Any:
-    """Build a timm network, for the given image size if its size is fixed.
+    """Build a timm network. One with a fixed image size is built for the given size.
 
     Args:
         what: the network and the setting that chose it, for messages.
-        name: timm's name.
+        name: timm's name of the network.
         num_classes: number of classes.
         input_size: side of the images in pixels, or height and width.
         rates: rates of dropout and stochastic depth by setting: 'drop', 'drop_path'.
-        asked_for: rates that the network must support. Others are ignored, with a message, if it does not.
+        asked_for: rates that the network must support. Other rates are ignored, with a message, if unsupported.
 
     Raises:
-        UserError: timm cannot build it with these settings, or it does not support the image size.
+        UserError: timm cannot build it with these settings, or it does not support the image size or a rate.
     """
     rates = rates or {}
     build = partial(timm.create_model, name, num_classes=num_classes)
@@ -55,7 +55,7 @@ def create_network(
 
 
 def _built(build: Callable[..., Any], rates: Mapping[str, float]) -> tuple[Any, Collection[str]]:
-    """Build a network with as many of the rates as it supports. Returns it and the names of the others."""
+    """Build a network with as many of the rates as it supports. Returns it and the names of the unsupported rates."""
     problem = None
     for count in range(len(rates) + 1):
         for unsupported in combinations(rates, count):
@@ -67,10 +67,10 @@ def _built(build: Callable[..., Any], rates: Mapping[str, float]) -> tuple[Any, 
 
 
 def _check_size(network: nn.Module, name: str, size: tuple[int, int]) -> None:
-    """Run a forward pass to check that a network supports an image size. timm also builds networks that do not.
+    """Run a forward pass to check that a network supports an image size, which timm does not check.
 
     Raises:
-        UserError: it does not support the size.
+        UserError: the network does not support the size.
     """
     own: Any = get_pretrained_cfg_value(name, "input_size")
     if name in VARIANTS or own is None or own[1:] == size:
@@ -91,6 +91,7 @@ def _check_size(network: nn.Module, name: str, size: tuple[int, int]) -> None:
 def to_device(network: nn.Module, device: torch.device) -> nn.Module:
     """Move a network to a device.
 
-    Convolution weights become channels last, like SepViT's feature maps. Otherwise each convolution would convert them.
+    Convolution weights become channels-last, like SepViT's feature maps: a convolution would convert its weights each
+    time otherwise.
     """
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

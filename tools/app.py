@@ -3,10 +3,10 @@
     python tools/app.py --resume PATH [--host 127.0.0.1] [--port 8000]
     python tools/app.py --resume CHECKPOINT --config segmentation/configs/NAME.py
 
-PATH is a checkpoint of main.py, a published one, a folder in timm's layout, or a file that tools/export.py wrote. The
-page shows the five likeliest classes, and the attention among windows. With `--config`, PATH is a checkpoint of a
-segmentor or detector, whose prediction is drawn over the image. Nothing is loaded from other machines, and images are
-not written to disk.
+PATH is a checkpoint of main.py or of the published code, a folder in timm's layout, or a file that tools/export.py
+wrote. The page shows the five likeliest classes, and the attention among windows. With `--config`, PATH is a checkpoint
+of a segmentor or detector, whose prediction is drawn over the image. Nothing is loaded from other machines, and images
+are not written to disk.
 """
 
 if not __package__:
@@ -61,7 +61,7 @@ def load_predictor(args: argparse.Namespace, device: torch.device) -> Predictor:
     """Load the network of the command line.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the network cannot be loaded, or a package is missing.
     """
     if not args.config:
         return ClassifierPredictor(load_classifier(args.resume, args.model, args.averaged, Precision(device, None)))
@@ -75,7 +75,7 @@ def check_combinations(args: argparse.Namespace) -> None:
     """Refuse incompatible settings.
 
     Raises:
-        UserError: the first one found.
+        UserError: a setting does not apply to this kind of network.
     """
     if args.config:
         given = [flag for flag, value in (("--model", args.model), ("--averaged", args.averaged)) if value]

@@ -1,4 +1,4 @@
-"""Check the Python version before a long installation. A problem is reported in one line.
+"""Check the Python version and its venv module before a long installation. A problem is reported in one line.
 
 python tools/check_setup.py
 """
@@ -9,7 +9,7 @@ from __future__ import print_function
 import sys
 
 OLDEST = (3, 11)
-NEWEST = (3, 14)  # of the tested versions
+NEWEST = (3, 14)  # tested version
 
 
 def problem():  # type: () -> str | None

@@ -1,4 +1,4 @@
-"""Export a trained classifier for deployment, and compare the exported files in one table.
+"""Export a trained classifier for deployment, and compare the exported files in a table.
 
     python tools/export.py --resume PATH --out DIR [--formats …] [--data-path DIR]
 
@@ -42,12 +42,12 @@ class Format:
     """An export format.
 
     Attributes:
-        write: writes the file, or the folder.
-        ending: suffix of its name, after the model's.
-        modules: packages that it needs.
-        is_exact: whether its logits must match the checkpoint's on the same image. A file with built-in preprocessing
-            must match on the same prepared image instead.
-        is_calibrated: whether it needs calibration images.
+        write: writes the file or folder.
+        ending: end of the file's name, after the model's name.
+        modules: modules that the format needs.
+        is_exact: whether the file's logits must match the checkpoint's on the same image. A file with built-in
+            preprocessing must match on the same prepared image instead, see `check_joined`.
+        is_calibrated: whether the format needs calibration images.
     """
 
     write: Callable[[Job, Path], None]
@@ -109,10 +109,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def choose_formats(args: argparse.Namespace) -> tuple[dict[str, Format], dict[str, str]]:
-    """Choose the formats to write: by default, all that this machine can write.
+    """Choose the formats to write: by default, every format whose packages (and compiler) are installed.
 
     Returns:
-        the formats by name, with one more ONNX entry for each further opset; and why others are skipped.
+        the formats by name, with one more ONNX entry for each further opset; and the reasons why others are skipped.
 
     Raises:
         UserError: a requested format lacks a package or a compiler.
@@ -136,7 +136,7 @@ def choose_formats(args: argparse.Namespace) -> tuple[dict[str, Format], dict[st
 def build_job(
     args: argparse.Namespace, classifier: Classifier, images: Images, folder: Path, is_calibrated: bool
 ) -> Job:
-    """Collect the inputs of the formats."""
+    """Collect what the formats need, such as calibration batches if `is_calibrated`."""
     calibration = (calibration_images(args, classifier) if args.data_path else images.images) if is_calibrated else ()
     batches = [classifier.prepare(image)[None] for image in calibration]
     score = partial(images.accuracy, classifier) if images.labels else None
@@ -147,12 +147,12 @@ def write(job: Job, files: Mapping[str, str], formats: Mapping[str, Format]) -> 
     """Write formats, and open them as predict.py does.
 
     Args:
-        job: what is exported.
+        job: the classifier to export, with its settings.
         files: names of the files by format.
         formats: the formats by name.
 
     Returns:
-        the forms by name, and why others could not be written or do not run.
+        the exported forms by name, and the reasons why others could not be written or do not run.
     """
     forms, failures = {}, {}
     for name, file_name in tqdm(files.items(), desc="export", disable=not sys.stderr.isatty()):
@@ -168,12 +168,12 @@ def write(job: Job, files: Mapping[str, str], formats: Mapping[str, Format]) -> 
 
 
 def refused(forms: Mapping[str, Form], formats: Mapping[str, Format], images: int) -> dict[str, str]:
-    """Refuse files that differ too much from the checkpoint. Returns why, by their names.
+    """Refuse files that differ too much from the checkpoint. Returns the reasons, by name of the form.
 
     Args:
-        forms: the compared forms by name, the checkpoint among them.
+        forms: the compared forms by name, including the checkpoint.
         formats: the formats by name.
-        images: number of images; losing a single one is accepted.
+        images: number of images; one more wrong prediction is accepted.
 
     Raises:
         UserError: the checkpoint's own logits are not finite.
@@ -197,7 +197,7 @@ def check_free(folder: Path, names: Iterable[str], overwrite: bool) -> None:
     """Refuse to replace files without `--overwrite`.
 
     Raises:
-        UserError: a file of one of these names is there already.
+        UserError: a file with one of these names exists already.
     """
     for part in (part for name in names for part in parts_of(folder / name)):
         if part.exists() and not overwrite:
@@ -224,7 +224,7 @@ def push(classifier: Classifier, repository: str) -> None:
     settings = writers.hub_settings(made) | dict(model_card=writers.model_card(made))
     try:
         push_to_hf_hub(network, repository, **settings)
-    except Exception as error:  # of the hub's library, or of the network
+    except Exception as error:  # raised by the hub's library, or by the network connection
         advice = "log in with `hf auth login`, and check USER/NAME"
         raise UserError(f"--push {repository}: {first_line(error)}; {advice}") from None
     print(f"--push {repository}: uploaded")

@@ -2,10 +2,10 @@
 
     python tools/get_flops.py [--model SepViT_Tiny] [--dense] [--input-size 224] [--batch-size 1]
 
-Parameters, multiply-adds and activations are counted for one image, by stage and kind: convolutions (patch embedding,
-positional encoding), projections (query, key, value, output, and the window tokens' query and key), attention inside
-and among windows, MLP, norms, classifier. Other timm networks are counted by layer type. Memory is measured for a
-forward pass and a training step, on a batch.
+Parameters, multiply-adds and activations are counted for one image, by stage and kind of operation: convolutions (patch
+embedding, positional encoding), projections (query, key, value, output, and the window tokens' query and key),
+attention inside and among windows, MLP, norms, classifier. Other timm networks are counted by layer type. Memory is
+measured for a forward pass and a training step, on a batch.
 """
 
 if not __package__:
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     """Print the network's costs.
 
     Raises:
-        UserError: a setting cannot work.
+        UserError: a setting is invalid, or the device is not available.
     """
     check_device(args.device)
     if len(args.input_size) > 2:

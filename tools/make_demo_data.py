@@ -1,4 +1,4 @@
-"""Write small data sets in the layouts of ImageNet, ADE20K and COCO, for trying everything without a download.
+"""Write small data sets in the layouts of ImageNet, ADE20K and COCO, to try every command without a download.
 
     python tools/make_demo_data.py --out DIR
 
@@ -69,7 +69,7 @@ def split_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def digit_pixels(image: np.ndarray) -> np.ndarray:
-    """Scale scikit-learn's image of a digit, 8 × 8, from 0 to 16 to 0 to 255."""
+    """Scale scikit-learn's image of a digit, 8 × 8, from the range 0 to 16 to the range 0 to 255."""
     return (image * (255 / 16)).round().astype(np.uint8)
 
 
@@ -77,7 +77,7 @@ def write_imagenet(folder: Path) -> dict[str, int]:
     """Write the digits as an ImageNet-style folder.
 
     Args:
-        folder: where to write train/<class>/*.png and val/<class>/*.png. Existing images are overwritten.
+        folder: folder for train/<class>/*.png and val/<class>/*.png. Existing images are overwritten.
 
     Returns:
         number of images by split.
@@ -122,7 +122,7 @@ def compose_scene(
     Args:
         rng: the random number generator.
         digits: images of digits, N × 8 × 8, 0 to 16.
-        labels: their values, N.
+        labels: values of the digits, N.
         backgrounds: photographs, H × W × 3, RGB, 0 to 255.
     """
     height, width = SCENE_SIZE
@@ -157,7 +157,7 @@ def write_ade(folder: Path, scenes: dict[str, list[Scene]]) -> None:
     """Write scenes in ADE20K's layout.
 
     Args:
-        folder: where to write images/<split>/*.jpg and annotations/<split>/*.png. Existing files are overwritten.
+        folder: folder for images/<split>/*.jpg and annotations/<split>/*.png. Existing files are overwritten.
         scenes: scenes by split.
     """
     for split in scenes:
@@ -177,7 +177,7 @@ def write_coco(folder: Path, scenes: dict[str, list[Scene]]) -> dict[str, int]:
     """Write scenes in COCO's layout.
 
     Args:
-        folder: where to write train2017/*.jpg, val2017/*.jpg and annotations/instances_*2017.json. Existing files are
+        folder: folder for train2017/*.jpg, val2017/*.jpg and annotations/instances_*2017.json. Existing files are
             overwritten.
         scenes: scenes by split.
 
@@ -212,7 +212,7 @@ def annotation(mask: np.ndarray) -> dict[str, Any]:
     changes = np.flatnonzero(np.diff(pixels)) + 1
     counts = np.diff([0, *changes, pixels.size]).tolist()
     if pixels[0]:
-        counts.insert(0, 0)  # the first run is of background
+        counts.insert(0, 0)  # the first run counts background pixels
     segmentation = dict(size=list(mask.shape), counts=counts)
     return dict(bbox=[int(value) for value in box], area=int(mask.sum()), segmentation=segmentation)
 

@@ -2,7 +2,7 @@
 
     python tools/show_demo.py --run DIR [--least 95]
 
-The exit status is 1 if the two values differ, or if the top-1 is below `--least`.
+The exit status is 1 if the two top-1 accuracies differ, or if they are below `--least`.
 """
 
 if not __package__:
@@ -30,7 +30,7 @@ def read_top1(run: str, name: str, advice: str) -> float:
     try:
         entries = [json.loads(line) for line in (Path(run) / name).read_text().splitlines()]
         return float([entry["test_acc1"] for entry in entries if "test_acc1" in entry][-1])
-    except (OSError, ValueError, LookupError, TypeError) as error:  # also not JSON, no such line, or not a number
+    except (OSError, ValueError, LookupError, TypeError) as error:  # not a number, not JSON, or missing
         raise UserError(f"--run {run}: {name} has no top-1 ({error}); {advice}") from None
 
 
@@ -43,11 +43,11 @@ def build_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print both values.
+    """Print both top-1 accuracies and the path of the curves.
 
     Raises:
-        UserError: the folder does not contain them.
-        SystemExit: they differ, or are too low.
+        UserError: the folder does not contain both accuracies.
+        SystemExit: the accuracies differ, or are too low.
     """
     trained = read_top1(args.run, "log.txt", f"train to the end with main.py --output_dir {args.run}")
     evaluated = read_top1(args.run, "eval.json", f"evaluate with main.py --eval --output_dir {args.run}")
@@ -64,7 +64,7 @@ def run(arguments: list[str] | None = None) -> int:
     """Run the command. Returns its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C.
 
     Raises:
-        SystemExit: the values differ, or are too low.
+        SystemExit: the two top-1 accuracies differ, or are too low.
     """
     parser = build_parser()
     return run_command("show_demo.py", lambda: main(parser.parse_args(arguments)), parser)

@@ -2,11 +2,11 @@
 
     python tools/visualize.py IMAGE --resume PATH --out DIR [--window ROW COLUMN | --window all] [--figures NAME …]
 
-PATH is a checkpoint of main.py, a published one, a folder in timm's layout, or a checkpoint of a segmentor or detector
-(its backbone; mmseg and mmdet are not needed). The figures are:
+PATH is a checkpoint of main.py or of the published code, a folder in timm's layout, or a checkpoint of a segmentor or
+detector (only its backbone is used; mmseg and mmdet are not needed). The figures are:
 
 * among: the windows that a window attends to, by block and head, and their rollout over all blocks;
-* inside: the pixels of that window that its window token and its central pixel attend to, by block and head;
+* inside: the pixels of this window that its window token and its central pixel attend to, by block and head;
 * tokens: similarity of the learned window tokens;
 * features: the stages' feature maps;
 * attribution: the pixels that support the predicted class.
@@ -48,10 +48,10 @@ from tools.visualizing import figures
 from tools.visualizing.figures import Subject
 
 ALL = "all"
-DPI = {"png": 200, "pdf": 300}  # for a PDF, that of embedded images
+DPI = {"png": 200, "pdf": 300}  # in a PDF, of embedded images
 MAX_WINDOWS = 400  # in a figure with one map per window
 MAX_NAME = 40  # characters of a file or class name in titles
-SHORTER_SIDE = 512  # default maximum in pixels for a dense form, as in the configs for ADE20K
+SHORTER_SIDE = 512  # default maximum for the dense form, in pixels, as in the configs for ADE20K
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Loaded:
     """A trained network with its preprocessing.
 
     Attributes:
-        network: either form.
+        network: the network, as a classifier or in the dense form.
         name: its name.
-        preprocessing: see the class.
+        preprocessing: how images become its inputs.
         classes: names of the classes; none for the dense form.
     """
 
@@ -79,7 +79,7 @@ class Scene:
         network: the network.
         inputs: the preprocessed image, 1 × 3 × H × W.
         blocks: the attention of its blocks.
-        chosen: the blocks that have figures by head.
+        chosen: the blocks with separate figures for all heads.
         subject: image, title and chosen window of the figures.
         label: index and name of the class that is attributed to pixels; None for the dense form.
     """
@@ -98,7 +98,7 @@ class Scene:
 
 
 def load(args: argparse.Namespace) -> tuple[Loaded, Image.Image]:
-    """Load the network, and read the image as in its training.
+    """Load the network, and read the image in the orientation of its training images.
 
     Raises:
         UserError: the file contains no network with attention to show, or a setting does not apply to it.
@@ -124,7 +124,7 @@ def load(args: argparse.Namespace) -> tuple[Loaded, Image.Image]:
 
 
 def dense_preprocessing(image: Image.Image, size: Sequence[int] | None) -> Preprocessing:
-    """Preprocessing for the dense form, which takes any size.
+    """Preprocessing for the dense form, which takes images of any size.
 
     Args:
         image: the image.
@@ -140,7 +140,7 @@ def dense_preprocessing(image: Image.Image, size: Sequence[int] | None) -> Prepr
 
 
 def find_label(name: str, loaded: Loaded, logits: Tensor) -> int:
-    """Find the class of `--class`, by its name or number; the predicted one by default.
+    """Find the index of the class of `--class`, by name or number; by default, of the predicted class.
 
     Raises:
         UserError: there is no such class.
@@ -156,20 +156,20 @@ def find_label(name: str, loaded: Loaded, logits: Tensor) -> int:
 
 
 def shortened(text: str) -> str:
-    """Shorten a text for the title."""
+    """Shorten a name for a title."""
     return text if len(text) <= MAX_NAME else text[: MAX_NAME - 1] + "…"
 
 
 def chosen_pixel(window: Sequence[str], network: SepViTStages, size: tuple[int, int]) -> tuple[float, float] | None:
-    """Centre of the window of `--window` in image pixels; None for all windows.
+    """Centre of the window that `--window` chooses, in image pixels; None for all windows.
 
     Args:
-        window: arguments of the setting.
+        window: arguments of `--window`.
         network: the network, whose finest grid of windows is used.
         size: height and width of the image.
 
     Raises:
-        UserError: the window is not on the grid.
+        UserError: the window is not on the grid, or all windows are requested and there are too many.
     """
     named = network.named_blocks().items()
     sides = [4 * 2 ** int(name.split(".")[1]) * block.window_size for name, block in named]  # in image pixels
@@ -191,7 +191,7 @@ def chosen_pixel(window: Sequence[str], network: SepViTStages, size: tuple[int, 
 
 
 def chosen_blocks(names: Sequence[str], blocks: list[BlockAttention]) -> list[BlockAttention]:
-    """The blocks of `--blocks`; by default the last one of each stage and window size.
+    """The blocks that `--blocks` chooses; by default, the last block of each stage and window size.
 
     Raises:
         UserError: there is no such block.
@@ -247,7 +247,7 @@ Drawings = Mapping[str, Callable[[], Figure]]  # drawing functions, by name of t
 
 
 def among(scene: Scene) -> Drawings | str:
-    """Figures of attention among windows, or why there are none."""
+    """Figures of attention among windows, or the reason why there are none."""
     several = [block for block in scene.blocks if block.among is not None]
     if not several:
         return "every block has a single window at this image size"
@@ -260,14 +260,14 @@ def among(scene: Scene) -> Drawings | str:
 
 
 def inside(scene: Scene) -> Drawings | str:
-    """Figures of attention inside a window, or why there are none."""
+    """Figures of attention inside a window, or the reason why there are none."""
     if scene.subject.pixel is None:
         return "it shows a single window; choose one with --window ROW COLUMN"
     return {f"inside-{short(block)}": partial(figures.inside_figure, scene.subject, block) for block in scene.chosen}
 
 
 def tokens(scene: Scene) -> Drawings | str:
-    """The figure of the window tokens, or why there is none."""
+    """The figure of the window tokens, or the reason why there is none."""
     if scene.label is None:
         return "the dense form has no learned window tokens"
     blocks = scene.network.named_blocks()
@@ -290,7 +290,7 @@ def features(scene: Scene) -> Drawings:
 
 
 def attributed(scene: Scene) -> Drawings | str:
-    """The figure of the pixels that support a class, or why there is none."""
+    """The figure of the pixels that support a class, or the reason why there is none."""
     if scene.label is None or not isinstance(scene.network, SepViT):
         return "a backbone has no classes"
     index, name = scene.label

@@ -1,4 +1,4 @@
-# The demo: scenes of digits from tools/make_demo_data.py, trained from random weights on a CPU.
+# The demo: training on scenes of digits from tools/make_demo_data.py, from random weights, on a CPU.
 _base_ = "mask_rcnn_sepvit_t_fpn_1x_coco_pvt_setting.py"
 
 data_root = "../demo/coco/"

@@ -1,4 +1,4 @@
-# The demo: scenes of digits from tools/make_demo_data.py, trained from random weights on a CPU.
+# The demo: training on scenes of digits from tools/make_demo_data.py, from random weights, on a CPU.
 _base_ = "fpn_sepvit_t_512x512_80k_ade20k.py"
 
 data_root = "../demo/ade/ADEChallengeData2016"

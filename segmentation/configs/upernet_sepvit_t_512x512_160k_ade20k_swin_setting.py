@@ -17,8 +17,8 @@ optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
     paramwise_cfg=_base_.no_weight_decay,
 )
-# Warm-up and polynomial both start at iteration 0, and are multiplied. mmengine's schedules reach their last value one
-# iteration before `end`; the published ones reach it at iterations 1500 and 160000.
+# The warm-up and the polynomial decay both start at iteration 0, and their factors are multiplied. mmengine's schedules
+# reach their last value one iteration before `end`; the published schedules reach it at iterations 1500 and 160000.
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, begin=0, end=1501, by_epoch=False),
     dict(type="PolyLR", power=1.0, eta_min=0.0, begin=0, end=160001, by_epoch=False),

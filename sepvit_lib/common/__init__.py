@@ -1,1 +1,1 @@
-"""Shared by all commands: argument parsing, one-line errors, processes, devices, files. Imports nothing beside it."""
+"""Shared by all commands: argument parsing, one-line errors, processes, devices, files. Imports no other subpackage."""

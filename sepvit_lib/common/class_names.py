@@ -1,4 +1,4 @@
-"""Match the classes of a network and of a data set by name."""
+"""Match the classes of a data set with those of a network by name."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -7,16 +7,16 @@ from timm.data.readers.class_map import load_class_map
 
 from sepvit_lib.common.errors import UserError, setting
 
-MAX_NAMES = 5  # in a message
+MAX_NAMES = 5  # listed in a message
 
 
 def canonical(name: str) -> str:
-    """Name in composed Unicode form (NFC). Names unpacked on a Mac are decomposed."""
+    """Name in composed Unicode form (NFC). File names unpacked on a Mac may be decomposed (NFD)."""
     return unicodedata.normalize("NFC", name)
 
 
 def listed(names: Sequence[str]) -> str:
-    """Join names for a message; only the first `MAX_NAMES` if there are more."""
+    """Join at most `MAX_NAMES` names for a message."""
     return ", ".join(names[:MAX_NAMES]) + (", …" if len(names) > MAX_NAMES else "")
 
 
@@ -28,13 +28,13 @@ def order_of(held: Sequence[str], names: Sequence[str], what: str, data: str, wa
         names: names of the data set's classes, in the order of its labels.
         what: the network, for messages.
         data: the data set, for messages.
-        way_out: the way out, for messages.
+        way_out: what the user can do if the names differ, for messages.
 
     Returns:
         the network's output index for each label; None if labels and outputs are in the same order.
 
     Raises:
-        UserError: names differ.
+        UserError: the names differ.
     """
     held, names = [canonical(name) for name in held], [canonical(name) for name in names]
     if held == names:
@@ -61,7 +61,8 @@ def read_class_map(path: str, names: Sequence[str], data: str) -> tuple[list[str
         the names in the order of their numbers, and the number of each of the data set's classes.
 
     Raises:
-        UserError: the file cannot be read, does not number its names from 0 on, or lacks a class of the data set.
+        UserError: the file cannot be read, does not number its names consecutively from 0, or lacks a class of the
+            data set.
     """
     what = setting("class_map", path)
     try:
@@ -77,7 +78,7 @@ def read_class_map(path: str, names: Sequence[str], data: str) -> tuple[list[str
 
 
 def check_map(path: str, names: Sequence[str], held: Sequence[str], what: str) -> None:
-    """Refuse a class map that contradicts the numbers of a network's classes.
+    """Refuse a class map that numbers a class differently from a network.
 
     Args:
         path: the class map.
@@ -86,7 +87,7 @@ def check_map(path: str, names: Sequence[str], held: Sequence[str], what: str) -
         what: the network, for messages.
 
     Raises:
-        UserError: a class has different numbers in the two.
+        UserError: a class's number in the class map is not its output index.
     """
     outputs = {canonical(name): index for index, name in enumerate(held)}
     for number, name in enumerate(map(canonical, names)):

@@ -47,15 +47,15 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse settings, and report mistakes in one line. Names of settings may be spelled with `-` or `_`.
+    """Parse settings, and report a mistake in one line. Settings may be spelled with `-` or `_`.
 
     Three private parts of argparse (Python 3.10 to 3.12) are used here and nowhere else: `_actions`,
-    `_option_string_actions` and `_negative_number_matcher`. argparse has no public way to list its settings.
+    `_option_string_actions` and `_negative_number_matcher`. argparse has no public way to list the options of a parser.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # argparse's own pattern has no exponents: it would parse the -1e-3 of `--lr -1e-3` as a setting.
+        # argparse's own pattern does not match exponents: the -1e-3 of `--lr -1e-3` would be parsed as an option.
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {' or '.join(similar)}?" if similar else ""
 
     def actions(self) -> dict[str, argparse.Action]:
-        """argparse's actions by option name, with `_` and without leading dashes."""
+        """argparse's actions by option name, with `_` and without leading dashes; `--no-…` is omitted."""
         return {
             option.lstrip("-").replace("-", "_"): action
             for action in self._actions
@@ -100,7 +100,7 @@ class Parser(argparse.ArgumentParser):
         }
 
     def flags(self) -> dict[str, str]:
-        """Flag of each setting, or the placeholder of a positional argument."""
+        """Flags by setting. A positional argument has its placeholder instead."""
         flags: dict[str, str] = {}
         for action in self._actions:
             flags[action.dest] = action.option_strings[0] if action.option_strings else str(action.metavar)
@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type[int] | type[float], low: float, high: float = math.inf, open_low: bool = False) -> Any:
-    """Make an argparse type: a finite number from low to high, inclusive.
+    """Make an argparse type for finite numbers from low to high, inclusive.
 
     Args:
         kind: int or float.
@@ -155,7 +155,7 @@ def run_command(
     parser: Parser | None = None,
     memory_advice: str = "use smaller batches",
 ) -> int:
-    """Run a command. A user error is one line, printed once if all processes share it. Freed memory is kept for reuse.
+    """Run a command. Prints a user error in one line, once if all processes raise it. Keeps freed memory for reuse.
 
     Args:
         name: the script's name, printed before errors.
@@ -164,8 +164,8 @@ def run_command(
         memory_advice: what to do when memory runs out, for messages.
 
     Returns:
-        the exit status: the command's own or 0, 2 for a user error, 75 for a preempted run or a transient error,
-        130 after Ctrl-C.
+        the exit status: the command's, or 0 if it returns none; 2 for a user error; 75 for a preempted run or a
+        transient error; 130 after Ctrl-C.
     """
     keep_freed_memory()
     with unfailing_output():
@@ -217,7 +217,7 @@ def _refuse(name: str, message: str, is_local: bool = False) -> int:
     if is_main_process() or is_local:
         print(f"{name}: {message}", file=sys.stderr, flush=True)
     elif dist.is_initialized():
-        time.sleep(5)  # if all processes fail alike, rank 0 reports the error and ends the others meanwhile
+        time.sleep(5)  # if all ranks fail in this way, rank 0 reports it, and the launcher ends the others meanwhile
         print(f"{name}: process {get_rank()}: {message}", file=sys.stderr, flush=True)
     return USER_ERROR_STATUS
 
@@ -239,7 +239,7 @@ def shared_memory_advice() -> str:
 
 
 def kill_child_processes() -> None:
-    """Kill multiprocessing's children. Loader workers ignore the signal by which Python would end them."""
+    """Kill the child processes of multiprocessing. Loader workers ignore SIGTERM, which Python would send them."""
     if children := multiprocessing.active_children():
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a crashed worker
         for child in children:
@@ -288,7 +288,7 @@ class UnfailingStream:
 
 @contextmanager
 def unfailing_output() -> Iterator[None]:
-    """Make printing safe from failing streams and unencodable characters (printed as \\u…)."""
+    """Keep printing from failing on broken streams and unencodable characters (printed as \\u…)."""
     before = sys.stdout, sys.stderr
     for stream in before:
         if hasattr(stream, "reconfigure"):

@@ -62,7 +62,7 @@ def gpu_memory(device: torch.device) -> dict[str, str]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has finished its work, to include it in a measured time."""
+    """Wait until a device has finished its work, so that a measured time includes it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

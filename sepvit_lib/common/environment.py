@@ -1,6 +1,6 @@
-"""Environment for users without an entry in /etc/passwd or a writable home, as is common in containers.
+"""Environment for users who lack an entry in /etc/passwd or a writable home, as is common in containers.
 
-Every command imports this module before timm and matplotlib, which look up the user's name and home.
+Every command imports this module before timm and matplotlib, which look up the user's name and home folder.
 """
 
 import getpass
@@ -10,7 +10,7 @@ from pathlib import Path
 
 try:
     getpass.getuser()
-except (KeyError, OSError):  # the latter from Python 3.13 on
+except (KeyError, OSError):  # OSError from Python 3.13 on
     os.environ["USER"] = f"uid{os.getuid()}"
 folder = Path(tempfile.gettempdir(), f"home-{getpass.getuser()}")
 try:

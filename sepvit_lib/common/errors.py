@@ -10,7 +10,7 @@ import torch.distributed as dist
 RESUME_STATUS = 75  # exit status for "run the same command again" (EX_TEMPFAIL of sysexits.h)
 INTERRUPT_STATUS = 130  # exit status after Ctrl-C
 USER_ERROR_STATUS = 2
-UNREADABLE_STATUS = 1  # of predict.py: some images are unreadable
+UNREADABLE_STATUS = 1  # exit status of predict.py if some images are unreadable
 
 SETTING = re.compile(r"`([\w.]+)`")
 
@@ -32,14 +32,14 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
 
     Args:
         message: the message.
-        flags: flags by setting, e.g. '--data-path' by 'data_path'. Other names stay as they are; those with dots are
-            keys of a config and lose their quotes.
+        flags: flags by setting, e.g. {'data_path': '--data-path'}. Other names stay as they are, except that keys of a
+            config, which contain dots, lose their backquotes.
     """
     return SETTING.sub(lambda match: flags.get(match[1], match[1] if "." in match[1] else match[0]), message)
 
 
 def one_line(text: str) -> str:
-    """Escape the unprintable characters of a text. File names may contain line breaks and invalid UTF-8."""
+    """Escape the unprintable characters of a string. File names may contain line breaks and invalid UTF-8."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
@@ -47,26 +47,26 @@ class OneLineError(Exception):
     """An error that is reported to the user in one line.
 
     Args:
-        message: the line. Settings are mentioned by name, see `setting`.
+        message: the line. It mentions settings by name; see `setting`.
     """
 
     def __init__(self, message: str = "") -> None:
-        # PyTorch re-raises a loader worker's error as its class, with the whole traceback as the message.
+        # PyTorch re-raises a loader worker's error with the same class, and with the whole traceback as the message.
         if is_worker_traceback(message):
             message = message.strip().splitlines()[-1].partition("Error: ")[2]
         super().__init__(one_line(message))
 
 
 class UserError(OneLineError):
-    """A mistake by the user. The line names the setting, its value and the way out. The exit status is 2."""
+    """A mistake by the user. The line contains the setting, its value and the way out. The exit status is 2."""
 
 
 class LocalError(UserError):
-    """A user error that may occur on a single process. Every affected process reports it."""
+    """A user error that may occur in a single process. Every affected process reports it."""
 
 
 class MachineError(OneLineError):
-    """A transient error of the machine, its storage or its network: rerunning may succeed. The exit status is 75."""
+    """A transient error, caused by the machine, its storage or its network: rerunning may succeed. Exit status 75."""
 
 
 class Preempted(Exception):  # noqa: N818 not an error
@@ -84,7 +84,7 @@ class Preempted(Exception):  # noqa: N818 not an error
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Library errors. PyTorch raises RuntimeError for most of them, so only the text distinguishes them. Each function is
-# tested with texts of the pinned versions (tests/unit/test_private_parts.py, tests/unit/test_failures.py).
+# tested with the texts of the pinned versions (tests/unit/test_private_parts.py, tests/unit/test_failures.py).
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +94,7 @@ def is_worker_traceback(text: str) -> bool:
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether an error is transient: rerunning may succeed. Includes an OOM-killed loader worker."""
+    """Whether an error is transient: rerunning may succeed. Includes a killed loader worker."""
     is_lost_worker = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
     return is_lost_worker or isinstance(error, MachineError)
 
@@ -119,7 +119,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def has_single_value(error: BaseException) -> bool:
-    """Whether BatchNorm got one value per channel in training, which has no variance."""
+    """Whether BatchNorm got a single value per channel in training: a single value has no variance."""
     return isinstance(error, (RuntimeError, ValueError)) and "Expected more than 1 value per channel" in str(error)
 
 
@@ -130,7 +130,7 @@ def out_of_shared_memory(error: BaseException) -> bool:
 
 
 def out_of_files(error: BaseException) -> bool:
-    """Whether the process has too many open files. Each loader worker opens some."""
+    """Whether the process or the system has too many open files. Each loader worker adds some."""
     return (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)) or (
         isinstance(error, RuntimeError) and "Too many open files" in str(error)
     )

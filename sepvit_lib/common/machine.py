@@ -1,4 +1,4 @@
-"""Description of a machine, to record with its measurements."""
+"""Description of a machine, recorded with the measurements made on it."""
 
 import platform
 import re
@@ -56,7 +56,7 @@ def processor_name() -> str:
 
 
 def _processor_info(names: str) -> str:
-    """A value of /proc/cpuinfo; "" if there is none."""
+    """First value in /proc/cpuinfo whose name matches the pattern `names`; "" if there is none."""
     with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(errors="replace")
         if match := re.search(rf"^(?:{names})\s*:\s*(.*)$", text, re.MULTILINE):

@@ -8,7 +8,7 @@ from sepvit_lib.common.errors import USER_ERROR_STATUS, UserError
 
 
 def lacking(*modules: str, extra: str = "tools") -> str:
-    """Describe missing modules and how to install them, in the repository's folder; "" if none are missing."""
+    """Describe missing modules and how to install them from the repository's folder; "" if none are missing."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     return f"needs {', '.join(missing)}: pip install '.[{extra}]'" if missing else ""
 

@@ -1,6 +1,6 @@
 """The processes of a run: joining the process group, printing, and collective calls.
 
-All ranks must make a collective call. In a single process, it returns immediately.
+Every rank must make each collective call. In a single process, such a call returns immediately.
 """
 
 import os
@@ -24,7 +24,7 @@ from sepvit_lib.common.errors import LocalError, MachineError, UserError, one_li
 
 
 def environment_number(name: str, default: int, minimum: int = 0, maximum: int | None = None) -> int:
-    """Read an integer from an environment variable, such as those set by launchers.
+    """Read an integer from an environment variable, such as one set by a launcher.
 
     Args:
         name: the variable.
@@ -43,7 +43,7 @@ def environment_number(name: str, default: int, minimum: int = 0, maximum: int |
 
 
 def _launcher_variables() -> dict[str, str]:
-    """torchrun's variables, derived from those of a SLURM job step with several tasks."""
+    """torchrun's variables, derived from those of a SLURM job step with several tasks; empty otherwise."""
     if "RANK" in os.environ:
         return {}
     if "SLURM_PROCID" not in os.environ or environment_number("SLURM_NTASKS", 1, minimum=1) < 2:
@@ -77,13 +77,14 @@ def init_distributed(device: str, world_size: int, dist_url: str, timeout: float
     """Join the process group if torchrun, torch.distributed.launch or SLURM started several processes.
 
     Args:
-        device: 'cuda', 'mps' or 'cpu', or one with an index. CUDA processes communicate via nccl, others via gloo.
+        device: 'cuda', 'mps' or 'cpu', optionally with an index ('cuda:1'). CUDA processes communicate via nccl, others
+            via gloo.
         world_size: number of processes if the environment does not set it.
         dist_url: rendezvous address (`env://` stands for MASTER_ADDR and MASTER_PORT).
         timeout: seconds that a collective call waits for the other ranks.
 
     Returns:
-        this process's device, which becomes CUDA's current one.
+        this process's device. A GPU becomes CUDA's current device.
 
     Raises:
         UserError: the environment does not set the rank or the address, or the address has an unknown scheme.
@@ -125,9 +126,9 @@ def init_distributed(device: str, world_size: int, dist_url: str, timeout: float
 
 def _rendezvous(dist_url: str, timeout: timedelta) -> dict[str, Any]:
     """Rendezvous arguments for `init_process_group`."""
-    is_one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"  # nodes may differ in their restart counts
+    is_one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"  # several nodes may differ in their restart counts
     if dist_url == "env://" and is_one_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun keeps its store across restarts, with the addresses of dead processes in it.
+        # torchrun keeps its store across restarts, and the addresses of dead processes with it.
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
         return dict(store=dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store))
     return dict(init_method=dist_url)
@@ -174,7 +175,7 @@ def print_main(line: str) -> None:
 
 
 def on_processes(function: Callable[[], None], here: bool) -> None:
-    """Run a function on some ranks. If it fails on one, the call fails on all: no rank waits for another.
+    """Run a function on some ranks. If it fails on one, the call fails on all, so that no rank waits for a failed one.
 
     Args:
         function: the function.
@@ -188,7 +189,7 @@ def on_processes(function: Callable[[], None], here: bool) -> None:
     if here:
         try:
             function()
-        except Exception as error:  # the other ranks wait, whatever it is
+        except Exception as error:  # of any type: the other ranks are waiting
             failure = error
     if get_world_size() > 1:
         sent = failure if failure is None or isinstance(failure, UserError) else RuntimeError(repr(failure))
@@ -233,7 +234,7 @@ def any_rank(device: torch.device, value: bool) -> bool:
 
 
 def all_gather(values: Sequence[str]) -> list[str]:
-    """Concatenate all ranks' values, in the order of the ranks."""
+    """Concatenate the values of all ranks, in the order of the ranks."""
     if get_world_size() == 1:
         return list(values)
     parts: list[Sequence[str]] = [()] * get_world_size()

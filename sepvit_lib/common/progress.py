@@ -15,7 +15,7 @@ class Progress:
     Args:
         batches: the batches.
         title: the start of each line.
-        every: batches between reports. Values on a GPU are read only for reports.
+        every: number of batches between reports. Reading a value from a GPU at every batch would slow the loop.
         total: number of batches, including those done before; 0 if unknown.
         done: number of batches done before, in a resumed epoch.
         later: number of epochs after this one, to estimate the run's remaining time.
@@ -64,7 +64,7 @@ class Progress:
                 self.bar.close()
 
     def advance(self, images: int) -> bool:
-        """Count a batch of `images` images (of all ranks). Returns whether a report is due."""
+        """Count a batch of `images` images, summed over ranks. Returns whether a report is due."""
         self.done += 1
         self.images += images
         return self.done % self.every == 0 or self.done == self.total

@@ -12,7 +12,7 @@ class Stream(IntEnum):
     """What a random number is used for; part of every derived seed.
 
     No generator's state is saved. Random numbers are derived from the seed, their use, and the position in the run.
-    A resumed run draws the same ones, even with a different number of processes or workers.
+    A resumed run draws the same numbers, even with a different number of processes or workers.
     """
 
     WEIGHTS = 0
@@ -43,7 +43,7 @@ def seed_cpu(*numbers: int) -> None:
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """A sample to load: its index in the data set, and the epoch and position in the epoch.
+    """A sample to load: its index in the data set, the epoch, and its position in the epoch.
 
     Epoch and position determine its augmentation, whichever process and worker loads it.
     """

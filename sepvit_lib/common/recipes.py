@@ -15,7 +15,7 @@ from sepvit_lib.common.storage import write_file
 
 ARGS = "args.yaml"
 LAUNCH_SETTINGS = ("config", "local_rank")  # settings of a single launch, not part of a recipe
-SWITCHES = dict(true=0, yes=0, on=0, false=1, no=1, off=1)  # index in the option's strings: --flag, --no-flag
+SWITCHES = dict(true=0, yes=0, on=0, false=1, no=1, off=1)  # index in the action's option_strings: --flag, --no-flag
 
 
 def parse_with_recipe(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,15 +30,15 @@ def parse_with_recipe(parser: Parser, arguments: Sequence[str] | None = None) ->
     try:
         recipe = [argument for entry in read_recipe(args.config) for argument in _arguments_of(*entry, parser)]
         return parser.parse_args([*recipe, *(sys.argv[1:] if arguments is None else arguments)])
-    except UserError as error:  # the command line alone is valid
+    except UserError as error:  # the recipe is at fault: the command line alone was parsed above
         raise UserError(f"{setting('config', args.config)}: {error}") from None
 
 
 def read_recipe(path: str) -> list[tuple[str, Any]]:
-    """Read the settings in a recipe, a YAML mapping. Values stay text: YAML reads 5e-4 as a string and off as false.
+    """Read the settings in a recipe, a YAML mapping. Values stay strings: YAML does not parse 5e-4 as a float.
 
     Raises:
-        UserError: the file cannot be read, is not a YAML mapping, or sets something twice.
+        UserError: the file cannot be read, is not a YAML mapping, or contains a setting twice.
     """
     try:
         loader = yaml.BaseLoader(Path(path).read_text(encoding="utf-8"))
@@ -57,7 +57,7 @@ def read_recipe(path: str) -> list[tuple[str, Any]]:
 
 
 def _arguments_of(key: str, value: Any, parser: Parser) -> list[str]:
-    """Write a recipe's setting as arguments of the command line.
+    """Convert a recipe's setting to command-line arguments.
 
     Raises:
         UserError: the setting is unknown, or its value has the wrong type.

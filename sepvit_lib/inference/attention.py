@@ -1,7 +1,7 @@
 """Record attention among and inside windows on given images, and compute its rollout over blocks.
 
-No copy of the network is involved. Forward hooks capture the inputs and the output of each attention module. The
-module's own methods compute the weights, and an output recomputed from them, which must equal the module's.
+The network is not reimplemented. Forward hooks capture the inputs and the output of each attention module. The module's
+own methods recompute the weights and, from the weights, an output, which must match the captured one.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from sepvit import SeparableSelfAttention, SepViTStages, window_reverse, window_weights
 
-# Maximum difference of a recomputed output, relative to the output's largest value, and of a row's sum from one.
+# Maximum error of a recomputed output, relative to the output's largest value; also maximum error of a row's sum.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
 class BlockAttention:
-    """The attention weights of a block, each row a softmax: it sums to one.
+    """The attention weights of a block. Each row is the output of a softmax, and sums to one.
 
     Shapes use `B` for images, `h` for heads, `n` for windows and `T` for the tokens of a window: its window token, if
     it has one, then its pixels, row by row.
@@ -29,14 +29,14 @@ class BlockAttention:
     Attributes:
         name: the block's name in the network, such as 'blocks.2.1' or 'backbone.blocks.2.1'.
         stage: its stage, 0 to 3.
-        grid: rows and columns of windows.
-        window_size: window side, in pixels of the map.
-        map_size: height and width of the map, without the padding of the last windows.
-        among: weights among windows, B × h × n × n: a row is a window, its columns are the windows that it attends to.
-            None for a block with a single window, which attends to no other.
+        grid: number of rows and of columns of windows.
+        window_size: window side, in pixels of the feature map.
+        map_size: height and width of the feature map, without the padding of the last windows.
+        among: weights among windows, B × h × n × n: row i contains the weights with which window i attends to each
+            window. None for a block with a single window, which attends to no other.
         inside: weights inside windows, B × n × h × T × T.
         has_token: whether the windows have window tokens, which come first in `inside`.
-        difference: largest difference of the recomputed output, relative to the output's largest value.
+        difference: largest error of the recomputed output, relative to the output's largest value.
     """
 
     name: str
@@ -65,7 +65,7 @@ class BlockAttention:
         return self.among.mean(dim=1)
 
     def window_at(self, row: float, column: float) -> tuple[int, int]:
-        """Row and column of the window that an image pixel is in; the nearest window for pixels outside the grid."""
+        """Row and column of the window that contains an image pixel, or of the nearest window if none does."""
         pairs = zip((row, column), self.grid)
         rows, columns = (min(max(int(pixel // self.stride), 0), count - 1) for pixel, count in pairs)
         return rows, columns
@@ -84,11 +84,11 @@ def record_attention(
     Args:
         network: a SepViT in either form, or any module that contains one, such as a segmentor.
         images: B × C_in × H × W, or whatever `run` takes.
-        run: runs the network; None to call it with the images. It may skip blocks.
+        run: runs the network on the images, and may skip blocks; None to call the network on them.
 
     Raises:
-        ValueError: the network has no SepViT, is in training mode, or ran none of its blocks, or one of them twice.
-        RuntimeError: rows of weights do not sum to one, or the output recomputed from them is not the network's.
+        ValueError: the network contains no SepViT or is in training mode, none of its blocks ran, or one ran twice.
+        RuntimeError: rows of weights do not sum to one, or an output recomputed from the weights is not the network's.
     """
     blocks = _named_blocks(network)
     if not blocks:
@@ -112,7 +112,7 @@ def record_attention(
 
 
 def _named_blocks(network: nn.Module) -> dict[str, tuple[SeparableSelfAttention, int]]:
-    """The attention modules and stages of all blocks, by the block's name in the network."""
+    """The attention module and the stage of each block, by the block's name in the network."""
     found = {}
     for prefix, module in network.named_modules():
         if isinstance(module, SepViTStages):
@@ -126,7 +126,7 @@ def _named_blocks(network: nn.Module) -> dict[str, tuple[SeparableSelfAttention,
 def _attention_of(
     name: str, stage: int, attention: SeparableSelfAttention, inputs: tuple[Any, ...], output: Tensor
 ) -> BlockAttention:
-    """Compute a block's attention from the inputs of its attention module, and check it by the output."""
+    """Compute a block's attention from the inputs of its attention module, and check it against the output."""
     z, H, W = inputs
     (B, n), w = z.shape[:2], attention.window_size
     q, k, v = attention.depthwise_heads(z)  # each B·n × h × T × d
@@ -146,10 +146,10 @@ def _attention_of(
 
 
 def _check(name: str, weights: Sequence[Tensor], recomputed: Tensor, output: Tensor) -> float:
-    """Check a block's weights. Returns the largest difference of the output, relative to its largest value.
+    """Check a block's weights. Returns the `difference` of `BlockAttention`.
 
     Raises:
-        RuntimeError: rows do not sum to one, or the outputs differ.
+        RuntimeError: rows do not sum to one, or the recomputed output differs from the network's.
     """
     tolerance = TOLERANCES[output.dtype]
     for rows in weights:
@@ -174,8 +174,8 @@ class Rollout:
 
     Attributes:
         weights: B × m × m, rows sum to one. Row i is the contribution of each cell before the first block to cell i
-            after the last one.
-        grid: rows and columns of cells.
+            after the last block.
+        grid: number of rows and of columns of cells.
         stride: image pixels per side of a cell. Cells in the last row and column may reach beyond the image.
     """
 
@@ -187,16 +187,16 @@ class Rollout:
 def rollout(blocks: Sequence[BlockAttention]) -> Rollout:
     """Multiply the attention among windows over blocks: attention rollout (Abnar and Zuidema, 2020, arXiv 2005.00928).
 
-    Each block contributes (P + I) / 2, where P is its attention among windows, averaged over heads. The shortcut adds
-    the identity in this network too, which computes (P + I) @ f.
+    Each block contributes (P + I) / 2, where P is its attention among windows, averaged over heads. The identity I
+    stands for the shortcut around the attention.
 
-    Grids differ between blocks. The common grid is the finest, of m cells; the others are resampled to it by area. A
-    cell attends like the windows that it overlaps, in proportion to the overlaps: A, m × n, rows sum to one. A window's
-    weight is spread evenly over its area: D, n × m. So P becomes A P D, m × m. Weight on padding is dropped, and rows
-    are divided by their sums. The identity remains that of the cells: the shortcut does not move pixels.
+    Blocks have different grids of windows. The finest, of m cells, is the common grid; P is resampled to it by area,
+    and becomes A P D, m × m. A (m × n, rows sum to one) gives a cell the attention of the windows that it overlaps, in
+    proportion to the overlaps. D (n × m) spreads a window's weight evenly over its area. Weight on padding is dropped,
+    and rows are divided by their sums. I is not resampled: the shortcut does not move pixels.
 
     Blocks with a single window have no attention among windows, and are skipped. Attention inside windows and
-    convolutions, which mix neighbours, are ignored.
+    convolutions, which only mix neighbours, are ignored.
 
     Args:
         blocks: the attention of blocks, in the order in which they ran.
@@ -208,14 +208,14 @@ def rollout(blocks: Sequence[BlockAttention]) -> Rollout:
     if not several:
         raise ValueError("no block has more than one window, so there is no attention among windows to multiply")
     finest = min(several, key=lambda block: block.stride)
-    # Rounded up at each stage, sizes in image pixels are exact only up to the first stage's stride.
+    # Map sizes are rounded up at each stage, so later stages may overestimate the image's size: take the smallest.
     extent = [min(block.map_size[axis] * 4 * 2**block.stage for block in several) for axis in (0, 1)]
     total: Tensor | None = None
     for block in several:
         P = block.among_mean().double()  # B × n × n
         overlaps = [_overlaps(extent[axis], finest.stride, block.stride).to(P.device) for axis in (0, 1)]
         overlap = torch.kron(*overlaps)  # areas in pixels, m × n
-        shared = _normalised(_normalised(overlap) @ P @ overlap.T)  # B × m × m; all windows have one area
+        shared = _normalised(_normalised(overlap) @ P @ overlap.T)  # B × m × m; all windows have the same area
         mixed = (shared + torch.eye(len(overlap), dtype=P.dtype, device=P.device)) / 2
         total = mixed if total is None else mixed @ total
     assert total is not None
@@ -228,7 +228,7 @@ def _overlaps(extent: int, cell: int, window: int) -> Tensor:
     Args:
         extent: length of the image.
         cell: length of a cell. The first starts at 0.
-        window: length of a window. The first starts at 0, too.
+        window: length of a window. The first starts at 0.
     """
     cells, windows = (torch.arange(0, extent, side, dtype=torch.float64) for side in (cell, window))
     ends = torch.minimum((cells + cell)[:, None], (windows + window)[None]).clamp(max=extent)

@@ -18,7 +18,7 @@ class _Log:
 
 
 def _log_statistic(owner: type, name: str) -> str:
-    """Placeholder for `getattr`, with which mmengine's log refers to methods of `HistoryBuffer`.
+    """Placeholder for `getattr`, through which a pickled `HistoryBuffer` refers to its methods.
 
     Raises:
         pickle.UnpicklingError: anything else is requested.
@@ -40,9 +40,9 @@ class Backbone:
     """SepViT's dense form with trained weights.
 
     Attributes:
-        variant: its name, such as SepViT_Tiny.
+        variant: name of the variant, such as SepViT_Tiny.
         network: the network, in evaluation mode.
-        orientation: 'exif' to turn images upright, or 'stored'.
+        orientation: 'exif' to turn images upright, or 'stored' to keep them as stored.
     """
 
     variant: str
@@ -54,15 +54,16 @@ def load_backbone(path: str, what: str, averaged: bool = False) -> Backbone | No
     """Load the backbone of a segmentor or detector, or a backbone alone.
 
     Args:
-        path: path or https address of a checkpoint of mmengine, or of bare weights.
+        path: path or https address of an mmengine checkpoint or of bare weights.
         what: flag and path, for messages.
         averaged: use the averaged weights.
 
     Returns:
-        the backbone; None if the checkpoint contains no dense form.
+        the backbone; None if the checkpoint contains no SepViT in dense form.
 
     Raises:
-        UserError: the file is missing, damaged or not a checkpoint, would run code, or its weights do not fit.
+        UserError: the file is missing, damaged or not a checkpoint, it contains code or no averaged weights, or its
+            weights do not fit.
     """
     checkpoint: dict[str, Any] = checkpoints.read_checkpoint(path, what, LOG_CLASSES)
     weights = checkpoints.weights_of(checkpoint, what, prefer_ema=averaged)

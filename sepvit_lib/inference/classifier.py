@@ -26,7 +26,7 @@ from sepvit_lib.pipeline.preprocessing import Preprocessing
 from sepvit_lib.run import checkpoints
 from sepvit_lib.run.state import Precision
 
-CONFIG = "config.json"  # of a model's folder in timm's layout
+CONFIG = "config.json"  # file in a model folder with timm's layout
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Description:
     Attributes:
         model: timm's name of the network.
         classes: names of the classes, in the order of the outputs.
-        preprocessing: transform from an image to its input.
-        orientation: 'exif' to turn images upright, or 'stored'.
+        preprocessing: transform from an image to the network's input.
+        orientation: 'exif' to turn images upright, or 'stored' to keep them as stored.
     """
 
     model: str
@@ -46,7 +46,7 @@ class Description:
     orientation: str = EXIF
 
     def to_json(self) -> str:
-        """Return it as JSON."""
+        """Return the description as JSON."""
         return json.dumps({**vars(self), "preprocessing": self.preprocessing.to_json()}, ensure_ascii=False)
 
     @classmethod
@@ -66,18 +66,18 @@ class Description:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Turns an image into a classifier's input. Loader workers get a copy.
+    """Callable that turns an image into a classifier's input. It is pickled for loader workers.
 
     Attributes:
         preprocessing: see `Description`.
-        takes_pixels: whether the classifier does the preprocessing itself.
+        takes_pixels: whether the classifier's input is pixels, which it preprocesses itself.
     """
 
     preprocessing: Preprocessing
     takes_pixels: bool = False
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Return an RGB image as 3 × H × W, normalised, or as pixels, H × W × 3, 0 to 255."""
+        """Return an RGB image as a normalised tensor, 3 × H × W, or as pixels, H × W × 3, 0 to 255."""
         if self.takes_pixels:
             return torch.from_numpy(np.array(self.preprocessing.bounded(image)))
         return self.preprocessing.transform()(image)
@@ -88,12 +88,12 @@ class Classifier:
     """A trained classifier.
 
     Attributes:
-        description: its inputs and outputs.
+        description: description of its inputs and outputs.
         prepare: turns an RGB image into its input.
         run: computes logits, B × classes, from inputs, B × 3 × H × W, or from the pixels of one image, as returned by
             `prepare`.
         network: the network itself; None for an exported file.
-        is_named: whether the names of its classes are known. Otherwise they are numbers, or ImageNet's.
+        is_named: whether the names of its classes are known. Otherwise, they are numbers or ImageNet's names.
     """
 
     description: Description
@@ -136,7 +136,8 @@ def load_classifier(
         what: name of the file in messages; by default the setting `resume` and the path.
 
     Raises:
-        UserError: the file is missing or damaged, has no classifier or a different one, or needs a missing package.
+        UserError: the file is missing or damaged, contains no classifier or a network other than `model`, or needs a
+            missing package.
     """
     precision = precision or Precision(torch.device("cpu"), None)
     what = what or setting("resume", path)
@@ -176,12 +177,12 @@ def _exported(path: str, kind: exported.Kind, what: str, precision: Precision) -
 
 
 def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description, Sequence[str] | None]:
-    """Load a folder in timm's layout. Also returns the names of the classes, if it has them."""
+    """Load a folder in timm's layout. Also returns the names of the classes, None if they are unknown."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"{what}: a folder without {CONFIG}; choose a checkpoint in it, or a folder of save_for_hf")
     try:
         network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except Exception as error:  # of any type, for damaged files or other networks
+    except Exception as error:  # of any type, for damaged files and unsupported networks
         raise UserError(f"{what}: timm cannot load it ({' '.join(str(error).split())[:200]})") from None
     fields = network.pretrained_cfg
     orientation = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("orientation", EXIF)
@@ -193,7 +194,7 @@ def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description, Seque
 def _from_checkpoint(
     path: str, model: str, averaged: bool, what: str
 ) -> tuple[nn.Module, Description, Sequence[str] | None]:
-    """Load a checkpoint. Also returns the names of the classes, if it has them."""
+    """Load a checkpoint. Also returns the names of the classes, None if they are unknown."""
     checkpoint = checkpoints.read_checkpoint(path, what)
     if averaged and not checkpoints.has_averaged_weights(checkpoint):
         raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")
@@ -212,7 +213,7 @@ def _from_checkpoint(
 
 
 def _model_name(model: str, checkpoint: Mapping[str, Any], weights: dict[str, Tensor], what: str) -> str:
-    """Find the network's name: the given one, the one in the checkpoint's settings, or the variant of its weights."""
+    """Find the network's name: the given name, the name in the checkpoint's settings, or the variant of the weights."""
     name = model or settings_in(dict(checkpoint)).get("model") or variant_of(weights)
     if not name:
         if variant := variant_of(entries_under(weights, "backbone")):
@@ -233,12 +234,12 @@ def _count_classes(name: str, weights: Mapping[str, Tensor], what: str) -> int:
 
 
 def class_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """Readable names of the classes: ImageNet's words for its codes, and numbers if names are unknown.
+    """Readable names of the classes: words for ImageNet's codes (n01440764), and numbers if the names are unknown.
 
     Duplicate names are followed by the code or the number of the class.
 
     Args:
-        names: names of the classes in the data set; None if unknown, which for 1000 classes means ImageNet's.
+        names: names of the classes in the data set; None if unknown. 1000 unknown classes are taken to be ImageNet's.
         num_classes: number of classes.
     """
     if names is None or len(names) != num_classes:
@@ -253,7 +254,7 @@ def class_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...
 
 
 def _words(codes: ImageNetInfo, code: str) -> str:
-    """ImageNet's words for one of its codes, such as n01440764; the code itself if it has none."""
+    """Words for an ImageNet code, such as n01440764; the code itself if ImageNet does not have it."""
     try:
         return codes.label_name_to_description(code)
     except KeyError:

@@ -1,4 +1,4 @@
-"""Open classifiers exported by tools/export.py, each kind with its runtime."""
+"""Open classifiers exported by tools/export.py, each with the runtime of its kind."""
 
 import logging
 import warnings
@@ -33,7 +33,7 @@ class Kind(Enum):
     TORCHSCRIPT = "TorchScript"
 
 
-PACKAGES = {Kind.ONNX: ("onnxruntime",), Kind.OPENVINO: ("openvino",)}  # in addition to requirements.txt
+PACKAGES = {Kind.ONNX: ("onnxruntime",), Kind.OPENVINO: ("openvino",)}  # needed besides requirements.txt
 
 Session = Callable[[Tensor], list[Tensor]]
 
@@ -43,9 +43,9 @@ class Opened:
     """An exported file, opened.
 
     Attributes:
-        run: computes logits from its input.
-        description: the text that describes it, "" if there is none; see `sepvit_lib.inference.classifier.Description`.
-        takes_pixels: whether its input is an image's pixels, H × W × 3, 0 to 255, instead of normalised images.
+        run: computes logits from the file's input.
+        description: a `sepvit_lib.inference.classifier.Description` as JSON, "" if there is none.
+        takes_pixels: whether the input is the pixels of one image, H × W × 3, 0 to 255, instead of normalised images.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -78,7 +78,8 @@ def open_file(path: Path, kind: Kind, what: str, device: torch.device) -> Opened
         path: the file.
         kind: returned by `kind_of`.
         what: flag and path, for messages.
-        device: device for PyTorch's kinds. The others run on the CPU.
+        device: device for torch.export and TorchScript. AOTInductor uses the device for which the file was compiled,
+            the others the CPU.
 
     Raises:
         UserError: the file is missing or damaged, or its runtime is not installed.
@@ -110,13 +111,13 @@ def onnxruntime_session(model: Path | bytes, threads: int) -> Any:
 
 
 def run_onnxruntime(session: Any) -> Session:
-    """Make a function from a batch to the outputs of a session."""
+    """Make a function that computes a session's outputs for a batch."""
     name = session.get_inputs()[0].name
     return lambda batch: [torch.from_numpy(output) for output in session.run(None, {name: batch.numpy()})]
 
 
 def open_onnx(model: Path | bytes) -> Session:
-    """Open an ONNX file, or its content, as a function from a batch to the outputs, on all cores."""
+    """Open an ONNX file, or its content, as a function that computes the outputs for a batch, on all cores."""
     return run_onnxruntime(onnxruntime_session(model, available_cores()))
 
 
@@ -125,7 +126,8 @@ def compile_openvino(model: Any, number_format: str, threads: int) -> Any:
 
     Args:
         model: the model.
-        number_format: format of products: 'float32', 'bfloat16', or 'int8', where OpenVINO chooses the others.
+        number_format: number format of matrix products and convolutions: 'float32', 'bfloat16', or 'int8' for a
+            quantised model, whose other number formats OpenVINO chooses.
         threads: CPU threads.
     """
     import openvino
@@ -137,7 +139,7 @@ def compile_openvino(model: Any, number_format: str, threads: int) -> Any:
 
 
 def run_openvino(compiled: Any) -> Session:
-    """Make a function from a batch to the outputs of a compiled model. Each call overwrites the outputs of the last."""
+    """Make a function that computes a compiled model's outputs for a batch. A call overwrites the previous outputs."""
 
     def run(batch: Tensor) -> list[Tensor]:
         outputs = compiled(batch.numpy(), share_inputs=True, share_outputs=True)
@@ -164,7 +166,7 @@ def _open_openvino(path: Path, device: torch.device) -> Opened:
 
     @lru_cache(MAX_SHAPES)
     def session(shape: torch.Size) -> Session:
-        """The model compiled for a fixed shape, which is up to twice as fast in int8."""
+        """Compile the model for a fixed shape: in int8, it is up to twice as fast as with dynamic shapes."""
         model.reshape(list(shape))
         return run_openvino(compile_openvino(model, stored(NUMBER_FORMAT, "float32"), available_cores()))
 
@@ -177,20 +179,20 @@ def _open_openvino(path: Path, device: torch.device) -> Opened:
 
 
 def _on(device: torch.device | str, network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Function that runs a network in inference mode, on images moved to its device."""
+    """Make a function that runs a network in inference mode, on images moved to its device."""
     return torch.inference_mode()(lambda images: network(images.to(device)))
 
 
 def _open_exported_program(path: Path, device: torch.device) -> Opened:
     texts = {DESCRIPTION: ""}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the file's buffers, which are never written to
+        warnings.simplefilter("ignore")  # about read-only buffers, which are never written to
         program = torch.export.load(path, extra_files=texts)
     return Opened(_on(device, program.module().to(device)), texts[DESCRIPTION])
 
 
 def _open_aotinductor(path: Path, device: torch.device) -> Opened:
-    # Without a GPU, a module that this imports reports it.
+    # A module imported below warns if there is no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch._inductor import aoti_load_package
 

@@ -11,13 +11,13 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from tqdm import tqdm
 
-INVISIBLE = ("Cc", "Cf", "Cs")  # Unicode's categories of characters without a glyph
+INVISIBLE = ("Cc", "Cf", "Cs")  # Unicode categories of characters without a glyph
 
 
 def font_file(texts: Iterable[str]) -> str:
     """Find the file of a font with all characters of some texts: DejaVu Sans, or a system font.
 
-    If there is none, warn once per script, and use DejaVu Sans.
+    If no font has all of them, warn once per writing system, and use DejaVu Sans.
     """
     return _font_file("".join(sorted(set("".join(texts)))))
 

@@ -22,7 +22,7 @@ from sepvit_lib.pipeline.image_files import (
     reason_of,
 )
 
-PLACEHOLDER = "IMAGE"  # what the commands call an image in their help
+PLACEHOLDER = "IMAGE"  # name of the image arguments in help and messages
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -30,12 +30,12 @@ PLACEHOLDER = "IMAGE"  # what the commands call an image in their help
 
 
 def read_image(source: str | Path | bytes, what: str, orientation: str = EXIF) -> Image.Image:
-    """Read an image in RGB, upright. See `sepvit_lib.pipeline.image_files.decode`.
+    """Read an image in RGB, by default upright. See `sepvit_lib.pipeline.image_files.decode`.
 
     Args:
         source: a path, or a file's content.
         what: name of the image in messages.
-        orientation: 'stored' for a network that was trained on images as stored.
+        orientation: 'exif' to turn it upright, 'stored' for a network that was trained on images as stored.
 
     Raises:
         UserError: it is not an image, is damaged, or is too large to be decoded safely.
@@ -55,18 +55,19 @@ def read_image(source: str | Path | bytes, what: str, orientation: str = EXIF) -
 
 @dataclass(frozen=True)
 class Task:
-    """An image to predict.
+    """An input image for prediction.
 
     Attributes:
         path: its file.
-        inner: its path inside the named folder, or its file name.
+        inner: its path relative to the named folder, or to the common folder of a pattern's matches; for a single file,
+            its name.
     """
 
     path: Path
     inner: Path
 
     def picture(self, out: Path) -> Path:
-        """The file of its picture in a folder. Pictures of a folder's images keep its structure."""
+        """Path of its picture below `out`, which keeps the structure of the input folder."""
         return out / self.inner.with_suffix(".png")
 
 
@@ -74,10 +75,10 @@ def find_images(names: Sequence[str]) -> list[Task]:
     """Find images by file, folder (recursively) or glob pattern. Each is found once.
 
     Args:
-        names: files, folders and patterns. A pattern's ** matches folders of any depth.
+        names: files, folders and patterns. `**` in a pattern matches folders at any depth.
 
     Raises:
-        UserError: there is no such file, or a folder or pattern has no image.
+        UserError: a file does not exist, a folder cannot be read, or a folder or pattern has no image.
     """
     found: dict[str, Task] = {}
     for task in (task for name in names for task in _find(name)):
@@ -119,7 +120,7 @@ def check_pictures(tasks: Sequence[Task], out: Path, overwrite: bool) -> None:
     Args:
         tasks: the images.
         out: folder of their pictures.
-        overwrite: whether earlier pictures may be replaced.
+        overwrite: whether existing pictures may be replaced.
 
     Raises:
         UserError: a picture would overwrite a file that it must not.

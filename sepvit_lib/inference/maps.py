@@ -1,4 +1,4 @@
-"""Maps of a network's window tokens, of its features, and of the attribution of a class to pixels."""
+"""Similarity of a network's window tokens, colours of its feature maps, and attribution of a class to pixels."""
 
 from contextlib import ExitStack
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from sepvit import SepViT, SepViTBlock
 
 COLOURS = 3  # principal components that are shown as red, green and blue
-OUTLIERS = 1.0  # per cent of the values clipped at each end of the colour scale
+OUTLIERS = 1.0  # percentage of the values clipped at each end of the colour scale
 
 
 def token_similarity(block: SepViTBlock) -> Tensor | None:
     """Cosine similarity of a block's learned window tokens, n × n.
 
     Returns:
-        None if the block has no learned tokens, or they are zeros, as they are before training.
+        None if the block has no learned tokens, or one of them is zero, as all are before training.
     """
     if block.win_tokens is None:
         return None
@@ -35,8 +35,8 @@ def principal_components(feature_map: Tensor) -> tuple[np.ndarray, float]:
         feature_map: H' × W' × C.
 
     Returns:
-        colours, H' × W' × 3, 0 to 1: each component on its own scale, with outliers clipped, and zeros for components
-        that a map of few pixels lacks; and the share of the variance that the components explain.
+        colours, H' × W' × 3, 0 to 1, and the share of the variance that the components explain. Each component is
+        scaled by its own range, without outliers. A map of very few pixels has fewer components; the rest are zeros.
     """
     H, W, _ = feature_map.shape
     pixels = feature_map.detach().double().cpu().flatten(0, 1).numpy()  # H'·W' × C
@@ -55,7 +55,7 @@ def attribution(network: SepViT, images: Tensor, label: int) -> list[Tensor]:
     """Attribute a class's logit to the pixels of each stage's map: gradient × activation, summed over channels.
 
     This is HiResCAM (Draelos and Carin, 2020, arXiv 2011.08891). For the last stage, after the final norm, the values
-    of an image sum up to the logit, without the classifier's bias.
+    of an image sum to the logit minus the classifier's bias.
 
     Args:
         network: the classification form, with average pooling, in evaluation mode.

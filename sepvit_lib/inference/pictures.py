@@ -1,4 +1,4 @@
-"""Pictures with an image's likeliest classes on them."""
+"""Pictures of an image with its likeliest classes."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,7 +41,7 @@ def with_classes(image: Image.Image, classes: Sequence[tuple[str, float]]) -> Im
 
 
 def write_picture(path: Path, write: Callable[[IO[bytes]], object], out: str) -> None:
-    """Write a picture atomically. Makes its folder.
+    """Write a picture atomically, and make its folder.
 
     Args:
         path: its file.
@@ -49,7 +49,7 @@ def write_picture(path: Path, write: Callable[[IO[bytes]], object], out: str) ->
         out: the folder of all pictures, as the user wrote it.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the picture cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def write_picture(path: Path, write: Callable[[IO[bytes]], object], out: str) ->
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """Shorten a text to a width in pixels."""
+    """Shorten text to a width in pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -1,6 +1,6 @@
 """Shared by segmentation and detection: the registered backbones, and commands built on mmengine's runner.
 
-Importing any module of this package offers torchvision's operators to mmcv, if mmcv is without its compiled ones.
+Importing any module of this package makes torchvision's operators available to mmcv where it has no compiled ones.
 """
 
 from sepvit_lib.mm.operators import offer

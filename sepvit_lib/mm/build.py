@@ -1,4 +1,4 @@
-"""Build models from a config: required parts, one-line errors of libraries, and matching weights."""
+"""Build models from a config: check its required parts, report libraries' errors in one line, check weights."""
 
 import copy
 import logging
@@ -21,15 +21,15 @@ from sepvit_lib.mm.console import quiet, without_noise
 from sepvit_lib.mm.runner import VARIANT_HINT, unwrapped
 from sepvit_lib.run.checkpoints import load_weights, weights_of
 
-COCO_CLASSES = 80  # number of classes of mmdet's heads by default
+COCO_CLASSES = 80  # default number of classes of mmdet's heads
 
 
 def check_training_parts(cfg: Config, where: str) -> None:
-    """Refuse configs that cannot train. Sets incomplete test parts to None, since training does not use them.
+    """Refuse configs that cannot train. If a test part is missing, sets all of them to None: training needs none.
 
     Args:
         cfg: the config.
-        where: names the config in messages.
+        where: name of the config in messages.
 
     Raises:
         UserError: a part is missing.
@@ -43,11 +43,11 @@ def check_training_parts(cfg: Config, where: str) -> None:
 
 
 def check_test_parts(cfg: Config, where: str) -> None:
-    """Refuse configs without test data.
+    """Refuse configs without test data. `test_cfg` and `test_evaluator` default to empty.
 
     Args:
         cfg: the config.
-        where: names the config in messages.
+        where: name of the config in messages.
 
     Raises:
         UserError: there is no `test_dataloader`.
@@ -73,8 +73,8 @@ def build_errors(where: str, is_built: Callable[[], bool] = lambda: False) -> It
     """Report errors that libraries raise while building the parts of a config, in one line.
 
     Args:
-        where: names the config in messages.
-        is_built: whether building is complete. Later errors are not the config's, and pass through.
+        where: name of the config in messages.
+        is_built: whether building is complete. Later errors are not due to the config, and pass through.
 
     Raises:
         BuildError: a part cannot be built.
@@ -109,7 +109,7 @@ def build_model(cfg: Config) -> nn.Module:
 
 
 def check_weights(model: nn.Module, checkpoint: dict[str, Any], what: str) -> None:
-    """Load a checkpoint into a model. Refuse one that does not fit.
+    """Load a checkpoint into a model. Refuse a checkpoint that does not fit.
 
     Args:
         model: the model, whose weights are replaced.

@@ -1,4 +1,4 @@
-"""Checks that a config's data sets, heads and checkpoint agree on the classes."""
+"""Check that a config's data sets, heads and checkpoint agree on the classes."""
 
 import inspect
 import os
@@ -24,7 +24,7 @@ from sepvit_lib.mm.config_lookup import (
     step_name,
 )
 
-OF_LABELLED = ("img_suffix", "seg_map_suffix", "reduce_zero_label")  # of mmseg's data sets
+OF_LABELLED = ("img_suffix", "seg_map_suffix", "reduce_zero_label")  # settings of mmseg's data sets
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -39,7 +39,7 @@ def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
         loaders: names of the data loaders that will be used.
 
     Raises:
-        UserError: they disagree. The message has both sides.
+        UserError: the parts disagree. The message states both values.
     """
     names: tuple[str, ...] | None = None
     first = ""
@@ -74,7 +74,7 @@ def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
 
 
 def _names_of(key: str, node: Mapping[str, Any], kind: Any) -> tuple[str, ...] | None:
-    """Return a data set's classes. Refuse a single name without a comma, and fewer than two classes to segment."""
+    """Return a data set's classes. Refuse a bare name instead of a tuple, and segmentation with fewer than two."""
     stated = (node.get("metainfo") or {}).get("classes")
     if isinstance(stated, str) and not os.path.isfile(stated):
         hint = f"a single name needs a comma, ({stated!r},)"
@@ -90,9 +90,9 @@ def _names_of(key: str, node: Mapping[str, Any], kind: Any) -> tuple[str, ...] |
 
 
 def _check_top(cfg: Config, loader: str) -> None:
-    """Refuse top-level data settings and classes that differ from the data sets': mmengine does not copy them.
+    """Refuse data settings at the top of the config that none of a loader's data sets has.
 
-    None at the top level is ignored.
+    mmengine does not copy them into the data sets, so they would have no effect. Empty values are ignored.
     """
     sets = [*data_sets(cfg, loader)]
     classes = [tuple(classes_of(node, kind) or ()) for node, kind in sets]
@@ -116,7 +116,7 @@ def _root_of(node: Any) -> str:
 
 
 def _setting_of(node: Mapping[str, Any], kind: Any, name: str) -> Any:
-    """Return a data set's setting, or the default of its class or a parent class."""
+    """Return a data set's setting, or its default in the constructor of the class or a base class."""
     signatures = (inspect.signature(one).parameters for one in kind.__mro__ if "__init__" in vars(one))
     return node.get(name, next((found[name].default for found in signatures if name in found), None))
 
@@ -134,13 +134,13 @@ def classes_in(checkpoint: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def has_other_classes(cfg: Config, checkpoint: Mapping[str, Any], loader: str) -> bool:
-    """Whether a checkpoint was trained on classes with different names than a loader's. Their order may differ."""
+    """Whether a checkpoint's class names differ from a loader's, regardless of order. False if either has none."""
     held, names = classes_in(checkpoint), _classes_of_loader(cfg, loader)
     return None not in (held, names) and sorted(map(canonical, held or ())) != sorted(map(canonical, names or ()))
 
 
 def match_classes(cfg: Config, checkpoint: Mapping[str, Any], what: str, loaders: Sequence[str]) -> None:
-    """Renumber the classes of data sets to match a checkpoint, by name.
+    """Renumber the data sets' classes in the order of a checkpoint's, matching them by name.
 
     Args:
         cfg: the config, with the same classes in all data sets.
@@ -149,7 +149,7 @@ def match_classes(cfg: Config, checkpoint: Mapping[str, Any], what: str, loaders
         loaders: names of the data loaders that will be used.
 
     Raises:
-        UserError: names differ, or a data set cannot be renumbered.
+        UserError: the names differ, or the classes of a data set cannot be renumbered.
     """
     held, names = classes_in(checkpoint), _classes_of_loader(cfg, loaders[0])
     if names is None:
@@ -174,20 +174,20 @@ def _classes_of_loader(cfg: Config, loader: str) -> tuple[str, ...] | None:
 
 
 def _renumber(node: Any, kind: Any, held: Sequence[str], order: list[int], problem: str) -> None:
-    """Renumber the classes of a data set in a checkpoint's order.
+    """Renumber the classes of one data set in a checkpoint's order.
 
     Args:
         node: the data set's settings.
         kind: its class.
         held: the names of the classes, in the checkpoint's order and spelling.
-        order: index in the checkpoint of each of the data set's classes.
-        problem: start of the message if they cannot be renumbered.
+        order: for each of the data set's classes, its index in the checkpoint.
+        problem: start of the message if the classes cannot be renumbered.
 
     Raises:
-        UserError: they cannot.
+        UserError: the classes cannot be renumbered.
     """
     meta, has_moved = dict(node.get("metainfo") or {}), order != sorted(order)
-    if has_moved and is_kind(kind, SEGMENTATION) and not kind.METAINFO.get("classes"):  # else numbered by their names
+    if has_moved and is_kind(kind, SEGMENTATION) and not kind.METAINFO.get("classes"):  # else mmseg maps them by name
         for step in dicts(node.get("pipeline")):
             name = step_name(step)
             if name in LOADS_LABELS:

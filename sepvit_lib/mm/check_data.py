@@ -37,16 +37,16 @@ from sepvit_lib.mm.image_loading import MAX_LABEL, LoadReadableLabels
 from sepvit_lib.pipeline.image_files import IMAGE_SUFFIXES, evenly_spaced, is_hidden
 from sepvit_lib.pipeline.unreadable import UnreadableImageError, unreadable_limit
 
-# Maximum number of label maps read to find classes without pixels, and how many of them each class needs: among many
-# classes, some are rare.
+# Maximum number of label maps read to find classes without pixels, and the minimum number per class: with fewer, rare
+# classes could be missing from the sample by chance.
 MAX_LABELS, LABELS_PER_CLASS = 200, 10
-LISTS = ("images", "annotations", "categories")  # of COCO's format
+LISTS = ("images", "annotations", "categories")  # in a file of COCO's format
 
 
 def check_data(cfg: Config, *loaders: str) -> None:
     """Refuse data that are missing or do not fit, before anything is built.
 
-    Pixels are not read.
+    Images are not decoded, only `MAX_LABELS` or fewer label maps of the training set.
 
     Args:
         cfg: the config.
@@ -81,7 +81,7 @@ def check_orientations(cfg: Config) -> None:
     """Refuse pipelines that read images in different orientations.
 
     Raises:
-        UserError: they do.
+        UserError: the orientations differ.
     """
     found = {part: orientations_in(cfg[part]) for part in (*LOADERS, "tta_pipeline", "custom_hooks") if cfg.get(part)}
     if len(set().union(*found.values())) > 1:
@@ -92,6 +92,8 @@ def check_orientations(cfg: Config) -> None:
 
 def check_reading(cfg: Config, checkpoint: Mapping[str, Any], what: str) -> None:
     """Refuse to test a network on images in a different orientation than its training images.
+
+    The difference matters only if some training images had an EXIF orientation.
 
     Args:
         cfg: the config.
@@ -137,7 +139,7 @@ def check_paths(part: str, node: Mapping[str, Any]) -> None:
 
 
 def missing_files(paths: Sequence[str], folder: str) -> list[str]:
-    """Return the paths that do not exist. Those in the folder are looked up in its listing."""
+    """Return those of the paths that do not exist. The folder is listed once, which is faster than looking up each."""
     present = files_below(folder)
     return [path for path in paths if os.path.relpath(path, folder) not in present and not os.path.isfile(path)]
 
@@ -154,7 +156,7 @@ def files_below(folder: str) -> set[str]:
 
 
 def unread(node: Mapping[str, Any], kind: Any) -> Any:
-    """Build a data set without reading its annotations."""
+    """Build a data set without its pipeline, and without reading its annotations."""
     settings = {key: value for key, value in node.items() if key not in ("type", "_scope_")}
     return kind(**settings | dict(pipeline=[], lazy_init=True))
 
@@ -192,7 +194,7 @@ def check_segmentation(part: str, node: Mapping[str, Any], kind: Any) -> None:
         return
     label_folder = dataset.data_prefix["seg_map_path"]
     if lost := missing_files(labels, label_folder):
-        words = f"{len(lost)} of {len(labels)} are missing, the first is {lost[0]}, of {images[labels.index(lost[0])]}"
+        words = f"{len(lost)} of {len(labels)} are missing, the first is {lost[0]}, for {images[labels.index(lost[0])]}"
         hint = f"labels have their image's name with seg_map_suffix={dataset.seg_map_suffix!r}"
         raise UserError(f"{part} labels {label_folder}: {words}; {hint}")
     if part == "train":
@@ -202,9 +204,9 @@ def check_segmentation(part: str, node: Mapping[str, Any], kind: Any) -> None:
 def warn_of_unmet_classes(
     node: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], names: Sequence[str], folder: str
 ) -> None:
-    """Warn of classes without pixels, as in masks of 0 and 255. Of many label maps, only a sample is read.
+    """Warn of classes without pixels, as in masks with the values 0 and 255. Of many label maps, a sample is read.
 
-    Does nothing if there are too many classes for such a sample.
+    Does nothing if there are too many classes for a sample of `MAX_LABELS`.
 
     Args:
         node: the settings of a training data set.
@@ -219,7 +221,7 @@ def warn_of_unmet_classes(
     chosen = evenly_spaced(samples, MAX_LABELS)
     met: set[int] = set()
     for sample in chosen:
-        with suppress(UnreadableImageError):  # training names it
+        with suppress(UnreadableImageError):  # training reports it
             met.update(np.unique(load.transform(dict(sample))["gt_seg_map"]).tolist())
     if unmet := [name for number, name in enumerate(names) if number not in met]:
         ignored = f"; {MAX_LABEL} is ignored" if MAX_LABEL in met else ""
@@ -238,13 +240,13 @@ def is_finite(value: Any) -> bool:
 
 
 def has_finite_box(annotation: Mapping[str, Any]) -> bool:
-    """Whether the box of an annotation is four finite numbers."""
+    """Whether the box of an annotation is four finite numbers. True if there is no box."""
     box = annotation.get("bbox", (0, 0, 0, 0))
     return isinstance(box, (list, tuple)) and len(box) == 4 and all(map(is_finite, box))
 
 
 def sound_polygons(mask: Sequence[Any]) -> list[Any]:
-    """Return the valid polygons of a mask: at least three corners, with finite coordinates."""
+    """Return the valid polygons of a mask: those with at least three corners and only finite coordinates."""
     polygons = [one for one in mask if isinstance(one, list) and len(one) >= 6 and len(one) % 2 == 0]
     return [one for one in polygons if not any(isinstance(x, float) and not math.isfinite(x) for x in one)]
 
@@ -256,7 +258,7 @@ def has_usable_mask(annotation: Mapping[str, Any]) -> bool:
 
 
 def check_coco(cfg: Config, part: str, node: Mapping[str, Any], kind: Any) -> None:
-    """Refuse COCO annotations that are damaged or do not match the classes or images. Warn of skipped ones.
+    """Refuse COCO annotations that are damaged or do not match the classes or images. Warn of skipped annotations.
 
     Args:
         cfg: the config.
@@ -265,7 +267,7 @@ def check_coco(cfg: Config, part: str, node: Mapping[str, Any], kind: Any) -> No
         kind: its class.
 
     Raises:
-        UserError: they are damaged or do not match.
+        UserError: the annotations are damaged or do not match.
     """
     root, names = node.get("data_root") or "", classes_of(node, kind) or ()
     path = os.path.join(root, node.get("ann_file") or "")
@@ -281,7 +283,7 @@ def check_coco(cfg: Config, part: str, node: Mapping[str, Any], kind: Any) -> No
         check_objects(what, content, names, has_step(node, "LoadAnnotations", "LoadReadableInstances", with_mask=True))
     folder = os.path.join(root, (node.get("data_prefix") or {}).get("img", ""))
     images = [os.path.join(folder, image["file_name"]) for image in content["images"]]
-    limit = unreadable_limit("skip", len(images)) if part == "train" else 0  # training replaces a few
+    limit = unreadable_limit("skip", len(images)) if part == "train" else 0  # training replaces a few unreadable images
     if len(lost := missing_files(images, folder)) > limit:
         words = f"{len(lost)} of its {len(images)} images are missing, the first is {lost[0]}"
         raise UserError(f"{what}: {words}; put them there, or set data_prefix=dict(img=FOLDER)")
@@ -292,11 +294,11 @@ def read_annotations(path: str, what: str, needs_objects: bool) -> dict[str, Any
 
     Args:
         path: the file.
-        what: names the file in messages.
+        what: name of the file in messages.
         needs_objects: whether annotations are required.
 
     Raises:
-        UserError: it is missing, truncated or not COCO's format.
+        UserError: the file is missing, truncated or not in COCO's format.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -315,7 +317,9 @@ def read_annotations(path: str, what: str, needs_objects: bool) -> dict[str, Any
 
 
 def check_categories(what: str, content: Mapping[str, Any], classes: Sequence[str]) -> None:
-    """Refuse categories that do not contain each class exactly once. The message has both lists.
+    """Refuse categories that do not contain each class exactly once.
+
+    If a class is missing, the message lists the classes and the file's categories.
 
     Args:
         what: the file, for messages.
@@ -336,7 +340,7 @@ def check_categories(what: str, content: Mapping[str, Any], classes: Sequence[st
 
 
 def check_objects(what: str, content: Mapping[str, Any], classes: Sequence[str], needs_masks: bool) -> None:
-    """Refuse annotations without usable objects. Warn of skipped ones.
+    """Refuse annotations without usable objects. Warn of skipped annotations.
 
     Args:
         what: the file, for messages.
@@ -345,7 +349,7 @@ def check_objects(what: str, content: Mapping[str, Any], classes: Sequence[str],
         needs_masks: whether each object needs a mask.
 
     Raises:
-        UserError: there is no object, or none has a mask.
+        UserError: no annotation is usable, or masks are needed and no usable annotation has one.
     """
     wanted, objects = set(map(canonical, classes)), content["annotations"]
     known = {category["id"] for category in content["categories"] if canonical(str(category["name"])) in wanted}

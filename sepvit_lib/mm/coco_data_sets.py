@@ -20,14 +20,14 @@ from sepvit_lib.pipeline.unreadable import UnreadableImageError
 class CompleteCOCO(COCO):
     """COCO's annotations, completed and cleaned.
 
-    - `iscrowd` defaults to 0, `area` to that of the mask or box.
+    - `iscrowd` defaults to 0, `area` to the area of the mask, or of the box if there is no mask.
     - Annotation ids are renumbered from 1: pycocotools treats a match with id 0 as no match.
-    - Annotations with non-finite boxes are skipped, and so are invalid polygons.
+    - Annotations with non-finite boxes are skipped, and invalid polygons are removed.
     """
 
     def createIndex(self) -> None:
         """Complete and clean the annotations, and index them."""
-        self.dataset.setdefault("info", {})  # copied into results
+        self.dataset.setdefault("info", {})  # pycocotools copies it into results
         self.dataset.setdefault("licenses", [])
         annotations = [one for one in self.dataset.get("annotations") or () if has_finite_box(one)]
         self.dataset["annotations"] = annotations
@@ -54,7 +54,7 @@ class CompleteCOCO(COCO):
     def get_cat_ids(
         self, cat_names: Sequence[str] = (), sup_names: Sequence[str] = (), cat_ids: Sequence[int] = ()
     ) -> list[int]:
-        """Return the ids of categories in the order of the names, in which labels are numbered.
+        """Return the ids of categories in the order of the given names, which is the order of the labels.
 
         Raises:
             UserError: no category has one of the names.
@@ -68,7 +68,7 @@ class CompleteCOCO(COCO):
         return [ids[canonical(name)] for name in cat_names]
 
     def ignore_objects_without_mask(self) -> None:
-        """Count objects with unusable masks neither as found nor as missed, as mask training ignores them."""
+        """Mark objects with unusable masks as crowds, to ignore them in evaluation as mask training does."""
         for annotation in self.dataset["annotations"]:
             if annotation.get("segmentation") and not has_usable_mask(annotation):
                 x, y, width, height = annotation["bbox"]
@@ -76,20 +76,20 @@ class CompleteCOCO(COCO):
                 annotation["iscrowd"] = 1
 
 
-CocoDataset.COCOAPI = CompleteCOCO  # in subclasses, too, whose labels are numbered the same way
+CocoDataset.COCOAPI = CompleteCOCO  # also used by its subclasses, whose labels are then numbered in the same way
 
 
 @DATASETS.register_module()
 class CompleteCocoDataset(CocoDataset):
-    """mmdet's `CocoDataset`, with completed annotations."""
+    """mmdet's `CocoDataset`, with the annotations of `CompleteCOCO`."""
 
 
 @METRICS.register_module()
 class CompleteCocoMetric(CocoMetric):
-    """mmdet's `CocoMetric`, with completed annotations.
+    """mmdet's `CocoMetric`, with the annotations of `CompleteCOCO`.
 
     Args:
-        ann_file: the annotations, see `CocoMetric`.
+        ann_file: the annotation file; see `CocoMetric`.
         **kwargs: other arguments of `CocoMetric`.
     """
 
@@ -100,7 +100,7 @@ class CompleteCocoMetric(CocoMetric):
                 self._coco_api = CompleteCOCO(path)
 
     def results2json(self, results: Sequence[dict[str, Any]], outfile_prefix: str) -> dict[str, str]:
-        """Write the detections, with the category of each label. See `CocoMetric`."""
+        """Write the detections with the category id of each label. See `CocoMetric`."""
         if isinstance(self._coco_api, CompleteCOCO) and "masks" in results[0]:
             self._coco_api.ignore_objects_without_mask()
         self.cat_ids = self._coco_api.get_cat_ids(cat_names=self.dataset_meta["classes"])
@@ -117,7 +117,7 @@ class LoadReadableInstances(LoadAnnotations):
         """Load boxes and masks into `results`.
 
         Raises:
-            UnreadableImageError: they are damaged.
+            UnreadableImageError: the boxes or masks are damaged.
         """
         try:
             return super().transform(results)

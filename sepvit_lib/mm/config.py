@@ -26,11 +26,11 @@ from sepvit_lib.run.checkpoints import weights_of, wrong_variant
 
 OWN_DATA_SETS = dict(
     mmseg="sepvit_lib.mm.ade_data_sets", mmdet="sepvit_lib.mm.coco_data_sets"
-)  # modules that adapt a library's data sets
-# Old and new names of modules that configs of earlier runs import from `dense` and `sepvit_lib.dense`.
+)  # by library: the module that adapts its data sets
+# Configs of earlier runs import these modules from `dense` or `sepvit_lib.dense`. Old name: new name.
 FORMER_MODULES = dict(backbone="backbone", coco="coco_data_sets", labelled="ade_data_sets", loading="image_loading")
 FORMER_MODULE = re.compile(rf"^(?:sepvit_lib\.)?dense\.({'|'.join(FORMER_MODULES)})\b")
-# Old flags of mmsegmentation 0.10 and mmdetection 2.8, and their replacements.
+# Old flags of mmsegmentation 0.10 and mmdetection 2.8, with hints at their replacements.
 FORMER = {"--options": "use --cfg-options KEY=VALUE, with test_evaluator.KEY=VALUE for the evaluation"}
 FORMER_OF_TRAINING = {
     "--resume-from": "use --resume PATH",
@@ -62,7 +62,7 @@ class CommandParser(Parser):
         """Parse a command line; see argparse.
 
         Raises:
-            UserError: a setting is an old one, unknown, missing, or has an invalid value.
+            UserError: a flag is old, unknown or missing, or has an invalid value.
         """
         arguments = sys.argv[1:] if args is None else args
         for flag in (argument.partition("=")[0].replace("_", "-") for argument in arguments):
@@ -78,7 +78,7 @@ def build_parser(
 
     Args:
         description: what the command does.
-        launchers: whether it can run on several processes.
+        launchers: whether the command can run in several processes.
         former: hints for old flags, besides `FORMER`.
     """
     formatter = argparse.RawDescriptionHelpFormatter
@@ -106,7 +106,7 @@ def read_config(args: argparse.Namespace) -> Config:
     """Read the config named on a command line, apply its `--cfg-options`, and check their names and values.
 
     Raises:
-        UserError: the file is missing or is not a config, or an option is refused.
+        UserError: the file is missing or is not a config, or an option is rejected.
     """
     where, options = where_of(args), args.cfg_options
     cfg = _read_file(args.config, where)
@@ -158,7 +158,7 @@ def _unformatted(cfg: Config) -> Config:
 
 
 def _renamed(names: Any) -> Any:
-    """Update the module names in a config that an earlier run wrote."""
+    """Replace old module names, which the configs of earlier runs contain."""
     if isinstance(names, list):
         return [_renamed(name) for name in names]
     if isinstance(names, str):
@@ -167,7 +167,7 @@ def _renamed(names: Any) -> Any:
 
 
 def _enter_scope(cfg: Config) -> None:
-    """Register the classes of the config's library."""
+    """Register the classes of the config's library, and make it mmengine's default scope."""
     scope = cfg.get("default_scope") or "mmengine"
     if scope in OWN_DATA_SETS:
         parts = ("datasets", "engine", "evaluation", "models", "visualization")
@@ -176,7 +176,7 @@ def _enter_scope(cfg: Config) -> None:
 
 
 def _complete_pretrained(cfg: Config, options: Mapping[str, Any]) -> None:
-    """Complete the settings of pretrained weights. A `pretrained` option overrides the config's `init_cfg`."""
+    """Add a missing type to the backbone's `init_cfg`. A `pretrained` option replaces the whole `init_cfg`."""
     backbone = cfg.model.backbone
     settings = backbone.get("init_cfg")
     if options.get("model.backbone.pretrained"):
@@ -193,12 +193,12 @@ def drop_pretrained(cfg: Config) -> None:
 
 
 def join_processes(cfg: Config, args: argparse.Namespace, timeout: float = 1800.0) -> None:
-    """Join the process group of `--launcher`: nccl for GPUs, gloo for CPUs.
+    """Join the process group if `--launcher` started several processes: nccl for GPUs, gloo for CPUs.
 
-    mmengine could start the group too, but it calls CUDA even for gloo.
+    mmengine could join the group too, but it calls CUDA even for gloo.
 
     Args:
-        cfg: the config. A job step of SLURM with one task needs no launcher.
+        cfg: the config. Its launcher becomes 'none' in a SLURM job step with a single task.
         args: the command line.
         timeout: seconds that a collective call waits for the other ranks.
 
@@ -223,7 +223,7 @@ def join_processes(cfg: Config, args: argparse.Namespace, timeout: float = 1800.
 
 
 def read_model_checkpoint(cfg: Config, path: str, flag: str) -> dict[str, Any]:
-    """Read the checkpoint of a whole segmentor or detector safely, and check its variant against the config's.
+    """Read the checkpoint of a whole segmentor or detector without running code, and check its SepViT variant.
 
     Args:
         cfg: the config.

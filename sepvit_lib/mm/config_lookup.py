@@ -16,9 +16,9 @@ SEGMENTATION = "mmseg.datasets.basesegdataset.BaseSegDataset"
 COCO = ("mmdet.datasets.coco.CocoDataset", "sepvit_lib.mm.coco_data_sets.CompleteCocoDataset")
 LOADS_IMAGES = ("LoadImageFromFile", "LoadReadableImage")  # transforms that load images
 LOADS_LABELS = ("LoadAnnotations", "LoadReadableLabels")  # transforms that load label maps
-# Heads that predict the data set's classes. First stages predict a single class, stuff heads different ones.
+# Heads that predict the data set's classes: not RPNs, which predict a single class, nor heads for stuff classes.
 HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "roi_head.bbox_head", "roi_head.mask_head")
-OTHER_HEADS = ("STDCHead",)  # found under the same keys, but predicts boundaries
+OTHER_HEADS = ("STDCHead",)  # may be under the same keys, but predicts boundaries
 
 
 def dicts(node: Any) -> Iterator[Any]:
@@ -35,12 +35,12 @@ def as_list(value: Any) -> list[Any]:
 
 
 def class_name(kind: type) -> str:
-    """Return the module and name of a class."""
+    """Return the full name of a class: its module and qualified name."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def resolve(registry: Registry, node: Mapping[str, Any]) -> type | None:
-    """Return the class that a registry builds from a config dict, None if there is none."""
+    """Return the class that a registry would build from a config dict; None if it has no such class."""
     kind = node.get("type")
     if isinstance(kind, str):
         with registry.switch_scope_and_registry(node.get("_scope_")) as scoped:
@@ -49,12 +49,12 @@ def resolve(registry: Registry, node: Mapping[str, Any]) -> type | None:
 
 
 def is_kind(kind: type, name: str) -> bool:
-    """Whether a class is one of the given name (see `class_name`), or derived from it."""
+    """Whether a class, or one of its base classes, has the given full name (see `class_name`)."""
     return any(class_name(parent) == name for parent in kind.__mro__)
 
 
 def data_sets(cfg: Config, loader: str) -> Iterator[tuple[Any, Any]]:
-    """Yield the settings and class of each data set of a loader. Wrappers of data sets are skipped."""
+    """Yield the settings and class of each data set of a loader. Wrappers such as `ConcatDataset` are skipped."""
     for node in dicts((cfg.get(loader) or {}).get("dataset")):
         kind = resolve(DATASETS, node)
         if kind is not None and is_kind(kind, BASE):
@@ -62,22 +62,22 @@ def data_sets(cfg: Config, loader: str) -> Iterator[tuple[Any, Any]]:
 
 
 def inner_data_sets(dataset: Any) -> list[Any]:
-    """Return the data sets that a built data set wraps."""
+    """Return the data sets that a built data set wraps directly; none if it is not a wrapper."""
     several = getattr(dataset, "datasets", None)
     return list(several) if several else [one for one in [getattr(dataset, "dataset", None)] if one is not None]
 
 
 def stated_classes(node: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names in `metainfo.classes` of a config dict, or in the file that it names; () if there are none.
+    """Return the class names that `metainfo.classes` of a config dict states; () if there are none.
 
-    mmengine reads such a file, with one name per line.
+    As in mmengine, `metainfo.classes` may also be the path of a file with one name per line.
     """
     stated = (node.get("metainfo") or {}).get("classes") or ()
     return tuple(list_from_file(stated) if isinstance(stated, str) and os.path.isfile(stated) else stated)
 
 
 def classes_of(node: Mapping[str, Any], kind: Any) -> tuple[str, ...] | None:
-    """Return the names of a data set's classes, None if it has none.
+    """Return the names of a data set's classes: those of `metainfo`, or the class's own. None if there are none.
 
     Args:
         node: its settings.
@@ -93,7 +93,7 @@ def is_remote(path: str) -> bool:
 
 
 def is_elsewhere(node: Mapping[str, Any]) -> bool:
-    """Whether a data set's files are not on this machine's disks and cannot be listed."""
+    """Whether a data set's files may be in remote storage, where they are not listed."""
     return is_remote(node.get("data_root") or "") or bool(node.get("backend_args"))
 
 
@@ -109,12 +109,12 @@ def has_step(node: Any, *types: str, **settings: Any) -> bool:
 
 
 def orientations_in(node: Any) -> set[str]:
-    """Orientations in which the transforms in part of a config load images."""
+    """Orientations that the image-loading transforms in a part of a config use."""
     return {step.get("orientation", STORED) for step in dicts(node) if step_name(step) in LOADS_IMAGES}
 
 
 def orientation_in(node: Any) -> str:
-    """Orientation in which a loader reads its images; 'stored' if it uses other transforms."""
+    """Orientation in which a loader reads its images: 'exif' if a transform states it, otherwise 'stored'."""
     return EXIF if EXIF in orientations_in(node) else STORED
 
 

@@ -19,7 +19,7 @@ from sepvit_lib.common.processes import is_main_process
 # Lines that libraries print or log on every run.
 NOISE = (
     r"Could not import OneDL",  # of mmseg: an optional data format
-    r"Line NMS is not compiled\.",  # of mmdet: for a detector of traffic lanes
+    r"Line NMS is not compiled\.",  # of mmdet: for lane detection
     r'"FileClient" will be deprecated',  # of mmengine about itself
     r'"HardDiskBackend" is the alias',
     r"The prefix is not set in metric class",  # of mmengine about IoUMetric
@@ -37,10 +37,10 @@ noise = re.compile("|".join(NOISE))
 
 
 class ConsoleFilter(logging.Filter):
-    """Keep log records off the console. Log files get all of them.
+    """Keep noise, and on request low levels, off a logger's console output. Log files get every record.
 
     Attributes:
-        level: level below which all records are dropped, not only noise.
+        level: records below this level are dropped, even if they are not noise.
     """
 
     level = logging.NOTSET
@@ -96,7 +96,7 @@ def progress_bar(total: int, title: str) -> tqdm:
 
     Args:
         total: number of steps.
-        title: text before the bar.
+        title: label shown before the bar.
     """
     layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
     shown = is_main_process() and sys.stdout.isatty()

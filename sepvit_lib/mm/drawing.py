@@ -1,4 +1,4 @@
-"""Shared by the pictures of segmentation and detection: reading and enlarging images, and file names."""
+"""Shared by the drawing code of segmentation and detection: reading and enlarging images, and naming files."""
 
 import os
 from collections.abc import Sequence
@@ -37,7 +37,8 @@ def read_pixels(path: str, loader: Any) -> np.ndarray:
 def path_inside(dataset: Any, image: str) -> Path:
     """Return an image's path relative to the folder of its data set's images.
 
-    Images with the same name in several folders keep different paths.
+    If there are several folders, it is relative to their common parent, so images with the same name keep different
+    paths.
 
     Args:
         dataset: the data set, which may wrap others.
@@ -45,7 +46,7 @@ def path_inside(dataset: Any, image: str) -> Path:
     """
     path, folders = os.path.abspath(image), [os.path.abspath(folder) for folder in image_folders(dataset)]
     relative = Path(os.path.relpath(path, os.path.commonpath(folders))) if folders else Path("..")
-    if ".." in relative.parts:  # annotations may name images elsewhere
+    if ".." in relative.parts:  # annotations may name images outside the data set's folders
         relative = Path(path).relative_to(Path(path).anchor)
     return relative
 
@@ -61,7 +62,7 @@ class FileHook(Hook):
     """Write one file for each test image.
 
     Args:
-        folder: output folder. Each file keeps its image's path inside the data set.
+        folder: output folder. Below it, each file has its image's path relative to the data set.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,6 +84,6 @@ class FileHook(Hook):
         Args:
             sample: mmengine's data sample, with the prediction.
             metainfo: metadata of the data set, with classes and palette.
-            path: the file, with the image's path inside its data set below the folder.
+            path: the file's path in the output folder, with the image's suffix.
         """
         raise NotImplementedError

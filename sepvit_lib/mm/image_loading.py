@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 NO_IMAGE = "not an image, or damaged"
 MAX_LABEL = 255  # mmseg's label maps are 8-bit
-DEFAULT_BACKENDS = ("cv2", "pillow")  # of mmcv, which would apply the EXIF orientation
+DEFAULT_BACKENDS = ("cv2", "pillow")  # mmcv's defaults, which would apply the EXIF orientation
 TURNING = range(5, 9)  # EXIF orientations that swap height and width
 
 
@@ -66,10 +66,11 @@ class LoadReadableImage(LoadImageFromFile):
     """Load an image with `sepvit_lib.pipeline.image_files.decode`, as all commands do. Errors name the file.
 
     Ordinary images get the same pixels as from mmcv's `LoadImageFromFile`. mmcv itself loads images that Pillow cannot
-    open, and everything but colour images by its default backends. A size stated in the annotations must match.
+    open, and all images if the settings request a different colour type or backend. If the annotations state the
+    image's size, it must match.
 
     Args:
-        orientation: 'stored', or 'exif' to turn images upright by their EXIF orientation, as annotation tools do.
+        orientation: 'stored' to ignore the EXIF orientation, 'exif' to turn images upright as annotation tools do.
         **kwargs: arguments of `LoadImageFromFile`.
 
     Raises:
@@ -164,7 +165,8 @@ class LoadReadableLabels(BaseTransform):
         """Load a label map into `results`.
 
         Raises:
-            UnreadableImageError: it is unreadable, differs in size from the image, or has values without a class.
+            UnreadableImageError: the label map is unreadable, differs in size from its image, or has values without a
+                class.
         """
         path = results["seg_map_path"]
         stored = read_or_name(path, "label", lambda: self._read(path))
@@ -197,7 +199,7 @@ class LoadReadableLabels(BaseTransform):
         return stored.astype(np.uint8) if stored.dtype == bool else stored
 
     def _numbering(self, results: dict[str, Any]) -> np.ndarray:
-        """Return the lookup table from stored values to labels, numbered as in mmseg."""
+        """Return the lookup table from stored values to labels, as mmseg numbers them."""
         table: np.ndarray = np.arange(MAX_LABEL + 1, dtype=np.uint8)
         reduced = results.get("reduce_zero_label", False)
         if self.reduce_zero_label not in (None, reduced):
@@ -233,8 +235,8 @@ class NamedSteps(BaseTransform):
 
     Args:
         transforms: the pipeline.
-        is_training: whether the pipeline is for training, which replaces unreadable images. Otherwise they end the
-            command, with a `MachineError` if the storage did not respond, since rerunning may succeed.
+        is_training: whether the pipeline is for training, which replaces unreadable images. Otherwise, an unreadable
+            image ends the command, with a `MachineError` if the storage did not respond, since a rerun may succeed.
     """
 
     def __init__(self, transforms: list[dict[str, Any]], is_training: bool = False) -> None:
@@ -246,7 +248,7 @@ class NamedSteps(BaseTransform):
 
         Raises:
             UnreadableImageError: the image is unreadable, or a transform cannot process it.
-            MachineError: the storage does not respond. In training, the loop decides.
+            MachineError: the storage does not respond. Not raised in training, where `SeededSamples` handles it.
         """
         path = results.get("img_path")
         try:
@@ -267,7 +269,7 @@ class NamedSteps(BaseTransform):
 # Configs
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Library classes, and the registered names of their replacements.
+# Registered names of the checked versions, by the library class that each replaces.
 REPLACED = {
     "mmcv.transforms.loading.LoadImageFromFile": "LoadReadableImage",
     "mmseg.datasets.transforms.loading.LoadAnnotations": "LoadReadableLabels",
@@ -317,7 +319,7 @@ def use_checked_loading(cfg: Config) -> None:
 
 
 def _named(steps: Any, is_training: bool) -> list[Any]:
-    """Wrap a pipeline to make errors of its transforms name the image."""
+    """Wrap a pipeline, to name the image in errors of its transforms. Idempotent."""
     if any(step.get("type") == "NamedSteps" for step in steps):
         return list(steps)
     return [dict(type="NamedSteps", transforms=steps, is_training=is_training)]

@@ -4,7 +4,8 @@
 
 Environment variables: PORT (29500), NNODES (1), NODE_RANK (0) and MASTER_ADDR (127.0.0.1) set the rendezvous.
 MAX_RESTARTS (0) limits restarts after failures. GRACE (600) is the time in seconds that processes have to end after a
-signal. The exit status is that of the process that failed first, or 75, "run the same command again", if it was killed.
+signal. The exit status is 75, "run the same command again", if the run was stopped or the first process to fail was
+killed; 130 after Ctrl-C; 2 for a user's mistake; and 1 after other failures.
 """
 
 import errno
@@ -25,8 +26,8 @@ from sepvit_lib.common.errors import INTERRUPT_STATUS, RESUME_STATUS, USER_ERROR
 from sepvit_lib.common.processes import environment_number
 
 NAME = "launch.sh"
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")  # torchrun passes them to the processes
-REPORTED = (USER_ERROR_STATUS, RESUME_STATUS, INTERRUPT_STATUS)  # a process that ends with one has printed why
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")  # torchrun forwards them to the processes
+REPORTED = (USER_ERROR_STATUS, RESUME_STATUS, INTERRUPT_STATUS)  # processes that exit with these print the reason
 
 
 def launch(script: str, processes: str, arguments: list[str]) -> int:
@@ -54,7 +55,7 @@ def launch(script: str, processes: str, arguments: list[str]) -> int:
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)  # torchrun's log repeats what is reported below
     if int(processes) > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a warning
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would set it too, but with a warning
     wait_after_signals(environment_number("GRACE", 600))
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     try:
@@ -69,10 +70,10 @@ def launch(script: str, processes: str, arguments: list[str]) -> int:
 
 
 def wait_after_signals(grace: int) -> None:
-    """Make torchrun wait longer than its 30 s for processes to finish their step and save after a signal.
+    """Make torchrun wait longer than its default of 30 s after a signal, for processes to finish a step and save.
 
     Args:
-        grace: seconds.
+        grace: the time to wait, in seconds.
     """
     close = PContext.close
 
@@ -87,7 +88,7 @@ def check_port(port: int) -> None:
     """Refuse a port that is not free.
 
     Raises:
-        UserError: it is in use, or needs privileges.
+        UserError: the port is in use, or needs privileges.
     """
     try:
         socket.create_server(("", port)).close()
@@ -97,7 +98,7 @@ def check_port(port: int) -> None:
 
 
 def status_of(error: ChildFailedError) -> int:
-    """Return the exit status after a failure. Reports causes that the processes have not printed themselves."""
+    """Return the exit status after a failure. Prints the cause, unless the process has printed it itself."""
     rank, first = error.get_first_failure()
     status = first.exitcode
     if status in REPORTED:

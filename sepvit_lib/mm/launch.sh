@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What dist_train.sh and dist_test.sh do: start train.py or test.py, which lies beside them, in several processes on one
-# or more nodes. launch.sh SCRIPT ARGUMENT…, with the arguments of that script, whose second line says which.
+# Start train.py or test.py in several processes on one or more nodes: launch.sh SCRIPT ARGUMENT…
+# SCRIPT is dist_train.sh or dist_test.sh, beside the Python script. Its second line documents the arguments.
 # launch.py lists the environment variables that set the rendezvous; PYTHON is the Python to use.
 set -euo pipefail
 script=$1 command=train.py before=1 # arguments before PROCESSES

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What slurm_train.sh and slurm_test.sh do: start train.py or test.py, which lies beside them, with one task per GPU.
-# launch_slurm.sh SCRIPT ARGUMENT…, with the arguments of that script, whose second line says which.
+# Start train.py or test.py under SLURM, with one task per GPU: launch_slurm.sh SCRIPT ARGUMENT…
+# SCRIPT is slurm_train.sh or slurm_test.sh, beside the Python script. Its second line documents the arguments.
 # GPUS (8), GPUS_PER_NODE (8), CPUS_PER_TASK (5) and SRUN_ARGS set the resources.
 set -euo pipefail
 script=$1 command=train.py required=3

@@ -1,4 +1,4 @@
-"""Training and validation loops. A run can stop and resume at any iteration."""
+"""Training and validation loops of a run that can stop and resume at any iteration."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ TIMES = {"time", "data_time", "memory", "eta", "epoch", "iter", "step"}
 
 @dataclass
 class DenseState(RunState):
-    """State of a run of segmentation or detection, besides what mmengine keeps. A step is an iteration.
+    """State of a run of segmentation or detection, in addition to mmengine's own. A step is an iteration.
 
     Attributes:
         epoch: epochs done; 0 in iteration-based runs.
@@ -46,7 +46,7 @@ class DenseState(RunState):
     best: float | None = None
 
     def position(self) -> dict[str, int]:
-        """Position in the run, under the names used in log.txt."""
+        """Position in the run, as named in log.txt."""
         position = dict(epoch=self.epoch, step=self.epoch_step) if self.epoch or self.epoch_step else {}
         return position | dict(iter=self.global_step)
 
@@ -62,7 +62,7 @@ class DenseState(RunState):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any]) -> "DenseState":
-        """Read the state from a checkpoint, including mmengine's own and older ones that also contain hooks' states."""
+        """Read the state from a checkpoint of this code or of mmengine. Entries unknown to this version are ignored."""
         if "run" in checkpoint:
             return cls(**{name: value for name, value in checkpoint["run"].items() if name in cls.__dataclass_fields__})
         return cls(global_step=checkpoint["meta"]["iter"], epoch=checkpoint["meta"]["epoch"])
@@ -76,14 +76,14 @@ class DenseState(RunState):
 class SkippingOptimWrapper(OptimWrapper):
     """mmengine's optimiser wrapper, which skips a step if the loss or the gradients are not finite.
 
-    A non-finite loss makes all gradients NaN on all ranks, and the step is skipped everywhere.
+    A non-finite loss makes all gradients NaN on all ranks, which then all skip the step.
 
     Attributes:
         finite: whether the last loss is finite, a boolean scalar on the device.
         bad_gradients: whether the gradients of the last step were not finite, also a boolean scalar.
         steps: optimiser steps taken or skipped.
-        before_backward: called before each backward pass, which may wait for other ranks.
-        scales_loss: whether a gradient scaler steps the optimiser and skips bad steps itself.
+        before_backward: function to call before each backward pass, in which ranks may wait for each other.
+        scales_loss: whether a gradient scaler steps the optimiser, and itself skips non-finite gradients.
     """
 
     finite: Tensor
@@ -125,9 +125,9 @@ class Schedule:
     Attributes:
         by_epoch: whether the following numbers count epochs or iterations.
         length: epochs or iterations of the run.
-        val_begin: first epoch or iteration to validate after.
-        val_intervals: pairs of an epoch or iteration and the validation interval from there on.
-        save_interval: interval between checkpoints.
+        val_begin: first epoch or iteration after which to validate.
+        val_intervals: pairs of an epoch or iteration, and the interval between validations from there on.
+        save_interval: interval between checkpoints, -1 for none.
         log_interval: iterations between two lines of the log.
     """
 
@@ -152,7 +152,7 @@ class Schedule:
 
 
 class TrainLoop(BaseLoop):
-    """Train by epochs or by iterations, as mmengine's loops do, from any iteration on.
+    """Train by epochs or by iterations, as mmengine's loops do, starting at any iteration.
 
     Random numbers are derived from the seed and the iteration.
 
@@ -169,7 +169,7 @@ class TrainLoop(BaseLoop):
     def __init__(self, runner: Any, dataloader: dict[str, Any]) -> None:
         super().__init__(runner, dataloader)
         self.schedule: Schedule = runner.run.schedule
-        self.dataloader: Any  # mmengine's loader at this point
+        self.dataloader: Any  # mmengine's loader, until it is replaced below
         self.batches = SeededBatches(self.dataloader, is_endless=not self.schedule.by_epoch)
         self.dataloader = seeded_loader(self.dataloader, self.batches, runner.seed)
         accumulated = runner.cfg.optim_wrapper.get("accumulative_counts", 1)
@@ -182,7 +182,7 @@ class TrainLoop(BaseLoop):
         self.stop_training = False
         runner.visualizer.dataset_meta = getattr(self.dataloader.dataset, "metainfo", None)
 
-    # Read by mmengine's hooks and log.
+    # Properties that mmengine's hooks and log read.
 
     @property
     def epoch(self) -> int:
@@ -206,7 +206,7 @@ class TrainLoop(BaseLoop):
 
     @property
     def done(self) -> int:
-        """Epochs or iterations done, as the schedule counts."""
+        """Epochs or iterations done, whichever the schedule counts."""
         return self.state.epoch if self.schedule.by_epoch else self.state.global_step
 
     def run(self) -> nn.Module:
@@ -234,12 +234,12 @@ class TrainLoop(BaseLoop):
             self.runner.call_hook("after_train_epoch")
         is_validated = self.runner.val_loop is not None and self.schedule.validates(self.done)
         if not is_validated and 0 < self.state.bad_in_row < self.state.global_step:
-            self.monitor.save()  # skipped steps at the end postponed it
+            self.monitor.save()  # the last checkpoint, which skipped steps postponed
         self.runner.call_hook("after_train")
         return self.runner.model
 
     def _batches(self) -> Iterator[Any]:
-        """Batches of the current epoch from the current step on, or of the endless run."""
+        """Batches from the current step on: the rest of the epoch, or endless in iteration-based runs."""
         first = self.state.epoch_step if self.schedule.by_epoch else self.state.global_step
         self.batches.start_at(self.state.epoch, first)
         total = len(self.dataloader) if self.schedule.by_epoch else self.schedule.length
@@ -252,7 +252,7 @@ class TrainLoop(BaseLoop):
         """Train on the rest of an epoch, or on the iterations up to the next validation."""
         self.monitor.watchdog.sync_point()
         self.runner.model.train()
-        for batch in batches:  # epochs are read to their end, where mmdet's sampler empties its buckets
+        for batch in batches:  # read to the end of the epoch, where mmdet's batch sampler empties its buckets
             self.step(*batch)
             is_over = not self.schedule.by_epoch and (not self.state.validated or self.done >= self.schedule.length)
             if is_over or self.stop_training:
@@ -285,12 +285,12 @@ class TrainLoop(BaseLoop):
         self._advance()
         if (index + 1) % self.schedule.log_interval == 0 or self.done >= self.schedule.length:
             self._log(index)
-        if has_stepped:  # gradients accumulate until then, and checkpoints do not contain them
+        if has_stepped:  # until then, gradients accumulate, which checkpoints do not contain
             is_due = (state.epoch_step == 0 and self.schedule.saves(self.done)) or not state.validated
             self.monitor.after_step(state, optim_wrapper.bad_gradients, is_due)
 
     def _advance(self) -> None:
-        """Count an iteration, and end the epoch with its last one."""
+        """Count an iteration. After an epoch's last iteration, end the epoch."""
         state = self.state
         state.global_step += 1
         state.epoch_step += self.schedule.by_epoch
@@ -312,8 +312,9 @@ class TrainLoop(BaseLoop):
     def _settle(self, data: Any) -> None:
         """Run a backward pass and discard its gradients.
 
-        After the first backward pass, data parallelism regroups the gradients, which changes the order of additions in
-        the all-reduce and with it the last bits. A resumed run must add in the same order as one that never stopped.
+        After the first backward pass, data parallelism rebuilds its gradient buckets, which changes the order of
+        additions in the all-reduce, and so the last bits of the gradients. This pass lets a resumed run add in the same
+        order as one that never stopped.
         """
         model, optim_wrapper = self.runner.model, self.runner.optim_wrapper
         if is_model_wrapper(model):
@@ -327,7 +328,7 @@ class TrainLoop(BaseLoop):
         self._is_settled = True
 
     def validate(self) -> None:
-        """Validate, if that is due here and not done yet."""
+        """Validate if a validation is due at this position and not done yet."""
         if self.state.validated:
             return
         if self.runner.val_loop is None:  # resumed with --no-validate

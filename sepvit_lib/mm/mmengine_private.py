@@ -1,4 +1,4 @@
-"""Private and undocumented parts of mmengine (onedl-mmengine 0.10.x), used only here.
+"""Private and undocumented parts of mmengine (onedl-mmengine 0.10.x). Only this module uses them.
 
 `tests/commands/test_private_parts_dense.py` exercises each of them, and fails if a library changes.
 """
@@ -18,18 +18,18 @@ from sepvit_lib.run import checkpoints
 def register_distributions() -> None:
     """Register the distributions of mmseg and mmdet with mmengine.
 
-    mmengine finds the configs of `mmseg::…` and `mmdet::…` by the name of the distribution. It knows the original
-    names, not those of the maintained `onedl` releases.
+    mmengine finds the configs of `mmseg::…` and `mmdet::…` by the name of the distribution. It knows only the names of
+    the original releases, not of the maintained `onedl` releases.
     """
     if not hasattr(config_utils.load, "cache_info"):
-        config_utils.load = cache(config_utils.load)  # else a hundred YAML files are read for each base of a config
+        config_utils.load = cache(config_utils.load)  # otherwise a hundred YAML files are read for each base config
     for module, distribution in (("mmseg", "onedl-mmsegmentation"), ("mmdet", "onedl-mmdetection")):
         if is_installed(distribution):
             MODULE2PACKAGE[module] = distribution
 
 
 def log_statistic(owner: type, name: str) -> Any:
-    """Replacement for `getattr` in checkpoints, where mmengine's log refers to methods of `HistoryBuffer`.
+    """Replacement for `getattr` when a checkpoint is unpickled: its log refers to methods of `HistoryBuffer`.
 
     Raises:
         pickle.UnpicklingError: anything else is requested.
@@ -39,7 +39,7 @@ def log_statistic(owner: type, name: str) -> Any:
     raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr of {name}")
 
 
-# Besides tensors, checkpoints of mmengine contain its log: NumPy arrays and numbers. None of it can run code.
+# Besides tensors, checkpoints of mmengine contain its log: NumPy arrays and numbers. These classes cannot run code.
 LOG_CLASSES = (HistoryBuffer, (log_statistic, "builtins.getattr"), *checkpoints.NUMPY_CLASSES)
 
 

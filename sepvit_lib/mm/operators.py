@@ -1,12 +1,12 @@
-"""torchvision's operators in place of mmcv's, where mmcv is installed without compiled ones.
+"""torchvision's operators in place of mmcv's compiled ones, where mmcv is installed without them.
 
 mmcv's operators are compiled from C++ into the module `mmcv._ext`. Of these, SepViT's segmentors and detectors use
-non-maximum suppression and RoIAlign, which torchvision contains for every device. `offer` makes Python find a
-module of that name, backed by torchvision's operators, if the compiled one is missing. It must be called before mmdet's
-or mmseg's models are imported; importing `sepvit_lib.mm` does so. Operators without a counterpart raise an error when
-called.
+non-maximum suppression and RoIAlign, which torchvision contains for every device, and the sigmoid focal loss, which
+mmdet has in PyTorch. If the compiled module is missing, `offer` makes Python find a module of the same name with these
+replacements. It must be called before mmdet's or mmseg's models are imported; importing `sepvit_lib.mm` does so.
+Operators without a counterpart raise an error when called.
 
-Environment variable SEPVIT_OPERATORS chooses explicitly: `torchvision`, or `compiled`, which must then be installed.
+The environment variable SEPVIT_OPERATORS forces a choice: `torchvision`, or `compiled`, which must then be installed.
 """
 
 import multiprocessing
@@ -36,12 +36,12 @@ INSTALL = (
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Operators. The signatures are those that mmcv.ops calls; results are written into the tensors it passes.
+# Operators. The signatures are those that mmcv.ops calls. Apart from `nms`, results are written into given tensors.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Convert values of lower precision to float32. torchvision's CPU operators require it."""
+    """Convert values of lower precision to float32, which torchvision's CPU operators require."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -49,7 +49,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     """Non-maximum suppression.
 
     Args:
-        boxes: (N, 4), as x1, y1, x2, y2.
+        boxes: (N, 4): x1, y1, x2, y2.
         scores: (N).
         iou_threshold: a box is dropped if its IoU with a better one exceeds this.
         offset: 1 if x2 and y2 are the last pixels of a box, 0 if they are its edges.
@@ -62,7 +62,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
         if boxes.device.type != "mps":  # has no float64
             boxes = boxes.double()  # adding 1 to large coordinates would round them
         boxes = boxes + boxes.new_tensor((0, 0, offset, offset))
-    threshold = torch.tensor(iou_threshold, dtype=boxes.dtype).item()  # compared with IoUs of this precision
+    threshold = torch.tensor(iou_threshold, dtype=boxes.dtype).item()  # rounded to the precision of the IoUs
     return torchvision.ops.nms(boxes, scores.to(boxes.dtype), threshold)
 
 
@@ -73,8 +73,8 @@ def roi_align_forward(
 
     Args:
         input: maps, (B, C, H, W).
-        rois: (N, 5), as index in the batch, x1, y1, x2, y2.
-        output: (N, C, aligned_height, aligned_width), where the result is written.
+        rois: (N, 5): index of the image in the batch, x1, y1, x2, y2.
+        output: (N, C, aligned_height, aligned_width), to which the result is written.
         argmax_y: unused, belongs to maximum pooling.
         argmax_x: unused, belongs to maximum pooling.
         **settings: see `region_settings`.
@@ -97,7 +97,7 @@ def roi_align_backward(
         rois: as for `roi_align_forward`.
         argmax_y: unused.
         argmax_x: unused.
-        grad_input: (B, C, H, W), where the gradient with respect to the maps is written.
+        grad_input: (B, C, H, W), to which the gradient with respect to the maps is written.
         **settings: see `region_settings`.
 
     Raises:
@@ -124,12 +124,12 @@ def region_settings(
 
     Args:
         name: the operator.
-        aligned_height: bins of a region vertically.
-        aligned_width: bins of a region horizontally.
+        aligned_height: number of bins per region, vertically.
+        aligned_width: number of bins per region, horizontally.
         spatial_scale: factor from the boxes' coordinates to the map's.
         sampling_ratio: samples per bin in each direction, 0 for one per pixel.
-        pool_mode: 1, average pooling.
-        aligned: whether the centre of a pixel, not its corner, has its integer coordinates.
+        pool_mode: 1 for average pooling.
+        aligned: whether integer coordinates are corners of pixels, and not centres.
 
     Raises:
         UserError: maximum pooling is requested.
@@ -147,10 +147,10 @@ def sigmoid_focal_loss_forward(
     Args:
         input: logits, (N, C).
         target: classes, (N). C is the background.
-        weight: empty.
-        output: (N, C), where the losses are written.
-        gamma: exponent of the focus.
-        alpha: weight of positive targets; negative ones have 1 - alpha.
+        weight: weights of the classes; must be empty.
+        output: (N, C), to which the losses are written.
+        gamma: focusing exponent.
+        alpha: weight of positive targets; negative targets have the weight 1 - alpha.
 
     Raises:
         UserError: classes are weighted.
@@ -166,9 +166,9 @@ def sigmoid_focal_loss_backward(
     Args:
         input: as for `sigmoid_focal_loss_forward`, like all arguments except `grad_input`.
         target: classes.
-        weight: empty.
-        grad_input: (N, C), where the gradient of each loss with respect to its logit is written.
-        gamma: exponent of the focus.
+        weight: weights of the classes; must be empty.
+        grad_input: (N, C), to which the gradient of each loss with respect to its logit is written.
+        gamma: focusing exponent.
         alpha: weight of positive targets.
 
     Raises:
@@ -181,7 +181,7 @@ def sigmoid_focal_loss_backward(
 
 
 def _focal_loss(name: str, input: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Tensor:
-    from mmdet.models.losses.focal_loss import py_sigmoid_focal_loss  # imports mmcv.ops, hence this module
+    from mmdet.models.losses.focal_loss import py_sigmoid_focal_loss  # imports mmcv.ops, which imports this module
 
     if weight.numel():
         raise_missing(f"{name} with weights of classes")
@@ -200,7 +200,7 @@ def find_operator(name: str) -> Callable:
         name: the operator.
 
     Raises:
-        AttributeError: the name is a private one, which Python looks up in modules.
+        AttributeError: the name starts with an underscore. Python itself looks up such names in modules.
     """
     if name.startswith("_"):
         raise AttributeError(f"module {MODULE} has no attribute {name}")
@@ -231,7 +231,7 @@ def raise_missing(name: str, *args: object, **kwargs: object) -> NoReturn:
 
 
 class OperatorLoader(Loader):
-    """Create the module of torchvision's operators."""
+    """Create the module with torchvision's operators."""
 
     def exec_module(self, module: ModuleType) -> None:
         """Fill the new module."""
@@ -245,7 +245,7 @@ class CompiledLoader(ExtensionFileLoader):
         """Load the module.
 
         Raises:
-            UserError: it was compiled for a different torch version.
+            UserError: the operators were compiled for a different torch version.
         """
         try:
             return super().create_module(spec)
@@ -257,12 +257,12 @@ class CompiledLoader(ExtensionFileLoader):
 
 
 class OperatorFinder(MetaPathFinder):
-    """Find the module of mmcv's operators: the compiled one or torchvision's. The choice is logged once."""
+    """Find the module of mmcv's operators: the compiled one or torchvision's. Logs the choice once."""
 
     is_logged = False
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Find the module when it is imported.
+        """Find the module of mmcv's operators; None for other modules.
 
         Raises:
             UserError: SEPVIT_OPERATORS is invalid, or requests compiled operators that are not installed.

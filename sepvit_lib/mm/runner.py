@@ -1,4 +1,4 @@
-"""mmengine's runner with several CPU processes, safe reading and strict loading of checkpoints."""
+"""mmengine's runner with support for several CPU processes, and safe reading and strict loading of checkpoints."""
 
 import copy
 import logging
@@ -26,9 +26,9 @@ VARIANT_HINT = "use that variant's config, or a different checkpoint"
 
 
 def has_half_precision() -> bool:
-    """Whether mmengine can compute in half precision here. It needs a GPU other than a Mac's.
+    """Whether mmengine can compute in half precision here. It needs a GPU, and not Apple's (mps).
 
-    On CPUs it would evaluate in bfloat16, and not train at all.
+    On CPUs, mmengine would evaluate in bfloat16, and could not train.
     """
     return get_device() not in ("cpu", "mps")
 
@@ -80,7 +80,7 @@ class DenseRunner(Runner):
         is_impossible = uses_half_precision(cfg) and not has_half_precision()
         runner = cls.from_cfg(in_float32(cfg) if is_impossible else cfg)
         runner.checkpoints = checkpoints or {}
-        if cfg.get("load_from"):  # the backbone would report random weights, which the checkpoint replaces
+        if cfg.get("load_from"):  # else it would warn of random weights, which the checkpoint replaces
             unwrapped(runner.model).backbone.is_init = True  # type: ignore[union-attr]
         console.level = logging.NOTSET
         if is_impossible:
@@ -96,7 +96,7 @@ class DenseRunner(Runner):
         return logger
 
     def build_visualizer(self, visualizer: Any = None) -> Visualizer:
-        """Build the visualizer under this run's name: an earlier run in this process may have its own."""
+        """Build the visualizer under this run's name, not to share it with an earlier run in this process."""
         named = {**visualizer, "name": self.experiment_name} if isinstance(visualizer, dict) else visualizer
         return super().build_visualizer(named)
 
@@ -107,7 +107,7 @@ class DenseRunner(Runner):
             return Runner.build_dataloader(*args, **kwargs)
 
     def build_evaluator(self, evaluator: Any) -> Evaluator:
-        """Build an evaluator. Processes collect their results in the run's folder, not in the current folder."""
+        """Build an evaluator. Processes exchange results through the log's folder, not through the current one."""
         with without_noise():
             built = super().build_evaluator(evaluator)
         for i, metric in enumerate(built.metrics):
@@ -131,7 +131,7 @@ class DenseRunner(Runner):
         )
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
-        """Build the optimiser."""
+        """Build the optimiser wrapper."""
         with quiet():  # it logs every parameter
             return super().build_optim_wrapper(optim_wrapper)
 
@@ -149,7 +149,7 @@ class DenseRunner(Runner):
         Args:
             filename: path or https address.
             *args: unused, for mmengine's calls.
-            **kwargs: unused. Weights are always read to the CPU, and prefixes of wrappers removed.
+            **kwargs: unused. Weights are always read to the CPU, and prefixes of wrappers are always removed.
 
         Returns:
             the checkpoint.

@@ -1,4 +1,4 @@
-"""Training samples of segmentation and detection. A run that resumes at any iteration gets the same ones."""
+"""Training samples of segmentation and detection, the same in a resumed run as in one that never stopped."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from sepvit_lib.run.watchdog import ignore_preemption
 class SeededSamples(Dataset):
     """A training data set whose randomness is derived from the seed and the position in the run.
 
-    This covers augmentation and the replacements of unreadable images.
+    They determine the augmentation, and the images that replace unreadable ones.
 
     Args:
         dataset: a data set of mmengine.
@@ -39,7 +39,7 @@ class SeededSamples(Dataset):
     def __getattr__(self, name: str) -> Any:
         if name == "dataset":  # not set yet, while a worker unpickles this object
             raise AttributeError(name)
-        return getattr(self.dataset, name)  # hooks read `metainfo` and the like
+        return getattr(self.dataset, name)  # hooks read attributes such as `metainfo`
 
     def __setattr__(self, name: str, value: Any) -> None:
         is_own = name in ("dataset", "seed")
@@ -54,12 +54,12 @@ class SeededSamples(Dataset):
         """
         replacements, index = Replacements(), sample.index
         for attempt in count():
-            # Also seeds the choice of a new image if a transform (a crop without objects) requests one.
+            # Also seeds the choice of another image if a transform requests one, e.g. for a crop without objects.
             seed_everything(Stream.AUGMENTATION, self.seed, sample.epoch, sample.position, attempt)
             try:
                 return self.dataset[index], replacements.take()
             except UnreadableImageError as error:
-                if error.is_storage_error:  # after retries, which would only repeat for other images
+                if error.is_storage_error:  # retried already; other images would fail too
                     raise MachineError(str(error)) from None
                 replacements.add(error)
                 index = derived_seed(Stream.REPLACEMENT, self.seed, sample.epoch, sample.position, attempt) % len(self)
@@ -67,19 +67,19 @@ class SeededSamples(Dataset):
 
 
 class SeededBatches(Sampler[list[SampleIndex]]):
-    """Batches of a training loader, each sample with its position in the run, from any batch on.
+    """Batches of a training loader, starting at any batch. Each sample comes with its position in the run.
 
-    The order is that of mmengine's sampler, which follows from the seed and the epoch.
+    The order is that of mmengine's sampler, which depends only on the seed and the epoch.
 
     Args:
         loader: a training loader of mmengine.
-        is_endless: whether the batches continue forever, as in iteration-based runs, or end with the epoch.
+        is_endless: whether the batches continue forever, as in iteration-based runs, instead of ending with the epoch.
 
     Attributes:
-        sampler: mmengine's sampler, where its hooks expect it.
+        sampler: mmengine's sampler, under the name that its hooks expect.
 
     Raises:
-        UserError: the data set is a stream, which has no order.
+        UserError: the data set is a stream, which cannot start at any batch.
     """
 
     def __init__(self, loader: DataLoader, is_endless: bool) -> None:
@@ -110,8 +110,8 @@ class SeededBatches(Sampler[list[SampleIndex]]):
             yield [SampleIndex(self.epoch, start + number, index) for number, index in enumerate(indices)]
 
     def _all(self) -> Iterator[list[int]]:
-        """All batches of the epoch, or of the endless run."""
-        if hasattr(self.sampler, "skip"):  # mmengine's infinite sampler, which would otherwise continue
+        """This rank's batches, from the start of the epoch or of the endless run."""
+        if hasattr(self.sampler, "skip"):  # mmengine's infinite sampler, which would not restart
             self.sampler.skip(0)
         for epoch in count() if self.is_endless else (self.epoch,):
             if hasattr(self.sampler, "set_epoch"):
@@ -122,7 +122,7 @@ class SeededBatches(Sampler[list[SampleIndex]]):
 def seeded_loader(loader: DataLoader, batches: SeededBatches, seed: int) -> DataLoader:
     """Make a training loader that can start at any batch.
 
-    Its batches are pairs: mmengine's batch, and the names of unreadable images.
+    Its batches are pairs of mmengine's batch and the names of unreadable images that were replaced in it.
 
     Args:
         loader: a training loader of mmengine.
@@ -139,12 +139,12 @@ def seeded_loader(loader: DataLoader, batches: SeededBatches, seed: int) -> Data
 
 
 def collate_with_names(collate: Callable[[list[Any]], Any], samples: list[tuple[Any, str]]) -> tuple[Any, list[str]]:
-    """Collate samples of `SeededSamples` into a batch, and the names of unreadable images."""
+    """Collate samples of `SeededSamples` into a batch, and list the names of unreadable images."""
     return collate([sample for sample, _ in samples]), [names for _, names in samples if names]
 
 
 def shield_workers(loader: DataLoader) -> DataLoader:
-    """Make a loader's workers ignore the signals that stop a run, to let the step finish."""
+    """Make a loader's workers ignore the signals that stop a run, so that the current step can finish."""
     loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
     return loader
 
@@ -156,7 +156,7 @@ def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
 
 
 def describe_samples(dataset: Any) -> dict[str, Any]:
-    """Size and fingerprint of a data set: a hash of the names of images and labels, and of boxes, not of pixels."""
+    """Size and fingerprint of a data set. The fingerprint is a hash of file names, boxes and classes, not of pixels."""
     digest = hashlib.sha256()
     roots = [os.path.abspath(root) for root in data_roots(dataset)] or [os.getcwd()]
     root = os.path.commonpath(roots)
@@ -183,6 +183,6 @@ def _path(dataset: Any, index: int) -> str:
 
 
 def data_roots(dataset: Any) -> list[str]:
-    """Folders of a data set, which may wrap others."""
+    """Root folders of a data set and of those that it wraps."""
     own = [dataset.data_root] if getattr(dataset, "data_root", None) else []
     return own + [root for part in inner_data_sets(dataset) for root in data_roots(part)]

@@ -1,4 +1,4 @@
-"""A training run of segmentation or detection: runner, checkpoints and resuming."""
+"""A training run of segmentation or detection: its runner, checkpoints and resuming."""
 
 import inspect
 import json
@@ -46,12 +46,13 @@ from sepvit_lib.run.state import check_finite
 from sepvit_lib.run.watchdog import Watchdog
 
 ADVICE = "a lower `optim_wrapper.optimizer.lr`, or training without half precision"
-PACKAGES = ("torchvision", "timm", "numpy", "onedl-mmengine", "onedl-mmcv")  # whose versions log.txt records
-# Parts of a config that decide what a run computes.
+PACKAGES = ("torchvision", "timm", "numpy", "onedl-mmengine", "onedl-mmcv")  # versions recorded in log.txt
+# Parts of a config that determine what a run computes.
 MODEL = ("model", "sync_bn", "data_preprocessor", "model_wrapper_cfg", "find_unused_parameters")
 TRAINING = ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr", "custom_hooks")
 COMPUTED = (*MODEL, *TRAINING, "val_dataloader", "val_evaluator", "val_cfg", "randomness", "efficient_conv_bn_eval")
-# Settings among these that do not: paths, and how data are loaded. The images' fingerprint is compared separately.
+# Settings in these parts that do not affect the results: paths, and how data are loaded. The images' fingerprint is
+# compared separately.
 FREE = re.compile(
     r"(^|\.)(num_workers|persistent_workers|pin_memory|prefetch_factor|data_root|data_prefix|ann_file|init_cfg|pretrained|"
     r"with_cp|outfile_prefix|backend_args|label_map|stored_classes)(\.|$)"
@@ -63,12 +64,12 @@ SAVING = ("type", "interval", "by_epoch", "max_keep_ckpts", "save_best", "rule",
 class DenseNames(CheckpointNames):
     """Names of checkpoints as in mmengine: `iter_<iterations>.pth` or `epoch_<epochs>.pth`.
 
-    Checkpoints within epochs are `epoch_<epochs>_iter_<iterations>.pth`. The newest are kept, and those at the config's
-    interval.
+    A checkpoint within an epoch is `epoch_<epochs done>_iter_<iterations of the epoch>.pth`. The newest checkpoints are
+    kept, and those at the config's interval.
 
     Args:
         interval: the config's interval, in epochs or iterations.
-        keep: minimum number of the newest checkpoints to keep.
+        keep: number of newest checkpoints that are always kept.
         keep_regular: number of checkpoints at the config's interval to keep, -1 for all.
     """
 
@@ -81,7 +82,7 @@ class DenseNames(CheckpointNames):
         self.keep_regular = keep_regular
 
     def position(self, name: str) -> tuple[int, ...] | None:
-        """Epochs and iterations in a file name."""
+        """Epochs and iterations stated in a file name; None for other names."""
         match = re.fullmatch(r"(?:epoch_(\d+))?_?(?:iter_(\d+))?\.pth", name)
         return (int(match[1] or 0), int(match[2] or 0)) if match and (match[1] or match[2]) else None
 
@@ -93,12 +94,12 @@ class DenseNames(CheckpointNames):
         return f"epoch_{state.epoch}" + (f"_iter_{state.epoch_step}" if state.epoch_step else "") + ".pth"
 
     def position_text(self, checkpoint: dict[str, Any]) -> str:
-        """Where training resumes from a checkpoint, for messages."""
+        """Position at which training resumes from a checkpoint, for messages."""
         state = DenseState.from_checkpoint(checkpoint)
         return f"iteration {state.global_step + 1}" + ("" if state.validated else " and its validation")
 
     def outdated(self, saved: list[Path]) -> list[Path]:
-        """All but the newest, and those at the config's interval."""
+        """Select the checkpoints to delete: all except the newest ones and those at the config's interval."""
         regular = [path for path in saved if self._is_regular(path)]
         surplus = regular[self.keep_regular :] if self.keep_regular > 0 else []
         return [path for path in saved[self.keep :] if path in surplus or path not in regular]
@@ -109,7 +110,7 @@ class DenseNames(CheckpointNames):
 
 
 def settings_of(cfg: Config) -> dict[str, Any]:
-    """The settings of a config that decide what a run computes, by dotted key."""
+    """The settings of a config that determine what a run computes, by dotted key."""
     found: dict[str, Any] = {}
 
     def add(name: str, value: Any) -> None:
@@ -194,8 +195,8 @@ class Run:
         source: checkpoint that it resumes from, None for a fresh run.
         auto_resume: whether the checkpoint must come from a run with the same settings and images.
         resumes: whether the command asks to resume from the newest checkpoint in its folder.
-        settings: settings that decide what it computes.
-        limits: settings of the monitor, without the size of the data set.
+        settings: settings that determine what it computes.
+        limits: settings of the monitor; the size of the data set is filled in later.
     """
 
     config: Config
@@ -210,7 +211,7 @@ class Run:
 
 
 def flag_delay() -> int:
-    """Steps after which a step's flags are read: one on GPUs, to keep the loop from waiting for them."""
+    """Number of steps by which reading a step's flags is delayed: 1 on GPUs, so that the loop does not wait."""
     return 1 if get_device() == "cuda" else 0
 
 
@@ -219,7 +220,7 @@ class TrainingRunner(DenseRunner):
 
     Attributes:
         run: the run. Set before `train`.
-        is_open: whether its files are open.
+        is_open: whether the run's files are open.
     """
 
     run: Run
@@ -236,7 +237,7 @@ class TrainingRunner(DenseRunner):
         return self.train_loop.state
 
     def dump_config(self) -> None:
-        """Write nothing yet: a refused run leaves the work dir's config alone. See `load_or_resume`."""
+        """Write nothing yet: `load_or_resume` writes the config, so that a rejected run does not overwrite it."""
 
     def register_default_hooks(self, hooks: dict[str, Any] | None = None) -> None:
         """Register the default hooks except the checkpoint hook: the loop saves."""
@@ -293,7 +294,7 @@ class TrainingRunner(DenseRunner):
         return super().build_optim_wrapper({**optim_wrapper, "type": kinds[name]})
 
     def searches_scale(self) -> bool:
-        """Whether a dynamic float16 loss scale may still be searched, down to a scale of 1."""
+        """Whether the gradient scaler may be searching for its dynamic float16 loss scale, down to a scale of 1."""
         scaler = getattr(self.optim_wrapper, "loss_scaler", None)
         return scaler is not None and not self._scale_is_static and scaler.get_scale() >= 1
 
@@ -302,7 +303,7 @@ class TrainingRunner(DenseRunner):
     # ------------------------------------------------------------------------------------------------------------------
 
     def load_or_resume(self) -> None:
-        """Restore the run, or load the weights that it starts from. Then open its files.
+        """Restore the run, or load the weights that it starts from; then open its files.
 
         Raises:
             UserError: the checkpoint does not fit, or the folder contains another run.
@@ -332,14 +333,14 @@ class TrainingRunner(DenseRunner):
             UserError: settings or images differ.
         """
         before = settings_in(source.checkpoint)
-        if not before:  # mmengine's own
+        if not before:  # a checkpoint of mmengine itself
             return
-        names = before.keys() | self.run.settings.keys()  # configs may gain settings, and lose them
+        names = before.keys() | self.run.settings.keys()  # a config may have gained or lost settings
         before, now = ({name: settings.get(name) for name in names} for settings in (before, self.run.settings))
         if self.run.auto_resume:
             source = replace(source, checkpoint={**source.checkpoint, "args": before})
             root = "train_dataloader.dataset.data_root"
-            now[root] = self.cfg.train_dataloader.dataset.get("data_root")  # for the message
+            now[root] = self.cfg.train_dataloader.dataset.get("data_root")  # not compared, only for the message
             check_same_run(source, now, self.data, (), "work_dir", root)
             return
         what = f"checkpoint {source.path}: its run had different"
@@ -349,7 +350,7 @@ class TrainingRunner(DenseRunner):
             print_main(f"{what} images: {', '.join(changed)}")
 
     def _describe_data(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Describe the data sets and how training images are read. Rank 0 does so for all."""
+        """Describe the data sets and how training images are read. Rank 0 reads them for all ranks."""
         described = []
         if is_main_process():
             loops = dict(train=self.train_loop) | (dict(val=self.val_loop) if self.val_loop is not None else {})
@@ -387,9 +388,9 @@ class TrainingRunner(DenseRunner):
     # ------------------------------------------------------------------------------------------------------------------
 
     def after_validation(self, metrics: dict[str, Any]) -> None:
-        """Log a validation and save a checkpoint, also as the best if it is. A collective call."""
+        """Log a validation and save a checkpoint, also as best.pth if its score is the best. A collective call."""
         figures = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float, np.number))}
-        if figures:  # COCO has none without a single detection
+        if figures:  # COCO's metric reports none if nothing was detected
             self.output.log({**self.state.position(), **{f"test_{name}": value for name, value in figures.items()}})
         name, is_loss = self._score_name(figures)
         is_best = name is not None and is_better(figures[name], self.state.best, is_loss)
@@ -450,7 +451,7 @@ class TrainingRunner(DenseRunner):
 
 
 def plain_state(scheduler: Any) -> dict[str, Any]:
-    """Return a scheduler's state without functions, which are rebuilt, and with NumPy scalars as Python numbers."""
+    """Return a scheduler's state without its functions, and with NumPy scalars converted to Python numbers."""
     state = {name: value for name, value in scheduler.state_dict().items() if not callable(value)}
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in state.items()}
 
@@ -464,11 +465,11 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], wha
         what: the checkpoint, for messages.
 
     Raises:
-        UserError: they differ. The message names the setting.
+        UserError: the optimiser or a setting differs. The message names it.
     """
     hint = f"use the run's, or {setting('load_from')} for its weights only"
     for now, before in zip(optimizer.param_groups, state["param_groups"]):
-        distinctive = ("betas", "momentum", "alpha", "rho")  # differ between optimisers
+        distinctive = ("betas", "momentum", "alpha", "rho")  # present in some optimisers only
         if any((name in now) != (name in before) for name in distinctive):
             kind = type(optimizer).__name__
             raise UserError(f"{what}: optim_wrapper.optimizer.type={kind}: its run used a different optimiser; {hint}")

@@ -18,11 +18,11 @@ from sepvit_lib.common.class_names import canonical
 
 T = TypeVar("T")
 
-# Formats that Pillow decodes in memory. For some others, it starts programs that work on files.
+# Formats that Pillow decodes in memory. For some others, it starts external programs, such as Ghostscript.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM")
-DEEP_MODES = ("I", "F")  # and I;16…: one channel of more than 8 bits
+DEEP_MODES = ("I", "F")  # prefixes of modes with one channel of more than 8 bits: I, I;16…, F
 STORED, EXIF = ORIENTATIONS = ("stored", "exif")  # pixels as in the file, or upright
-MAX_SUFFIXES = 5  # in a message
+MAX_SUFFIXES = 5  # listed in a message
 MAX_HEADERS = 500  # images whose orientation is checked before training
 UPRIGHT = 1  # the EXIF orientation of an image that is stored upright
 
@@ -57,7 +57,7 @@ def open_image(source: str | Path | BinaryIO) -> Image.Image:
     if isinstance(source, (str, Path)):
         _check_regular(source)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about sizes below the limit, and metadata
+        warnings.simplefilter("ignore")  # about large images below the size limit, and about metadata
         return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
@@ -69,7 +69,7 @@ def decode(source: Encoded, orientation: str = STORED) -> Image.Image:
 
     Args:
         source: an image file's content, or an image.
-        orientation: 'stored', or 'exif' to turn the image upright by its EXIF orientation.
+        orientation: 'stored' to keep it as stored, or 'exif' to turn the image upright by its EXIF orientation.
 
     Raises:
         Exception: whatever Pillow raises for an unreadable image.
@@ -86,7 +86,7 @@ def decode(source: Encoded, orientation: str = STORED) -> Image.Image:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation of an image, 1 to 8; 1, upright, if it has none."""
+    """EXIF orientation of an image, 1 to 8; `UPRIGHT` if it has none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damaged metadata
         value = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
@@ -94,10 +94,10 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def orientation_for(reading: Mapping[str, Any] | None) -> str:
-    """Orientation of images for prediction: upright, unless the network was trained on rotated ones as stored.
+    """Choose an orientation for prediction: upright, unless the network was trained on rotated images as stored.
 
     Args:
-        reading: how its training images were read, from its checkpoint; None if that is unknown.
+        reading: the checkpoint's record of how the training images were read; None if it has none.
     """
     return STORED if reading and reading["orientation"] == STORED and reading.get("turned") else EXIF
 
@@ -115,7 +115,7 @@ def count_turned(files: Iterable[Callable[[], Any]]) -> dict[str, int]:
         files: functions that return a path or an open file.
 
     Returns:
-        the number of `turned` images among the `sampled` ones. Unreadable images are skipped.
+        `turned`, the number of such images, and `sampled`, the number of images checked. Unreadable ones are skipped.
     """
     turned = sampled = 0
     for file in islice(files, MAX_HEADERS):
@@ -128,7 +128,8 @@ def count_turned(files: Iterable[Callable[[], Any]]) -> dict[str, int]:
 def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
     """Scale the values of a grey image with more than 8 bits to 0 to 255.
 
-    Integers have 16 bits in every common format. Floats from 0 to 1 are scaled as such, others from their own range.
+    Integers are taken to have 16 bits, or 8 in mode I if none exceeds 255. Floats within 0 to 1 are multiplied by 255.
+    All other values are scaled from the image's own range.
     """
     values = np.asarray(image, dtype=np.float64)
     finite = values[np.isfinite(values)]
@@ -170,7 +171,7 @@ def describe_skipped(skipped: Counter[str]) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden, such as `._x.png` and `.ipynb_checkpoints`. It is neither image nor class."""
+    """Whether a file or folder is hidden, such as `._x.png` and `.ipynb_checkpoints`: neither an image nor a class."""
     return name.startswith(".")
 
 
@@ -183,7 +184,7 @@ def is_image(name: str | Path) -> bool:
 def walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
     """Yield a folder and its visible subfolders, each with its visible files. Follows links.
 
-    Folders and files are sorted by name in composed Unicode form: a copy on a Mac has the same order.
+    Folders and files are sorted by name in composed Unicode form, so that a copy on a Mac has the same order.
 
     Raises:
         OSError: a folder cannot be read.

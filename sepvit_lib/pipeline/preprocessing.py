@@ -12,7 +12,7 @@ from torchvision import transforms
 
 from sepvit_lib.common.saved_settings import img_size_of
 
-MAX_ASPECT = 16  # of images resized whole before the crop; longer ones are cut first
+MAX_ASPECT = 16  # maximum aspect ratio of images that are resized whole; see `Preprocessing.bounded`
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Preprocessing:
         mean: mean of each channel, on a scale of 0 to 1.
         std: standard deviation of each channel, on the same scale.
         interpolation: 'bicubic' or 'bilinear', antialiased.
-        squash: resize both sides to `resize`.
+        squash: whether to resize both sides to `resize`, which changes the aspect ratio.
     """
 
     size: tuple[int, int]
@@ -37,12 +37,12 @@ class Preprocessing:
 
     @classmethod
     def for_size(cls, size: int) -> "Preprocessing":
-        """Preprocess square inputs as the published evaluation does: crop 224 of 256 pixels, or in proportion."""
+        """Preprocessing of the published evaluation for square inputs: crop 224 of 256 pixels, or in proportion."""
         return cls((size, size), int(size * 256 / 224))
 
     @classmethod
     def from_timm(cls, settings: Mapping[str, Any], size: tuple[int, int] | None = None) -> "Preprocessing":
-        """Preprocess by timm's settings for a network.
+        """Preprocessing by timm's settings for a network.
 
         Args:
             settings: the network's `pretrained_cfg`.
@@ -55,11 +55,11 @@ class Preprocessing:
 
     @classmethod
     def of_weights(cls, checkpoint: Mapping[str, Any], model: str, size: int) -> "Preprocessing":
-        """Preprocess as a checkpoint's network was trained.
+        """Preprocessing that matches the training of a checkpoint's network.
 
         Args:
-            checkpoint: the checkpoint. Unless it records its preprocessing, the published one is used if it has
-                main.py's settings, and timm's for bare weights.
+            checkpoint: the checkpoint. If it records no preprocessing, a checkpoint with main.py's settings gets the
+                published one, and bare weights get timm's.
             model: timm's name for the network.
             size: side of the input in pixels.
         """
@@ -76,7 +76,7 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Preprocessing":
-        """Restore from the result of `to_json`."""
+        """Restore the preprocessing from the result of `to_json`."""
         lists: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
         }
@@ -103,9 +103,9 @@ class Preprocessing:
         return transforms.functional.center_crop(resized, self.size)
 
     def bounded(self, image: Image.Image) -> Image.Image:
-        """Cut the middle out of a very long image, with some margin around the centre crop.
+        """Crop a very long image to its middle, with some margin around the centre crop.
 
-        Resized as a whole, an image of 1 × 50,000 pixels would take gigabytes.
+        If resized whole, an image of 1 × 50,000 pixels would take gigabytes.
         """
         if self.squash or max(image.size) <= MAX_ASPECT * min(image.size):
             return image

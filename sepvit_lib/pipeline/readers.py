@@ -1,6 +1,6 @@
 """Adapters for timm's readers of streaming data sets.
 
-Attributes of timm's readers (timm 1.0.31 and later 1.0 versions) are used only here. They are tested in
+This module relies on undocumented attributes of timm's readers (timm 1.0.31 and later 1.0 versions). They are tested in
 tests/unit/test_private_parts.py.
 """
 
@@ -25,7 +25,7 @@ from sepvit_lib.pipeline.data_sets.archive import CheckedTarInfo
 from sepvit_lib.pipeline.unreadable import UnreadableImageError
 
 BLANK = b"P5 1 1 255 \0"  # a one-pixel image, which PIL opens fast
-METADATA = re.compile(r"__[^/]*__($|/)")  # by webdataset's convention, members with these names belong to no sample
+METADATA = re.compile(r"__[^/]*__($|/)")  # by webdataset's convention, such members belong to no sample
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Webdatasets
@@ -35,13 +35,13 @@ METADATA = re.compile(r"__[^/]*__($|/)")  # by webdataset's convention, members 
 def open_webdataset(
     reader: ReaderWds, skip: Callable[[UnreadableImageError], bool], seed: int, decode: Callable[[bytes], Any]
 ) -> None:
-    """Restart timm's reader of a webdataset with a seed, and make it report unreadable images and shards.
+    """Restart timm's webdataset reader with the given seed, and make it report unreadable images and shards.
 
     timm's reader seeds its shuffle once per worker and continues it across epochs, so a resumed run would see different
     images. It also skips unreadable images silently, and treats a damaged shard as a short one.
 
-    Only this function uses these private parts of timm 1.0: `ReaderWds._lazy_init`, `reader_wds._decode`, and the order
-    of the pipeline's stages.
+    Only this function relies on these internals of timm 1.0: `ReaderWds._lazy_init`, `reader_wds._decode`, and the
+    order of the pipeline's stages.
 
     Args:
         reader: timm's reader.
@@ -50,7 +50,7 @@ def open_webdataset(
         decode: decodes an image file.
 
     Raises:
-        UserError: this version of timm builds a different pipeline.
+        UserError: the installed version of timm builds a different pipeline.
     """
     from webdataset.tariterators import tarfile_samples  # other data sets do not need webdataset
 
@@ -90,7 +90,7 @@ def _samples_of_shards(
     for shard in shards:
         try:
             yield from _samples_of_shard(shard["url"])
-        except UserError:  # about names in the shard
+        except UserError:  # ambiguous names in the shard
             raise
         except (OSError, EOFError, ValueError, tarfile.TarError) as error:
             unreadable = UnreadableImageError.of(shard["url"], error, is_storage_error(error, root), kind="shard")
@@ -101,7 +101,7 @@ def _samples_of_shards(
 
 
 def _samples_of_shard(url: str) -> Iterator[dict[str, Any]]:
-    """Yield the samples of a shard, as contents by extension. Members that differ only in extension form a sample.
+    """Yield a shard's samples, each a dict of contents by extension. Members that differ only in extension form one.
 
     As in webdataset, an extension begins at the first dot of a name, unless that would merge several samples; see
     `_split`.
@@ -109,7 +109,7 @@ def _samples_of_shard(url: str) -> Iterator[dict[str, Any]]:
     Raises:
         tarfile.TarError: the shard is damaged. Its last, incomplete sample is not yielded.
         ValueError: two members have the same name.
-        UserError: the dots in their names are ambiguous.
+        UserError: dots in the members' names are ambiguous.
         OSError: the shard cannot be read.
     """
     from webdataset.gopen import gopen
@@ -117,7 +117,7 @@ def _samples_of_shard(url: str) -> Iterator[dict[str, Any]]:
 
     sample: dict[str, Any] = {}
     with gopen(url) as stream, ExitStack() as stack:
-        mode: Any = "r:*" if stream.seekable() else "r|*"  # tarfile buffers a stream, which takes time
+        mode: Any = "r:*" if stream.seekable() else "r|*"  # mode r| reads through a buffer, which is slower
         archive = stack.enter_context(tarfile.open(fileobj=stream, mode=mode, tarinfo=CheckedTarInfo))
         for member in archive:
             key, extension = base_plus_ext(member.name)
@@ -130,20 +130,20 @@ def _samples_of_shard(url: str) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"contains {member.name} twice")
             if content := archive.extractfile(member):
                 sample[extension.lower()] = content.read()
-            archive.members = []  # type: ignore[attr-defined] # tarfile would keep all of them in memory
+            archive.members = []  # type: ignore[attr-defined] # tarfile would keep all members in memory
     yield from _split(sample)
 
 
 def _split(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Split a sample whose members' names have dots before their extension: `a.v1.jpg`, `a.v1.cls`, `a.v2.jpg`, …
 
-    They are separate samples if each has a label and no member is named without the dot.
+    `a.v1` and `a.v2` are separate samples if each has a label and no member is named without such a dot (`a.jpg`).
 
     Args:
         sample: contents by extension, with `__key__` and `__url__`; empty for none.
 
     Raises:
-        UserError: there are labels both with and without such a dot.
+        UserError: there are labels with and without such a dot (`a.v1.cls`, `a.cls`).
     """
     parts: dict[str, dict[str, Any]] = {}
     for name, content in sample.items():
@@ -174,7 +174,7 @@ def first_images(reader: ReaderWds) -> Iterator[bytes]:
 
 
 def _decoded(decode: Callable[[dict], dict | None], sample: dict[str, Any]) -> dict[str, Any] | None:
-    """Decode a sample."""
+    """Decode a sample. Raises UnreadableImageError if this fails."""
     try:
         return decode(sample)
     except (TypeError, WdsTargetKeyError):  # a wrong setting, not an unreadable image
@@ -186,7 +186,7 @@ def _decoded(decode: Callable[[dict], dict | None], sample: dict[str, Any]) -> d
 def _decoded_by(
     decode: Callable[[bytes], Any], decode_sample: Callable[[dict], dict | None], sample: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Decode a sample. If its label is in JSON, timm reads it, from a copy with a blank image.
+    """Decode a sample. timm reads a label that is not in `cls`, from a copy of the sample with a blank image.
 
     Args:
         decode: decodes an image file.
@@ -232,7 +232,7 @@ def read_exactly_once(dataset: Any, split_shards: bool) -> None:
     """Make a timm reader yield each validation sample exactly once.
 
     On several ranks, timm's readers repeat and drop samples to make all shares equally long. Here each rank reads as if
-    it were alone: its own shards of a webdataset, or all samples of other readers.
+    it were the only one: its own shards of a webdataset (`split_shards`), otherwise all samples.
     """
     reader = dataset.reader
     if getattr(reader, "dist_num_replicas", 1) == 1:

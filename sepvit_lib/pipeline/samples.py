@@ -1,7 +1,7 @@
 """Data sets and samples, as read by loader workers.
 
-Everything pickled for the workers is in `sepvit_lib.pipeline`. Spawned workers (macOS, Windows) import the classes by
-name, and there `datasets` may be Hugging Face's library (`import_hugging_face`).
+Everything pickled for the workers is in `sepvit_lib.pipeline`. Spawned workers (macOS, Windows) import its classes by
+name, and in a worker `datasets` may be Hugging Face's library (`import_hugging_face`).
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class ImageData:
         classes: names of the classes, None if the data set has none.
         decode: decodes an image file for the transform, and may draw random numbers.
         transform: transform of the decoded images.
-        outputs: the network's output index for each label of the data set; None if they are the same.
+        outputs: the network's output index for each label of the data set; None if it equals the label.
         class_map: file that numbers the classes; "" to number them by name.
         is_hugging_face: whether Hugging Face's library reads the images.
     """
@@ -64,10 +64,10 @@ class ImageData:
         Args:
             held: names of the network's classes, in the order of its outputs; None if they are unknown.
             what: the network, for messages.
-            quietly: do not print how they were matched.
+            quietly: do not print how the classes were matched.
 
         Raises:
-            UserError: the names differ, or the class map contradicts them.
+            UserError: the names differ, or the class map numbers them differently.
         """
         if held is None or self.classes is None:
             if not quietly:
@@ -97,7 +97,7 @@ class ImageData:
 
 
 def fingerprint(data: ImageData) -> str:
-    """Hash the names of the classes and what distinguishes the data set's images."""
+    """Hash the names of the classes and the identity of the data set's images (`Images.identity`)."""
     digest = hashlib.sha256(json.dumps(data.classes and [canonical(name) for name in data.classes]).encode())
     for part in data.dataset.identity():
         digest.update(part)
@@ -116,7 +116,7 @@ def read_sample(
 
     Args:
         dataset: the data set.
-        index: the image's index in it.
+        index: the image's index in the data set.
         pauses: seconds between the attempts.
         decode: decodes an image file.
 
@@ -161,7 +161,7 @@ class Samples(Dataset):
         return target if self.outputs is None else self.outputs[target]
 
     def __getstate__(self) -> dict[str, Any]:
-        """State for a spawned worker, which must import Hugging Face's library before it unpickles its classes."""
+        """State for a spawned worker, which must import Hugging Face's library before it unpickles objects of it."""
         state = dict(self.__dict__)
         if self.is_hugging_face:
             state["dataset"] = bytes(ForkingPickler.dumps(self.dataset))
@@ -195,7 +195,7 @@ class TrainSamples(Samples):
     """Training samples. Augmentation is determined by the seed and the sample's position in the epoch."""
 
     def __getitem__(self, sample: SampleIndex) -> tuple[Any, int, str]:
-        """Return image, label, and the names of unreadable images that this one replaces.
+        """Return image, label, and the unreadable images that this one replaces, as text (`Replacements.take`).
 
         Raises:
             UserError: too many images are unreadable.
@@ -210,7 +210,7 @@ class TrainSamples(Samples):
                 break
             except UnreadableImageError as error:
                 replacements.add(error)
-                pauses = () if error.is_storage_error else pauses  # do not wait again
+                pauses = () if error.is_storage_error else pauses  # the storage has had its retries
                 index = derived_seed(Stream.REPLACEMENT, self.seed, sample.epoch, sample.position, attempt) % len(self)
                 attempt += 1
         return self.transform(image), self.output_of(target), replacements.take()
@@ -219,8 +219,8 @@ class TrainSamples(Samples):
 def collate(samples: list[Any]) -> list[Any]:
     """Collate samples into a batch.
 
-    A loader worker moves the whole batch to shared memory here, where running out of shared memory raises an error. In
-    the thread that sends the batch, the error would only be printed, and the batch lost.
+    A loader worker moves the batch to shared memory here, where running out of it raises an error. In the thread that
+    sends the batch, such an error would only be printed, and the batch lost.
     """
     batch: list[Any] = default_collate(samples)
     if get_worker_info() is not None:

@@ -1,4 +1,4 @@
-"""Random crops of training images. JPEGs are decoded at the size that the crop needs, other images in full."""
+"""Random crops of training images. JPEGs are decoded at a reduced size where it suffices for the crop."""
 
 import io
 import math
@@ -17,8 +17,8 @@ from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.common.packages import lacking
 from sepvit_lib.pipeline.image_files import EXIF, STORED, UPRIGHT, Encoded, decode, open_image, orientation_of
 
-SCALES = (8, 4, 2, 1)  # a JPEG can be decoded at 1/8 to 1/1 of its size, from fewer coefficients of each block
-ROUNDING = 1e-3  # added to a crop's side, in pixels, so that rounding down loses none
+SCALES = (8, 4, 2, 1)  # a JPEG can be decoded at 1/8, 1/4 or 1/2 of its size, from fewer coefficients of each block
+ROUNDING = 1e-3  # in pixels, added to the side of a crop so that rounding down loses no pixel
 
 
 class Part(NamedTuple):
@@ -26,8 +26,8 @@ class Part(NamedTuple):
 
     Attributes:
         pixels: H × W × 3, uint8.
-        height: height of the crop from its top, in pixels; fractional if the image is scaled.
-        width: width of the crop from its left.
+        height: height of the crop from the top of `pixels`; fractional if the image is scaled.
+        width: width of the crop from the left of `pixels`; also fractional then.
         mode: interpolation for resizing.
     """
 
@@ -74,11 +74,11 @@ class CropDecoder:
         return self.crop(decode(source, self.orientation))
 
     def decode(self, content: bytes) -> Part:
-        """Draw a random crop of a JPEG, and decode it at the size that the crop needs.
+        """Draw a random crop of a JPEG, and decode it at the smallest size that suffices for the crop.
 
         Raises:
-            ValueError: it is damaged, must be turned upright, or only PIL can decode it.
-            OSError: it is not an image.
+            ValueError: the image is damaged, must be turned upright, or can only be decoded by PIL.
+            OSError: the content is not an image.
         """
         from simplejpeg import decode_jpeg
 
@@ -99,8 +99,8 @@ class CropDecoder:
 
     def resize(self, part: Part) -> Image.Image:
         """Resize a crop with antialiasing, to size × size."""
-        image = torch.from_numpy(part.pixels)[None].permute(0, 3, 1, 2)  # in this order, torch sees channels last
-        # The output size is the scaled part's rounded down: without ROUNDING, it may be a pixel short.
+        image = torch.from_numpy(part.pixels)[None].permute(0, 3, 1, 2)  # torch sees this permutation as channels-last
+        # interpolate rounds the scaled size down: without ROUNDING, the output may be a pixel short.
         factors = [(self.size + ROUNDING) / side for side in (part.height, part.width)]
         resized = F.interpolate(image, scale_factor=factors, mode=part.mode.value, antialias=True)
         return Image.fromarray(resized.permute(0, 2, 3, 1)[0].contiguous().numpy())

@@ -29,7 +29,7 @@ class ValStream(Samples, IterableDataset):
         """Yield untransformed images and their labels.
 
         Args:
-            skip: called with each unreadable image or shard; returns whether to skip it. Only webdatasets can skip.
+            skip: called with each unreadable image or shard; returns whether to skip it. Only for webdatasets.
             decode: decodes an image file.
             seed: seed of a webdataset's shuffle.
 
@@ -39,7 +39,7 @@ class ValStream(Samples, IterableDataset):
         in_reader = isinstance(self.dataset.reader, ReaderWds)
         if in_reader:
             open_webdataset(self.dataset.reader, skip, seed, decode)
-        if type(self.dataset.reader).__name__ == "ReaderHfids":  # importing it needs the library
+        if type(self.dataset.reader).__name__ == "ReaderHfids":  # importing the class needs the library
             open_hugging_face(self.dataset.reader)
         number = 0
         try:
@@ -48,7 +48,7 @@ class ValStream(Samples, IterableDataset):
                     image = image["bytes"] or read_file(image["path"])
                 yield (image if in_reader else decode(image)), target
                 number += 1
-        except (OSError, SyntaxError) as error:  # which PIL raises for broken images
+        except (OSError, SyntaxError) as error:  # PIL raises these for damaged images
             raise UnreadableImageError.of(f"number {number} of this worker", error) from None
 
 
@@ -66,10 +66,10 @@ class TrainStream(ValStream):
         self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[Any, int, str]]:
-        """Yield image, label, and the names of the unreadable images and shards skipped just before it.
+        """Yield image, label, and the unreadable images and shards skipped just before, as text (`Replacements.take`).
 
         Raises:
-            UserError: too many images in a row are unreadable.
+            UserError: too many consecutive images of a webdataset are unreadable, or one of another data set is.
         """
         worker = get_worker_info()
         origin = (self.epoch.item(), get_rank(), worker.id if worker else 0)

@@ -5,7 +5,7 @@ import re
 from sepvit_lib.common.errors import MachineError, UserError
 
 REPLACEMENTS = 10  # images tried in place of an unreadable one
-SEPARATOR = "\0"  # between names of unreadable images and reasons; names may contain any other character
+SEPARATOR = "\0"  # between the names of unreadable images and the reasons; a name may contain any other character
 UNREADABLE_SHARE = 0.001  # share of the training images that may be skipped
 
 
@@ -36,7 +36,7 @@ class UnreadableImageError(UserError):
         """
         reason = re.sub(
             r" <_io\..*>|\0", "", " ".join(f"{type(error).__name__}: {error}".split())
-        )  # the same each time
+        )  # without memory addresses, which vary
         way_out = "" if is_storage_error else "; repair or remove it"
         unreadable = cls(f"{kind} {name}: cannot be read ({reason}){way_out}")
         unreadable.name = name
@@ -56,11 +56,11 @@ class Replacements:
         self.errors: list[UnreadableImageError] = []
 
     def add(self, error: UnreadableImageError) -> None:
-        """Add an image.
+        """Add an unreadable image.
 
         Raises:
-            UserError: there are too many in a row.
-            MachineError: there are too many, because the storage does not respond.
+            UserError: there are too many consecutive ones.
+            MachineError: there are too many, and the storage does not respond.
         """
         self.errors.append(error)
         if len(self.errors) > REPLACEMENTS:
@@ -69,14 +69,14 @@ class Replacements:
             raise kind(f"image {first.name}: cannot be read ({first.reason}), nor can its {REPLACEMENTS} replacements")
 
     def take(self) -> str:
-        """Return all names and reasons as a text, for `unreadable_images`, and forget them."""
+        """Return all names and reasons as one string, which `unreadable_images` parses, and forget them."""
         text = SEPARATOR.join(part for error in self.errors for part in (error.name, error.reason))
         self.errors.clear()
         return text
 
 
 def unreadable_images(text: str) -> list[tuple[str, str]]:
-    """Names and reasons in a text returned by `Replacements.take`."""
+    """Parse names and reasons from a string returned by `Replacements.take`."""
     parts = text.split(SEPARATOR)
     return list(zip(parts[::2], parts[1::2]))
 
@@ -99,9 +99,9 @@ def check_unreadable(
     Args:
         count: unreadable images so far.
         limit: maximum number allowed.
-        example: one of them, with the reason if it is known.
+        example: name of one of them, with the reason if known.
         what: the setting of the limit, for messages.
-        dataset_size: number of training images, None if unknown.
+        dataset_size: number of training images; None if unknown.
         hint: the way out or where to look, for messages.
 
     Raises:

@@ -11,8 +11,8 @@ class CheckpointNames(ABC):
 
     Attributes:
         best: the checkpoint with the best score.
-        newest: second name of the newest numbered checkpoint, "" for none.
-        pointer: text file that names the newest numbered checkpoint, "" for none.
+        newest: additional name of the newest numbered checkpoint; "" for none.
+        pointer: text file with the path of the newest numbered checkpoint; "" for none.
     """
 
     best: str

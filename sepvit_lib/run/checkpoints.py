@@ -33,14 +33,14 @@ from sepvit_lib.common.processes import is_main_process, on_processes, print_lin
 from sepvit_lib.common.storage import flush_folder, write_file
 from sepvit_lib.run.checkpoint_names import CheckpointNames
 
-MODEL_KEYS, EMA_KEYS = ("model", "state_dict"), ("model_ema", "state_dict_ema")  # the latter of each are timm's
+MODEL_KEYS, EMA_KEYS = ("model", "state_dict"), ("model_ema", "state_dict_ema")  # the second of each pair is timm's
 CHUNK_SIZE = 1 << 20  # bytes read at a time
 NETWORK_TIMEOUT = 30.0  # seconds that a server may take to respond
 DIRECTORY = 0x10  # attribute of a zip file's entry
-HEADER_SIZE = 512  # bytes of a file that identify its format
+HEADER_SIZE = 512  # bytes at the start of a file that identify its format
 
-# `data_classes` of `read_checkpoint` for NumPy arrays and scalars. The functions that rebuild these are private in
-# NumPy 2; the pickle protocol returns them. None of them can run code.
+# `data_classes` of `read_checkpoint` for NumPy arrays and scalars. The functions that unpickle these are private in
+# NumPy 2; `__reduce__` returns them. None of them can run arbitrary code.
 NUMPY_CLASSES: tuple[Any, ...] = (
     np.empty(0).__reduce__()[0],
     np.float64(0).__reduce__()[0],
@@ -67,8 +67,8 @@ def read_checkpoint(path: str, what: str, data_classes: Sequence[Any] = ()) -> d
         path: path or https address.
         what: flag and path, for messages.
         data_classes: classes allowed besides tensors and Python's containers, as for
-            `torch.serialization.safe_globals`. A Namespace, which holds the settings of published checkpoints, is
-            always allowed.
+            `torch.serialization.safe_globals`. `argparse.Namespace`, which contains the settings of published
+            checkpoints, is always allowed.
 
     Raises:
         UserError: the file is missing, truncated, not a checkpoint, or contains code.
@@ -106,7 +106,7 @@ def refused_class(error: Exception) -> str | None:
 
 
 def _check(path: Path) -> None:
-    """Check a file's first bytes and checksums. Refuse it if it is not a checkpoint, or a damaged one."""
+    """Check a file's first bytes and checksums, and refuse a file that is damaged or not a checkpoint."""
     header = _header(path)
     for pattern, kind in FOREIGN_FILES.items():
         if re.match(pattern, header, re.IGNORECASE):
@@ -219,7 +219,7 @@ class LoadReport:
     """Result of `load_weights`.
 
     Attributes:
-        total: entries of the model.
+        total: number of entries of the model.
         adaptation: entries adapted to a different image size or form.
         classifier: classifier entries that stay randomly initialised because the number of classes differs.
         reinitialised: entries outside the SepViT that stay randomly initialised.
@@ -234,7 +234,7 @@ class LoadReport:
 
     @property
     def loaded(self) -> int:
-        """Entries loaded unchanged."""
+        """Number of entries loaded unchanged."""
         adapted = len(self.adaptation.resampled) + len(self.adaptation.fresh)
         return self.total - adapted - len(self.classifier) - len(self.reinitialised)
 
@@ -283,7 +283,7 @@ def _without_wrappers(weights: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def wrong_variant(what: str, held: str | None, wanted: str, way_out: str) -> UserError:
-    """Make the error for weights of the wrong variant; `held` is None if they are not a SepViT's."""
+    """Make the error for weights of the wrong variant; `held` is None if they contain no SepViT."""
     if held is None:
         return UserError(f"{what}: contains no SepViT weights (expected {wanted})")
     return UserError(f"{what}: contains {held}, not {wanted}; {way_out}")
@@ -311,18 +311,18 @@ def load_weights(
     partly: bool = False,
     img_size: tuple[int, int] | None = None,
 ) -> LoadReport:
-    """Load a state dict strictly, except for entries that depend on the image size or form.
+    """Load a state dict strictly, but adapt entries to the model's image size and form (classification or dense).
 
     Args:
-        model: a SepViT, a model with a SepViT inside, or any other model.
+        model: a SepViT, a model that contains one, or any other model.
         weights: the state dict.
         what: flag and path, for messages.
         variant_hint: the way out if the variant differs, for messages.
         classes_hint: the way out if the number of classes differs, for messages.
-        network: name of the SepViT inside `model`; "" if it is the model itself.
+        network: name of the SepViT inside `model`; "" if it is `model` itself.
         new_classifier: keep the classifier randomly initialised if the number of classes differs.
-        partly: outside the SepViT, keep entries randomly initialised that are missing from the weights or have a
-            different shape there.
+        partly: outside the SepViT, keep the random initialisation of entries that the weights lack or have in a
+            different shape, and drop entries that the model lacks.
         img_size: image size (H, W) of the weights, None if unknown.
 
     Raises:
@@ -360,7 +360,7 @@ def match_classifier(weights: dict[str, Tensor], model: Any, held: Sequence[str]
     """Match the rows of a classifier to a model's classes by name.
 
     Args:
-        weights: the state dict, whose classifier is replaced.
+        weights: the state dict, whose classifier entries are replaced in place.
         model: the model.
         held: names of the classes in the weights.
         names: names of the model's classes.
@@ -386,7 +386,7 @@ def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def _resized_by_timm(weights: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """Resize the weights of another timm model (ViT, Swin, …) to the model's image size, if timm can.
+    """Resize the weights of a timm model other than SepViT (ViT, Swin, …) to the model's image size, if timm can.
 
     Returns:
         the weights, and the names of the resized entries.
@@ -396,7 +396,7 @@ def _resized_by_timm(weights: dict[str, Tensor], model: nn.Module) -> tuple[dict
         return weights, []
     try:
         adapted = adapt(dict(weights), model)
-    except Exception:  # of any type, for weights of a different network; `_check_entries` reports it
+    except Exception:  # any type, for weights of a different network, which `_check_entries` reports
         return weights, []
     return adapted, [name for name, value in adapted.items() if name in weights and value.shape != weights[name].shape]
 
@@ -415,7 +415,7 @@ def classifier_of(weights: Mapping[str, Tensor], heads: str | Sequence[str] | No
 def _replace_classifier(
     weights: dict[str, Tensor], expected: dict[str, Tensor], classifier: Sequence[str]
 ) -> list[str]:
-    """Keep the model's classifier if the checkpoint's does not fit. Returns the names of its entries if so."""
+    """Keep the model's classifier if the checkpoint's does not fit. Returns the names of the entries kept."""
     if all(name in weights and weights[name].shape == expected[name].shape for name in classifier):
         return []
     weights |= {name: expected[name] for name in classifier}
@@ -435,13 +435,13 @@ def _fill_up(weights: dict[str, Tensor], expected: dict[str, Tensor], prefix: st
 
 
 def _check_finite(weights: dict[str, Tensor], model: nn.Module, what: str) -> None:
-    """Refuse parameters that are not finite. Buffers may be infinite, as masks are."""
+    """Refuse non-finite parameters. Buffers may contain infinities, as attention masks do."""
     for name, parameter in model.named_parameters():
         value = weights.get(name, parameter)
         if value is not parameter and not value.float().isfinite().all():
             count = int((~value.float().isfinite()).sum())
             raise UserError(
-                f"{what}: {name} is not finite ({count} of {value.numel()} values); use a checkpoint from "
+                f"{what}: {name} has non-finite values ({count} of {value.numel()}); use a checkpoint from "
                 "before training diverged"
             )
 
@@ -472,17 +472,17 @@ def load_optimizer(
 ) -> None:
     """Load an optimiser's state, regardless of how its parameters were grouped.
 
-    The groups depend on the weight decay, and on the code: the published one decays window tokens like matrices. The
-    optimiser keeps its settings (weight decay, betas, …).
+    The groups depend on the weight decay, and on the code: the published code also decays window tokens. The optimiser
+    keeps its own settings (weight decay, betas, …).
 
     Args:
         optimizer: the optimiser.
         model: the model that it optimises.
-        state: state dict of an optimiser.
+        state: the state dict to load.
         with_lr: also load the learning rate.
 
     Raises:
-        ValueError: the state has different parameters.
+        ValueError: the state's parameter groups match no known grouping of the model's parameters.
     """
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     number = {parameter: i for i, parameter in enumerate(parameters)}
@@ -490,7 +490,7 @@ def load_optimizer(
     groupings = (
         optimizer.param_groups,
         param_groups_weight_decay(model, weight_decay=1.0, no_weight_decay_list=spared),
-        param_groups_weight_decay(model, weight_decay=1.0),  # the published code's
+        param_groups_weight_decay(model, weight_decay=1.0),  # as in the published code
         [{"params": list(model.parameters())}],  # without weight decay
     )
     saved = state["param_groups"]
@@ -498,7 +498,7 @@ def load_optimizer(
     grouping = next((groups for groups in groupings if [len(group["params"]) for group in groups] == sizes), None)
     if grouping is None:
         raise ValueError(f"its optimiser has {sum(sizes)} parameters, in groups of {sizes}, not {len(number)}")
-    # A state numbers parameters across its groups. Translate to this optimiser's numbering.
+    # A state dict numbers the parameters across its groups. Translate to this optimiser's numbering.
     numbers = [number[parameter] for group in grouping for parameter in group["params"]]
     state = {**state, "state": {numbers[i]: value for i, value in state["state"].items()}}
     own_keys = optimizer.defaults.keys() - ({"lr"} if with_lr else set())
@@ -509,7 +509,7 @@ def load_optimizer(
         groups.append({**saved[min(i, len(saved) - 1)], **kept, "params": indices})
         start += len(indices)
     optimizer.load_state_dict({**state, "param_groups": groups})
-    for parameter, values in optimizer.state.items():  # fused steps need the parameters' memory format
+    for parameter, values in optimizer.state.items():  # fused optimisers need the parameters' memory format
         for name, value in values.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and name != "step":
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
@@ -533,9 +533,9 @@ def hard_link(path: Path, name: str) -> None:
 
 
 class CheckpointWriter:
-    """Write a run's checkpoints in the background. Training waits for a copy in memory, not for the disk.
+    """Write a run's checkpoints in the background. Training waits only for a copy in memory and for the previous write.
 
-    The newest numbered checkpoint and the best one may have several names (links, not copies). If writing fails, a
+    A checkpoint with several names (numbered, newest, best) is written once and hard-linked. If writing fails, a
     warning is printed and training continues.
 
     Args:
@@ -568,7 +568,7 @@ class CheckpointWriter:
     def _write(self, checkpoint: dict[str, Any], is_best: bool) -> None:
         names = self.names
         path = self.folder / names.name(checkpoint)
-        # The best comes first: a run killed before the numbered one exists repeats the epoch, including the best.
+        # The best is written first: a run killed before the numbered one exists repeats the epoch and rewrites it.
         first, *others = [names.best] * is_best + [path.name] + [names.newest] * bool(names.newest)
         self._best = checkpoint if is_best else self._best
         try:

@@ -110,7 +110,7 @@ class StepMonitor:
     """Monitor training steps: bad losses, unreadable images, saving, preemption.
 
     Args:
-        settings: limits.
+        settings: limits, and when to save.
         watchdog: notified of progress.
         flags: shares events among the ranks.
         folder: output folder, for the batches of bad steps.
@@ -118,7 +118,7 @@ class StepMonitor:
         save: saves a checkpoint. A collective call.
 
     Attributes:
-        skipped: steps that changed no weights, including those of float16's search for its loss scale.
+        skipped: number of steps that changed no weights, including those of float16's search for its loss scale.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class StepMonitor:
         Args:
             finite: whether its loss is finite, a boolean scalar on the device.
             batch: images and targets, to be saved if the step is bad.
-            unreadable: for each image, names and reasons of the unreadable images that it replaces, as text.
+            unreadable: for each image, the unreadable images that it replaces, as text (`Replacements.take`).
         """
         self._bad_loss |= ~finite
         self._unreadable += [SEPARATOR.join(image) for text in unreadable for image in unreadable_images(text)]
@@ -188,7 +188,7 @@ class StepMonitor:
 
     def _act(self, state: RunState, flags: StepFlags) -> None:
         """Act on a step's flags, identically on all ranks."""
-        # float16 searches for its loss scale through steps with infinite gradients, down to a scale of 1.
+        # While float16 searches for its loss scale, infinite gradients are normal, down to a scale of 1.
         is_search = flags.bad_gradients and state.searches_scale()
         is_bad = flags.bad_loss or (flags.bad_gradients and not is_search)
         self.skipped += flags.bad_loss or flags.bad_gradients

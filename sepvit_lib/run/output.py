@@ -22,14 +22,14 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOG, CURVES = "log.txt", "curves.png"
-LOCK_TIMEOUT = 60  # seconds, at least, to wait for the processes of a killed run to end
+LOCK_TIMEOUT = 60  # minimum seconds to wait for the processes of a killed run to end
 
 # ----------------------------------------------------------------------------------------------------------------------
 # log.txt, TensorBoard's files and curves
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# Fields that occur in one kind of line only. DeiT's format does not record the kind.
+# Fields that identify the kind of a line, which DeiT's format does not record.
 OF_RUN, OF_EPOCH = "settings", "train_loss"
 
 
@@ -51,7 +51,7 @@ def epoch_entries(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Log:
-    """log.txt: a line that describes the run, one per epoch, and one per event. The file is always written whole.
+    """log.txt: a line that describes the run, one per epoch, and one per event. Each write replaces the file.
 
     Args:
         path: the file.
@@ -88,7 +88,7 @@ class Log:
     def add_run(self, run: dict[str, Any]) -> None:
         """Add a line that describes the run, unless the last such line is identical."""
         last = [entry for entry in self.entries if OF_RUN in entry][-1:]
-        run = json.loads(json.dumps(run))  # as `read_log` returns it
+        run = json.loads(json.dumps(run))  # in the form that `read_log` returns
         if last != [run]:
             self.add(run)
 
@@ -171,7 +171,7 @@ def plot_curves(log: Path, picture: Path) -> None:
 class Output:
     """The files of a run. Only rank 0 calls `lock`, `open` and `complete`.
 
-    On other ranks, and before `open`, the other methods do nothing.
+    On other ranks, and before `open`, the methods that log, save and close do nothing.
 
     The order of writes ensures that log.txt covers the newest checkpoint; see docs/design.md.
 
@@ -197,7 +197,7 @@ class Output:
 
     def __exit__(self, *_: object) -> None:
         if self._files is not None:
-            self._files.checkpoints.wait()  # before others may write to the folder, and before an error is printed
+            self._files.checkpoints.wait()  # before the lock is released, and before an error is printed
         if self._lock is not None:
             os.close(self._lock)
 
@@ -214,7 +214,7 @@ class Output:
             resumes: whether the run was asked to resume from the folder's newest checkpoint, if it has any.
 
         Raises:
-            UserError: the folder holds another run.
+            UserError: the folder contains another run.
         """
         if is_taken(self.folder, self.names, source, resumes):
             raise UserError(
@@ -232,14 +232,14 @@ class Output:
         """Prepare the folder and open the files. Renames damaged checkpoints.
 
         Args:
-            run: description of the run, the first line of log.txt.
+            run: description of the run, for log.txt.
             covers: whether a line of log.txt comes before the position at which the run starts or resumes.
             source: checkpoint that it resumes from, None for a fresh run.
             resumes: whether the run was asked to resume from the folder's newest checkpoint, if it has any.
             scalars: also write TensorBoard's files.
 
         Raises:
-            UserError: the folder cannot be written, or holds another run.
+            UserError: the folder cannot be written, or contains another run.
         """
         make_folder(self.folder, self.what)
         self.lock()
@@ -281,7 +281,7 @@ class Output:
             print_main(", ".join(f"{name} {value}" for name, value in entry.items()))
 
     def save(self, checkpoint: dict[str, Any], is_best: bool) -> None:
-        """Write a checkpoint, after the lines of log.txt that lead up to it."""
+        """Write a checkpoint, after all earlier lines of log.txt."""
         if self._files is not None:
             self._files.log.flush()
             self._files.checkpoints.save(checkpoint, is_best)
@@ -305,7 +305,7 @@ class Output:
                 )
 
     def complete(self) -> None:
-        """At the end of the run, link the newest checkpoint to its second name, and plot the curves.
+        """At the end of the run, give the newest checkpoint its additional name, and plot the curves.
 
         Raises:
             OSError: a file cannot be written.
@@ -373,7 +373,7 @@ def lock_folder(folder: Path, heartbeat_timeout: float, what: str) -> int | None
 
 
 def is_taken(folder: Path, names: CheckpointNames, source: Source | None, resumes: bool) -> bool:
-    """Whether a folder holds a run that resuming from a checkpoint would overwrite.
+    """Whether a folder contains a run that a new or resumed run would overwrite.
 
     Args:
         folder: the output folder.
@@ -385,7 +385,7 @@ def is_taken(folder: Path, names: CheckpointNames, source: Source | None, resume
     if source is None or Path(source.path).resolve().parent != folder.resolve():
         has_checkpoint = any((folder / name).exists() for name in (names.newest, names.best) if name) or bool(saved)
         return has_checkpoint or (not resumes and bool(epoch_entries(read_log(folder / LOG))))
-    if source.is_automatic:  # later ones are damaged
+    if source.is_automatic:  # later checkpoints are damaged
         return False
     # The published code resumes from its only checkpoint, `run/checkpoint.pth`, in the same folder.
     is_other = bool(names.newest) and Path(source.path).name != names.newest and (folder / names.newest).exists()

@@ -33,10 +33,10 @@ FREE_SETTINGS = set(
     "print_freq profile resume start_epoch throughput timeout world_size".split()
 )
 
-# Settings missing from the checkpoints of older runs, with the values that these used.
+# Settings missing from the checkpoints of older runs, with the values that these runs used.
 FORMER_VALUES = {"decay_milestones": [30, 60]}
 
-PACKAGES = ("torchvision", "timm", "numpy", "pillow")  # whose versions are recorded, besides torch
+PACKAGES = ("torchvision", "timm", "numpy", "pillow")  # packages whose versions are recorded, besides torch
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Description of a run
@@ -69,7 +69,7 @@ def describe_run(
         settings: the run's settings by name.
         data: size and fingerprint of its data sets.
         device: the process's device.
-        packages: distributions whose versions are recorded, besides torch.
+        packages: packages whose versions are recorded, besides torch.
     """
     versions = dict(python=platform.python_version(), torch=torch.__version__)
     versions |= {name: version(name) for name in packages}
@@ -168,7 +168,7 @@ def check_source(source: Source, settings: Mapping[str, Any], data: dict[str, An
         is_stream: whether the training images are a streaming data set.
 
     Returns:
-        batches that each rank accumulates per step, to keep the number of images per step.
+        the number of batches that each rank accumulates, to keep the number of images per step.
 
     Raises:
         UserError: the checkpoint belongs to a different run, or its steps cannot be divided among the processes.
@@ -219,7 +219,7 @@ def check_same_run(
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> list[str]:
-    """Settings that differ between an earlier run and now, each with both values.
+    """Settings that differ from those of an earlier run, each with the current and the earlier value.
 
     Args:
         before: the earlier run's settings.
@@ -234,7 +234,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collect
 
 
 def data_differences(source: Source, data: dict[str, Any]) -> list[str]:
-    """Data sets that differ between the run of a checkpoint and now.
+    """Describe the data sets that differ from those of a checkpoint's run.
 
     Args:
         source: the checkpoint.
@@ -257,10 +257,10 @@ def _data_difference(split: str, before: dict[str, Any], now: dict[str, Any]) ->
 
 
 def accumulation(source: Source, settings: Mapping[str, Any]) -> int:
-    """Batches that each rank accumulates, to keep the number of images per step.
+    """Number of batches that each rank accumulates, to keep the number of images per step.
 
     Raises:
-        UserError: the batches cannot be divided among the processes, or the settings change a step within an epoch.
+        UserError: the batches cannot be divided among the processes, or the size of a step changes within an epoch.
     """
     checkpoint, processes = source.checkpoint, get_world_size()
     batch_size, accum_steps = settings["batch_size"], settings["accum_steps"]
@@ -285,10 +285,10 @@ def accumulation(source: Source, settings: Mapping[str, Any]) -> int:
 
 
 def check_same_readers(source: Source, settings: Mapping[str, Any]) -> None:
-    """Within an epoch of a streaming data set, refuse a different number of readers: each has its own shards.
+    """Within an epoch of a streaming data set, refuse a different number of loader workers: each has its own share.
 
     Raises:
-        UserError: the number of readers differs.
+        UserError: the number of processes, or of workers per process, differs.
     """
     processes = len(source.checkpoint["losses"])  # one entry per rank
     was = processes, max(1, settings_in(source.checkpoint)["num_workers"])
@@ -333,7 +333,7 @@ def restore(training: Training, source: Source, settings: Mapping[str, Any]) -> 
         load_optimizer(training.optimizer, training.model, checkpoint["optimizer"], with_lr=is_plateau)
         if checkpoint.get("scaler") and training.scaler.is_enabled():
             training.scaler.load_state_dict(checkpoint["scaler"])
-        if is_plateau:  # the only schedule with a state; the others follow from the settings
+        if is_plateau:  # the only schedule with a state; the others follow from settings and epoch
             training.restore_schedule(checkpoint["lr_scheduler"])
         elif checkpoint["epoch"] >= 0:
             training.lr_scheduler.step(checkpoint["epoch"])

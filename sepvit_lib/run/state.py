@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.common.processes import all_reduce, get_rank, get_world_size
 
-DIVERGENCE_ADVICE = f"a lower {setting('lr')}, or {setting('amp', 'off')}"  # for main.py's training that diverges
+DIVERGENCE_ADVICE = f"a lower {setting('lr')}, or {setting('amp', 'off')}"  # advice if main.py's training diverges
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,14 @@ class Training(RunState):
     Attributes:
         model: the network.
         wrapped: the network as the loop calls it, data-parallel on several processes.
-        optimizer: its optimiser.
+        optimizer: the network's optimiser.
         lr_scheduler: learning-rate schedule, stepped once an epoch.
         scaler: gradient scaler.
         ema: averaged weights, or None.
         epoch: the current epoch.
-        epoch_step: steps done in it.
+        epoch_step: steps done in the epoch.
         best_accuracy: highest top-1 so far (%).
-        losses: sum of this rank's losses in the epoch, and number of its batches.
+        losses: sum of this rank's finite losses in the epoch, and their number.
     """
 
     model: nn.Module
@@ -137,13 +137,13 @@ class Training(RunState):
     # ------------------------------------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor, share: int) -> Tensor:
-        """Accumulate a batch's gradients, and its loss in the epoch's mean.
+        """Accumulate a batch's gradients, and its loss for the epoch's mean.
 
         A non-finite loss makes all gradients NaN on all ranks, which then all skip the step.
 
         Args:
             loss: the batch's loss, a scalar.
-            share: number of batches in the step.
+            share: number of batches in the step, by which the loss is divided.
 
         Returns:
             whether the loss is finite, a boolean scalar on the device.
@@ -188,7 +188,7 @@ class Training(RunState):
         return bad
 
     def mean_loss(self) -> float:
-        """Mean loss of all ranks in the current epoch, over the batches where it is finite. A collective call."""
+        """Mean loss of all ranks in the current epoch, over the batches with a finite loss. A collective call."""
         total, batches = all_reduce(self.losses.clone()).tolist()
         return total / batches if batches else math.nan
 
@@ -213,7 +213,7 @@ class Training(RunState):
     def checkpoint(self) -> dict[str, Any]:
         """Everything a resumed run needs to continue as if it had never stopped. A collective call.
 
-        Random numbers have no state: they follow from the seed and the position in the run (`utils.Stream`).
+        Random numbers have no state: they follow from the seed and the position in the run (`randomness.Stream`).
         """
         losses = [self.losses]
         if get_world_size() > 1:
@@ -270,7 +270,7 @@ class Training(RunState):
 
 
 def reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimiser's step reads `found_inf` on the device and skips itself, as fused ones do.
+    """Whether an optimiser's step reads `found_inf` on the device and skips itself, as fused optimisers do.
 
     torch's own GradScaler (torch 2.x) checks the same attribute, `_step_supports_amp_scaling`.
     """

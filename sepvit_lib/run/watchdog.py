@@ -34,7 +34,7 @@ from sepvit_lib.common.processes import get_rank, get_world_size, is_main_proces
 
 # Windows has no SIGUSR1.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
-POLLS = 5  # polls of the watchdog within a heartbeat timeout
+POLLS = 5  # number of times that the watchdog polls within a heartbeat timeout
 STARTUP_TIMEOUT = 1800.0  # seconds; scanning the data sets before the first step may take long
 
 
@@ -123,12 +123,12 @@ class Heartbeat:
 
     Attributes:
         state: its state.
-        cause: the error that ended it, "" if none did.
-        ticks: sync points, and ticks since the last one.
+        cause: the error that ended it; "" if there was none.
+        ticks: number of sync points, and of ticks since the last sync point.
         position: its position in the run, for messages.
         host: name of its machine.
         preempted: whether it received a stop signal.
-        time: when it was sent, which makes each heartbeat unique.
+        time: when the heartbeat was sent, which makes each heartbeat unique.
     """
 
     state: RankState
@@ -157,11 +157,11 @@ class Heartbeat:
 class Watchdog:
     """End this process, with a message, when it hangs or when another rank is lost.
 
-    Each rank sends heartbeats to a store on rank 0. A rank without a heartbeat for the heartbeat timeout (a
-    tenth of `timeout`, at least 5 seconds) is dead or stopped. If this process makes no progress for `timeout` (before
-    the first step, at least half an hour), the ranks with the fewest ticks hang. If torchrun is gone, the run
-    stops as on a signal; this process ends if that takes longer than the heartbeat timeout. A single process is only
-    watched for hanging.
+    Each rank sends heartbeats to a store on rank 0. A rank that sends none for the heartbeat timeout (a
+    tenth of `timeout`, at least 5 seconds) is dead or stopped. This process ends if it makes no progress for `timeout`
+    (before the first step and while `is_evaluating`, at least half an hour); the ranks with the fewest ticks hang. If
+    torchrun is gone, the run stops as on a signal; this process ends if that takes longer than the heartbeat timeout. A
+    single process is only watched for hanging.
 
     Args:
         timeout: hang timeout in seconds.
@@ -212,18 +212,18 @@ class Watchdog:
             return
         lost_connection = is_communication_error(error)
         if lost_connection:
-            self._thread.join(3 * self.heartbeat_timeout)  # another rank failed: the thread finds out which
+            self._thread.join(3 * self.heartbeat_timeout)  # another rank failed: the watchdog's thread finds out which
         self._ended.set()
         self._thread.join()
         if error is None or isinstance(error, Preempted):
             self._send(RankState.ENDED)
-            dist.barrier()  # rank 0 holds the store
+            dist.barrier()  # rank 0 hosts the store
             return
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         with suppress(RuntimeError):  # rank 0 may have ended for the same reason
             self._send(RankState.LOST if lost_connection or is_transient(error) else RankState.FAILED, cause)
             self._wait_for_failures()
-        if lost_connection:  # and no rank failed: the network did
+        if lost_connection:  # no rank has failed, so the network has
             raise MachineError(cause) from error
 
     def _join(self) -> None:
@@ -240,7 +240,7 @@ class Watchdog:
         dist.barrier()
 
     def _wait_for_failures(self) -> None:
-        """On rank 0, which holds the store, give the other ranks time to learn that it failed."""
+        """On rank 0, which hosts the store, give the other ranks time to learn of its failure."""
         end = time.monotonic() + 4 * self.heartbeat_timeout / POLLS
         others = [str(rank) for rank in range(1, get_world_size())]
         while get_rank() == 0 and time.monotonic() < end:
@@ -265,7 +265,7 @@ class Watchdog:
         last_poll = time.monotonic()
         while not self._ended.wait(self.heartbeat_timeout / POLLS):
             current, now = (self.sync_points, self.ticks), time.monotonic()
-            was_stopped = now - last_poll > self.heartbeat_timeout  # the process was suspended, as by Ctrl-Z: no hang
+            was_stopped = now - last_poll > self.heartbeat_timeout  # suspended, e.g. by Ctrl-Z: not a hang
             last_poll = now
             if was_stopped or current != progress:
                 progress, since = current, now
@@ -301,7 +301,7 @@ class Watchdog:
 
     def _exchange(self, ranks: list[str]) -> list[str] | None:
         """Send a heartbeat and return those of all ranks; None at the end of the run, where rank 0 may be gone."""
-        # The store has no timeout for a suspended rank 0.
+        # The store's own timeout has no effect if rank 0 is suspended.
         timer = threading.Timer(2 * self.heartbeat_timeout, self._end_unless_done, ["process 0 does not respond"])
         timer.daemon = True
         timer.start()
@@ -319,13 +319,13 @@ class Watchdog:
 
         Args:
             beats: the ranks' last heartbeats.
-            ages: seconds since they were first seen.
+            ages: seconds since each heartbeat was first seen.
             stalled: seconds since this process made progress.
         """
         self.preemption.requested |= any(beat.preempted for beat in beats)
         for rank, (beat, age) in enumerate(zip(beats, ages)):
             who = f"process {rank} ({beat.host}), last seen at {beat.position},"
-            if beat.has_failed() and age > self.heartbeat_timeout / POLLS:  # until then, this rank may fail by itself
+            if beat.has_failed() and age > self.heartbeat_timeout / POLLS:  # leaves time for this rank's own error
                 status = 1 if beat.state is RankState.FAILED else RESUME_STATUS
                 self._end(f"{who} {beat.state.value} ({beat.cause})", status)
             if beat.state is RankState.RUNNING and age > self.heartbeat_timeout:
@@ -345,7 +345,7 @@ class Watchdog:
             self._end(what)
 
     def _end(self, what: str, status: int = RESUME_STATUS) -> NoReturn:
-        """End this process, with status 1 if the lost rank would fail again."""
+        """End this process, with status 1 if another rank failed with an error that would recur."""
         cause = "" if status == RESUME_STATUS else "fix the error that it printed, then "
         line = one_line(f"process {get_rank()}: {with_flags(what, self.flags)}; {cause}{self.advice}")
         print(f"{self.preemption.command}: {line}", file=sys.stderr, flush=True)

@@ -77,8 +77,8 @@ MISTAKES = {  # the arguments, and what the line names
     "git-lfs pointer": (f"{TUNE}/pointer.pth", "--finetune {root}/pointer.pth", "git lfs pull"),
     "truncated safetensors": (f"{EVAL}/cut.safetensors", "cut.safetensors: not a checkpoint, or a damaged one"),
     "http address": ("--resume http://localhost/x.pth", "http://localhost/x.pth: no such file"),
-    "evaluation of non-finite weights": (f"{EVAL}/nan.pth", "head.bias is not finite (3 of 3 values)"),
-    "resuming from non-finite weights": ("--resume {root}/inf.pth", "head.bias is not finite (1 of 3"),
+    "evaluation of non-finite weights": (f"{EVAL}/nan.pth", "head.bias has non-finite values (3 of 3)"),
+    "resuming from non-finite weights": ("--resume {root}/inf.pth", "head.bias has non-finite values (1 of 3"),
     "non-finite teacher": (f"{TEACHER}/nan.pth", "--teacher-path {root}/nan.pth: head.bias is not"),
     "evaluation with another number of classes": (f"{EVAL}/nine.pth", "9 classes instead of 3"),
     "teacher with another number of classes": (f"{TEACHER}/nine.pth", "9 classes instead of 3", "use a teacher"),
@@ -259,7 +259,7 @@ def test_weights_that_timm_renames_are_checked(tmp_path):
     for kind in ("weight", "bias"):
         weights[f"head.{kind}"] = weights.pop(f"head.fc.{kind}")
     weights["head.weight"][0, 0] = torch.nan
-    with pytest.raises(UserError, match=r"head\.fc\.weight is not finite"):
+    with pytest.raises(UserError, match=r"head\.fc\.weight has non-finite values"):
         finetune(model, weights, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Compare and time the forms of a classifier: the rows of export.py's table."""
+"""Compare and time the forms of a classifier (the checkpoint and the exported files), the rows of export.py's table."""
 
 import math
 import platform
@@ -18,8 +18,8 @@ from sepvit_lib.common.devices import available_cores
 from sepvit_lib.inference.classifier import Classifier
 from tools.exporting.data import BATCH_SIZE, Images
 
-CHECKPOINT = "checkpoint"  # the form that the others are compared with: PyTorch, eager, float32
-MIN_SECONDS = 0.3  # per timing: threads of the previous runtime spin for some milliseconds
+CHECKPOINT = "checkpoint"  # the form with which others are compared: PyTorch in eager mode, float32
+MIN_SECONDS = 0.3  # per timing: the previous runtime's threads spin for some milliseconds
 HEADER = ("form", "file", "MB", "largest difference", "top-1, %", "latency, ms", "ratio", "images/s", "ratio")
 
 
@@ -85,7 +85,7 @@ def time_forms(forms: Mapping[str, Form], images: Images, rounds: int) -> None:
 
 
 def time_calls(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round. Calls are interleaved: drift of the machine affects all of them equally."""
+    """Seconds of each call in each round. Calls are interleaved, so that drift of the machine affects all equally."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(1 + rounds):  # the first warms up
         for name, call in calls.items():
@@ -98,12 +98,12 @@ def time_calls(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 
 
 def speed(reference: Sequence[float], seconds: Sequence[float]) -> float:
-    """Speed-up over the reference: the median over the rounds."""
+    """Speed-up over the reference, as the median over the rounds."""
     return statistics.median(a / b for a, b in zip(reference, seconds))
 
 
 def report(forms: Mapping[str, Form], failures: Mapping[str, str], images: Images, notes: Sequence[str]) -> str:
-    """Write the table, followed by how it was measured, remarks, and why some forms are missing."""
+    """Format the table, followed by the method of measurement, remarks, and the reasons why forms are missing."""
     description = forms[CHECKPOINT].classifier.description
     height, width = description.preprocessing.size
     rows = [HEADER, *(_row(name, form, forms[CHECKPOINT]) for name, form in forms.items())]

@@ -1,4 +1,4 @@
-"""Real images for export.py to compare on and calibrate with."""
+"""Real images on which export.py compares the exported files and calibrates int8."""
 
 import argparse
 import itertools
@@ -25,7 +25,7 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # bundled with sciki
 
 @dataclass(frozen=True)
 class Images:
-    """Images to compare a classifier's forms on.
+    """Images on which to compare the forms of a classifier.
 
     Attributes:
         source: description of the images.
@@ -69,7 +69,7 @@ def find_labelled(args: argparse.Namespace, classifier: Classifier) -> Images:
     """Validation images of the data set, evenly spaced.
 
     Raises:
-        UserError: there are none, or their classes differ from the classifier's.
+        UserError: there are no images, or their classes differ from the classifier's.
     """
     data, names = _find(args, classifier, is_train=False), classifier.description.classes
     if data.classes:  # readable names, like the classifier's
@@ -86,7 +86,7 @@ def calibration_images(args: argparse.Namespace, classifier: Classifier) -> list
     """Training images, evenly spaced.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no images.
     """
     return [image for image, _ in _spaced(_find(args, classifier, is_train=True), CALIBRATION_IMAGES)]
 
@@ -99,7 +99,7 @@ def _find(args: argparse.Namespace, classifier: Classifier, is_train: bool) -> I
 
 
 def _spaced(data: ImageData, count: int) -> Iterator[tuple[Image.Image, int]]:
-    """At most `count` images of a data set and their outputs, evenly spaced; of a stream, the first ones."""
+    """At most `count` images of a data set with their labels: evenly spaced, or the first ones of a stream."""
     data = replace(data, transform=lambda image: image)
     if isinstance(data.dataset, IterableDataset):
         yield from itertools.islice(ValStream(data), count)

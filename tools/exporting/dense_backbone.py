@@ -16,15 +16,15 @@ from tools.exporting.comparison import speed, time_calls
 from tools.exporting.writers import MAX_DIFFERENCE, export_onnx
 
 STRIDE = 32
-# Every block has several windows along each side: the exporter would treat a single one as static.
+# At this size, every block has several windows along each side: the exporter would treat a single one as static.
 TRACED = (2, 3, 256, 320)
-# One window in the last stages, padding in some or all stages, and the sizes of ADE20K and COCO.
+# Sizes with one window in the last stages, with padding in some or all stages, and of ADE20K and COCO.
 COMPARED = ((1, 3, 32, 64), (3, 3, 224, 224), (1, 3, 512, 512), (2, 3, 416, 608), (1, 3, 800, 1280))
 TIMED = (1, 3, 512, 512)
 
 
 def find(path: str, averaged: bool) -> Backbone | None:
-    """Load the backbone in a checkpoint; None for a classifier's or an exported file."""
+    """Load the backbone in a checkpoint; None for a classifier's checkpoint, a folder or an exported file."""
     if Path(path).is_dir() or kind_of(Path(path)):
         return None
     return load_backbone(path, f"--resume {path}", averaged)
@@ -34,7 +34,7 @@ def export(backbone: Backbone, folder: Path, args: argparse.Namespace) -> None:
     """Write a backbone to ONNX, compare it at several sizes, and print the differences and its speed.
 
     Raises:
-        UserError: a different format is requested, or the file is refused or cannot be written.
+        UserError: a different format is requested, the maps differ too much, or the file cannot be written.
     """
     if others := set(args.formats or ()) - {"onnx"}:
         raise UserError(f"--formats {others.pop()}: --resume {args.resume} contains a backbone; choose onnx")
@@ -54,14 +54,14 @@ def export(backbone: Backbone, folder: Path, args: argparse.Namespace) -> None:
 
 
 def write(backbone: Backbone, file: Path, opset: int) -> None:
-    """Write the network with its maps as outputs, named after their stages."""
+    """Write the network to ONNX. Its outputs are the maps, named after their stages."""
     shapes = ({0: Dim("batch"), 2: STRIDE * Dim("height"), 3: STRIDE * Dim("width")},)
     names = [f"stage{number}" for number in backbone.network.out_indices]
     export_onnx(backbone.network, torch.randn(TRACED), file, shapes, opset, outputs=names)
 
 
 def compare(backbone: Backbone, file: Path, rounds: int) -> None:
-    """Print the largest difference of the maps at each of several sizes, and the speed relative to the network's.
+    """Print the largest difference of the maps at each of several sizes, and the speed relative to PyTorch's.
 
     Raises:
         UserError: the maps differ too much.

@@ -1,4 +1,4 @@
-"""int8: quantisation of weights and activations, with NNCF for OpenVINO and with ONNX Runtime's own quantiser."""
+"""Quantise weights and activations to int8: with NNCF for OpenVINO, and with ONNX Runtime's own quantiser."""
 
 import contextlib
 import io
@@ -32,9 +32,9 @@ def quantised_by_nncf(model: Any, calibration: Sequence[Tensor], score: Score | 
     Args:
         model: the model.
         calibration: batches that determine the range of each activation.
-        score: accuracy (0 to 1) of a function from inputs to logits; None: not checked.
+        score: returns the accuracy (0 to 1) of a function from inputs to logits; None to not check it.
     """
-    # Without a GPU, a module that NNCF imports reports that there is none.
+    # Without a GPU, a module that NNCF imports logs that there is none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import nncf
 
@@ -43,7 +43,7 @@ def quantised_by_nncf(model: Any, calibration: Sequence[Tensor], score: Score | 
     no_smoothing = nncf.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1)
     settings: dict[str, Any] = dict(subset_size=len(calibration), model_type=nncf.ModelType.TRANSFORMER)
     images = nncf.Dataset([batch.numpy() for batch in calibration])
-    with quiet(), contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):  # hides progress bars
         advanced = nncf.AdvancedQuantizationParameters(smooth_quant_alphas=no_smoothing)
         quantised = nncf.quantize(model, images, advanced_parameters=advanced, **settings)
         if score is None or _accuracy(quantised, score) >= _accuracy(model, score) - MAX_LOSS:
@@ -94,7 +94,7 @@ def write_onnx_int8(job: Job, path: Path) -> None:
 
 
 def products_of_attention(model: Any) -> list[str]:
-    """Names of an ONNX model's matrix products without a constant factor."""
+    """Names of the matrix products in an ONNX model of which neither factor is constant."""
     constants = {entry.name for entry in model.graph.initializer}
     constants |= {output for node in model.graph.node if node.op_type == "Constant" for output in node.output}
     return [node.name for node in model.graph.node if node.op_type == "MatMul" and not constants & set(node.input)]

@@ -1,4 +1,4 @@
-"""The formats of export.py: one function per format writes a classifier to a file."""
+"""The formats of export.py. For each format, one function writes a classifier to a file or folder."""
 
 import copy
 import logging
@@ -28,10 +28,10 @@ from sepvit_lib.inference.classifier import Classifier, Description
 from sepvit_lib.inference.exported import DESCRIPTION, METADATA, NUMBER_FORMAT, open_onnx
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 
-OPSET = 23  # of ONNX: the fastest in ONNX Runtime; see docs/log.md
+OPSET = 23  # of ONNX; the fastest version in ONNX Runtime, see docs/log.md
 OPSETS = range(18, 24)  # those that torch.onnx.export writes
 MAX_DIFFERENCE = 1e-3  # of the logits, in float32
-MAX_PIXEL_DIFFERENCE = 1.01  # of 255: one level, where rounding depends on the last digits of a sum
+MAX_PIXEL_DIFFERENCE = 1.01  # of 255: one level, since rounding depends on the last digits of a sum
 CITATION = """@article{li2022sepvit, title={SepViT: Separable Vision Transformer}, year={2022},
   author={Li, Wei and Wang, Xing and Xia, Xin and Wu, Jie and Li, Jiashi and Xiao, Xuefeng and Zheng, Min and
   Wen, Shiping}, journal={arXiv preprint arXiv:2203.15380}}"""
@@ -47,7 +47,7 @@ class Job:
         folder: folder for temporary files.
         calibration: batches of one input each, which determine the range of each activation for int8.
         opset: version of ONNX's operators.
-        score: accuracy (0 to 1) of a function from inputs to logits, on labelled images; None without any.
+        score: returns the accuracy (0 to 1) of a function from inputs to logits; None without labelled images.
         samples: some images, RGB, for checking the preprocessing.
         notes: remarks on the files, for the report.
     """
@@ -76,7 +76,7 @@ class Job:
         return torch.randn(EXAMPLES, 3, *self.description.preprocessing.size)
 
     def onnx(self, opset: int | None = None) -> Path:
-        """The network in ONNX, without metadata, from which other formats start. `opset` replaces the job's."""
+        """The network in ONNX, without metadata, as the start of other formats. `opset` replaces the job's."""
         path = self.folder / f"opset-{opset or self.opset}.network"
         if not path.exists():
             export_onnx(self.program, self.images(), path, opset=opset or self.opset, outputs=["logits"])
@@ -120,7 +120,7 @@ def hub_settings(description: Description) -> dict[str, Any]:
 
 
 def crop_share(preprocessing: Preprocessing) -> float:
-    """Share of the resized image that the crop takes, such that timm, which rounds down, resizes to the same length."""
+    """timm's `crop_pct`: crop length / resized length, lowered until timm, which rounds down, gets that length."""
     side = min(preprocessing.size)
     share = side / preprocessing.resize
     while math.floor(side / share) < preprocessing.resize:
@@ -174,10 +174,10 @@ def export_onnx(
         network: the network, or a program that torch.export traced.
         images: inputs for tracing.
         path: the file.
-        dynamic_shapes: dimensions that may differ from the traced ones, as for torch.export; None: none, or the
-            program's.
+        dynamic_shapes: dimensions that may differ from the traced ones, as for torch.export; None if there are
+            none, or if they are the program's.
         opset: version of the operators.
-        outputs: names of its outputs.
+        outputs: names of the network's outputs; None for the exporter's.
     """
     settings: dict[str, Any] = dict(dynamo=True, external_data=False, verbose=False, opset_version=opset)
     settings |= dict(input_names=["images"], output_names=outputs, dynamic_shapes=dynamic_shapes)
@@ -219,10 +219,10 @@ def write_onnx_preprocessing(job: Job, path: Path) -> None:
 def check_joined(preprocessing: Any, path: Path, job: Job) -> None:
     """Refuse a file whose logits are not the network's for the same prepared images.
 
-    With images prepared by Pillow they may differ by more: one level in a pixel already changes the logits.
+    For images prepared by Pillow, logits may differ by more: one level in a pixel already changes them.
 
     Raises:
-        ValueError: they differ.
+        ValueError: the logits differ.
     """
     prepare, run = open_onnx(preprocessing.SerializeToString()), open_onnx(path)
     for image in job.samples:
@@ -233,7 +233,7 @@ def check_joined(preprocessing: Any, path: Path, job: Job) -> None:
 
 
 def pixel_difference(graph: Any, preprocessing: Preprocessing, images: Sequence[Image.Image]) -> float:
-    """Largest difference of the graph's pixels from those of validation, on a scale of 255."""
+    """Largest difference between the pixels of the graph and of the validation preprocessing, on a scale of 255."""
     prepare = open_onnx(graph.SerializeToString())
     std, transform, largest = torch.tensor(preprocessing.std).view(3, 1, 1), preprocessing.transform(), 0.0
     for image in images:
@@ -243,7 +243,7 @@ def pixel_difference(graph: Any, preprocessing: Preprocessing, images: Sequence[
 
 
 def preprocessing_graph(preprocessing: Preprocessing, opset: int = OPSET) -> Any:
-    """Resize, crop and normalisation as an ONNX model, from pixels, H × W × 3, 0 to 255, to 1 × 3 × H × W, normalised.
+    """Make an ONNX model that resizes, crops and normalises: H × W × 3, 0 to 255, to 1 × 3 × H × W.
 
     ONNX Runtime resizes 8-bit pixels with Pillow's arithmetic.
     """
@@ -273,7 +273,7 @@ def preprocessing_graph(preprocessing: Preprocessing, opset: int = OPSET) -> Any
         make("Transpose", ["pixels"], ["channels_first"], perm=[2, 0, 1]),
         make("Unsqueeze", ["channels_first", "batch"], ["pixels_batch"]),
         make("Resize", ["pixels_batch", "", "", "resized_shape"], ["resized"], **resize),
-        # The crop starts at half of what is cut off, rounded to even.
+        # The crop starts at half of the margin, rounded to even.
         make("Sub", ["resized_shape", "crop"], ["spare"]),
         make("Div", ["spare", "two"], ["half"]),
         make("Mod", ["spare", "two"], ["is_odd"]),
@@ -303,7 +303,7 @@ def read_openvino(path: Path) -> Any:
     """Read an ONNX file as an OpenVINO model."""
     import openvino
 
-    # Passed as bytes: OpenVINO does not recognise the suffix of the file.
+    # Passed as bytes, because OpenVINO does not recognise the suffix of the file.
     return openvino.Core().read_model(path.read_bytes(), b"")
 
 

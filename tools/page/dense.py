@@ -17,7 +17,7 @@ from sepvit_lib.mm.commands.predict import build_inference_model
 from sepvit_lib.mm.config import read_config, where_of
 from tools.page.predictors import Answer, BlockWeights, Predictor, Row, timed, weights_of
 
-MAX_SIDE = 1024  # pixels of an image's longer side; a segmentor's scores take 4 bytes for each pixel and class
+MAX_SIDE = 1024  # of an image, in pixels: a segmentor's scores take 4 bytes per pixel and class
 MAX_ROWS = 12
 SCORE = 0.3  # default minimum score of a detection
 LIBRARIES = {"mmseg": "segmentor", "mmdet": "detector"}
@@ -31,8 +31,8 @@ class DensePredictor(Predictor):
         model: the model, from `sepvit_lib.mm.commands.predict.build_inference_model`.
         kind: 'segmentor' or 'detector'.
         name: display name of the model.
-        run: computes a data sample from model and image (H × W × 3, RGB, 0 to 255).
-        show: makes rows, an overlay for the image, and a summary from model, data sample and image.
+        run: returns the data sample for a model and an image (H × W × 3, RGB, 0 to 255).
+        show: returns the rows, the overlay and the summary for a model, a data sample and an image.
     """
 
     def __init__(self, model: Any, kind: str, name: str, run: Callable[..., Any], show: Show) -> None:
@@ -63,7 +63,7 @@ class DensePredictor(Predictor):
 
 
 def show_labels(model: Any, sample: Any, pixels: np.ndarray) -> tuple[list[Row], Image.Image, str]:
-    """A segmentor's classes, largest first, and its labels as colours. Ignored pixels are transparent."""
+    """Rows of a segmentor's classes, largest first; its labels as colours, transparent where ignored; a summary."""
     labels, classes = labels_in(sample.pred_sem_seg), model.dataset_meta["classes"]
     palette = np.asarray(model.dataset_meta["palette"], dtype=np.uint8)
     share = shares(labels, len(classes))
@@ -75,7 +75,7 @@ def show_labels(model: Any, sample: Any, pixels: np.ndarray) -> tuple[list[Row],
 
 
 def show_objects(model: Any, sample: Any, pixels: np.ndarray) -> tuple[list[Row], Image.Image, str]:
-    """A detector's objects, highest score first, the image with boxes and masks, and a count of each class."""
+    """Rows of a detector's objects, highest score first; the image with boxes and masks; a count of each class."""
     from detection.predict import draw_sample
 
     found, classes = sample.pred_instances, model.dataset_meta["classes"]

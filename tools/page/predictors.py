@@ -1,4 +1,4 @@
-"""Predictions and attention for the page of tools/app.py, and the classifier that computes them."""
+"""Predictions and attention for the page of tools/app.py, and their computation by a classifier."""
 
 import base64
 import io
@@ -19,8 +19,8 @@ from sepvit_lib.inference.classifier import Classifier
 from sepvit_lib.inference.images import read_image
 from sepvit_lib.pipeline.image_files import open_image
 
-MAX_PIXELS = 50_000_000  # of an image; decoding takes up to 12 bytes for each
-MAX_WEIGHTS = 2**21  # of a block, sent to the page: 8 MiB
+MAX_PIXELS = 50_000_000  # of an image; decoding takes up to 12 bytes per pixel
+MAX_WEIGHTS = 2**21  # of a block, 8 MiB; for larger blocks, the page gets the mean over heads
 TOP = 5
 
 
@@ -29,9 +29,9 @@ class Row:
     """A line of the prediction.
 
     Attributes:
-        name: of the class.
+        name: name of the class.
         share: probability, score, or share of the image, 0 to 1.
-        colour: of the class in the overlay, as #rrggbb; "" if it has none.
+        colour: colour of the class in the overlay, as #rrggbb; "" if it has none.
     """
 
     name: str
@@ -41,16 +41,16 @@ class Row:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """Attention among windows, for the page to draw.
+    """Attention among the windows of a block, or its rollout over all blocks, for the page to draw.
 
     Attributes:
-        label: name of the block.
+        label: STAGE.BLOCK, or 'rollout'.
         rows: rows of windows.
         columns: columns of windows.
         height: height of a window in pixels of the picture.
-        width: width of a window.
-        weights: h × n × n, rows sum to one, float32. For one head, h = 1.
-        is_mean: whether the one head is the mean of several.
+        width: width of a window in pixels of the picture.
+        weights: float32, h × n × n, for h heads and n windows. Rows sum to one.
+        is_mean: whether the weights are a mean over heads, and so h is 1.
     """
 
     label: str
@@ -62,20 +62,20 @@ class BlockWeights:
     is_mean: bool
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON-serialisable fields; weights are little-endian float32 in base64."""
+        """Return the fields for JSON, with the weights as little-endian float32 in base64."""
         weights = encoded(self.weights.astype("<f4").tobytes())
         return {**vars(self), "heads": len(self.weights), "weights": weights}
 
 
 @dataclass
 class Answer:
-    """What the page shows for an image.
+    """The results for an image, as the page shows them.
 
     Attributes:
         picture: the network's input.
         rows: the prediction.
         summary: the prediction in a sentence.
-        overlay: a picture to draw over the other one.
+        overlay: a picture to draw over `picture`.
         blocks: attention among windows, if any.
         note: why attention is missing or incomplete.
         times: milliseconds by step.
@@ -90,7 +90,7 @@ class Answer:
     times: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON-serialisable fields; pictures are PNG in base64."""
+        """Return the fields for JSON, with pictures as PNG in base64."""
         picture, overlay = encoded_picture(self.picture), self.overlay and encoded_picture(self.overlay)
         rows, blocks = [vars(row) for row in self.rows], [block.to_json() for block in self.blocks]
         return {**vars(self), **dict(picture=picture, overlay=overlay, rows=rows, blocks=blocks)}
@@ -105,11 +105,11 @@ class Predictor:
         classes: names of its classes.
         orientation: 'exif' to turn images upright, or 'stored'.
         size: description of its input size.
-        network: the network; None for an exported file.
+        network: the PyTorch network; None for an exported file.
 
     Attributes:
         title: description of the network in one line.
-        facts: further facts for the page.
+        facts: facts that the page displays, by name.
         note: why there is no attention to show; "" if there is.
     """
 
@@ -159,7 +159,7 @@ class ClassifierPredictor(Predictor):
 
 @contextmanager
 def timed(times: dict[str, float], step: str) -> Iterator[None]:
-    """Record the milliseconds that the body takes, including the wait for results that it moves to the CPU."""
+    """Record the milliseconds that the body of the context takes. Moving results to the CPU waits for them."""
     start = time.perf_counter()
     yield
     times[step] = 1000 * (time.perf_counter() - start)
@@ -210,11 +210,11 @@ def encoded(content: bytes) -> str:
 
 
 def weights_of(blocks: Sequence[BlockAttention], scale: tuple[float, float]) -> tuple[list[BlockWeights], str]:
-    """Collect the attention among windows of one image's blocks, and their rollout.
+    """Collect the attention among windows of all blocks for one image, and its rollout.
 
     Args:
         blocks: the recorded blocks.
-        scale: height and width of the picture, divided by those of the network's input.
+        scale: height and width of the picture, each divided by that of the network's input.
 
     Returns:
         the weights, and a note if there are none.
@@ -228,7 +228,7 @@ def weights_of(blocks: Sequence[BlockAttention], scale: tuple[float, float]) -> 
     for block in blocks:
         if block.among is not None:
             is_mean = block.among[0].numel() > MAX_WEIGHTS
-            label = block.name.partition("blocks.")[2]  # STAGE.BLOCK, as tools/visualize.py takes it
+            label = block.name.partition("blocks.")[2]  # STAGE.BLOCK, as in tools/visualize.py
             add(label, block, block.among_mean()[:1] if is_mean else block.among[0], is_mean)
     if not found:
         return [], "At this size, every block has a single window, so there is no attention among windows."

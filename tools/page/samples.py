@@ -20,7 +20,7 @@ class Sample:
     """A sample image.
 
     Attributes:
-        label: what it shows.
+        label: description of what the image shows.
         content: the image as PNG.
     """
 
@@ -29,14 +29,14 @@ class Sample:
 
 
 def load_samples(kind: str, classes: Sequence[str]) -> dict[str, Sample]:
-    """Load the samples by name: photographs and digits. The network's domain comes first.
+    """Load the samples by name: photographs and digits. Those that suit the network's classes come first.
 
     Args:
         kind: kind of the network, 'classifier', 'segmentor' or 'detector'.
         classes: names of its classes.
 
     Returns:
-        the samples; none if the packages of the demo are not installed.
+        the samples; empty if the packages of the demo are not installed.
     """
     if lacking("skimage", "sklearn"):
         return {}
@@ -49,7 +49,7 @@ def load_samples(kind: str, classes: Sequence[str]) -> dict[str, Sample]:
 
 
 def _digits(names: Sequence[str]) -> dict[str, Sample]:
-    """Handwritten digits, 8 × 8 pixels, which the demo does not train on."""
+    """Handwritten digits, 8 × 8 pixels, from the demo's validation set."""
     digits, validation = load_digits(), split_digits()[1]
     first = {name: next(index for index in validation if digits.target[index] == int(name)) for name in names}
     return {
@@ -59,7 +59,7 @@ def _digits(names: Sequence[str]) -> dict[str, Sample]:
 
 
 def _scenes() -> dict[str, Sample]:
-    """Scenes composed like the demo's, of digits and photographs that the demo does not train on."""
+    """Scenes composed like the demo's, of the validation set's digits and photographs."""
     scenes = compose_scenes({"training": 0, "validation": SCENES})["validation"]
     return {f"scene-{number}": _sample(f"scene {number} of digits", one.image) for number, one in enumerate(scenes, 1)}
 

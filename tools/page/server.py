@@ -28,11 +28,11 @@ from tools.page.predictors import Predictor, read_upload
 from tools.page.samples import Sample
 
 STATIC = Path(__file__).resolve().parent / "static"
-MAX_BYTES = 20 * 2**20  # of an image's file
-MAX_CONNECTIONS = 64  # at once; more are refused with status 503
+MAX_BYTES = 20 * 2**20  # of an image file
+MAX_CONNECTIONS = 64  # simultaneous ones; further requests get status 503
 LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]"]
 HEADERS = {
-    # Nothing is loaded from other servers, even if a class name contained HTML.
+    # The browser loads nothing from other servers, even if a class name contains HTML.
     "content-security-policy": "default-src 'self'; img-src 'self' blob:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'; object-src 'none'",
     "cross-origin-opener-policy": "same-origin",
@@ -50,7 +50,7 @@ class Service:
     Attributes:
         predictor: the network.
         samples: the sample images, by name.
-        worker: limits predictions to one at a time.
+        worker: limiter that allows one prediction at a time.
     """
 
     predictor: Predictor
@@ -133,8 +133,8 @@ def build_application(predictor: Predictor, samples: Mapping[str, Sample], is_lo
     Args:
         predictor: see `Service`.
         samples: see `Service`.
-        is_loopback: whether it listens on a loopback address. If so, requests to other host names are refused, to
-            prevent DNS rebinding by other sites.
+        is_loopback: whether the server listens on a loopback address. If so, requests to other host names are refused,
+            to prevent DNS rebinding by other sites.
     """
     service = Service(predictor, samples)
     routes: list[Any] = [
@@ -158,5 +158,5 @@ def serve(application: Starlette, listener: socket.socket) -> None:
     settings: dict[str, Any] = dict(lifespan="off", ws="none", http="h11", loop="asyncio")
     settings |= dict(log_level="warning", access_log=False, server_header=False, headers=list(HEADERS.items()))
     settings |= dict(limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=5)
-    with suppress(KeyboardInterrupt):  # which uvicorn raises again after it has closed
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again after shutting down
         uvicorn.Server(uvicorn.Config(application, **settings)).run(sockets=[listener])

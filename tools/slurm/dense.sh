@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Train a segmentor or detector on one or more nodes, one task per GPU. Resumes automatically, as train.sh does:
+# Train a segmentor or detector on one or more nodes, one process per GPU. Resumes automatically, as train.sh does:
 #
 #     sbatch tools/slurm/dense.sh segmentation configs/fpn_sepvit_t_512x512_80k_ade20k.py --checkpoint-every 1000
 #
-# Run it from the repository's folder, with sbatch's settings before the script, and train.py's after the task. Paths are
-# relative to the task's folder. PYTHON is the Python to use.
+# Submit it from the repository's folder. sbatch's options come before the script, train.py's arguments after
+# `segmentation` or `detection`. Paths are relative to the folder of that name. PYTHON is the Python to use.
 #SBATCH --job-name=sepvit-dense
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

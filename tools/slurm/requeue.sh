@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Run a training command in a job, and requeue the job until the run is complete: requeue.sh COMMAND…
+# Run a training command in a SLURM job, and requeue the job until the run is complete: requeue.sh COMMAND…
 #
-# The command exits with status 75 once it has saved and stopped, or has lost a process. A user's mistake or a bug ends
-# the job. The job is requeued at most MAX_REQUEUES (100) times.
+# The job is requeued if the command exits with status 75 (it has saved and stopped, or lost a process) or is killed, at
+# most MAX_REQUEUES (100) times. After a user's mistake or a bug, it is not requeued.
 set -uo pipefail
 "$@"
 status=$?

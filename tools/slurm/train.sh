@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Train on several nodes, one task per GPU. Resumes automatically after preemption, the time limit or a lost process:
+# Train on several nodes, one process per GPU. Resumes automatically after preemption, the time limit or a lost process:
 #
 #     sbatch --nodes=4 tools/slurm/train.sh --model SepViT_Tiny --batch-size 64 --data-path imagenet --output_dir tiny
 #
-# Run it from the repository's folder, with sbatch's settings before the script and main.py's after it. PYTHON is the
-# Python to use. SLURM sends SIGUSR1 two minutes before the time limit: the run saves, and the job is requeued.
+# Submit it from the repository's folder. sbatch's options come before the script, main.py's arguments after it. PYTHON
+# is the Python to use. SLURM sends SIGUSR1 two minutes before the time limit: the run saves, and the job is requeued.
 #SBATCH --job-name=sepvit
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -1,4 +1,4 @@
-"""The matplotlib figures of visualize.py. Each has labels and one colour scale."""
+"""The matplotlib figures of visualize.py. The panels of a figure share one colour scale."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,23 +18,24 @@ from torch import Tensor
 from sepvit_lib.inference.attention import BlockAttention, Rollout
 from sepvit_lib.inference.fonts import use_in_figures
 
-PANEL, LARGE_PANEL = 1.25, 2.2  # inches; the large ones hold one map per window
+PANEL, LARGE_PANEL = 1.25, 2.2  # inches; a large panel contains one map per window
 COLUMNS, LARGE_COLUMNS = 5, 3
 MIN_WIDTH = 3.6  # inches, for the titles
 MAX_BAR = 3.0  # inches
-SUBCELLS = 4  # per side of a cell in a mosaic; the gaps between its maps are whole subcells
+SUBCELLS = 4  # per side of a mosaic's cell; the gaps between the maps are whole subcells
 HEADS, LARGE_HEADS = 8, 4  # per row, besides the image and the mean
-FONT = {"font.size": 7, "axes.titlesize": 7, "pdf.fonttype": 42}  # 42: text in PDF stays text
+FONT = {"font.size": 7, "axes.titlesize": 7, "pdf.fonttype": 42}  # 42: text in PDF files stays text
 OPACITY = 0.7  # of heat maps over images
 GREY = 0.5  # mean of the grey, low-contrast images under heat maps
 CONTRAST = 0.5
 
 # Perceptually uniform, in greyscale too.
 COLOUR_MAP = matplotlib.colormaps["viridis"]
-# Attention relative to uniform attention, where each of n windows or pixels has weight 1 / n. One scale for all.
+# Scale of attention relative to uniform attention, in which each of n windows or pixels has the weight 1 / n. All
+# attention figures share it.
 RELATIVE = LogNorm(0.1, 10, clip=True)
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)
-PERCENTILE = 99  # of an attribution map, where the colour scale ends: single pixels may be far above
+PERCENTILE = 99  # of an attribution map, at which the colour scale ends: single pixels may exceed it far
 
 
 Grid = list[list[Axes]]  # panels, by row and column
@@ -43,11 +44,11 @@ Extension = Literal["neither", "max", "both"]
 
 @dataclass(frozen=True)
 class Subject:
-    """The subject of all figures.
+    """Image, title and chosen window of all figures.
 
     Attributes:
         image: the network's input, H × W × 3, RGB, 0 to 255.
-        title: names of network and image.
+        title: names of the network and the image.
         pixel: row and column of the image pixel in the middle of the chosen window; None if all windows are shown.
     """
 
@@ -85,7 +86,7 @@ def panels(rows: int, columns: int, shape: Sequence[float], title: str, side: fl
 
 
 def chunks(count: int, max_columns: int = COLUMNS) -> tuple[int, int]:
-    """Rows and columns for a number of panels, as even as possible."""
+    """Rows and columns for a number of panels, with rows as equally filled as possible."""
     rows = -(-count // max_columns)
     return rows, -(-count // rows)
 
@@ -101,9 +102,9 @@ def show_image(axes: Axes, image: np.ndarray, title: str = "") -> None:
 def show_cells(
     axes: Axes, values: np.ndarray, cell: float, norm: Normalize, colours: Colormap, opacity: float = 1.0
 ) -> None:
-    """Draw the cells of a grid, the first at the top left of the image, `cell` image pixels wide.
+    """Draw a grid of square cells, each `cell` image pixels wide, from the top left of the image.
 
-    If the image is already drawn, cells are clipped to it.
+    If the image is already drawn, the cells are clipped to it.
     """
     rows, columns = values.shape[:2]
     limits = dict(xlim=axes.get_xlim(), ylim=axes.get_ylim())
@@ -114,18 +115,18 @@ def show_cells(
 
 
 def faint(image: np.ndarray) -> np.ndarray:
-    """An image in grey, at low contrast, for display under a heat map: H × W, 0 to 1."""
+    """Convert an image to grey, at low contrast, for display under a heat map: H × W, 0 to 1."""
     grey = image.astype(float) @ (0.299, 0.587, 0.114) / 255
     return GREY + CONTRAST * (grey - 0.5)
 
 
 def over_grey() -> Colormap:
-    """The colour map blended with a faint image."""
+    """The colour map as it looks over a faint image."""
     return ListedColormap(OPACITY * COLOUR_MAP(np.linspace(0, 1, 256))[:, :3] + (1 - OPACITY) * GREY)
 
 
 def mark(axes: Axes, left: float, top: float, width: float, height: float) -> None:
-    """Outline a part of a panel, visibly on any background."""
+    """Outline a rectangle in a panel, visible on any background."""
     line: dict[str, Any] = dict(fill=False, edgecolor="white", linewidth=0.8, clip_on=False, zorder=5)
     stroke = [withStroke(linewidth=1.9, foreground="black")]
     axes.add_patch(Rectangle((left, top), width, height, path_effects=stroke, **line))
@@ -141,7 +142,7 @@ def mark_window(axes: Axes, block: BlockAttention, subject: Subject, row: int, c
 def colour_bar(
     figure: Figure, grid: Grid, norm: Normalize, colours: Colormap, label: str, extend: Extension = "neither"
 ) -> None:
-    """Add the colour scale.
+    """Add the colour bar.
 
     Args:
         figure: the figure.
@@ -149,7 +150,7 @@ def colour_bar(
         norm: the scale.
         colours: the colours, as they look in the panels.
         label: label of the scale.
-        extend: ends of the scale that values exceed.
+        extend: ends of the scale that values may exceed.
     """
     shape: dict[str, Any] = dict(fraction=0.05, aspect=24, pad=0.02)
     shape["shrink"] = min(0.9, MAX_BAR / figure.get_figheight())
@@ -185,10 +186,10 @@ RELATIVE_LABEL = "weight, relative\nto even attention"
 def show_mosaic(
     axes: Axes, weights: np.ndarray, grid: tuple[int, int], shape: Sequence[int], norm: Normalize, title: str
 ) -> None:
-    """Draw a small map at each window's position: its row of the weights, with the window itself outlined.
+    """Draw a small map at each window's position: the window's row of the weights, with the window itself outlined.
 
     Args:
-        axes: where to draw.
+        axes: panel to draw in.
         weights: n × n.
         grid: rows and columns of windows.
         shape: height and width of the panel, in any unit. The maps are scaled to fit.
@@ -221,11 +222,11 @@ def show_among(
     """Draw attention among the windows of a grid: of the chosen window over the image, or of all as a mosaic.
 
     Args:
-        axes: where to draw.
+        axes: panel to draw in.
         weights: n × n, rows sum to one.
-        part: the block or rollout of the weights.
-        subject: see the class.
-        block: the block, whose window is marked.
+        part: the block or rollout that the weights belong to.
+        subject: see `Subject`.
+        block: the block whose window is outlined.
         title: the panel's title.
     """
     relative = weights.double().cpu().numpy() * weights.shape[-1]
@@ -240,7 +241,7 @@ def show_among(
 
 
 def among_bar(figure: Figure, grid: Grid, subject: Subject) -> None:
-    """Add the colour scale of attention."""
+    """Add the colour bar of attention among windows."""
     colour_bar(figure, grid, RELATIVE, COLOUR_MAP if subject.pixel is None else over_grey(), RELATIVE_LABEL, "both")
 
 
@@ -252,12 +253,12 @@ def show_input(axes: Axes, subject: Subject, block: BlockAttention) -> None:
 
 
 def attending(subject: Subject) -> str:
-    """Phrase for the titles of figures of attention among windows."""
+    """Part of the titles of figures of attention among windows."""
     return "each window attends to" if subject.pixel is None else "the outlined window attends to"
 
 
 def among_figure(subject: Subject, blocks: Sequence[BlockAttention], through: Rollout) -> Figure:
-    """Attention among windows of all blocks that have it, mean over heads, and its rollout through all blocks."""
+    """Attention among windows, averaged over heads, of each block that has it, and its rollout through all blocks."""
     columns, side = (LARGE_COLUMNS, LARGE_PANEL) if subject.pixel is None else (COLUMNS, PANEL)
     title = f"{subject.title}\nwindows that {attending(subject)}, mean over heads"
     figure, grid = panels(*chunks(len(blocks) + 2, columns), subject.image.shape, title, side)
@@ -278,10 +279,10 @@ def heads_figure(
     """Make a figure with an image, the mean over heads, and each head.
 
     Args:
-        subject: see the class.
+        subject: see `Subject`.
         count: number of heads.
         title: the figure's title.
-        show: draws a head, or the mean for None.
+        show: draws a head by its index, or the mean for None.
         first: draws the first panel.
     """
     columns, side = (LARGE_HEADS, LARGE_PANEL) if subject.pixel is None else (HEADS, PANEL)
@@ -302,7 +303,7 @@ def named(head: int | None) -> str:
 def among_heads_figure(subject: Subject, block: BlockAttention) -> Figure:
     """Attention among the windows of one block, by head."""
     among = block.among
-    assert among is not None  # only such blocks are drawn
+    assert among is not None  # only blocks with several windows are drawn
 
     def show(axes: Axes, head: int | None) -> None:
         weights = block.among_mean()[0] if head is None else among[0, head]
@@ -320,8 +321,8 @@ def among_heads_figure(subject: Subject, block: BlockAttention) -> Figure:
 
 
 def inside_figure(subject: Subject, block: BlockAttention) -> Figure:
-    """Attention inside the chosen window of one block, by head: of its window token, and of its central pixel."""
-    assert subject.pixel is not None  # otherwise this is not drawn
+    """Attention of the window token and of the central pixel inside the chosen window of one block, by head."""
+    assert subject.pixel is not None  # otherwise this figure is not drawn
     row, column = block.window_at(*subject.pixel)
     w, first = block.window_size, int(block.has_token)
     weights = block.inside[0, row * block.grid[1] + column].double().cpu().numpy()  # h × T × T
@@ -348,14 +349,14 @@ def inside_figure(subject: Subject, block: BlockAttention) -> Figure:
 
 
 def show_window(axes: Axes, subject: Subject, block: BlockAttention, window: tuple[int, int], query: str) -> None:
-    """Draw the part of the image that a window covers. Padding is white."""
+    """Draw the part of the image in a window. Padding is white."""
     show_image(axes, subject.image, "the window")
     top, left = window[0] * block.stride, window[1] * block.stride
     axes.set(xlim=(left, left + block.stride), ylim=(top + block.stride, top), ylabel=f"{query}\nattends to")
 
 
 def show_window_weights(axes: Axes, weights: np.ndarray, seen: tuple[int, int], title: str) -> None:
-    """Draw the weights of a window's pixels, w × w, of which the first `seen` rows and columns are not padding."""
+    """Draw the weights of a window's pixels, w × w. Rows and columns from `seen` on are padding."""
     w = len(weights)
     axes.axis("on")
     axes.imshow(weights, norm=RELATIVE, cmap=COLOUR_MAP, interpolation="nearest", extent=(0, w, w, 0))
@@ -394,7 +395,7 @@ def features_figure(subject: Subject, maps: Sequence[tuple[np.ndarray, float]]) 
 
 
 def attribution_figure(subject: Subject, label: str, maps: Sequence[np.ndarray]) -> Figure:
-    """Pixels of each stage's map that support a class, relative to a high percentile of the map."""
+    """Evidence for a class at each pixel of the stages' maps, relative to a high percentile of each map."""
     title = f"{subject.title}\nevidence for class {label}: gradient × activation of each stage's map"
     figure, grid = panels(1, len(maps) + 1, subject.image.shape, title)
     norm = Normalize(0, 1, clip=True)

@@ -1,5 +1,5 @@
-# Augmentation of the 3x schedules, after loading: a flip, then either a resize, or a coarser resize, a crop and the
-# same resize.
+# Augmentation of the 3x schedules, after loading. A random flip is followed, at random, by (a) a multi-scale resize, or
+# (b) a resize at smaller scales, a crop, and the multi-scale resize of (a).
 scales = [(side, 1333) for side in range(480, 801, 32)]
 multi_scale = [
     dict(type="RandomFlip", prob=0.5),

@@ -1,4 +1,4 @@
-# The first base of every config: the backbones of detection/backbones.py.
+# The first base of every config. It registers the backbones of detection/backbones.py.
 _base_ = "../../../sepvit_lib/mm/configs/sepvit.py"
 
 custom_imports = dict(imports=["detection.backbones", "sepvit_lib.mm.image_loading"])

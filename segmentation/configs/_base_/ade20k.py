@@ -2,8 +2,8 @@ _base_ = "mmseg::_base_/datasets/ade20k.py"
 
 train_dataloader = dict(batch_size=2)
 
-# Multi-scale evaluation at 0.5 to 1.75 times the test scale of 2048 × 512, as for the published results. mmseg's own
-# base scales each image's own size.
+# Multi-scale evaluation at 0.5 to 1.75 times the test scale of 2048 × 512, as for the published results. mmseg's base
+# config multiplies the size of each image instead.
 tta_pipeline = [
     dict(type="LoadImageFromFile", backend_args=None),
     dict(

@@ -1,4 +1,4 @@
-"""The command that counts the costs of a whole segmentor or detector, and of the parts of its backbone."""
+"""The command that counts the costs of a whole segmentor or detector, and of its backbone by stage and kind."""
 
 import argparse
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from sepvit_lib.mm.config import build_parser, drop_pretrained, read_config, whe
 
 
 def count(args: argparse.Namespace, samples: Callable[[int, int], list[Any]] | None = None) -> None:
-    """Print the parameters and multiply-adds of a config's model, in total and by part, and the costs of its backbone.
+    """Print the parameters of a config's model by part, its total multiply-adds, and the costs of its backbone.
 
     Args:
         args: the command line.
-        samples: makes the other inputs of a detector's forward pass from the images' height and width in pixels.
+        samples: makes a detector's inputs other than the images, from the images' height and width in pixels.
     """
     cfg = read_config(args)
     drop_pretrained(cfg)

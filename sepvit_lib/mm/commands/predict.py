@@ -1,4 +1,4 @@
-"""Shared by predict.py of segmentation and detection: an inference model, and drawing its predictions."""
+"""Shared by predict.py of segmentation and detection: build a model for inference, and draw its predictions."""
 
 import argparse
 import copy
@@ -38,8 +38,8 @@ from sepvit_lib.mm.config_lookup import classes_of, data_sets
 from sepvit_lib.mm.console import progress_bar
 from sepvit_lib.pipeline.image_files import orientation_for
 
-# Takes model, path, image (H × W × 3, RGB) and the lowest score, if the command has one. Returns a picture and a line
-# that describes its content.
+# Function of model, path, image (H × W × 3, RGB) and, if the command has one, the minimum score. Returns a picture and
+# a line of text that describes it.
 Renderer = Callable[..., tuple[Image.Image, str]]
 
 
@@ -58,12 +58,13 @@ def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.M
     """Build a config's model with a checkpoint's weights, in evaluation mode on the best device.
 
     The model gets the attributes `cfg` and `dataset_meta` (classes and palette), as the inference functions of mmseg
-    and mmdet expect, and `orientation`, in which to read images. Its pipeline is for images in memory, without labels.
+    and mmdet expect, and `orientation`, in which to read images. Its test pipeline takes images in memory, without
+    labels.
 
     Args:
         cfg: the config.
         checkpoint_path: path or https address of the checkpoint.
-        where: names the config in messages.
+        where: name of the config in messages.
 
     Raises:
         UserError: the checkpoint is missing, would run code, or does not fit, or the config has no test data.
@@ -76,15 +77,15 @@ def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.M
     check_weights(model, checkpoint, f"CHECKPOINT {checkpoint_path}")
     with build_errors(where):
         found = next(data_sets(cfg, "test_dataloader"), None)
-        if found is None:  # building raises the reason
+        if found is None:  # building it raises the reason, if not this error
             built = DATASETS.build(cfg.test_dataloader.dataset)
             raise TypeError(f"test_dataloader.dataset: {type(built).__name__} is not derived from BaseDataset")
     node, kind = found
     names = classes_in(checkpoint)
     if names is None:
-        print_line(f"CHECKPOINT {checkpoint_path}: does not name its classes; they get the config's names by number")
+        print_line(f"CHECKPOINT {checkpoint_path}: does not name its classes; the config's are used, matched by number")
     with build_errors(where):
-        stated = unread(node, kind).metainfo  # with colours, where the config has none
+        stated = unread(node, kind).metainfo  # with a palette, which the library makes if the config has none
     held = (checkpoint.get("meta") or {}).get("dataset_meta") or {}
     model.dataset_meta = {**stated, **held, "classes": names or classes_of(node, kind)}
     model.orientation = orientation_for(checkpoint.get("reading"))
@@ -118,14 +119,14 @@ def infer(function: Callable[..., Any], model: nn.Module, image: np.ndarray) -> 
 
 
 def predict(args: argparse.Namespace, draw: Renderer) -> int:
-    """Draw the predictions for each image. Images that cannot be read or resized are reported.
+    """Draw the predictions for each image. Images that cannot be read or resized are reported and skipped.
 
     Args:
         args: the command line.
         draw: see `Renderer`.
 
     Returns:
-        the exit status: 1 if there are such images.
+        the exit status: 1 if images were skipped.
 
     Raises:
         UserError: there is no image, a picture would overwrite a file, or the folder is not writable.
@@ -154,7 +155,7 @@ def predict(args: argparse.Namespace, draw: Renderer) -> int:
 
 
 def _drawn(model: Any, draw: Renderer, task: Task, lowest: Sequence[float]) -> tuple[Image.Image, str] | str:
-    """Draw the prediction for an image. Returns the reason if it cannot be read or resized."""
+    """Draw the prediction for an image. If the image cannot be read or resized, returns the reason."""
     what = f"{PLACEHOLDER} {task.path}"
     try:
         image = np.asarray(read_image(task.path, what, model.orientation))

@@ -30,8 +30,8 @@ from sepvit_lib.mm.config_lookup import LOADERS, data_sets, heads_of, is_elsewhe
 from sepvit_lib.mm.console import TestProgressHook
 from sepvit_lib.mm.runner import DenseRunner
 
-# Output of predictions besides metrics: a hook of the runner (None if something else writes them), the output folder,
-# and its name in messages.
+# An output other than metrics: the hook that writes it (None if an evaluator does), its folder, and the folder's name
+# in messages.
 Result = tuple[Hook | None, Path, str]
 # Sets the metrics in the config, and returns the other outputs.
 Prepare = Callable[[Config, argparse.Namespace], list[Result]]
@@ -60,7 +60,7 @@ def as_configured(cfg: Config, flags: str) -> list[Result]:
         flags: flags that request an output, for messages.
 
     Raises:
-        UserError: the config has none.
+        UserError: the config has no metrics.
     """
     if not cfg.test_evaluator:
         raise UserError(f"nothing to do: the config has no test_evaluator; pass {flags}")
@@ -118,12 +118,12 @@ class TestRunner(DenseRunner):
     """Test a segmentor or detector."""
 
     def build_test_loop(self, loop: Any) -> BaseLoop:
-        """Build the test loop, with the data set and the evaluator."""
+        """Build the test loop, its data set and its evaluator."""
         with build_errors(f"CONFIG {self.cfg.filename}"):
             return super().build_test_loop(loop)
 
     def dump_config(self) -> None:
-        """Write the config beside the log, where it does not overwrite the training run's config in the work dir."""
+        """Write the config beside the log: in the work dir, it would overwrite the training run's config."""
         if is_main_process():
             self.cfg.dump(Path(self.log_dir) / Path(self.cfg.filename or "config.py").name)
 
@@ -136,7 +136,7 @@ def check_folders(cfg: Config, folders: Sequence[tuple[Path, str]]) -> None:
         folders: the folders, and their names in messages.
 
     Raises:
-        UserError: a folder is in the data set.
+        UserError: a folder is the data set's, or inside its folders of images or labels.
     """
     nodes = [node for loader in LOADERS for node, _ in data_sets(cfg, loader) if not is_elsewhere(node)]
     roots = {Path(node["data_root"]).resolve() for node in nodes if node.get("data_root")}
@@ -153,7 +153,7 @@ def check_folders(cfg: Config, folders: Sequence[tuple[Path, str]]) -> None:
 
 
 def make_folders(folders: Sequence[tuple[Path, str]]) -> None:
-    """Make folders and check that they are writable. If one is not, none is made.
+    """Make folders and check that they are writable. If one is not, the new ones are removed again.
 
     Args:
         folders: the folders, and their names in messages.
@@ -178,7 +178,7 @@ def augment(cfg: Config, path: str) -> None:
         path: its file, for messages.
 
     Raises:
-        UserError: the config has none.
+        UserError: the config has no test-time augmentation, or a head with a single output channel.
     """
     if not (cfg.get("tta_model") and cfg.get("tta_pipeline")):
         hint = "remove the flag, or set both as segmentation/configs/_base_/ade20k.py does"

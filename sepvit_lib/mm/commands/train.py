@@ -49,7 +49,7 @@ from sepvit_lib.run.output import LOG, Output, stopped
 from sepvit_lib.run.resume import Source, find_checkpoint
 from sepvit_lib.run.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
 
-# Parts of mmengine and mmdet whose state checkpoints do not contain.
+# Parts of mmengine and mmdet with state that checkpoints do not contain.
 STATEFUL = re.compile(
     r"BatchSyncRandomResize|CachedMixUp|CachedMosaic|DynamicRoIHead|EarlyStoppingHook|GroupMultiSourceSampler|"
     r"SyncBuffersHook"
@@ -89,7 +89,7 @@ def train(args: argparse.Namespace, flags: Mapping[str, str]) -> None:
 
     Args:
         args: the command line.
-        flags: the command's flags by setting.
+        flags: the command's flags, by name of the setting.
     """
     cfg = read_config(args)
     join_processes(cfg, args, 2 * startup_timeout(args.timeout))
@@ -150,7 +150,7 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def check_states(cfg: Config) -> None:
-    """Refuse parts of mmengine and mmdet whose state checkpoints do not contain.
+    """Refuse parts of mmengine and mmdet with state that checkpoints do not contain.
 
     Raises:
         UserError: the config has such a part. The message names it.
@@ -162,12 +162,12 @@ def check_states(cfg: Config) -> None:
 
 
 def check_accumulation(cfg: Config, checkpoint_every: int) -> None:
-    """Refuse checkpoints and validations between the batches that one optimiser step accumulates.
+    """Refuse intervals at which a checkpoint or validation would interrupt gradient accumulation.
 
-    The loop checks epochs, whose length is known only when the data are read.
+    `TrainLoop` checks the length of an epoch, which is known only after the data are read.
 
     Raises:
-        UserError: an interval is not a multiple of these. The message names it.
+        UserError: an interval is not a multiple of `accumulative_counts`. The message names it.
     """
     accumulated, schedule = cfg.optim_wrapper.get("accumulative_counts", 1), read_schedule(cfg)
     intervals = [("--checkpoint-every ", checkpoint_every)]
@@ -218,7 +218,7 @@ def end_finished_run(source: Source, cfg: Config, schedule: Schedule) -> None:
     """End a run that has nothing left to train.
 
     Raises:
-        UserError: the user named the checkpoint, and expects more training.
+        UserError: the user named the checkpoint, and so expects more training.
     """
     done = f"all {schedule.length} {'epochs' if schedule.by_epoch else 'iterations'} are done"
     if not source.is_automatic:
@@ -228,7 +228,7 @@ def end_finished_run(source: Source, cfg: Config, schedule: Schedule) -> None:
 
 
 def config_to_write(cfg: Config, args: argparse.Namespace) -> Config:
-    """Copy a config for the work dir and checkpoints. It stays the same however often the run is resumed."""
+    """Copy a config for the work dir and checkpoints. The copy is the same however often the run is resumed."""
     written = copy.deepcopy(cfg)
     written.resume, written.load_from = False, starting_weights(cfg, args)
     if written.load_from or args.from_scratch:
@@ -237,7 +237,7 @@ def config_to_write(cfg: Config, args: argparse.Namespace) -> Config:
 
 
 def starting_weights(cfg: Config, args: argparse.Namespace) -> str | None:
-    """Checkpoint of a whole model whose weights a fresh run starts from, None for none."""
+    """Path of the whole model's checkpoint whose weights a fresh run starts from; None if it starts from none."""
     return args.load_from or (None if args.from_scratch or cfg.get("resume") else cfg.get("load_from"))
 
 
@@ -245,7 +245,8 @@ def run_to_the_end(runner: TrainingRunner) -> None:
     """Train a run from its current iteration to its end.
 
     Raises:
-        Preempted: the run was asked to stop, and has saved.
+        Preempted: the run was asked to stop, and has saved a checkpoint.
+        UserError: the loss was not finite in any iteration.
     """
     output, watchdog, source = runner.output, runner.run.watchdog, runner.run.source
     start = DenseState.from_checkpoint(source.checkpoint) if source else DenseState()
@@ -275,8 +276,8 @@ def own_folder(output: Output, config: str, preemption: Preemption) -> Iterator[
 
     Args:
         output: the run's files.
-        config: name of the config that it writes.
-        preemption: records whether there was a step.
+        config: name of the config file that the run writes.
+        preemption: records whether a step was done.
 
     Raises:
         UserError: the folder cannot be written, or another run writes to it.
@@ -284,12 +285,12 @@ def own_folder(output: Output, config: str, preemption: Preemption) -> Iterator[
     missing = missing_folders(output.folder)
     on_main_process(lambda: make_folder(output.folder, output.what))
     on_main_process(output.lock)
-    before = set(output.folder.iterdir()) if is_main_process() else set()  # another run may have written until now
+    before = set(output.folder.iterdir()) if is_main_process() else set()  # after locking: no other run writes
     try:
         yield
     except Exception as error:
         if not preemption.has_progress and is_main_process():
-            logs = [] if isinstance(error, BuildError) else log_folders(output.folder)  # which have the traceback
+            logs = [] if isinstance(error, BuildError) else log_folders(output.folder)  # a BuildError refers to them
             for path in {output.folder / LOG, output.folder / config, *logs} - before:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             remove_empty(missing)
@@ -297,7 +298,7 @@ def own_folder(output: Output, config: str, preemption: Preemption) -> Iterator[
 
 
 def log_folders(folder: Path) -> list[Path]:
-    """Folders of this process's log files below a work dir."""
+    """Folders of this process's log files, among those directly in a work dir."""
     files = [
         handler.baseFilename
         for handler in MMLogger.get_current_instance().handlers
@@ -315,10 +316,10 @@ def set_starting_point(cfg: Config, args: argparse.Namespace, source: Source | N
         source: checkpoint that the run resumes from, None for a fresh run.
 
     Returns:
-        the checkpoint that was read, by its path; empty if none was.
+        the checkpoint that was read, by its path; empty if none was read.
 
     Raises:
-        UserError: the checkpoint is missing or of a different variant.
+        UserError: the checkpoint is missing or contains a different variant.
     """
     cfg.load_from = source.path if source else starting_weights(cfg, args)
     cfg.resume = source is not None
@@ -339,14 +340,14 @@ def set_starting_point(cfg: Config, args: argparse.Namespace, source: Source | N
 
 
 def read_starting_weights(cfg: Config, flag: str) -> dict[str, Any]:
-    """Read the checkpoint that `load_from` names. If its classes are not the data set's, drop what depends on them.
+    """Read the checkpoint of `load_from`. If its classes differ from the data set's, drop entries that depend on them.
 
     Args:
         cfg: the config.
         flag: the flag or setting that names the checkpoint, for messages.
 
     Raises:
-        UserError: the checkpoint is missing or of a different variant.
+        UserError: the checkpoint is missing or contains a different variant.
     """
     checkpoint, what = read_model_checkpoint(cfg, cfg.load_from, flag), f"{flag} {cfg.load_from}"
     if not has_other_classes(cfg, checkpoint, "train_dataloader"):

@@ -1,15 +1,17 @@
-# What the configs of both tasks share. Importing the backbones lets the bases after it be `mmseg::…` and `mmdet::…`.
+# Shared by the configs of segmentation and detection. It imports the backbones, which lets a config inherit from
+# `mmseg::…` and `mmdet::…` in the bases after this one.
 import importlib
 import os
 import sys
 
-# The repository, for mmsegmentation's and mmdetection's own tools too. Last, where it shadows no module of a program.
+# Makes the repository importable, also for mmsegmentation's and mmdetection's own tools. It comes last in the path, to
+# shadow no other module.
 sys.path.append(os.path.realpath("{{ fileDirname }}/../../.."))
 importlib.import_module("sepvit_lib.mm.backbone")
 custom_imports = dict(imports=["sepvit_lib.mm.backbone", "sepvit_lib.mm.image_loading"], allow_failed_imports=False)
 
-# The variants, with the published code's stochastic depth and weights saved by main.py. A summary of the paper states
-# stochastic depths of 0.2, 0.3 and 0.4 for Semantic FPN, and of 0.3, 0.3 and 0.5 for UPerNet.
+# The variants, with the published code's drop-path rates, and with pretrained weights from main.py. A summary of the
+# paper states rates of 0.2, 0.3 and 0.4 for Semantic FPN, and of 0.3, 0.3 and 0.5 for UPerNet.
 sepvit_tiny = dict(
     type="SepViT_Tiny", drop_path_rate=0.2, init_cfg=dict(type="Pretrained", checkpoint="pretrained/SepViT_Tiny.pth")
 )
@@ -19,6 +21,6 @@ sepvit_small = dict(
 sepvit_base = dict(
     type="SepViT_Base", drop_path_rate=0.5, init_cfg=dict(type="Pretrained", checkpoint="pretrained/SepViT_Base.pth")
 )
-# For optim_wrapper.paramwise_cfg, as published: no weight decay for parameters with these words in their names, which
-# are the backbone's norms and positional encodings. The batch norms of UPerNet's heads are named `bn` and are decayed.
+# For optim_wrapper.paramwise_cfg, as published: no weight decay for parameters with these words in their names. They
+# are the backbone's norms and positional encodings. UPerNet's batch norms are named `bn`, so they are decayed.
 no_weight_decay = dict(custom_keys={"norm": dict(decay_mult=0.0), "pos_block": dict(decay_mult=0.0)})

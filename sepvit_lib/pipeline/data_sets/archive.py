@@ -20,14 +20,14 @@ TRUNCATED = (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError)  # type: ig
 
 
 class CheckedTarInfo(tarfile.TarInfo):
-    """Member of a tar archive that must be complete. tarfile treats a broken or missing header as the archive's end."""
+    """Tar member that refuses a damaged archive. tarfile treats a broken or missing header as the archive's end."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "CheckedTarInfo":
         """Read the next member's header.
 
         Raises:
-            tarfile.ReadError: there is no intact header and no end-of-archive mark.
+            tarfile.ReadError: there is neither an intact header nor an end-of-archive mark.
         """
         try:
             return super().fromtarfile(archive)
@@ -67,7 +67,7 @@ class Archive(ImageFiles):
 
         Args:
             archive: the archive, or one inside it.
-            inner: the class of images outside folders.
+            inner: class of the images that are in no folder.
             start: offset of the archive in bytes.
         """
         own = []
@@ -88,7 +88,7 @@ class Archive(ImageFiles):
         yield from own
 
     def encoded(self, index: int) -> tuple[bytes, int]:
-        """Read an image's file, and its label.
+        """Return the content of an image's file, and its label.
 
         Raises:
             OSError: it cannot be read.
@@ -103,5 +103,5 @@ class Archive(ImageFiles):
         return (os.fsencode(f"{canonical(name)}\0{label}\n") for name, label in self.samples)
 
     def file(self, index: int) -> Any:
-        """Open file of an image."""
+        """File object with an image's content."""
         return io.BytesIO(self.encoded(index)[0])

@@ -1,7 +1,7 @@
-"""What a data set of images provides.
+"""Interface of a data set of images.
 
-A data set is a subclass of `Images` or `ImageFiles` in a module of its own, and a line in `datasets.DATA_SETS`. Loader
-workers are sent the object by pickle.
+Each data set is a subclass of `Images` or `ImageFiles` in its own module, with an entry in `datasets.DATA_SETS`. Its
+objects are pickled for loader workers.
 """
 
 import io
@@ -17,12 +17,12 @@ from sepvit_lib.pipeline.image_files import MAX_HEADERS, Encoded, evenly_spaced,
 
 
 class Images:
-    """Labelled images, read by number.
+    """Labelled images, read by index.
 
     Attributes:
         root: a folder that exists whenever the storage is available.
         classes: names of the classes; None if they are unknown.
-        skipped: number of visible files by suffix that are not images; None if unknown.
+        skipped: number of visible files that are not images, by suffix; None if unknown.
     """
 
     root: str = "."
@@ -34,7 +34,7 @@ class Images:
         raise NotImplementedError
 
     def encoded(self, index: int) -> tuple[Encoded, int]:
-        """Read an image's file, or the image if the data set has no files, and its label."""
+        """Return the content of an image's file, or the image if the data set has no files, and its label."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
@@ -42,9 +42,9 @@ class Images:
         return f"number {index}"
 
     def identity(self) -> Iterator[bytes]:
-        """Yield what distinguishes these images from others, wherever they lie: usually names and labels.
+        """Yield bytes that identify these images, wherever they are stored: usually names and labels.
 
-        A resumed run is refused if it changed.
+        Automatic resumption is refused if they changed.
         """
         raise NotImplementedError
 
@@ -58,7 +58,7 @@ class Images:
 
     def file(self, index: int) -> Any:
         """Path or open file of an image."""
-        return io.BytesIO(self.encoded(index)[0])  # type: ignore[arg-type] # an image without a file is skipped
+        return io.BytesIO(self.encoded(index)[0])  # type: ignore[arg-type] # without a file, this fails and is skipped
 
 
 class ImageFiles(Images):
@@ -75,7 +75,7 @@ class ImageFiles(Images):
         return len(self.samples)
 
     def encoded(self, index: int) -> tuple[bytes, int]:
-        """Read an image's file. See `read_file`."""
+        """Return the content of an image's file, and its label. See `read_file`."""
         path, label = self.samples[index]
         return read_file(path), label
 
@@ -98,7 +98,7 @@ class ImageFiles(Images):
 
 
 def check_label(label: int, num_classes: int) -> int:
-    """Refuse a label without a class."""
+    """Return a label; refuse one outside the range of the classes."""
     if not 0 <= label < num_classes:
         raise UserError(f"{setting('num_classes', num_classes)}: an image is labelled {label}; labels start at 0")
     return label

@@ -1,4 +1,4 @@
-"""Data sets that torchvision and timm's readers read."""
+"""Data sets read by torchvision or by timm's readers."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ OWN_DATASETS = Path(__file__).resolve().parents[3] / "datasets.py"
 
 
 def import_hugging_face() -> None:
-    """Import Hugging Face's package `datasets`, which timm's reader needs, in place of this project's file.
+    """Import Hugging Face's package `datasets`, which timm's reader needs, in place of this project's datasets.py.
 
     Raises:
         UserError: the package is not installed.
@@ -46,7 +46,7 @@ def import_hugging_face() -> None:
 
 
 class TorchvisionImages(Images):
-    """Images of a data set of torchvision, which decodes them itself.
+    """Images of a torchvision data set, which decodes them itself.
 
     Args:
         dataset: the data set.
@@ -59,11 +59,11 @@ class TorchvisionImages(Images):
         return len(self.dataset)
 
     def encoded(self, index: int) -> tuple[Encoded, int]:
-        """An image and its label."""
+        """Return an image and its label."""
         return self.dataset[index]
 
     def identity(self) -> Iterator[bytes]:
-        """Yield the class of the data set and its length."""
+        """Yield the name of the data set's Python class, and its length."""
         yield json.dumps([type(self.dataset).__name__, len(self)]).encode()
 
     def labels(self) -> set[int] | None:
@@ -76,7 +76,7 @@ class TorchvisionImages(Images):
 
 
 class Cifar100(TorchvisionImages):
-    """CIFAR-100, of torchvision."""
+    """CIFAR-100 from torchvision."""
 
     def identity(self) -> Iterator[bytes]:
         """Yield the pixels."""
@@ -84,7 +84,7 @@ class Cifar100(TorchvisionImages):
 
 
 class ReaderImages(Images):
-    """Images that a reader of timm finds by number: hfds/…
+    """Images that one of timm's readers reads by index (hfds/…).
 
     timm's own data set would replace an unreadable image silently.
 
@@ -100,7 +100,7 @@ class ReaderImages(Images):
         return len(self.reader)
 
     def encoded(self, index: int) -> tuple[bytes, int]:
-        """Read an image's file, and its label."""
+        """Return the content of an image's file, and its label."""
         file, label = self.reader[index]
         with file:
             return file.read(), self.check_label(label)
@@ -110,7 +110,7 @@ class ReaderImages(Images):
         return self.reader.filename(index)
 
     def identity(self) -> Iterator[bytes]:
-        """Yield the class of the reader and its length."""
+        """Yield the name of the reader's Python class, and its length."""
         yield json.dumps([type(self.reader).__name__, len(self)]).encode()
 
     def labels(self) -> set[int] | None:
@@ -118,12 +118,12 @@ class ReaderImages(Images):
         return set(self.reader.dataset.unique(self.reader.label_key))
 
     def file(self, index: int) -> Any:
-        """Open file of an image."""
+        """File object of an image."""
         return self.reader[index][0]
 
 
 class ImageStream(IterableImageDataset):
-    """Images that a reader of timm yields in turn: wds/…, hfids/…, tfds/… Read by `sepvit_lib.pipeline.streams`.
+    """Streaming data set of one of timm's readers (wds/…, hfids/…, tfds/…), for `sepvit_lib.pipeline.streams`.
 
     Args:
         dataset: timm's data set.
@@ -137,7 +137,7 @@ class ImageStream(IterableImageDataset):
         self.root = root
 
     def identity(self) -> Iterator[bytes]:
-        """Yield the class of the reader, its length, and the names of shards."""
+        """Yield the name of the reader's Python class, its length, and the names of its shards, if it has any."""
         yield json.dumps([type(self.reader).__name__, len(self), *(shards_of(self) or ())]).encode()
 
     def labels(self) -> None:
@@ -148,7 +148,7 @@ class ImageStream(IterableImageDataset):
         if shards_of(self):
             with suppress(
                 OSError, EOFError, ValueError, tarfile.TarError, UserError
-            ):  # of shards; training reports them
+            ):  # a shard is unreadable; training reports it
                 for content in first_images(self.reader):
                     yield partial(BytesIO, content)
 

@@ -35,7 +35,7 @@ async function send(file) {
     else refuse(file.name ? `${file.name}: ${content.error}` : content.error);
   } catch (error) {
     if (error.name === "AbortError") return; // another image was sent
-    refuse("The server does not answer. Is app.py still running?");
+    refuse("The server does not respond. Is app.py still running?");
     console.error(error);
   }
   if (state.request === request) setBusy(false);
@@ -315,7 +315,7 @@ function reading(block) {
   const target = strongest === own ? "itself" : `row ${Math.floor(strongest / block.columns)}, column ${strongest % block.columns}`;
   const rest = strongest === own ? "" : `, to itself ${percent(weight(block, own, own))}`;
   return `The window in row ${row}, column ${column} of ${block.rows} × ${block.columns} attends most to ${target}: ` +
-    `${percent(weight(block, own, strongest))}${rest}. Evenly spread, each would get ${percent(1 / n)}.${state.isKept ? " Kept." : ""}`;
+    `${percent(weight(block, own, strongest))}${rest}. With uniform attention, each would get ${percent(1 / n)}.${state.isKept ? " Kept." : ""}`;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ function listSamples(samples) {
       try {
         send(await (await fetch(`samples/${name}`)).blob());
       } catch {
-        refuse("The server does not answer. Is app.py still running?");
+        refuse("The server does not respond. Is app.py still running?");
       }
     });
     return button;
@@ -416,6 +416,6 @@ async function start() {
 }
 
 start().catch((error) => {
-  refuse("The server does not answer. Is app.py still running?");
+  refuse("The server does not respond. Is app.py still running?");
   console.error(error);
 });
