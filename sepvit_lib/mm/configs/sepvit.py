@@ -4,7 +4,7 @@ import os
 import sys
 
 # The repository, for mmsegmentation's and mmdetection's own tools too. Last, where it shadows no module of a program.
-sys.path.append(os.path.realpath("{{ fileDirname }}/../../.."))
+sys.path += {os.path.realpath("{{ fileDirname }}/../../..")} - {*sys.path}
 importlib.import_module("sepvit_lib.mm.backbone")
 custom_imports = dict(imports=["sepvit_lib.mm.backbone", "sepvit_lib.mm.image_loading"], allow_failed_imports=False)
 
