@@ -34,12 +34,7 @@ from sepvit_lib.pipeline.data_sets.libraries import Cifar100, from_library, impo
 from sepvit_lib.pipeline.image_files import IMAGE_SUFFIXES, Encoded, decode, describe_skipped, is_hidden
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 from sepvit_lib.pipeline.readers import read_exactly_once, shards_of
-from sepvit_lib.pipeline.samples import (
-    ImageData,
-    TrainSamples,
-    ValSamples,
-    collate,
-)
+from sepvit_lib.pipeline.samples import ImageData, TrainSamples, ValSamples, collate
 from sepvit_lib.pipeline.scaled_decoding import CropDecoder
 from sepvit_lib.pipeline.streams import TrainStream, ValStream
 from sepvit_lib.run.state import Precision

@@ -93,24 +93,10 @@ from sepvit_lib.pipeline.image_files import ORIENTATIONS, STORED, count_turned
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 from sepvit_lib.pipeline.samples import BY_CLASS_MAP, NO_NAMES, ImageData
 from sepvit_lib.run.checkpoint_names import StepNames
-from sepvit_lib.run.checkpoints import (
-    has_both_weights,
-    load_weights,
-    match_classifier,
-    read_checkpoint,
-    weights_of,
-)
+from sepvit_lib.run.checkpoints import has_both_weights, load_weights, match_classifier, read_checkpoint, weights_of
 from sepvit_lib.run.monitor import DelayedFlags, MonitorSettings, StepMonitor
 from sepvit_lib.run.output import Output, stopped
-from sepvit_lib.run.resume import (
-    PACKAGES,
-    Source,
-    check_source,
-    describe_data,
-    describe_run,
-    find_checkpoint,
-    restore,
-)
+from sepvit_lib.run.resume import PACKAGES, Source, check_source, describe_data, describe_run, find_checkpoint, restore
 from sepvit_lib.run.state import DIVERGENCE_ADVICE, Precision, Training
 from sepvit_lib.run.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
 from utils import Stream, seed_everything

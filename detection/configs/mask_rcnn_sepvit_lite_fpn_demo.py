@@ -2,21 +2,8 @@
 _base_ = "mask_rcnn_sepvit_t_fpn_1x_coco_pvt_setting.py"
 
 data_root = "../demo/coco/"
-metainfo = dict(
-    classes=("0", "1", "2", "3", "4", "5", "6", "7", "8", "9"),
-    palette=[
-        (230, 25, 75),
-        (60, 180, 75),
-        (255, 225, 25),
-        (0, 130, 200),
-        (245, 130, 48),
-        (145, 30, 180),
-        (70, 240, 240),
-        (240, 50, 230),
-        (210, 245, 60),
-        (0, 128, 128),
-    ],
-)
+colours = "e6194b 3cb44b ffe119 0082c8 f58230 911eb4 46f0f0 f032e6 d2f53c 008080"
+metainfo = dict(classes=tuple("0123456789"), palette=[tuple(bytes.fromhex(colour)) for colour in colours.split()])
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),

@@ -2,21 +2,9 @@
 _base_ = "fpn_sepvit_t_512x512_80k_ade20k.py"
 
 data_root = "../demo/ade/ADEChallengeData2016"
+colours = "e6194b 3cb44b ffe119 0082c8 f58230 911eb4 46f0f0 f032e6 d2f53c 008080 282828"
 metainfo = dict(
-    classes=("0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "background"),
-    palette=[
-        [230, 25, 75],
-        [60, 180, 75],
-        [255, 225, 25],
-        [0, 130, 200],
-        [245, 130, 48],
-        [145, 30, 180],
-        [70, 240, 240],
-        [240, 50, 230],
-        [210, 245, 60],
-        [0, 128, 128],
-        [40, 40, 40],
-    ],
+    classes=(*"0123456789", "background"), palette=[list(bytes.fromhex(colour)) for colour in colours.split()]
 )
 train_pipeline = [
     dict(type="LoadImageFromFile"),

@@ -17,13 +17,7 @@ from sepvit_lib.common.processes import all_gather, get_world_size, on_main_proc
 from sepvit_lib.common.saved_settings import img_size_of, settings_in
 from sepvit_lib.pipeline.samples import ImageData, fingerprint
 from sepvit_lib.run.checkpoint_names import CheckpointNames
-from sepvit_lib.run.checkpoints import (
-    load_optimizer,
-    load_weights,
-    newest_good,
-    read_checkpoint,
-    weights_of,
-)
+from sepvit_lib.run.checkpoints import load_optimizer, load_weights, newest_good, read_checkpoint, weights_of
 from sepvit_lib.run.state import Training
 
 # Settings that do not change what a run computes. A run may be resumed with different values.

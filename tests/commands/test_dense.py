@@ -178,9 +178,8 @@ def test_no_loader_runs_code(tmp_path):
 
 
 HOST = """
-import importlib, importlib.util, sys
+import importlib, sys
 before = list(sys.path)
-is_installed = importlib.util.find_spec('sepvit_lib') is not None
 from mmengine.config import Config
 from mmengine.registry import MODELS
 for _ in range(2):
@@ -191,13 +190,13 @@ for name in modules.split():
 print(type(MODELS.build(config.model.backbone)))
 assert 'datasets' not in sys.modules, sys.modules['datasets']
 import datasets, utils
-assert sys.path == before + [{root!r}] * (not is_installed), sys.path
+assert sys.path == before + [{root!r}], sys.path
 print(datasets.__file__, utils.__file__)
 """
 
 
 def test_host_program_with_its_own_utils_and_datasets(tmp_path):
-    """The configs find the backbones: the repository is appended to the path, once, unless the package is installed.
+    """The configs find the backbones: the repository is appended to the path, once.
 
     The backbones, the configs and the commands import no `utils` or `datasets` of this project.
     """

@@ -16,6 +16,9 @@ from mmengine.registry import PARAM_SCHEDULERS, TRANSFORMS, init_default_scope
 from PIL import Image
 from pycocotools.coco import COCO
 
+from detection.get_flops import samples
+from sepvit_lib.count import AMONG, INSIDE, costs_of, count_multiply_adds, total_of
+
 METHODS = {
     "fpn": "segmentation/configs/fpn_sepvit_{}_512x512_80k_ade20k.py",
     "upernet": "segmentation/configs/upernet_sepvit_{}_512x512_160k_ade20k_swin_setting.py",
@@ -38,6 +41,8 @@ OPTIMIZERS = {  # learning rate, weight decay of t, s and b, and whether norms a
     "mask_rcnn-1x": (2e-4, (1e-3, 1e-4, 1e-4), False),
     "mask_rcnn-3x": (1e-4, (0.05, 0.1, 0.1), True),
 }
+# The paper's GFLOPs of t, s and b, at 512 × 2048 and 800 × 1280 pixels.
+GFLOPS = {"fpn": (181, 244, 367), "upernet": (940, 1003, 1128), "retinanet-1x": (243, 302), "mask_rcnn-1x": (261, 321)}
 PER_EPOCH = 1000  # iterations, in the tests of schedules
 
 of_all = pytest.mark.parametrize("method", METHODS)
@@ -146,6 +151,20 @@ def test_every_parameter_gets_a_gradient(method):
         data = model.data_preprocessor(data, training=True)
     model.parse_losses(model(**data, mode="loss"))[0].backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize(("method", "variant"), [(name, v) for name in GFLOPS for v in "tsb"[: len(GFLOPS[name])]])
+def test_multiply_adds_are_the_papers(method, variant):
+    """The paper counts layers, but neither the matrix products of attention nor the norms."""
+    size, needs_values = (512, 2048) if method in SEGMENTORS else (800, 1280), method.startswith("mask")
+    cfg, models = config(method, variant), (mmseg if method in SEGMENTORS else mmdet).registry.MODELS
+    with torch.device("cpu" if needs_values else "meta"):  # Mask R-CNN proposes boxes
+        model = revert_sync_batchnorm(models.build(cfg.model)).eval()
+        images = torch.zeros(1, 3, *size)
+    backbone = costs_of(model.backbone, images)
+    uncounted = sum(total_of(backbone, "multiply_adds", kind=kind) for kind in (INSIDE, AMONG, "norms, window tokens"))
+    counted = count_multiply_adds(model, images, *([samples(*size)] if needs_values else [])) - uncounted
+    assert counted / 1e9 == pytest.approx(GFLOPS[method]["tsb".index(variant)], abs=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -137,10 +137,7 @@ MISTAKES = {
     "another network": ("{cat} --resume {root}/other.pth", "contains test_vit, not a SepViT"),
     "no averaged weights": ("{cat} --resume {root}/cat.pth --averaged", "omit --averaged"),
     "no averaged backbone": ("{cat} --resume {root}/backbone.pth --averaged", "backbone.pth: has no averaged weights"),
-    "window out of range": (
-        "{cat} --resume {root}/cat.pth --window 3 0",
-        "--window 3 0: out of range; rows are",
-    ),
+    "window out of range": ("{cat} --resume {root}/cat.pth --window 3 0", "--window 3 0: out of range; rows are"),
     "half a window": ("{cat} --resume {root}/cat.pth --window 3", "--window 3: "),
     "too many windows": (
         "{cat} --resume {root}/backbone.pth --window all --input-size 600 600",

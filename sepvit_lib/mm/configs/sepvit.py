@@ -6,7 +6,7 @@ import sys
 
 # Makes the repository importable, also for mmsegmentation's and mmdetection's own tools. It comes last in the path, to
 # shadow no other module.
-sys.path.append(os.path.realpath("{{ fileDirname }}/../../.."))
+sys.path += {os.path.realpath("{{ fileDirname }}/../../..")} - {*sys.path}
 importlib.import_module("sepvit_lib.mm.backbone")
 custom_imports = dict(imports=["sepvit_lib.mm.backbone", "sepvit_lib.mm.image_loading"], allow_failed_imports=False)
 

@@ -1,17 +1,15 @@
 """Tar archives of class folders, or of one archive per class."""
 
-import io
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from timm.utils import natural_key
 
 from sepvit_lib.common.class_names import canonical
-from sepvit_lib.pipeline.data_sets.base import ImageFiles
+from sepvit_lib.pipeline.data_sets.base import ImageFiles, Images
 from sepvit_lib.pipeline.image_files import is_hidden, is_image
 
 # Subclasses of tarfile.HeaderError that its documentation does not list (Python 3.10 to 3.12).
@@ -51,6 +49,7 @@ class Archive(ImageFiles):
     """
 
     skipped: Counter[str]
+    file = Images.file  # in memory
 
     def __init__(self, path: Path) -> None:
         self.path, self.root = path, str(path.parent)
@@ -101,7 +100,3 @@ class Archive(ImageFiles):
     def identity(self) -> Iterator[bytes]:
         """Yield each image's name in the archive, and its label."""
         return (os.fsencode(f"{canonical(name)}\0{label}\n") for name, label in self.samples)
-
-    def file(self, index: int) -> Any:
-        """File object with an image's content."""
-        return io.BytesIO(self.encoded(index)[0])
