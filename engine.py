@@ -199,7 +199,7 @@ def train_one_epoch(
         images, targets = prepare(images), targets.to(precision.device, non_blocking=True)
         if mixup is not None:
             images, targets = mixup(images, targets)
-        # Ranks accumulate gradients locally, and all-reduce them only with the step's last batch.
+        # Ranks accumulate gradients locally, and all-reduce them only on the step's last batch.
         with wrapped.no_sync() if hasattr(wrapped, "no_sync") and not is_last else nullcontext():
             with precision.autocast():
                 loss = criterion(images, wrapped(images), targets)

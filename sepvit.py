@@ -963,9 +963,10 @@ def pad_to_windows(x: Tensor, window_size: int) -> Tensor:
 
 
 def limits_ranks() -> bool:
-    """Whether tensors may have at most five dimensions: in exported programs, for mobile runtimes.
+    """Whether tensors must have no more than five dimensions: while exporting, because mobile runtimes support no more.
 
-    Elsewhere, a single copy of a tensor with seven dimensions saves up to 3 % of the time.
+    Otherwise, `heads_to_map` copies the pixels once, in seven dimensions, instead of twice. Compiled networks are up to
+    9 % faster with that.
     """
     if not torch.jit.is_scripting():
         return torch.compiler.is_exporting()

@@ -149,7 +149,7 @@ def to_channels_first(x: Tensor, H: int, W: int) -> Tensor:
 
 
 class Port(nn.Module):
-    """A port of a network in either form. It shares the network's parameters.
+    """An unoptimised port of a network, classification or dense. It shares the network's parameters.
 
     Dropout is not ported; stochastic depth is.
 

@@ -39,7 +39,7 @@ PEERS: dict[str, tuple[str, ...]] = {
 
 # Top-1 (%) on ImageNet-1K at 224 × 224, trained on ImageNet-1K alone, as the authors published it.
 TOP1: dict[str, float] = {
-    # https://arxiv.org/abs/2203.15380; Lite from a summary of the paper
+    # https://arxiv.org/abs/2203.15380; Lite from a third-party summary
     "SepViT_Lite": 72.3,
     "SepViT_Tiny": 82.7,
     "SepViT_Small": 83.6,

@@ -15,7 +15,7 @@ INVISIBLE = ("Cc", "Cf", "Cs")  # Unicode categories of characters without a gly
 
 
 def font_file(texts: Iterable[str]) -> str:
-    """Find the file of a font with all characters of some texts: DejaVu Sans, or a system font.
+    """Find the file of a font that has all characters of the given texts: DejaVu Sans, or a system font.
 
     If no font has all of them, warn once per writing system, and use DejaVu Sans.
     """
@@ -49,7 +49,7 @@ def _report(script: str) -> None:
 
 
 def use_in_figures(texts: Iterable[str]) -> None:
-    """Make matplotlib use a font with all characters of some texts."""
+    """Make matplotlib use a font that has all characters of the given texts."""
     path = font_file(texts)
     name = font_manager.FontProperties(fname=path).get_name()
     if name not in matplotlib.rcParams["font.sans-serif"]:

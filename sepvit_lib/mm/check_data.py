@@ -204,9 +204,9 @@ def check_segmentation(part: str, node: Mapping[str, Any], kind: Any) -> None:
 def warn_of_unmet_classes(
     node: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], names: Sequence[str], folder: str
 ) -> None:
-    """Warn of classes without pixels, as in masks with the values 0 and 255. Of many label maps, a sample is read.
+    """Warn of classes that no label map contains, such as class 1 of binary masks stored as 0 and 255.
 
-    Does nothing if there are too many classes for a sample of `MAX_LABELS`.
+    At most `MAX_LABELS` label maps are read, evenly spaced. Does nothing if they are too few for the classes.
 
     Args:
         node: the settings of a training data set.

@@ -62,7 +62,7 @@ class FileHook(Hook):
     """Write one file for each test image.
 
     Args:
-        folder: output folder. Below it, each file has its image's path relative to the data set.
+        folder: output folder. Files keep their images' paths relative to the data set.
     """
 
     def __init__(self, folder: Path) -> None:

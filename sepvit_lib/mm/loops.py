@@ -139,15 +139,15 @@ class Schedule:
     log_interval: int
 
     def val_interval(self, done: int) -> int:
-        """Interval between validations after a number of epochs or iterations."""
+        """Interval between validations after `done` epochs or iterations."""
         return [interval for begin, interval in self.val_intervals if begin <= done + 1][-1]
 
     def validates(self, done: int) -> bool:
-        """Whether validation is due after a number of epochs or iterations."""
+        """Whether validation is due after `done` epochs or iterations."""
         return done >= self.val_begin and (done % self.val_interval(done) == 0 or done == self.length)
 
     def saves(self, done: int) -> bool:
-        """Whether a checkpoint is due after a number of epochs or iterations."""
+        """Whether a checkpoint is due after `done` epochs or iterations."""
         return done == self.length or (self.save_interval > 0 and done % self.save_interval == 0)
 
 
@@ -262,7 +262,7 @@ class TrainLoop(BaseLoop):
         """Do one iteration.
 
         Args:
-            data: a batch of mmengine.
+            data: a batch of mmengine's data loader.
             unreadable: names of unreadable images that were replaced in it.
         """
         state, watchdog, optim_wrapper = self.state, self.monitor.watchdog, self.runner.optim_wrapper

@@ -55,7 +55,7 @@ class Log:
 
     Args:
         path: the file.
-        covers: whether a line comes before the position at which the run starts or resumes. Other lines are removed.
+        covers: returns whether a line comes before the position at which the run starts or resumes; others are removed.
 
     Attributes:
         failure: why the last lines could not be written, None if they were.
@@ -233,7 +233,7 @@ class Output:
 
         Args:
             run: description of the run, for log.txt.
-            covers: whether a line of log.txt comes before the position at which the run starts or resumes.
+            covers: returns whether a line of log.txt comes before the position at which the run starts or resumes.
             source: checkpoint that it resumes from, None for a fresh run.
             resumes: whether the run was asked to resume from the folder's newest checkpoint, if it has any.
             scalars: also write TensorBoard's files.

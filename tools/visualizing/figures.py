@@ -180,7 +180,7 @@ def titled(block: BlockAttention) -> str:
 # Attention among windows
 # ----------------------------------------------------------------------------------------------------------------------
 
-RELATIVE_LABEL = "weight, relative\nto even attention"
+RELATIVE_LABEL = "weight, relative\nto uniform attention"
 
 
 def show_mosaic(
