@@ -71,6 +71,7 @@ from engine import (
 from sepvit import VARIANTS
 from sepvit_lib.common.class_names import check_map, listed
 from sepvit_lib.common.command_line import (
+    KeyValues,
     Parser,
     fraction,
     natural,
@@ -83,7 +84,7 @@ from sepvit_lib.common.command_line import (
     seconds,
 )
 from sepvit_lib.common.devices import available_cores, best_device, check_device
-from sepvit_lib.common.errors import Preempted, UserError
+from sepvit_lib.common.errors import Preempted, UserError, setting
 from sepvit_lib.common.processes import get_world_size, init_distributed, is_main_process, on_main_process, print_main
 from sepvit_lib.common.recipes import ARGS, parse_with_recipe, write_recipe
 from sepvit_lib.common.saved_settings import img_size_of, settings_in
@@ -93,7 +94,14 @@ from sepvit_lib.pipeline.image_files import ORIENTATIONS, STORED, count_turned
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 from sepvit_lib.pipeline.samples import BY_CLASS_MAP, NO_NAMES, ImageData
 from sepvit_lib.run.checkpoint_names import StepNames
-from sepvit_lib.run.checkpoints import has_both_weights, load_weights, match_classifier, read_checkpoint, weights_of
+from sepvit_lib.run.checkpoints import (
+    has_both_weights,
+    load_weights,
+    match_classifier,
+    model_kwargs_of,
+    read_checkpoint,
+    weights_of,
+)
 from sepvit_lib.run.monitor import DelayedFlags, MonitorSettings, StepMonitor
 from sepvit_lib.run.output import Output, stopped
 from sepvit_lib.run.resume import PACKAGES, Source, check_source, describe_data, describe_run, find_checkpoint, restore
@@ -155,7 +163,7 @@ def run_evaluation(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
     """Validate the weights of the `--resume` checkpoint, and its averaged weights if it has any (`--eval`)."""
     what = f"--resume {args.resume}"
     checkpoint = read_checkpoint(args.resume, what) if args.resume else None
-    args, preprocessing = adopt_reading(args, checkpoint, what)
+    args, preprocessing = adopt_settings(args, checkpoint, what)
     val = build_data(args, False, preprocessing)
     if checkpoint is not None:
         val = val.matched(checkpoint.get("classes"), what)
@@ -246,13 +254,13 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     """Train epoch by epoch. Write checkpoints, log.txt, TensorBoard event files and curves.png."""
     val, train = build_data(args, is_train=False), build_data(args, is_train=True)
     val = match_splits(train, val)
-    model = build_model(args, train.num_classes, precision)
     data = describe_data(train, val)
     on_main_process(output.lock)
     source = find_checkpoint(args.resume, args.auto_resume, output.folder, output.names)
     checkpoint, what = find_start(args, source)
     keeps = source is not None and source.is_automatic
-    args, preprocessing = adopt_reading(args, checkpoint, what, keeps)
+    args, preprocessing = adopt_settings(args, checkpoint, what, keeps)
+    model = build_model(args, train.num_classes, precision)
     settings = dict(vars(args))
     train, val = (prepared(one, one is train, transform_settings(args, preprocessing)) for one in (train, val))
     accum_steps = args.accum_steps
@@ -306,10 +314,10 @@ def find_start(args: argparse.Namespace, source: Source | None) -> tuple[dict[st
     return read_checkpoint(args.finetune, what) if args.finetune else None, what
 
 
-def adopt_reading(
+def adopt_settings(
     args: argparse.Namespace, checkpoint: dict[str, Any] | None, what: str, keeps: bool = False
 ) -> tuple[argparse.Namespace, Preprocessing]:
-    """Adopt the orientation and preprocessing that a checkpoint was trained with.
+    """Adopt the orientation, preprocessing and arguments of the network that a checkpoint was trained with.
 
     Args:
         args: the command's settings.
@@ -318,13 +326,15 @@ def adopt_reading(
         keeps: whether the run is resumed automatically. If it predates `--orientation`, it keeps STORED.
 
     Returns:
-        the settings with the checkpoint's orientation, unless the user has chosen one; and the preprocessing.
+        the settings with the checkpoint's orientation and arguments, unless the user has chosen some; and the
+        preprocessing.
     """
     before = settings_in(checkpoint or {})
     orientation = args.orientation or before.get("orientation") or STORED
     if keeps and "orientation" not in before:
         orientation = STORED  # the run predates this setting, even if its recipe sets it now
-    args = argparse.Namespace(**{**vars(args), "orientation": orientation})
+    kwargs = args.model_kwargs or (model_kwargs_of(checkpoint, what) if checkpoint else {})
+    args = argparse.Namespace(**{**vars(args), "orientation": orientation, "model_kwargs": kwargs})
     published = Preprocessing.for_size(args.input_size)
     if checkpoint is None:
         return args, published
@@ -596,7 +606,10 @@ def build_model(args: argparse.Namespace, num_classes: int, precision: Precision
     """Build the network on its device."""
     rates, parser = dict(drop=args.drop, drop_path=args.drop_path), build_parser()
     asked_for = [name for name, rate in rates.items() if rate != parser.get_default(name)]
-    model = create_network(f"--model {args.model}", args.model, num_classes, args.input_size, rates, asked_for)
+    what = setting("model", args.model) + (
+        " " + setting("model_kwargs", args.model_kwargs) if args.model_kwargs else ""
+    )
+    model = create_network(what, args.model, num_classes, args.input_size, rates, asked_for, args.model_kwargs)
     to_device(model, precision.device)
     if args.grad_checkpointing:
         try:
@@ -702,7 +715,11 @@ def build_criterion(
     checkpoint = read_checkpoint(args.teacher_path, what)
     train.matched(checkpoint.get("classes"), what)
     teacher = create_network(
-        f"--teacher-model {args.teacher_model}", args.teacher_model, train.num_classes, args.input_size
+        f"--teacher-model {args.teacher_model}",
+        args.teacher_model,
+        train.num_classes,
+        args.input_size,
+        model_kwargs=args.teacher_kwargs or model_kwargs_of(checkpoint, what),
     )
     hints = "use a teacher trained on the data set's classes", "name it with --teacher-model"
     load_from(teacher, checkpoint, what, *hints, data=train)
@@ -766,6 +783,7 @@ def load_from(
         classes_hint=classes_hint,
         new_classifier=new_classifier,
         img_size=img_size_of(checkpoint),
+        new_settings=new_classifier,
     )
     if new_classifier and data is not None and not (held and names) and not report.classifier:
         print_main(f"{what}: {BY_CLASS_MAP if data.class_map else NO_NAMES}")
@@ -846,6 +864,8 @@ def add_device_settings(group: Any) -> None:
 def add_model_settings(group: Any) -> None:
     add = group.add_argument
     add("--model", default="SepViT_Tiny", help=f"{', '.join(VARIANTS)}, or any timm model")
+    about = "other arguments of the network's constructor; by default those that its checkpoint was trained with"
+    add("--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=about)
     add("--input-size", type=positive_int, default=224, help="side of the images in pixels")
     add("--drop", type=fraction, default=0.0, help="dropout rate")
     add("--drop-path", type=fraction, default=0.2, help="stochastic depth rate of the last block")
@@ -917,6 +937,8 @@ def add_distillation_settings(group: Any) -> None:
     add = group.add_argument
     add("--distillation-type", choices=("none", "soft", "hard"), default="none")
     add("--teacher-model", default="regnety_160", help="any timm model")
+    about = "other arguments of the teacher's constructor; by default those that its checkpoint was trained with"
+    add("--teacher-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=about)
     add("--teacher-path", type=path, default="", help="the teacher's checkpoint: a path or an https address")
     add("--distillation-alpha", type=fraction, default=0.5, help="weight of the teacher's term in the loss")
     add("--distillation-tau", type=positive, default=1.0, help="temperature of soft distillation")

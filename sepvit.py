@@ -33,7 +33,7 @@ import logging
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -65,8 +65,11 @@ __all__ = [
     "SepViTDense",
     "adapt_state_dict",
     "create_dense",
+    "default_settings",
     "entries_under",
+    "keep_settings",
     "mark_adapted",
+    "settings_of",
     "variant_of",
 ]
 
@@ -458,6 +461,7 @@ class SepViTStages(nn.Module):
             last = f"blocks.{i}.{depth - 1}" if depth > 1 else f"pos_block.{i}"
             self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=last))
         self.register_load_state_dict_pre_hook(_adapt_before_loading)
+        self.register_state_dict_post_hook(_record_settings)
 
     def forward_stages(self, x: Tensor, count: int = 4) -> list[Tensor]:
         """Compute the maps of the first `count` stages, B × H' × W' × C each, from images, B × C_in × H × W."""
@@ -493,6 +497,14 @@ class SepViTStages(nn.Module):
         """Rows and columns of windows in every block for images of `img_size` (H, W) pixels."""
         blocks = self.named_blocks().items()
         return [window_grid(img_size, _stage_of(name), block.window_size) for name, block in blocks]
+
+    @torch.jit.ignore
+    def settings(self) -> dict[str, list]:
+        """Arguments of the constructor that the shapes of the weights do not show. State dicts record them."""
+        return dict(
+            num_heads=[blocks[0].attn.num_heads for blocks in self.blocks],
+            window_sizes=[[block.window_size for block in blocks] for blocks in self.blocks],
+        )
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -797,10 +809,11 @@ class Adaptation:
         return "; ".join(f"{what} {len(names)}: {', '.join(names)}" for what, names in parts if names)
 
 
-def entries_under(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def entries_under(state_dict: Mapping[str, Tensor], prefix: str) -> OrderedDict[str, Tensor]:
     """Entries of the module named `prefix`, without that prefix; all entries for ''. A trailing dot is optional."""
     below = f"{prefix.removesuffix('.')}." if prefix else ""
-    return {name.removeprefix(below): value for name, value in state_dict.items() if name.startswith(below)}
+    named = ((name.removeprefix(below), value) for name, value in state_dict.items() if name.startswith(below))
+    return keep_settings(named, state_dict)
 
 
 def adapt_state_dict(
@@ -915,6 +928,32 @@ def mark_adapted(state_dict: Mapping[str, Tensor], prefix: str = "") -> OrderedD
     marked = OrderedDict(state_dict)
     marked._metadata = metadata  # type: ignore[attr-defined]
     return marked
+
+
+def _record_settings(model: SepViTStages, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+    """Post-hook of `state_dict`: record the network's settings in its metadata, which torch.save keeps."""
+    local_metadata["settings"] = model.settings()
+
+
+def settings_of(state_dict: Mapping[str, Any]) -> dict[str, list] | None:
+    """Settings of the SepViT in a state dict; None if they are not recorded."""
+    metadata = getattr(state_dict, "_metadata", {})
+    return next((entry["settings"] for entry in metadata.values() if "settings" in entry), None)
+
+
+def keep_settings(entries: Iterable[tuple[str, Tensor]], state_dict: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
+    """Make a state dict of entries of another, whose recorded settings it keeps."""
+    kept = OrderedDict(entries)
+    if settings := settings_of(state_dict):
+        kept._metadata = {"": dict(settings=settings)}  # type: ignore[attr-defined]
+    return kept
+
+
+def default_settings(variant: str) -> dict[str, list]:
+    """Settings of one of the paper's variants, in the form of `SepViTStages.settings`."""
+    sizes = VARIANTS[variant]
+    sides = [[sides[j % len(sides)] for j in range(depth)] for sides, depth in zip(WINDOW_SIZES, sizes["depths"])]
+    return dict(num_heads=list(sizes["num_heads"]), window_sizes=sides)
 
 
 def _adapt_before_loading(

@@ -23,6 +23,7 @@ def create_network(
     input_size: int | tuple[int, int],
     rates: Mapping[str, float] | None = None,
     asked_for: Collection[str] = (),
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
     """Build a timm network. One with a fixed image size is built for the given size.
 
@@ -32,13 +33,14 @@ def create_network(
         num_classes: number of classes.
         input_size: side of the images in pixels, or height and width.
         rates: rates of dropout and stochastic depth by setting: 'drop', 'drop_path'.
+        model_kwargs: other arguments of the network's constructor.
         asked_for: rates that the network must support. Other rates are ignored, with a message, if unsupported.
 
     Raises:
         UserError: timm cannot build it with these settings, or it does not support the image size or a rate.
     """
     rates = rates or {}
-    build = partial(timm.create_model, name, num_classes=num_classes)
+    build = partial(timm.create_model, name, num_classes=num_classes, **(model_kwargs or {}))
     if get_pretrained_cfg_value(name, "fixed_input_size"):
         build.keywords["img_size"] = input_size
     try:

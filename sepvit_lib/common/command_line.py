@@ -1,8 +1,10 @@
 """Shared by all commands: argument parsing, one-line errors, and output that cannot end a run."""
 
 import argparse
+import ast
 import difflib
 import gc
+import json
 import math
 import multiprocessing
 import os
@@ -106,6 +108,32 @@ class Parser(argparse.ArgumentParser):
             flags[action.dest] = action.option_strings[0] if action.option_strings else str(action.metavar)
             flags |= {option[2:].replace("-", "_"): option for option in action.option_strings if "--no-" in option}
         return flags
+
+
+class KeyValues(argparse.Action):
+    """Settings KEY=VALUE …, as a dictionary.
+
+    Values are Python literals or, failing that, strings, as with timm's `ParseKwargs`.
+    """
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Set the dictionary. Tuples become lists, as in a recipe.
+
+        Raises:
+            ArgumentError: an argument has no `=`.
+        """
+        pairs = {}
+        for key, equals, text in (argument.partition("=") for argument in values):
+            if not equals:
+                raise argparse.ArgumentError(self, f"{key}: expected KEY=VALUE")
+            text = dict(true="True", false="False", null="None").get(text.lower(), text)
+            try:
+                pairs[key] = json.loads(json.dumps(ast.literal_eval(text)))
+            except (SyntaxError, TypeError, ValueError):
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
 
 
 def number(kind: type[int] | type[float], low: float, high: float = math.inf, open_low: bool = False) -> Any:

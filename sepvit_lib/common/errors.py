@@ -3,6 +3,7 @@
 import errno
 import re
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,10 @@ def setting(name: str, *values: object) -> str:
         name: the setting's name, e.g. 'data_path'.
         values: its values.
     """
-    return " ".join([f"`{name}`", *map(str, values)])
+    words = (
+        (f"{key}={one}" for key, one in value.items()) if isinstance(value, Mapping) else [value] for value in values
+    )
+    return " ".join([f"`{name}`", *map(str, chain(*words))])
 
 
 def with_flags(message: str, flags: Mapping[str, str]) -> str:

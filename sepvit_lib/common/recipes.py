@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from sepvit_lib.common.command_line import Parser
+from sepvit_lib.common.command_line import KeyValues, Parser
 from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.common.storage import write_file
 
@@ -73,9 +73,16 @@ def _arguments_of(key: str, value: Any, parser: Parser) -> list[str]:
         return [action.option_strings[SWITCHES[value.lower()]]]
     if isinstance(value, str):
         return [f"--{key}={value}"]
-    if action.nargs is None:
-        raise UserError(f"{key}: takes a single value, not {value}")
+    if isinstance(action, KeyValues) and isinstance(value, dict):
+        return [f"--{key}", *(f"{name}={_literal(part)}" for name, part in value.items())]
+    if action.nargs is None or isinstance(value, dict):
+        raise UserError(f"{key}: takes {'a single value' if action.nargs is None else 'values'}, not {value}")
     return [f"--{key}", *map(str, value)]
+
+
+def _literal(value: Any) -> str:
+    """Write a value of a YAML mapping, made of text and lists, as a Python literal."""
+    return f"[{', '.join(map(_literal, value))}]" if isinstance(value, list) else str(value)
 
 
 def write_recipe(path: Path, settings: dict[str, Any]) -> None:

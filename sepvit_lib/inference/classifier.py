@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,14 @@ class Description:
         classes: names of the classes, in the order of the outputs.
         preprocessing: transform from an image to the network's input.
         orientation: 'exif' to turn images upright, or 'stored' to keep them as stored.
+        model_kwargs: other arguments of the network's constructor.
     """
 
     model: str
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     orientation: str = EXIF
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the description as JSON."""
@@ -59,7 +61,8 @@ class Description:
         try:
             fields = json.loads(text)
             preprocessing = Preprocessing.from_json(fields["preprocessing"])
-            return cls(fields["model"], tuple(fields["classes"]), preprocessing, fields.get("orientation", EXIF))
+            others = fields.get("orientation", EXIF), fields.get("model_kwargs", {})
+            return cls(fields["model"], tuple(fields["classes"]), preprocessing, *others)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a classifier's description ({error!r})") from None
 
@@ -203,12 +206,14 @@ def _from_checkpoint(
     num_classes = _count_classes(name, weights, what)
     default: Any = get_pretrained_cfg_value(name, "input_size")
     size = (img_size_of(checkpoint) or default)[-1]
-    network = create_network(f"{what}, model {name}", name, num_classes, size)
+    kwargs = checkpoints.model_kwargs_of(checkpoint, what)
+    network = create_network(f"{what}, model {name}", name, num_classes, size, model_kwargs=kwargs)
     hint, img_size = f"name it with {setting('model')}", img_size_of(checkpoint)
     checkpoints.load_weights(network, weights, what, variant_hint=hint, img_size=img_size)
     names = checkpoint.get("classes")
     preprocessing, orientation = Preprocessing.of_weights(checkpoint, name, size), checkpoint.get("reading")
-    description = Description(name, class_names(names, num_classes), preprocessing, orientation_for(orientation))
+    classes, orientation = class_names(names, num_classes), orientation_for(orientation)
+    description = Description(name, classes, preprocessing, orientation, kwargs)
     return network, description, names
 
 

@@ -26,10 +26,22 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from sepvit import Adaptation, SepViTStages, adapt_state_dict, entries_under, mark_adapted, variant_of
+from sepvit import (
+    WINDOW_SIZES,
+    Adaptation,
+    SepViTStages,
+    adapt_state_dict,
+    default_settings,
+    entries_under,
+    keep_settings,
+    mark_adapted,
+    settings_of,
+    variant_of,
+)
 from sepvit_lib.common.class_names import canonical
-from sepvit_lib.common.errors import UserError
+from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.common.processes import is_main_process, on_processes, print_line
+from sepvit_lib.common.saved_settings import settings_in
 from sepvit_lib.common.storage import flush_folder, write_file
 from sepvit_lib.run.checkpoint_names import CheckpointNames
 
@@ -224,6 +236,7 @@ class LoadReport:
         classifier: classifier entries that stay randomly initialised because the number of classes differs.
         reinitialised: entries outside the SepViT that stay randomly initialised.
         dropped: entries of the checkpoint that the model does not have.
+        settings: settings of the SepViT that differ, with the checkpoint's values.
     """
 
     total: int
@@ -231,6 +244,7 @@ class LoadReport:
     classifier: list[str] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
 
     @property
     def loaded(self) -> int:
@@ -245,6 +259,8 @@ class LoadReport:
 
     def __str__(self) -> str:
         parts = [f"loaded {self.loaded} of {self.total} entries"]
+        if self.settings:
+            parts.append(f"trained with {' '.join(self.settings)}")
         if self.adaptation:
             parts.append(f"different image size or form: {self.adaptation}")
         listed = (
@@ -268,13 +284,39 @@ def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) 
         UserError: the checkpoint contains no weights.
     """
     keys = (*EMA_KEYS, *MODEL_KEYS) if prefer_ema else (*MODEL_KEYS, *EMA_KEYS)
-    weights = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
-    weights = _without_wrappers(weights)
+    found = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
+    weights = _without_wrappers(found)
     if all(name.startswith("model.") for name in weights):  # Lightning modules
         weights = _without_wrappers({name.removeprefix("model."): value for name, value in weights.items()})
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{what}: contains no model weights (expected a state dict, or one under 'model')")
-    return weights
+    return keep_settings(weights.items(), found)
+
+
+def model_kwargs_of(checkpoint: dict[str, Any], what: str) -> dict[str, Any]:
+    """Return the arguments that a checkpoint's network was built with, besides its name, size and classes.
+
+    They are in the settings of its run, or recorded in its state dict.
+
+    Args:
+        checkpoint: returned by `read_checkpoint`.
+        what: flag and path, for messages.
+
+    Raises:
+        UserError: the checkpoint has neither, and its entries fit windows of any size.
+    """
+    settings, weights = settings_in(checkpoint), weights_of(checkpoint, what)
+    recorded, variant = settings_of(weights), variant_of(weights)
+    if settings.get("model_kwargs") or variant is None:
+        return dict(settings.get("model_kwargs") or {})
+    shows_sizes = any(re.match(r"blocks\.[1-3].*\.win_tokens", name) for name in weights)
+    if recorded is None and not settings and not shows_sizes:
+        published = str([list(sides) for sides in WINDOW_SIZES]).replace(" ", "")
+        raise UserError(
+            f"{what}: has no settings, and its entries fit windows of any size; pass those that it was trained with, "
+            f"as published: {setting('model_kwargs', dict(window_sizes=published))}"
+        )
+    return recorded if recorded and recorded != default_settings(variant) else {}
 
 
 def _without_wrappers(weights: Mapping[Any, Any]) -> dict[str, Any]:
@@ -310,6 +352,7 @@ def load_weights(
     new_classifier: bool = False,
     partly: bool = False,
     img_size: tuple[int, int] | None = None,
+    new_settings: bool = False,
 ) -> LoadReport:
     """Load a state dict strictly, but adapt entries to the model's image size and form (classification or dense).
 
@@ -324,11 +367,12 @@ def load_weights(
         partly: outside the SepViT, keep the random initialisation of entries that the weights lack or have in a
             different shape, and drop entries that the model lacks.
         img_size: image size (H, W) of the weights, None if unknown.
+        new_settings: whether the SepViT's settings may differ from those that the weights record.
 
     Raises:
-        UserError: the weights differ in variant, number of classes or architecture, or are not finite.
+        UserError: the weights differ in settings, variant, number of classes or architecture, or are not finite.
     """
-    prefix = f"{network}." if network else ""
+    prefix, recorded = f"{network}." if network else "", settings_of(weights) or {}
     expected = model.state_dict()
     report = LoadReport(len(expected))
     inner = model.get_submodule(network)
@@ -338,6 +382,9 @@ def load_weights(
         held, wanted = variant_of(own), variant_of(inner.state_dict())
         if held != wanted:
             raise wrong_variant(what, held, str(wanted), variant_hint)
+        report.settings = _differing(recorded, inner.settings())
+        if report.settings and not new_settings:
+            raise UserError(f"{what}: was trained with {' '.join(report.settings)}; omit {setting('model_kwargs')}")
         report.adaptation = adaptation = adapt_state_dict(own, inner, img_size)
         for names in (adaptation.resampled, adaptation.fresh, adaptation.dropped):
             names[:] = [prefix + name for name in names]
@@ -354,6 +401,15 @@ def load_weights(
     _check_entries(weights, expected, what, classifier, classes_hint)
     model.load_state_dict(mark_adapted(weights, network))
     return report
+
+
+def _differing(recorded: Mapping[str, list], own: Mapping[str, list]) -> list[str]:
+    """Recorded settings that differ from a network's, which may have fewer stages."""
+    return [
+        f"{name}={value}"
+        for name, value in recorded.items()
+        if any(stage != other for stage, other in zip(value, own.get(name, value)))
+    ]
 
 
 def match_classifier(weights: dict[str, Tensor], model: Any, held: Sequence[str], names: Sequence[str]) -> list[str]:

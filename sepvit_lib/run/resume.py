@@ -28,7 +28,7 @@ FREE_SETTINGS = set(
 )
 
 # Settings missing from the checkpoints of older runs, with the values that these runs used.
-FORMER_VALUES = {"decay_milestones": [30, 60]}
+FORMER_VALUES: dict[str, Any] = {"decay_milestones": [30, 60], "model_kwargs": {}, "teacher_kwargs": {}}
 
 PACKAGES = ("torchvision", "timm", "numpy", "pillow")  # packages whose versions are recorded, besides torch
 

@@ -116,7 +116,8 @@ def hub_settings(description: Description) -> dict[str, Any]:
     data |= dict(input_size=(3, *preprocessing.size), crop_pct=crop_share(preprocessing))
     data["crop_mode"] = "squash" if preprocessing.squash else "center"
     config = dict(label_names=list(description.classes), orientation=description.orientation)
-    return dict(model_config=config, data_config=data, safe_serialization=True)
+    arguments = dict(description.model_kwargs)
+    return dict(model_config=config, data_config=data, model_args=arguments or None, safe_serialization=True)
 
 
 def crop_share(preprocessing: Preprocessing) -> float:
