@@ -41,7 +41,8 @@ class LoopSettings:
         epochs: epochs of the run.
         seed: the run's seed.
         accum_steps: batches that each rank accumulates per step.
-        clip_grad: maximum norm of the gradients, 0 for no clipping.
+        clip_grad: bound of the gradients, 0 for no clipping.
+        clip_mode: 'norm', 'value' or 'agc', as for timm's `dispatch_clip_grad`.
         print_freq: batches between progress reports.
         data_path: path of the data set, for messages.
     """
@@ -50,6 +51,7 @@ class LoopSettings:
     seed: int
     accum_steps: int
     clip_grad: float
+    clip_mode: str
     print_freq: int
     data_path: str
 
@@ -190,7 +192,8 @@ def train_one_epoch(
     first_step, skipped, bad_steps = training.epoch_step, monitor.skipped, training.bad_steps
     wrapped: Any = training.wrapped.train()
     buffers = buffers_of(training.model)  # SepViT has none
-    lr = training.optimizer.param_groups[0]["lr"]
+    group = training.optimizer.param_groups[0]
+    lr = group["lr"] / group.get("lr_scale", 1.0)  # without layer decay
     progress = _progress(training, loader, settings, watchdog)
     for (images, targets, unreadable), share, number, is_last in _accumulated(progress, settings.accum_steps):
         monitor.preemption.has_progress = True
@@ -209,7 +212,7 @@ def train_one_epoch(
         if progress.advance(len(images) * get_world_size()):
             progress.report(loss=f"{training.mean_loss():.4f}", lr=f"{lr:.6f}", **gpu_memory(precision.device))
         if is_last:
-            bad_gradients = training.step(settings.clip_grad, buffers)
+            bad_gradients = training.step(settings.clip_grad, buffers, settings.clip_mode)
             monitor.after_step(training, bad_gradients, progress.done == progress.total)
     if progress.done == 0:
         raise UserError(f"{setting('data_path', settings.data_path)}: no training image could be read")

@@ -28,12 +28,13 @@ import timm
 import torch
 import torch.distributed as dist
 from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import (
     create_optimizer_v2,
     get_optimizer_info,
     list_optimizers,
     optimizer_kwargs,
+    param_groups_layer_decay,
     param_groups_weight_decay,
 )
 from timm.scheduler import create_scheduler
@@ -117,6 +118,7 @@ MEMORY_ADVICE = (
 )
 
 T = TypeVar("T")
+DEPTHWISE = ("pos_block.*.weight",)  # names of the depthwise convolutions
 
 
 def main(args: argparse.Namespace) -> None:
@@ -236,6 +238,7 @@ class Parts:
         loop: settings of the training loop.
         evaluation: settings of validation.
         ema_on_cpu: whether the averaged weights are kept in CPU memory.
+        mixup_off_epoch: epoch from which mixing is off; 0 for none.
     """
 
     training: Training
@@ -248,6 +251,7 @@ class Parts:
     loop: LoopSettings
     evaluation: EvaluationSettings
     ema_on_cpu: bool
+    mixup_off_epoch: int
 
 
 def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, precision: Precision) -> None:
@@ -419,6 +423,8 @@ def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Calla
     stats: dict[str, float] = {}
     try:
         while training.epoch < parts.loop.epochs:
+            if parts.mixup is not None:  # targets stay soft
+                parts.mixup.mixup_enabled = training.epoch < (parts.mixup_off_epoch or math.inf)
             loss = train_one_epoch(
                 training,
                 parts.train_loader,
@@ -580,6 +586,7 @@ def build_parts(
         settings_from(args, LoopSettings, accum_steps=accum_steps),
         settings_from(args, EvaluationSettings),
         args.model_ema_force_cpu,
+        args.mixup_off_epoch,
     )
 
 
@@ -627,8 +634,11 @@ def build_training(args: argparse.Namespace, model: nn.Module, precision: Precis
     # The learning rate is specified for 512 images per step, as in the published recipe.
     images_per_step = args.batch_size * accum_steps * get_world_size()
     kwargs = optimizer_kwargs(cfg=args) | {"lr": args.lr * images_per_step / 512}
+    kwargs |= args.opt_kwargs
     if args.decay_window_tokens:
-        kwargs["param_group_fn"] = partial(param_groups_weight_decay, weight_decay=args.weight_decay)
+        kwargs["param_group_fn"] = decaying_window_tokens(args)
+    elif "muon" in args.opt:
+        kwargs |= dict(fallback_list=DEPTHWISE, fallback_no_weight_decay=True)  # AdamW trains these
     if precision.device.type in ("cuda", "cpu") and args.opt in ("adam", "adamw"):
         kwargs["fused"] = True  # one pass over the weights, and skipped steps do not synchronise with the GPU
     try:
@@ -654,6 +664,14 @@ def build_training(args: argparse.Namespace, model: nn.Module, precision: Precis
         settle_buckets(wrapped, args.batch_size, args.input_size, precision)
     losses = torch.zeros(2, device=precision.device)
     return Training(model, wrapped, optimizer, lr_scheduler, precision.scaler(), ema, args.start_epoch, losses=losses)
+
+
+def decaying_window_tokens(args: argparse.Namespace) -> Callable[[nn.Module], Any]:
+    """Build the function that groups parameters with weight decay for window tokens too, as in the published runs."""
+    if args.layer_decay is None:
+        return partial(param_groups_weight_decay, weight_decay=args.weight_decay)
+    scales = dict(layer_decay=args.layer_decay, min_scale=args.layer_decay_min_scale)
+    return partial(param_groups_layer_decay, weight_decay=args.weight_decay, **scales)
 
 
 def settle_buckets(wrapped: DistributedDataParallel, batch_size: int, input_size: int, precision: Precision) -> None:
@@ -697,13 +715,15 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 def build_criterion(
     args: argparse.Namespace, train: ImageData, preprocessing: Preprocessing, precision: Precision, soft_targets: bool
 ) -> DistillationLoss:
-    """Build the training loss: cross entropy with soft, smoothed or plain targets, and optional distillation.
+    """Build the training loss: cross entropy, or binary cross entropy of each class, and distillation.
 
     Raises:
         UserError: the teacher cannot be loaded, or its classes differ from the training images'.
     """
     base: nn.Module
-    if soft_targets:
+    if args.bce_loss:
+        base = BinaryCrossEntropy(smoothing=args.smoothing, target_threshold=args.bce_target_thresh)
+    elif soft_targets:
         base = SoftTargetCrossEntropy()
     elif args.smoothing > 0:
         base = LabelSmoothingCrossEntropy(smoothing=args.smoothing)
@@ -878,9 +898,16 @@ def add_model_settings(group: Any) -> None:
 def add_optimizer_settings(group: Any) -> None:
     add = group.add_argument
     add("--opt", type=str.lower, default="adamw", help="a timm optimiser")
+    about = "other arguments of the optimiser"
+    add("--opt-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=about)
     add("--opt-eps", type=positive, default=1e-8)
     add("--opt-betas", type=fraction, nargs="+", help="by default the optimiser's own")
     add("--clip-grad", type=non_negative, default=5.0, help="maximum norm of the gradients; 0: no clipping")
+    about = "norm: of all gradients; value: each element; agc: relative to the weights' norms (0.01 to 0.1)"
+    add("--clip-mode", choices=("norm", "value", "agc"), default="norm", help=about)
+    about = "factor of the learning rate from each block to the one before it, such as 0.65"
+    add("--layer-decay", type=positive_fraction, help=about)
+    add("--layer-decay-min-scale", type=fraction, default=0.0, help="smallest factor of --layer-decay")
     add("--momentum", type=fraction, default=0.9)
     add("--weight-decay", type=non_negative, default=0.05)
     add("--decay-window-tokens", **SWITCH, help="apply weight decay to the window tokens, as in the published runs")
@@ -888,7 +915,11 @@ def add_optimizer_settings(group: Any) -> None:
 
 def add_schedule_settings(group: Any) -> None:
     add = group.add_argument
-    add("--sched", choices=("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant"), default="cosine")
+    add(
+        "--sched",
+        choices=("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "wsd"),
+        default="cosine",
+    )
     add("--lr", type=non_negative, default=5e-4, help="learning rate for 512 images per step, scaled linearly")
     about = "start, or start and end, of learning rate noise, as fractions of all epochs"
     add("--lr-noise", type=fraction, nargs="+", help=about)
@@ -896,7 +927,7 @@ def add_schedule_settings(group: Any) -> None:
     add("--lr-noise-std", type=positive, default=1.0)
     add("--warmup-lr", type=non_negative, default=1e-6)
     add("--min-lr", type=non_negative, default=1e-5)
-    add("--decay-epochs", type=positive, default=30, help="epochs between decays of --sched step")
+    add("--decay-epochs", type=positive, default=30, help="epochs between decays of --sched step, or of wsd's decay")
     about = "epochs at whose start --sched multistep decays the learning rate"
     add("--decay-milestones", type=positive_int, nargs="+", default=[30, 60], metavar="EPOCH", help=about)
     add("--warmup-epochs", type=natural, default=5)
@@ -914,6 +945,9 @@ def add_augmentation_settings(group: Any) -> None:
     add("--color-jitter", type=non_negative, default=0.4)
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's name of an automatic augmentation; '' for none")
     add("--smoothing", type=fraction, default=0.1, help="label smoothing")
+    add("--bce-loss", **SWITCH, help="binary cross entropy of each class, in place of cross entropy")
+    about = "make targets above this value 1, and others 0"
+    add("--bce-target-thresh", type=fraction, metavar="VALUE", help=about)
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic")
     add("--repeated-aug", **SWITCH)
     add("--reprob", type=fraction, default=0.25, help="probability of random erasing")
@@ -930,6 +964,7 @@ def add_mixing_settings(group: Any) -> None:
     add("--cutmix-minmax", type=fraction, nargs=2, help=about)
     add("--mixup-prob", type=fraction, default=1.0, help="probability that a batch is mixed")
     add("--mixup-switch-prob", type=fraction, default=0.5, help="probability of CutMix if both are on")
+    add("--mixup-off-epoch", type=natural, default=0, metavar="EPOCH", help="turn mixing off from EPOCH on; 0: never")
     add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch")
 
 
@@ -1044,14 +1079,17 @@ def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
     mixes, cuts = args.mixup > 0, args.cutmix > 0 or args.cutmix_minmax is not None
     return [
         ("cooldown_epochs resplit", True, ""),
-        ("decay_epochs", args.sched != "step", "sched"),
+        ("decay_epochs", args.sched not in ("step", "wsd"), "sched"),
         ("decay_milestones", args.sched != "multistep", "sched"),
         ("patience_epochs", args.sched != "plateau", "sched"),
-        ("decay_rate", args.sched in ("cosine", "tanh", "constant"), "sched"),
+        ("decay_rate", args.sched in ("cosine", "tanh", "constant", "wsd"), "sched"),
         ("min_lr", args.sched in ("step", "multistep", "constant"), "sched"),
         ("warmup_lr", not args.warmup_epochs, "warmup_epochs"),
         ("lr_noise_pct lr_noise_std", not args.lr_noise, "lr_noise"),
         ("start_epoch", bool(args.resume), "resume"),
+        ("layer_decay_min_scale", args.layer_decay is None, "layer_decay"),
+        ("clip_mode", not args.clip_grad, "clip_grad"),
+        ("bce_target_thresh", not args.bce_loss, "bce_loss"),
         ("momentum", not optimizer.has_momentum, "opt"),
         ("opt_eps", not optimizer.has_eps, "opt"),
         ("opt_betas", not optimizer.has_betas, "opt"),
@@ -1063,9 +1101,9 @@ def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
         ("remode recount", not args.reprob, "reprob"),
         ("repeated_aug", is_stream, "data_set"),
         ("cutmix", args.cutmix_minmax is not None, "cutmix_minmax"),
-        ("mixup_prob mixup_mode", not (mixes or cuts), "mixup cutmix"),
+        ("mixup_prob mixup_mode mixup_off_epoch", not (mixes or cuts), "mixup cutmix"),
         ("mixup_switch_prob", not (mixes and cuts), "mixup cutmix"),
-        ("teacher_model distillation_alpha", args.distillation_type == "none", "distillation_type"),
+        ("teacher_model teacher_kwargs distillation_alpha", args.distillation_type == "none", "distillation_type"),
         ("distillation_tau", args.distillation_type != "soft", "distillation_type"),
         ("inat_category", not args.data_set.startswith("INAT"), "data_set"),
         ("train_split val_split", "/" not in args.data_set, "data_set"),

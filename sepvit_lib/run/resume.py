@@ -28,7 +28,18 @@ FREE_SETTINGS = set(
 )
 
 # Settings missing from the checkpoints of older runs, with the values that these runs used.
-FORMER_VALUES: dict[str, Any] = {"decay_milestones": [30, 60], "model_kwargs": {}, "teacher_kwargs": {}}
+FORMER_VALUES: dict[str, Any] = dict(
+    decay_milestones=[30, 60],
+    model_kwargs={},
+    teacher_kwargs={},
+    opt_kwargs={},
+    layer_decay=None,
+    layer_decay_min_scale=0.0,
+    clip_mode="norm",
+    bce_loss=False,
+    bce_target_thresh=None,
+    mixup_off_epoch=0,
+)
 
 PACKAGES = ("torchvision", "timm", "numpy", "pillow")  # packages whose versions are recorded, besides torch
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from sepvit_lib.common.errors import UserError, setting
@@ -153,22 +153,25 @@ class Training(RunState):
         self.losses += torch.stack([torch.where(finite, loss.detach(), 0.0), finite]).to(self.losses)
         return finite
 
-    def step(self, clip_grad: float, buffers: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def step(self, clip_grad: float, buffers: list[tuple[Tensor, Tensor]], clip_mode: str = "norm") -> Tensor:
         """Take one optimiser step, or skip it if the gradients are not finite.
 
         Args:
-            clip_grad: maximum norm of the gradients, 0 for none.
+            clip_grad: bound of the gradients, 0 for none.
             buffers: the network's buffers, each with a copy of its values before the step. A skipped step restores
                 them.
+            clip_mode: 'norm', 'value' or 'agc', as for timm's `dispatch_clip_grad`.
 
         Returns:
             whether the gradients were not finite, a boolean scalar on the device.
         """
         self.scaler.unscale_(self.optimizer)
-        if clip_grad > 0:
+        if clip_grad > 0 and clip_mode == "norm":
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip_grad)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            if clip_grad > 0:
+                dispatch_clip_grad(self.model.parameters(), clip_grad, clip_mode)
         bad = ~norm.isfinite()
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)

@@ -1,14 +1,17 @@
 """Settings of the network: from the command line and recipes to checkpoints, and from there to every command."""
 
+import argparse
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
-from conftest import SMALL, refusal
+from conftest import SMALL, SMALLEST, differences, refusal
 from safetensors.torch import save_file
+from timm.utils import dispatch_clip_grad
 
 import main
 import sepvit
@@ -102,3 +105,110 @@ def test_mistakes(flags, words, few_digits, tmp_path, capsys):
     arguments = [*SMALL, "--data-path", few_digits, "--output_dir", tmp_path / "run", "--device", "cpu", *flags.split()]
     assert words in refusal(main.run, "main", arguments, capsys)
     assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimiser, loss and schedule
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def built(*flags: str) -> tuple[torch.nn.Module, main.Training, argparse.Namespace]:
+    """A small network and its training state."""
+    args = main.build_parser().parse_args(["--model", "SepViT_Lite", "--input-size", "64", *flags])
+    precision = main.build_precision(args, torch.device("cpu"))
+    model = main.build_model(args, 3, precision)
+    return model, main.build_training(args, model, precision, 1), args
+
+
+def groups_of(model: torch.nn.Module, training: main.Training) -> dict[str, dict]:
+    """The parameter group of each parameter."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: group for group in training.optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("more", [(), ("--decay-window-tokens",)])
+def test_layer_decay(more):
+    """Each block learns slower than the one after it. Log and schedule have the rate of the head."""
+    model, training, _ = built("--layer-decay", "0.5", "--layer-decay-min-scale", "0.01", "--warmup-epochs", "0", *more)
+    groups = groups_of(model, training)
+    scale = {name: group["lr_scale"] for name, group in groups.items()}
+    assert scale["head.weight"] == 1
+    assert scale["blocks.3.1.mlp.fc1.weight"] == 2 * scale["blocks.3.0.mlp.fc1.weight"]
+    assert scale["patch_embeds.0.proj.weight"] == 0.01
+    assert all(group["lr"] == pytest.approx(5e-4 * 64 / 512 * group["lr_scale"]) for group in groups.values())
+    assert (groups["blocks.0.0.win_tokens"]["weight_decay"] > 0) == bool(more)
+
+
+def test_muon_leaves_window_tokens_and_depthwise_convolutions_to_adamw():
+    model, training, _ = built("--opt", "muon", "--opt-kwargs", "ns_steps=3")
+    groups = groups_of(model, training)
+    fallback = {name for name, group in groups.items() if group.get("use_fallback") and group["params"][0].ndim > 1}
+    assert fallback == {
+        n for n, p in model.named_parameters() if n.endswith("win_tokens") or ("pos_block" in n and p.ndim > 1)
+    }
+    assert all(group["ns_steps"] == 3 for group in groups.values())
+
+
+@pytest.mark.parametrize(("mode", "bound"), [("norm", 0.1), ("value", 0.001), ("agc", 0.01)])
+def test_clip_modes(mode, bound):
+    """Gradients before the step are those of timm."""
+    model, training, _ = built()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    expected = [torch.nn.Parameter(p.detach().clone()) for p in model.parameters()]
+    for p, q in zip(model.parameters(), expected):
+        q.grad = p.grad.clone()
+    dispatch_clip_grad(expected, bound, mode)
+    seen: list[torch.Tensor] = []
+    training.optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in model.parameters()))
+    assert not training.step(bound, [], mode)
+    torch.testing.assert_close(seen, [q.grad for q in expected])
+
+
+FLAGS = {
+    "layer decay": "--layer-decay 0.7",
+    "muon": "--opt muon --lr 1e-3 --opt-eps 1e-7",
+    "bce": "--bce-loss --bce-target-thresh 0.2",
+    "agc": "--clip-mode agc --clip-grad 0.05",
+    "mixup off": "--mixup-off-epoch 1 --mixup 0.8",
+    "wsd": "--sched wsd --decay-epochs 1 --warmup-epochs 0",
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_resumed_runs_compute_the_same(flags, few_digits, tmp_path):
+    """Bit for bit, from a checkpoint within the run's first epoch."""
+    shared = [
+        *SMALLEST,
+        "--data-path",
+        few_digits,
+        "--device",
+        "cpu",
+        "--epochs",
+        2,
+        "--checkpoint-every",
+        1,
+        *flags.split(),
+    ]
+    shared += ["--keep-checkpoints", 9, "--auto-resume", "--output_dir"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert run(*shared, whole) == 0
+    resumed.mkdir()
+    shutil.copy(whole / "checkpoint-00000001.pth", resumed)
+    assert run(*shared, resumed) == 0
+    first, second = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (whole, resumed))
+    assert differences(first["model"], second["model"]) == []
+
+
+def test_settings_change_what_a_run_computes(few_digits, tmp_path, capsys):
+    """Each of them: none is ignored, and a run is not resumed with a different value."""
+    shared = [*SMALLEST, "--data-path", few_digits, "--device", "cpu", "--epochs", 2, "--output_dir"]
+    assert run(*shared, tmp_path / "plain") == 0
+    plain = torch.load(tmp_path / "plain/checkpoint.pth", weights_only=True)["model"]
+    for name, flags in FLAGS.items():
+        assert run(*shared, tmp_path / name, *flags.split()) == 0, name
+        varied = torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["model"]
+        assert differences(plain, varied), name
+        capsys.readouterr()
+        again = [*shared, tmp_path / "plain", "--auto-resume", "--epochs", 3, *flags.split()]
+        assert flags.split()[0] in refusal(main.run, "main", again, capsys)
