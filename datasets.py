@@ -49,7 +49,8 @@ READER_ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 STREAMS = ("wds", "hfids", "tfds")  # readers of streaming data sets
 SMALL_INPUT = 32  # side in pixels up to which training images are padded and cropped, not resized
-# Valid sections of an automatic augmentation's name, by policy (regular expressions). timm silently ignores others.
+# Regular expressions for policies, and for the valid sections of the names of automatic augmentations with these
+# policies. timm silently ignores invalid sections.
 AUGMENTATIONS = {
     "rand": r"(m|n|mmax)\d+|mstd\d+(\.\d+)?|p\d+(\.\d+)?|inc[01]|t[a-z0-9]+",
     "augmix": r"(m|w|d)\d+|mstd\d+(\.\d+)?|a\d+(\.\d+)?|b[01]",
@@ -72,7 +73,7 @@ class DataSettings:
         val_split: name of the validation split.
         train_num_samples: number of training images, for readers that do not report it.
         val_num_samples: number of validation images.
-        batch_size: images per batch. timm's readers round each worker's share up to a multiple of it.
+        batch_size: images per batch. timm's readers round each worker's share up to a multiple of this number.
         seed: the run's seed.
     """
 
@@ -158,7 +159,7 @@ def find_dataset(is_train: bool, settings: DataSettings) -> ImageData:
     """Find the training or validation images.
 
     Args:
-        is_train: training or validation images.
+        is_train: find the training images; otherwise, the validation images.
         settings: settings of the data set.
 
     Raises:
@@ -186,7 +187,7 @@ def find_dataset(is_train: bool, settings: DataSettings) -> ImageData:
 
 
 def _numbered(data: ImageData, class_map: str) -> ImageData:
-    """Order the classes of a data set by a class map.
+    """Number the classes of a data set as in a class map.
 
     Raises:
         UserError: the classes have no names, or the class map does not fit.
@@ -201,7 +202,7 @@ def _check_number(data: ImageData) -> None:
     """Refuse a single class, which any network predicts correctly.
 
     Raises:
-        UserError: there is a single class. The message names the folders in its folder, which may be the classes.
+        UserError: there is a single class. The message names the subfolders of its folder, which may be the classes.
     """
     if data.num_classes > 1:
         return
@@ -225,7 +226,7 @@ def report_images(data: ImageData, what: str) -> None:
 
     Args:
         data: the data set.
-        what: its name in the warnings.
+        what: description of the data set, for the warnings.
     """
     if data.dataset.skipped:
         print_main(f"WARNING: {what}: {describe_skipped(data.dataset.skipped)}")
@@ -237,7 +238,7 @@ def report_images(data: ImageData, what: str) -> None:
 
 
 def prepared(data: ImageData, is_train: bool, settings: TransformSettings) -> ImageData:
-    """Set how a data set's images are decoded and transformed.
+    """Set the decoder and the transform of a data set's images.
 
     Raises:
         UserError: timm does not know the automatic augmentation, or a decoder is not installed.
@@ -263,7 +264,7 @@ def _find_images(is_train: bool, settings: DataSettings) -> ImageData:
 
 
 def _imagenet(root: Path, is_train: bool, settings: DataSettings) -> Images:
-    """Read a split from its folder of class folders, or from an archive of them (train.tar, val.tar)."""
+    """Read a split from a folder of class folders, or from an archive of class folders (train.tar, val.tar)."""
     names = IMAGENET_FOLDERS[is_train]
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     archive = root / f"{names[0]}.tar"
@@ -302,7 +303,7 @@ def _inaturalist(root: Path, is_train: bool, settings: DataSettings) -> Images:
     return INaturalist(root, is_train, year, settings.inat_category)
 
 
-# Functions that read a data set, by the value of --data-set. Values with a slash select timm's readers instead.
+# The function that reads a data set, for each value of --data-set. Values with a slash select timm's readers instead.
 DATA_SETS: dict[str, Callable[[Path, bool, DataSettings], Images]] = dict(
     IMNET=_imagenet, CIFAR=_cifar, INAT=_inaturalist, INAT19=_inaturalist
 )
@@ -409,7 +410,7 @@ def split_transform(transform: Any) -> tuple[list[Any], list[Any]]:
     """Split a training transform into the steps that the fast loader's workers run and those that the device runs.
 
     Returns:
-        the steps before MaybeToTensor; and Normalize with the steps after it.
+        the steps before MaybeToTensor, and the steps from Normalize on.
 
     Raises:
         UserError: there is no MaybeToTensor with Normalize right after it.
@@ -485,7 +486,7 @@ def _check_augmentation(name: str) -> None:
 def build_train_loader(data: ImageData, settings: LoaderSettings) -> DataLoader:
     """Build a loader of this rank's training batches, shuffled and augmented.
 
-    An incomplete last step is dropped; with a streaming data set, only an incomplete last batch.
+    An incomplete last step is dropped. For a streaming data set, only an incomplete last batch is dropped.
 
     Raises:
         UserError: an epoch has no complete step.
@@ -513,7 +514,7 @@ def build_train_loader(data: ImageData, settings: LoaderSettings) -> DataLoader:
 
 
 def _no_step(images: int, processes: int, settings: LoaderSettings) -> str:
-    """Message for an epoch without a complete step. It names the settings that determine the size of a step."""
+    """Error message for an epoch without a complete step, with the settings that determine the size of a step."""
     step_size = settings.batch_size * settings.accum_steps * processes
     factors = [setting("batch_size", settings.batch_size)]
     factors += [setting("accum_steps", settings.accum_steps)] if settings.accum_steps > 1 else []
@@ -537,9 +538,9 @@ def _check_shards(dataset: Any, settings: LoaderSettings) -> None:
 
 
 def build_val_loader(data: ImageData, settings: LoaderSettings) -> DataLoader:
-    """Build a loader of validation batches, 1.5 times as large as in training.
+    """Build a loader of validation batches, 1.5 times as large as training batches.
 
-    It loads all images, or with `dist_eval` only this rank's share.
+    The loader loads all images or, with `dist_eval`, this rank's share.
     """
     dataset, sampler = data.dataset, None
     if isinstance(dataset, IterableImageDataset):
@@ -583,7 +584,7 @@ def epoch_batches(
     if isinstance(loader.dataset, TrainStream):
         loader.dataset.set_epoch(epoch)
     batches = iter(loader)
-    for number in range(min(step * accum_steps, len(loader))):  # a stream is skipped by reading it
+    for number in range(min(step * accum_steps, len(loader))):  # to skip batches of a stream, read them
         tick(f"epoch {epoch}, skipping batch {number}")
         next(batches)
     return batches

@@ -1,4 +1,4 @@
-"""Training epoch, validation, throughput measurement, and the loss of knowledge distillation."""
+"""Train an epoch, validate, measure throughput, and compute the loss of knowledge distillation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -127,7 +127,7 @@ class DistillationLoss(nn.Module):
 
 
 class Renormalised(nn.Module):
-    """A network that takes images with a different normalisation than its own.
+    """Wrapper of a network for images whose normalisation differs from the one that the network expects.
 
     Args:
         network: the network.
@@ -164,9 +164,9 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train from the run's current step to the end of its epoch.
 
-    The loop synchronises with a GPU only when it reports the mean loss, and after float16 steps with non-finite
-    gradients. It synchronises at every step if it must save the batches of bad steps (those with a non-finite loss or
-    gradients), or if the optimiser has no fused form.
+    The loop synchronises with a GPU only to report the mean loss, and after float16 steps with non-finite gradients.
+    But it synchronises at every step if the batches of bad steps (those with a non-finite loss or gradients) must be
+    saved, or if the optimiser has no fused form.
 
     Args:
         training: the run's state.
@@ -321,7 +321,7 @@ def evaluate(
     if any_rank(precision.device, watchdog.preemption.requested):
         raise Preempted(f"in {title}")
     totals = torch.cat([sums, sums.new_tensor([count])])
-    # All ranks use the same results, even if their devices differ in the last bits.
+    # All ranks use the same results, even if their devices' results differ in the last bits.
     loss, acc1, acc5, images_seen = (all_reduce(totals) if settings.dist_eval else broadcast(totals)).tolist()
     if images_seen == 0:
         raise UserError(f"{setting('data_path', settings.data_path)}: no validation image could be read")
@@ -337,7 +337,7 @@ def evaluate(
 def measure_throughput(
     model: nn.Module, loader: DataLoader, precision: Precision, print_freq: int, watchdog: Watchdog
 ) -> tuple[int, float]:
-    """Measure the forward pass on the first validation batch: 50 passes to warm up, then 30 timed.
+    """Measure the forward pass on the first validation batch: 50 passes to warm up, then 30 timed passes.
 
     Args:
         model: the network.

@@ -72,7 +72,7 @@ def _classifier(variant: str, checkpoint: str, kwargs: dict[str, typing.Any]) ->
 
 
 def _loaded(network: nn.Module, checkpoint: str) -> nn.Module:
-    """Load a network's weights, if a checkpoint is given. Nothing in the file is executed."""
+    """Load a network's weights, if a checkpoint is given. No code in the file is executed."""
     if checkpoint:
         timm.models.load_checkpoint(network, checkpoint, weights_only=True)
     return network

@@ -327,10 +327,10 @@ def adopt_settings(
         args: the command's settings.
         checkpoint: the checkpoint, None for random weights.
         what: flag and path, for messages.
-        keeps: whether the run is resumed automatically. If it predates `--orientation`, it keeps STORED.
+        keeps: whether the run is resumed automatically. A run that predates `--orientation` then keeps STORED.
 
     Returns:
-        the settings with the checkpoint's orientation and arguments, unless the user has chosen some; and the
+        the settings, with the orientation and arguments of the checkpoint unless the user has set them; and the
         preprocessing.
     """
     before = settings_in(checkpoint or {})
@@ -351,7 +351,7 @@ def adopt_settings(
 def match_resumed(
     train: ImageData, val: ImageData, checkpoint: dict[str, Any], what: str
 ) -> tuple[ImageData, ImageData]:
-    """Match the classes of both data sets, which already agree with each other, with those of the resumed run.
+    """Match the classes of the two data sets with those of a resumed run. The classes of the two sets already agree.
 
     Args:
         train: training images.
@@ -372,7 +372,7 @@ def match_resumed(
 
 
 def describe_reading(args: argparse.Namespace, train: ImageData) -> dict[str, Any]:
-    """Describe how a run reads training images: orientation and, if stored, how many sampled images are not upright."""
+    """Describe how training images are read: the orientation and, if 'stored', how many sampled images are rotated."""
     if args.orientation != STORED or not is_main_process():  # only rank 0 writes checkpoints
         return dict(orientation=args.orientation)
     counts = count_turned(train.dataset.files())
@@ -473,7 +473,7 @@ def prefixed(prefix: str, stats: dict[str, float]) -> dict[str, float]:
 
 
 def finish_epoch(training: Training, output: Output, save: Callable[..., None], stats: dict[str, float]) -> None:
-    """Write the epoch's logs, then its checkpoint, so that log.txt always covers the newest checkpoint."""
+    """Write the epoch's logs, then its checkpoint, so that log.txt is never behind the newest checkpoint."""
     is_best = stats["test_acc1"] > training.best_accuracy and math.isfinite(stats["test_loss"])
     training.best_accuracy = stats["test_acc1"] if is_best else training.best_accuracy
     n_parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
@@ -538,25 +538,25 @@ def save_checkpoint(
 
 
 def settings_from(args: argparse.Namespace, kind: type[T], **values: Any) -> T:
-    """Build a dataclass of settings. Each field takes the value of the command's setting with the same name.
+    """Build a dataclass of settings. Each field has the value of the command's setting of the same name.
 
     Args:
         args: the command's settings.
         kind: the dataclass.
-        **values: fields whose values do not come from the command.
+        **values: values of the fields that are not settings of the command.
     """
     taken = {field.name: getattr(args, field.name) for field in fields(kind) if field.name not in values}  # type: ignore[arg-type]
     return kind(**taken, **values)
 
 
 def build_data(args: argparse.Namespace, is_train: bool, preprocessing: Preprocessing | None = None) -> ImageData:
-    """Find the training or validation images, and build their transform. Preprocessing is as published by default."""
+    """Find the training or validation images, and build their transform. Default: the published preprocessing."""
     data = find_dataset(is_train, settings_from(args, DataSettings))
     return prepared(data, is_train, transform_settings(args, preprocessing))
 
 
 def transform_settings(args: argparse.Namespace, preprocessing: Preprocessing | None = None) -> TransformSettings:
-    """Collect the settings of the transforms. Preprocessing is as published by default."""
+    """Collect the settings of the transforms. Default: the published preprocessing."""
     preprocessing = preprocessing or Preprocessing.for_size(args.input_size)
     orientation = args.orientation or STORED
     return settings_from(args, TransformSettings, preprocessing=preprocessing, orientation=orientation)
@@ -571,7 +571,7 @@ def build_parts(
     precision: Precision,
     accum_steps: int,
 ) -> Parts:
-    """Build the parts of a training run around its network."""
+    """Build the parts of a training run, given its network."""
     loaders = settings_from(args, LoaderSettings, accum_steps=accum_steps)
     train_loader, val_loader = build_train_loader(train, loaders), build_val_loader(val, loaders)
     mixup = build_mixup(args, train.num_classes)
@@ -630,7 +630,7 @@ def build_model(args: argparse.Namespace, num_classes: int, precision: Precision
 
 
 def build_training(args: argparse.Namespace, model: nn.Module, precision: Precision, accum_steps: int) -> Training:
-    """Build optimiser, schedule, gradient scaler, averaged weights and the data-parallel wrapper of a network."""
+    """Build a network's optimiser, schedule, gradient scaler, averaged weights and data-parallel wrapper."""
     # The learning rate is specified for 512 images per step, as in the published recipe.
     images_per_step = args.batch_size * accum_steps * get_world_size()
     kwargs = optimizer_kwargs(cfg=args) | {"lr": args.lr * images_per_step / 512}
@@ -678,7 +678,7 @@ def settle_buckets(wrapped: DistributedDataParallel, batch_size: int, input_size
     """Run one backward pass on blank images, and discard its gradients.
 
     After the first backward pass, DistributedDataParallel rebuilds its buckets, which changes the order of summation in
-    the all-reduce and hence the last bits. A resumed run must sum in the same order as an uninterrupted one.
+    the all-reduce and hence the gradients' last bits. A resumed run must sum in the same order as an uninterrupted run.
     """
     buffers = [buffer.clone() for buffer in wrapped.buffers()]
     images = precision.images(torch.zeros(batch_size, 3, input_size, input_size))
@@ -692,7 +692,10 @@ def settle_buckets(wrapped: DistributedDataParallel, batch_size: int, input_size
 
 
 def flag_delay(args: argparse.Namespace, precision: Precision) -> int:
-    """Steps until the flags of `StepFlags` are read: 1 on CUDA, to avoid synchronising with the GPU; otherwise 0."""
+    """Number of steps after which `StepFlags` are read: 1 on CUDA, to avoid synchronising with the GPU; otherwise 0.
+
+    With `--dump-bad-batch`, it is always 0, because the batch must still be in memory when its flags are read.
+    """
     return 1 if precision.device.type == "cuda" and not args.dump_bad_batch else 0
 
 
@@ -718,7 +721,7 @@ def build_criterion(
     """Build the training loss: cross entropy, or binary cross entropy of each class, and distillation.
 
     Raises:
-        UserError: the teacher cannot be loaded, or its classes differ from the training images'.
+        UserError: the teacher cannot be loaded, or its classes differ from those of the training images.
     """
     base: nn.Module
     if args.bce_loss:
@@ -762,7 +765,7 @@ def load_from(
     model: nn.Module,
     checkpoint: dict[str, Any],
     what: str,
-    classes_hint: str = "use the data set with its classes",
+    classes_hint: str = "use the data set that it was trained on",
     variant_hint: str = VARIANT_HINT,
     prefer_ema: bool = False,
     new_classifier: bool = False,
@@ -779,7 +782,7 @@ def load_from(
         prefer_ema: load the averaged weights if the checkpoint has them.
         new_classifier: keep a randomly initialised classifier if the number of classes differs.
         data: data set whose classes the outputs must match; None to keep the outputs as they are. Classes are matched
-            by name if they have names. Classes missing from the checkpoint stay randomly initialised.
+            by name if their names are known. Classes that the checkpoint lacks stay randomly initialised.
 
     Raises:
         UserError: the checkpoint does not fit.
@@ -868,9 +871,9 @@ def add_device_settings(group: Any) -> None:
     about = "mixed precision; auto: bfloat16 or float16 on CUDA, off elsewhere"
     add("--amp", choices=("auto", "bfloat16", "float16", "off"), default="auto", help=about)
     add("--compile", **SWITCH, help="compile the network with torch.compile")
-    add("--channels-last", **SWITCH, help="keep images channels last in memory")
+    add("--channels-last", **SWITCH, help="store images in channels-last memory format")
     add("--grad-checkpointing", **SWITCH, help="recompute activations to save memory")
-    about = "hang timeout, after which all processes exit; a dead process is detected after a tenth of it"
+    about = "hang timeout, after which all processes exit; a dead process is detected after a tenth of this time"
     add("--timeout", type=seconds, default=600.0, metavar="SECONDS", help=about)
     about = "loader workers per process; by default the number of cores, at most 10"
     add("--num_workers", type=natural, default=min(10, available_cores()), help=about)
@@ -921,14 +924,14 @@ def add_schedule_settings(group: Any) -> None:
         default="cosine",
     )
     add("--lr", type=non_negative, default=5e-4, help="learning rate for 512 images per step, scaled linearly")
-    about = "start, or start and end, of learning rate noise, as fractions of all epochs"
+    about = "start (and optionally end) of learning rate noise, as fractions of all epochs"
     add("--lr-noise", type=fraction, nargs="+", help=about)
     add("--lr-noise-pct", type=positive, default=0.67)
     add("--lr-noise-std", type=positive, default=1.0)
     add("--warmup-lr", type=non_negative, default=1e-6)
     add("--min-lr", type=non_negative, default=1e-5)
     add("--decay-epochs", type=positive, default=30, help="epochs between decays of --sched step, or of wsd's decay")
-    about = "epochs at whose start --sched multistep decays the learning rate"
+    about = "--sched multistep decays the learning rate at the start of these epochs"
     add("--decay-milestones", type=positive_int, nargs="+", default=[30, 60], metavar="EPOCH", help=about)
     add("--warmup-epochs", type=natural, default=5)
     add("--cooldown-epochs", type=natural, default=10, help="accepted for compatibility with DeiT; has no effect")
@@ -938,9 +941,9 @@ def add_schedule_settings(group: Any) -> None:
 
 def add_augmentation_settings(group: Any) -> None:
     add = group.add_argument
-    about = "smallest and largest area of the random crop"
+    about = "smallest and largest area of the random crop, as shares of the image"
     add("--scale", type=positive_fraction, nargs=2, default=(0.08, 1.0), help=about)
-    add("--ratio", type=positive, nargs=2, default=(3 / 4, 4 / 3), help="smallest and largest aspect ratio")
+    add("--ratio", type=positive, nargs=2, default=(3 / 4, 4 / 3), help="smallest and largest aspect ratio of the crop")
     add("--hflip", type=fraction, default=0.5, help="probability of a horizontal flip")
     add("--color-jitter", type=non_negative, default=0.4)
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's name of an automatic augmentation; '' for none")
@@ -958,8 +961,8 @@ def add_augmentation_settings(group: Any) -> None:
 
 def add_mixing_settings(group: Any) -> None:
     add = group.add_argument
-    add("--mixup", type=non_negative, default=0.8, help="alpha; 0 turns it off")
-    add("--cutmix", type=non_negative, default=1.0, help="alpha; 0 turns it off")
+    add("--mixup", type=non_negative, default=0.8, help="alpha of mixup; 0: no mixup")
+    add("--cutmix", type=non_negative, default=1.0, help="alpha of CutMix; 0: no CutMix")
     about = "smallest and largest cut, as fractions of the image's sides, instead of --cutmix"
     add("--cutmix-minmax", type=fraction, nargs=2, help=about)
     add("--mixup-prob", type=fraction, default=1.0, help="probability that a batch is mixed")
@@ -996,7 +999,7 @@ def add_data_settings(group: Any) -> None:
     about = "IMNET (a folder of class folders), CIFAR, INAT, INAT19, or a timm reader: wds/…, hfds/…, tfds/…, torch/…"
     add("--data-set", default="IMNET", help=about)
     add("--inat-category", choices=INAT_CATEGORIES, default="name")
-    unknown = "for timm readers that do not report it"
+    unknown = "for timm readers that do not report this number"
     add("--num-classes", type=positive_int, help=f"number of classes, {unknown}")
     about = "skip: replace unreadable training images, up to 0.1 %% of the set; fail: end the run at the first one"
     add("--on-bad-image", choices=("skip", "fail"), default="skip", help=about)
@@ -1011,7 +1014,7 @@ def check_settings(args: argparse.Namespace) -> None:
     """Refuse settings that cannot work, before anything is built or written.
 
     Raises:
-        UserError: a setting cannot work. The message names the first one found.
+        UserError: a setting cannot work. The message names the first such setting.
     """
     check_names(args)
     check_device(args.device)
@@ -1073,7 +1076,10 @@ def check_combinations(args: argparse.Namespace) -> None:
 
 
 def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
-    """List groups of settings: their names, whether they have no effect, and the names of the settings at fault."""
+    """List groups of settings: for each, the settings' names, whether they have no effect, and which settings cause it.
+
+    Names are separated by spaces.
+    """
     optimizer, is_small = get_optimizer_info(args.opt), args.input_size <= SMALL_INPUT
     is_stream = args.data_set.split("/")[0] in STREAMS
     mixes, cuts = args.mixup > 0, args.cutmix > 0 or args.cutmix_minmax is not None
@@ -1113,7 +1119,7 @@ def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
 
 
 def warn_of_settings(args: argparse.Namespace) -> None:
-    """Warn of changed settings without effect, of a warm-up that never ends, and of a decay that never begins."""
+    """Warn of changed settings that have no effect, of a warm-up that never ends, and of a decay that never begins."""
     parser = build_parser()
     flags = parser.flags()
 

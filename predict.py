@@ -1,4 +1,4 @@
-"""Classify images: print the likeliest classes of each image, and optionally write them to files and onto pictures.
+"""Classify images: print each image's likeliest classes, and optionally write results to files and draw pictures.
 
     python predict.py IMAGE … --resume PATH [--topk 5] [--json FILE] [--csv FILE] [--out DIR]
 
@@ -44,7 +44,7 @@ class Prediction:
 
     Attributes:
         task: the image.
-        classes: their names and probabilities (0 to 1), the likeliest first.
+        classes: names and probabilities (0 to 1) of the classes, the likeliest first.
     """
 
     task: Task
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def predict(classifier: Classifier, tasks: Sequence[Task], args: argparse.Namespace) -> Iterator[Prediction | str]:
-    """Classify images in batches. Yields, in order, each image's prediction, or why it is unreadable."""
+    """Classify images in batches. Yields a prediction for each image in order, or the reason why it is unreadable."""
     loader: DataLoader[Task] = DataLoader(
         tasks,  # type: ignore[arg-type]  # a sequence is enough
         batch_size=args.batch_size,
@@ -153,7 +153,7 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Refuse files that cannot be written, before anything is computed.
 
     Raises:
-        UserError: both formats would go to standard output, a path is a folder, or a path's folder does not exist.
+        UserError: both formats are to be written to standard output, a path is a folder, or its folder is missing.
     """
     if args.json == args.csv == STANDARD_OUTPUT:
         raise UserError("--json - and --csv -: only one of them can be written to standard output")
@@ -182,7 +182,7 @@ def write_results(predictions: Sequence[Prediction], args: argparse.Namespace) -
 
 
 def draw(prediction: Prediction, out: Path, orientation: str) -> None:
-    """Write a picture of the image with its likeliest classes on it.
+    """Write a picture that shows the image and its likeliest classes.
 
     Raises:
         UserError: the picture cannot be written.

@@ -12,17 +12,17 @@ REPEATS = 3  # views of each image with repeated augmentation
 
 
 class TrainBatchSampler(Sampler[list[SampleIndex]]):
-    """Batches of one process, such that a step uses the same samples on any number of processes.
+    """Sampler of one process's batches. A step uses the same samples on any number of processes.
 
     An epoch is a shuffle of the data set. Each step takes the next `batch_size × batches_per_step` samples, where
-    `batches_per_step = accum_steps × num_replicas`; an incomplete last step is dropped. Batch k of a step takes every
-    `batches_per_step`-th of its samples, starting from the k-th. Process r computes batches r, r + num_replicas, …, so
-    four processes compute the same batches as two processes that accumulate two batches each.
+    `batches_per_step = accum_steps × num_replicas`; an incomplete last step is dropped. Batch k takes every
+    `batches_per_step`-th of the step's samples, starting from the k-th. Process r computes batches r,
+    r + num_replicas, …, so four processes compute the same batches as two processes that accumulate two batches each.
 
     Repeated augmentation repeats each sample three times in a row in the shuffled order. Each repetition is augmented
     differently, and one step averages over these views (Hoffer et al., https://arxiv.org/abs/1901.09335; Touvron et
-    al., https://arxiv.org/abs/2012.12877). An epoch takes ⌊N / 256⌋ · 256 samples, about as many as without repetition,
-    so it covers a third of the data set.
+    al., https://arxiv.org/abs/2012.12877). From a data set of N images, an epoch takes ⌊N / 256⌋ · 256 samples, about
+    as many as without repetition, so it uses only a third of the images.
 
     Args:
         dataset: anything with a length.
@@ -31,7 +31,7 @@ class TrainBatchSampler(Sampler[list[SampleIndex]]):
         num_replicas: number of processes.
         rank: index of this process.
         seed: seed of the shuffles, the same on all processes.
-        repeated_augmentation: repeat each sample three times and cover a third of the data set per epoch.
+        repeated_augmentation: repeat each sample three times, and use a third of the images per epoch.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class TrainBatchSampler(Sampler[list[SampleIndex]]):
                 yield [SampleIndex(self.epoch, *pair) for pair in zip(positions.tolist(), indices.tolist())]
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Select an epoch's shuffle and the step in the epoch to start from."""
+        """Set the epoch, which determines the shuffle, and the step in the epoch to start from."""
         self.epoch = epoch
         self.start_step = start_step
 
@@ -84,8 +84,8 @@ class TrainBatchSampler(Sampler[list[SampleIndex]]):
 class DistributedEvalSampler(Sampler[int]):
     """Sample each index exactly once across all processes.
 
-    Unlike torch's DistributedSampler, it does not pad with repeats. Shares differ by at most one sample. With more
-    processes than samples, some shares are empty.
+    Unlike torch's DistributedSampler, this sampler does not pad with repeated indices. Processes' shares differ by at
+    most one sample. If there are more processes than samples, some shares are empty.
 
     Args:
         dataset: anything with a length.

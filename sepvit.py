@@ -1,8 +1,8 @@
 """SepViT: Separable Vision Transformer (Li et al., 2022, https://arxiv.org/abs/2203.15380).
 
 This file defines, in order: window token embedding, depthwise separable self-attention, grouped self-attention, the
-block, the network and its variants. Adapting checkpoints of other sizes, and workarounds for kernels and compilers,
-come last. One block computes:
+block, the network and its variants. The last sections adapt checkpoints of other sizes and forms, and work around
+limits of kernels and compilers. One block computes:
 
     z    = norm1([win_tokens, windows of x])                  window token embedding
     a    = softmax(q kᵀ / √d) v + z,  q, k, v = DSA_qkv(z)    depthwise self-attention, inside each window
@@ -11,11 +11,12 @@ come last. One block computes:
     x    = x + proj(f)
     x    = x + mlp(norm2(x))
 
-A classification block whose map is a single window has no window token and skips the pointwise step: at 224 × 224,
-the grouped blocks of stage 3 and all blocks of stage 4. A positional encoding follows the first block of each stage.
+A classification block whose map is a single window has no window token and skips the pointwise step. At 224 × 224,
+these are the grouped blocks of stage 3 and all blocks of stage 4. A positional encoding follows the first block of
+each stage.
 
-The shortcuts ``+ z`` and ``+ f`` are the published code's; the equations of the paper's early versions lack them.
-Modules have the names of the published code: DSA and PSA stand for depthwise and pointwise self-attention.
+The shortcuts ``+ z`` and ``+ f`` are in the published code, but not in the equations of the paper's early versions.
+Modules have the names of the published code. DSA means depthwise self-attention, PSA means pointwise self-attention.
 tests/reference.py computes the same with loops over windows and heads, and is the easiest version to read.
 
 The network has two forms, made of the same stages:
@@ -24,7 +25,7 @@ The network has two forms, made of the same stages:
   ``SepViT_Lite``, ``SepViT_Tiny``, ``SepViT_Small`` and ``SepViT_Base``.
 * ``SepViTDense``, the dense prediction form: any image size, zeros as window tokens, one feature map per stage.
 
-Shapes use ``B`` for batch, ``C_in × H × W`` for images, ``H × W`` (beside images, ``H' × W'``) for the map of a
+Shapes use ``B`` for batch, ``C_in × H × W`` for images, ``H × W`` (``H' × W'`` if images occur too) for the map of a
 stage, ``C`` for channels, ``h`` for heads of size ``d``, ``w`` for the window side, ``n = rows · columns`` for windows,
 ``L = w²`` for pixels per window, and ``T`` for tokens per window: ``1+L`` with a window token, ``L`` without.
 """
@@ -98,7 +99,7 @@ def window_partition(x: Tensor, window_size: int) -> Tensor:
 
 
 def window_reverse(f: Tensor, window_size: int, H: int, W: int) -> Tensor:
-    """Join windows, B × n × L × C, into the H × W map that was split, without its padding: B × H × W × C."""
+    """Join windows, B × n × L × C, into a map, and remove its padding: B × H × W × C."""
     B, _, _, C = f.shape
     w = window_size
     rows, columns = (H + w - 1) // w, (W + w - 1) // w
@@ -178,7 +179,7 @@ class SeparableSelfAttention(nn.Module):
 
     @torch.jit.ignore
     def set_pointwise(self, enable: bool) -> None:
-        """Add pointwise self-attention, randomly initialised, unless the module has it already; or remove it."""
+        """Add a randomly initialised pointwise part, unless the module has one. With `enable` False, remove it."""
         if enable and self.PSA_qk is None:
             dim, where = self.proj.in_features, get_device_dtype(self)
             self.win_tokens_norm = nn.LayerNorm(dim, eps=1e-5, **where)
@@ -206,7 +207,7 @@ class SeparableSelfAttention(nn.Module):
         return self.project(window_reverse(f, self.window_size, H, W))
 
     def depthwise(self, z: Tensor) -> Tensor:
-        """Self-attention within each window, including its window token, plus the shortcut; keeps B × n × T × C."""
+        """Apply self-attention within each window, including its window token, and add the shortcut: B × n × T × C."""
         q, k, v = self.depthwise_heads(z)  # each B·n × h × T × d
         return self.join_heads(window_attention(q, k, v, self.attn_drop if self.training else 0.0), z)
 
@@ -296,8 +297,8 @@ class SepViTBlock(nn.Module):
         dim: channels C.
         num_heads: heads h.
         window_size: window side w.
-        grid: rows and columns of windows, for the classification form: one learned token per window, none for a single
-            window. None for the dense form, whose tokens are zeros.
+        grid: rows and columns of windows in the classification form, which learns a window token per window unless
+            there is a single window. None for the dense form, whose window tokens are zeros.
         mlp_ratio: hidden channels of the MLP divided by `dim`.
         drop: dropout rate of the projection and the MLP.
         attn_drop: dropout rate of the attention maps.
@@ -327,7 +328,7 @@ class SepViTBlock(nn.Module):
 
     @torch.jit.ignore
     def set_grid(self, grid: tuple[int, int] | None) -> None:
-        """Set the grid. Adds or removes pointwise self-attention and learned window tokens, which start at zero."""
+        """Set the grid: add or remove pointwise self-attention, and reset the learned window tokens to zero."""
         self.grid = grid
         is_single_window = grid is not None and math.prod(grid) == 1
         self.attn.has_window_tokens = not is_single_window
@@ -372,7 +373,7 @@ class ConditionalPositionalEncoding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim))  # Sequential, for the published names
+        self.proj = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim))  # named proj.0.…, as published
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -403,7 +404,7 @@ class SepViTStages(nn.Module):
         mlp_ratio: hidden channels of the MLPs divided by the stage's channels.
         drop_rate: dropout rate after the patch embeddings and projections, and in the MLPs.
         attn_drop_rate: dropout rate of the attention maps.
-        drop_path_rate: stochastic depth rate of the last block; rates rise linearly from 0 at the first.
+        drop_path_rate: stochastic depth rate of the last block. Rates rise linearly from 0 at the first block.
 
     Raises:
         ValueError: an image side is below 1 pixel.
@@ -573,7 +574,7 @@ class SepViT(SepViTStages):
         return self.norm(self.forward_stages(x)[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool the map of `forward_features` to B × C and, unless `pre_logits`, classify it to B × classes.
+        """Pool the map of `forward_features` to B × C and, unless `pre_logits`, compute logits, B × classes.
 
         With `global_pool` '', nothing is pooled, and the result is B × H' × W' × C or B × H' × W' × classes.
         """
@@ -607,7 +608,7 @@ class SepViT(SepViTStages):
         """Adapt the model to images of `img_size` pixels (one number or (H, W)), keeping its weights.
 
         Window tokens are resampled. Blocks that change from one window to several gain fresh window tokens and
-        pointwise attention; blocks that change from several windows to one lose theirs.
+        pointwise attention; blocks that change from several windows to one lose both.
         """
         size: tuple[int, int] = to_2tuple(img_size)
         old_grids, grids = self.window_grids(self.img_size), self.window_grids(size)
@@ -658,7 +659,7 @@ class SepViT(SepViTStages):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last one in `indices`.
+        """Drop the stages after the last requested stage (see `indices` of `forward_intermediates`).
 
         The norm and the head are dropped if requested, or if any stage is dropped.
 
@@ -683,14 +684,14 @@ def _checked_pool(global_pool: str) -> str:
 
 
 class SepViTDense(SepViTStages):
-    """SepViT for dense prediction (segmentation, detection): images of any size to one normalised map per stage.
+    """SepViT for dense prediction (segmentation, detection). Computes a normalised map per stage, for any image size.
 
     Args:
-        out_indices: stages whose maps are returned, in this order; stages after the last of them are dropped.
+        out_indices: stages whose maps are returned, in this order. Stages after the last of these are dropped.
         **kwargs: see `SepViTStages`.
 
     Raises:
-        ValueError: an index does not name a stage.
+        ValueError: there is no index, or an index is out of range.
     """
 
     def __init__(self, out_indices: Sequence[int] = (0, 1, 2, 3), **kwargs: Any) -> None:
@@ -724,7 +725,7 @@ VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 def create_dense(variant: str, **kwargs: Any) -> SepViTDense:
-    """Build the dense form of a variant ('SepViT_Tiny', …); `kwargs` as for `SepViTDense`.
+    """Build the dense form of a variant ('SepViT_Tiny', …). For `kwargs`, see `SepViTDense`.
 
     Raises:
         ValueError: the variant is unknown.
@@ -766,25 +767,25 @@ def _create_sepvit(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 @register_model
 def SepViT_Lite(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """SepViT-Lite: 3.7 M parameters, 0.57 G multiply-adds at 224 × 224; `kwargs` of `SepViT` and `create_model`."""
+    """SepViT-Lite: 3.7 M parameters, 0.57 G multiply-adds at 224 × 224; `kwargs`: see `SepViT` and `create_model`."""
     return _create_sepvit("SepViT_Lite", pretrained, **kwargs)
 
 
 @register_model
 def SepViT_Tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """SepViT-T: 31.2 M parameters, 4.5 G multiply-adds at 224 × 224; `kwargs` of `SepViT` and `create_model`."""
+    """SepViT-T: 31.2 M parameters, 4.5 G multiply-adds at 224 × 224; `kwargs`: see `SepViT` and `create_model`."""
     return _create_sepvit("SepViT_Tiny", pretrained, **kwargs)
 
 
 @register_model
 def SepViT_Small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """SepViT-S: 46.6 M parameters, 7.5 G multiply-adds at 224 × 224; `kwargs` of `SepViT` and `create_model`."""
+    """SepViT-S: 46.6 M parameters, 7.5 G multiply-adds at 224 × 224; `kwargs`: see `SepViT` and `create_model`."""
     return _create_sepvit("SepViT_Small", pretrained, **kwargs)
 
 
 @register_model
 def SepViT_Base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """SepViT-B: 82.4 M parameters, 13.1 G multiply-adds at 224 × 224; `kwargs` of `SepViT` and `create_model`."""
+    """SepViT-B: 82.4 M parameters, 13.1 G multiply-adds at 224 × 224; `kwargs`: see `SepViT` and `create_model`."""
     return _create_sepvit("SepViT_Base", pretrained, **kwargs)
 
 
@@ -810,7 +811,7 @@ class Adaptation:
 
 
 def entries_under(state_dict: Mapping[str, Tensor], prefix: str) -> OrderedDict[str, Tensor]:
-    """Entries of the module named `prefix`, without that prefix; all entries for ''. A trailing dot is optional."""
+    """Entries of the module named `prefix`, without the prefix; all entries if it is ''. A trailing dot is optional."""
     below = f"{prefix.removesuffix('.')}." if prefix else ""
     named = ((name.removeprefix(below), value) for name, value in state_dict.items() if name.startswith(below))
     return keep_settings(named, state_dict)
@@ -821,16 +822,16 @@ def adapt_state_dict(
 ) -> Adaptation:
     """Adapt a state dict in place to the image size and the form of `model`.
 
-    Classification form: window tokens are resampled from the checkpoint's window grids to the model's. The checkpoint's
-    image size is the first that agrees with its numbers of window tokens: `img_size`, the model's, 224 × 224, or any
-    square. Blocks that go from a single window to several take their window tokens and pointwise attention from the
-    model; blocks that go from several windows to a single one lose theirs.
+    In the classification form, window tokens are resampled from the checkpoint's window grids to the model's. The
+    checkpoint's image size is assumed to be the first of these that matches its numbers of window tokens: `img_size`,
+    the model's image size, 224 × 224, and square sizes. Blocks that change from one window to several take their window
+    tokens and pointwise attention from the model; blocks that change from several windows to one lose both.
 
-    Dense form: window tokens, final norm, classifier, and stages that the model lacks are dropped. If the checkpoint
-    has no norms of the stages' maps (`norm_list`), they are taken from the model, and so is the pointwise attention of
-    blocks without window tokens in the checkpoint.
+    In the dense form, the window tokens, the final norm, the classifier, and stages that the model lacks are dropped.
+    If the checkpoint has no norms of the stages' maps (`norm_list`), these norms are taken from the model. So is the
+    pointwise attention of blocks that have no window tokens in the checkpoint.
 
-    Every other difference is left for `load_state_dict` to reject.
+    All other differences remain, and `load_state_dict` rejects them.
 
     Args:
         state_dict: the checkpoint's entries.
@@ -863,7 +864,8 @@ def _adapt_to_dense(state_dict: dict[str, Tensor], model: SepViTStages) -> Adapt
 def _adapt_to_size(state_dict: dict[str, Tensor], model: SepViT, img_size: tuple[int, int] | None) -> Adaptation:
     own, blocks = model.state_dict(), model.named_blocks()
     old_grids, grids = _source_grids(state_dict, model, img_size), model.window_grids(model.img_size)
-    # Adapt only what an image size explains: a checkpoint with missing entries must be rejected, not completed.
+    # Adapt only differences that result from the image size. A checkpoint that lacks entries for any other reason must
+    # be rejected, not completed.
     if old_grids is None or not all(f"{block}.attn.DSA_qkv.weight" in state_dict for block in blocks):
         return Adaptation()
     adaptation = Adaptation()
@@ -893,7 +895,8 @@ def _source_grids(
 ) -> list[tuple[int, int]] | None:
     """Find the window grids of a checkpoint's blocks; None if they equal the model's, or if no image size fits.
 
-    An image size fits if, in every block, rows times columns is the number of window tokens (1 without window tokens).
+    An image size fits if, in every block, rows times columns of windows equals the number of window tokens. A block
+    without window tokens counts as having one.
     """
     tokens = [state_dict.get(f"{name}.win_tokens") for name in model.named_blocks()]
     counts = [1 if entry is None else entry.shape[1] for entry in tokens]
@@ -972,7 +975,7 @@ def _adapt_before_loading(
 
 
 def variant_of(state_dict: dict[str, Tensor]) -> str | None:
-    """Identify a state dict's variant by its widths and depths; None if it is none of the paper's."""
+    """Identify a state dict's variant by its widths and depths; None if it is not one of the paper's variants."""
     stages: dict[int, set[int]] = {}
     for name in state_dict:
         if match := re.match(r"blocks\.(\d+)\.(\d+)\.attn\.DSA_qkv\.weight$", name):
@@ -997,15 +1000,15 @@ def pad_to_windows(x: Tensor, window_size: int) -> Tensor:
     _, H, W, _ = x.shape
     w = window_size
     bottom, right = (H + w - 1) // w * w - H, (W + w - 1) // w * w - W
-    is_fixed = isinstance(H, int) and isinstance(W, int)  # not in exported programs, which take any size
+    is_fixed = isinstance(H, int) and isinstance(W, int)  # False in exported programs, which take any size
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if not is_fixed or bottom > 0 or right > 0 else x
 
 
 def limits_ranks() -> bool:
-    """Whether tensors must have no more than five dimensions: while exporting, because mobile runtimes support no more.
+    """Whether tensors may have at most five dimensions, the limit of mobile runtimes. True only during export.
 
-    Otherwise, `heads_to_map` copies the pixels once, in seven dimensions, instead of twice. Compiled networks are up to
-    9 % faster with that.
+    Without this limit, `heads_to_map` copies the pixels once, as a tensor of seven dimensions, instead of twice. This
+    makes compiled networks up to 9 % faster.
     """
     if not torch.jit.is_scripting():
         return torch.compiler.is_exporting()

@@ -1,4 +1,4 @@
-"""Make the repository importable from scripts that are run by path. Imported before other libraries."""
+"""Make the repository importable in scripts that are run by path. They import this module before other libraries."""
 
 import sys
 from pathlib import Path

@@ -53,8 +53,8 @@ def build_parser() -> Parser:
     add("--peers", nargs="+", default=["class"], metavar="NAME", help=peers)
     add("--device", default=best_device(), help="cuda, mps or cpu; by default the best available")
     add("--formats", nargs="+", default=["float32"], choices=list(DTYPES), help="number formats")
-    add("--forms", nargs="+", default=["eager", "port"], choices=list(FORMS), help="how the networks run")
-    add("--before", type=path, default=None, metavar="FILE", help="sepvit.py of another revision, as a further form")
+    add("--forms", nargs="+", default=["eager", "port"], choices=list(FORMS), help="how to run the networks")
+    add("--before", type=path, default=None, metavar="FILE", help="sepvit.py of another revision, to measure as well")
     add("--measures", nargs="+", default=list(MEASURES), choices=list(MEASURES))
     batch = "images per call, except for latency; by default 8 (CPU) or 128 (GPU), with --dense 2 or 8"
     add("--batch-size", type=positive_int, nargs="+", default=None, metavar="N", help=batch)
@@ -93,7 +93,7 @@ def chosen_peers(args: argparse.Namespace) -> list[str]:
 
 
 def subjects_of(args: argparse.Namespace, number_format: str) -> list[Subject]:
-    """The rows of a table: each model in each form, and as baselines SepViT in eager mode, also in float32."""
+    """The rows of a table: each model in each form. SepViT in eager mode, also in float32, serves as the baseline."""
     baseline = [] if number_format == "int8" else ["eager"]
     before = [] if args.before is None else ["before"]
     rows = [Subject(args.model, form, number_format) for form in dict.fromkeys([*baseline, *args.forms, *before])]
@@ -129,7 +129,7 @@ def main(args: argparse.Namespace) -> None:
     record = Record.read(device_name(device), args.quick, out)
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True  # as in main.py
-    gc.freeze()  # garbage collection between timings skips the libraries
+    gc.freeze()  # garbage collection between timings skips the objects of imported libraries
     method = Method(2, 0.0, is_quick=True) if args.quick else Method(args.rounds)
     run = dict(
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

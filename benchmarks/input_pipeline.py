@@ -4,8 +4,8 @@
     python benchmarks/input_pipeline.py --synthetic 500x375 [--images 512] [--out FILE.json]
 
 Both loaders augment as in the published recipe. They are measured alternately, round by round. The fast loader's work
-on the device is not measured. Without workers, CPU time is measured, which other processes disturb less: the result is
-images per second and core. `--synthetic` writes JPEGs (quality 90) composed of scikit-image's and scikit-learn's
+on the device is not measured. Without workers, CPU time is measured, since other processes disturb it less: the result
+is images per second per core. `--synthetic` writes JPEGs (quality 90) composed of scikit-image's and scikit-learn's
 photographs.
 """
 
@@ -39,7 +39,7 @@ from sepvit_lib.common.storage import write_file
 LOADERS = ("faithful", "fast")
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # of scikit-image
 MORE_PHOTOGRAPHS = ("china.jpg", "flower.jpg")  # of scikit-learn
-TILE = (300, 400)  # largest part of a photograph, height and width; all photographs are at least as large
+TILE = (300, 400)  # height and width of the largest part of a photograph; all photographs are at least as large
 CLASSES = 8  # of synthetic images
 QUALITY = 90  # of synthetic JPEGs
 
@@ -65,7 +65,7 @@ def write_photographs(folder: Path, size: tuple[int, int], count: int) -> None:
 
 
 def composed(photographs: Sequence[np.ndarray], width: int, height: int, rng: np.random.Generator) -> np.ndarray:
-    """Cover an image, height × width × 3, with parts of photographs."""
+    """Compose an image, height × width × 3, of parts of photographs."""
     image = np.empty((height, width, 3), np.uint8)
     for top, left in itertools.product(range(0, height, TILE[0]), range(0, width, TILE[1])):
         photograph = photographs[int(rng.integers(len(photographs)))]
@@ -133,7 +133,9 @@ def main(args: argparse.Namespace) -> None:
         UserError: the images are missing or too few, or the file cannot be written.
     """
     if (args.data_path is None) == (args.synthetic is None):
-        raise UserError("--data-path, --synthetic: pass exactly one, a folder or the size of images to write")
+        raise UserError(
+            "pass either --data-path with a folder of images, or --synthetic with the size of images to generate"
+        )
     torch.set_num_threads(1)
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
         for workers in args.workers:
             loaders = {name: build_loader(args, args.data_path or folder, name, workers) for name in LOADERS}
             rates = measure(loaders, workers, args.rounds)
-            print(f"{workers} workers" if workers else "without workers, per second and core")
+            print(f"{workers} workers" if workers else "without workers, per second per core")
             for name, measured in rates.items():
                 rate, gain = Spread.of(measured), ratio(measured, rates["faithful"])
                 spread = f"{gain.median:.2f} × ({gain.low:.2f} to {gain.high:.2f})"

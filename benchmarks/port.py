@@ -74,7 +74,7 @@ class Block(nn.Module):
         dim: channels C.
         num_heads: heads h.
         window_size: window side w.
-        windows: number of windows, each with a learned token unless it is the only one; None for zeros as tokens.
+        windows: number of windows, which have learned tokens if there are several; None to use zeros as tokens.
         drop_path: stochastic depth rate.
     """
 
@@ -149,7 +149,7 @@ def to_channels_first(x: Tensor, H: int, W: int) -> Tensor:
 
 
 class Port(nn.Module):
-    """An unoptimised port of a network, classification or dense. It shares the network's parameters.
+    """An unoptimised port of a network, in its classification or dense form. It shares the network's parameters.
 
     Dropout is not ported; stochastic depth is.
 

@@ -51,7 +51,7 @@ COLUMNS: list[tuple[str, Callable[[Row, int], str]]] = [
 
 
 def grid(table: Table) -> list[list[str]]:
-    """Titles and cells of a table, without empty columns. A row that was not measured has the reason after its form."""
+    """Titles and cells of a table, without empty columns. If a row was not measured, the reason follows its form."""
     batch = table.settings["batch_size"]
     columns = [[title, *(cell(row, batch) for row in table.rows)] for title, cell in COLUMNS]
     lines = [list(line) for line in zip(*(column for column in columns if set(column[1:]) != {"–"}))]
@@ -213,7 +213,7 @@ def panels_of(tables: Sequence[Table]) -> Panels:
     Panels with a single model are skipped.
     """
     panels: Panels = {}
-    # If several tables have a point for a model, the table with the most models supplies it.
+    # If several tables have a point for a model, the table with the most models is used.
     for table in sorted(tables, key=lambda table: -len({row.model for row in table.rows})):
         batch = table.settings["batch_size"]
         points = panels.setdefault((table.number_format, table.measure), {})

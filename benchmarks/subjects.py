@@ -1,4 +1,4 @@
-"""Subjects of the benchmark: SepViT in its forms and its peers, their forward passes and training steps."""
+"""Subjects of the benchmark: the forms of SepViT, its peers, and the forward passes and training steps of both."""
 
 import importlib.util
 import logging
@@ -29,7 +29,7 @@ from sepvit_lib.run.state import Precision
 from tools.exporting.int8 import quantised_by_nncf
 from tools.exporting.writers import export_onnx
 
-# Models of each variant's class: they have about as many multiply-adds and parameters as the variant.
+# Peers of each variant, by its name. They have about as many multiply-adds and parameters as the variant.
 PEERS: dict[str, tuple[str, ...]] = {
     "SepViT_Lite": ("pvt_v2_b0",),
     "SepViT_Tiny": ("swin_tiny_patch4_window7_224", "twins_svt_small", "pvt_v2_b2", "nextvit_small", "convnext_tiny"),
@@ -70,11 +70,12 @@ TOP1: dict[str, float] = {
 MEASURES = ("latency", "inference", "training")
 FORMS = ("eager", "port", "compiled", "onnxruntime", "openvino")
 OF_SEPVIT = ("port", "before")  # forms that peers do not have
-# Forms that use a runtime: their number formats, and the packages they need. ONNX Runtime has no bfloat16 on CPUs.
+# Number formats and required packages of the forms that use a runtime. ONNX Runtime has no bfloat16 on CPUs.
 RUNTIMES = {"onnxruntime": ("float32", "int8"), "openvino": ("float32", "bfloat16", "int8")}
 PACKAGES = {name: ("onnx", "onnxscript", name) for name in RUNTIMES}
-# By number format: main.py's --amp, for the formats of training; and the dtype of the large matrix product to compare
-# with, None for int8. `bfloat16` and `float16` are mixed precision (autocast); `bfloat16-whole` converts the network.
+# By number format: the value of main.py's --amp, for formats in which training is measured; and the dtype of the large
+# matrix product to compare with, None for int8. `bfloat16` and `float16` are mixed precision (autocast);
+# `bfloat16-whole` converts the network.
 AMPS = {"float32": "off", "bfloat16": "bfloat16", "float16": "float16"}
 DTYPES: dict[str, torch.dtype | None] = {
     "float32": torch.float32,
@@ -91,7 +92,7 @@ CALIBRATION_BATCHES = 8  # of random images, to quantise a network with
 
 @dataclass(frozen=True)
 class Subject:
-    """The subject of a table row.
+    """The model, form and number format that a table row measures.
 
     Attributes:
         model: a variant of SepViT, or a timm model.
@@ -168,7 +169,7 @@ def check_packages(forms: Sequence[str], formats: Sequence[str]) -> None:
 
 
 def load_before(file: str) -> ModuleType:
-    """Load sepvit.py of another revision. The models registered with timm remain those of this revision.
+    """Load sepvit.py of another revision. timm's registry keeps the models of this revision.
 
     Raises:
         UserError: the file cannot be loaded.
@@ -218,7 +219,7 @@ def create_network(subject: Subject, setting: Setting, **kwargs: Any) -> Any:
 
 @dataclass
 class Ready:
-    """A subject that can be measured.
+    """A subject that is built and can be measured.
 
     Attributes:
         call: the timed call: a forward pass, or a training step.

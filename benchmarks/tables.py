@@ -1,4 +1,4 @@
-"""Measure one table of the benchmark: build, check and time its subjects."""
+"""Measure one table of the benchmark: build, check and time the subjects of its rows."""
 
 import functools
 import gc
@@ -21,7 +21,7 @@ from sepvit_lib.count import count_multiply_adds, peak_memory
 
 # Maximum ‖outputs − expected‖ / ‖expected‖, with expected from float32 in eager mode. float32's value allows for TF32.
 TOLERANCES = {"float32": 5e-3, "bfloat16": 0.05, "bfloat16-whole": 0.1, "float16": 0.02, "int8": 0.5}
-PASSES = {True: 3, False: 1}  # forward passes per call, by whether it trains: a backward pass counts as two
+PASSES = {True: 3, False: 1}  # forward passes per call in training and in inference: a backward pass counts as two
 MATRIX_PRODUCT = "matrix product"
 SIDES = {"cpu": 2048, "cuda": 8192}  # sides of matrices: on a GPU, 2048 × 2048 takes less time than launching the call
 

@@ -1,6 +1,6 @@
 """Make the repository importable when a script in this folder is run by its path: `python FOLDER/SCRIPT.py`.
 
-Scripts import it before other libraries, which need mmcv's operators at import.
+Scripts import this module before other libraries, which need mmcv's operators when they are imported.
 """
 
 import sys

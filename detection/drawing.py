@@ -15,7 +15,7 @@ class DrawingHook(FileHook):
     """Draw each test image with the detected boxes and masks, and with the ground truth if it has any.
 
     Args:
-        folder: output folder. Pictures keep their images' paths relative to the data set.
+        folder: output folder. Each picture keeps its image's path relative to the data set.
         lowest: minimum score of the detections to draw.
     """
 

@@ -1,7 +1,7 @@
 """Count a detector's parameters and multiply-adds, and the costs of its backbone by stage and kind of operation.
 
 The second stage of a two-stage detector is counted for the boxes that an untrained first stage proposes (at most
-1,000), and its mask head for 100 boxes.
+1,000), and the mask head for 100 boxes.
 
 python get_flops.py CONFIG [--shape H W] [--memory] [--cfg-options KEY=VALUE …]
 """

@@ -4,8 +4,8 @@
                                      [--show-dir DIR] [--show-score-thr SCORE] [--work-dir DIR]
                                      [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm]
 
-`--eval mAP` evaluates everything the model predicts: boxes, and masks if it has them. dist_test.sh and slurm_test.sh
-start it in several processes.
+`--eval mAP` evaluates boxes, and masks if the model predicts them. dist_test.sh and slurm_test.sh start this command
+in several processes.
 """
 
 if not __package__:
@@ -34,16 +34,16 @@ def build_detection_test_parser() -> CommandParser:
     add = parser.add_argument
     add("--out", type=path, metavar="FILE.pkl", help="write the detections to a file")
     add("--format-only", action="store_true", help="write the detections in COCO's format to the work dir")
-    add("--show-dir", type=path, metavar="DIR", help="draw the detections beside the ground truth, in DIR")
+    add("--show-dir", type=path, metavar="DIR", help="write pictures of the detections and the ground truth to DIR")
     add("--show-score-thr", type=fraction, default=0.3, metavar="SCORE", help="lowest score to draw, default 0.3")
     return parser
 
 
 def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
-    """Set the config's evaluators: metrics, and files that they write. Returns the outputs other than metrics.
+    """Set the config's evaluators, which compute metrics or write files. Returns the outputs other than metrics.
 
     Raises:
-        UserError: nothing is requested, settings exclude each other, or a metric is unknown.
+        UserError: no output is requested, settings exclude each other, or a metric is unknown.
     """
     if not (args.eval or args.out or args.format_only or args.show_dir):
         return as_configured(cfg, "--eval bbox, --out FILE.pkl, --format-only or --show-dir DIR")
@@ -66,7 +66,7 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
     if args.out:
         evaluators.append(dict(type="DumpDetResults", out_file_path=args.out))
         results.append((None, Path(args.out).parent, f"--out {args.out}"))
-    cfg.test_evaluator = evaluators  # drawing needs none
+    cfg.test_evaluator = evaluators  # drawing needs no evaluator
     if args.show_dir:
         hook = DrawingHook(Path(args.show_dir), args.show_score_thr)
         results.append((hook, Path(args.show_dir), f"--show-dir {args.show_dir}"))
@@ -80,14 +80,14 @@ def is_coco(evaluator: dict[str, Any]) -> bool:
 
 
 def possible_metrics(cfg: Config) -> list[str]:
-    """Return the metrics that a config's model allows: its evaluators' metrics, and segm if it has a mask head."""
+    """Return the metrics that apply to a config's model: those of its evaluators, and 'segm' if it has a mask head."""
     stated = [metric for one in dicts(cfg.test_evaluator) for metric in as_list(one.get("metric"))]
     masks = ["segm"] if "mask_head" in cfg.model.get("roi_head", {}) else []
     return [metric for metric in ("bbox", "segm") if metric in stated + masks] or ["bbox"]
 
 
 def requested_metrics(cfg: Config, names: list[str]) -> list[str]:
-    """Return the metrics that `--eval` requests. 'mAP' stands for everything the model predicts.
+    """Return the metrics that `--eval` requests. 'mAP' selects all metrics that apply to the model.
 
     Raises:
         UserError: a metric is unknown, or needs masks that the detector does not predict.

@@ -4,7 +4,7 @@
                            [--no-validate] [--auto-scale-lr] [--seed N] [--deterministic]
                            [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm]
 
-dist_train.sh and slurm_train.sh start it in several processes.
+dist_train.sh and slurm_train.sh start this command in several processes.
 """
 
 if not __package__:

@@ -36,7 +36,7 @@ def shares(labels: np.ndarray, count: int) -> np.ndarray:
 def draw(
     image: np.ndarray, maps: dict[str, np.ndarray], classes: Sequence[str], palette: Sequence[Sequence[int]]
 ) -> Image.Image:
-    """Draw an image, each label map over the image, and a legend of the classes with their shares in the last map.
+    """Draw an image, each label map over the image, and a legend with each class's share of the last map.
 
     Args:
         image: H × W × 3, RGB, 0 to 255.

@@ -3,7 +3,7 @@
     python test.py CONFIG CHECKPOINT [--eval mIoU [mDice] [mFscore]] [--aug-test] [--out DIR] [--show-dir DIR]
                                      [--work-dir DIR] [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm]
 
-dist_test.sh and slurm_test.sh start it in several processes.
+dist_test.sh and slurm_test.sh start this command in several processes.
 """
 
 if not __package__:
@@ -31,7 +31,7 @@ def build_segmentation_test_parser() -> CommandParser:
     parser.former["--format-only"] = "use --out DIR, which writes the predicted labels"
     add = parser.add_argument
     add("--out", type=path, metavar="DIR", help="write the predicted labels to DIR, as PNG in the data set's numbering")
-    add("--show-dir", type=path, metavar="DIR", help="draw the predictions beside the ground truth, in DIR")
+    add("--show-dir", type=path, metavar="DIR", help="write pictures of the predictions and the ground truth to DIR")
     return parser
 
 
@@ -39,7 +39,7 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
     """Set the metrics in the config. Returns the outputs other than metrics.
 
     Raises:
-        UserError: nothing is requested, or a metric is unknown.
+        UserError: no output is requested, or a metric is unknown.
     """
     if not (args.eval or args.out or args.show_dir):
         return as_configured(cfg, "--eval mIoU, --out DIR or --show-dir DIR")
@@ -48,7 +48,7 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
     metrics = [find_metric(name, METRICS) for name in args.eval]
     usual: dict[str, Any] = next((one for one in dicts(cfg.test_evaluator) if one.get("type") == "IoUMetric"), {})
     settings = dict(usual, type="IoUMetric", iou_metrics=metrics)
-    cfg.test_evaluator = settings if metrics else []  # drawing and writing need none
+    cfg.test_evaluator = settings if metrics else []  # drawing and writing need no evaluator
     results: list[Result] = []
     if args.out:
         results.append((LabelsHook(Path(args.out)), Path(args.out), f"--out {args.out}"))

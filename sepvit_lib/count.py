@@ -58,11 +58,12 @@ def count_by_module(
     Args:
         model: the model.
         *inputs: arguments of its forward pass.
-        spans: computations to count separately, by name: each lasts from the end of one module to the start of another.
-            Its name is that of the module around it and a suffix: 'blocks.0.0.attn.pointwise'.
+        spans: computations to count separately. Each name is mapped to two modules: the span lasts from the end of the
+            first to the start of the second. The name is that of the enclosing module, with a suffix, such as
+            'blocks.0.0.attn.pointwise'.
 
     Returns:
-        the counts by name of the layer or span; '' counts everything outside them.
+        the counts, keyed by the name of the layer or span. The key '' contains the rest of the forward pass.
     """
     root = type(model).__name__  # the name under which the counters record the model
     norms = {aten.native_layer_norm: lambda shape, *_, **__: 2 * LAYER_NORM * math.prod(shape)}
@@ -189,12 +190,12 @@ def costs_of(network: nn.Module, image: Tensor) -> dict[Part, Cost]:
     """Count the cost of each part of a network.
 
     Args:
-        network: the network, in evaluation mode. SepViT is split by stage and kind of layer, other networks only by
-            kind.
+        network: the network, in evaluation mode. The costs of a SepViT are split by stage and kind of layer, those of
+            other networks only by kind.
         image: one image, 1 × C × H × W.
 
     Returns:
-        the costs by part, which sum to those of the whole network.
+        the cost of each part. The sum over all parts is the cost of the whole network.
     """
     is_sepvit = isinstance(network, SepViTStages)
     spans = _attention_of(network) if isinstance(network, SepViTStages) else {}
@@ -213,7 +214,7 @@ def costs_of(network: nn.Module, image: Tensor) -> dict[Part, Cost]:
 
 
 def _attention_of(network: SepViTStages) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Layers before and after each pair of matrix products in SepViT's attention, by name of the span."""
+    """The spans of SepViT's attention (see `count_by_module`), each with the layers before and after it."""
     spans: dict[str, tuple[nn.Module, nn.Module]] = {}
     for name, block in network.named_blocks().items():
         attn = block.attn
@@ -260,7 +261,7 @@ def total_of(costs: Mapping[Part, Cost], quantity: str, stage: str = "", kind: s
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a call in bytes, without its input images.
+    """Memory of a call in bytes, excluding its input images.
 
     Attributes:
         weights: the network's parameters and buffers.

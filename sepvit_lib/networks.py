@@ -25,19 +25,20 @@ def create_network(
     asked_for: Collection[str] = (),
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Build a timm network. One with a fixed image size is built for the given size.
+    """Build a timm network. A network with a fixed input size is built for `input_size`.
 
     Args:
         what: the network and the setting that chose it, for messages.
         name: timm's name of the network.
         num_classes: number of classes.
         input_size: side of the images in pixels, or height and width.
-        rates: rates of dropout and stochastic depth by setting: 'drop', 'drop_path'.
+        rates: rates of dropout ('drop') and stochastic depth ('drop_path').
         model_kwargs: other arguments of the network's constructor.
-        asked_for: rates that the network must support. Other rates are ignored, with a message, if unsupported.
+        asked_for: names of the rates that the network must support. Other rates that it does not support are ignored,
+            with a message.
 
     Raises:
-        UserError: timm cannot build it with these settings, or it does not support the image size or a rate.
+        UserError: timm cannot build the network with these settings, or it does not support the image size or a rate.
     """
     rates = rates or {}
     build = partial(timm.create_model, name, num_classes=num_classes, **(model_kwargs or {}))
@@ -57,7 +58,7 @@ def create_network(
 
 
 def _built(build: Callable[..., Any], rates: Mapping[str, float]) -> tuple[Any, Collection[str]]:
-    """Build a network with as many of the rates as it supports. Returns it and the names of the unsupported rates."""
+    """Build a network with all rates that it supports. Also returns the names of the unsupported rates."""
     problem = None
     for count in range(len(rates) + 1):
         for unsupported in combinations(rates, count):
@@ -84,7 +85,7 @@ def _check_size(network: nn.Module, name: str, size: tuple[int, int]) -> None:
         if out_of_memory(error):
             raise
         raise UserError(
-            f"{setting('input_size', *size)}: not supported by {name} ({first_line(error)}); its own size is "
+            f"{setting('input_size', *size)}: not supported by {name} ({first_line(error)}); its default input size is "
             f"{own[1]} × {own[2]} pixels"
         ) from None
     network.train()
@@ -93,7 +94,7 @@ def _check_size(network: nn.Module, name: str, size: tuple[int, int]) -> None:
 def to_device(network: nn.Module, device: torch.device) -> nn.Module:
     """Move a network to a device.
 
-    Convolution weights become channels-last, like SepViT's feature maps: a convolution would convert its weights each
-    time otherwise.
+    Convolution weights become channels-last, like SepViT's feature maps. Otherwise, a convolution would convert its
+    weights on each call.
     """
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

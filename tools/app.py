@@ -4,9 +4,9 @@
     python tools/app.py --resume CHECKPOINT --config segmentation/configs/NAME.py
 
 PATH is a checkpoint of main.py or of the published code, a folder in timm's layout, or a file that tools/export.py
-wrote. The page shows the five likeliest classes, and the attention among windows. With `--config`, PATH is a checkpoint
-of a segmentor or detector, whose prediction is drawn over the image. Nothing is loaded from other machines, and images
-are not written to disk.
+wrote. The page shows the five most probable classes, and the attention among windows. With `--config`, PATH is a
+checkpoint of a segmentor or detector, whose prediction is drawn over the image. Nothing is loaded from other machines,
+and images are not written to disk.
 """
 
 if not __package__:
@@ -140,7 +140,7 @@ def build_parser() -> Parser:
     add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not specify it")
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
     add("--score-thr", type=fraction, metavar="SCORE", help="minimum score of a detection, default 0.3")
-    reach = f"address to listen on, default {HOST}, for this machine only; 0.0.0.0: all interfaces"
+    reach = f"address to listen on, default {HOST} (only reachable from this machine); 0.0.0.0: all interfaces"
     add("--host", default=HOST, help=reach)
     add("--port", type=number(int, 0, 65535), default=PORT, help=f"port to listen on, default {PORT}; 0: a free one")
     add("--device", help="cuda, mps or cpu, default the best available")

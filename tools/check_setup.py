@@ -3,13 +3,13 @@
 python tools/check_setup.py
 """
 
-# Must run on every Python that it rejects, hence the old-fashioned code.
+# This script must run on the Python versions that it rejects, so it avoids newer syntax.
 from __future__ import print_function
 
 import sys
 
 OLDEST = (3, 11)
-NEWEST = (3, 14)  # tested version
+NEWEST = (3, 14)  # newest tested version
 
 
 def problem():  # type: () -> str | None

@@ -112,7 +112,7 @@ def choose_formats(args: argparse.Namespace) -> tuple[dict[str, Format], dict[st
     """Choose the formats to write: by default, every format whose packages (and compiler) are installed.
 
     Returns:
-        the formats by name, with one more ONNX entry for each further opset; and the reasons why others are skipped.
+        the formats by name, including one for each additional ONNX opset; and why other formats are skipped, by name.
 
     Raises:
         UserError: a requested format lacks a package or a compiler.
@@ -152,7 +152,7 @@ def write(job: Job, files: Mapping[str, str], formats: Mapping[str, Format]) -> 
         formats: the formats by name.
 
     Returns:
-        the exported forms by name, and the reasons why others could not be written or do not run.
+        the exported forms by name; and, by name, why other forms could not be written or do not run.
     """
     forms, failures = {}, {}
     for name, file_name in tqdm(files.items(), desc="export", disable=not sys.stderr.isatty()):
@@ -173,7 +173,7 @@ def refused(forms: Mapping[str, Form], formats: Mapping[str, Format], images: in
     Args:
         forms: the compared forms by name, including the checkpoint.
         formats: the formats by name.
-        images: number of images; one more wrong prediction is accepted.
+        images: number of images; one additional wrong prediction is accepted.
 
     Raises:
         UserError: the checkpoint's own logits are not finite.
@@ -237,17 +237,17 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--resume", required=True, type=path, metavar="PATH", help="checkpoint, as for predict.py")
     add("--out", required=True, type=path, metavar="DIR", help="folder for the files")
-    formats = f"{', '.join(FORMATS)}; default: all that this machine can write"
+    formats = f"{', '.join(FORMATS)}; default: all whose requirements are installed"
     add("--formats", nargs="+", choices=FORMATS, metavar="FORMAT", help=formats)
-    purpose = "data set of the same classes, for top-1 and calibration; default: four photographs"
+    purpose = "data set with the same classes, for top-1 and calibration; default: four sample photographs"
     add("--data-path", type=path, default="", metavar="DIR", help=purpose)
-    add("--data-set", default="IMNET", help=f"its kind, as for main.py: {', '.join(DATA_SETS)}, or a timm reader")
-    add("--class-map", type=path, default="", metavar="FILE", help="order of its classes, as for main.py")
+    add("--data-set", default="IMNET", help=f"data set type, as for main.py: {', '.join(DATA_SETS)}, or a timm reader")
+    add("--class-map", type=path, default="", metavar="FILE", help="order of the classes, as for main.py")
     number = "validation images to compare on, evenly spaced, default 2000"
     add("--images", type=positive_int, default=2000, metavar="N", help=number)
     add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not specify it")
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
-    version = f"ONNX opset, {OPSETS[0]} to {OPSETS[-1]}, default {OPSET}; several: one file each"
+    version = f"ONNX opset, {OPSETS[0]} to {OPSETS[-1]}, default {OPSET}; if several, one file for each"
     add("--opset", type=int, choices=OPSETS, nargs="+", default=[OPSET], metavar="N", help=version)
     add("--rounds", type=positive_int, default=5, metavar="N", help="rounds of timing, default 5")
     add("--overwrite", action="store_true", help="replace existing files in DIR")

@@ -7,8 +7,8 @@ Alpaydin and Kaynak) in ImageNet's layout, with a fifth of each class in val/.
 
 DIR/ade/ADEChallengeData2016/{images,annotations}/{training,validation}: scenes of these digits on photographs
 from scikit-image and scikit-learn, in ADE20K's layout and numbering: 1 to 10 are the digits 0 to 9, 11 is the
-background, and 0 ("other", not evaluated) marks the digits' soft edges. Training and validation share no digit and no
-photograph.
+background, and 0 ("other", not evaluated) marks the digits' soft edges. Training and validation share no digit image
+and no photograph.
 
 DIR/coco/{train2017,val2017,annotations}: the same scenes in COCO's layout, with a box and a mask for each digit.
 """

@@ -1,4 +1,4 @@
-"""Show the demo's result: top-1 at the end of training, top-1 of the saved checkpoint, and the path of the curves.
+"""Show the demo's result: top-1 at the end of training, top-1 of the saved checkpoint, and the curves' path.
 
     python tools/show_demo.py --run DIR [--least 95]
 

@@ -1,18 +1,18 @@
-"""Visualise what a SepViT attends to and has learned, on an image.
+"""Visualise, on an image, what a SepViT attends to and has learned.
 
     python tools/visualize.py IMAGE --resume PATH --out DIR [--window ROW COLUMN | --window all] [--figures NAME …]
 
 PATH is a checkpoint of main.py or of the published code, a folder in timm's layout, or a checkpoint of a segmentor or
 detector (only its backbone is used; mmseg and mmdet are not needed). The figures are:
 
-* among: the windows that a window attends to, by block and head, and their rollout over all blocks;
-* inside: the pixels of this window that its window token and its central pixel attend to, by block and head;
+* among: the windows that the chosen window attends to, by block and head, and the attention rollout over all blocks;
+* inside: the pixels that the window token and the central pixel of the chosen window attend to, by block and head;
 * tokens: similarity of the learned window tokens;
-* features: the stages' feature maps;
+* features: the stages' feature maps, as principal components;
 * attribution: the pixels that support the predicted class.
 
 Window indices start from 0 at the top left, on the grid of the finest block. The default is the central window.
-Attention is checked: rows sum to one, and each block's output, recomputed from it, matches the network's.
+The recorded attention is checked: rows sum to one, and block outputs recomputed from it match the network's.
 """
 
 if not __package__:
@@ -48,7 +48,7 @@ from tools.visualizing import figures
 from tools.visualizing.figures import Subject
 
 ALL = "all"
-DPI = {"png": 200, "pdf": 300}  # in a PDF, of embedded images
+DPI = {"png": 200, "pdf": 300}  # for PDF, the resolution of embedded images
 MAX_WINDOWS = 400  # in a figure with one map per window
 MAX_NAME = 40  # characters of a file or class name in titles
 SHORTER_SIDE = 512  # default maximum for the dense form, in pixels, as in the configs for ADE20K
@@ -61,7 +61,7 @@ class Loaded:
     Attributes:
         network: the network, as a classifier or in the dense form.
         name: its name.
-        preprocessing: how images become its inputs.
+        preprocessing: turns images into the network's inputs.
         classes: names of the classes; none for the dense form.
     """
 
@@ -81,7 +81,7 @@ class Scene:
         blocks: the attention of its blocks.
         chosen: the blocks with separate figures for all heads.
         subject: image, title and chosen window of the figures.
-        label: index and name of the class that is attributed to pixels; None for the dense form.
+        label: index and name of the class whose supporting pixels are shown; None for the dense form.
     """
 
     network: SepViTStages
@@ -232,7 +232,7 @@ def observe(args: argparse.Namespace, loaded: Loaded, image: Image.Image) -> Sce
         label = index, loaded.classes[index]
     print(f"{loaded.name}, {height} × {width} pixels{prediction}")
     difference = max(block.difference for block in blocks)
-    print(f"attention of {len(blocks)} blocks: rows sum to one; outputs recomputed from it differ by {difference:.0e}")
+    print(f"attention of {len(blocks)} blocks: rows sum to one; recomputed outputs differ by {difference:.0e}")
     crop = np.asarray(loaded.preprocessing.crop(image))
     title = f"{shortened(one_line(Path(args.image).name))} · {loaded.name}{prediction}"
     subject = Subject(crop, title.replace("$", r"\$"), pixel)  # matplotlib would parse it as the start of a formula
@@ -349,13 +349,13 @@ def build_parser() -> Parser:
     add("--format", choices=tuple(DPI), default="png", help="png (200 dpi, the default), or pdf (vectors)")
     figures = f"figures to draw: {', '.join(KINDS)}; default all that apply to PATH"
     add("--figures", nargs="+", choices=KINDS, default=list(KINDS), metavar="NAME", help=figures)
-    window = "the window, or all for the attention of every window; default the central one"
+    window = "the window to show, or all for every window; default: the central window"
     add("--window", nargs="+", default=[], metavar="ROW COLUMN", help=window)
-    blocks = "blocks to draw by head, or all; default the last of each stage and window size"
+    blocks = "blocks whose heads are drawn, or all; default: the last block of each stage and window size"
     add("--blocks", nargs="+", default=[], metavar="STAGE.BLOCK", help=blocks)
-    label = "class to attribute to pixels, by name or number; default the predicted one"
+    label = "class whose supporting pixels are shown, by name or number; default: the predicted class"
     add("--class", dest="label", default="", metavar="CLASS", help=label)
-    size = f"for backbones: resize and crop to this; default the whole image, its shorter side at most {SHORTER_SIDE}"
+    size = f"for backbones: resize and crop to H × W; default: the whole image, shorter side at most {SHORTER_SIDE}"
     add("--input-size", nargs=2, type=positive_int, metavar=("H", "W"), help=size)
     return parser
 
@@ -364,7 +364,7 @@ def main(args: argparse.Namespace) -> None:
     """Draw the figures.
 
     Raises:
-        UserError: the image or the network cannot be read, a setting does not fit them, or a file cannot be written.
+        UserError: the image or the network cannot be read, a setting does not apply, or a file cannot be written.
     """
     loaded, image = load(args)
     make_folder(Path(args.out), f"--out {args.out}")

@@ -1,4 +1,4 @@
-"""Match the classes of a data set with those of a network by name."""
+"""Match the class names of a data set with those of a network."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ MAX_NAMES = 5  # listed in a message
 
 
 def canonical(name: str) -> str:
-    """Name in composed Unicode form (NFC). File names unpacked on a Mac may be decomposed (NFD)."""
+    """Return a name in composed Unicode form (NFC). Archives unpacked on a Mac may yield decomposed names (NFD)."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -21,7 +21,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def order_of(held: Sequence[str], names: Sequence[str], what: str, data: str, way_out: str) -> list[int] | None:
-    """Match the classes of a data set with those of a network by name.
+    """Match the class names of a data set with those of a network.
 
     Args:
         held: names of the network's classes, in the order of its outputs.
@@ -50,7 +50,7 @@ def order_of(held: Sequence[str], names: Sequence[str], what: str, data: str, wa
 
 
 def read_class_map(path: str, names: Sequence[str], data: str) -> tuple[list[str], list[int]]:
-    """Read timm's class map: a text file with one class name per line, or a pickled dict from names to numbers.
+    """Read a class map of timm's format: a text file with one class name per line, or a pickled dict of class numbers.
 
     Args:
         path: the file.
@@ -78,16 +78,16 @@ def read_class_map(path: str, names: Sequence[str], data: str) -> tuple[list[str
 
 
 def check_map(path: str, names: Sequence[str], held: Sequence[str], what: str) -> None:
-    """Refuse a class map that numbers a class differently from a network.
+    """Refuse a class map whose class numbers differ from a network's output indices.
 
     Args:
         path: the class map.
-        names: its names, in the order of their numbers.
+        names: the names in the class map, in the order of their numbers.
         held: names of the network's classes, in the order of its outputs.
         what: the network, for messages.
 
     Raises:
-        UserError: a class's number in the class map is not its output index.
+        UserError: a class's number differs from its output index.
     """
     outputs = {canonical(name): index for index, name in enumerate(held)}
     for number, name in enumerate(map(canonical, names)):

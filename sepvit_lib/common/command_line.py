@@ -1,4 +1,4 @@
-"""Shared by all commands: argument parsing, one-line errors, and output that cannot end a run."""
+"""Shared by all commands: argument parsing, one-line errors, and output streams whose errors cannot end a run."""
 
 import argparse
 import ast
@@ -49,7 +49,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse settings, and report a mistake in one line. Settings may be spelled with `-` or `_`.
+    """Argument parser that raises a `UserError` for a mistake. Flags may be spelled with `-` or `_`.
 
     Three private parts of argparse (Python 3.10 to 3.12) are used here and nowhere else: `_actions`,
     `_option_string_actions` and `_negative_number_matcher`. argparse has no public way to list the options of a parser.
@@ -93,7 +93,7 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {' or '.join(similar)}?" if similar else ""
 
     def actions(self) -> dict[str, argparse.Action]:
-        """argparse's actions by option name, with `_` and without leading dashes; `--no-…` is omitted."""
+        """Map option names, with `_` and without leading dashes, to argparse's actions. Skips `--no-…` options."""
         return {
             option.lstrip("-").replace("-", "_"): action
             for action in self._actions
@@ -102,7 +102,7 @@ class Parser(argparse.ArgumentParser):
         }
 
     def flags(self) -> dict[str, str]:
-        """Flags by setting. A positional argument has its placeholder instead."""
+        """Map each setting to its flag, or to its placeholder if it is a positional argument."""
         flags: dict[str, str] = {}
         for action in self._actions:
             flags[action.dest] = action.option_strings[0] if action.option_strings else str(action.metavar)
@@ -168,7 +168,7 @@ seconds = number(float, 0, 30 * 24 * 3600, open_low=True)  # much longer timeout
 
 
 def path(text: str) -> str:
-    """Argparse type for paths. Expands a leading ~, which shells do not in `--flag=~/…`."""
+    """Argparse type for paths. Expands a leading ~, because shells do not expand it in `--flag=~/…`."""
     return os.path.expanduser(text)
 
 
@@ -183,17 +183,19 @@ def run_command(
     parser: Parser | None = None,
     memory_advice: str = "use smaller batches",
 ) -> int:
-    """Run a command. Prints a user error in one line, once if all processes raise it. Keeps freed memory for reuse.
+    """Run a command, and print any user error in one line.
+
+    A user error that all processes raise is printed once. Freed memory is kept for reuse.
 
     Args:
         name: the script's name, printed before errors.
         command: the function to run. It may return an exit status.
-        parser: the command's parser, which maps the settings mentioned in errors to flags.
+        parser: the command's parser, which has the flags of the settings mentioned in errors.
         memory_advice: what to do when memory runs out, for messages.
 
     Returns:
-        the exit status: the command's, or 0 if it returns none; 2 for a user error; 75 for a preempted run or a
-        transient error; 130 after Ctrl-C.
+        the exit status: the value that `command` returned (0 for None); 2 for a user error; 75 for a preempted run or
+        a transient error; 130 after Ctrl-C.
     """
     keep_freed_memory()
     with unfailing_output():
@@ -241,23 +243,23 @@ def _run(name: str, command: Callable[[], int | None], flags: Mapping[str, str],
 
 
 def _refuse(name: str, message: str, is_local: bool = False) -> int:
-    """Report a user error, once if it occurs on all processes. Returns the exit status."""
+    """Report a user error; if it occurs on all processes, report it once. Returns the exit status."""
     if is_main_process() or is_local:
         print(f"{name}: {message}", file=sys.stderr, flush=True)
     elif dist.is_initialized():
-        time.sleep(5)  # if all ranks fail in this way, rank 0 reports it, and the launcher ends the others meanwhile
+        time.sleep(5)  # if all ranks fail like this, rank 0 reports the error, and the launcher ends the others now
         print(f"{name}: process {get_rank()}: {message}", file=sys.stderr, flush=True)
     return USER_ERROR_STATUS
 
 
 def first_line(error: BaseException) -> str:
-    """The informative line of an error's text: the last line of a loader worker's traceback, otherwise the first."""
+    """Return the informative line of an error's text: the last of a loader worker's traceback, otherwise the first."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return one_line(lines[-1] if is_worker_traceback(str(error)) else lines[0])
 
 
 def shared_memory_advice() -> str:
-    """Advice for when shared memory runs out, in one line."""
+    """Return one line of advice for when shared memory runs out."""
     size = f" ({shutil.disk_usage(SHARED_MEMORY).total / 2**20:.0f} MiB in all)" if SHARED_MEMORY.is_dir() else ""
     return (
         f"{SHARED_MEMORY}{size} is full; loader workers pass their batches through it; enlarge it "
@@ -267,7 +269,7 @@ def shared_memory_advice() -> str:
 
 
 def kill_child_processes() -> None:
-    """Kill the child processes of multiprocessing. Loader workers ignore SIGTERM, which Python would send them."""
+    """Kill the processes that multiprocessing started. At exit, Python would send SIGTERM, which workers ignore."""
     if children := multiprocessing.active_children():
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a crashed worker
         for child in children:
@@ -306,7 +308,7 @@ class UnfailingStream:
             self._stream.flush()
 
     def finish(self) -> None:
-        """Flush the stream, or discard its buffer, which Python would fail to flush at exit."""
+        """Flush the stream. If this fails, redirect it to the null device, so that Python can flush it at exit."""
         try:
             self._stream.flush()
         except (OSError, ValueError):
@@ -316,7 +318,7 @@ class UnfailingStream:
 
 @contextmanager
 def unfailing_output() -> Iterator[None]:
-    """Keep printing from failing on broken streams and unencodable characters (printed as \\u…)."""
+    """Ignore broken streams when printing, and print unencodable characters as \\u…"""
     before = sys.stdout, sys.stderr
     for stream in before:
         if hasattr(stream, "reconfigure"):

@@ -1,4 +1,4 @@
-"""Available devices and processor cores, memory allocation, and synchronisation."""
+"""Functions that find devices and processor cores, configure memory allocation, and synchronise devices."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ from sepvit_lib.common.errors import UserError, setting
 
 
 def best_device() -> str:
-    """The best kind of device available: 'cuda', 'mps' or 'cpu'."""
+    """The best available device type: 'cuda', 'mps' or 'cpu'."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -55,14 +55,14 @@ def keep_freed_memory() -> None:
 
 
 def gpu_memory(device: torch.device) -> dict[str, str]:
-    """Peak memory of the tensors on a GPU so far, for a progress line; empty on other devices."""
+    """Peak memory of the tensors on a GPU so far, for a progress line; an empty dict for other devices."""
     if device.type != "cuda":
         return {}
     return {"memory": f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"}
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has finished its work, so that a measured time includes it."""
+    """Wait until a device has finished its work, so that a time measurement includes this work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,4 +1,6 @@
-"""Environment for users who lack an entry in /etc/passwd or a writable home, as is common in containers.
+"""Set environment variables for users without an entry in /etc/passwd, or without a writable home folder.
+
+This is common in containers.
 
 Every command imports this module before timm and matplotlib, which look up the user's name and home folder.
 """

@@ -1,4 +1,4 @@
-"""Errors that end a command, exit statuses, and library errors recognised by their text."""
+"""Errors that end a command, exit statuses, and functions that recognise library errors by their text."""
 
 import errno
 import re
@@ -17,9 +17,10 @@ SETTING = re.compile(r"`([\w.]+)`")
 
 
 def setting(name: str, *values: object) -> str:
-    """Mention a setting in a message, with its values.
+    """Format a setting's name and values for a message.
 
-    Only commands know flags. `with_flags` replaces the name with the flag of the command that prints the message.
+    Library code does not know a command's flags, so it writes the setting's name in backquotes. The command that prints
+    the message replaces the name with its flag (`with_flags`).
 
     Args:
         name: the setting's name, e.g. 'data_path'.
@@ -36,8 +37,8 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
 
     Args:
         message: the message.
-        flags: flags by setting, e.g. {'data_path': '--data-path'}. Other names stay as they are, except that keys of a
-            config, which contain dots, lose their backquotes.
+        flags: flag of each setting, e.g. {'data_path': '--data-path'}. Config keys, which contain dots, lose their
+            backquotes; other names without a flag stay unchanged.
     """
     return SETTING.sub(lambda match: flags.get(match[1], match[1] if "." in match[1] else match[0]), message)
 
@@ -51,7 +52,7 @@ class OneLineError(Exception):
     """An error that is reported to the user in one line.
 
     Args:
-        message: the line. It mentions settings by name; see `setting`.
+        message: the line. Settings in it are formatted by `setting`.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -62,15 +63,15 @@ class OneLineError(Exception):
 
 
 class UserError(OneLineError):
-    """A mistake by the user. The line contains the setting, its value and the way out. The exit status is 2."""
+    """A mistake by the user. The message contains the setting, its value and the way out. The exit status is 2."""
 
 
 class LocalError(UserError):
-    """A user error that may occur in a single process. Every affected process reports it."""
+    """A user error that may occur on some processes only. Each of these processes reports it."""
 
 
 class MachineError(OneLineError):
-    """A transient error, caused by the machine, its storage or its network: rerunning may succeed. Exit status 75."""
+    """A transient error of the machine, its storage or its network. Rerunning may succeed. The exit status is 75."""
 
 
 class Preempted(Exception):  # noqa: N818 not an error
@@ -87,8 +88,8 @@ class Preempted(Exception):  # noqa: N818 not an error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Library errors. PyTorch raises RuntimeError for most of them, so only the text distinguishes them. Each function is
-# tested with the texts of the pinned versions (tests/unit/test_private_parts.py, tests/unit/test_failures.py).
+# Library errors. PyTorch raises RuntimeError for most of them, so only the text distinguishes them. Each function below
+# is tested with the error texts of the pinned versions (tests/unit/test_private_parts.py, tests/unit/test_failures.py).
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -98,7 +99,7 @@ def is_worker_traceback(text: str) -> bool:
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether an error is transient: rerunning may succeed. Includes a killed loader worker."""
+    """Whether an error is transient, such as a killed loader worker. Rerunning may succeed."""
     is_lost_worker = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
     return is_lost_worker or isinstance(error, MachineError)
 
@@ -110,7 +111,7 @@ def is_communication_error(error: BaseException | None) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the machine or its accelerator ran out of memory, here or in a loader worker."""
+    """Whether the machine or its accelerator ran out of memory, in this process or in a loader worker."""
     texts = (
         "DefaultCPUAllocator",
         "MPS backend out of memory",
@@ -123,18 +124,18 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def has_single_value(error: BaseException) -> bool:
-    """Whether BatchNorm got a single value per channel in training: a single value has no variance."""
+    """Whether BatchNorm received only one value per channel in training, and so could not compute a variance."""
     return isinstance(error, (RuntimeError, ValueError)) and "Expected more than 1 value per channel" in str(error)
 
 
 def out_of_shared_memory(error: BaseException) -> bool:
-    """Whether the shared memory that carries loader workers' batches ran out."""
+    """Whether shared memory ran out. Loader workers pass their batches through it."""
     pattern = r"shared memory\(shm\)|</torch_\w+>: No space left|Bus error"
     return isinstance(error, RuntimeError) and bool(re.search(pattern, str(error)))
 
 
 def out_of_files(error: BaseException) -> bool:
-    """Whether the process or the system has too many open files. Each loader worker adds some."""
+    """Whether the process or the system has too many open files. Each loader worker opens some."""
     return (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)) or (
         isinstance(error, RuntimeError) and "Too many open files" in str(error)
     )

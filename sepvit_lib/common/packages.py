@@ -1,4 +1,4 @@
-"""Optional packages: report missing ones with the extra of pyproject.toml that installs them."""
+"""Report missing optional packages, and the extra in pyproject.toml that installs them."""
 
 import importlib.util
 import sys
@@ -8,7 +8,7 @@ from sepvit_lib.common.errors import USER_ERROR_STATUS, UserError
 
 
 def lacking(*modules: str, extra: str = "tools") -> str:
-    """Describe missing modules and how to install them from the repository's folder; "" if none are missing."""
+    """Return which modules are missing and the command that installs them; "" if none are missing."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     return f"needs {', '.join(missing)}: pip install '.[{extra}]'" if missing else ""
 
@@ -17,9 +17,9 @@ def require(what: str, *modules: str, extra: str = "tools") -> None:
     """Raise an error if modules are missing. See `lacking`.
 
     Args:
-        what: what needs them, for messages.
-        *modules: their names.
-        extra: the extra that installs them.
+        what: what needs the modules, for messages.
+        *modules: names of the modules.
+        extra: the extra that installs the modules.
 
     Raises:
         UserError: modules are missing.

@@ -1,6 +1,6 @@
 """The processes of a run: joining the process group, printing, and collective calls.
 
-Every rank must make each collective call. In a single process, such a call returns immediately.
+Every rank must make each collective call. If the run has a single process, such a call returns immediately.
 """
 
 import os
@@ -43,7 +43,7 @@ def environment_number(name: str, default: int, minimum: int = 0, maximum: int |
 
 
 def _launcher_variables() -> dict[str, str]:
-    """torchrun's variables, derived from those of a SLURM job step with several tasks; empty otherwise."""
+    """Derive torchrun's environment variables from SLURM's. Returns {} outside a SLURM job step with several tasks."""
     if "RANK" in os.environ:
         return {}
     if "SLURM_PROCID" not in os.environ or environment_number("SLURM_NTASKS", 1, minimum=1) < 2:
@@ -80,7 +80,7 @@ def init_distributed(device: str, world_size: int, dist_url: str, timeout: float
         device: 'cuda', 'mps' or 'cpu', optionally with an index ('cuda:1'). CUDA processes communicate via nccl, others
             via gloo.
         world_size: number of processes if the environment does not set it.
-        dist_url: rendezvous address (`env://` stands for MASTER_ADDR and MASTER_PORT).
+        dist_url: rendezvous address; `env://` uses MASTER_ADDR and MASTER_PORT.
         timeout: seconds that a collective call waits for the other ranks.
 
     Returns:
@@ -128,7 +128,7 @@ def _rendezvous(dist_url: str, timeout: timedelta) -> dict[str, Any]:
     """Rendezvous arguments for `init_process_group`."""
     is_one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"  # several nodes may differ in their restart counts
     if dist_url == "env://" and is_one_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun keeps its store across restarts, and the addresses of dead processes with it.
+        # torchrun's store survives restarts, and still contains addresses of dead processes. A prefix hides these.
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
         return dict(store=dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store))
     return dict(init_method=dist_url)
@@ -183,7 +183,8 @@ def on_processes(function: Callable[[], None], here: bool) -> None:
 
     Raises:
         UserError: raised by the function, on all ranks.
-        Exception: any other error of the function; other ranks raise a RuntimeError with its text.
+        Exception: any other error that the function raised on this rank.
+        RuntimeError: the function raised such an error on a different rank. The text describes that error.
     """
     failure: Exception | None = None
     if here:

@@ -1,4 +1,4 @@
-"""Progress of a loop over batches: a bar on a terminal, regular lines elsewhere."""
+"""Report the progress of a loop over batches: in a bar on a terminal, in regular lines elsewhere."""
 
 import sys
 import time
@@ -10,14 +10,14 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Iterate over batches and report progress: a bar on a terminal, regular lines elsewhere.
+    """Iterate over batches and report progress: in a bar on a terminal, in regular lines elsewhere.
 
     Args:
         batches: the batches.
         title: the start of each line.
         every: number of batches between reports. Reading a value from a GPU at every batch would slow the loop.
-        total: number of batches, including those done before; 0 if unknown.
-        done: number of batches done before, in a resumed epoch.
+        total: number of batches in the whole loop; 0 if unknown.
+        done: number of batches that were already done when the run resumed in this loop.
         later: number of epochs after this one, to estimate the run's remaining time.
         print_line: prints a line; None on ranks that do not report.
     """
@@ -64,7 +64,7 @@ class Progress:
                 self.bar.close()
 
     def advance(self, images: int) -> bool:
-        """Count a batch of `images` images, summed over ranks. Returns whether a report is due."""
+        """Count a batch as done. `images` is its number of images on all ranks. Returns whether a report is due."""
         self.done += 1
         self.images += images
         return self.done % self.every == 0 or self.done == self.total

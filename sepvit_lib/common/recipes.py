@@ -19,7 +19,7 @@ SWITCHES = dict(true=0, yes=0, on=0, false=1, no=1, off=1)  # index in the actio
 
 
 def parse_with_recipe(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command line. Missing settings come from its recipe (`config`), then from the defaults.
+    """Parse a command line. Settings that it lacks come from the recipe (`config`) or else from the defaults.
 
     Raises:
         UserError: a setting is invalid, in the command line or in the recipe.
@@ -35,7 +35,7 @@ def parse_with_recipe(parser: Parser, arguments: Sequence[str] | None = None) ->
 
 
 def read_recipe(path: str) -> list[tuple[str, Any]]:
-    """Read the settings in a recipe, a YAML mapping. Values stay strings: YAML does not parse 5e-4 as a float.
+    """Read the settings from a recipe (a YAML mapping). Values stay strings: YAML does not parse 5e-4 as a float.
 
     Raises:
         UserError: the file cannot be read, is not a YAML mapping, or contains a setting twice.

@@ -1,4 +1,4 @@
-"""File operations: retries when the storage does not respond, folders, and atomic writes."""
+"""File operations: reading with retries, creating and removing folders, and atomic writing."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from sepvit_lib.common.processes import print_line
 T = TypeVar("T")
 
 PAUSES = (1, 2, 4, 8, 15, 30)  # seconds between attempts to read from storage that does not respond
-# Errors caused by the file itself. All others are caused by the storage or the machine.
+# Errors caused by the file itself. All other errors are caused by the storage or the machine.
 FILE_ERRORS = {
     errno.EACCES,
     errno.EINVAL,
@@ -52,7 +52,7 @@ def with_retries(read: Callable[[], T], folder: str | Path, pauses: Sequence[int
         pauses: seconds between the attempts.
 
     Raises:
-        Exception: the last attempt failed, or the file itself is at fault, in which case there is no retry.
+        Exception: the last attempt failed, or the file itself is at fault. The latter is not retried.
     """
     for attempt, pause in enumerate(pauses):
         try:
@@ -72,13 +72,13 @@ def with_retries(read: Callable[[], T], folder: str | Path, pauses: Sequence[int
 
 
 def missing_folders(*folders: Path) -> list[Path]:
-    """Return those of the folders and their parents that do not exist, deepest first."""
+    """List which of the folders and their parents do not exist, deepest first."""
     missing = {path for folder in folders for path in (folder, *folder.parents) if not path.exists()}
     return sorted(missing, key=lambda path: -len(path.parts))
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
-    """Remove those of the folders that are empty, in the given order."""
+    """Remove the empty ones among the folders, in the given order."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
@@ -121,7 +121,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         flush_folder(path.parent)
-    except RuntimeError as error:  # torch.save raises one for an OSError, which is only its `__context__`
+    except RuntimeError as error:  # torch.save turns an OSError into a RuntimeError, and keeps it as `__context__`
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise

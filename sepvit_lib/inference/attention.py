@@ -1,7 +1,7 @@
-"""Record attention among and inside windows on given images, and compute its rollout over blocks.
+"""Record the attention weights inside and among windows for given images, and compute the attention rollout.
 
 The network is not reimplemented. Forward hooks capture the inputs and the output of each attention module. The module's
-own methods recompute the weights and, from the weights, an output, which must match the captured one.
+own methods then recompute the attention weights, and the output from these weights. It must match the captured output.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ class BlockAttention:
 
     Attributes:
         name: the block's name in the network, such as 'blocks.2.1' or 'backbone.blocks.2.1'.
-        stage: its stage, 0 to 3.
+        stage: the block's stage, 0 to 3.
         grid: number of rows and of columns of windows.
         window_size: window side, in pixels of the feature map.
         map_size: height and width of the feature map, without the padding of the last windows.
@@ -84,7 +84,7 @@ def record_attention(
     Args:
         network: a SepViT in either form, or any module that contains one, such as a segmentor.
         images: B × C_in × H × W, or whatever `run` takes.
-        run: runs the network on the images, and may skip blocks; None to call the network on them.
+        run: function that runs the network on the images, and may skip blocks; None to call the network itself.
 
     Raises:
         ValueError: the network contains no SepViT or is in training mode, none of its blocks ran, or one ran twice.
@@ -112,7 +112,7 @@ def record_attention(
 
 
 def _named_blocks(network: nn.Module) -> dict[str, tuple[SeparableSelfAttention, int]]:
-    """The attention module and the stage of each block, by the block's name in the network."""
+    """Map the name of each block in the network to the block's attention module and stage."""
     found = {}
     for prefix, module in network.named_modules():
         if isinstance(module, SepViTStages):
@@ -188,12 +188,13 @@ def rollout(blocks: Sequence[BlockAttention]) -> Rollout:
     """Multiply the attention among windows over blocks: attention rollout (Abnar and Zuidema, 2020, arXiv 2005.00928).
 
     Each block contributes (P + I) / 2, where P is its attention among windows, averaged over heads. The identity I
-    stands for the shortcut around the attention.
+    represents the shortcut around the attention.
 
-    Blocks have different grids of windows. The finest, of m cells, is the common grid; P is resampled to it by area,
-    and becomes A P D, m × m. A (m × n, rows sum to one) gives a cell the attention of the windows that it overlaps, in
-    proportion to the overlaps. D (n × m) spreads a window's weight evenly over its area. Weight on padding is dropped,
-    and rows are divided by their sums. I is not resampled: the shortcut does not move pixels.
+    Blocks have different grids of windows. The finest grid, with m cells, is the common grid. P is resampled to the
+    common grid in proportion to areas: it becomes A P D, m × m. A (m × n, rows sum to one) gives a cell the attention
+    of the windows that the cell overlaps, in proportion to the overlaps. D (n × m) spreads a window's weight evenly
+    over the window's area. Weight on padding is dropped, and rows are divided by their sums. I is not resampled: the
+    shortcut does not move pixels.
 
     Blocks with a single window have no attention among windows, and are skipped. Attention inside windows and
     convolutions, which only mix neighbours, are ignored.

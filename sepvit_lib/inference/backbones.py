@@ -14,14 +14,14 @@ from sepvit_lib.run import checkpoints
 
 
 class _Log:
-    """Placeholder for mmengine's `HistoryBuffer`, the log in its checkpoints, which is not read here."""
+    """Placeholder for mmengine's `HistoryBuffer`, the class of the logs in its checkpoints. The logs are not used."""
 
 
 def _log_statistic(owner: type, name: str) -> str:
     """Placeholder for `getattr`, through which a pickled `HistoryBuffer` refers to its methods.
 
     Raises:
-        pickle.UnpicklingError: anything else is requested.
+        pickle.UnpicklingError: an attribute of any other class is requested.
     """
     if owner is _Log:
         return name
@@ -51,7 +51,7 @@ class Backbone:
 
 
 def load_backbone(path: str, what: str, averaged: bool = False) -> Backbone | None:
-    """Load the backbone of a segmentor or detector, or a backbone alone.
+    """Load a SepViT backbone from a checkpoint of a segmentor or detector, or from a checkpoint of the backbone alone.
 
     Args:
         path: path or https address of an mmengine checkpoint or of bare weights.
@@ -69,7 +69,7 @@ def load_backbone(path: str, what: str, averaged: bool = False) -> Backbone | No
     weights = checkpoints.weights_of(checkpoint, what, prefer_ema=averaged)
     own = entries_under(weights, "backbone") or weights
     variant = variant_of(own)
-    if variant is None or not any(name.startswith("norm_list.") for name in own):  # which only the dense form has
+    if variant is None or not any(name.startswith("norm_list.") for name in own):  # only in the dense form
         return None
     if averaged and not checkpoints.has_averaged_weights(checkpoint):
         raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")

@@ -31,7 +31,7 @@ CONFIG = "config.json"  # file in a model folder with timm's layout
 
 @dataclass(frozen=True)
 class Description:
-    """Description of a classifier's inputs and outputs. Exported files contain it as JSON.
+    """Description of a classifier's inputs and outputs. Exported files contain this description as JSON.
 
     Attributes:
         model: timm's name of the network.
@@ -69,11 +69,11 @@ class Description:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Callable that turns an image into a classifier's input. It is pickled for loader workers.
+    """Function object that turns an image into a classifier's input. It is pickled for loader workers.
 
     Attributes:
         preprocessing: see `Description`.
-        takes_pixels: whether the classifier's input is pixels, which it preprocesses itself.
+        takes_pixels: whether the classifier takes raw pixels and preprocesses them itself.
     """
 
     preprocessing: Preprocessing
@@ -91,12 +91,12 @@ class Classifier:
     """A trained classifier.
 
     Attributes:
-        description: description of its inputs and outputs.
-        prepare: turns an RGB image into its input.
+        description: description of the classifier's inputs and outputs.
+        prepare: turns an RGB image into the classifier's input.
         run: computes logits, B × classes, from inputs, B × 3 × H × W, or from the pixels of one image, as returned by
             `prepare`.
         network: the network itself; None for an exported file.
-        is_named: whether the names of its classes are known. Otherwise, they are numbers or ImageNet's names.
+        is_named: whether the class names are known. If not, they are class indices or assumed to be ImageNet's names.
     """
 
     description: Description
@@ -136,7 +136,7 @@ def load_classifier(
         model: timm's name of the network, for files that do not specify it.
         averaged: use the averaged weights.
         precision: device and number format; None for float32 on the CPU.
-        what: name of the file in messages; by default the setting `resume` and the path.
+        what: description of the file for messages; by default, the setting `resume` and the path.
 
     Raises:
         UserError: the file is missing or damaged, contains no classifier or a network other than `model`, or needs a
@@ -180,9 +180,9 @@ def _exported(path: str, kind: exported.Kind, what: str, precision: Precision) -
 
 
 def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description, Sequence[str] | None]:
-    """Load a folder in timm's layout. Also returns the names of the classes, None if they are unknown."""
+    """Load a folder in timm's layout. Also returns the class names; None if the folder does not contain them."""
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{what}: a folder without {CONFIG}; choose a checkpoint in it, or a folder of save_for_hf")
+        raise UserError(f"{what}: a folder without {CONFIG}; choose a checkpoint in it, or a folder in timm's layout")
     try:
         network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # of any type, for damaged files and unsupported networks
@@ -197,7 +197,7 @@ def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description, Seque
 def _from_checkpoint(
     path: str, model: str, averaged: bool, what: str
 ) -> tuple[nn.Module, Description, Sequence[str] | None]:
-    """Load a checkpoint. Also returns the names of the classes, None if they are unknown."""
+    """Load a checkpoint. Also returns the class names; None if the checkpoint does not contain them."""
     checkpoint = checkpoints.read_checkpoint(path, what)
     if averaged and not checkpoints.has_averaged_weights(checkpoint):
         raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")
@@ -239,12 +239,12 @@ def _count_classes(name: str, weights: Mapping[str, Tensor], what: str) -> int:
 
 
 def class_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """Readable names of the classes: words for ImageNet's codes (n01440764), and numbers if the names are unknown.
+    """Return readable class names: words for ImageNet's WordNet IDs (n01440764), class indices if names are unknown.
 
-    Duplicate names are followed by the code or the number of the class.
+    Duplicate names are followed by the WordNet ID or the index of the class.
 
     Args:
-        names: names of the classes in the data set; None if unknown. 1000 unknown classes are taken to be ImageNet's.
+        names: class names in the data set; None if unknown. 1000 classes without names are assumed to be ImageNet's.
         num_classes: number of classes.
     """
     if names is None or len(names) != num_classes:
@@ -259,7 +259,7 @@ def class_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...
 
 
 def _words(codes: ImageNetInfo, code: str) -> str:
-    """Words for an ImageNet code, such as n01440764; the code itself if ImageNet does not have it."""
+    """Return the words for a WordNet ID, such as n01440764, or the ID itself if ImageNet does not contain it."""
     try:
         return codes.label_name_to_description(code)
     except KeyError:

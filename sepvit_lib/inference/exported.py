@@ -1,4 +1,4 @@
-"""Open classifiers exported by tools/export.py, each with the runtime of its kind."""
+"""Open classifiers exported by tools/export.py, each in the runtime for its format."""
 
 import logging
 import warnings
@@ -24,7 +24,7 @@ MAX_SHAPES = 4  # batch shapes with a cached compiled model
 
 
 class Kind(Enum):
-    """Kind of an exported file, by the name of its runtime."""
+    """Kind of an exported file. Each value is the name of the runtime."""
 
     ONNX = "ONNX Runtime"
     OPENVINO = "OpenVINO"
@@ -40,7 +40,7 @@ Session = Callable[[Tensor], list[Tensor]]
 
 @dataclass(frozen=True)
 class Opened:
-    """An exported file, opened.
+    """An exported file that has been opened.
 
     Attributes:
         run: computes logits from the file's input.
@@ -78,8 +78,8 @@ def open_file(path: Path, kind: Kind, what: str, device: torch.device) -> Opened
         path: the file.
         kind: returned by `kind_of`.
         what: flag and path, for messages.
-        device: device for torch.export and TorchScript. AOTInductor uses the device for which the file was compiled,
-            the others the CPU.
+        device: device for torch.export and TorchScript. AOTInductor uses the device for which the file was compiled;
+            ONNX Runtime and OpenVINO use the CPU.
 
     Raises:
         UserError: the file is missing or damaged, or its runtime is not installed.
@@ -127,7 +127,7 @@ def compile_openvino(model: Any, number_format: str, threads: int) -> Any:
     Args:
         model: the model.
         number_format: number format of matrix products and convolutions: 'float32', 'bfloat16', or 'int8' for a
-            quantised model, whose other number formats OpenVINO chooses.
+            quantised model. OpenVINO chooses the number formats of the other operations of a quantised model.
         threads: CPU threads.
     """
     import openvino
@@ -166,7 +166,7 @@ def _open_openvino(path: Path, device: torch.device) -> Opened:
 
     @lru_cache(MAX_SHAPES)
     def session(shape: torch.Size) -> Session:
-        """Compile the model for a fixed shape: in int8, it is up to twice as fast as with dynamic shapes."""
+        """Compile the model for a fixed shape. In int8, this is up to twice as fast as a model with dynamic shapes."""
         model.reshape(list(shape))
         return run_openvino(compile_openvino(model, stored(NUMBER_FORMAT, "float32"), available_cores()))
 

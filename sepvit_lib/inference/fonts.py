@@ -1,4 +1,4 @@
-"""Find fonts that have the characters of class names, for all pictures."""
+"""Find fonts that have all characters of the class names drawn on pictures and figures."""
 
 import sys
 import unicodedata

@@ -35,10 +35,10 @@ def read_image(source: str | Path | bytes, what: str, orientation: str = EXIF) -
     Args:
         source: a path, or a file's content.
         what: name of the image in messages.
-        orientation: 'exif' to turn it upright, 'stored' for a network that was trained on images as stored.
+        orientation: 'exif' to turn the image upright, 'stored' to keep the stored pixels as they are.
 
     Raises:
-        UserError: it is not an image, is damaged, or is too large to be decoded safely.
+        UserError: the source is not an image, is damaged, or is too large to be decoded safely.
     """
     try:
         with warnings.catch_warnings():
@@ -58,21 +58,21 @@ class Task:
     """An input image for prediction.
 
     Attributes:
-        path: its file.
-        inner: its path relative to the named folder, or to the common folder of a pattern's matches; for a single file,
-            its name.
+        path: file of the image.
+        inner: path of the image relative to the folder that the user named, or to the common folder of a pattern's
+            matches. For a single file, the file's name.
     """
 
     path: Path
     inner: Path
 
     def picture(self, out: Path) -> Path:
-        """Path of its picture below `out`, which keeps the structure of the input folder."""
+        """Path of the image's picture: `inner` in the folder `out`, with the suffix .png."""
         return out / self.inner.with_suffix(".png")
 
 
 def find_images(names: Sequence[str]) -> list[Task]:
-    """Find images by file, folder (recursively) or glob pattern. Each is found once.
+    """Find images by file, folder (recursively) or glob pattern. Each image is listed once.
 
     Args:
         names: files, folders and patterns. `**` in a pattern matches folders at any depth.
@@ -115,7 +115,7 @@ def _find(name: str) -> Iterator[Task]:
 
 
 def check_pictures(tasks: Sequence[Task], out: Path, overwrite: bool) -> None:
-    """Refuse pictures that would overwrite a file or each other, before anything is written.
+    """Before anything is written, refuse pictures that would overwrite a file or each other.
 
     Args:
         tasks: the images.

@@ -1,4 +1,4 @@
-"""Similarity of a network's window tokens, colours of its feature maps, and attribution of a class to pixels."""
+"""Similarity of window tokens, feature maps as colours, and attribution of a class's logit to pixels."""
 
 from contextlib import ExitStack
 

@@ -1,4 +1,4 @@
-"""Pictures of an image with its likeliest classes."""
+"""Pictures that show an image and its likeliest classes."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +44,7 @@ def write_picture(path: Path, write: Callable[[IO[bytes]], object], out: str) ->
     """Write a picture atomically, and make its folder.
 
     Args:
-        path: its file.
+        path: file of the picture.
         write: writes to an open binary file.
         out: the folder of all pictures, as the user wrote it.
 

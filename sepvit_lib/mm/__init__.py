@@ -1,6 +1,7 @@
 """Shared by segmentation and detection: the registered backbones, and commands built on mmengine's runner.
 
-Importing any module of this package makes torchvision's operators available to mmcv where it has no compiled ones.
+If mmcv was installed without its compiled operators, importing any module of this package makes torchvision's
+operators available to mmcv.
 """
 
 from sepvit_lib.mm.operators import offer

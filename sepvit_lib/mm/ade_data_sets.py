@@ -1,4 +1,4 @@
-"""Make mmseg's data sets skip hidden files and folders, and blank lines of image lists.
+"""Make mmseg's data sets skip hidden files and folders, and blank lines in image lists.
 
 Importing this module patches mmseg's class in this process.
 """
@@ -24,4 +24,4 @@ def load_visible(self: Any) -> list[dict[str, Any]]:
     return [sample for sample, name in zip(samples, names) if not any(map(is_hidden, Path(name).parts))]
 
 
-BaseSegDataset.load_data_list = load_visible  # in subclasses, too
+BaseSegDataset.load_data_list = load_visible  # also affects subclasses

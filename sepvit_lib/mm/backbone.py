@@ -1,9 +1,9 @@
-"""SepViT's dense form as a backbone of MMSegmentation and MMDetection.
+"""SepViT's dense prediction form as a backbone of MMSegmentation and MMDetection.
 
 Importing this module registers `SepViT_Lite`, `SepViT_Tiny`, `SepViT_Small` and `SepViT_Base` in mmengine's root
 registry, which mmseg and mmdet search too. Configs import this module through `custom_imports`. The import also lets
-configs inherit from `mmseg::…` and `mmdet::…`, and makes torch refuse checkpoints that would run code, in this process
-and its children: mmengine's own loader would otherwise retry with `weights_only=False`.
+configs inherit from `mmseg::…` and `mmdet::…`. In this process and its children, torch then refuses checkpoints that
+would run code; without this, mmengine's own loader would retry with `weights_only=False`.
 """
 
 import logging
@@ -28,19 +28,20 @@ class SepViTBackbone(SepViTDense):
     """SepViT's dense form with the usual arguments of mmsegmentation and mmdetection backbones.
 
     Args:
-        drop_path_rate: drop probability (stochastic depth) of the last block. It rises linearly from 0 at the first.
-        out_indices: stages (0 to 3) whose maps are returned.
+        drop_path_rate: drop probability (stochastic depth) of the last block. The rate rises linearly,
+            from 0 at the first block.
+        out_indices: stages (0 to 3) whose feature maps are returned.
         with_cp: recompute activations in the backward pass to save memory (gradient checkpointing).
         frozen_stages: parts that are not trained. -1: none; 0: the first patch embedding; n: the first n stages,
             including their patch embeddings.
         init_cfg: `dict(type='Pretrained', checkpoint=PATH)`, or any other mmengine initialisation. None keeps
             random weights.
-        pretrained: short form of `init_cfg`: the path of the checkpoint.
+        pretrained: path of a checkpoint to load; a short form of `init_cfg`.
         **kwargs: arguments of `sepvit.SepViTStages`.
 
     Raises:
-        ValueError: a stage does not exist, the stochastic depth is out of range, or `init_cfg` has no type or is
-            combined with `pretrained`.
+        ValueError: a stage does not exist, `drop_path_rate` is out of range, or `init_cfg` has no type or is combined
+            with `pretrained`.
     """
 
     variant: str
@@ -84,7 +85,7 @@ class SepViTBackbone(SepViTDense):
         return self
 
     def init_weights(self) -> None:
-        """Load the pretrained weights, and log which entries are loaded and which are fresh. Called by mmengine.
+        """Load the pretrained weights, and log which entries are loaded. Called by mmengine.
 
         Raises:
             UserError: the file is missing, would run code, or contains a different variant.
@@ -102,7 +103,7 @@ class SepViTBackbone(SepViTDense):
         The file may be a classifier's checkpoint or bare weights, or a checkpoint of a whole segmentor or detector.
 
         Returns:
-            a report of loaded and fresh entries; None if no weights are configured.
+            a report of the entries loaded, and of those still randomly initialised; None if no weights are configured.
 
         Raises:
             UserError: the file is missing, would run code, or contains a different variant.

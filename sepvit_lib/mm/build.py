@@ -1,4 +1,4 @@
-"""Build models from a config: check its required parts, report libraries' errors in one line, check weights."""
+"""Build models from a config. Check its required parts and the weights, and report library errors in one line."""
 
 import copy
 import logging
@@ -21,11 +21,11 @@ from sepvit_lib.mm.console import quiet, without_noise
 from sepvit_lib.mm.runner import VARIANT_HINT, unwrapped
 from sepvit_lib.run.checkpoints import load_weights, weights_of
 
-COCO_CLASSES = 80  # default number of classes of mmdet's heads
+COCO_CLASSES = 80  # mmdet's heads default to this num_classes
 
 
 def check_training_parts(cfg: Config, where: str) -> None:
-    """Refuse configs that cannot train. If a test part is missing, sets all of them to None: training needs none.
+    """Refuse configs that cannot train. If any test setting is missing, all of them become None: training needs none.
 
     Args:
         cfg: the config.
@@ -65,7 +65,7 @@ def check_test_parts(cfg: Config, where: str) -> None:
 
 
 class BuildError(UserError):
-    """A config's parts cannot be built. The log file of the run has the traceback."""
+    """Part of a config cannot be built. The run's log file contains the traceback."""
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def build_errors(where: str, is_built: Callable[[], bool] = lambda: False) -> It
 
     Args:
         where: name of the config in messages.
-        is_built: whether building is complete. Later errors are not due to the config, and pass through.
+        is_built: returns whether building is complete. Later errors, not due to the config, are raised unchanged.
 
     Raises:
         BuildError: a part cannot be built.
@@ -114,7 +114,7 @@ def check_weights(model: nn.Module, checkpoint: dict[str, Any], what: str) -> No
     Args:
         model: the model, whose weights are replaced.
         checkpoint: the checkpoint.
-        what: flag and path, for messages.
+        what: flag and path of the checkpoint, for messages.
 
     Raises:
         UserError: the checkpoint does not fit.
@@ -123,7 +123,7 @@ def check_weights(model: nn.Module, checkpoint: dict[str, Any], what: str) -> No
 
 
 def entries_of_classes(cfg: Config) -> set[str]:
-    """Names of the entries of a model's state dict whose shape depends on the number of classes."""
+    """Names of the state dict entries whose shape depends on the number of classes."""
     other = copy.deepcopy(cfg)
     for _, head in heads_of(other):
         head["num_classes"] = head.get("num_classes", COCO_CLASSES) + 1

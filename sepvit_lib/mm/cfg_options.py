@@ -18,13 +18,13 @@ from sepvit_lib.mm.config_lookup import class_name, dicts
 from sepvit_lib.mm.image_loading import REPLACED
 
 FLAG = "--cfg-options"
-MIN_SIMILARITY = 0.75  # difflib's ratio; 1 is equal
+MIN_SIMILARITY = 0.75  # difflib's ratio; 1 means equal
 
-# Keys that mmengine reads from config dicts, in addition to the arguments of the class in `type`.
+# Keys that mmengine reads from config dicts, in addition to the arguments of the class named by `type`.
 OF_TYPED = set("type _scope_ _delete_ priority requires_grad convert_to_iter_based override init_cfg".split())
 OF_OPTIMISER = {"optimizer", "paramwise_cfg", "constructor"}
 OF_LOADER = {"dataset", "num_batch_per_epoch", "disable_subprocess_warning"}
-# Top-level keys that are read, in addition to the arguments of mmengine's runner.
+# Top-level keys that are read from a config, in addition to the arguments of mmengine's runner.
 TOP = set(
     "activation_checkpointing classes compile custom_imports data_root efficient_conv_bn_eval find_unused_parameters "
     "metainfo model_wrapper_cfg orientation sync_bn test_pipeline tta_model tta_pipeline".split()
@@ -32,7 +32,7 @@ TOP = set(
 
 
 class KeyValueAction(DictAction):
-    """Parse `--cfg-options key=value …`: Python literals or mmengine's short forms. Strings may contain spaces."""
+    """Parse `--cfg-options key=value …`. Values are Python literals or mmengine's short forms. Spaces are allowed."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         for pair in values:
@@ -52,7 +52,7 @@ class KeyValueAction(DictAction):
 def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
     """Merge options into a config.
 
-    New keys are allowed if something reads them: the class in a dict's `type`, or mmengine's runner.
+    A new key is allowed only if it is read, by the class that the dict's `type` names or by mmengine's runner.
 
     Args:
         cfg: the config.
@@ -70,7 +70,7 @@ def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
 
 
 def check_option(cfg: Config, key: str, value: Any) -> None:
-    """Refuse an option that nothing reads. A None on the way to its key becomes a dict, for the option to be merged."""
+    """Refuse an option that nothing reads. If a parent of its key is None, a dict replaces the None."""
     node: Any = cfg
     *outer, last = key.split(".")
     for number, part in enumerate([*outer, last]):
@@ -106,15 +106,15 @@ def is_read(node: Mapping[str, Any], parent: str, key: str) -> bool:
     if parent and key in node:
         return True
     known = known_keys(node, parent)
-    if known is None:  # it may be read, but a key similar to an existing one is a typo
+    if known is None:  # the key may be read, but if it is similar to an existing key, it is a typo
         return not difflib.get_close_matches(key, map(str, node), 1, MIN_SIMILARITY)
     return key in known
 
 
 def known_keys(node: Mapping[str, Any], parent: str) -> set[str] | None:
-    """Return the keys that are read from a config dict, whether it has them or not; None if this is unknown."""
+    """Return all keys that are read from a config dict, present or not; None if they are unknown."""
     if not parent:
-        own = {"data_preprocessor"} & set(node.get("model") or ())  # if so, the top-level one is not read
+        own = {"data_preprocessor"} & set(node.get("model") or ())  # if present, the top-level one is not read
         return (TOP | set(inspect.signature(Runner.__init__).parameters)) - {"self", "cfg"} - own
     if parent in ("train_dataloader", "val_dataloader", "test_dataloader"):
         return OF_LOADER | set(inspect.signature(DataLoader.__init__).parameters) - {"self"}
@@ -127,7 +127,7 @@ def known_keys(node: Mapping[str, Any], parent: str) -> set[str] | None:
 
 
 def suggestion(cfg: Config, node: Mapping[str, Any], parent: str, key: str) -> str:
-    """Suggest keys similar to one without effect, for the end of its message; "" if there are none, or too many."""
+    """Suggest keys similar to one that has no effect, as the end of a message; "" if there are none or too many."""
     known = [f"{parent}.{name}".lstrip(".") for name in known_keys(node, parent) or ()]
     keys = {*known, *(inner for inner in dotted_keys(cfg) if is_read(cfg, "", inner.partition(".")[0]))}
     near = difflib.get_close_matches(key, sorted(keys), 1, MIN_SIMILARITY)
@@ -144,7 +144,7 @@ def dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def registered(registry: Registry, kind: str) -> Callable[..., Any] | None:
-    """Return the class or function that the commands build for a `type` in the config's scope; None if unknown."""
+    """Return the class or function that a `type` refers to in the config's scope; None if it is unknown."""
     scope = DefaultScope.get_current_instance()
     found = (registry.children.get(scope.scope_name, registry) if scope else registry).get(kind)
     checked = REPLACED.get(class_name(found)) if isinstance(found, type) else None
@@ -152,7 +152,7 @@ def registered(registry: Registry, kind: str) -> Callable[..., Any] | None:
 
 
 def accepted_arguments(built: Callable[..., Any]) -> set[str] | None:
-    """Return the names of the arguments that a class or function accepts; None if it accepts any, or is not Python.
+    """Return the names of the arguments that a class or function accepts; None if unknown, or if any name is accepted.
 
     Classes with **kwargs are assumed to pass them to the next class in their MRO.
     """
@@ -170,9 +170,9 @@ def accepted_arguments(built: Callable[..., Any]) -> set[str] | None:
 
 
 def move_root(cfg: Config, new: str) -> None:
-    """Replace `data_root` in all paths of a config that start with it. Data sets and evaluators repeat it."""
+    """Replace `data_root` in all paths of a config that start with it. Data sets and evaluators repeat the root."""
     old = str(cfg.get("data_root") or "").rstrip("/")
-    for node in {id(node): node for node in dicts(cfg)}.values() if old else ():  # parts may be shared
+    for node in {id(node): node for node in dicts(cfg)}.values() if old else ():  # dicts may be shared
         for key, value in node.items():
             if isinstance(value, str) and f"{value}/".startswith(f"{old}/"):
                 node[key] = new.rstrip("/") + value.removeprefix(old)

@@ -74,7 +74,7 @@ def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
 
 
 def _names_of(key: str, node: Mapping[str, Any], kind: Any) -> tuple[str, ...] | None:
-    """Return a data set's classes. Refuse a bare name instead of a tuple, and segmentation with fewer than two."""
+    """Return a data set's classes. Refuse a single string, and fewer than two classes in segmentation."""
     stated = (node.get("metainfo") or {}).get("classes")
     if isinstance(stated, str) and not os.path.isfile(stated):
         hint = f"a single name needs a comma, ({stated!r},)"
@@ -90,9 +90,9 @@ def _names_of(key: str, node: Mapping[str, Any], kind: Any) -> tuple[str, ...] |
 
 
 def _check_top(cfg: Config, loader: str) -> None:
-    """Refuse data settings at the top of the config that none of a loader's data sets has.
+    """Refuse top-level data settings that differ from those of all data sets of a loader.
 
-    mmengine does not copy them into the data sets, so they would have no effect. Empty values are ignored.
+    mmengine does not copy top-level settings into data sets, so they would have no effect. Empty values are ignored.
     """
     sets = [*data_sets(cfg, loader)]
     classes = [tuple(classes_of(node, kind) or ()) for node, kind in sets]
@@ -116,7 +116,7 @@ def _root_of(node: Any) -> str:
 
 
 def _setting_of(node: Mapping[str, Any], kind: Any, name: str) -> Any:
-    """Return a data set's setting, or its default in the constructor of the class or a base class."""
+    """Return a data set's setting, or its default in the constructor of the data set's class or a base class."""
     signatures = (inspect.signature(one).parameters for one in kind.__mro__ if "__init__" in vars(one))
     return node.get(name, next((found[name].default for found in signatures if name in found), None))
 
@@ -127,25 +127,25 @@ def _setting_of(node: Mapping[str, Any], kind: Any, name: str) -> Any:
 
 
 def classes_in(checkpoint: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Names of the classes that a checkpoint of mmengine or mmcv 1.x was trained on; None if it does not name them."""
+    """Class names in a checkpoint of mmengine or mmcv 1.x; None if it contains none."""
     meta = checkpoint.get("meta") or {}
     names = (meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES")
     return tuple(map(str, names)) if names else None
 
 
 def has_other_classes(cfg: Config, checkpoint: Mapping[str, Any], loader: str) -> bool:
-    """Whether a checkpoint's class names differ from a loader's, regardless of order. False if either has none."""
+    """Whether a checkpoint's class names differ from a loader's, in any order. False if either names no classes."""
     held, names = classes_in(checkpoint), _classes_of_loader(cfg, loader)
     return None not in (held, names) and sorted(map(canonical, held or ())) != sorted(map(canonical, names or ()))
 
 
 def match_classes(cfg: Config, checkpoint: Mapping[str, Any], what: str, loaders: Sequence[str]) -> None:
-    """Renumber the data sets' classes in the order of a checkpoint's, matching them by name.
+    """Renumber the data sets' classes in a checkpoint's order. Classes are matched by name.
 
     Args:
         cfg: the config, with the same classes in all data sets.
         checkpoint: the checkpoint.
-        what: flag and path, for messages.
+        what: flag and path of the checkpoint, for messages.
         loaders: names of the data loaders that will be used.
 
     Raises:
@@ -178,7 +178,7 @@ def _renumber(node: Any, kind: Any, held: Sequence[str], order: list[int], probl
 
     Args:
         node: the data set's settings.
-        kind: its class.
+        kind: the data set's Python class.
         held: the names of the classes, in the checkpoint's order and spelling.
         order: for each of the data set's classes, its index in the checkpoint.
         problem: start of the message if the classes cannot be renumbered.
@@ -187,7 +187,7 @@ def _renumber(node: Any, kind: Any, held: Sequence[str], order: list[int], probl
         UserError: the classes cannot be renumbered.
     """
     meta, has_moved = dict(node.get("metainfo") or {}), order != sorted(order)
-    if has_moved and is_kind(kind, SEGMENTATION) and not kind.METAINFO.get("classes"):  # else mmseg maps them by name
+    if has_moved and is_kind(kind, SEGMENTATION) and not kind.METAINFO.get("classes"):  # else mmseg maps labels by name
         for step in dicts(node.get("pipeline")):
             name = step_name(step)
             if name in LOADS_LABELS:

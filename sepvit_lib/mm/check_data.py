@@ -1,4 +1,4 @@
-"""Checks of a config's data sets before training: their files, their labels and COCO's annotations."""
+"""Check a config's data sets before they are used: files, labels, and annotations in COCO's format."""
 
 import json
 import math
@@ -37,23 +37,23 @@ from sepvit_lib.mm.image_loading import MAX_LABEL, LoadReadableLabels
 from sepvit_lib.pipeline.image_files import IMAGE_SUFFIXES, evenly_spaced, is_hidden
 from sepvit_lib.pipeline.unreadable import UnreadableImageError, unreadable_limit
 
-# Maximum number of label maps read to find classes without pixels, and the minimum number per class: with fewer, rare
-# classes could be missing from the sample by chance.
+# Label maps are sampled to find classes without pixels: at most MAX_LABELS, and at least LABELS_PER_CLASS per class.
+# With fewer, rare classes could be missing from the sample by chance.
 MAX_LABELS, LABELS_PER_CLASS = 200, 10
 LISTS = ("images", "annotations", "categories")  # in a file of COCO's format
 
 
 def check_data(cfg: Config, *loaders: str) -> None:
-    """Refuse data that are missing or do not fit, before anything is built.
+    """Refuse missing or inconsistent data before anything is built.
 
-    Images are not decoded, only `MAX_LABELS` or fewer label maps of the training set.
+    Images are not decoded. At most `MAX_LABELS` label maps of the training set are read.
 
     Args:
         cfg: the config.
         loaders: names of the data loaders that will be used: 'train_dataloader', ….
 
     Raises:
-        UserError: files are missing, classes disagree, or annotations do not match. The message names them.
+        UserError: files are missing, class names or numbers of classes differ, or annotations do not match the images.
     """
     check_classes(cfg, loaders)
     check_orientations(cfg)
@@ -91,14 +91,14 @@ def check_orientations(cfg: Config) -> None:
 
 
 def check_reading(cfg: Config, checkpoint: Mapping[str, Any], what: str) -> None:
-    """Refuse to test a network on images in a different orientation than its training images.
+    """Refuse to test a network on images that are read in a different orientation than its training images were.
 
-    The difference matters only if some training images had an EXIF orientation.
+    The orientations may differ if no training image had an EXIF orientation.
 
     Args:
         cfg: the config.
         checkpoint: the network's checkpoint.
-        what: flag and path, for messages.
+        what: flag and path of the checkpoint, for messages.
 
     Raises:
         UserError: the orientations differ.
@@ -139,7 +139,7 @@ def check_paths(part: str, node: Mapping[str, Any]) -> None:
 
 
 def missing_files(paths: Sequence[str], folder: str) -> list[str]:
-    """Return those of the paths that do not exist. The folder is listed once, which is faster than looking up each."""
+    """Return those of the paths that do not exist. The folder is listed once, which is faster than checking each."""
     present = files_below(folder)
     return [path for path in paths if os.path.relpath(path, folder) not in present and not os.path.isfile(path)]
 
@@ -167,7 +167,7 @@ def check_segmentation(part: str, node: Mapping[str, Any], kind: Any) -> None:
     Args:
         part: 'train', 'val' or 'test'.
         node: the data set's settings.
-        kind: its class.
+        kind: the data set's Python class.
 
     Raises:
         UserError: images or labels are missing.
@@ -179,7 +179,7 @@ def check_segmentation(part: str, node: Mapping[str, Any], kind: Any) -> None:
     images = [sample["img_path"] for sample in samples]
     if dataset.ann_file and (lost := missing_files(images, folder)):
         words = f"{len(lost)} of its {len(images)} images are missing, the first is {lost[0]}"
-        hint = f"its lines are names of images below {folder}, without {suffix}"
+        hint = f"each line must be the name of an image below {folder}, without {suffix}"
         raise UserError(f"{part} data {dataset.ann_file}: {words}; {hint}")
     visible = [file for file in files_below(folder) if not any(map(is_hidden, Path(file).parts))]
     others = Counter(Path(file).suffix for file in visible if not file.endswith(suffix) and not dataset.ann_file)
@@ -206,12 +206,12 @@ def warn_of_unmet_classes(
 ) -> None:
     """Warn of classes that no label map contains, such as class 1 of binary masks stored as 0 and 255.
 
-    At most `MAX_LABELS` label maps are read, evenly spaced. Does nothing if they are too few for the classes.
+    At most `MAX_LABELS` label maps are read, evenly spaced. Does nothing if there are too many classes for this.
 
     Args:
         node: the settings of a training data set.
-        samples: paths of its images and labels.
-        names: its classes.
+        samples: paths of the data set's images and labels.
+        names: names of its classes.
         folder: folder of its labels, for the message.
     """
     if len(samples) > MAX_LABELS and len(names) * LABELS_PER_CLASS > MAX_LABELS:
@@ -240,7 +240,7 @@ def is_finite(value: Any) -> bool:
 
 
 def has_finite_box(annotation: Mapping[str, Any]) -> bool:
-    """Whether the box of an annotation is four finite numbers. True if there is no box."""
+    """Whether an annotation's box consists of four finite numbers. True if there is no box."""
     box = annotation.get("bbox", (0, 0, 0, 0))
     return isinstance(box, (list, tuple)) and len(box) == 4 and all(map(is_finite, box))
 
@@ -258,13 +258,13 @@ def has_usable_mask(annotation: Mapping[str, Any]) -> bool:
 
 
 def check_coco(cfg: Config, part: str, node: Mapping[str, Any], kind: Any) -> None:
-    """Refuse COCO annotations that are damaged or do not match the classes or images. Warn of skipped annotations.
+    """Refuse COCO annotations that are damaged, or do not match the classes or images. Warn of skipped annotations.
 
     Args:
         cfg: the config.
         part: 'train', 'val' or 'test'.
         node: the data set's settings.
-        kind: its class.
+        kind: the data set's Python class.
 
     Raises:
         UserError: the annotations are damaged or do not match.
@@ -275,7 +275,9 @@ def check_coco(cfg: Config, part: str, node: Mapping[str, Any], kind: Any) -> No
     evaluators = [] if part == "train" else [one for one in dicts(cfg.get(f"{part}_evaluator")) if one.get("ann_file")]
     for one in evaluators if len([*data_sets(cfg, f"{part}_dataloader")]) == 1 else ():
         if os.path.realpath(one["ann_file"]) != os.path.realpath(path):
-            raise UserError(f"{part}_evaluator.ann_file={one['ann_file']}: the data set's is {path}; set the same file")
+            raise UserError(
+                f"{part}_evaluator.ann_file={one['ann_file']}: the data set's ann_file is {path}; set the same file"
+            )
     needs_objects = part == "train" or any(not one.get("format_only") for one in evaluators)
     content = read_annotations(path, what, needs_objects)
     check_categories(what, content, names)

@@ -1,4 +1,4 @@
-"""COCO data sets as written by annotation tools, for training and evaluation. Registered in mmdet."""
+"""Train and evaluate on COCO files from annotation tools, which may be incomplete. Registers classes in mmdet."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from sepvit_lib.pipeline.unreadable import UnreadableImageError
 class CompleteCOCO(COCO):
     """COCO's annotations, completed and cleaned.
 
-    - `iscrowd` defaults to 0, `area` to the area of the mask, or of the box if there is no mask.
+    - `iscrowd` defaults to 0. `area` defaults to the mask's area, or to the box's if there is no mask.
     - Annotation ids are renumbered from 1: pycocotools treats a match with id 0 as no match.
     - Annotations with non-finite boxes are skipped, and invalid polygons are removed.
     """
@@ -36,7 +36,7 @@ class CompleteCOCO(COCO):
             annotation.setdefault("iscrowd", 0)
             mask = annotation.get("segmentation")
             if mask and isinstance(mask, list) and all(isinstance(polygon, list) for polygon in mask):
-                annotation["segmentation"] = sound_polygons(mask) or [[]]  # which training ignores
+                annotation["segmentation"] = sound_polygons(mask) or [[]]  # training ignores empty polygons
         super().createIndex()
         for annotation in annotations:
             if "bbox" in annotation and not is_finite(annotation.get("area")):
@@ -68,7 +68,7 @@ class CompleteCOCO(COCO):
         return [ids[canonical(name)] for name in cat_names]
 
     def ignore_objects_without_mask(self) -> None:
-        """Mark objects with unusable masks as crowds, to ignore them in evaluation as mask training does."""
+        """Mark objects with unusable masks as crowds. Evaluation then ignores these objects, as mask training does."""
         for annotation in self.dataset["annotations"]:
             if annotation.get("segmentation") and not has_usable_mask(annotation):
                 x, y, width, height = annotation["bbox"]
@@ -76,7 +76,7 @@ class CompleteCOCO(COCO):
                 annotation["iscrowd"] = 1
 
 
-CocoDataset.COCOAPI = CompleteCOCO  # also used by its subclasses, whose labels are then numbered in the same way
+CocoDataset.COCOAPI = CompleteCOCO  # also affects subclasses: they number labels in the same way
 
 
 @DATASETS.register_module()
@@ -105,7 +105,7 @@ class CompleteCocoMetric(CocoMetric):
             self._coco_api.ignore_objects_without_mask()
         self.cat_ids = self._coco_api.get_cat_ids(cat_names=self.dataset_meta["classes"])
         files = super().results2json(results, outfile_prefix)
-        self.cat_ids = sorted(self.cat_ids)  # pycocotools' metrics of each class are in this order
+        self.cat_ids = sorted(self.cat_ids)  # pycocotools' per-class metrics are in this order
         return files
 
 

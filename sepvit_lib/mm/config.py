@@ -79,7 +79,7 @@ def build_parser(
     Args:
         description: what the command does.
         launchers: whether the command can run in several processes.
-        former: hints for old flags, besides `FORMER`.
+        former: hints for old flags, in addition to `FORMER`.
     """
     formatter = argparse.RawDescriptionHelpFormatter
     hints = {**FORMER, **(former or {})}
@@ -121,7 +121,7 @@ def read_config(args: argparse.Namespace) -> Config:
         if cfg.get("orientation") and step_name(node) in LOADS_IMAGES:
             node.setdefault("orientation", cfg.orientation)
         if node.get("num_workers") == 0:
-            node.pop("persistent_workers", None)  # torch refuses the two together
+            node.pop("persistent_workers", None)  # torch refuses persistent workers if there are none
     cfg.work_dir = getattr(args, "work_dir", None) or cfg.get("work_dir") or f"./work_dirs/{Path(args.config).stem}"
     cfg.launcher = getattr(args, "launcher", "none")
     return cfg
@@ -149,9 +149,9 @@ def _read_file(path: str, where: str) -> Config:
 
 
 def _unformatted(cfg: Config) -> Config:
-    """Return a config whose text mmengine does not format, to save half a second for each of a run's five copies.
+    """Return a config without mmengine's text formatting, which takes half a second for each of a run's five copies.
 
-    `Config.fromfile` has an argument for this but ignores it.
+    `Config.fromfile` has an argument to disable formatting, but ignores it.
     """
     values, text = cfg.to_dict(), cfg.text
     return Config(values, text, cfg.filename, env_variables=cfg.env_variables, format_python_code=False)
@@ -186,7 +186,7 @@ def _complete_pretrained(cfg: Config, options: Mapping[str, Any]) -> None:
 
 
 def drop_pretrained(cfg: Config) -> None:
-    """Remove the pretrained weights from a config."""
+    """Remove the settings for pretrained weights from a config."""
     for settings in (cfg.model, cfg.model.backbone):
         settings.pop("pretrained", None)
     cfg.model.backbone.pop("init_cfg", None)
@@ -223,11 +223,11 @@ def join_processes(cfg: Config, args: argparse.Namespace, timeout: float = 1800.
 
 
 def read_model_checkpoint(cfg: Config, path: str, flag: str) -> dict[str, Any]:
-    """Read the checkpoint of a whole segmentor or detector without running code, and check its SepViT variant.
+    """Read the checkpoint of a whole segmentor or detector without running code, and check its variant of SepViT.
 
     Args:
         cfg: the config.
-        path: path or https address.
+        path: path or https URL.
         flag: the flag or placeholder that names the checkpoint, for messages.
 
     Raises:

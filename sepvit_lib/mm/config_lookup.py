@@ -16,9 +16,9 @@ SEGMENTATION = "mmseg.datasets.basesegdataset.BaseSegDataset"
 COCO = ("mmdet.datasets.coco.CocoDataset", "sepvit_lib.mm.coco_data_sets.CompleteCocoDataset")
 LOADS_IMAGES = ("LoadImageFromFile", "LoadReadableImage")  # transforms that load images
 LOADS_LABELS = ("LoadAnnotations", "LoadReadableLabels")  # transforms that load label maps
-# Heads that predict the data set's classes: not RPNs, which predict a single class, nor heads for stuff classes.
+# Heads that predict the data set's classes. RPNs, which predict a single class, and heads for stuff are not included.
 HEADS = ("decode_head", "auxiliary_head", "bbox_head", "mask_head", "roi_head.bbox_head", "roi_head.mask_head")
-OTHER_HEADS = ("STDCHead",)  # may be under the same keys, but predicts boundaries
+OTHER_HEADS = ("STDCHead",)  # have the same keys, but predict boundaries
 
 
 def dicts(node: Any) -> Iterator[Any]:
@@ -54,7 +54,7 @@ def is_kind(kind: type, name: str) -> bool:
 
 
 def data_sets(cfg: Config, loader: str) -> Iterator[tuple[Any, Any]]:
-    """Yield the settings and class of each data set of a loader. Wrappers such as `ConcatDataset` are skipped."""
+    """Yield the settings and class of each data set of a loader, without wrappers such as `ConcatDataset`."""
     for node in dicts((cfg.get(loader) or {}).get("dataset")):
         kind = resolve(DATASETS, node)
         if kind is not None and is_kind(kind, BASE):
@@ -77,11 +77,11 @@ def stated_classes(node: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def classes_of(node: Mapping[str, Any], kind: Any) -> tuple[str, ...] | None:
-    """Return the names of a data set's classes: those of `metainfo`, or the class's own. None if there are none.
+    """Return the names of a data set's classes: those in `metainfo`, or the default ones. None if there are none.
 
     Args:
-        node: its settings.
-        kind: its class.
+        node: the data set's settings.
+        kind: the data set's Python class, which may have default class names.
     """
     names = stated_classes(node) or kind.METAINFO.get("classes")
     return tuple(names) if names else None
@@ -93,7 +93,7 @@ def is_remote(path: str) -> bool:
 
 
 def is_elsewhere(node: Mapping[str, Any]) -> bool:
-    """Whether a data set's files may be in remote storage, where they are not listed."""
+    """Whether a data set's files may be in remote storage, where no files are checked."""
     return is_remote(node.get("data_root") or "") or bool(node.get("backend_args"))
 
 
@@ -109,7 +109,7 @@ def has_step(node: Any, *types: str, **settings: Any) -> bool:
 
 
 def orientations_in(node: Any) -> set[str]:
-    """Orientations that the image-loading transforms in a part of a config use."""
+    """Orientations in which the image-loading transforms in a part of a config read images."""
     return {step.get("orientation", STORED) for step in dicts(node) if step_name(step) in LOADS_IMAGES}
 
 

@@ -18,11 +18,11 @@ from sepvit_lib.common.processes import is_main_process
 
 # Lines that libraries print or log on every run.
 NOISE = (
-    r"Could not import OneDL",  # of mmseg: an optional data format
-    r"Line NMS is not compiled\.",  # of mmdet: for lane detection
-    r'"FileClient" will be deprecated',  # of mmengine about itself
+    r"Could not import OneDL",  # from mmseg: an optional data format
+    r"Line NMS is not compiled\.",  # from mmdet: only needed for lane detection
+    r'"FileClient" will be deprecated',  # from mmengine, about its own code
     r'"HardDiskBackend" is the alias',
-    r"The prefix is not set in metric class",  # of mmengine about IoUMetric
+    r"The prefix is not set in metric class",  # from mmengine, about IoUMetric
     r"(loading annotations into memory|creating index|index created|Done \(t=|Loading and preparing results|DONE \(t=)",
 )
 WARNINGS = (
@@ -31,13 +31,13 @@ WARNINGS = (
     r"faster_coco_eval is not installed",
     r"The draw is False, it means that the hook for visualization will not take effect",
     r"Setting (OMP|MKL)_NUM_THREADS environment variable",
-    r"Grad strides do not match bucket view strides",  # of data parallelism, for layers of some shapes
+    r"Grad strides do not match bucket view strides",  # from DistributedDataParallel, for some layer shapes
 )
 noise = re.compile("|".join(NOISE))
 
 
 class ConsoleFilter(logging.Filter):
-    """Keep noise, and on request low levels, off a logger's console output. Log files get every record.
+    """Hide noise, and on request records of low levels, on the console. Log files get every record.
 
     Attributes:
         level: records below this level are dropped, even if they are not noise.
@@ -61,7 +61,7 @@ console = ConsoleFilter()
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep records of mmengine's current logger below WARNING off the console."""
+    """Hide messages below WARNING from mmengine's current logger on the console."""
     console.attach(MMLogger.get_current_instance())
     before, console.level = console.level, logging.WARNING
     try:
@@ -109,7 +109,7 @@ class TestProgressHook(Hook):
     bar: tqdm
 
     def before_test_epoch(self, runner: Any) -> None:
-        """Show the bar, and keep the log off the console."""
+        """Show the bar, and hide regular log messages on the console."""
         self.bar = progress_bar(len(runner.test_dataloader), "test")
         if not self.bar.disable:
             console.level = logging.WARNING

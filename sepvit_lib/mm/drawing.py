@@ -1,4 +1,4 @@
-"""Shared by the drawing code of segmentation and detection: reading and enlarging images, and naming files."""
+"""Shared by the drawing code of segmentation and detection: read and enlarge images, and name files."""
 
 import os
 from collections.abc import Sequence
@@ -37,8 +37,8 @@ def read_pixels(path: str, loader: Any) -> np.ndarray:
 def path_inside(dataset: Any, image: str) -> Path:
     """Return an image's path relative to the folder of its data set's images.
 
-    If there are several folders, it is relative to their common parent, so images with the same name keep different
-    paths.
+    If there are several folders, the path is relative to their common parent, so that images with the same name have
+    different paths.
 
     Args:
         dataset: the data set, which may wrap others.
@@ -62,7 +62,7 @@ class FileHook(Hook):
     """Write one file for each test image.
 
     Args:
-        folder: output folder. Files keep their images' paths relative to the data set.
+        folder: output folder. Each file keeps its image's path relative to the data set.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -45,7 +45,7 @@ def read_or_name(path: str, kind: str, read: Callable[[], T]) -> T:
         read: function that reads the file.
 
     Raises:
-        UnreadableImageError: the file cannot be read. The message names it.
+        UnreadableImageError: the file cannot be read. The message names the file.
     """
     folder = Path(path).parent
 
@@ -67,7 +67,7 @@ class LoadReadableImage(LoadImageFromFile):
 
     Ordinary images get the same pixels as from mmcv's `LoadImageFromFile`. mmcv itself loads images that Pillow cannot
     open, and all images if the settings request a different colour type or backend. If the annotations state the
-    image's size, it must match.
+    image's size, the image must have that size.
 
     Args:
         orientation: 'stored' to ignore the EXIF orientation, 'exif' to turn images upright as annotation tools do.
@@ -110,7 +110,7 @@ class LoadReadableImage(LoadImageFromFile):
         content = fileio.get(results["img_path"], backend_args=self.backend_args)
         try:
             pixels = np.ascontiguousarray(np.asarray(decode(content, self.orientation))[..., ::-1])
-        except (UnidentifiedImageError, Image.DecompressionBombError):  # JPEG 2000, or large maps
+        except (UnidentifiedImageError, Image.DecompressionBombError):  # such as JPEG 2000, or very large images
             return super().transform(results)
         results["img"] = pixels.astype(np.float32) if self.to_float32 else pixels
         results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
@@ -118,7 +118,7 @@ class LoadReadableImage(LoadImageFromFile):
 
 
 def orientation_hint(path: str, found: tuple[int, ...], stated: tuple[int, ...]) -> str:
-    """Return a hint for a message if an image's EXIF orientation explains a size that differs from its annotations'.
+    """Return a hint if an image's EXIF orientation explains why its size differs from its annotations'; otherwise "".
 
     Args:
         path: the image.
@@ -142,7 +142,7 @@ class LoadReadableLabels(BaseTransform):
         reduce_zero_label: see mmseg's transform; None follows the data set.
         imdecode_backend: see mmseg's transform.
         backend_args: see mmseg's transform.
-        label_map: new index of each class, in the order of the stored labels; None keeps the stored labels.
+        label_map: new label for each stored label, in the order of the stored labels; None keeps the stored labels.
     """
 
     def __init__(
@@ -165,8 +165,8 @@ class LoadReadableLabels(BaseTransform):
         """Load a label map into `results`.
 
         Raises:
-            UnreadableImageError: the label map is unreadable, differs in size from its image, or has values without a
-                class.
+            UnreadableImageError: the label map is unreadable, differs in size from its image, or has values that
+                belong to no class.
         """
         path = results["seg_map_path"]
         stored = read_or_name(path, "label", lambda: self._read(path))
@@ -199,7 +199,7 @@ class LoadReadableLabels(BaseTransform):
         return stored.astype(np.uint8) if stored.dtype == bool else stored
 
     def _numbering(self, results: dict[str, Any]) -> np.ndarray:
-        """Return the lookup table from stored values to labels, as mmseg numbers them."""
+        """Return the lookup table from stored values to labels in mmseg's numbering."""
         table: np.ndarray = np.arange(MAX_LABEL + 1, dtype=np.uint8)
         reduced = results.get("reduce_zero_label", False)
         if self.reduce_zero_label not in (None, reduced):
@@ -217,7 +217,7 @@ class LoadReadableLabels(BaseTransform):
         return table
 
     def _check_values(self, path: str, stored: np.ndarray, labels: np.ndarray) -> None:
-        """Refuse values without a class."""
+        """Refuse values that belong to no class."""
         wrong = (stored < 0) | (stored > MAX_LABEL)
         if self.num_classes is not None:
             wrong |= (labels >= self.num_classes) & (labels != self.ignore_index)
@@ -319,7 +319,7 @@ def use_checked_loading(cfg: Config) -> None:
 
 
 def _named(steps: Any, is_training: bool) -> list[Any]:
-    """Wrap a pipeline, to name the image in errors of its transforms. Idempotent."""
+    """Wrap a pipeline, so that errors in its transforms name the image. Idempotent."""
     if any(step.get("type") == "NamedSteps" for step in steps):
         return list(steps)
     return [dict(type="NamedSteps", transforms=steps, is_training=is_training)]

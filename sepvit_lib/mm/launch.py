@@ -3,9 +3,9 @@
     python launch.py SCRIPT PROCESSES ARGUMENT…
 
 Environment variables: PORT (29500), NNODES (1), NODE_RANK (0) and MASTER_ADDR (127.0.0.1) set the rendezvous.
-MAX_RESTARTS (0) limits restarts after failures. GRACE (600) is the time in seconds that processes have to end after a
-signal. The exit status is 75, "run the same command again", if the run was stopped or the first process to fail was
-killed; 130 after Ctrl-C; 2 for a user's mistake; and 1 after other failures.
+MAX_RESTARTS (0) limits restarts after failures. After a signal, processes have GRACE (600) seconds to end. The exit
+status is 75, "run the same command again", if the run was stopped or the first process to fail was killed; 130 after
+Ctrl-C; 2 for a user's mistake; and 1 after other failures.
 """
 
 import errno
@@ -27,7 +27,7 @@ from sepvit_lib.common.processes import environment_number
 
 NAME = "launch.sh"
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")  # torchrun forwards them to the processes
-REPORTED = (USER_ERROR_STATUS, RESUME_STATUS, INTERRUPT_STATUS)  # processes that exit with these print the reason
+REPORTED = (USER_ERROR_STATUS, RESUME_STATUS, INTERRUPT_STATUS)  # processes have printed the reason for these
 
 
 def launch(script: str, processes: str, arguments: list[str]) -> int:
@@ -70,7 +70,7 @@ def launch(script: str, processes: str, arguments: list[str]) -> int:
 
 
 def wait_after_signals(grace: int) -> None:
-    """Make torchrun wait longer than its default of 30 s after a signal, for processes to finish a step and save.
+    """Make torchrun wait longer than its default of 30 s after a signal, so that processes can finish a step and save.
 
     Args:
         grace: the time to wait, in seconds.

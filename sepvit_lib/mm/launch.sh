@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start train.py or test.py in several processes on one or more nodes: launch.sh SCRIPT ARGUMENT…
 # SCRIPT is dist_train.sh or dist_test.sh, beside the Python script. Its second line documents the arguments.
-# launch.py lists the environment variables that set the rendezvous; PYTHON is the Python to use.
+# launch.py lists the environment variables that set the rendezvous; PYTHON is the Python interpreter to use.
 set -euo pipefail
 script=$1 command=train.py before=1 # arguments before PROCESSES
 shift

@@ -25,13 +25,14 @@ from sepvit_lib.run.monitor import StepMonitor
 from sepvit_lib.run.state import RunState, buffers_of, poisoned, settle_buffers
 from sepvit_lib.run.watchdog import Watchdog
 
-# Logged values that differ between two runs with the same settings.
+# mmengine's values that log.txt omits: times and memory, which differ between equal runs, and the position, which each
+# line states already.
 TIMES = {"time", "data_time", "memory", "eta", "epoch", "iter", "step"}
 
 
 @dataclass
 class DenseState(RunState):
-    """State of a run of segmentation or detection, in addition to mmengine's own. A step is an iteration.
+    """State of a run of segmentation or detection, in addition to mmengine's own state. A step is an iteration.
 
     Attributes:
         epoch: epochs done; 0 in iteration-based runs.
@@ -51,7 +52,7 @@ class DenseState(RunState):
         return position | dict(iter=self.global_step)
 
     def covers(self, entry: dict[str, Any]) -> bool:
-        """Whether a line of log.txt comes before this position. At the start of a run, none does."""
+        """Whether a line of log.txt was written at or before this position. At the start of a run, always False."""
         is_validation = any(name.startswith("test_") for name in entry)
         before = "iter" not in entry or (entry["iter"], is_validation) <= (self.global_step, self.validated)
         return self.global_step > 0 and before
@@ -74,16 +75,16 @@ class DenseState(RunState):
 
 
 class SkippingOptimWrapper(OptimWrapper):
-    """mmengine's optimiser wrapper, which skips a step if the loss or the gradients are not finite.
+    """mmengine's optimiser wrapper, extended to skip a step if the loss or the gradients are not finite.
 
-    A non-finite loss makes all gradients NaN on all ranks, which then all skip the step.
+    A non-finite loss makes all gradients NaN on all ranks, so that all ranks skip the step.
 
     Attributes:
         finite: whether the last loss is finite, a boolean scalar on the device.
         bad_gradients: whether the gradients of the last step were not finite, also a boolean scalar.
         steps: optimiser steps taken or skipped.
-        before_backward: function to call before each backward pass, in which ranks may wait for each other.
-        scales_loss: whether a gradient scaler steps the optimiser, and itself skips non-finite gradients.
+        before_backward: function to call before each backward pass. During the pass, ranks may wait for each other.
+        scales_loss: whether a gradient scaler steps the optimiser. It skips non-finite gradients itself.
     """
 
     finite: Tensor
@@ -123,10 +124,10 @@ class Schedule:
     """Length of a run, and when it validates and saves.
 
     Attributes:
-        by_epoch: whether the following numbers count epochs or iterations.
+        by_epoch: whether the length and the intervals are in epochs; otherwise, in iterations.
         length: epochs or iterations of the run.
         val_begin: first epoch or iteration after which to validate.
-        val_intervals: pairs of an epoch or iteration, and the interval between validations from there on.
+        val_intervals: pairs (start, interval): from epoch or iteration `start` on, validate every `interval`.
         save_interval: interval between checkpoints, -1 for none.
         log_interval: iterations between two lines of the log.
     """
@@ -162,7 +163,7 @@ class TrainLoop(BaseLoop):
 
     Attributes:
         state: state of the run. Resuming replaces it.
-        monitor: reacts to bad losses, unreadable images and stop requests, and saves.
+        monitor: reacts to non-finite losses, unreadable images and stop requests, and saves checkpoints.
         stop_training: set by mmengine's EarlyStoppingHook.
     """
 
@@ -234,12 +235,12 @@ class TrainLoop(BaseLoop):
             self.runner.call_hook("after_train_epoch")
         is_validated = self.runner.val_loop is not None and self.schedule.validates(self.done)
         if not is_validated and 0 < self.state.bad_in_row < self.state.global_step:
-            self.monitor.save()  # the last checkpoint, which skipped steps postponed
+            self.monitor.save()  # the last checkpoint: skipped steps had postponed it
         self.runner.call_hook("after_train")
         return self.runner.model
 
     def _batches(self) -> Iterator[Any]:
-        """Batches from the current step on: the rest of the epoch, or endless in iteration-based runs."""
+        """Batches from the current step on: to the end of the epoch, or without end in iteration-based runs."""
         first = self.state.epoch_step if self.schedule.by_epoch else self.state.global_step
         self.batches.start_at(self.state.epoch, first)
         total = len(self.dataloader) if self.schedule.by_epoch else self.schedule.length
@@ -263,7 +264,7 @@ class TrainLoop(BaseLoop):
 
         Args:
             data: a batch of mmengine's data loader.
-            unreadable: names of unreadable images that were replaced in it.
+            unreadable: names of the unreadable images that were replaced in the batch.
         """
         state, watchdog, optim_wrapper = self.state, self.monitor.watchdog, self.runner.optim_wrapper
         self.monitor.preemption.has_progress = True
@@ -285,7 +286,7 @@ class TrainLoop(BaseLoop):
         self._advance()
         if (index + 1) % self.schedule.log_interval == 0 or self.done >= self.schedule.length:
             self._log(index)
-        if has_stepped:  # until then, gradients accumulate, which checkpoints do not contain
+        if has_stepped:  # otherwise, gradients are accumulating, and checkpoints do not contain them
             is_due = (state.epoch_step == 0 and self.schedule.saves(self.done)) or not state.validated
             self.monitor.after_step(state, optim_wrapper.bad_gradients, is_due)
 
@@ -312,9 +313,9 @@ class TrainLoop(BaseLoop):
     def _settle(self, data: Any) -> None:
         """Run a backward pass and discard its gradients.
 
-        After the first backward pass, data parallelism rebuilds its gradient buckets, which changes the order of
-        additions in the all-reduce, and so the last bits of the gradients. This pass lets a resumed run add in the same
-        order as one that never stopped.
+        After its first backward pass, DistributedDataParallel rebuilds its gradient buckets. This changes the order of
+        additions in the all-reduce, and so the last bits of the gradients. Thanks to the extra pass, a resumed run adds
+        in the same order as an uninterrupted one.
         """
         model, optim_wrapper = self.runner.model, self.runner.optim_wrapper
         if is_model_wrapper(model):
@@ -341,7 +342,7 @@ class TrainLoop(BaseLoop):
             metrics = self.runner.val_loop.run()
         except Preempted:
             for hook in (hook for hook in self.runner.hooks if isinstance(hook, EMAHook)):
-                hook.after_val_epoch(self.runner)  # restores the model's own weights, which are saved
+                hook.after_val_epoch(self.runner)  # restores the model's own weights, which the checkpoint needs
             raise
         finally:
             self.monitor.watchdog.is_evaluating = False
@@ -355,7 +356,7 @@ class TrainLoop(BaseLoop):
 
 
 class WatchedBatches:
-    """Validation batches, which end early on all ranks if the run is asked to stop.
+    """Validation batches. If the run is asked to stop, they end early on all ranks.
 
     Args:
         loader: the batches.
@@ -388,7 +389,7 @@ class WatchedBatches:
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Broadcast rank 0's running statistics, which checkpoints contain. A collective call."""
+    """Broadcast rank 0's running statistics: checkpoints contain those of rank 0. A collective call."""
     for buffer in model.buffers():
         broadcast(buffer)
 

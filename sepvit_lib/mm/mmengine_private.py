@@ -16,10 +16,10 @@ from sepvit_lib.run import checkpoints
 
 
 def register_distributions() -> None:
-    """Register the distributions of mmseg and mmdet with mmengine.
+    """Register the names of the installed packages of mmseg and mmdet with mmengine.
 
-    mmengine finds the configs of `mmseg::…` and `mmdet::…` by the name of the distribution. It knows only the names of
-    the original releases, not of the maintained `onedl` releases.
+    mmengine needs these names to find the configs of `mmseg::…` and `mmdet::…`. It knows only the names of the original
+    packages, not those of the maintained `onedl` packages.
     """
     if not hasattr(config_utils.load, "cache_info"):
         config_utils.load = cache(config_utils.load)  # otherwise a hundred YAML files are read for each base config
@@ -29,7 +29,7 @@ def register_distributions() -> None:
 
 
 def log_statistic(owner: type, name: str) -> Any:
-    """Replacement for `getattr` when a checkpoint is unpickled: its log refers to methods of `HistoryBuffer`.
+    """Restricted `getattr` for unpickling checkpoints: the log in them refers to methods of `HistoryBuffer`.
 
     Raises:
         pickle.UnpicklingError: anything else is requested.
@@ -47,8 +47,8 @@ def read_checkpoint(path: str, what: str) -> dict[str, Any]:
     """Read a checkpoint of mmengine or main.py without running any code it contains.
 
     Args:
-        path: path or https address.
-        what: flag and path, for messages.
+        path: path or https URL.
+        what: flag and path of the checkpoint, for messages.
 
     Raises:
         UserError: the file is missing, truncated, not a checkpoint, or contains code.

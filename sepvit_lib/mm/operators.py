@@ -1,4 +1,4 @@
-"""torchvision's operators in place of mmcv's compiled ones, where mmcv is installed without them.
+"""torchvision's operators in place of mmcv's, if mmcv is installed without its compiled operators.
 
 mmcv's operators are compiled from C++ into the module `mmcv._ext`. Of these, SepViT's segmentors and detectors use
 non-maximum suppression and RoIAlign, which torchvision contains for every device, and the sigmoid focal loss, which
@@ -36,7 +36,7 @@ INSTALL = (
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Operators. The signatures are those that mmcv.ops calls. Apart from `nms`, results are written into given tensors.
+# Operators, with the signatures that mmcv.ops expects. All except `nms` write their results into a tensor argument.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -51,15 +51,15 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     Args:
         boxes: (N, 4): x1, y1, x2, y2.
         scores: (N).
-        iou_threshold: a box is dropped if its IoU with a better one exceeds this.
-        offset: 1 if x2 and y2 are the last pixels of a box, 0 if they are its edges.
+        iou_threshold: a box is dropped if its IoU with a box of higher score exceeds this.
+        offset: 1 if x2 and y2 are the indices of a box's last pixels, 0 if they are the coordinates of its edges.
 
     Returns:
         indices of the boxes kept, by descending score.
     """
     boxes, scores = at_least_float32(boxes), at_least_float32(scores)
     if offset:
-        if boxes.device.type != "mps":  # has no float64
+        if boxes.device.type != "mps":  # MPS has no float64
             boxes = boxes.double()  # adding 1 to large coordinates would round them
         boxes = boxes + boxes.new_tensor((0, 0, offset, offset))
     threshold = torch.tensor(iou_threshold, dtype=boxes.dtype).item()  # rounded to the precision of the IoUs
@@ -75,8 +75,8 @@ def roi_align_forward(
         input: maps, (B, C, H, W).
         rois: (N, 5): index of the image in the batch, x1, y1, x2, y2.
         output: (N, C, aligned_height, aligned_width), to which the result is written.
-        argmax_y: unused, belongs to maximum pooling.
-        argmax_x: unused, belongs to maximum pooling.
+        argmax_y: unused; for maximum pooling only.
+        argmax_x: unused; for maximum pooling only.
         **settings: see `region_settings`.
 
     Raises:
@@ -126,10 +126,10 @@ def region_settings(
         name: the operator.
         aligned_height: number of bins per region, vertically.
         aligned_width: number of bins per region, horizontally.
-        spatial_scale: factor from the boxes' coordinates to the map's.
+        spatial_scale: factor that converts the boxes' coordinates to the feature map's.
         sampling_ratio: samples per bin in each direction, 0 for one per pixel.
         pool_mode: 1 for average pooling.
-        aligned: whether integer coordinates are corners of pixels, and not centres.
+        aligned: whether integer coordinates are pixel corners instead of pixel centres.
 
     Raises:
         UserError: maximum pooling is requested.
@@ -146,8 +146,8 @@ def sigmoid_focal_loss_forward(
 
     Args:
         input: logits, (N, C).
-        target: classes, (N). C is the background.
-        weight: weights of the classes; must be empty.
+        target: class indices, (N). C is the background.
+        weight: class weights, which are not supported; must be empty.
         output: (N, C), to which the losses are written.
         gamma: focusing exponent.
         alpha: weight of positive targets; negative targets have the weight 1 - alpha.
@@ -164,9 +164,9 @@ def sigmoid_focal_loss_backward(
     """Gradient of the sigmoid focal loss.
 
     Args:
-        input: as for `sigmoid_focal_loss_forward`, like all arguments except `grad_input`.
-        target: classes.
-        weight: weights of the classes; must be empty.
+        input: logits, (N, C).
+        target: see `sigmoid_focal_loss_forward`.
+        weight: must be empty.
         grad_input: (N, C), to which the gradient of each loss with respect to its logit is written.
         gamma: focusing exponent.
         alpha: weight of positive targets.
@@ -181,7 +181,7 @@ def sigmoid_focal_loss_backward(
 
 
 def _focal_loss(name: str, input: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Tensor:
-    from mmdet.models.losses.focal_loss import py_sigmoid_focal_loss  # imports mmcv.ops, which imports this module
+    from mmdet.models.losses.focal_loss import py_sigmoid_focal_loss  # imports mmcv.ops, which imports these operators
 
     if weight.numel():
         raise_missing(f"{name} with weights of classes")
@@ -297,6 +297,6 @@ class OperatorFinder(MetaPathFinder):
 
 
 def offer() -> None:
-    """Make Python find torchvision's operators when it imports mmcv's. Idempotent."""
+    """Make imports of mmcv's operators find torchvision's, unless compiled ones are to be used. Idempotent."""
     if not any(isinstance(finder, OperatorFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, OperatorFinder())

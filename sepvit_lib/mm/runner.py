@@ -26,7 +26,7 @@ VARIANT_HINT = "use that variant's config, or a different checkpoint"
 
 
 def has_half_precision() -> bool:
-    """Whether mmengine can compute in half precision here. It needs a GPU, and not Apple's (mps).
+    """Whether mmengine can compute in half precision here. It needs a GPU other than Apple's (mps).
 
     On CPUs, mmengine would evaluate in bfloat16, and could not train.
     """
@@ -80,7 +80,7 @@ class DenseRunner(Runner):
         is_impossible = uses_half_precision(cfg) and not has_half_precision()
         runner = cls.from_cfg(in_float32(cfg) if is_impossible else cfg)
         runner.checkpoints = checkpoints or {}
-        if cfg.get("load_from"):  # else it would warn of random weights, which the checkpoint replaces
+        if cfg.get("load_from"):  # else it would warn of random weights, although the checkpoint replaces them
             unwrapped(runner.model).backbone.is_init = True  # type: ignore[union-attr]
         console.level = logging.NOTSET
         if is_impossible:
@@ -96,7 +96,7 @@ class DenseRunner(Runner):
         return logger
 
     def build_visualizer(self, visualizer: Any = None) -> Visualizer:
-        """Build the visualizer under this run's name, not to share it with an earlier run in this process."""
+        """Build the visualizer under this run's name, so that it is not shared with an earlier run in this process."""
         named = {**visualizer, "name": self.experiment_name} if isinstance(visualizer, dict) else visualizer
         return super().build_visualizer(named)
 
@@ -116,7 +116,7 @@ class DenseRunner(Runner):
         return built
 
     def set_randomness(self, seed: int | None, diff_rank_seed: bool = False, deterministic: bool = False) -> None:
-        """Seed everything. Operations without a deterministic GPU implementation warn instead of ending the run."""
+        """Seed everything. GPU operations that have no deterministic implementation warn instead of ending the run."""
         super().set_randomness(seed, diff_rank_seed, deterministic)
         if deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
@@ -143,13 +143,13 @@ class DenseRunner(Runner):
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load the weights of a whole segmentor or detector, without running any code in the file.
 
-        All entries must match, unless training starts from the weights of a different data set (`load_from` without
-        `resume`): then mismatched entries outside the backbone stay fresh, with a warning.
+        All entries must match, unless a new run starts from the weights (`load_from` without `resume`). In this case,
+        mismatched entries outside the backbone stay randomly initialised, with a warning.
 
         Args:
-            filename: path or https address.
-            *args: unused, for mmengine's calls.
-            **kwargs: unused. Weights are always read to the CPU, and prefixes of wrappers are always removed.
+            filename: path or https URL.
+            *args: unused; mmengine passes them.
+            **kwargs: unused. Weights are always loaded on the CPU, and prefixes of model wrappers are always removed.
 
         Returns:
             the checkpoint.

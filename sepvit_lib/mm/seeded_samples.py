@@ -1,4 +1,4 @@
-"""Training samples of segmentation and detection, the same in a resumed run as in one that never stopped."""
+"""Training samples of segmentation and detection. A resumed run gets the same samples as an uninterrupted one."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from sepvit_lib.run.watchdog import ignore_preemption
 class SeededSamples(Dataset):
     """A training data set whose randomness is derived from the seed and the position in the run.
 
-    They determine the augmentation, and the images that replace unreadable ones.
+    The seed and the position determine the augmentation, and the images that replace unreadable ones.
 
     Args:
         dataset: a data set of mmengine.
@@ -43,7 +43,7 @@ class SeededSamples(Dataset):
 
     def __setattr__(self, name: str, value: Any) -> None:
         is_own = name in ("dataset", "seed")
-        object.__setattr__(self if is_own else self.dataset, name, value)  # hooks replace `pipeline`
+        object.__setattr__(self if is_own else self.dataset, name, value)  # hooks set the wrapped data set's `pipeline`
 
     def __getitem__(self, sample: SampleIndex) -> tuple[Any, str]:
         """Load a sample. Returns it, and the names of unreadable images that it replaces.
@@ -76,10 +76,10 @@ class SeededBatches(Sampler[list[SampleIndex]]):
         is_endless: whether the batches continue forever, as in iteration-based runs, instead of ending with the epoch.
 
     Attributes:
-        sampler: mmengine's sampler, under the name that its hooks expect.
+        sampler: mmengine's sampler, under the name that mmengine's hooks expect.
 
     Raises:
-        UserError: the data set is a stream, which cannot start at any batch.
+        UserError: the data set is a stream, which can start only at its first batch.
     """
 
     def __init__(self, loader: DataLoader, is_endless: bool) -> None:
@@ -122,7 +122,7 @@ class SeededBatches(Sampler[list[SampleIndex]]):
 def seeded_loader(loader: DataLoader, batches: SeededBatches, seed: int) -> DataLoader:
     """Make a training loader that can start at any batch.
 
-    Its batches are pairs of mmengine's batch and the names of unreadable images that were replaced in it.
+    Its batches are pairs of mmengine's batch and the names of the unreadable images that were replaced in the batch.
 
     Args:
         loader: a training loader of mmengine.
@@ -183,6 +183,6 @@ def _path(dataset: Any, index: int) -> str:
 
 
 def data_roots(dataset: Any) -> list[str]:
-    """Root folders of a data set and of those that it wraps."""
+    """Root folders of a data set and of the data sets that it wraps."""
     own = [dataset.data_root] if getattr(dataset, "data_root", None) else []
     return own + [root for part in inner_data_sets(dataset) for root in data_roots(part)]

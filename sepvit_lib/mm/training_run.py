@@ -64,8 +64,8 @@ SAVING = ("type", "interval", "by_epoch", "max_keep_ckpts", "save_best", "rule",
 class DenseNames(CheckpointNames):
     """Names of checkpoints as in mmengine: `iter_<iterations>.pth` or `epoch_<epochs>.pth`.
 
-    A checkpoint within an epoch is `epoch_<epochs done>_iter_<iterations of the epoch>.pth`. The newest checkpoints are
-    kept, and those at the config's interval.
+    A checkpoint within an epoch is `epoch_<epochs done>_iter_<iterations of the epoch>.pth`. The newest checkpoints
+    and those at the config's interval are kept.
 
     Args:
         interval: the config's interval, in epochs or iterations.
@@ -194,9 +194,9 @@ class Run:
         watchdog: watches its processes.
         source: checkpoint that it resumes from, None for a fresh run.
         auto_resume: whether the checkpoint must come from a run with the same settings and images.
-        resumes: whether the command asks to resume from the newest checkpoint in its folder.
-        settings: settings that determine what it computes.
-        limits: settings of the monitor; the size of the data set is filled in later.
+        resumes: whether the command asks to resume from the newest checkpoint in the work dir.
+        settings: settings that determine what the run computes.
+        limits: settings of the monitor, without the size of the data set, which is set later.
     """
 
     config: Config
@@ -211,7 +211,7 @@ class Run:
 
 
 def flag_delay() -> int:
-    """Number of steps by which reading a step's flags is delayed: 1 on GPUs, so that the loop does not wait."""
+    """Number of steps by which reading a step's flags is delayed: 1 on CUDA, to not wait for the GPU; otherwise 0."""
     return 1 if get_device() == "cuda" else 0
 
 
@@ -240,7 +240,7 @@ class TrainingRunner(DenseRunner):
         """Write nothing yet: `load_or_resume` writes the config, so that a rejected run does not overwrite it."""
 
     def register_default_hooks(self, hooks: dict[str, Any] | None = None) -> None:
-        """Register the default hooks except the checkpoint hook: the loop saves."""
+        """Register the default hooks except the checkpoint hook: the loop saves checkpoints."""
         super().register_default_hooks({**(hooks or {}), "checkpoint": None})
 
     def build_visualizer(self, visualizer: Any = None) -> Visualizer:
@@ -294,7 +294,7 @@ class TrainingRunner(DenseRunner):
         return super().build_optim_wrapper({**optim_wrapper, "type": kinds[name]})
 
     def searches_scale(self) -> bool:
-        """Whether the gradient scaler may be searching for its dynamic float16 loss scale, down to a scale of 1."""
+        """Whether the gradient scaler may still be searching for a loss scale: its scale is dynamic, and at least 1."""
         scaler = getattr(self.optim_wrapper, "loss_scaler", None)
         return scaler is not None and not self._scale_is_static and scaler.get_scale() >= 1
 
@@ -303,7 +303,7 @@ class TrainingRunner(DenseRunner):
     # ------------------------------------------------------------------------------------------------------------------
 
     def load_or_resume(self) -> None:
-        """Restore the run, or load the weights that it starts from; then open its files.
+        """Resume the run, or load its starting weights. Then open the run's files.
 
         Raises:
             UserError: the checkpoint does not fit, or the folder contains another run.
@@ -318,7 +318,9 @@ class TrainingRunner(DenseRunner):
             super().load_or_resume()
         else:
             if settings_in(source.checkpoint) and "reading" not in source.checkpoint:
-                print_main(f"checkpoint {source.path}: this run dropped transparency; it is now composited on white")
+                print_main(
+                    f"checkpoint {source.path}: this run dropped transparency; images are now composited on white"
+                )
             self._compare(source)
             self.restore(source)
         described = describe_run(run.settings, self.data, self.device, PACKAGES)
@@ -327,7 +329,7 @@ class TrainingRunner(DenseRunner):
         on_main_process(lambda: run.config.dump(self.output.folder / Path(self.cfg.filename).name))
 
     def _compare(self, source: Source) -> None:
-        """Compare the run with that of a checkpoint. `--auto-resume` refuses differences, `--resume` reports them.
+        """Compare this run with a checkpoint's run. `--auto-resume` refuses differences; `--resume` reports them.
 
         Raises:
             UserError: settings or images differ.
@@ -350,7 +352,7 @@ class TrainingRunner(DenseRunner):
             print_main(f"{what} images: {', '.join(changed)}")
 
     def _describe_data(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Describe the data sets and how training images are read. Rank 0 reads them for all ranks."""
+        """Describe the data sets and how training images are read. Rank 0 describes them for all ranks."""
         described = []
         if is_main_process():
             loops = dict(train=self.train_loop) | (dict(val=self.val_loop) if self.val_loop is not None else {})
@@ -388,7 +390,7 @@ class TrainingRunner(DenseRunner):
     # ------------------------------------------------------------------------------------------------------------------
 
     def after_validation(self, metrics: dict[str, Any]) -> None:
-        """Log a validation and save a checkpoint, also as best.pth if its score is the best. A collective call."""
+        """Log a validation and save a checkpoint, also as best.pth if the score is the best yet. A collective call."""
         figures = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float, np.number))}
         if figures:  # COCO's metric reports none if nothing was detected
             self.output.log({**self.state.position(), **{f"test_{name}": value for name, value in figures.items()}})
@@ -404,7 +406,7 @@ class TrainingRunner(DenseRunner):
         wanted = hook.get("save_best")
         name = next((name for name in (wanted, "mIoU", "coco/bbox_mAP", *figures) if name in figures), None)
         if wanted not in (None, "auto", name):
-            what = f"WARNING: default_hooks.checkpoint.save_best={wanted}: no such metric, best.pth follows {name}"
+            what = f"WARNING: default_hooks.checkpoint.save_best={wanted}: no such metric, best.pth is chosen by {name}"
             print_main(f"{what}; choose from {', '.join(figures)}")
         return name, hook.get("rule") == "less" or "loss" in (name or "")
 
@@ -467,7 +469,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], wha
     Raises:
         UserError: the optimiser or a setting differs. The message names it.
     """
-    hint = f"use the run's, or {setting('load_from')} for its weights only"
+    hint = f"use that run's setting, or {setting('load_from')} for its weights only"
     for now, before in zip(optimizer.param_groups, state["param_groups"]):
         distinctive = ("betas", "momentum", "alpha", "rho")  # present in some optimisers only
         if any((name in now) != (name in before) for name in distinctive):

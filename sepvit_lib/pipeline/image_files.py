@@ -1,4 +1,4 @@
-"""Find and decode image files, identically for all commands."""
+"""Find and decode image files, in the same way for all commands."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from sepvit_lib.common.class_names import canonical
 
 T = TypeVar("T")
 
-# Formats that Pillow decodes in memory. For some others, it starts external programs, such as Ghostscript.
+# Formats that Pillow decodes itself. For some other formats, it starts external programs, such as Ghostscript.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM")
 DEEP_MODES = ("I", "F")  # prefixes of modes with one channel of more than 8 bits: I, I;16…, F
 STORED, EXIF = ORIENTATIONS = ("stored", "exif")  # pixels as in the file, or upright
@@ -40,7 +40,7 @@ def read_file(path: str | Path) -> bytes:
     """Read an image file without decoding it.
 
     Raises:
-        OSError: it cannot be read, or is a pipe or a device, which could block forever.
+        OSError: the file cannot be read, or is a pipe or a device, where reading could block forever.
     """
     _check_regular(path)
     with open(path, "rb", buffering=0) as file:
@@ -65,11 +65,12 @@ def decode(source: Encoded, orientation: str = STORED) -> Image.Image:
     """Decode an image to RGB, 8 bits per channel.
 
     16-bit and float values are scaled to 0 to 255, transparent parts become white, and an animation yields its first
-    frame. Ordinary images have the same pixels as with Pillow's `convert("RGB")`.
+    frame. For other images, the result is that of Pillow's `convert("RGB")`.
 
     Args:
         source: an image file's content, or an image.
-        orientation: 'stored' to keep it as stored, or 'exif' to turn the image upright by its EXIF orientation.
+        orientation: 'stored' to keep the stored pixels as they are; 'exif' to turn the image upright, as its EXIF
+            orientation specifies.
 
     Raises:
         Exception: whatever Pillow raises for an unreadable image.
@@ -94,7 +95,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def orientation_for(reading: Mapping[str, Any] | None) -> str:
-    """Choose an orientation for prediction: upright, unless the network was trained on rotated images as stored.
+    """Choose the orientation for prediction: 'stored' if training ignored EXIF rotations, otherwise 'exif'.
 
     Args:
         reading: the checkpoint's record of how the training images were read; None if it has none.
@@ -109,13 +110,13 @@ def evenly_spaced(entries: Sequence[T], max_count: int) -> list[T]:
 
 
 def count_turned(files: Iterable[Callable[[], Any]]) -> dict[str, int]:
-    """Count the images whose EXIF orientation is not upright, among the first `MAX_HEADERS`. Pixels are not decoded.
+    """Count images whose EXIF orientation is not upright. Checks the first `MAX_HEADERS` images, without decoding them.
 
     Args:
         files: functions that return a path or an open file.
 
     Returns:
-        `turned`, the number of such images, and `sampled`, the number of images checked. Unreadable ones are skipped.
+        `turned`, the number of such images, and `sampled`, the number of images checked, without unreadable images.
     """
     turned = sampled = 0
     for file in islice(files, MAX_HEADERS):
@@ -128,8 +129,8 @@ def count_turned(files: Iterable[Callable[[], Any]]) -> dict[str, int]:
 def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
     """Scale the values of a grey image with more than 8 bits to 0 to 255.
 
-    Integers are taken to have 16 bits, or 8 in mode I if none exceeds 255. Floats within 0 to 1 are multiplied by 255.
-    All other values are scaled from the image's own range.
+    Integers are assumed to have 16 bits, or 8 bits in mode I if no value exceeds 255. Floats are multiplied by 255 if
+    all are within 0 to 1. In other cases, values are scaled from the image's own range.
     """
     values = np.asarray(image, dtype=np.float64)
     finite = values[np.isfinite(values)]
@@ -171,20 +172,20 @@ def describe_skipped(skipped: Counter[str]) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden, such as `._x.png` and `.ipynb_checkpoints`: neither an image nor a class."""
+    """Whether a file or folder is hidden, such as `._x.png` or `.ipynb_checkpoints`. Hidden ones are ignored."""
     return name.startswith(".")
 
 
 def is_image(name: str | Path) -> bool:
-    """Whether a file is an image, by its name."""
+    """Whether a file's name is that of an image: not hidden, with the suffix of an image format."""
     name = os.path.basename(name)
     return not is_hidden(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield a folder and its visible subfolders, each with its visible files. Follows links.
+    """Yield a folder and its visible subfolders at any depth, each with its visible files. Follows links.
 
-    Folders and files are sorted by name in composed Unicode form, so that a copy on a Mac has the same order.
+    Folders and files are sorted by their names in composed Unicode form, so that a copy on a Mac has the same order.
 
     Raises:
         OSError: a folder cannot be read.

@@ -17,7 +17,7 @@ MAX_ASPECT = 16  # maximum aspect ratio of images that are resized whole; see `P
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize the shorter side, crop the centre, normalise: DeiT's transform for validation.
+    """DeiT's transform for validation: resize the shorter side, crop the centre, normalise.
 
     Attributes:
         size: height and width of the network's input, in pixels.
@@ -37,16 +37,16 @@ class Preprocessing:
 
     @classmethod
     def for_size(cls, size: int) -> "Preprocessing":
-        """Preprocessing of the published evaluation for square inputs: crop 224 of 256 pixels, or in proportion."""
+        """Preprocessing of the published evaluation, for square inputs: resize to 256/224 of `size`, then crop."""
         return cls((size, size), int(size * 256 / 224))
 
     @classmethod
     def from_timm(cls, settings: Mapping[str, Any], size: tuple[int, int] | None = None) -> "Preprocessing":
-        """Preprocessing by timm's settings for a network.
+        """Convert timm's settings of a network's preprocessing.
 
         Args:
             settings: the network's `pretrained_cfg`.
-            size: height and width of the input; None for the network's own.
+            size: height and width of the input; None for the size in `settings`.
         """
         height, width = size or settings["input_size"][1:]
         resize = math.floor(min(height, width) / settings["crop_pct"])
@@ -58,8 +58,8 @@ class Preprocessing:
         """Preprocessing that matches the training of a checkpoint's network.
 
         Args:
-            checkpoint: the checkpoint. If it records no preprocessing, a checkpoint with main.py's settings gets the
-                published one, and bare weights get timm's.
+            checkpoint: the checkpoint. If it does not record its preprocessing, the result is the published
+                preprocessing for a checkpoint with main.py's settings, and timm's preprocessing for bare weights.
             model: timm's name for the network.
             size: side of the input in pixels.
         """
@@ -103,9 +103,9 @@ class Preprocessing:
         return transforms.functional.center_crop(resized, self.size)
 
     def bounded(self, image: Image.Image) -> Image.Image:
-        """Crop a very long image to its middle, with some margin around the centre crop.
+        """Crop a very long image to its middle part: the area of the centre crop, with some margin.
 
-        If resized whole, an image of 1 × 50,000 pixels would take gigabytes.
+        Resizing a whole image of 1 × 50,000 pixels would take gigabytes.
         """
         if self.squash or max(image.size) <= MAX_ASPECT * min(image.size):
             return image

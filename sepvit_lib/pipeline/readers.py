@@ -38,7 +38,7 @@ def open_webdataset(
     """Restart timm's webdataset reader with the given seed, and make it report unreadable images and shards.
 
     timm's reader seeds its shuffle once per worker and continues it across epochs, so a resumed run would see different
-    images. It also skips unreadable images silently, and treats a damaged shard as a short one.
+    images. It also skips unreadable images silently, and treats a damaged shard as if it ended at the damage.
 
     Only this function relies on these internals of timm 1.0: `ReaderWds._lazy_init`, `reader_wds._decode`, and the
     order of the pipeline's stages.
@@ -55,7 +55,7 @@ def open_webdataset(
     from webdataset.tariterators import tarfile_samples  # other data sets do not need webdataset
 
     if reader.worker_info is None:
-        reader._lazy_init()  # detects its worker
+        reader._lazy_init()  # finds out in which worker it runs
     reader.worker_seed = seed
     reader._lazy_init()
     pipeline: list[Any] = reader.ds.pipeline  # type: ignore[attr-defined]
@@ -73,7 +73,7 @@ def open_webdataset(
 
 
 def _function_of(stage: Any) -> Any:
-    """The function that a pipeline stage applies to each sample, if it is a `functools.partial`."""
+    """The function wrapped by the `functools.partial` that a pipeline stage applies to samples; None without one."""
     arguments = getattr(stage, "args", ())
     return arguments[0].func if arguments and isinstance(arguments[0], partial) else None
 
@@ -101,8 +101,9 @@ def _samples_of_shards(
 
 
 def _samples_of_shard(url: str) -> Iterator[dict[str, Any]]:
-    """Yield a shard's samples, each a dict of contents by extension. Members that differ only in extension form one.
+    """Yield a shard's samples, each as a dict from extensions to contents.
 
+    Members of the shard whose names differ only in their extension form a sample.
     As in webdataset, an extension begins at the first dot of a name, unless that would merge several samples; see
     `_split`.
 
@@ -140,7 +141,7 @@ def _split(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
     `a.v1` and `a.v2` are separate samples if each has a label and no member is named without such a dot (`a.jpg`).
 
     Args:
-        sample: contents by extension, with `__key__` and `__url__`; empty for none.
+        sample: dict from extensions to contents, with `__key__` and `__url__`; empty for no sample.
 
     Raises:
         UserError: there are labels with and without such a dot (`a.v1.cls`, `a.cls`).
@@ -186,7 +187,9 @@ def _decoded(decode: Callable[[dict], dict | None], sample: dict[str, Any]) -> d
 def _decoded_by(
     decode: Callable[[bytes], Any], decode_sample: Callable[[dict], dict | None], sample: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Decode a sample. timm reads a label that is not in `cls`, from a copy of the sample with a blank image.
+    """Decode a sample: the image with `decode`, and a label that is not in `cls` with timm's decoder.
+
+    timm's decoder receives a copy of the sample with a blank image.
 
     Args:
         decode: decodes an image file.
@@ -231,8 +234,8 @@ def shards_of(dataset: Any) -> Sequence[str] | None:
 def read_exactly_once(dataset: Any, split_shards: bool) -> None:
     """Make a timm reader yield each validation sample exactly once.
 
-    On several ranks, timm's readers repeat and drop samples to make all shares equally long. Here each rank reads as if
-    it were the only one: its own shards of a webdataset (`split_shards`), otherwise all samples.
+    On several ranks, timm's readers repeat and drop samples so that all ranks read equally many. Here, each rank reads
+    its own shards of a webdataset if `split_shards` is set, and all samples otherwise.
     """
     reader = dataset.reader
     if getattr(reader, "dist_num_replicas", 1) == 1:

@@ -1,7 +1,7 @@
 """Data sets and samples, as read by loader workers.
 
-Everything pickled for the workers is in `sepvit_lib.pipeline`. Spawned workers (macOS, Windows) import its classes by
-name, and in a worker `datasets` may be Hugging Face's library (`import_hugging_face`).
+All classes that are pickled for the workers are in `sepvit_lib.pipeline`, and not in datasets.py: in a spawned worker
+(macOS, Windows), the module name `datasets` may refer to Hugging Face's library (`import_hugging_face`).
 """
 
 import hashlib
@@ -34,13 +34,13 @@ class ImageData:
     """A data set of images, its classes, and the transform of its images.
 
     Attributes:
-        dataset: the images and their labels, `Images` or `ImageStream` of `sepvit_lib.pipeline.data_sets`.
+        dataset: the images and their labels: an `Images` or an `ImageStream` (`sepvit_lib.pipeline.data_sets`).
         num_classes: number of classes.
         classes: names of the classes, None if the data set has none.
-        decode: decodes an image file for the transform, and may draw random numbers.
+        decode: decodes an image file, before the transform; may draw random numbers.
         transform: transform of the decoded images.
         outputs: the network's output index for each label of the data set; None if it equals the label.
-        class_map: file that numbers the classes; "" to number them by name.
+        class_map: file that numbers the classes; "" if they are numbered in the order of their names.
         is_hugging_face: whether Hugging Face's library reads the images.
     """
 
@@ -57,9 +57,9 @@ class ImageData:
         return len(self.dataset)
 
     def matched(self, held: Sequence[str] | None, what: str, quietly: bool = False) -> "ImageData":
-        """Match the classes with a network's by name, to map labels to its outputs.
+        """Match the class names with a network's, to map labels to the network's outputs.
 
-        Classes with unknown names, or numbered by a class map, are matched by number.
+        If the names are unknown, or a class map numbers the classes, classes are matched by number.
 
         Args:
             held: names of the network's classes, in the order of its outputs; None if they are unknown.
@@ -161,7 +161,7 @@ class Samples(Dataset):
         return target if self.outputs is None else self.outputs[target]
 
     def __getstate__(self) -> dict[str, Any]:
-        """State for a spawned worker, which must import Hugging Face's library before it unpickles objects of it."""
+        """State for a spawned worker, which must import Hugging Face's library before unpickling its objects."""
         state = dict(self.__dict__)
         if self.is_hugging_face:
             state["dataset"] = bytes(ForkingPickler.dumps(self.dataset))
@@ -195,7 +195,7 @@ class TrainSamples(Samples):
     """Training samples. Augmentation is determined by the seed and the sample's position in the epoch."""
 
     def __getitem__(self, sample: SampleIndex) -> tuple[Any, int, str]:
-        """Return image, label, and the unreadable images that this one replaces, as text (`Replacements.take`).
+        """Return image, label, and the unreadable images that the image replaces, as text (`Replacements.take`).
 
         Raises:
             UserError: too many images are unreadable.
@@ -210,7 +210,7 @@ class TrainSamples(Samples):
                 break
             except UnreadableImageError as error:
                 replacements.add(error)
-                pauses = () if error.is_storage_error else pauses  # the storage has had its retries
+                pauses = () if error.is_storage_error else pauses  # reading has already been retried
                 index = derived_seed(Stream.REPLACEMENT, self.seed, sample.epoch, sample.position, attempt) % len(self)
                 attempt += 1
         return self.transform(image), self.output_of(target), replacements.take()
@@ -219,8 +219,8 @@ class TrainSamples(Samples):
 def collate(samples: list[Any]) -> list[Any]:
     """Collate samples into a batch.
 
-    A loader worker moves the batch to shared memory here, where running out of it raises an error. In the thread that
-    sends the batch, such an error would only be printed, and the batch lost.
+    A loader worker moves the batch to shared memory here. If shared memory runs out, this raises an error. In the
+    thread that sends the batch, the error would only be printed, and the batch would be lost.
     """
     batch: list[Any] = default_collate(samples)
     if get_worker_info() is not None:

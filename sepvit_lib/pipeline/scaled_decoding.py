@@ -1,4 +1,4 @@
-"""Random crops of training images. JPEGs are decoded at a reduced size where it suffices for the crop."""
+"""Random crops of training images. JPEGs are decoded at a reduced size if it suffices for the crop."""
 
 import io
 import math
@@ -18,7 +18,7 @@ from sepvit_lib.common.packages import lacking
 from sepvit_lib.pipeline.image_files import EXIF, STORED, UPRIGHT, Encoded, decode, open_image, orientation_of
 
 SCALES = (8, 4, 2, 1)  # a JPEG can be decoded at 1/8, 1/4 or 1/2 of its size, from fewer coefficients of each block
-ROUNDING = 1e-3  # in pixels, added to the side of a crop so that rounding down loses no pixel
+ROUNDING = 1e-3  # in pixels, added to the side of the output so that rounding down loses no pixel
 
 
 class Part(NamedTuple):
@@ -27,7 +27,7 @@ class Part(NamedTuple):
     Attributes:
         pixels: H × W × 3, uint8.
         height: height of the crop from the top of `pixels`; fractional if the image is scaled.
-        width: width of the crop from the left of `pixels`; also fractional then.
+        width: width of the crop from the left of `pixels`; also fractional if the image is scaled.
         mode: interpolation for resizing.
     """
 
@@ -40,9 +40,10 @@ class Part(NamedTuple):
 class CropDecoder:
     """Random resized crop of an image file.
 
-    timm's transform draws the box, as in the faithful loader: the same random numbers yield the same box. A JPEG whose
-    box is at least 2, 4 or 8 times as large as the crop on both sides is decoded at 1/2, 1/4 or 1/8 of its size, by
-    libjpeg-turbo's scaled inverse DCT. The scaled box keeps its fractional size; its corner is rounded to a pixel.
+    timm's transform draws the box to crop, as in the faithful loader: the same random numbers yield the same box. If
+    both sides of the box are at least 2, 4 or 8 times as long as those of the output, a JPEG is decoded at 1/2, 1/4 or
+    1/8 of its size, by libjpeg-turbo's scaled inverse DCT. The scaled box keeps its fractional size, but its top left
+    corner is rounded to whole pixels.
 
     Args:
         crop: timm's transform.
@@ -74,7 +75,7 @@ class CropDecoder:
         return self.crop(decode(source, self.orientation))
 
     def decode(self, content: bytes) -> Part:
-        """Draw a random crop of a JPEG, and decode it at the smallest size that suffices for the crop.
+        """Draw a random crop of a JPEG, and decode the JPEG at the smallest size that suffices for the crop.
 
         Raises:
             ValueError: the image is damaged, must be turned upright, or can only be decoded by PIL.

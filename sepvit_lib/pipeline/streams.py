@@ -53,8 +53,10 @@ class ValStream(Samples, IterableDataset):
 
 
 class TrainStream(ValStream):
-    """Training samples of a streaming data set. Augmentation is determined by the seed, the epoch, and the sample's
-    rank, worker and number."""
+    """Training samples of a streaming data set.
+
+    Augmentation is determined by the seed, the epoch, the rank, the worker, and the sample's number in the worker.
+    """
 
     def __init__(self, data: ImageData, seed: int = 0) -> None:
         super().__init__(data, seed)
@@ -66,10 +68,10 @@ class TrainStream(ValStream):
         self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[Any, int, str]]:
-        """Yield image, label, and the unreadable images and shards skipped just before, as text (`Replacements.take`).
+        """Yield image, label, and the unreadable images and shards skipped before it, as text (`Replacements.take`).
 
         Raises:
-            UserError: too many consecutive images of a webdataset are unreadable, or one of another data set is.
+            UserError: too many consecutive images of a webdataset, or any image of another data set, are unreadable.
         """
         worker = get_worker_info()
         origin = (self.epoch.item(), get_rank(), worker.id if worker else 0)

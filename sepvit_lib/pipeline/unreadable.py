@@ -13,7 +13,7 @@ class UnreadableImageError(UserError):
     """An image, or a shard of images, is missing or damaged.
 
     Attributes:
-        name: the image, by its path if it has one.
+        name: path of the image or shard, or a different name if it has no path.
         reason: the error raised by reading it.
         is_storage_error: whether the storage does not respond; the image may then be intact.
     """
@@ -49,7 +49,7 @@ class Replacements:
     """Consecutive unreadable images, replaced by the next readable one; at most `REPLACEMENTS`.
 
     Attributes:
-        errors: why each is unreadable.
+        errors: one error per unreadable image.
     """
 
     def __init__(self) -> None:
@@ -59,8 +59,8 @@ class Replacements:
         """Add an unreadable image.
 
         Raises:
-            UserError: there are too many consecutive ones.
-            MachineError: there are too many, and the storage does not respond.
+            UserError: too many consecutive images are unreadable.
+            MachineError: too many consecutive images are unreadable because the storage does not respond.
         """
         self.errors.append(error)
         if len(self.errors) > REPLACEMENTS:
@@ -69,7 +69,7 @@ class Replacements:
             raise kind(f"image {first.name}: cannot be read ({first.reason}), nor can its {REPLACEMENTS} replacements")
 
     def take(self) -> str:
-        """Return all names and reasons as one string, which `unreadable_images` parses, and forget them."""
+        """Return all names and reasons as one string, for `unreadable_images` to parse, and clear the list."""
         text = SEPARATOR.join(part for error in self.errors for part in (error.name, error.reason))
         self.errors.clear()
         return text

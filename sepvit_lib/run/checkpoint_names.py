@@ -1,4 +1,4 @@
-"""Names of a run's checkpoints, and which of them it keeps."""
+"""File names of a run's checkpoints, and the selection of checkpoints to delete."""
 
 import re
 from abc import ABC, abstractmethod
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class CheckpointNames(ABC):
-    """Names of a run's checkpoints. Numbered ones are ordered by their position in the run.
+    """File names of a run's checkpoints. Numbered checkpoints are ordered by their position in the run.
 
     Attributes:
-        best: the checkpoint with the best score.
+        best: name of the checkpoint with the best score.
         newest: additional name of the newest numbered checkpoint; "" for none.
         pointer: text file with the path of the newest numbered checkpoint; "" for none.
     """
@@ -46,7 +46,7 @@ class CheckpointNames(ABC):
         return sorted(found, key=lambda path: found[path], reverse=True)
 
     def later(self, folder: Path, checkpoint: dict[str, Any]) -> list[Path]:
-        """List a folder's numbered checkpoints after a given one, newest first."""
+        """List the numbered checkpoints in a folder that come after a given checkpoint, newest first."""
         position = self.position(self.name(checkpoint)) or ()
         return [path for path in self.numbered(folder) if (self.position(path.name) or ()) > position]
 
@@ -75,9 +75,9 @@ class StepNames(CheckpointNames):
         return self.FORMAT.format(checkpoint.get("steps", 0))
 
     def position_text(self, checkpoint: dict[str, Any]) -> str:
-        """Epoch and step at which a checkpoint resumes."""
+        """Epoch and step at which a run resumes from a checkpoint."""
         return f"epoch {checkpoint['epoch'] + 1}, step {checkpoint['epoch_step']}"
 
     def outdated(self, saved: list[Path]) -> list[Path]:
-        """All but the newest `keep`."""
+        """Select all but the newest `keep` checkpoints."""
         return saved[self.keep :]

@@ -1,4 +1,4 @@
-"""Checkpoints: download, read, check, load, and write without ever losing one."""
+"""Download, read, check, load and write checkpoints. A failed write never destroys the previous checkpoint."""
 
 import argparse
 import copy
@@ -51,8 +51,8 @@ NETWORK_TIMEOUT = 30.0  # seconds that a server may take to respond
 DIRECTORY = 0x10  # attribute of a zip file's entry
 HEADER_SIZE = 512  # bytes at the start of a file that identify its format
 
-# `data_classes` of `read_checkpoint` for NumPy arrays and scalars. The functions that unpickle these are private in
-# NumPy 2; `__reduce__` returns them. None of them can run arbitrary code.
+# `data_classes` of `read_checkpoint` for NumPy arrays and scalars. The functions that unpickle arrays and scalars are
+# private in NumPy 2, so `__reduce__` is used to get them. None of the entries can run arbitrary code.
 NUMPY_CLASSES: tuple[Any, ...] = (
     np.empty(0).__reduce__()[0],
     np.float64(0).__reduce__()[0],
@@ -61,7 +61,7 @@ NUMPY_CLASSES: tuple[Any, ...] = (
     *(type(np.dtype(name)) for name in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"),
 )
 
-# Files often mistaken for checkpoints, by their first bytes, with the way out.
+# Files often mistaken for checkpoints: a pattern for their first bytes, and the end of the error message.
 FOREIGN_FILES = {
     rb"\s*<(!doctype|html|head|body|\?xml|!--)": "an HTML page; download the file from its direct URL",
     rb"version https://git-lfs": "a git-lfs pointer; fetch the file with `git lfs pull`",
@@ -112,13 +112,13 @@ def read_checkpoint(path: str, what: str, data_classes: Sequence[Any] = ()) -> d
 
 
 def refused_class(error: Exception) -> str | None:
-    """Return the class that unpickling refused, from the error's text; None for other errors."""
+    """Find the name of the class that unpickling refused in the error's text. Returns None for other errors."""
     match = re.search(r"nsupported (?:global|class)\W+(?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE)
     return match[1] if match else None
 
 
 def _check(path: Path) -> None:
-    """Check a file's first bytes and checksums, and refuse a file that is damaged or not a checkpoint."""
+    """Refuse a file that is damaged or not a checkpoint, judging by its first bytes and its checksums."""
     header = _header(path)
     for pattern, kind in FOREIGN_FILES.items():
         if re.match(pattern, header, re.IGNORECASE):
@@ -146,7 +146,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def has_checks(path: Path) -> bool:
-    """Whether a checkpoint's format reveals damage: zip archives (torch.save since 1.6) and safetensors."""
+    """Whether a checkpoint's format makes damage detectable: a zip archive (torch.save since 1.6) or safetensors."""
     return _header(path).startswith(b"PK") or _is_safetensors(path)
 
 
@@ -170,14 +170,14 @@ def damage(path: Path) -> str | None:
         if reader := getattr(torch._C, "PyTorchFileReader", None):
             with path.open("rb") as file:
                 reader(file)
-    # The file may also be gone: another process may have deleted it.
+    # OSError also occurs if another process has deleted the file.
     except (OSError, EOFError, RuntimeError, ValueError, safetensors.SafetensorError, zipfile.BadZipFile) as error:
         return " ".join(str(error).split())[:100]
     return None
 
 
 def _downloaded(url: str) -> Path:
-    """Download a file to torch.hub's folder, once per address and by one process per node. Returns its path.
+    """Download a file to torch.hub's folder, once per URL, by one process per node. Returns the file's path.
 
     Raises:
         UserError: the download fails, the file is not an intact checkpoint, or it does not match the hash in its name.
@@ -231,7 +231,7 @@ class LoadReport:
     """Result of `load_weights`.
 
     Attributes:
-        total: number of entries of the model.
+        total: number of entries in the model's state dict.
         adaptation: entries adapted to a different image size or form.
         classifier: classifier entries that stay randomly initialised because the number of classes differs.
         reinitialised: entries outside the SepViT that stay randomly initialised.
@@ -337,7 +337,7 @@ def has_averaged_weights(checkpoint: dict[str, Any]) -> bool:
 
 
 def has_both_weights(checkpoint: dict[str, Any]) -> bool:
-    """Whether a checkpoint contains averaged weights besides the network's."""
+    """Whether a checkpoint contains both averaged and ordinary weights."""
     return has_averaged_weights(checkpoint) and any(isinstance(checkpoint.get(key), dict) for key in MODEL_KEYS)
 
 
@@ -354,7 +354,7 @@ def load_weights(
     img_size: tuple[int, int] | None = None,
     new_settings: bool = False,
 ) -> LoadReport:
-    """Load a state dict strictly, but adapt entries to the model's image size and form (classification or dense).
+    """Adapt a state dict to the model's image size and form (classification or dense), then load it strictly.
 
     Args:
         model: a SepViT, a model that contains one, or any other model.
@@ -413,16 +413,16 @@ def _differing(recorded: Mapping[str, list], own: Mapping[str, list]) -> list[st
 
 
 def match_classifier(weights: dict[str, Tensor], model: Any, held: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Match the rows of a classifier to a model's classes by name.
+    """Reorder a classifier's rows so that its class names match those of a model.
 
     Args:
         weights: the state dict, whose classifier entries are replaced in place.
         model: the model.
-        held: names of the classes in the weights.
+        held: names of the classes that the weights were trained on.
         names: names of the model's classes.
 
     Returns:
-        the classes missing from the weights, which keep the model's initialisation.
+        names of the classes that the weights lack. Their rows keep the model's initialisation.
     """
     rows = {canonical(name): index for index, name in enumerate(held)}
     shared = [(index, rows[canonical(name)]) for index, name in enumerate(names) if canonical(name) in rows]
@@ -462,7 +462,7 @@ def classifier_of(weights: Mapping[str, Tensor], heads: str | Sequence[str] | No
 
     Args:
         weights: a state dict.
-        heads: timm's name of the classifier, or several: distilled networks have two heads.
+        heads: timm's name of the classifier, or two names for a distilled network, which has two heads.
     """
     prefixes = [heads] if isinstance(heads, str) else heads or []
     return [name for name in weights if name.startswith(tuple(f"{prefix}." for prefix in prefixes))]
@@ -479,7 +479,7 @@ def _replace_classifier(
 
 
 def _fill_up(weights: dict[str, Tensor], expected: dict[str, Tensor], prefix: str, report: LoadReport) -> None:
-    """Outside the SepViT, fill missing and mismatched entries from the model, and drop surplus entries."""
+    """Take missing and mismatched entries outside the SepViT from the model, and drop surplus entries."""
     outside = [name for name in expected if not name.startswith(prefix)]
     report.reinitialised = [
         name for name in outside if name not in weights or weights[name].shape != expected[name].shape
@@ -526,10 +526,10 @@ def _check_entries(
 def load_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any], with_lr: bool = False
 ) -> None:
-    """Load an optimiser's state, regardless of how its parameters were grouped.
+    """Load an optimiser's state, even if it was saved with a different grouping of the parameters.
 
-    The groups depend on the weight decay, and on the code: the published code also decays window tokens. The optimiser
-    keeps its own settings (weight decay, betas, …).
+    The grouping depends on the weight decay, and on whether window tokens decay, as in the published code. The
+    optimiser keeps its own settings (weight decay, betas, …).
 
     Args:
         optimizer: the optimiser.
@@ -565,7 +565,7 @@ def load_optimizer(
         groups.append({**saved[min(i, len(saved) - 1)], **kept, "params": indices})
         start += len(indices)
     optimizer.load_state_dict({**state, "param_groups": groups})
-    for parameter, values in optimizer.state.items():  # fused optimisers need the parameters' memory format
+    for parameter, values in optimizer.state.items():  # fused optimisers need the memory format of the parameter
         for name, value in values.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and name != "step":
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
@@ -599,7 +599,7 @@ class CheckpointWriter:
         names: names of the checkpoints.
 
     Attributes:
-        failure: why the last checkpoint could not be written, None if it was.
+        failure: why the last checkpoint could not be written; None if it was written.
     """
 
     def __init__(self, folder: Path, names: CheckpointNames) -> None:
@@ -624,7 +624,8 @@ class CheckpointWriter:
     def _write(self, checkpoint: dict[str, Any], is_best: bool) -> None:
         names = self.names
         path = self.folder / names.name(checkpoint)
-        # The best is written first: a run killed before the numbered one exists repeats the epoch and rewrites it.
+        # The best checkpoint is written first. If the run is killed before the numbered checkpoint exists, the resumed
+        # run repeats the epoch and writes both.
         first, *others = [names.best] * is_best + [path.name] + [names.newest] * bool(names.newest)
         self._best = checkpoint if is_best else self._best
         try:
@@ -651,9 +652,9 @@ class CheckpointWriter:
 
 
 def copied(value: Any) -> Any:
-    """Copy nested containers, and their tensors to the CPU, to protect them from later steps.
+    """Copy nested containers and the tensors in them, so that later training steps do not change the copies.
 
-    The copies are contiguous, as safetensors requires, whatever the network's memory format.
+    Tensors are copied to the CPU. The copied tensors are contiguous, as safetensors requires.
     """
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -668,7 +669,7 @@ def copied(value: Any) -> Any:
 
 
 def newest_good(folder: Path, names: CheckpointNames) -> Path | None:
-    """Return the newest intact checkpoint of a run, None if it has no checkpoint. Warns about damaged ones.
+    """Return the newest intact checkpoint of a run; None if the run has no checkpoint. Warns of damaged checkpoints.
 
     Raises:
         UserError: all checkpoints are damaged.

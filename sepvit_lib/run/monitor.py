@@ -1,4 +1,4 @@
-"""Monitoring of training steps: flags on which all ranks act at the same step, and the resulting actions."""
+"""Monitor training steps: share their events among the ranks as flags, on which all ranks act at the same step."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,10 +19,10 @@ from sepvit_lib.run.watchdog import Watchdog
 
 
 class StepFlags(NamedTuple):
-    """Events of a step on any rank.
+    """Events that occurred in a step on at least one rank.
 
     Attributes:
-        position: epoch and step in epoch, as named in log.txt.
+        position: epoch and step in epoch, with the field names of log.txt.
         bad_loss: the loss was not finite.
         bad_gradients: the gradients were not finite.
         preempted: a stop signal arrived.
@@ -37,14 +37,14 @@ class StepFlags(NamedTuple):
 
 
 class DelayedFlags:
-    """Share flags among ranks, which then act on them at the same step, without waiting for a GPU.
+    """Share flags among ranks, so that all ranks act on them at the same step. The loop does not wait for the GPU.
 
     The flags of a step are all-reduced on the device. They are read `lag` steps later, when the device has long
     finished that step.
 
     Args:
         device: the process's device.
-        lag: steps until the flags are read. 0 waits for the device at each step.
+        lag: number of steps after which flags are read. With 0, the loop waits for the device at each step.
     """
 
     def __init__(self, device: torch.device, lag: int) -> None:
@@ -87,15 +87,15 @@ class DelayedFlags:
 
 @dataclass(frozen=True)
 class MonitorSettings:
-    """Limits of a run, and when to save.
+    """Limits of a run, and settings of saving.
 
     Attributes:
-        max_bad_steps: number of consecutive skipped steps that ends the run.
-        dump_bad_batch: save the batches of such steps.
+        max_bad_steps: number of consecutive bad steps (with a non-finite loss or gradients) that ends the run.
+        dump_bad_batch: save the batches of bad steps.
         checkpoint_every: global steps between checkpoints within epochs; 0 for none.
         on_bad_image: policy for unreadable images, 'skip' or 'fail'.
         dataset_size: number of training images.
-        advice: what may help against non-finite steps, for messages.
+        advice: what may help against bad steps, for messages.
     """
 
     max_bad_steps: int
@@ -110,7 +110,7 @@ class StepMonitor:
     """Monitor training steps: bad losses, unreadable images, saving, preemption.
 
     Args:
-        settings: limits, and when to save.
+        settings: limits of the run, and settings of saving.
         watchdog: notified of progress.
         flags: shares events among the ranks.
         folder: output folder, for the batches of bad steps.
@@ -118,7 +118,7 @@ class StepMonitor:
         save: saves a checkpoint. A collective call.
 
     Attributes:
-        skipped: number of steps that changed no weights, including those of float16's search for its loss scale.
+        skipped: number of steps that changed no weights, including steps in which float16 searched for its loss scale.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class StepMonitor:
         """Record a batch of the current step.
 
         Args:
-            finite: whether its loss is finite, a boolean scalar on the device.
+            finite: whether the batch's loss is finite, a boolean scalar on the device.
             batch: images and targets, to be saved if the step is bad.
             unreadable: for each image, the unreadable images that it replaces, as text (`Replacements.take`).
         """
@@ -188,7 +188,7 @@ class StepMonitor:
 
     def _act(self, state: RunState, flags: StepFlags) -> None:
         """Act on a step's flags, identically on all ranks."""
-        # While float16 searches for its loss scale, infinite gradients are normal, down to a scale of 1.
+        # While float16 searches for its loss scale, infinite gradients are normal until the scale falls below 1.
         is_search = flags.bad_gradients and state.searches_scale()
         is_bad = flags.bad_loss or (flags.bad_gradients and not is_search)
         self.skipped += flags.bad_loss or flags.bad_gradients
@@ -219,7 +219,7 @@ class StepMonitor:
             print_line(f"WARNING: {path} could not be written ({error.strerror}); training continues")
 
     def _note_unreadable(self, state: RunState, flags: StepFlags) -> None:
-        """Log new unreadable images, and refuse too many."""
+        """Log new unreadable images, and end the run if there are too many."""
         names, policy, size = state.unreadable_images, self.settings.on_bad_image, self.settings.dataset_size
         example = ""
         for name, reason in unreadable_images(SEPARATOR.join(all_gather(self._unreadable))):

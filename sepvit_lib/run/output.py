@@ -1,4 +1,4 @@
-"""The files of a run: log.txt, TensorBoard's files, curves.png, checkpoints, and the lock on the output folder."""
+"""The files of a run (log.txt, TensorBoard's files, curves.png, checkpoints), and the lock on its output folder."""
 
 import json
 import math
@@ -29,7 +29,8 @@ LOCK_TIMEOUT = 60  # minimum seconds to wait for the processes of a killed run t
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# Fields that identify the kind of a line, which DeiT's format does not record.
+# `OF_RUN` occurs only in lines about the run, and `OF_EPOCH` only in lines about an epoch. DeiT's format does not
+# record the kind of a line.
 OF_RUN, OF_EPOCH = "settings", "train_loss"
 
 
@@ -51,14 +52,15 @@ def epoch_entries(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Log:
-    """log.txt: a line that describes the run, one per epoch, and one per event. Each write replaces the file.
+    """log.txt, with lines about the run, about each epoch and about each event. Each write replaces the file.
 
     Args:
         path: the file.
-        covers: returns whether a line comes before the position at which the run starts or resumes; others are removed.
+        covers: returns whether a line comes before the position at which the run starts or resumes. Other lines are
+            removed.
 
     Attributes:
-        failure: why the last lines could not be written, None if they were.
+        failure: why the last lines could not be written; None if they were written.
 
     Raises:
         OSError: the file cannot be written.
@@ -80,7 +82,7 @@ class Log:
             print_line(f"WARNING: {self.path} could not be written ({error.strerror}); training continues")
 
     def flush(self) -> None:
-        """Retry writing the lines that failed."""
+        """Write the file again if the last write failed."""
         if self.failure:
             with suppress(OSError):
                 self._write()
@@ -102,7 +104,7 @@ class Scalars:
     """TensorBoard's files. On failure, warn and retry with the next epoch.
 
     Args:
-        folder: folder of the files. Values in existing files from the first added epoch on are hidden.
+        folder: folder of the files. In existing files, values of the first added epoch and of later epochs are hidden.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -125,12 +127,12 @@ class Scalars:
         except ImportError as error:
             print_line(f"WARNING: no TensorBoard files ({error}); log.txt has all values")
         except OSError as error:
-            self._writer = None  # it does not recover
+            self._writer = None  # a writer cannot continue after an error
             print_line(f"WARNING: TensorBoard's files in {self.folder} could not be written ({error.strerror})")
 
 
 def plot_curves(log: Path, picture: Path) -> None:
-    """Plot loss, accuracy and learning rate from log.txt over the epochs.
+    """Plot the loss, accuracy and learning rate in log.txt over the epochs.
 
     Raises:
         OSError: the picture cannot be written.
@@ -173,13 +175,13 @@ class Output:
 
     On other ranks, and before `open`, the methods that log, save and close do nothing.
 
-    The order of writes ensures that log.txt covers the newest checkpoint; see docs/design.md.
+    The order of writes ensures that log.txt is never behind the newest checkpoint; see docs/design.md.
 
     Args:
         folder: the output folder.
         heartbeat_timeout: see `lock_folder`.
         names: names of the checkpoints.
-        what: name of the folder's setting.
+        what: name of the setting that gives the folder, for messages.
     """
 
     def __init__(
@@ -202,12 +204,12 @@ class Output:
             os.close(self._lock)
 
     def lock(self) -> None:
-        """Keep other runs out of the folder, if it exists; see `lock_folder`."""
+        """Keep other runs from writing to the folder, if it exists; see `lock_folder`."""
         if self._lock is None:
             self._lock = lock_folder(self.folder, self.heartbeat_timeout, self.what)
 
     def check_free(self, source: Source | None, resumes: bool) -> None:
-        """Refuse a folder whose run this one would overwrite.
+        """Refuse a folder with an earlier run that this run would overwrite.
 
         Args:
             source: checkpoint that the run resumes from, None for a fresh run.
@@ -218,7 +220,8 @@ class Output:
         """
         if is_taken(self.folder, self.names, source, resumes):
             raise UserError(
-                f"{self.what}: already holds a run; resume it with {setting('auto_resume')}, or choose another folder"
+                f"{self.what}: already contains a run; resume it with {setting('auto_resume')}, or choose another "
+                "folder"
             )
 
     def open(
@@ -234,7 +237,7 @@ class Output:
         Args:
             run: description of the run, for log.txt.
             covers: returns whether a line of log.txt comes before the position at which the run starts or resumes.
-            source: checkpoint that it resumes from, None for a fresh run.
+            source: checkpoint that the run resumes from, None for a fresh run.
             resumes: whether the run was asked to resume from the folder's newest checkpoint, if it has any.
             scalars: also write TensorBoard's files.
 
@@ -305,7 +308,7 @@ class Output:
                 )
 
     def complete(self) -> None:
-        """At the end of the run, give the newest checkpoint its additional name, and plot the curves.
+        """Write the final files of a run: the newest checkpoint under its additional name, and the plot of the curves.
 
         Raises:
             OSError: a file cannot be written.
@@ -346,8 +349,8 @@ def lock_folder(folder: Path, heartbeat_timeout: float, what: str) -> int | None
 
     Args:
         folder: the folder.
-        heartbeat_timeout: seconds. Processes whose launcher was killed keep training for up to twice as long, and the
-            lock waits for them.
+        heartbeat_timeout: the heartbeat timeout in seconds. If a run's launcher is killed, its processes may keep
+            training for up to twice this time. The lock waits for these processes to end.
         what: the folder's setting and value, for messages.
 
     Returns:

@@ -49,14 +49,14 @@ PACKAGES = ("torchvision", "timm", "numpy", "pillow")  # packages whose versions
 
 
 def describe_data(train: ImageData, val: ImageData) -> dict[str, Any]:
-    """Size and fingerprint of a run's data sets."""
+    """Size and fingerprint of a run's training and validation sets."""
     return {
         name: dict(images=len(data), fingerprint=fingerprint(data)) for name, data in (("train", train), ("val", val))
     }
 
 
 def git_revision() -> str:
-    """The commit of this code, with "-dirty" if files differ from it; "unknown" without git."""
+    """The commit of this code, with "-dirty" if files have been changed since; "unknown" without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -72,7 +72,7 @@ def describe_run(
 
     Args:
         settings: the run's settings by name.
-        data: size and fingerprint of its data sets.
+        data: size and fingerprint of the run's data sets.
         device: the process's device.
         packages: packages whose versions are recorded, besides torch.
     """
@@ -99,9 +99,9 @@ class Source:
     """A checkpoint that a run resumes from.
 
     Attributes:
-        path: its path or https address.
-        is_automatic: whether it was found in the output folder, not named by the user.
-        checkpoint: its content.
+        path: path or https address of the checkpoint.
+        is_automatic: whether it was found in the output folder, and not named by the user.
+        checkpoint: content of the checkpoint.
     """
 
     path: str
@@ -125,9 +125,9 @@ def find_checkpoint(
 
     Args:
         path: checkpoint named by the user, "" for none.
-        automatic: prefer the newest intact checkpoint in the output folder, if it has any.
+        automatic: prefer the newest intact checkpoint in the output folder, if there is one.
         folder: the output folder.
-        names: names of its checkpoints.
+        names: names of the folder's checkpoints.
         read: reads a checkpoint, from its path and a description for messages.
 
     Raises:
@@ -145,7 +145,7 @@ def find_checkpoint(
 
 
 def _newest_checkpoint(folder: Path, names: CheckpointNames) -> str:
-    """Path of a folder's newest intact checkpoint, "" if there is none. The same on all ranks."""
+    """Return the path of a folder's newest intact checkpoint on all ranks; "" if there is none."""
     found: list[str] = []
 
     def find() -> None:
@@ -159,7 +159,7 @@ def _newest_checkpoint(folder: Path, names: CheckpointNames) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checking that it belongs to the run
+# Checking that the checkpoint belongs to the run
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -170,10 +170,10 @@ def check_source(source: Source, settings: Mapping[str, Any], data: dict[str, An
         source: the checkpoint.
         settings: the run's settings by name.
         data: returned by `describe_data`.
-        is_stream: whether the training images are a streaming data set.
+        is_stream: whether the training images are read from a streaming data set.
 
     Returns:
-        the number of batches that each rank accumulates, to keep the number of images per step.
+        the number of batches that each rank must accumulate per step; see `accumulation`.
 
     Raises:
         UserError: the checkpoint belongs to a different run, or its steps cannot be divided among the processes.
@@ -201,10 +201,10 @@ def check_same_run(
     Args:
         source: the checkpoint.
         settings: the run's settings by name.
-        data: size and fingerprint of its data sets.
+        data: size and fingerprint of the run's data sets.
         free: settings that may differ.
-        folder: the setting of the output folder.
-        images: the setting of the data set.
+        folder: name of the setting that gives the output folder.
+        images: name of the setting that gives the data set.
 
     Raises:
         UserError: settings or images differ.
@@ -219,7 +219,8 @@ def check_same_run(
         path = setting(images, settings.get(images) or "")
         raise UserError(
             f"{source.what}: was saved by a run on different images than {path} has: {', '.join(different)}; restore "
-            f"them, choose another {setting(folder)}, or pass {setting('resume', source.path)} to continue with these"
+            f"them, choose another {setting(folder)}, or pass {setting('resume', source.path)} to continue with the "
+            "new ones"
         )
 
 
@@ -262,7 +263,9 @@ def _data_difference(split: str, before: dict[str, Any], now: dict[str, Any]) ->
 
 
 def accumulation(source: Source, settings: Mapping[str, Any]) -> int:
-    """Number of batches that each rank accumulates, to keep the number of images per step.
+    """Number of batches that each rank must accumulate, so that a step has as many images as before resuming.
+
+    If `batch_size` or `accum_steps` has been changed, the new values apply, but only from the start of an epoch.
 
     Raises:
         UserError: the batches cannot be divided among the processes, or the size of a step changes within an epoch.
@@ -290,7 +293,9 @@ def accumulation(source: Source, settings: Mapping[str, Any]) -> int:
 
 
 def check_same_readers(source: Source, settings: Mapping[str, Any]) -> None:
-    """Within an epoch of a streaming data set, refuse a different number of loader workers: each has its own share.
+    """Refuse to resume within an epoch of a streaming data set if the number of loader workers has changed.
+
+    Each worker reads its own share of the data set.
 
     Raises:
         UserError: the number of processes, or of workers per process, differs.
@@ -300,9 +305,9 @@ def check_same_readers(source: Source, settings: Mapping[str, Any]) -> None:
     now = get_world_size(), max(1, settings["num_workers"])
     if was != now:
         raise UserError(
-            f"{source.what}: was saved within an epoch of {settings['data_set']}, read by {was[0]} processes with "
-            f"{was[1]} workers each, not {now[0]} with {now[1]}; use the same numbers, or a checkpoint from between "
-            "epochs"
+            f"{source.what}: was saved within an epoch of {settings['data_set']}, which {was[0]} processes with "
+            f"{was[1]} workers each were reading; this run has {now[0]} with {now[1]}; use the same numbers of "
+            "processes and workers, or a checkpoint saved at the end of an epoch"
         )
 
 

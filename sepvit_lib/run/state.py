@@ -78,15 +78,15 @@ class RunState:
     unreadable_images: list[str] = field(default_factory=list)
 
     def position(self) -> dict[str, int]:
-        """Position in the run, as named in log.txt."""
+        """Position in the run, with the field names of log.txt."""
         raise NotImplementedError
 
     def covers(self, entry: dict[str, Any]) -> bool:
-        """Whether a line of log.txt comes before this position. At the start of a run, none does."""
+        """Whether a line of log.txt comes before the current position. At the start of a run, no line does."""
         raise NotImplementedError
 
     def searches_scale(self) -> bool:
-        """Whether float16 may be searching for its loss scale, through steps with infinite gradients."""
+        """Whether float16 may be searching for its loss scale, so that steps with infinite gradients are normal."""
         return False
 
 
@@ -96,7 +96,7 @@ class Training(RunState):
 
     Attributes:
         model: the network.
-        wrapped: the network as the loop calls it, data-parallel on several processes.
+        wrapped: the network that the loop calls: `model`, wrapped in DistributedDataParallel on several processes.
         optimizer: the network's optimiser.
         lr_scheduler: learning-rate schedule, stepped once an epoch.
         scaler: gradient scaler.
@@ -119,17 +119,17 @@ class Training(RunState):
     losses: Tensor = field(default_factory=lambda: torch.zeros(2))
 
     def position(self) -> dict[str, int]:
-        """Position in the run, as named in log.txt."""
+        """Position in the run, with the field names of log.txt."""
         return dict(epoch=self.epoch, step=self.epoch_step)
 
     def covers(self, entry: dict[str, Any]) -> bool:
-        """Whether a line of log.txt comes before this position. At the start of a run, none does."""
+        """Whether a line of log.txt comes before the current position. At the start of a run, no line does."""
         now = (self.epoch, self.epoch_step)
         # An epoch's line comes after all its steps.
         return now != (0, 0) and ("epoch" not in entry or (entry["epoch"], entry.get("step", math.inf)) <= now)
 
     def searches_scale(self) -> bool:
-        """Whether float16 may be searching for its loss scale, down to a scale of 1."""
+        """Whether float16 may be searching for its loss scale, as long as the scale is at least 1."""
         return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -137,9 +137,9 @@ class Training(RunState):
     # ------------------------------------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor, share: int) -> Tensor:
-        """Accumulate a batch's gradients, and its loss for the epoch's mean.
+        """Accumulate a batch's gradients, and add its loss to the epoch's sum.
 
-        A non-finite loss makes all gradients NaN on all ranks, which then all skip the step.
+        A non-finite loss makes all gradients NaN on all ranks, so that all ranks skip the step.
 
         Args:
             loss: the batch's loss, a scalar.
@@ -267,13 +267,13 @@ class Training(RunState):
             parts = checkpoint["losses"]
             if len(parts) == get_world_size():
                 own = parts[get_rank()]
-            else:  # with a different number of ranks, rank 0 takes the sum
+            else:  # if the number of ranks has changed, rank 0 takes the sum
                 own = torch.stack(parts).sum(0) * (get_rank() == 0)
             self.losses = own.to(self.losses.device)
 
 
 def reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimiser's step reads `found_inf` on the device and skips itself, as fused optimisers do.
+    """Whether an optimiser reads `found_inf` on the device, and skips the step if it is set, as fused optimisers do.
 
     torch's own GradScaler (torch 2.x) checks the same attribute, `_step_supports_amp_scaling`.
     """
@@ -281,22 +281,22 @@ def reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def poisoned(loss: Tensor, finite: Tensor) -> Tensor:
-    """The loss, or NaN if it is not finite: all ranks then get NaN gradients and skip the step.
+    """Return the loss, or NaN if it is not finite. NaN gradients then make all ranks skip the step.
 
     Args:
         loss: the loss, a scalar.
-        finite: whether it is finite, a boolean scalar.
+        finite: whether the loss is finite, a boolean scalar.
     """
     return loss * torch.where(finite, 1.0, math.nan)
 
 
 def buffers_of(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """A network's buffers, such as running statistics, each with a copy of its values."""
+    """Pairs of a network's buffers, such as running statistics, and copies of their values."""
     return [(buffer, buffer.clone()) for buffer in model.buffers()]
 
 
 def settle_buffers(buffers: list[tuple[Tensor, Tensor]], bad: Tensor) -> None:
-    """After a step, keep a network's buffers, or restore them if the step was skipped.
+    """Restore a network's buffers if the step was skipped; otherwise, keep their new values.
 
     Args:
         buffers: each buffer with a copy of its values before the step. The copies are updated.

@@ -45,10 +45,10 @@ class Preemption:
 
     Args:
         command: the script's name, printed before messages.
-        saves: whether the command saves its progress. If not, a signal ends it at once.
+        saves: whether the command saves its progress. If not, a signal ends the process at once.
 
     Attributes:
-        requested: whether this rank received a signal or, set by the watchdog, another one did.
+        requested: whether this rank received a signal. The watchdog also sets it if another rank did.
         has_progress: whether there is anything to save. If not, a signal ends the process at once.
         status: exit status of the stopped run.
     """
@@ -92,8 +92,10 @@ class Preemption:
 
 
 def ignore_preemption(*_: object) -> None:
-    """In a loader worker, ignore the signals that stop a run. They reach the whole process group, and the main process
-    still needs images to finish its step."""
+    """Ignore the signals that stop a run. Loader workers call this function.
+
+    The signals reach the whole process group, but the main process still needs images to finish its step.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -104,7 +106,7 @@ def heartbeat_timeout(timeout: float) -> float:
 
 
 def startup_timeout(timeout: float) -> float:
-    """Seconds without progress allowed before the first step, given a run's hang timeout."""
+    """Seconds without progress that are allowed before the first step, given a run's hang timeout."""
     return max(timeout, STARTUP_TIMEOUT)
 
 
@@ -122,12 +124,12 @@ class Heartbeat:
     """Status that a rank reports to the others.
 
     Attributes:
-        state: its state.
-        cause: the error that ended it; "" if there was none.
-        ticks: number of sync points, and of ticks since the last sync point.
-        position: its position in the run, for messages.
-        host: name of its machine.
-        preempted: whether it received a stop signal.
+        state: the rank's state.
+        cause: the error that ended the rank; "" if there was none.
+        ticks: number of sync points, and number of ticks since the last sync point.
+        position: the rank's position in the run, for messages.
+        host: name of the rank's machine.
+        preempted: whether the rank received a stop signal.
         time: when the heartbeat was sent, which makes each heartbeat unique.
     """
 
@@ -157,11 +159,14 @@ class Heartbeat:
 class Watchdog:
     """End this process, with a message, when it hangs or when another rank is lost.
 
-    Each rank sends heartbeats to a store on rank 0. A rank that sends none for the heartbeat timeout (a
-    tenth of `timeout`, at least 5 seconds) is dead or stopped. This process ends if it makes no progress for `timeout`
-    (before the first step and while `is_evaluating`, at least half an hour); the ranks with the fewest ticks hang. If
-    torchrun is gone, the run stops as on a signal; this process ends if that takes longer than the heartbeat timeout. A
-    single process is only watched for hanging.
+    Each rank sends heartbeats to a store on rank 0. A rank whose heartbeats stop for longer than the heartbeat timeout
+    (a tenth of `timeout`, at least 5 seconds) is dead or suspended, and this process then ends.
+
+    This process also ends if it makes no progress for `timeout` (at least half an hour before the first step and while
+    `is_evaluating`). The message names the ranks with the fewest ticks: they hang, and the others wait for them.
+
+    If torchrun is gone, the run stops as it does on a signal. This process ends if stopping takes longer than the
+    heartbeat timeout. In a run with a single process, the watchdog only detects hanging.
 
     Args:
         timeout: hang timeout in seconds.
@@ -192,7 +197,7 @@ class Watchdog:
         self.position = position
 
     def sync_point(self) -> None:
-        """Mark a collective sync point; tick counters restart."""
+        """Mark a point that all ranks reach together, and restart the tick counter."""
         self.sync_points += 1
         self.ticks = 0
 
@@ -240,7 +245,7 @@ class Watchdog:
         dist.barrier()
 
     def _wait_for_failures(self) -> None:
-        """On rank 0, which hosts the store, give the other ranks time to learn of its failure."""
+        """Give the other ranks time to learn of a failure of rank 0, which hosts the store. Other ranks do not wait."""
         end = time.monotonic() + 4 * self.heartbeat_timeout / POLLS
         others = [str(rank) for rank in range(1, get_world_size())]
         while get_rank() == 0 and time.monotonic() < end:
@@ -300,7 +305,7 @@ class Watchdog:
             self._judge([Heartbeat.from_json(beat) for beat in beats], [now - first for _, first in seen], now - since)
 
     def _exchange(self, ranks: list[str]) -> list[str] | None:
-        """Send a heartbeat and return those of all ranks; None at the end of the run, where rank 0 may be gone."""
+        """Send a heartbeat, and return those of all ranks; None if the run has ended and rank 0 is gone."""
         # The store's own timeout has no effect if rank 0 is suspended.
         timer = threading.Timer(2 * self.heartbeat_timeout, self._end_unless_done, ["process 0 does not respond"])
         timer.daemon = True
@@ -345,7 +350,7 @@ class Watchdog:
             self._end(what)
 
     def _end(self, what: str, status: int = RESUME_STATUS) -> NoReturn:
-        """End this process, with status 1 if another rank failed with an error that would recur."""
+        """End this process. The status is 1 if another rank failed with an error that would recur."""
         cause = "" if status == RESUME_STATUS else "fix the error that it printed, then "
         line = one_line(f"process {get_rank()}: {with_flags(what, self.flags)}; {cause}{self.advice}")
         print(f"{self.preemption.command}: {line}", file=sys.stderr, flush=True)

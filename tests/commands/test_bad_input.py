@@ -192,7 +192,7 @@ def run_folder(few_digits, tmp_path_factory):
     [
         ("", "--auto-resume"),
         ("--resume {run}/checkpoint.pth", "nothing left to train"),
-        ("--resume {tmp}/other.pth --epochs 2", "already holds a run"),
+        ("--resume {tmp}/other.pth --epochs 2", "already contains a run"),
         ("--resume {run}/checkpoint.pth --epochs 2 --opt sgd", "adamw, not --opt sgd"),
         ("--resume {run}/checkpoint.pth --epochs 2 --opt lamb", "adamw, not --opt lamb"),
     ],

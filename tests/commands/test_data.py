@@ -281,7 +281,7 @@ def test_webdataset_resumes_bit_for_bit(webdataset, tmp_path, capsys):
     other.mkdir()
     shutil.copy(tmp_path / "whole/checkpoint-00000008.pth", other)
     line = refusal(main.run, "main", [*arguments, "--num_workers", 1, "--output_dir", other], capsys)
-    assert "read by 1 processes with 2 workers each, not 1 with 1" in line
+    assert "which 1 processes with 2 workers each were reading; this run has 1 with 1" in line
     assert run(*arguments, "--output_dir", other) == 0
     a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (tmp_path / "whole", other))
     assert a["epoch"] == b["epoch"] == 1

@@ -542,7 +542,7 @@ UNFIT_BOXED: list[tuple[Spoil, str]] = [
     (remove("val2017/2.jpg"), "1 of its 2 images are missing, the first is {root}/val2017/2.jpg"),
     (put("model.roi_head.bbox_head.num_classes", 80), "model.roi_head.bbox_head.num_classes=80: the data set has 2"),
     (put("model.roi_head.mask_head.num_classes", 3), "model.roi_head.mask_head.num_classes=3: the data set has 2"),
-    (put("val_evaluator.ann_file", "other.json"), "val_evaluator.ann_file=other.json: the data set's is {root}/annot"),
+    (put("val_evaluator.ann_file", "other.json"), "ann_file=other.json: the data set's ann_file is {root}/annot"),
 ]
 UNFIT = [*(("segmentation", *case) for case in UNFIT_LABELLED), *(("detection", *case) for case in UNFIT_BOXED)]
 

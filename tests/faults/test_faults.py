@@ -538,9 +538,9 @@ def test_storage_outage(workers, few_digits, tmp_path, undisturbed, table):
 REFUSED = {
     "other settings": (["--lr", "1e-3", "--smoothing", "0.2"], "--lr 0.001 (was 0.005), --smoothing 0.2 (was 0.1)"),
     "other images": (["--data-path", "fewer"], "by a run on different images"),
-    "a fresh run": (["--no-auto-resume"], "--output_dir run: already holds a run"),
-    "an older checkpoint": (["--no-auto-resume", "--resume", "run/checkpoint-00000008.pth"], "already holds a run"),
-    "other weights": (["--no-auto-resume", "--resume", "run/weights.pth"], "already holds a run"),
+    "a fresh run": (["--no-auto-resume"], "--output_dir run: already contains a run"),
+    "an older checkpoint": (["--no-auto-resume", "--resume", "run/checkpoint-00000008.pth"], "already contains a run"),
+    "other weights": (["--no-auto-resume", "--resume", "run/weights.pth"], "already contains a run"),
 }
 
 

@@ -552,7 +552,7 @@ OTHERS = {
     f"--auto-resume --cfg-options {LR} {INDICES}": "optim_wrapper.optimizer.lr 0.01 (was 0.001), "
     "train_dataloader.dataset.indices 11 (was 12)",
     "--auto-resume --seed 1": "randomness.seed 1 (was 0)",
-    "": "already holds a run; resume it with --auto-resume",
+    "": "already contains a run; resume it with --auto-resume",
     f"--resume --cfg-options {LR}": "its run has optim_wrapper.optimizer.lr=0.001, not 0.01",
     f"--resume --cfg-options {SGD}": "optim_wrapper.optimizer",
 }

@@ -151,7 +151,7 @@ def test_a_run_is_repeated_from_its_args_yaml(few_digits, tmp_path, capsys):
         "/args/output_dir",
     ]
     assert read_log(tmp_path / "first") == read_log(tmp_path / "second")
-    assert "first: already holds a run" in refusal(main.run, "main", again, capsys)
+    assert "first: already contains a run" in refusal(main.run, "main", again, capsys)
 
 
 def test_readme_has_the_published_results():

@@ -1,4 +1,4 @@
-"""Compare and time the forms of a classifier (the checkpoint and the exported files), the rows of export.py's table."""
+"""Compare and time a classifier's checkpoint and its exported files: the rows of export.py's table."""
 
 import math
 import platform
@@ -19,16 +19,16 @@ from sepvit_lib.inference.classifier import Classifier
 from tools.exporting.data import BATCH_SIZE, Images
 
 CHECKPOINT = "checkpoint"  # the form with which others are compared: PyTorch in eager mode, float32
-MIN_SECONDS = 0.3  # per timing: the previous runtime's threads spin for some milliseconds
+MIN_SECONDS = 0.3  # per timing: at first, the previous runtime's threads still occupy cores
 HEADER = ("form", "file", "MB", "largest difference", "top-1, %", "latency, ms", "ratio", "images/s", "ratio")
 
 
 @dataclass
 class Form:
-    """A form of the classifier, and its measurements.
+    """A form of the classifier (the checkpoint or an exported file), and its measurements.
 
     Attributes:
-        classifier: the form, opened.
+        classifier: the form, loaded for inference.
         file: its file or folder; None for the checkpoint.
         difference: largest difference of its logits from the checkpoint's.
         top1: its top-1 (%); None without labels.

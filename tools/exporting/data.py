@@ -53,7 +53,7 @@ class Images:
 
 
 def photographs() -> Images:
-    """Photographs that come with scikit-image, of different shapes.
+    """Sample photographs from scikit-image, in different shapes.
 
     Raises:
         UserError: scikit-image is missing.
@@ -62,7 +62,7 @@ def photographs() -> Images:
     import skimage.data
 
     images = [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in PHOTOGRAPHS]
-    return Images("four photographs of scikit-image", images)
+    return Images("four sample photographs from scikit-image", images)
 
 
 def find_labelled(args: argparse.Namespace, classifier: Classifier) -> Images:

@@ -16,9 +16,9 @@ from tools.exporting.comparison import speed, time_calls
 from tools.exporting.writers import MAX_DIFFERENCE, export_onnx
 
 STRIDE = 32
-# At this size, every block has several windows along each side: the exporter would treat a single one as static.
+# At this size, every block has several windows along each side: the exporter would treat a dimension of 1 as static.
 TRACED = (2, 3, 256, 320)
-# Sizes with one window in the last stages, with padding in some or all stages, and of ADE20K and COCO.
+# These sizes have one window in the last stages, or padding in some or all stages, or are those of ADE20K and COCO.
 COMPARED = ((1, 3, 32, 64), (3, 3, 224, 224), (1, 3, 512, 512), (2, 3, 416, 608), (1, 3, 800, 1280))
 TIMED = (1, 3, 512, 512)
 
@@ -31,7 +31,7 @@ def find(path: str, averaged: bool) -> Backbone | None:
 
 
 def export(backbone: Backbone, folder: Path, args: argparse.Namespace) -> None:
-    """Write a backbone to ONNX, compare it at several sizes, and print the differences and its speed.
+    """Write a backbone to ONNX, compare the file with PyTorch at several sizes, and print differences and speed.
 
     Raises:
         UserError: a different format is requested, the maps differ too much, or the file cannot be written.
@@ -61,7 +61,7 @@ def write(backbone: Backbone, file: Path, opset: int) -> None:
 
 
 def compare(backbone: Backbone, file: Path, rounds: int) -> None:
-    """Print the largest difference of the maps at each of several sizes, and the speed relative to PyTorch's.
+    """Print the largest difference of the maps at each of several sizes, and the speed relative to PyTorch.
 
     Raises:
         UserError: the maps differ too much.

@@ -14,14 +14,14 @@ from sepvit_lib.common.devices import available_cores
 from sepvit_lib.inference.exported import compile_openvino, run_openvino
 from tools.exporting.writers import Job, quiet, read_openvino, save_onnx, save_openvino
 
-MAX_LOSS = 0.01  # of top-1
+MAX_LOSS = 0.01  # maximum decrease of top-1 (0 to 1)
 
 
 Score = Callable[[Callable[[Tensor], Tensor]], float]
 
 
 def write_openvino_int8(job: Job, path: Path) -> None:
-    """The network for OpenVINO in int8. With labelled images, layers that lose accuracy stay in float."""
+    """Write the network for OpenVINO in int8. If images are labelled, layers that lose accuracy stay in float."""
     model = quantised_by_nncf(read_openvino(job.onnx()), job.calibration, job.score)
     save_openvino(model, job.description, "int8", path)
 
@@ -32,9 +32,9 @@ def quantised_by_nncf(model: Any, calibration: Sequence[Tensor], score: Score | 
     Args:
         model: the model.
         calibration: batches that determine the range of each activation.
-        score: returns the accuracy (0 to 1) of a function from inputs to logits; None to not check it.
+        score: returns the accuracy (0 to 1) of a function from inputs to logits; None to skip the check.
     """
-    # Without a GPU, a module that NNCF imports logs that there is none.
+    # If there is no GPU, a module that NNCF imports logs an error.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import nncf
 
@@ -68,7 +68,7 @@ def _accuracy(model: Any, score: Score) -> float:
 
 
 def write_onnx_int8(job: Job, path: Path) -> None:
-    """The network for ONNX Runtime in int8: convolutions and linear layers, with weights scaled per channel.
+    """Write the network for ONNX Runtime, with convolutions and linear layers in int8 and one scale per weight channel.
 
     Per-tensor scales ruin depthwise convolutions. The matrix products of attention, which have no weights, stay in
     float.
@@ -94,7 +94,7 @@ def write_onnx_int8(job: Job, path: Path) -> None:
 
 
 def products_of_attention(model: Any) -> list[str]:
-    """Names of the matrix products in an ONNX model of which neither factor is constant."""
+    """Names of an ONNX model's matrix products without a constant factor, as in attention."""
     constants = {entry.name for entry in model.graph.initializer}
     constants |= {output for node in model.graph.node if node.op_type == "Constant" for output in node.output}
     return [node.name for node in model.graph.node if node.op_type == "MatMul" and not constants & set(node.input)]

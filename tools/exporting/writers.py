@@ -31,7 +31,7 @@ from sepvit_lib.pipeline.preprocessing import Preprocessing
 OPSET = 23  # of ONNX; the fastest version in ONNX Runtime, see docs/log.md
 OPSETS = range(18, 24)  # those that torch.onnx.export writes
 MAX_DIFFERENCE = 1e-3  # of the logits, in float32
-MAX_PIXEL_DIFFERENCE = 1.01  # of 255: one level, since rounding depends on the last digits of a sum
+MAX_PIXEL_DIFFERENCE = 1.01  # on a scale of 255: one level, since sums near a half may be rounded differently
 CITATION = """@article{li2022sepvit, title={SepViT: Separable Vision Transformer}, year={2022},
   author={Li, Wei and Wang, Xing and Xia, Xin and Wu, Jie and Li, Jiashi and Xiao, Xuefeng and Zheng, Min and
   Wen, Shiping}, journal={arXiv preprint arXiv:2203.15380}}"""
@@ -76,7 +76,7 @@ class Job:
         return torch.randn(EXAMPLES, 3, *self.description.preprocessing.size)
 
     def onnx(self, opset: int | None = None) -> Path:
-        """The network in ONNX, without metadata, as the start of other formats. `opset` replaces the job's."""
+        """Export the network to ONNX, without metadata, to convert to other formats. `opset` overrides the job's."""
         path = self.folder / f"opset-{opset or self.opset}.network"
         if not path.exists():
             export_onnx(self.program, self.images(), path, opset=opset or self.opset, outputs=["logits"])
@@ -84,14 +84,14 @@ class Job:
 
     @cached_property
     def program(self) -> ExportedProgram:
-        """The network as torch.export traces it, for batches of any size."""
+        """The network as a program traced by torch.export, for batches of any size."""
         with quiet(), torch.no_grad():
             return torch.export.export(self.network, (self.images(),), dynamic_shapes=({0: Dim("batch")},))
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep exporters and quantisers from reporting on their own work."""
+    """Hide warnings and log messages of exporters and quantisers."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -121,7 +121,7 @@ def hub_settings(description: Description) -> dict[str, Any]:
 
 
 def crop_share(preprocessing: Preprocessing) -> float:
-    """timm's `crop_pct`: crop length / resized length, lowered until timm, which rounds down, gets that length."""
+    """timm's `crop_pct`: crop length / resized length, slightly lowered, since timm rounds the resized length down."""
     side = min(preprocessing.size)
     share = side / preprocessing.resize
     while math.floor(side / share) < preprocessing.resize:
@@ -146,12 +146,12 @@ def model_card(description: Description) -> dict[str, Any]:
 
 def contiguous(network: nn.Module) -> nn.Module:
     """Copy a network and make all its weights contiguous, as safetensors requires."""
-    copied: Any = copy.deepcopy(network)  # torch's versions type `to` differently
+    copied: Any = copy.deepcopy(network)  # `to` has different type annotations in different torch versions
     return copied.to(memory_format=torch.contiguous_format)
 
 
 def write_safetensors(job: Job, folder: Path) -> None:
-    """Weights in safetensors, with configuration and model card: a folder that timm loads."""
+    """Write a folder that timm loads: weights in safetensors, configuration and model card."""
     save_for_hf(contiguous(job.network), str(folder), **hub_settings(job.description))
     (folder / "README.md").write_text(generate_readme(model_card(job.description), job.description.model))
 
@@ -196,14 +196,14 @@ def save_onnx(model: Any, description: Description, path: Path) -> None:
 
 
 def write_onnx(job: Job, path: Path, opset: int | None = None) -> None:
-    """The network in ONNX: normalised images to logits, batches of any size. `opset` replaces the job's."""
+    """Write the network in ONNX, from normalised images to logits, for any batch size. `opset` overrides the job's."""
     import onnx
 
     save_onnx(onnx.load(str(job.onnx(opset))), job.description, path)
 
 
 def write_onnx_preprocessing(job: Job, path: Path) -> None:
-    """The network in ONNX with its preprocessing: the pixels of one image, H × W × 3, to logits."""
+    """Write the network with its preprocessing in ONNX, from the pixels of one image, H × W × 3, to logits."""
     import onnx
 
     network, pixels = onnx.load(str(job.onnx())), preprocessing_graph(job.description.preprocessing, job.opset)
@@ -218,9 +218,9 @@ def write_onnx_preprocessing(job: Job, path: Path) -> None:
 
 
 def check_joined(preprocessing: Any, path: Path, job: Job) -> None:
-    """Refuse a file whose logits are not the network's for the same prepared images.
+    """Refuse a file whose logits differ from the network's on the same preprocessed images.
 
-    For images prepared by Pillow, logits may differ by more: one level in a pixel already changes them.
+    On images that Pillow preprocessed, logits may differ more: one level in a pixel already changes the logits.
 
     Raises:
         ValueError: the logits differ.
@@ -234,7 +234,7 @@ def check_joined(preprocessing: Any, path: Path, job: Job) -> None:
 
 
 def pixel_difference(graph: Any, preprocessing: Preprocessing, images: Sequence[Image.Image]) -> float:
-    """Largest difference between the pixels of the graph and of the validation preprocessing, on a scale of 255."""
+    """Largest difference between the pixels from the graph and from validation preprocessing, on a scale of 255."""
     prepare = open_onnx(graph.SerializeToString())
     std, transform, largest = torch.tensor(preprocessing.std).view(3, 1, 1), preprocessing.transform(), 0.0
     for image in images:
@@ -318,12 +318,12 @@ def save_openvino(model: Any, description: Description, number_format: str, path
 
 
 def write_openvino(job: Job, path: Path) -> None:
-    """The network for OpenVINO, computed in float32."""
+    """Write the network for OpenVINO, computed in float32."""
     save_openvino(read_openvino(job.onnx()), job.description, "float32", path)
 
 
 def write_openvino_bfloat16(job: Job, path: Path) -> None:
-    """The network for OpenVINO, computed in bfloat16, with 16-bit weights."""
+    """Write the network for OpenVINO, computed in bfloat16, with 16-bit weights."""
     save_openvino(read_openvino(job.onnx()), job.description, "bfloat16", path)
 
 
@@ -333,13 +333,13 @@ def write_openvino_bfloat16(job: Job, path: Path) -> None:
 
 
 def write_torch_export(job: Job, path: Path) -> None:
-    """The network as a program of torch.export, which PyTorch runs without this project's code."""
+    """Write the network as a program of torch.export, which PyTorch runs without this project's code."""
     with quiet():
         torch.export.save(job.program, path, extra_files={DESCRIPTION: job.description.to_json()})
 
 
 def write_aotinductor(job: Job, path: Path) -> None:
-    """The network compiled to machine code for this kind of processor, which PyTorch loads."""
+    """Compile the network to machine code for this kind of processor. PyTorch can load the file."""
     from torch._inductor import aoti_compile_and_package
 
     metadata = {"aot_inductor.metadata": {METADATA: job.description.to_json()}}
@@ -348,7 +348,7 @@ def write_aotinductor(job: Job, path: Path) -> None:
 
 
 def write_torchscript(job: Job, path: Path) -> None:
-    """The network in TorchScript, which PyTorch runs without this project's code, also from C++."""
+    """Write the network in TorchScript, which PyTorch runs without this project's code, also from C++."""
     with quiet():
         script = torch.jit.freeze(torch.jit.script(job.network))
         torch.jit.save(script, str(path), _extra_files={DESCRIPTION: job.description.to_json()})

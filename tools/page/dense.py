@@ -17,7 +17,7 @@ from sepvit_lib.mm.commands.predict import build_inference_model
 from sepvit_lib.mm.config import read_config, where_of
 from tools.page.predictors import Answer, BlockWeights, Predictor, Row, timed, weights_of
 
-MAX_SIDE = 1024  # of an image, in pixels: a segmentor's scores take 4 bytes per pixel and class
+MAX_SIDE = 1024  # of images, in pixels, to limit memory: a segmentor's scores take 4 bytes per pixel and class
 MAX_ROWS = 12
 SCORE = 0.3  # default minimum score of a detection
 LIBRARIES = {"mmseg": "segmentor", "mmdet": "detector"}
@@ -63,7 +63,7 @@ class DensePredictor(Predictor):
 
 
 def show_labels(model: Any, sample: Any, pixels: np.ndarray) -> tuple[list[Row], Image.Image, str]:
-    """Rows of a segmentor's classes, largest first; its labels as colours, transparent where ignored; a summary."""
+    """Return rows of classes, largest first; the labels as colours, transparent at ignored pixels; and a summary."""
     labels, classes = labels_in(sample.pred_sem_seg), model.dataset_meta["classes"]
     palette = np.asarray(model.dataset_meta["palette"], dtype=np.uint8)
     share = shares(labels, len(classes))
@@ -75,7 +75,7 @@ def show_labels(model: Any, sample: Any, pixels: np.ndarray) -> tuple[list[Row],
 
 
 def show_objects(model: Any, sample: Any, pixels: np.ndarray) -> tuple[list[Row], Image.Image, str]:
-    """Rows of a detector's objects, highest score first; the image with boxes and masks; a count of each class."""
+    """Return rows of objects, highest score first; the image with boxes and masks; and the number of each class."""
     from detection.predict import draw_sample
 
     found, classes = sample.pred_instances, model.dataset_meta["classes"]
@@ -91,12 +91,12 @@ def load_dense_predictor(config: str, checkpoint: str, device: torch.device, min
 
     Args:
         config: path of its config.
-        checkpoint: path or https address of its checkpoint.
+        checkpoint: path or https URL of its checkpoint.
         device: device of the model.
         min_score: minimum score of a detection; None for the default.
 
     Raises:
-        UserError: the config or the checkpoint cannot be read, or they do not fit.
+        UserError: the config or the checkpoint cannot be read, or the checkpoint does not match the config.
     """
     args = argparse.Namespace(config=config, cfg_options={})
     cfg = read_config(args)

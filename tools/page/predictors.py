@@ -20,7 +20,7 @@ from sepvit_lib.inference.images import read_image
 from sepvit_lib.pipeline.image_files import open_image
 
 MAX_PIXELS = 50_000_000  # of an image; decoding takes up to 12 bytes per pixel
-MAX_WEIGHTS = 2**21  # of a block, 8 MiB; for larger blocks, the page gets the mean over heads
+MAX_WEIGHTS = 2**21  # per block, 8 MiB; for blocks with more, the page gets the mean over heads
 TOP = 5
 
 
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """Attention among the windows of a block, or its rollout over all blocks, for the page to draw.
+    """Attention among the windows of a block, or the attention rollout over all blocks, for the page to draw.
 
     Attributes:
         label: STAGE.BLOCK, or 'rollout'.
@@ -50,7 +50,7 @@ class BlockWeights:
         height: height of a window in pixels of the picture.
         width: width of a window in pixels of the picture.
         weights: float32, h × n × n, for h heads and n windows. Rows sum to one.
-        is_mean: whether the weights are a mean over heads, and so h is 1.
+        is_mean: whether the weights are the mean over heads; if so, h is 1.
     """
 
     label: str
@@ -73,7 +73,7 @@ class Answer:
 
     Attributes:
         picture: the network's input.
-        rows: the prediction.
+        rows: lines of the prediction.
         summary: the prediction in a sentence.
         overlay: a picture to draw over `picture`.
         blocks: attention among windows, if any.
@@ -103,7 +103,7 @@ class Predictor:
         kind: 'classifier', 'segmentor' or 'detector'.
         name: display name of the network.
         classes: names of its classes.
-        orientation: 'exif' to turn images upright, or 'stored'.
+        orientation: 'exif' to turn images upright, or 'stored' to ignore the EXIF orientation.
         size: description of its input size.
         network: the PyTorch network; None for an exported file.
 
@@ -140,7 +140,7 @@ class ClassifierPredictor(Predictor):
         self.classifier = classifier
 
     def predict(self, image: Image.Image) -> Answer:
-        """Predict an RGB image: the likeliest classes, and the attention among windows."""
+        """Predict an RGB image: the most probable classes, and the attention among windows."""
         times: dict[str, float] = {}
         with timed(times, "preprocessing"):
             inputs = self.classifier.prepare(image)
@@ -159,7 +159,7 @@ class ClassifierPredictor(Predictor):
 
 @contextmanager
 def timed(times: dict[str, float], step: str) -> Iterator[None]:
-    """Record the milliseconds that the body of the context takes. Moving results to the CPU waits for them."""
+    """Record the milliseconds that a `with` block takes. To include GPU work, move results to the CPU in the block."""
     start = time.perf_counter()
     yield
     times[step] = 1000 * (time.perf_counter() - start)

@@ -29,14 +29,16 @@ class Sample:
 
 
 def load_samples(kind: str, classes: Sequence[str]) -> dict[str, Sample]:
-    """Load the samples by name: photographs and digits. Those that suit the network's classes come first.
+    """Load the page's sample images: photographs, and handwritten digits or scenes of digits.
+
+    The samples that suit the network's classes come first.
 
     Args:
         kind: kind of the network, 'classifier', 'segmentor' or 'detector'.
         classes: names of its classes.
 
     Returns:
-        the samples; empty if the packages of the demo are not installed.
+        the samples by name; empty if the demo's packages are not installed.
     """
     if lacking("skimage", "sklearn"):
         return {}
@@ -59,7 +61,7 @@ def _digits(names: Sequence[str]) -> dict[str, Sample]:
 
 
 def _scenes() -> dict[str, Sample]:
-    """Scenes composed like the demo's, of the validation set's digits and photographs."""
+    """Scenes composed as in the demo, from the digits and photographs of its validation set."""
     scenes = compose_scenes({"training": 0, "validation": SCENES})["validation"]
     return {f"scene-{number}": _sample(f"scene {number} of digits", one.image) for number, one in enumerate(scenes, 1)}
 

@@ -1,7 +1,7 @@
 """HTTP server of tools/app.py: routes, limits, security headers.
 
-An image is the raw body of a request, neither parsed as a form nor written to a file. It is read in chunks and refused
-once it is too large. Predictions run in a thread, one at a time, in the order of the requests.
+An image is sent as the raw body of a request. It is neither parsed as a form nor written to a file. The body is read in
+chunks, and refused once it is too large. Predictions run in a thread, one at a time, in the order of the requests.
 """
 
 import socket
@@ -28,7 +28,7 @@ from tools.page.predictors import Predictor, read_upload
 from tools.page.samples import Sample
 
 STATIC = Path(__file__).resolve().parent / "static"
-MAX_BYTES = 20 * 2**20  # of an image file
+MAX_BYTES = 20 * 2**20  # per image file
 MAX_CONNECTIONS = 64  # simultaneous ones; further requests get status 503
 LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]"]
 HEADERS = {
@@ -133,8 +133,8 @@ def build_application(predictor: Predictor, samples: Mapping[str, Sample], is_lo
     Args:
         predictor: see `Service`.
         samples: see `Service`.
-        is_loopback: whether the server listens on a loopback address. If so, requests to other host names are refused,
-            to prevent DNS rebinding by other sites.
+        is_loopback: whether the server listens on a loopback address. If so, requests with other host names are
+            refused, to prevent DNS rebinding by other sites.
     """
     service = Service(predictor, samples)
     routes: list[Any] = [

@@ -4,7 +4,7 @@
 #     sbatch tools/slurm/dense.sh segmentation configs/fpn_sepvit_t_512x512_80k_ade20k.py --checkpoint-every 1000
 #
 # Submit it from the repository's folder. sbatch's options come before the script, train.py's arguments after
-# `segmentation` or `detection`. Paths are relative to the folder of that name. PYTHON is the Python to use.
+# `segmentation` or `detection`. Paths are relative to that folder. PYTHON is the Python interpreter to use.
 #SBATCH --job-name=sepvit-dense
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

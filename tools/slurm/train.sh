@@ -4,7 +4,7 @@
 #     sbatch --nodes=4 tools/slurm/train.sh --model SepViT_Tiny --batch-size 64 --data-path imagenet --output_dir tiny
 #
 # Submit it from the repository's folder. sbatch's options come before the script, main.py's arguments after it. PYTHON
-# is the Python to use. SLURM sends SIGUSR1 two minutes before the time limit: the run saves, and the job is requeued.
+# is the interpreter. SLURM sends SIGUSR1 two minutes before the time limit: the run saves, and the job is requeued.
 #SBATCH --job-name=sepvit
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -24,7 +24,7 @@ MIN_WIDTH = 3.6  # inches, for the titles
 MAX_BAR = 3.0  # inches
 SUBCELLS = 4  # per side of a mosaic's cell; the gaps between the maps are whole subcells
 HEADS, LARGE_HEADS = 8, 4  # per row, besides the image and the mean
-FONT = {"font.size": 7, "axes.titlesize": 7, "pdf.fonttype": 42}  # 42: text in PDF files stays text
+FONT = {"font.size": 7, "axes.titlesize": 7, "pdf.fonttype": 42}  # 42: embed fonts, to keep text in PDF files as text
 OPACITY = 0.7  # of heat maps over images
 GREY = 0.5  # mean of the grey, low-contrast images under heat maps
 CONTRAST = 0.5
@@ -35,7 +35,7 @@ COLOUR_MAP = matplotlib.colormaps["viridis"]
 # attention figures share it.
 RELATIVE = LogNorm(0.1, 10, clip=True)
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)
-PERCENTILE = 99  # of an attribution map, at which the colour scale ends: single pixels may exceed it far
+PERCENTILE = 99  # of an attribution map, the end of the colour scale: a few pixels may have far larger values
 
 
 Grid = list[list[Axes]]  # panels, by row and column
@@ -44,7 +44,7 @@ Extension = Literal["neither", "max", "both"]
 
 @dataclass(frozen=True)
 class Subject:
-    """Image, title and chosen window of all figures.
+    """Image, title and chosen window, shared by all figures.
 
     Attributes:
         image: the network's input, H × W × 3, RGB, 0 to 255.
@@ -104,7 +104,7 @@ def show_cells(
 ) -> None:
     """Draw a grid of square cells, each `cell` image pixels wide, from the top left of the image.
 
-    If the image is already drawn, the cells are clipped to it.
+    If the image is already drawn, the cells are clipped to the image.
     """
     rows, columns = values.shape[:2]
     limits = dict(xlim=axes.get_xlim(), ylim=axes.get_ylim())
@@ -219,7 +219,7 @@ def show_mosaic(
 def show_among(
     axes: Axes, weights: Tensor, part: BlockAttention | Rollout, subject: Subject, block: BlockAttention, title: str
 ) -> None:
-    """Draw attention among the windows of a grid: of the chosen window over the image, or of all as a mosaic.
+    """Draw attention among windows: the chosen window's as a heat map over the image, or all windows' as a mosaic.
 
     Args:
         axes: panel to draw in.
@@ -253,12 +253,12 @@ def show_input(axes: Axes, subject: Subject, block: BlockAttention) -> None:
 
 
 def attending(subject: Subject) -> str:
-    """Part of the titles of figures of attention among windows."""
+    """Phrase for the titles of among-window attention figures."""
     return "each window attends to" if subject.pixel is None else "the outlined window attends to"
 
 
 def among_figure(subject: Subject, blocks: Sequence[BlockAttention], through: Rollout) -> Figure:
-    """Attention among windows, averaged over heads, of each block that has it, and its rollout through all blocks."""
+    """Attention among windows of each block with several windows, averaged over heads, and the attention rollout."""
     columns, side = (LARGE_COLUMNS, LARGE_PANEL) if subject.pixel is None else (COLUMNS, PANEL)
     title = f"{subject.title}\nwindows that {attending(subject)}, mean over heads"
     figure, grid = panels(*chunks(len(blocks) + 2, columns), subject.image.shape, title, side)
@@ -356,7 +356,7 @@ def show_window(axes: Axes, subject: Subject, block: BlockAttention, window: tup
 
 
 def show_window_weights(axes: Axes, weights: np.ndarray, seen: tuple[int, int], title: str) -> None:
-    """Draw the weights of a window's pixels, w × w. Rows and columns from `seen` on are padding."""
+    """Draw the weights of a window's pixels, w × w. Rows and columns with indices of `seen` or more are padding."""
     w = len(weights)
     axes.axis("on")
     axes.imshow(weights, norm=RELATIVE, cmap=COLOUR_MAP, interpolation="nearest", extent=(0, w, w, 0))
@@ -372,7 +372,7 @@ def show_window_weights(axes: Axes, weights: np.ndarray, seen: tuple[int, int], 
 
 
 def tokens_figure(title: str, similarities: Sequence[tuple[BlockAttention, Tensor]]) -> Figure:
-    """Cosine similarity of each block's learned window tokens, n × n: one map per window, at its position."""
+    """Cosine similarity of each block's learned window tokens, n × n: one map per window, at the window's position."""
     shape, title = similarities[0][0].grid, f"{title}\nsimilarity of each window's token to the others'"
     figure, grid = panels(*chunks(len(similarities), LARGE_COLUMNS), shape, title, LARGE_PANEL)
     norm = Normalize(-1, 1)

@@ -1,4 +1,4 @@
-"""The command that counts the costs of a whole segmentor or detector, and of its backbone by stage and kind."""
+"""Count the costs of a segmentor or detector, and those of its backbone by stage and kind of operation."""
 
 import argparse
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from sepvit_lib.mm.config import build_parser, drop_pretrained, read_config, whe
 
 
 def count(args: argparse.Namespace, samples: Callable[[int, int], list[Any]] | None = None) -> None:
-    """Print the parameters of a config's model by part, its total multiply-adds, and the costs of its backbone.
+    """Print the parameters of each part of a model, the model's multiply-adds, and its backbone's costs.
 
     Args:
         args: the command line.
-        samples: makes a detector's inputs other than the images, from the images' height and width in pixels.
+        samples: takes an image's height and width in pixels, and returns a detector's inputs other than the image.
     """
     cfg = read_config(args)
     drop_pretrained(cfg)

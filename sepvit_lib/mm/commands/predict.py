@@ -38,8 +38,8 @@ from sepvit_lib.mm.config_lookup import classes_of, data_sets
 from sepvit_lib.mm.console import progress_bar
 from sepvit_lib.pipeline.image_files import orientation_for
 
-# Function of model, path, image (H × W × 3, RGB) and, if the command has one, the minimum score. Returns a picture and
-# a line of text that describes it.
+# Draws a prediction. Takes the model, the path, the image (H × W × 3, RGB) and, in detection, the minimum score.
+# Returns a picture, and a line of text that describes the prediction.
 Renderer = Callable[..., tuple[Image.Image, str]]
 
 
@@ -55,19 +55,19 @@ def build_predict_parser(description: str | None) -> CommandParser:
 
 
 def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.Module:
-    """Build a config's model with a checkpoint's weights, in evaluation mode on the best device.
+    """Build a config's model with a checkpoint's weights, in evaluation mode, on the best available device.
 
     The model gets the attributes `cfg` and `dataset_meta` (classes and palette), as the inference functions of mmseg
-    and mmdet expect, and `orientation`, in which to read images. Its test pipeline takes images in memory, without
-    labels.
+    and mmdet expect, and `orientation`, the orientation in which to read images. Its test pipeline takes images in
+    memory, without labels.
 
     Args:
         cfg: the config.
-        checkpoint_path: path or https address of the checkpoint.
+        checkpoint_path: path or https URL of the checkpoint.
         where: name of the config in messages.
 
     Raises:
-        UserError: the checkpoint is missing, would run code, or does not fit, or the config has no test data.
+        UserError: the config has no test data, or the checkpoint is missing, would run code, or does not match.
     """
     check_test_parts(cfg, where)
     checkpoint = read_model_checkpoint(cfg, checkpoint_path, "CHECKPOINT")
@@ -77,7 +77,7 @@ def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.M
     check_weights(model, checkpoint, f"CHECKPOINT {checkpoint_path}")
     with build_errors(where):
         found = next(data_sets(cfg, "test_dataloader"), None)
-        if found is None:  # building it raises the reason, if not this error
+        if found is None:  # building the data set usually raises a more precise error
             built = DATASETS.build(cfg.test_dataloader.dataset)
             raise TypeError(f"test_dataloader.dataset: {type(built).__name__} is not derived from BaseDataset")
     node, kind = found
@@ -85,7 +85,7 @@ def build_inference_model(cfg: Config, checkpoint_path: str, where: str) -> nn.M
     if names is None:
         print_line(f"CHECKPOINT {checkpoint_path}: does not name its classes; the config's are used, matched by number")
     with build_errors(where):
-        stated = unread(node, kind).metainfo  # with a palette, which the library makes if the config has none
+        stated = unread(node, kind).metainfo  # with a palette, which the library creates if the config has none
     held = (checkpoint.get("meta") or {}).get("dataset_meta") or {}
     model.dataset_meta = {**stated, **held, "classes": names or classes_of(node, kind)}
     model.orientation = orientation_for(checkpoint.get("reading"))

@@ -33,7 +33,7 @@ from sepvit_lib.mm.runner import DenseRunner
 # An output other than metrics: the hook that writes it (None if an evaluator does), its folder, and the folder's name
 # in messages.
 Result = tuple[Hook | None, Path, str]
-# Sets the metrics in the config, and returns the other outputs.
+# Function that sets the metrics in the config, and returns the other outputs.
 Prepare = Callable[[Config, argparse.Namespace], list[Result]]
 
 
@@ -48,7 +48,7 @@ def build_test_parser(description: str | None, metrics: Sequence[str]) -> Comman
     add = parser.add_argument
     add("checkpoint", type=path, metavar="CHECKPOINT", help="checkpoint of the whole segmentor or detector")
     add("--eval", nargs="+", default=[], metavar="METRIC", help=f"one or more of {', '.join(metrics)}")
-    add("--aug-test", action="store_true", help="test-time augmentation (scales, flips) of the config's tta_pipeline")
+    add("--aug-test", action="store_true", help="test-time augmentation (scales, flips) by the config's tta_pipeline")
     return parser
 
 
@@ -129,14 +129,14 @@ class TestRunner(DenseRunner):
 
 
 def check_folders(cfg: Config, folders: Sequence[tuple[Path, str]]) -> None:
-    """Refuse folders in which results would overwrite images or labels: results are named like their images.
+    """Refuse folders in which results would overwrite images or labels: results have their images' names.
 
     Args:
         cfg: the config.
         folders: the folders, and their names in messages.
 
     Raises:
-        UserError: a folder is the data set's, or inside its folders of images or labels.
+        UserError: a folder is a data set's root, or contains its images or labels, or is inside a folder that does.
     """
     nodes = [node for loader in LOADERS for node, _ in data_sets(cfg, loader) if not is_elsewhere(node)]
     roots = {Path(node["data_root"]).resolve() for node in nodes if node.get("data_root")}
@@ -153,7 +153,7 @@ def check_folders(cfg: Config, folders: Sequence[tuple[Path, str]]) -> None:
 
 
 def make_folders(folders: Sequence[tuple[Path, str]]) -> None:
-    """Make folders and check that they are writable. If one is not, the new ones are removed again.
+    """Make folders and check that they are writable. If one is not, newly made folders are removed again.
 
     Args:
         folders: the folders, and their names in messages.

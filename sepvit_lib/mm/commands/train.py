@@ -49,7 +49,7 @@ from sepvit_lib.run.output import LOG, Output, stopped
 from sepvit_lib.run.resume import Source, find_checkpoint
 from sepvit_lib.run.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
 
-# Parts of mmengine and mmdet with state that checkpoints do not contain.
+# Classes of mmengine and mmdet with state that checkpoints do not contain.
 STATEFUL = re.compile(
     r"BatchSyncRandomResize|CachedMixUp|CachedMosaic|DynamicRoIHead|EarlyStoppingHook|GroupMultiSourceSampler|"
     r"SyncBuffersHook"
@@ -61,7 +61,7 @@ def build_train_parser(description: str | None) -> CommandParser:
     """Make the parser of train.py."""
     parser = build_parser(description, former=FORMER_OF_TRAINING)
     add = parser.add_argument
-    add("--auto-resume", action="store_true", help="resume from the work dir's newest checkpoint, as if never stopped")
+    add("--auto-resume", action="store_true", help="resume the work dir's run, which must have the same settings")
     resume = "resume from a checkpoint; without PATH, from the newest in the work dir, if there is one"
     add("--resume", nargs="?", const="", type=path, metavar="PATH", help=resume)
     add("--load-from", type=path, metavar="PATH", help="start from the weights of a whole segmentor or detector")
@@ -71,15 +71,15 @@ def build_train_parser(description: str | None) -> CommandParser:
     add("--no-validate", action="store_true", help="do not validate during training")
     add("--seed", type=number(int, 0, 2**32 - 1), default=None, help="default 0")  # NumPy's limit
     add("--deterministic", action="store_true")
-    every = "also save every ITERATIONS iterations; 0: only as the config says, and before validation"
+    every = "also save every ITERATIONS iterations; 0: save only at the config's interval and before validation"
     add("--checkpoint-every", type=natural, default=0, metavar="ITERATIONS", help=every)
-    keep = "keep the newest N checkpoints, default 2, besides those at the config's interval"
+    keep = "keep the newest N checkpoints, default 2, in addition to those at the config's interval"
     add("--keep-checkpoints", type=positive_int, default=2, metavar="N", help=keep)
-    policy = "skip: replace unreadable training images and labels, up to 0.1 %% of the set; fail: end at the first one"
+    policy = "skip: replace unreadable training images and labels, up to 0.1 %% of all; fail: end at the first one"
     add("--on-bad-image", choices=("skip", "fail"), default="skip", help=policy)
-    bad = "end the run after N skipped steps in a row, with a non-finite loss or non-finite gradients, default 10"
+    bad = "end the run after N consecutive steps skipped because the loss or gradients are not finite, default 10"
     add("--max-bad-steps", type=positive_int, default=10, metavar="N", help=bad)
-    hanging = "seconds without progress after which a process counts as hanging, default 600"
+    hanging = "seconds without progress after which a process is considered hung, default 600"
     add("--timeout", type=seconds, default=600.0, metavar="SECONDS", help=hanging)
     return parser
 
@@ -150,10 +150,10 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def check_states(cfg: Config) -> None:
-    """Refuse parts of mmengine and mmdet with state that checkpoints do not contain.
+    """Refuse classes of mmengine and mmdet with state that checkpoints do not contain.
 
     Raises:
-        UserError: the config has such a part. The message names it.
+        UserError: the config uses such a class. The message names it.
     """
     for node in dicts(cfg):
         if STATEFUL.fullmatch(name := str(node.get("type")).rpartition(".")[2]):
@@ -192,7 +192,7 @@ def resumes(args: argparse.Namespace) -> bool:
 
 
 def find_source(cfg: Config, args: argparse.Namespace, output: Output) -> Source | None:
-    """Find the checkpoint to resume from; None for a fresh run. Its seed becomes the run's, unless one is given.
+    """Find the checkpoint to resume from; None for a fresh run. `--seed` overrides the checkpoint's seed.
 
     Raises:
         UserError: the checkpoint cannot be read, or contains only weights, or settings exclude each other.
@@ -237,7 +237,7 @@ def config_to_write(cfg: Config, args: argparse.Namespace) -> Config:
 
 
 def starting_weights(cfg: Config, args: argparse.Namespace) -> str | None:
-    """Path of the whole model's checkpoint whose weights a fresh run starts from; None if it starts from none."""
+    """Path of the segmentor's or detector's checkpoint whose weights a fresh run starts from; None if there is none."""
     return args.load_from or (None if args.from_scratch or cfg.get("resume") else cfg.get("load_from"))
 
 
@@ -298,7 +298,7 @@ def own_folder(output: Output, config: str, preemption: Preemption) -> Iterator[
 
 
 def log_folders(folder: Path) -> list[Path]:
-    """Folders of this process's log files, among those directly in a work dir."""
+    """Folders directly in a work dir that contain this process's log files."""
     files = [
         handler.baseFilename
         for handler in MMLogger.get_current_instance().handlers
@@ -340,7 +340,7 @@ def set_starting_point(cfg: Config, args: argparse.Namespace, source: Source | N
 
 
 def read_starting_weights(cfg: Config, flag: str) -> dict[str, Any]:
-    """Read the checkpoint of `load_from`. If its classes differ from the data set's, drop entries that depend on them.
+    """Read the checkpoint of `load_from`. If its classes differ from the data set's, drop class-dependent entries.
 
     Args:
         cfg: the config.
@@ -357,7 +357,7 @@ def read_starting_weights(cfg: Config, flag: str) -> dict[str, Any]:
     kept = {name: value for name, value in weights.items() if name not in depending}
     count = len(weights) - len(kept)
     problem = "was trained on classes with different names"
-    print_main(f"{what}: {problem}; the {count} entries that depend on them stay fresh")
+    print_main(f"{what}: {problem}; the {count} entries that depend on the classes stay randomly initialised")
     return {"meta": checkpoint.get("meta", {}), "state_dict": kept}
 
 

@@ -1,11 +1,11 @@
-# Shared by the configs of segmentation and detection. It imports the backbones, which lets a config inherit from
-# `mmseg::…` and `mmdet::…` in the bases after this one.
+# Shared by the configs of segmentation and detection. It imports the backbones. After this import, a config can inherit
+# from `mmseg::…` and `mmdet::…`, so `_base_` must list this file before their configs.
 import importlib
 import os
 import sys
 
-# Makes the repository importable, also for mmsegmentation's and mmdetection's own tools. It comes last in the path, to
-# shadow no other module.
+# Makes the repository importable, also for mmsegmentation's and mmdetection's own tools. It comes last in the path,
+# so that it shadows no other module.
 sys.path += {os.path.realpath("{{ fileDirname }}/../../..")} - {*sys.path}
 importlib.import_module("sepvit_lib.mm.backbone")
 custom_imports = dict(imports=["sepvit_lib.mm.backbone", "sepvit_lib.mm.image_loading"], allow_failed_imports=False)
@@ -21,6 +21,6 @@ sepvit_small = dict(
 sepvit_base = dict(
     type="SepViT_Base", drop_path_rate=0.5, init_cfg=dict(type="Pretrained", checkpoint="pretrained/SepViT_Base.pth")
 )
-# For optim_wrapper.paramwise_cfg, as published: no weight decay for parameters with these words in their names. They
-# are the backbone's norms and positional encodings. UPerNet's batch norms are named `bn`, so they are decayed.
+# For optim_wrapper.paramwise_cfg, as published: no weight decay for parameters with these words in their names, i.e.
+# the backbone's norms and positional encodings. UPerNet's batch norms are named `bn`, so they are decayed.
 no_weight_decay = dict(custom_keys={"norm": dict(decay_mult=0.0), "pos_block": dict(decay_mult=0.0)})

@@ -18,7 +18,7 @@ TRUNCATED = (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError)  # type: ig
 
 
 class CheckedTarInfo(tarfile.TarInfo):
-    """Tar member that refuses a damaged archive. tarfile treats a broken or missing header as the archive's end."""
+    """Tar member that reports a damaged archive. tarfile's own members treat a broken header as the archive's end."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "CheckedTarInfo":
@@ -44,12 +44,12 @@ class Archive(ImageFiles):
         path: the archive.
 
     Raises:
-        tarfile.TarError: it is damaged or not an archive.
-        OSError: it cannot be read.
+        tarfile.TarError: the file is damaged or not an archive.
+        OSError: the file cannot be read.
     """
 
     skipped: Counter[str]
-    file = Images.file  # in memory
+    file = Images.file  # opens the image's content in memory
 
     def __init__(self, path: Path) -> None:
         self.path, self.root = path, str(path.parent)
@@ -90,7 +90,7 @@ class Archive(ImageFiles):
         """Return the content of an image's file, and its label.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the archive cannot be read.
         """
         start, size = self._extents[index]
         with self.path.open("rb") as file:

@@ -1,7 +1,7 @@
 """Interface of a data set of images.
 
-Each data set is a subclass of `Images` or `ImageFiles` in its own module, with an entry in `datasets.DATA_SETS`. Its
-objects are pickled for loader workers.
+Each data set is a subclass of `Images` or `ImageFiles` in its own module, with an entry in `datasets.DATA_SETS`. The
+instances are pickled for loader workers.
 """
 
 import io
@@ -34,7 +34,7 @@ class Images:
         raise NotImplementedError
 
     def encoded(self, index: int) -> tuple[Encoded, int]:
-        """Return the content of an image's file, or the image if the data set has no files, and its label."""
+        """Return an image and its label: the content of the image's file, or a decoded image if there are no files."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
@@ -44,16 +44,16 @@ class Images:
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify these images, wherever they are stored: usually names and labels.
 
-        Automatic resumption is refused if they changed.
+        A run is not resumed automatically if these bytes have changed.
         """
         raise NotImplementedError
 
     def labels(self) -> set[int] | None:
-        """Labels that occur; None if they are unknown until all images are read."""
+        """Set of the labels that occur; None if finding them would need to read all images."""
         return None
 
     def files(self) -> Iterator[Callable[[], Any]]:
-        """Yield functions that return paths or open files of some images, whose headers `count_turned` reads."""
+        """Yield, for a sample of the images, functions that return a path or an open file, for `count_turned`."""
         yield from (partial(self.file, index) for index in evenly_spaced(range(len(self)), MAX_HEADERS))
 
     def file(self, index: int) -> Any:
@@ -98,7 +98,7 @@ class ImageFiles(Images):
 
 
 def check_label(label: int, num_classes: int) -> int:
-    """Return a label; refuse one outside the range of the classes."""
+    """Return a label, after checking that it is below the number of classes and not negative."""
     if not 0 <= label < num_classes:
         raise UserError(f"{setting('num_classes', num_classes)}: an image is labelled {label}; labels start at 0")
     return label

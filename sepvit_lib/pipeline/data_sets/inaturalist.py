@@ -11,12 +11,12 @@ from sepvit_lib.pipeline.data_sets.base import ImageFiles
 class INaturalist(ImageFiles):
     """iNaturalist 2018 and 2019 at one level of the taxonomy.
 
-    Classes are numbered in the order of their first appearance in the training annotations. Images are at the paths in
-    the JSON, `<split>/<kingdom>/<category id>/<file>`, or at these paths without the kingdom folder.
+    Classes are numbered in the order of their first appearance in the training annotations. Images are at the paths
+    given in the JSON files, `<split>/<kingdom>/<category id>/<file>`, or at the same paths without the kingdom folder.
 
     Args:
         root: folder with train<year>.json, val<year>.json, categories.json and the images.
-        train: whether to read the training images; otherwise the validation images.
+        train: read the training images; otherwise, the validation images.
         year: 2018 or 2019.
         category: level of the taxonomy, one of `datasets.INAT_CATEGORIES`.
 

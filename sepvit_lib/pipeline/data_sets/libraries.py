@@ -46,7 +46,7 @@ def import_hugging_face() -> None:
 
 
 class TorchvisionImages(Images):
-    """Images of a torchvision data set, which decodes them itself.
+    """Images of a torchvision data set. torchvision decodes the images.
 
     Args:
         dataset: the data set.
@@ -63,7 +63,7 @@ class TorchvisionImages(Images):
         return self.dataset[index]
 
     def identity(self) -> Iterator[bytes]:
-        """Yield the name of the data set's Python class, and its length."""
+        """Yield the name of the data set's Python class, and the number of images."""
         yield json.dumps([type(self.dataset).__name__, len(self)]).encode()
 
     def labels(self) -> set[int] | None:
@@ -86,11 +86,11 @@ class Cifar100(TorchvisionImages):
 class ReaderImages(Images):
     """Images that one of timm's readers reads by index (hfds/…).
 
-    timm's own data set would replace an unreadable image silently.
+    timm's own `ImageDataset` would replace an unreadable image silently.
 
     Args:
         dataset: timm's data set.
-        root: its folder.
+        root: the data set's folder.
     """
 
     def __init__(self, dataset: ImageDataset, root: str) -> None:
@@ -106,11 +106,11 @@ class ReaderImages(Images):
             return file.read(), self.check_label(label)
 
     def name(self, index: int) -> str:
-        """Path of an image, if the reader knows it."""
+        """Path of an image, or the reader's name for it."""
         return self.reader.filename(index)
 
     def identity(self) -> Iterator[bytes]:
-        """Yield the name of the reader's Python class, and its length."""
+        """Yield the name of the reader's Python class, and the number of images."""
         yield json.dumps([type(self.reader).__name__, len(self)]).encode()
 
     def labels(self) -> set[int] | None:
@@ -127,7 +127,7 @@ class ImageStream(IterableImageDataset):
 
     Args:
         dataset: timm's data set.
-        root: its folder.
+        root: the data set's folder.
     """
 
     classes = skipped = None
@@ -137,7 +137,7 @@ class ImageStream(IterableImageDataset):
         self.root = root
 
     def identity(self) -> Iterator[bytes]:
-        """Yield the name of the reader's Python class, its length, and the names of its shards, if it has any."""
+        """Yield the name of the reader's Python class, the number of images, and the names of the shards, if any."""
         yield json.dumps([type(self.reader).__name__, len(self), *(shards_of(self) or ())]).encode()
 
     def labels(self) -> None:
@@ -154,11 +154,11 @@ class ImageStream(IterableImageDataset):
 
 
 def from_library(dataset: Any, root: str, num_classes: int) -> Images | ImageStream:
-    """Adapt a data set that timm's `create_dataset` returned, and refuse labels without a class.
+    """Adapt a data set that timm's `create_dataset` returned, and refuse labels outside the range of the classes.
 
     Args:
         dataset: the data set.
-        root: its folder.
+        root: the data set's folder.
         num_classes: number of classes.
     """
     dataset.target_transform = partial(check_label, num_classes=num_classes)

@@ -4,7 +4,7 @@
 const INFERNO = ["#000004", "#0b0724", "#210c4a", "#3d0965", "#57106e", "#71196e", "#8a226a", "#a32c61", "#bc3754",
   "#d24644", "#e45a31", "#f1731d", "#f98e09", "#fcac11", "#f9cb35", "#f2ea69", "#fcffa4"];
 const COLOURS = INFERNO.map((colour) => [1, 3, 5].map((start) => parseInt(colour.slice(start, start + 2), 16)));
-const DRAWN_WIDTH = 1120; // minimum in pixels of the heat map: twice the width on a desktop
+const DRAWN_WIDTH = 1120; // minimum width of the heat map in pixels: twice its width on a desktop
 const SHARPEST = 64; // images with fewer pixels in a row are shown pixel by pixel
 
 const $ = (id) => document.getElementById(id);
@@ -56,7 +56,7 @@ function setBusy(isBusy) {
 function listenForImages() {
   $("file").addEventListener("change", () => {
     const [file] = $("file").files;
-    $("file").value = ""; // choosing the same file again counts
+    $("file").value = ""; // so that the same file can be chosen again
     if (file) send(file);
   });
   document.addEventListener("dragover", (event) => {
@@ -243,7 +243,7 @@ function setStrength() {
 // Heat map
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Weight of a window (row of the matrix) for another one (column), by the chosen head or their mean.
+// Weight that one window (row of the matrix) gives another (column), for the chosen head or the mean over heads.
 function weight(block, from, to) {
   const n = block.rows * block.columns;
   if (state.head !== "mean") return block.weights[(state.head * n + from) * n + to];
