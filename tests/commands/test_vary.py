@@ -4,6 +4,7 @@ import argparse
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -28,7 +29,7 @@ def run(*arguments: object) -> int:
     return main.run(list(map(str, arguments)))
 
 
-def windows_of(network: torch.nn.Module) -> set[int]:
+def windows_of(network: Any) -> set[int]:
     return {block.window_size for block in network.named_blocks().values()}
 
 
