@@ -79,7 +79,7 @@ MISTAKES = {  # the arguments, and what the line names
     "http address": ("--resume http://localhost/x.pth", "http://localhost/x.pth: no such file"),
     "evaluation of non-finite weights": (f"{EVAL}/nan.pth", "head.bias has non-finite values (3 of 3)"),
     "resuming from non-finite weights": ("--resume {root}/inf.pth", "head.bias has non-finite values (1 of 3"),
-    "non-finite teacher": (f"{TEACHER}/nan.pth", "--teacher-path {root}/nan.pth: head.bias is not"),
+    "non-finite teacher": (f"{TEACHER}/nan.pth", "--teacher-path {root}/nan.pth: head.bias has non-finite"),
     "evaluation with another number of classes": (f"{EVAL}/nine.pth", "9 classes instead of 3"),
     "teacher with another number of classes": (f"{TEACHER}/nine.pth", "9 classes instead of 3", "use a teacher"),
     "evaluation with --finetune": ("--eval --finetune {root}/lite.pth", "--resume"),
