@@ -69,7 +69,7 @@ from engine import (
     measure_throughput,
     train_one_epoch,
 )
-from sepvit import VARIANTS
+from sepvit import VARIANTS, SepViT
 from sepvit_lib.common.class_names import check_map, listed
 from sepvit_lib.common.command_line import (
     KeyValues,
@@ -85,11 +85,12 @@ from sepvit_lib.common.command_line import (
     seconds,
 )
 from sepvit_lib.common.devices import available_cores, best_device, check_device
-from sepvit_lib.common.errors import Preempted, UserError, setting
+from sepvit_lib.common.errors import Preempted, UserError, setting, with_flags
 from sepvit_lib.common.processes import get_world_size, init_distributed, is_main_process, on_main_process, print_main
 from sepvit_lib.common.recipes import ARGS, parse_with_recipe, write_recipe
 from sepvit_lib.common.saved_settings import img_size_of, settings_in
 from sepvit_lib.common.storage import make_folder, write_file
+from sepvit_lib.count import LARGE_PADDING, padding_as_text, padding_of, with_less_padding
 from sepvit_lib.networks import create_network, to_device
 from sepvit_lib.pipeline.image_files import ORIENTATIONS, STORED, count_turned
 from sepvit_lib.pipeline.preprocessing import Preprocessing
@@ -617,6 +618,9 @@ def build_model(args: argparse.Namespace, num_classes: int, precision: Precision
         " " + setting("model_kwargs", args.model_kwargs) if args.model_kwargs else ""
     )
     model = create_network(what, args.model, num_classes, args.input_size, rates, asked_for, args.model_kwargs)
+    if isinstance(model, SepViT) and padding_of(model, model.img_size).extra > LARGE_PADDING:
+        ways = with_flags(with_less_padding(model, model.img_size), parser.flags())
+        print_main(f"WARNING: {padding_as_text(model, model.img_size)}{ways and f'; less with {ways}'}")
     to_device(model, precision.device)
     if args.grad_checkpointing:
         try:

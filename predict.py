@@ -182,7 +182,7 @@ def write_results(predictions: Sequence[Prediction], args: argparse.Namespace) -
 
 
 def draw(prediction: Prediction, out: Path, orientation: str) -> None:
-    """Write a picture that shows the image and its likeliest classes.
+    """Write a picture that shows the image and its most likely classes.
 
     Raises:
         UserError: the picture cannot be written.

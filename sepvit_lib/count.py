@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sepvit import SepViTStages
 from sepvit_lib.common.devices import synchronize
+from sepvit_lib.common.errors import setting
 
 INSIDE, AMONG = "attention inside windows", "attention among windows"
 KINDS = ("convolutions", "projections", INSIDE, AMONG, "MLP", "norms, window tokens", "classifier")
@@ -28,6 +29,7 @@ LAYER_KINDS = ("convolutions", "linear layers", "norms", "other")  # of networks
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 HEAD, WHOLE = "head", "whole"
+SMALL_PADDING, LARGE_PADDING = 0.1, 0.25  # share of the multiply-adds
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Multiply-adds and activations
@@ -103,6 +105,51 @@ def count_multiply_adds(model: nn.Module, *inputs: Any) -> int:
         *inputs: arguments of its forward pass.
     """
     return sum(count.multiply_adds for count in count_by_module(model, *inputs).values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Padding
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Padding(NamedTuple):
+    """Padding of maps to whole windows.
+
+    Attributes:
+        stages: padded pixels divided by the map's pixels, by stage; 0 without padding.
+        extra: multiply-adds that padding adds, divided by the others, approximately: those of linear layers.
+    """
+
+    stages: list[float]
+    extra: float
+
+
+def padding_of(network: SepViTStages, size: tuple[int, int]) -> Padding:
+    """Padding that a SepViT adds to images of `size` (H, W) pixels."""
+    grids = iter(network.window_grids(size))
+    stages, extra, others = [], 0.0, 0.0
+    for i, blocks in enumerate(network.blocks):
+        pixels = math.prod(math.ceil(side / (4 * 2**i)) for side in size)
+        padded = [math.prod(next(grids)) * block.window_size**2 - pixels for block in blocks]
+        stages.append(sum(padded) / len(padded) / pixels)
+        square = network.embed_dims[i] ** 2
+        extra += 3 * square * sum(padded)  # queries, keys and values
+        others += 12 * square * pixels * len(padded)
+    return Padding(stages, extra / others)
+
+
+def with_less_padding(network: SepViTStages, size: tuple[int, int]) -> str:
+    """Settings with less padding: the nearest size, and windows that fit `size` (H, W) exactly, if there are any."""
+    shifted = ((size[0] + shift, size[1] + shift) for shift in sorted(range(-224, 225), key=abs))
+    sizes = [(H, W) for H, W in shifted if min(H, W) >= 32 and H % 32 == W % 32 == 0]
+    nearest = next((one for one in sizes if padding_of(network, one).extra <= SMALL_PADDING), None)
+    ways = [setting("input_size", *dict.fromkeys(nearest))] if nearest else []
+    fitting = [side for side in range(3, 13) if math.gcd(*size) % (32 * side) == 0]  # 2 × side in stages 1 and 2
+    if fitting:
+        side = min(fitting, key=lambda side: abs(side - 7))
+        sizes_of_stages = f"(({side},),({side},{2 * side}),({side},{2 * side}),({side},))"
+        ways.append(setting("model_kwargs", dict(window_sizes=f"'{sizes_of_stages}'")))
+    return " or ".join(ways)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -357,6 +404,15 @@ def memory_as_text(memory: Mapping[str, Memory] | None, images: int, device: tor
     count = f"{images} image{'s' if images > 1 else ''}"
     lines.append(f"for {count} on {device.type} in float32; moments: AdamW's; computed: activations and gradients")
     return "\n".join(lines)
+
+
+def padding_as_text(network: SepViTStages, size: tuple[int, int]) -> str:
+    """Padding by stage, in one line."""
+    padding = padding_of(network, size)
+    stages = ", ".join(f"{share:.0%}" for share in padding.stages)
+    return (
+        f"padding to whole windows, share of each stage's map: {stages}; about {padding.extra:.0%} more multiply-adds"
+    )
 
 
 def _line(name: str, cells: Sequence[str]) -> str:

@@ -12,16 +12,17 @@ if not __package__:
     import _repository  # noqa: F401
 import argparse
 import sys
+from typing import Any
 
 import timm
 import torch
 from torch import nn
 
 import sepvit
-from sepvit_lib.common.command_line import Parser, positive_int, run_command
+from sepvit_lib.common.command_line import KeyValues, Parser, positive_int, run_command
 from sepvit_lib.common.devices import best_device, check_device
 from sepvit_lib.common.errors import UserError
-from sepvit_lib.count import costs_as_text, costs_of, memory_as_text, memory_of, summary
+from sepvit_lib.count import costs_as_text, costs_of, memory_as_text, memory_of, padding_as_text, summary
 from sepvit_lib.networks import create_network, to_device
 
 CLASSES = 1000
@@ -32,6 +33,8 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--model", default="SepViT_Tiny", metavar="NAME", help="a variant of SepViT, or any timm network")
+    about = "other arguments of the network's constructor"
+    add("--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=about)
     add("--dense", action="store_true", help="the dense prediction form")
     add("--input-size", type=positive_int, nargs="+", default=[224], metavar="PIXELS", help="one side, or H and W")
     add("--batch-size", type=positive_int, default=1, metavar="N", help="batch size for measuring memory, default 1")
@@ -39,7 +42,9 @@ def build_parser() -> Parser:
     return parser
 
 
-def build_network(model: str, is_dense: bool, size: tuple[int, int]) -> nn.Module:
+def build_network(
+    model: str, is_dense: bool, size: tuple[int, int], model_kwargs: dict[str, Any] | None = None
+) -> nn.Module:
     """Build a network, randomly initialised, in evaluation mode.
 
     Raises:
@@ -53,8 +58,8 @@ def build_network(model: str, is_dense: bool, size: tuple[int, int]) -> nn.Modul
             "timm.list_models()"
         )
     if is_dense:
-        return sepvit.create_dense(model).eval()
-    network: nn.Module = create_network(f"--model {model}", model, CLASSES, size)
+        return sepvit.create_dense(model, **(model_kwargs or {})).eval()
+    network: nn.Module = create_network(f"--model {model}", model, CLASSES, size, model_kwargs=model_kwargs)
     return network.eval()
 
 
@@ -69,10 +74,12 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: takes one side, or H and W")
     size, device = (args.input_size[0], args.input_size[-1]), torch.device(args.device)
     torch.manual_seed(0)
-    network = build_network(args.model, args.dense, size)
+    network = build_network(args.model, args.dense, size, args.model_kwargs)
     costs = costs_of(network, torch.zeros(1, 3, *size))
     print(f"{args.model}{', dense form' if args.dense else ''}, {size[0]} × {size[1]} pixels: {summary(costs)}\n")
     print(costs_as_text(costs), flush=True)
+    if isinstance(network, sepvit.SepViTStages):
+        print(f"\n{padding_as_text(network, size)}")
     images = torch.randn(args.batch_size, 3, *size, device=device)
     print(f"\n{memory_as_text(memory_of(to_device(network, device), images), args.batch_size, device)}")
 

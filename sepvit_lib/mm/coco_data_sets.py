@@ -1,4 +1,7 @@
-"""Train and evaluate on COCO files from annotation tools, which may be incomplete. Registers classes in mmdet."""
+"""Train and evaluate on possibly incomplete COCO files, as annotation tools write them.
+
+Registers a data set, a metric and a transform in mmdet.
+"""
 
 from collections.abc import Sequence
 from typing import Any

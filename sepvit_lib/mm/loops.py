@@ -176,7 +176,7 @@ class TrainLoop(BaseLoop):
         accumulated = runner.cfg.optim_wrapper.get("accumulative_counts", 1)
         if self.schedule.by_epoch and len(self.dataloader) % accumulated:
             problem = f"does not divide the {len(self.dataloader)} batches of an epoch"
-            way_out = "choose 1, a divisor, or a different train_dataloader.batch_size"
+            way_out = "choose a divisor of that number, or a different train_dataloader.batch_size"
             raise UserError(f"optim_wrapper.accumulative_counts={accumulated}: {problem}; {way_out}")
         self.monitor: StepMonitor = runner.make_monitor(len(self.dataloader.dataset))
         self.state = DenseState()

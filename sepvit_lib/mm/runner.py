@@ -60,7 +60,7 @@ def in_float32(cfg: Config) -> Config:
 
 
 class DenseRunner(Runner):
-    """Train and test a segmentor or detector, on GPUs or on CPU processes.
+    """Train and test a segmentor or detector, on GPUs, or in several processes on CPUs.
 
     Attributes:
         checkpoints: checkpoints that were already read, by path.

@@ -390,6 +390,6 @@ def is_taken(folder: Path, names: CheckpointNames, source: Source | None, resume
         return has_checkpoint or (not resumes and bool(epoch_entries(read_log(folder / LOG))))
     if source.is_automatic:  # later checkpoints are damaged
         return False
-    # The published code resumes from its only checkpoint, `run/checkpoint.pth`, in the same folder.
+    # A run of the published code has one checkpoint, `run/checkpoint.pth`, from which it may resume in its own folder.
     is_other = bool(names.newest) and Path(source.path).name != names.newest and (folder / names.newest).exists()
     return bool(names.later(folder, source.checkpoint)) or (is_other and not saved)

@@ -145,7 +145,7 @@ def find_checkpoint(
 
 
 def _newest_checkpoint(folder: Path, names: CheckpointNames) -> str:
-    """Return the path of a folder's newest intact checkpoint on all ranks; "" if there is none."""
+    """Find a folder's newest intact checkpoint on rank 0, and return its path on every rank; "" if there is none."""
     found: list[str] = []
 
     def find() -> None:

@@ -22,7 +22,9 @@ from sepvit_lib.count import (
     count_by_module,
     count_multiply_adds,
     memory_of,
+    padding_of,
     total_of,
+    with_less_padding,
 )
 from tools import get_flops
 
@@ -200,3 +202,35 @@ MISTAKES = {
 def test_mistake(mistake, capsys):
     line = refusal(get_flops.run, "get_flops", mistake.split(), capsys)
     assert all(word in line for word in MISTAKES[mistake]), line
+
+
+def test_padding_is_reported_with_the_way_out():
+    """At 128 × 128, maps of 32, 16, 8 and 4 pixels do not fit windows of 7 and 14."""
+    network = timm.create_model("SepViT_Lite", img_size=128)
+    padding = padding_of(network, (128, 128))
+    assert padding.stages == pytest.approx([0.2, 1.39, 2.06, 2.06], abs=0.01)
+    share = 0.573 * (128 / 224) ** 2
+    assert (
+        0.7 < padding.extra / (count_multiply_adds(network.eval(), torch.zeros(1, 3, 128, 128)) / 1e9 / share - 1) < 1
+    )
+    assert with_less_padding(network, (128, 128)) == (
+        "`input_size` 192 or `model_kwargs` window_sizes='((4,),(4,8),(4,8),(4,))'"
+    )
+    fitting = timm.create_model("SepViT_Lite", img_size=128, window_sizes=((4,), (4, 8), (4, 8), (4,)))
+    assert padding_of(fitting, (128, 128)) == padding_of(network, (224, 448)) == ([0, 0, 0, 0], 0)
+    assert with_less_padding(network, (40, 50)) == ""
+
+
+def test_the_page_has_the_multiply_adds_of_sizes_and_windows():
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| (?:(\d+) %|none) \| (\d+) and \d+ \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 9
+    for size, published, extra, side, fitting in ((int(row[0]), *row[1:]) for row in rows):
+        w = int(side)
+        for sizes, expected in ((sepvit.WINDOW_SIZES, published), (((w,), (w, 2 * w), (w, 2 * w), (w,)), fitting)):
+            with torch.device("meta"):
+                network = timm.create_model("SepViT_Lite", img_size=size, window_sizes=sizes).eval()
+                count = count_multiply_adds(network, torch.zeros(1, 3, size, size))
+            assert f"{count / 1e9:.3f}" == expected
+            share = padding_of(network, (size, size)).extra
+            assert round(100 * share) == (int(extra or 0) if sizes is sepvit.WINDOW_SIZES else 0)

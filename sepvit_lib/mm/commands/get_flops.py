@@ -7,8 +7,18 @@ from typing import Any
 import torch
 from mmengine.model import revert_sync_batchnorm
 
+from sepvit import SepViTStages
 from sepvit_lib.common.command_line import positive_int, run_command
-from sepvit_lib.count import costs_as_text, costs_of, count_multiply_adds, memory_as_text, memory_of, summary, total_of
+from sepvit_lib.count import (
+    costs_as_text,
+    costs_of,
+    count_multiply_adds,
+    memory_as_text,
+    memory_of,
+    padding_as_text,
+    summary,
+    total_of,
+)
 from sepvit_lib.mm.build import build_errors, build_model
 from sepvit_lib.mm.config import build_parser, drop_pretrained, read_config, where_of
 
@@ -39,6 +49,8 @@ def count(args: argparse.Namespace, samples: Callable[[int, int], list[Any]] | N
     )
     print(f"\nbackbone, {cfg.model.backbone.type}: {summary(backbone)}\n")
     print(costs_as_text(backbone), flush=True)
+    if isinstance(model.backbone, SepViTStages):
+        print(f"\n{padding_as_text(model.backbone, args.shape)}")
     if args.memory:
         print(f"\n{memory_as_text(memory_of(model.backbone, images), len(images), images.device)}")
 

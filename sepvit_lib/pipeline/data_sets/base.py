@@ -49,7 +49,7 @@ class Images:
         raise NotImplementedError
 
     def labels(self) -> set[int] | None:
-        """Set of the labels that occur; None if finding them would need to read all images."""
+        """Set of the labels that occur; None if finding them would require reading all images."""
         return None
 
     def files(self) -> Iterator[Callable[[], Any]]:
