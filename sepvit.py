@@ -149,6 +149,7 @@ class SeparableSelfAttention(nn.Module):
         window_size: window side w.
         attn_drop: dropout rate of the attention weights of both parts.
         proj_drop: dropout rate after the output projection.
+        inner_shortcuts: whether both parts add their input to their output, as in the published code.
 
     Attributes:
         has_window_tokens: whether each window of the input starts with a window token.
@@ -159,9 +160,16 @@ class SeparableSelfAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, window_size: int, attn_drop: float = 0.0, proj_drop: float = 0.0
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        inner_shortcuts: bool = True,
     ) -> None:
         super().__init__()
+        self.inner_shortcuts = inner_shortcuts
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.window_size = window_size
@@ -221,7 +229,8 @@ class SeparableSelfAttention(nn.Module):
     def join_heads(self, a: Tensor, z: Tensor) -> Tensor:
         """Join heads, B·n × h × T × d, to B × n × T × C, and add the shortcut: the input z of the attention."""
         B, n, T, C = z.shape
-        return a.transpose(1, 2).reshape(B, n, T, C) + z
+        a = a.transpose(1, 2).reshape(B, n, T, C)
+        return a + z if self.inner_shortcuts else a
 
     def pointwise(self, a: Tensor) -> Tensor:
         """Mix pixels across windows by the attention among window tokens, and add the shortcut.
@@ -259,8 +268,9 @@ class SeparableSelfAttention(nn.Module):
         h, d = self.num_heads, self.head_dim
         f = a[:, :, 1:].unflatten(3, (h, d)).permute(0, 3, 1, 2, 4)  # B × h × n × L × d
         f = f.reshape(B, h, n, (T - 1) * d)
-        # Written out, because no fused kernel supports values (L·d wide) so much wider than keys (d).
-        return (P + torch.eye(n, dtype=P.dtype, device=P.device)) @ f  # P @ f + f in a single pass over the pixels
+        if self.inner_shortcuts:
+            P = P + torch.eye(n, dtype=P.dtype, device=P.device)  # P @ f + f in a single pass over the pixels
+        return P @ f  # written out, because no fused kernel supports values (L·d wide) so much wider than keys (d)
 
     def heads_to_map(self, f: Tensor, H: int, W: int) -> Tensor:
         """Join windows and heads, B × h × n × L·d, into an H × W map, without its padding: B × H × W × C."""
@@ -303,6 +313,8 @@ class SepViTBlock(nn.Module):
         drop: dropout rate of the projection and the MLP.
         attn_drop: dropout rate of the attention maps.
         drop_path: stochastic depth rate.
+        pointwise: whether windows attend to each other; otherwise, the block has no window tokens.
+        inner_shortcuts: see `SeparableSelfAttention`.
     """
 
     def __init__(
@@ -315,14 +327,17 @@ class SepViTBlock(nn.Module):
         drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
+        pointwise: bool = True,
+        inner_shortcuts: bool = True,
     ) -> None:
         super().__init__()
         self.window_size = window_size
+        self.pointwise = pointwise
         self.register_parameter("win_tokens", None)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=drop)
-        self.attn = SeparableSelfAttention(dim, num_heads, window_size, attn_drop=attn_drop, proj_drop=drop)
+        self.attn = SeparableSelfAttention(dim, num_heads, window_size, attn_drop, drop, inner_shortcuts)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.set_grid(grid)
 
@@ -331,8 +346,8 @@ class SepViTBlock(nn.Module):
         """Set the grid: add or remove pointwise self-attention, and reset the learned window tokens to zero."""
         self.grid = grid
         is_single_window = grid is not None and math.prod(grid) == 1
-        self.attn.has_window_tokens = not is_single_window
-        self.attn.set_pointwise(not is_single_window)
+        self.attn.has_window_tokens = self.pointwise and not is_single_window
+        self.attn.set_pointwise(self.attn.has_window_tokens)
         self.win_tokens = None
         if grid is not None and self.attn.has_window_tokens:
             dim, where = self.norm1.normalized_shape[0], get_device_dtype(self)
@@ -357,14 +372,22 @@ class SepViTBlock(nn.Module):
 
 
 class OverlapPatchEmbed(nn.Module):
-    """Overlapping patch embedding: a strided convolution, then LayerNorm; B × C_in × H × W to B × H' × W' × C."""
+    """Overlapping patch embedding: a strided convolution, then LayerNorm; B × C_in × H × W to B × H' × W' × C.
+
+    With a kernel as large as its stride, patches do not overlap. The image is then padded to a multiple of the stride.
+    """
 
     def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride=stride, padding=kernel_size // 2)
+        self.proj = nn.Conv2d(
+            in_chans, dim, kernel_size, stride=stride, padding=kernel_size // 2 if kernel_size > stride else 0
+        )
+        self.multiple = stride if kernel_size == stride else 1
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.multiple > 1:
+            x = F.pad(x, (0, -x.shape[3] % self.multiple, 0, -x.shape[2] % self.multiple))
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
@@ -400,14 +423,19 @@ class SepViTStages(nn.Module):
         embed_dims: channels of each stage.
         num_heads: heads of each stage.
         depths: blocks of each stage.
-        window_sizes: window sides per stage, cycled over its blocks.
+        window_sizes: window sides per stage, cycled over its blocks; by default `WINDOW_SIZES`.
         mlp_ratio: hidden channels of the MLPs divided by the stage's channels.
         drop_rate: dropout rate after the patch embeddings and projections, and in the MLPs.
         attn_drop_rate: dropout rate of the attention maps.
         drop_path_rate: stochastic depth rate of the last block. Rates rise linearly from 0 at the first block.
+        pointwise: attention among windows.
+        grouped: grouped attention; without it, all windows have side 7. Excludes `window_sizes`.
+        inner_shortcuts: shortcuts inside the attention, which the paper's early versions do not have.
+        overlap: overlapping patch embeddings; without it, 4 × 4 and 2 × 2 pixels.
+        positional_encoding: 'conditional' or 'none'.
 
     Raises:
-        ValueError: an image side is below 1 pixel.
+        ValueError: an image side is below 1 pixel, or settings are unknown or exclude each other.
     """
 
     def __init__(
@@ -417,13 +445,29 @@ class SepViTStages(nn.Module):
         embed_dims: Sequence[int] = (96, 192, 384, 768),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         depths: Sequence[int] = (1, 2, 6, 2),
-        window_sizes: Sequence[Sequence[int]] = WINDOW_SIZES,
+        window_sizes: Sequence[Sequence[int]] | None = None,
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        pointwise: bool = True,
+        grouped: bool = True,
+        inner_shortcuts: bool = True,
+        overlap: bool = True,
+        positional_encoding: str = "conditional",
     ) -> None:
         super().__init__()
+        if positional_encoding not in ("conditional", "none"):
+            raise ValueError(f"positional_encoding={positional_encoding!r}: choose 'conditional' or 'none'")
+        if window_sizes is not None and not grouped:
+            raise ValueError(f"window_sizes={window_sizes} and grouped=False: choose one")
+        window_sizes = window_sizes or (WINDOW_SIZES if grouped else tuple(sides[:1] for sides in WINDOW_SIZES))
+        self.variation = dict(
+            pointwise=pointwise,
+            inner_shortcuts=inner_shortcuts,
+            overlap=overlap,
+            positional_encoding=positional_encoding,
+        )
         if img_size is not None and min(img_size) < 1:
             raise ValueError(f"img_size={img_size}: both sides must be at least 1 pixel")
         self.img_size = img_size
@@ -440,8 +484,10 @@ class SepViTStages(nn.Module):
         rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         for i, (dim, depth) in enumerate(zip(embed_dims, depths)):
             previous = in_chans if i == 0 else embed_dims[i - 1]
-            self.patch_embeds.append(OverlapPatchEmbed(previous, dim, *((7, 4) if i == 0 else (3, 2))))
-            self.pos_block.append(ConditionalPositionalEncoding(dim))
+            kernel, stride = (7, 4) if i == 0 else (3, 2)
+            self.patch_embeds.append(OverlapPatchEmbed(previous, dim, kernel if overlap else stride, stride))
+            is_encoded = positional_encoding == "conditional"
+            self.pos_block.append(ConditionalPositionalEncoding(dim) if is_encoded else nn.Identity())
             sides = [window_sizes[i][j % len(window_sizes[i])] for j in range(depth)]
             self.blocks.append(
                 nn.ModuleList(
@@ -454,6 +500,8 @@ class SepViTStages(nn.Module):
                         drop=drop_rate,
                         attn_drop=attn_drop_rate,
                         drop_path=rates[i][j],
+                        pointwise=pointwise,
+                        inner_shortcuts=inner_shortcuts,
                     )
                     for j, side in enumerate(sides)
                 )
@@ -500,9 +548,10 @@ class SepViTStages(nn.Module):
         return [window_grid(img_size, _stage_of(name), block.window_size) for name, block in blocks]
 
     @torch.jit.ignore
-    def settings(self) -> dict[str, list]:
+    def settings(self) -> dict[str, Any]:
         """Arguments of the constructor that the shapes of the weights do not show. State dicts record them."""
         return dict(
+            **self.variation,
             num_heads=[blocks[0].attn.num_heads for blocks in self.blocks],
             window_sizes=[[block.window_size for block in blocks] for blocks in self.blocks],
         )
@@ -853,7 +902,7 @@ def _adapt_to_dense(state_dict: dict[str, Tensor], model: SepViTStages) -> Adapt
     surplus = re.compile(rf"(norm|head)\.\w+$|blocks\.\d+\.\d+\.win_tokens$|\w+\.[{count}-9]\.")
     if not any(name.startswith("norm_list.") for name in state_dict):
         single = [block for block in model.named_blocks() if f"{block}.win_tokens" not in state_dict]
-        may_lack = [name for block in single for name in _pointwise_names(block)]
+        may_lack = [name for block in single for name in _pointwise_names(block) if name in own]
         may_lack += [name for name in own if name.startswith("norm_list.")]
         adaptation.fresh = [name for name in may_lack if name not in state_dict]
     adaptation.dropped = [name for name in state_dict if surplus.match(name)]
@@ -938,7 +987,7 @@ def _record_settings(model: SepViTStages, state_dict: Any, prefix: str, local_me
     local_metadata["settings"] = model.settings()
 
 
-def settings_of(state_dict: Mapping[str, Any]) -> dict[str, list] | None:
+def settings_of(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
     """Settings of the SepViT in a state dict; None if they are not recorded."""
     metadata = getattr(state_dict, "_metadata", {})
     return next((entry["settings"] for entry in metadata.values() if "settings" in entry), None)
@@ -952,11 +1001,12 @@ def keep_settings(entries: Iterable[tuple[str, Tensor]], state_dict: Mapping[str
     return kept
 
 
-def default_settings(variant: str) -> dict[str, list]:
+def default_settings(variant: str) -> dict[str, Any]:
     """Settings of one of the paper's variants, in the form of `SepViTStages.settings`."""
     sizes = VARIANTS[variant]
     sides = [[sides[j % len(sides)] for j in range(depth)] for sides, depth in zip(WINDOW_SIZES, sizes["depths"])]
-    return dict(num_heads=list(sizes["num_heads"]), window_sizes=sides)
+    published = dict(pointwise=True, inner_shortcuts=True, overlap=True, positional_encoding="conditional")
+    return dict(**published, num_heads=list(sizes["num_heads"]), window_sizes=sides)
 
 
 def _adapt_before_loading(

@@ -44,7 +44,7 @@ def convolution(x, weight, bias, stride, padding):
     return out
 
 
-def attention(p, windows, tokens, heads):
+def attention(p, windows, tokens, heads, shortcut):
     """The attention part of a block, on windows, B × L × C each, and their window tokens, B × 1 × C each, or None."""
     n, C, d = len(windows), windows[0].shape[-1], windows[0].shape[-1] // heads
     outputs = []
@@ -56,7 +56,7 @@ def attention(p, windows, tokens, heads):
         for h in range(heads):
             q, k, v = (qkv[..., part * C + h * d : part * C + (h + 1) * d] for part in range(3))
             joined.append(softmax(torch.einsum("bid,bjd->bij", q, k) / math.sqrt(d)) @ v)
-        outputs.append(torch.cat(joined, dim=-1) + z)
+        outputs.append(torch.cat(joined, dim=-1) + (z if shortcut else 0))
     if tokens is None:
         return [linear(a, p["attn.proj.weight"], p["attn.proj.bias"]) for a in outputs]
 
@@ -72,11 +72,11 @@ def attention(p, windows, tokens, heads):
             q, k = qk[..., channels], qk[..., C + h * d : C + (h + 1) * d]
             P = softmax(torch.einsum("bid,bjd->bij", q, k) / math.sqrt(d))
             parts.append(sum(P[:, i, j, None, None] * f[j][..., channels] for j in range(n)))
-        mixed.append(torch.cat(parts, dim=-1) + f[i])
+        mixed.append(torch.cat(parts, dim=-1) + (f[i] if shortcut else 0))
     return [linear(a, p["attn.proj.weight"], p["attn.proj.bias"]) for a in mixed]
 
 
-def block(p, x, heads, w, dense):
+def block(p, x, heads, w, dense, pointwise, shortcut):
     """A block with window side w on a map, B × H × W × C."""
     B, H, W, C = x.shape
     rows, columns = math.ceil(H / w), math.ceil(W / w)
@@ -85,12 +85,12 @@ def block(p, x, heads, w, dense):
     places = [(r * w, c * w) for r in range(rows) for c in range(columns)]
     windows = [padded[:, r : r + w, c : c + w].reshape(B, w * w, C) for r, c in places]
     tokens = None
-    if dense:
+    if dense and pointwise:
         tokens = [torch.zeros(B, 1, C, dtype=x.dtype) for _ in places]
-    elif len(places) > 1:
+    elif len(places) > 1 and pointwise:
         tokens = [p["win_tokens"][0, i].expand(B, 1, C) for i in range(len(places))]
     attended = torch.zeros(B, rows * w, columns * w, C, dtype=x.dtype)
-    for (r, c), a in zip(places, attention(p, windows, tokens, heads)):
+    for (r, c), a in zip(places, attention(p, windows, tokens, heads, shortcut)):
         attended[:, r : r + w, c : c + w] = a.reshape(B, w, w, C)
     x = x + attended[:, :H, :W]
     hidden = gelu(
@@ -99,12 +99,23 @@ def block(p, x, heads, w, dense):
     return x + linear(hidden, p["mlp.fc2.weight"], p["mlp.fc2.bias"])
 
 
-def window_side(stage, index):
+def window_side(stage, index, grouped):
     """Window side of a block: stages 2 and 3 alternate windows of side 7 and 2 × 2 groups of them."""
-    return 14 if stage in (1, 2) and index % 2 == 1 else 7
+    return 14 if grouped and stage in (1, 2) and index % 2 == 1 else 7
 
 
-def forward(weights, images, num_heads, depths, dense):
+def forward(
+    weights,
+    images,
+    num_heads,
+    depths,
+    dense,
+    pointwise=True,
+    grouped=True,
+    inner_shortcuts=True,
+    overlap=True,
+    positional_encoding="conditional",
+):
     """Compute logits from images, B × 3 × H × W; in the dense form, four maps, B × C × H × W each."""
     x = images.permute(0, 2, 3, 1)
     maps = []
@@ -113,13 +124,19 @@ def forward(weights, images, num_heads, depths, dense):
             key: weights[f"patch_embeds.{stage}.{key}"]
             for key in ("proj.weight", "proj.bias", "norm.weight", "norm.bias")
         }
-        x = convolution(x, embed["proj.weight"], embed["proj.bias"], *((4, 3) if stage == 0 else (2, 1)))
+        stride, padding = (4, 3) if stage == 0 else (2, 1)
+        if not overlap:
+            padding, (B, H, W, C) = 0, x.shape
+            whole = torch.zeros(B, math.ceil(H / stride) * stride, math.ceil(W / stride) * stride, C, dtype=x.dtype)
+            whole[:, :H, :W] = x
+            x = whole
+        x = convolution(x, embed["proj.weight"], embed["proj.bias"], stride, padding)
         x = layer_norm(x, embed["norm.weight"], embed["norm.bias"], 1e-5)
         for index in range(depths[stage]):
             prefix = f"blocks.{stage}.{index}."
             p = {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
-            x = block(p, x, num_heads[stage], window_side(stage, index), dense)
-            if index == 0:
+            x = block(p, x, num_heads[stage], window_side(stage, index, grouped), dense, pointwise, inner_shortcuts)
+            if index == 0 and positional_encoding == "conditional":
                 peg = f"pos_block.{stage}.proj.0."
                 x = x + convolution(x, weights[peg + "weight"], weights[peg + "bias"], 1, 1)
         if dense:

@@ -403,12 +403,12 @@ def load_weights(
     return report
 
 
-def _differing(recorded: Mapping[str, list], own: Mapping[str, list]) -> list[str]:
+def _differing(recorded: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     """Recorded settings that differ from a network's, which may have fewer stages."""
     return [
         f"{name}={value}"
         for name, value in recorded.items()
-        if any(stage != other for stage, other in zip(value, own.get(name, value)))
+        if (value[: len(own[name])] if isinstance(value, list) else value) != own[name]
     ]
 
 

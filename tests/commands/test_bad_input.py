@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import engine
 import main
 from datasets import build_transform
+from sepvit import keep_settings
 from sepvit_lib.common import saved_settings
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.run import checkpoints
@@ -25,6 +26,11 @@ def files(tmp_path_factory, few_digits):
     """Invalid checkpoints and data folders."""
     root = tmp_path_factory.mktemp("bad")
     lite = timm.create_model("SepViT_Lite", img_size=32, num_classes=3).state_dict()
+
+    def changed(entries: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """The weights with other entries, or without some."""
+        return keep_settings(((k, v) for k, v in {**lite, **entries}.items() if v is not None), lite)
+
     torch.save({"model": lite}, root / "lite.pth")
     whole = (root / "lite.pth").read_bytes()
     for name, content in (
@@ -41,13 +47,13 @@ def files(tmp_path_factory, few_digits):
         ("list", [1, 2]),
         ("no_weights", {"epoch": 3}),
         ("malicious", {"model": lite, "args": Code(root / "ran")}),
-        ("incomplete", {name: value for name, value in lite.items() if name != "blocks.2.0.norm1.weight"}),
+        ("incomplete", changed({"blocks.2.0.norm1.weight": None})),
         ("small", timm.create_model("SepViT_Small", img_size=32, num_classes=3).state_dict()),
         ("resnet", timm.create_model("resnet18", num_classes=3).state_dict()),
         ("nine", timm.create_model("SepViT_Lite", img_size=32, num_classes=9).state_dict()),
         ("size96", timm.create_model("SepViT_Lite", img_size=96, num_classes=3).state_dict()),
-        ("nan", {**lite, "head.bias": torch.full((3,), torch.nan)}),
-        ("inf", {**lite, "head.bias": torch.tensor([1, torch.inf, 0])}),
+        ("nan", changed({"head.bias": torch.full((3,), torch.nan)})),
+        ("inf", changed({"head.bias": torch.tensor([1, torch.inf, 0])})),
     ):
         torch.save(checkpoint, root / f"{name}.pth")
     for name in ("no_images", "no_val", "no_classes", "other_classes"):

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import logging
+import re
 import shutil
 from itertools import product
 from typing import Any
@@ -12,10 +13,12 @@ import pytest
 import reference
 import timm
 import torch
-from conftest import GOLDEN, VARIANTS, golden_images, golden_shapes, golden_weights, tiny_network
+from conftest import GOLDEN, ROOT, VARIANTS, golden_images, golden_shapes, golden_weights, tiny_network
 
+import main
 import sepvit
 from sepvit import SepViT, SepViTDense, adapt_state_dict, create_dense, mark_adapted
+from sepvit_lib.common.errors import UserError
 from sepvit_lib.count import count_multiply_adds
 from sepvit_lib.run.checkpoints import load_weights
 
@@ -74,17 +77,28 @@ def test_parameters_and_multiply_adds(variant):
 SIZES = [(56, 56), (33, 47), (64, 120), (101, 30), (29, 29), (28, 28)]
 
 
-@pytest.mark.parametrize("size", SIZES)
+VARIATIONS = [
+    dict(pointwise=False),
+    dict(grouped=False),
+    dict(inner_shortcuts=False),
+    dict(overlap=False),
+    dict(positional_encoding="none"),
+    dict(pointwise=False, grouped=False, inner_shortcuts=False, overlap=False, positional_encoding="none"),
+]
+CASES = [(size, {}) for size in SIZES] + [((57, 90), variation) for variation in VARIATIONS]
+
+
+@pytest.mark.parametrize(("size", "variation"), CASES)
 @pytest.mark.parametrize("dense", [False, True], ids=["classification", "dense"])
-def test_equals_reference(size, dense):
+def test_equals_reference(size, variation, dense):
     if dense:
-        model = tiny_network(SepViTDense).double()
+        model = tiny_network(SepViTDense, **variation).double()
     else:
-        model = tiny_network(SepViT, img_size=size, num_classes=5).double()
+        model = tiny_network(SepViT, img_size=size, num_classes=5, **variation).double()
     generator = torch.Generator().manual_seed(sum(size))
     images = torch.randn(2, 3, *size, generator=generator, dtype=torch.float64)
     weights = {name: value.detach().clone().requires_grad_() for name, value in model.state_dict().items()}
-    theirs = reference.forward(weights, images, num_heads=(1, 2, 2, 3), depths=(1, 2, 2, 1), dense=dense)
+    theirs = reference.forward(weights, images, (1, 2, 2, 3), (1, 2, 2, 1), dense, **variation)
     ours = model(images)
     theirs, ours = (outputs if dense else [outputs] for outputs in (theirs, ours))
     factors = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in ours]
@@ -96,6 +110,44 @@ def test_equals_reference(size, dense):
     for name, parameter in model.named_parameters():
         expected = weights[name].grad
         assert largest_difference(parameter.grad, expected) < 1e-8 * (1 + expected.abs().max().item()), name
+
+
+def test_the_page_has_the_costs_of_variations():
+    """Parameters and multiply-adds of SepViT_Tiny, at 224 × 224 pixels."""
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `--model-kwargs (\w+=\w+)` \|.*\| ([\d.]+) M \| ([\d.]+) G \|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    for argument, parameters, multiply_adds in rows:
+        args = main.build_parser().parse_args(["--model-kwargs", argument])
+        with torch.device("meta"):
+            model = timm.create_model("SepViT_Tiny", **args.model_kwargs).eval()
+            total = count_multiply_adds(model, torch.zeros(1, 3, 224, 224))
+        assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == parameters
+        assert f"{total / 1e9:.2f}" == multiply_adds
+
+
+@pytest.mark.parametrize("variation", VARIATIONS)
+def test_variations_are_exported_recorded_and_refused_by_others(variation, tmp_path):
+    model = tiny_network(SepViT, img_size=(57, 90), num_classes=5, **variation).eval()
+    images = torch.randn(2, 3, 57, 90)
+    program = torch.export.export(model, (images,))
+    assert largest_difference(program.module()(images), model(images)) < 1e-5
+    assert largest_difference(torch.jit.script(model)(images), model(images)) < 1e-5
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    recorded = sepvit.settings_of(torch.load(tmp_path / "x.pth", weights_only=True))
+    assert recorded == model.settings()
+    again = tiny_network(SepViT, 1, img_size=(57, 90), num_classes=5, **recorded).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(images), model(images))
+    with pytest.raises((UserError, RuntimeError)):
+        load_weights(tiny_network(SepViT, img_size=(57, 90), num_classes=5), model.state_dict(), "x", variant_hint="")
+
+
+def test_settings_that_exclude_each_other():
+    with pytest.raises(ValueError, match="choose one"):
+        SepViTDense(grouped=False, window_sizes=[[7]] * 4)
+    with pytest.raises(ValueError, match="positional_encoding='sine'"):
+        SepViTDense(positional_encoding="sine")
 
 
 # -------------------------------------------------------------------------------------------------------------- forms
