@@ -120,7 +120,7 @@ def embed_window_tokens(windows: Tensor, win_tokens: Tensor | None) -> Tensor:
 
     Args:
         windows: pixels of the windows, B × n × L × C.
-        win_tokens: learned tokens, 1 × n × 1 × C; None for zeros.
+        win_tokens: tokens, 1 × n × 1 × C or B × n × 1 × C; None for zeros.
     """
     if win_tokens is None:
         return F.pad(windows, (0, 0, 1, 0))
@@ -295,6 +295,8 @@ class SeparableSelfAttention(nn.Module):
 # 14. Below are the window sides per stage, cycled over its blocks: (7, 14) alternates plain and grouped attention.
 WINDOW_SIZES = ((7,), (7, 14), (7, 14), (7,))
 
+WINDOW_TOKENS = ("learned", "zeros", "average", "depthwise", "shared")
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The block
 # ----------------------------------------------------------------------------------------------------------------------
@@ -315,6 +317,7 @@ class SepViTBlock(nn.Module):
         drop_path: stochastic depth rate.
         pointwise: whether windows attend to each other; otherwise, the block has no window tokens.
         inner_shortcuts: see `SeparableSelfAttention`.
+        window_tokens: see `SepViTStages`.
     """
 
     def __init__(
@@ -329,11 +332,16 @@ class SepViTBlock(nn.Module):
         drop_path: float = 0.0,
         pointwise: bool = True,
         inner_shortcuts: bool = True,
+        window_tokens: str = "learned",
     ) -> None:
         super().__init__()
         self.window_size = window_size
         self.pointwise = pointwise
+        self.window_tokens = window_tokens
         self.register_parameter("win_tokens", None)
+        self.register_parameter("win_token", None)  # of all windows
+        self.win_conv: nn.Conv2d | None
+        self.register_module("win_conv", None)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=drop)
@@ -349,9 +357,19 @@ class SepViTBlock(nn.Module):
         self.attn.has_window_tokens = self.pointwise and not is_single_window
         self.attn.set_pointwise(self.attn.has_window_tokens)
         self.win_tokens = None
-        if grid is not None and self.attn.has_window_tokens:
-            dim, where = self.norm1.normalized_shape[0], get_device_dtype(self)
+        kind = self.window_tokens if self.attn.has_window_tokens else ""
+        dim, w, where = self.norm1.normalized_shape[0], self.window_size, get_device_dtype(self)
+        if kind == "learned" and grid is not None:
             self.win_tokens = nn.Parameter(torch.zeros(1, math.prod(grid), 1, dim, **where))
+        if kind != "shared":
+            self.win_token = None
+        elif self.win_token is None:
+            self.win_token = nn.Parameter(torch.zeros(1, 1, 1, dim, **where))
+        if kind != "depthwise":
+            self.win_conv = None
+        elif self.win_conv is None:
+            self.win_conv = nn.Conv2d(dim, dim, w, groups=dim, **where)
+            init_weights(self.win_conv)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block; keeps the shape B × H × W × C."""
@@ -363,7 +381,20 @@ class SepViTBlock(nn.Module):
     def windows_of(self, x: Tensor) -> Tensor:
         """Split a map, B × H × W × C, into windows, B × n × T × C, with window tokens if the block has them."""
         windows = window_partition(x, self.window_size)  # B × n × L × C
-        return embed_window_tokens(windows, self.win_tokens) if self.attn.has_window_tokens else windows
+        return embed_window_tokens(windows, self.tokens_of(windows)) if self.attn.has_window_tokens else windows
+
+    def tokens_of(self, windows: Tensor) -> Tensor | None:
+        """Window tokens, 1 × n × 1 × C or B × n × 1 × C, of windows, B × n × L × C; None for zeros."""
+        if self.window_tokens == "average":
+            return windows.mean(dim=2, keepdim=True)
+        if self.win_conv is not None:
+            B, n, _, C = windows.shape
+            w = self.window_size
+            maps = windows.view(B * n, w, w, C).permute(0, 3, 1, 2)  # B·n × C × w × w
+            return self.win_conv(maps).reshape(B, n, 1, C)
+        if self.win_token is not None:
+            return self.win_token.expand(-1, windows.shape[1], -1, -1)
+        return self.win_tokens
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -428,6 +459,9 @@ class SepViTStages(nn.Module):
         drop_rate: dropout rate after the patch embeddings and projections, and in the MLPs.
         attn_drop_rate: dropout rate of the attention maps.
         drop_path_rate: stochastic depth rate of the last block. Rates rise linearly from 0 at the first block.
+        window_tokens: 'learned' for each window (the default of the classification form), 'zeros' (the default of the
+            dense form, which refuses 'learned'), 'average' of the window's pixels, 'depthwise' (a depthwise convolution
+            over the window), or 'shared' (one learned token for all windows).
         pointwise: attention among windows.
         grouped: grouped attention; without it, all windows have side 7. Excludes `window_sizes`.
         inner_shortcuts: shortcuts inside the attention, which the paper's early versions do not have.
@@ -455,8 +489,12 @@ class SepViTStages(nn.Module):
         inner_shortcuts: bool = True,
         overlap: bool = True,
         positional_encoding: str = "conditional",
+        window_tokens: str | None = None,
     ) -> None:
         super().__init__()
+        window_tokens = window_tokens or ("zeros" if img_size is None else "learned")
+        if window_tokens not in WINDOW_TOKENS[img_size is None :]:
+            raise ValueError(f"window_tokens={window_tokens!r}: choose from {WINDOW_TOKENS[img_size is None :]}")
         if positional_encoding not in ("conditional", "none"):
             raise ValueError(f"positional_encoding={positional_encoding!r}: choose 'conditional' or 'none'")
         if window_sizes is not None and not grouped:
@@ -467,6 +505,7 @@ class SepViTStages(nn.Module):
             inner_shortcuts=inner_shortcuts,
             overlap=overlap,
             positional_encoding=positional_encoding,
+            window_tokens=window_tokens,
         )
         if img_size is not None and min(img_size) < 1:
             raise ValueError(f"img_size={img_size}: both sides must be at least 1 pixel")
@@ -502,6 +541,7 @@ class SepViTStages(nn.Module):
                         drop_path=rates[i][j],
                         pointwise=pointwise,
                         inner_shortcuts=inner_shortcuts,
+                        window_tokens=window_tokens,
                     )
                     for j, side in enumerate(sides)
                 )
@@ -564,7 +604,7 @@ class SepViTStages(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay, in addition to biases and norms: the window tokens."""
-        return {name for name, _ in self.named_parameters() if name.endswith("win_tokens")}
+        return {name for name, _ in self.named_parameters() if name.endswith(("win_tokens", "win_token"))}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -912,6 +952,8 @@ def _adapt_to_dense(state_dict: dict[str, Tensor], model: SepViTStages) -> Adapt
 
 def _adapt_to_size(state_dict: dict[str, Tensor], model: SepViT, img_size: tuple[int, int] | None) -> Adaptation:
     own, blocks = model.state_dict(), model.named_blocks()
+    if model.variation["window_tokens"] != "learned":
+        return _adapt_blocks(state_dict, own, list(blocks))
     old_grids, grids = _source_grids(state_dict, model, img_size), model.window_grids(model.img_size)
     # Adapt only differences that result from the image size. A checkpoint that lacks entries for any other reason must
     # be rejected, not completed.
@@ -928,6 +970,22 @@ def _adapt_to_size(state_dict: dict[str, Tensor], model: SepViT, img_size: tuple
         elif grid != old_grid:
             state_dict[tokens] = resample_window_tokens(state_dict[tokens], old_grid, grid)
             adaptation.resampled.append(tokens)
+    _apply(adaptation, state_dict, own)
+    return adaptation
+
+
+def _adapt_blocks(state_dict: dict[str, Tensor], own: dict[str, Tensor], blocks: list[str]) -> Adaptation:
+    """Adapt blocks that have several windows only in the checkpoint, or only in the model: tokens have no size."""
+    adaptation = Adaptation()
+    for block in blocks:
+        names = [
+            *_pointwise_names(block),
+            *(f"{block}.{name}" for name in ("win_token", "win_conv.weight", "win_conv.bias")),
+        ]
+        held, wanted = ([name for name in names if name in entries] for entries in (state_dict, own))
+        if not held or not wanted:
+            adaptation.fresh += wanted
+            adaptation.dropped += held
     _apply(adaptation, state_dict, own)
     return adaptation
 
@@ -1005,7 +1063,9 @@ def default_settings(variant: str) -> dict[str, Any]:
     """Settings of one of the paper's variants, in the form of `SepViTStages.settings`."""
     sizes = VARIANTS[variant]
     sides = [[sides[j % len(sides)] for j in range(depth)] for sides, depth in zip(WINDOW_SIZES, sizes["depths"])]
-    published = dict(pointwise=True, inner_shortcuts=True, overlap=True, positional_encoding="conditional")
+    published = dict(
+        pointwise=True, inner_shortcuts=True, overlap=True, positional_encoding="conditional", window_tokens="learned"
+    )
     return dict(**published, num_heads=list(sizes["num_heads"]), window_sizes=sides)
 
 

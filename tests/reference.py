@@ -76,7 +76,22 @@ def attention(p, windows, tokens, heads, shortcut):
     return [linear(a, p["attn.proj.weight"], p["attn.proj.bias"]) for a in mixed]
 
 
-def block(p, x, heads, w, dense, pointwise, shortcut):
+def window_token(p, kind, windows, i):
+    """Token of window i, B × 1 × C."""
+    B, L, C = windows[i].shape
+    if kind == "learned":
+        return p["win_tokens"][0, i].expand(B, 1, C)
+    if kind == "shared":
+        return p["win_token"][0, 0].expand(B, 1, C)
+    if kind == "average":
+        return sum(windows[i][:, pixel] for pixel in range(L))[:, None] / L
+    if kind == "depthwise":
+        weight = p["win_conv.weight"].reshape(C, L)
+        return (sum(windows[i][:, pixel] * weight[:, pixel] for pixel in range(L)) + p["win_conv.bias"])[:, None]
+    return torch.zeros(B, 1, C, dtype=windows[i].dtype)
+
+
+def block(p, x, heads, w, dense, pointwise, shortcut, kind):
     """A block with window side w on a map, B × H × W × C."""
     B, H, W, C = x.shape
     rows, columns = math.ceil(H / w), math.ceil(W / w)
@@ -85,10 +100,8 @@ def block(p, x, heads, w, dense, pointwise, shortcut):
     places = [(r * w, c * w) for r in range(rows) for c in range(columns)]
     windows = [padded[:, r : r + w, c : c + w].reshape(B, w * w, C) for r, c in places]
     tokens = None
-    if dense and pointwise:
-        tokens = [torch.zeros(B, 1, C, dtype=x.dtype) for _ in places]
-    elif len(places) > 1 and pointwise:
-        tokens = [p["win_tokens"][0, i].expand(B, 1, C) for i in range(len(places))]
+    if pointwise and (dense or len(places) > 1):
+        tokens = [window_token(p, kind, windows, i) for i in range(len(places))]
     attended = torch.zeros(B, rows * w, columns * w, C, dtype=x.dtype)
     for (r, c), a in zip(places, attention(p, windows, tokens, heads, shortcut)):
         attended[:, r : r + w, c : c + w] = a.reshape(B, w, w, C)
@@ -115,10 +128,11 @@ def forward(
     inner_shortcuts=True,
     overlap=True,
     positional_encoding="conditional",
+    window_tokens=None,
 ):
     """Compute logits from images, B × 3 × H × W; in the dense form, four maps, B × C × H × W each."""
     x = images.permute(0, 2, 3, 1)
-    maps = []
+    maps, kind = [], window_tokens or ("zeros" if dense else "learned")
     for stage in range(4):
         embed = {
             key: weights[f"patch_embeds.{stage}.{key}"]
@@ -135,7 +149,9 @@ def forward(
         for index in range(depths[stage]):
             prefix = f"blocks.{stage}.{index}."
             p = {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
-            x = block(p, x, num_heads[stage], window_side(stage, index, grouped), dense, pointwise, inner_shortcuts)
+            x = block(
+                p, x, num_heads[stage], window_side(stage, index, grouped), dense, pointwise, inner_shortcuts, kind
+            )
             if index == 0 and positional_encoding == "conditional":
                 peg = f"pos_block.{stage}.proj.0."
                 x = x + convolution(x, weights[peg + "weight"], weights[peg + "bias"], 1, 1)

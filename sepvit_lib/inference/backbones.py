@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sepvit import SepViTDense, create_dense, entries_under, variant_of
+from sepvit import SepViTDense, create_dense, entries_under, settings_of, variant_of
 from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.networks import to_device
 from sepvit_lib.pipeline.image_files import EXIF, orientation_for
@@ -73,7 +73,7 @@ def load_backbone(path: str, what: str, averaged: bool = False) -> Backbone | No
         return None
     if averaged and not checkpoints.has_averaged_weights(checkpoint):
         raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")
-    network = create_dense(variant)
+    network = create_dense(variant, **(settings_of(own) or {}))
     checkpoints.load_weights(network, own, what, variant_hint="choose another checkpoint")
     to_device(network, torch.device("cpu")).eval()
     return Backbone(variant, network, orientation_for(checkpoint.get("reading")))

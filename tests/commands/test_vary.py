@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from timm.utils import dispatch_clip_grad
 
 import main
+import predict
 import sepvit
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.inference.classifier import load_classifier
 from sepvit_lib.run.checkpoints import load_weights
+from tools import export, visualize
 
 WINDOWS = "window_sizes=((7,),(7,),(7,),(7,))"
 PLAIN_WINDOWS = [[7], [7], [7], [7]]
@@ -93,6 +95,26 @@ def test_recipes_and_resumed_runs_keep_the_settings(trained, capsys):
     assert run(*resumed, WINDOWS) == 0
     capsys.readouterr()
     assert "--model-kwargs" in refusal(main.run, "main", [*resumed, "mlp_ratio=4"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [("pointwise=false", "no attention among windows"), ("window_tokens=shared", "no learned window tokens")],
+)
+def test_variations_through_every_command(argument, words, few_digits, tmp_path, capsys):
+    """Trained, evaluated, predicted, drawn and exported from the checkpoint alone."""
+    folder, image = tmp_path / "run", next(few_digits.glob("val/0/*"))
+    shared = [*SMALL, "--input-size", 64, "--data-path", few_digits, "--device", "cpu"]
+    assert run(*shared, "--output_dir", folder, "--model-kwargs", argument) == 0
+    assert run(*shared, "--eval", "--resume", folder / "checkpoint.pth") == 0
+    resume = ["--resume", str(folder / "checkpoint.pth")]
+    assert predict.run([str(image), *resume, "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert visualize.run([str(image), *resume, "--out", str(tmp_path / "figures")]) == 0
+    assert words in capsys.readouterr().out
+    assert export.run([*resume, "--out", str(tmp_path / "exported"), "--formats", "safetensors", "onnx"]) == 0
+    again = load_classifier(str(next((tmp_path / "exported").glob("*-timm"))))
+    assert again.network.settings() == load_classifier(resume[1]).network.settings()
 
 
 @pytest.mark.parametrize(

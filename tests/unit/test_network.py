@@ -77,15 +77,21 @@ def test_parameters_and_multiply_adds(variant):
 SIZES = [(56, 56), (33, 47), (64, 120), (101, 30), (29, 29), (28, 28)]
 
 
-VARIATIONS = [
+VARIATIONS: list[dict[str, Any]] = [
     dict(pointwise=False),
     dict(grouped=False),
     dict(inner_shortcuts=False),
     dict(overlap=False),
     dict(positional_encoding="none"),
+    dict(window_tokens="zeros"),
+    dict(window_tokens="average"),
+    dict(window_tokens="depthwise"),
+    dict(window_tokens="shared"),
     dict(pointwise=False, grouped=False, inner_shortcuts=False, overlap=False, positional_encoding="none"),
 ]
-CASES = [(size, {}) for size in SIZES] + [((57, 90), variation) for variation in VARIATIONS]
+CASES: list[tuple[tuple[int, int], dict[str, Any]]] = [(size, {}) for size in SIZES] + [
+    ((57, 90), variation) for variation in VARIATIONS
+]
 
 
 @pytest.mark.parametrize(("size", "variation"), CASES)
@@ -116,7 +122,7 @@ def test_the_page_has_the_costs_of_variations():
     """Parameters and multiply-adds of SepViT_Tiny, at 224 × 224 pixels."""
     page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `--model-kwargs (\w+=\w+)` \|.*\| ([\d.]+) M \| ([\d.]+) G \|$", page, re.MULTILINE)
-    assert len(rows) == 5
+    assert len(rows) == 9
     for argument, parameters, multiply_adds in rows:
         args = main.build_parser().parse_args(["--model-kwargs", argument])
         with torch.device("meta"):
@@ -146,8 +152,26 @@ def test_variations_are_exported_recorded_and_refused_by_others(variation, tmp_p
 def test_settings_that_exclude_each_other():
     with pytest.raises(ValueError, match="choose one"):
         SepViTDense(grouped=False, window_sizes=[[7]] * 4)
-    with pytest.raises(ValueError, match="positional_encoding='sine'"):
-        SepViTDense(positional_encoding="sine")
+    for mistake in (dict(positional_encoding="sine"), dict(window_tokens="learned"), dict(window_tokens="mean")):
+        with pytest.raises(ValueError, match="choose"):
+            SepViTDense(**mistake)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "average", "depthwise", "shared"])
+def test_window_tokens_without_a_size_are_kept_at_other_sizes(kind):
+    """Blocks with a single window have none, and get fresh ones if the image grows."""
+    model = tiny_network(SepViT, img_size=64, num_classes=5, window_tokens=kind)
+    larger = tiny_network(SepViT, 1, img_size=224, num_classes=5, window_tokens=kind)
+    report = load_weights(larger, model.state_dict(), "x", variant_hint="")
+    assert {name.split(".")[1] for name in report.adaptation.fresh} == {"1", "2"}
+    weights = larger.state_dict()
+    for name in model.state_dict().keys() - set(report.adaptation.dropped):
+        assert torch.equal(weights[name], model.state_dict()[name])
+    model.set_input_size(224)
+    assert model.state_dict().keys() == weights.keys()
+    model.set_input_size(64)
+    back = load_weights(model, weights, "x", variant_hint="")
+    assert sorted(back.adaptation.dropped) == sorted(report.adaptation.fresh)
 
 
 # -------------------------------------------------------------------------------------------------------------- forms
