@@ -295,11 +295,43 @@ class SeparableSelfAttention(nn.Module):
 # 14. Below are the window sides per stage, cycled over its blocks: (7, 14) alternates plain and grouped attention.
 WINDOW_SIZES = ((7,), (7, 14), (7, 14), (7,))
 
-WINDOW_TOKENS = ("learned", "zeros", "average", "depthwise", "shared")
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The block
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variation:
+    """What the paper's ablations change. The defaults are those of the published classification form.
+
+    Attributes:
+        pointwise: attention among windows; without it, there are no window tokens.
+        inner_shortcuts: shortcuts inside the attention, which the paper's early versions do not have.
+        overlap: overlapping patch embeddings; without it, patches of 4 × 4 and 2 × 2 pixels.
+        positional_encoding: 'conditional' or 'none'.
+        window_tokens: 'learned' for each window, 'zeros' (the default of the dense form, which refuses 'learned'),
+            'average' of the window's pixels, 'depthwise' (a depthwise convolution over the window), or 'shared' (one
+            learned token for all windows).
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+
+    pointwise: bool = True
+    inner_shortcuts: bool = True
+    overlap: bool = True
+    positional_encoding: str = "conditional"
+    window_tokens: str = "learned"
+
+    def __post_init__(self) -> None:
+        if self.positional_encoding not in ("conditional", "none"):
+            raise ValueError(f"positional_encoding={self.positional_encoding!r}: choose 'conditional' or 'none'")
+        kinds = ("learned", "zeros", "average", "depthwise", "shared")
+        if self.window_tokens not in kinds:
+            raise ValueError(f"window_tokens={self.window_tokens!r}: choose from {kinds}")
+
+
+PUBLISHED = Variation()
 
 
 class SepViTBlock(nn.Module):
@@ -315,9 +347,7 @@ class SepViTBlock(nn.Module):
         drop: dropout rate of the projection and the MLP.
         attn_drop: dropout rate of the attention maps.
         drop_path: stochastic depth rate.
-        pointwise: whether windows attend to each other; otherwise, the block has no window tokens.
-        inner_shortcuts: see `SeparableSelfAttention`.
-        window_tokens: see `SepViTStages`.
+        variation: what differs from the published block.
     """
 
     def __init__(
@@ -330,22 +360,18 @@ class SepViTBlock(nn.Module):
         drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
-        pointwise: bool = True,
-        inner_shortcuts: bool = True,
-        window_tokens: str = "learned",
+        variation: Variation = PUBLISHED,
     ) -> None:
         super().__init__()
         self.window_size = window_size
-        self.pointwise = pointwise
-        self.window_tokens = window_tokens
+        self.pointwise, self.window_tokens = variation.pointwise, variation.window_tokens
         self.register_parameter("win_tokens", None)
-        self.register_parameter("win_token", None)  # of all windows
         self.win_conv: nn.Conv2d | None
         self.register_module("win_conv", None)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=drop)
-        self.attn = SeparableSelfAttention(dim, num_heads, window_size, attn_drop, drop, inner_shortcuts)
+        self.attn = SeparableSelfAttention(dim, num_heads, window_size, attn_drop, drop, variation.inner_shortcuts)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.set_grid(grid)
 
@@ -356,15 +382,13 @@ class SepViTBlock(nn.Module):
         is_single_window = grid is not None and math.prod(grid) == 1
         self.attn.has_window_tokens = self.pointwise and not is_single_window
         self.attn.set_pointwise(self.attn.has_window_tokens)
-        self.win_tokens = None
         kind = self.window_tokens if self.attn.has_window_tokens else ""
         dim, w, where = self.norm1.normalized_shape[0], self.window_size, get_device_dtype(self)
-        if kind == "learned" and grid is not None:
-            self.win_tokens = nn.Parameter(torch.zeros(1, math.prod(grid), 1, dim, **where))
-        if kind != "shared":
-            self.win_token = None
-        elif self.win_token is None:
-            self.win_token = nn.Parameter(torch.zeros(1, 1, 1, dim, **where))
+        if kind not in ("learned", "shared"):
+            self.win_tokens = None
+        elif kind == "learned" or self.win_tokens is None:
+            count = math.prod(grid) if kind == "learned" and grid is not None else 1
+            self.win_tokens = nn.Parameter(torch.zeros(1, count, 1, dim, **where))
         if kind != "depthwise":
             self.win_conv = None
         elif self.win_conv is None:
@@ -392,9 +416,7 @@ class SepViTBlock(nn.Module):
             w = self.window_size
             maps = windows.view(B * n, w, w, C).permute(0, 3, 1, 2)  # B·n × C × w × w
             return self.win_conv(maps).reshape(B, n, 1, C)
-        if self.win_token is not None:
-            return self.win_token.expand(-1, windows.shape[1], -1, -1)
-        return self.win_tokens
+        return self.win_tokens if self.win_tokens is None else self.win_tokens.expand(-1, windows.shape[1], -1, -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -459,14 +481,8 @@ class SepViTStages(nn.Module):
         drop_rate: dropout rate after the patch embeddings and projections, and in the MLPs.
         attn_drop_rate: dropout rate of the attention maps.
         drop_path_rate: stochastic depth rate of the last block. Rates rise linearly from 0 at the first block.
-        window_tokens: 'learned' for each window (the default of the classification form), 'zeros' (the default of the
-            dense form, which refuses 'learned'), 'average' of the window's pixels, 'depthwise' (a depthwise convolution
-            over the window), or 'shared' (one learned token for all windows).
-        pointwise: attention among windows.
         grouped: grouped attention; without it, all windows have side 7. Excludes `window_sizes`.
-        inner_shortcuts: shortcuts inside the attention, which the paper's early versions do not have.
-        overlap: overlapping patch embeddings; without it, 4 × 4 and 2 × 2 pixels.
-        positional_encoding: 'conditional' or 'none'.
+        **variation: see `Variation`.
 
     Raises:
         ValueError: an image side is below 1 pixel, or settings are unknown or exclude each other.
@@ -484,29 +500,16 @@ class SepViTStages(nn.Module):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        pointwise: bool = True,
         grouped: bool = True,
-        inner_shortcuts: bool = True,
-        overlap: bool = True,
-        positional_encoding: str = "conditional",
-        window_tokens: str | None = None,
+        **variation: Any,
     ) -> None:
         super().__init__()
-        window_tokens = window_tokens or ("zeros" if img_size is None else "learned")
-        if window_tokens not in WINDOW_TOKENS[img_size is None :]:
-            raise ValueError(f"window_tokens={window_tokens!r}: choose from {WINDOW_TOKENS[img_size is None :]}")
-        if positional_encoding not in ("conditional", "none"):
-            raise ValueError(f"positional_encoding={positional_encoding!r}: choose 'conditional' or 'none'")
+        if img_size is None and variation.setdefault("window_tokens", "zeros") == "learned":
+            raise ValueError("window_tokens='learned': the dense form has none; choose 'zeros' or another kind")
         if window_sizes is not None and not grouped:
             raise ValueError(f"window_sizes={window_sizes} and grouped=False: choose one")
         window_sizes = window_sizes or (WINDOW_SIZES if grouped else tuple(sides[:1] for sides in WINDOW_SIZES))
-        self.variation = dict(
-            pointwise=pointwise,
-            inner_shortcuts=inner_shortcuts,
-            overlap=overlap,
-            positional_encoding=positional_encoding,
-            window_tokens=window_tokens,
-        )
+        self.variation = varied = Variation(**variation)
         if img_size is not None and min(img_size) < 1:
             raise ValueError(f"img_size={img_size}: both sides must be at least 1 pixel")
         self.img_size = img_size
@@ -524,8 +527,8 @@ class SepViTStages(nn.Module):
         for i, (dim, depth) in enumerate(zip(embed_dims, depths)):
             previous = in_chans if i == 0 else embed_dims[i - 1]
             kernel, stride = (7, 4) if i == 0 else (3, 2)
-            self.patch_embeds.append(OverlapPatchEmbed(previous, dim, kernel if overlap else stride, stride))
-            is_encoded = positional_encoding == "conditional"
+            self.patch_embeds.append(OverlapPatchEmbed(previous, dim, kernel if varied.overlap else stride, stride))
+            is_encoded = varied.positional_encoding == "conditional"
             self.pos_block.append(ConditionalPositionalEncoding(dim) if is_encoded else nn.Identity())
             sides = [window_sizes[i][j % len(window_sizes[i])] for j in range(depth)]
             self.blocks.append(
@@ -539,9 +542,7 @@ class SepViTStages(nn.Module):
                         drop=drop_rate,
                         attn_drop=attn_drop_rate,
                         drop_path=rates[i][j],
-                        pointwise=pointwise,
-                        inner_shortcuts=inner_shortcuts,
-                        window_tokens=window_tokens,
+                        variation=varied,
                     )
                     for j, side in enumerate(sides)
                 )
@@ -591,7 +592,7 @@ class SepViTStages(nn.Module):
     def settings(self) -> dict[str, Any]:
         """Arguments of the constructor that the shapes of the weights do not show. State dicts record them."""
         return dict(
-            **self.variation,
+            **vars(self.variation),
             num_heads=[blocks[0].attn.num_heads for blocks in self.blocks],
             window_sizes=[[block.window_size for block in blocks] for blocks in self.blocks],
         )
@@ -604,7 +605,7 @@ class SepViTStages(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay, in addition to biases and norms: the window tokens."""
-        return {name for name, _ in self.named_parameters() if name.endswith(("win_tokens", "win_token"))}
+        return {name for name, _ in self.named_parameters() if name.endswith("win_tokens")}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -706,7 +707,7 @@ class SepViT(SepViTStages):
                 continue
             old_tokens = block.win_tokens
             block.set_grid(grid)
-            if old_tokens is not None and block.win_tokens is not None:
+            if old_tokens is not None and block.win_tokens is not None and block.window_tokens == "learned":
                 block.win_tokens.data = resample_window_tokens(old_tokens.data, old_grid, grid)
                 block.win_tokens.requires_grad_(old_tokens.requires_grad)
         self.img_size = size
@@ -952,7 +953,7 @@ def _adapt_to_dense(state_dict: dict[str, Tensor], model: SepViTStages) -> Adapt
 
 def _adapt_to_size(state_dict: dict[str, Tensor], model: SepViT, img_size: tuple[int, int] | None) -> Adaptation:
     own, blocks = model.state_dict(), model.named_blocks()
-    if model.variation["window_tokens"] != "learned":
+    if model.variation.window_tokens != "learned":
         return _adapt_blocks(state_dict, own, list(blocks))
     old_grids, grids = _source_grids(state_dict, model, img_size), model.window_grids(model.img_size)
     # Adapt only differences that result from the image size. A checkpoint that lacks entries for any other reason must
@@ -980,7 +981,7 @@ def _adapt_blocks(state_dict: dict[str, Tensor], own: dict[str, Tensor], blocks:
     for block in blocks:
         names = [
             *_pointwise_names(block),
-            *(f"{block}.{name}" for name in ("win_token", "win_conv.weight", "win_conv.bias")),
+            *(f"{block}.{name}" for name in ("win_tokens", "win_conv.weight", "win_conv.bias")),
         ]
         held, wanted = ([name for name in names if name in entries] for entries in (state_dict, own))
         if not held or not wanted:
@@ -1063,10 +1064,7 @@ def default_settings(variant: str) -> dict[str, Any]:
     """Settings of one of the paper's variants, in the form of `SepViTStages.settings`."""
     sizes = VARIANTS[variant]
     sides = [[sides[j % len(sides)] for j in range(depth)] for sides, depth in zip(WINDOW_SIZES, sizes["depths"])]
-    published = dict(
-        pointwise=True, inner_shortcuts=True, overlap=True, positional_encoding="conditional", window_tokens="learned"
-    )
-    return dict(**published, num_heads=list(sizes["num_heads"]), window_sizes=sides)
+    return dict(**vars(PUBLISHED), num_heads=list(sizes["num_heads"]), window_sizes=sides)
 
 
 def _adapt_before_loading(

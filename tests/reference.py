@@ -82,7 +82,7 @@ def window_token(p, kind, windows, i):
     if kind == "learned":
         return p["win_tokens"][0, i].expand(B, 1, C)
     if kind == "shared":
-        return p["win_token"][0, 0].expand(B, 1, C)
+        return p["win_tokens"][0, 0].expand(B, 1, C)
     if kind == "average":
         return sum(windows[i][:, pixel] for pixel in range(L))[:, None] / L
     if kind == "depthwise":

@@ -248,7 +248,7 @@ Drawings = Mapping[str, Callable[[], Figure]]  # drawing functions, by name of t
 
 def among(scene: Scene) -> Drawings | str:
     """Figures of attention among windows, or the reason why there are none."""
-    if not scene.network.variation["pointwise"]:
+    if not scene.network.variation.pointwise:
         return "the network has no window tokens, and so no attention among windows (pointwise=False)"
     several = [block for block in scene.blocks if block.among is not None]
     if not several:
@@ -272,7 +272,7 @@ def tokens(scene: Scene) -> Drawings | str:
     """The figure of the window tokens, or the reason why there is none."""
     if scene.label is None:
         return "the dense form has no learned window tokens"
-    if (kind := scene.network.variation["window_tokens"]) != "learned" or not scene.network.variation["pointwise"]:
+    if (kind := scene.network.variation.window_tokens) != "learned" or not scene.network.variation.pointwise:
         return f"the network has no learned window tokens (window_tokens={kind})"
     blocks = scene.network.named_blocks()
     found = [(block, token_similarity(blocks[block.name])) for block in scene.blocks]
