@@ -14,6 +14,7 @@ from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.common.storage import write_file
 
 ARGS = "args.yaml"
+BASE = "base"  # key of the recipe that another one inherits
 LAUNCH_SETTINGS = ("config", "local_rank")  # settings of a single launch, not part of a recipe
 SWITCHES = dict(true=0, yes=0, on=0, false=1, no=1, off=1)  # index in the action's option_strings: --flag, --no-flag
 
@@ -34,8 +35,10 @@ def parse_with_recipe(parser: Parser, arguments: Sequence[str] | None = None) ->
         raise UserError(f"{setting('config', args.config)}: {error}") from None
 
 
-def read_recipe(path: str) -> list[tuple[str, Any]]:
+def read_recipe(path: str, may_inherit: bool = True) -> list[tuple[str, Any]]:
     """Read the settings from a recipe (a YAML mapping). Values stay strings: YAML does not parse 5e-4 as a float.
+
+    The settings of the recipe that `base` names, a path relative to this recipe, come first: later settings win.
 
     Raises:
         UserError: the file cannot be read, is not a YAML mapping, or contains a setting twice.
@@ -53,7 +56,16 @@ def read_recipe(path: str) -> list[tuple[str, Any]]:
     counts = Counter(key.replace("-", "_") for key, _ in entries)
     if max(counts.values(), default=1) > 1:
         raise UserError(f"{counts.most_common(1)[0][0]}: set twice; remove one")
-    return entries
+    base = dict(entries).get(BASE)
+    if base is None:
+        return entries
+    if not may_inherit:
+        raise UserError(f"{BASE}: {path} is inherited itself, so it cannot inherit another recipe")
+    try:
+        inherited = read_recipe(str(Path(path).parent / base), may_inherit=False)
+    except UserError as error:
+        raise UserError(f"{BASE} {base}: {error}") from None
+    return [*inherited, *((key, value) for key, value in entries if key != BASE)]
 
 
 def _arguments_of(key: str, value: Any, parser: Parser) -> list[str]:

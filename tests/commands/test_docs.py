@@ -102,6 +102,7 @@ DEMOS = dict(segmentation="fpn_sepvit_lite_112x112_demo.py", detection="mask_rcn
 ELSEWHERE = {
     r"python tools/app\.py --resume CHECKPOINT --config": "test_app.py::test_segmentor",
     r"python tools/app\.py": "test_app.py::test_an_image_goes_in_and_its_class_comes_out",
+    r"^for recipe in recipes/ablations": "test_vary.py::test_the_recipes_of_the_ablations_train",
     r"pip install (-e )?\.$": "test_package.py::test_a_host_with_modules_of_the_same_names_imports_everything",
     r"--data-set CIFAR": "test_data.py::test_cifar",  # torchvision knows the checksums of the real files
     r"bash slurm_(train|test)\.sh": "test_dense_commands.py::test_slurm_scripts",

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import SMALL, SMALLEST, differences, refusal
+from conftest import ROOT, SMALL, SMALLEST, differences, refusal
 from safetensors.torch import save_file
 from timm.utils import dispatch_clip_grad
 
@@ -95,6 +95,18 @@ def test_recipes_and_resumed_runs_keep_the_settings(trained, capsys):
     assert run(*resumed, WINDOWS) == 0
     capsys.readouterr()
     assert "--model-kwargs" in refusal(main.run, "main", [*resumed, "mlp_ratio=4"], capsys)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes/ablations").iterdir()), ids=lambda path: path.stem)
+def test_the_recipes_of_the_ablations_train(recipe, few_digits, tmp_path):
+    shared = [*SMALL, "--data-path", few_digits, "--device", "cpu", "--num_workers", 0]
+    assert run("--config", recipe, *shared, "--epochs", 1, "--warmup-epochs", 0, "--output_dir", tmp_path) == 0
+    kwargs = main.parse_with_recipe(main.build_parser(), ["--config", str(recipe)]).model_kwargs
+    settings = load_classifier(str(tmp_path / "checkpoint.pth")).network.settings()
+    assert {name: settings[name] for name in kwargs if name != "grouped"} == {
+        k: v for k, v in kwargs.items() if k != "grouped"
+    }
+    assert (14 in settings["window_sizes"][1]) == kwargs.get("grouped", True)
 
 
 @pytest.mark.parametrize(

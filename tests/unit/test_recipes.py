@@ -12,7 +12,7 @@ import main
 from sepvit_lib.common.recipes import parse_with_recipe, write_recipe
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
 
 
 def parse(*arguments) -> dict:
@@ -67,7 +67,26 @@ def test_the_command_line_overrides_the_recipe(tmp_path):
     )
 
 
+def test_a_recipe_inherits_another(tmp_path):
+    """Its own settings win. The network's arguments are those of one of the recipes, not of both."""
+    (tmp_path / "base.yaml").write_text("lr: 1e-3\nepochs: 7\nmodel_kwargs:\n  overlap: false\n")
+    (tmp_path / "sub").mkdir()
+    path = tmp_path / "sub/own.yaml"
+    path.write_text("base: ../base.yaml\nepochs: 9\nmodel_kwargs:\n  window_tokens: zeros\n")
+    args = parse("--config", path, "--lr", "2e-3")
+    assert args == parse() | dict(lr=2e-3, epochs=9, model_kwargs=dict(window_tokens="zeros"), config=str(path))
+
+
+def test_the_recipes_of_the_ablations_end_in_the_published_network():
+    rows = [parse("--config", path) for path in sorted((ROOT / "recipes/ablations").glob("[1-4]*.yaml"))]
+    published = parse("--config", ROOT / "recipes/sepvit_tiny_imagenet.yaml")
+    assert [len(row["model_kwargs"]) for row in rows] == [3, 2, 1, 0]
+    assert all(row | dict(model_kwargs={}, config="") == published | dict(config="") for row in rows)
+
+
 MISTAKES = {
+    "base: nowhere.yaml": "base nowhere.yaml: cannot be read",
+    "base: recipe.yaml": "base recipe.yaml: base: .*cannot inherit another recipe",
     "epochs: 3\nlearning_rate: 1": "learning_rate: unknown setting",
     "model: SepViT_Tiny\noutput-dri: x": "output-dri: .*did you mean --output_dir?",
     "config: x.yaml": "config: unknown setting",
@@ -181,4 +200,4 @@ def test_readme_names_a_command_for_each_variant():
         "--model SepViT_Base --batch-size 128 --data-path imagenet --dist-eval --drop-path 0.5 --weight-decay 0.1"
         in README
     )
-    assert all(Path(path).name in README for path in RECIPES)
+    assert all((path.parent.name if "ablations" in path.parts else path.name) in README for path in RECIPES)
