@@ -533,7 +533,7 @@ def test_files_of_the_repository_exist(command):
         name = word.removeprefix("'").partition("[")[0].removesuffix(".")
         is_own = re.match(r"(\./)?(tools|recipes|configs|tests|segmentation|detection|packaging|benchmarks)/\w", name)
         if is_own or name in ("requirements.txt", "constraints.txt"):
-            assert any((folder / name).exists() for folder in folders), f"{command.place}: {name}"
+            assert any(any(folder.glob(name)) for folder in folders), f"{command.place}: {name}"
         if extras := re.fullmatch(r"\.\[([\w,]+)\]", word):
             project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
             assert all(f"\n{extra} = [" in project for extra in extras[1].split(","))
