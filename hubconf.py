@@ -4,9 +4,12 @@ This file imports only torch, timm and sepvit.py. While torch.hub loads it, DIR 
 of this repository (`utils`, `datasets`, …) could shadow those of the calling program.
 """
 
+import argparse
+import contextlib
 import typing
 
 import timm
+import torch
 from torch import nn
 
 import sepvit
@@ -64,11 +67,20 @@ def sepvit_dense(variant: str = "SepViT_Tiny", checkpoint: str = "", **kwargs: t
         RuntimeError: loading the file would run code, or its weights do not fit.
         ValueError: the variant is unknown.
     """
-    return _loaded(sepvit.create_dense(variant, **kwargs), checkpoint)
+    recorded = {name: value for name, value in _recorded(checkpoint).items() if value != "learned"}
+    return _loaded(sepvit.create_dense(variant, **{**recorded, **kwargs}), checkpoint)
 
 
 def _classifier(variant: str, checkpoint: str, kwargs: dict[str, typing.Any]) -> nn.Module:
-    return _loaded(timm.create_model(variant, **kwargs), checkpoint)
+    return _loaded(timm.create_model(variant, **{**_recorded(checkpoint), **kwargs}), checkpoint)
+
+
+def _recorded(checkpoint: str) -> dict[str, typing.Any]:
+    """Arguments that the network in a checkpoint of main.py was built with; {} for other files."""
+    with contextlib.suppress(Exception), torch.serialization.safe_globals([argparse.Namespace]):
+        args = torch.load(checkpoint, map_location="cpu", weights_only=True)["args"]
+        return dict((args if isinstance(args, dict) else vars(args)).get("model_kwargs") or {})
+    return {}  # loading the weights reports what is wrong with the file
 
 
 def _loaded(network: nn.Module, checkpoint: str) -> nn.Module:

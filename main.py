@@ -69,7 +69,7 @@ from engine import (
     measure_throughput,
     train_one_epoch,
 )
-from sepvit import VARIANTS, SepViT
+from sepvit import VARIANTS, WINDOW_SIZES, SepViT
 from sepvit_lib.common.class_names import check_map, listed
 from sepvit_lib.common.command_line import (
     KeyValues,
@@ -338,7 +338,9 @@ def adopt_settings(
     orientation = args.orientation or before.get("orientation") or STORED
     if keeps and "orientation" not in before:
         orientation = STORED  # the run predates this setting, even if its recipe sets it now
-    kwargs = args.model_kwargs or (model_kwargs_of(checkpoint, what) if checkpoint else {})
+    kwargs = args.model_kwargs or (
+        model_kwargs_of(checkpoint, what, kwargs_advice("--model-kwargs")) if checkpoint else {}
+    )
     args = argparse.Namespace(**{**vars(args), "orientation": orientation, "model_kwargs": kwargs})
     published = Preprocessing.for_size(args.input_size)
     if checkpoint is None:
@@ -347,6 +349,12 @@ def adopt_settings(
     if preprocessing != published:
         print_main(f"{what}: {preprocessing}")
     return args, preprocessing
+
+
+def kwargs_advice(flag: str) -> str:
+    """Advice for weights that do not show how their network was built."""
+    published = str([list(sides) for sides in WINDOW_SIZES]).replace(" ", "")
+    return f"pass the sizes that it was trained with, as published: {flag} window_sizes={published}"
 
 
 def match_resumed(
@@ -746,7 +754,7 @@ def build_criterion(
         args.teacher_model,
         train.num_classes,
         args.input_size,
-        model_kwargs=args.teacher_kwargs or model_kwargs_of(checkpoint, what),
+        model_kwargs=args.teacher_kwargs or model_kwargs_of(checkpoint, what, kwargs_advice("--teacher-kwargs")),
     )
     hints = "use a teacher trained on the data set's classes", "name it with --teacher-model"
     load_from(teacher, checkpoint, what, *hints, data=train)

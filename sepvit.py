@@ -1073,7 +1073,9 @@ def _adapt_before_loading(
     """Pre-hook of `load_state_dict`: adapt a state dict unless it is marked as adapted, and warn of any change."""
     if local_metadata.get("sepvit_adapted"):
         return
-    entries = entries_under(state_dict, prefix)
+    entries, recorded = entries_under(state_dict, prefix), local_metadata.get("settings")
+    if recorded and model.img_size is not None and recorded != model.settings():
+        _logger.warning("the weights were trained with %s, not %s", recorded, model.settings())
     adaptation = adapt_state_dict(entries, model)
     for name in adaptation.dropped:
         del state_dict[prefix + name]

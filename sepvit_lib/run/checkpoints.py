@@ -27,7 +27,6 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from sepvit import (
-    WINDOW_SIZES,
     Adaptation,
     SepViTStages,
     adapt_state_dict,
@@ -293,7 +292,10 @@ def weights_of(checkpoint: dict[str, Any], what: str, prefer_ema: bool = False) 
     return keep_settings(weights.items(), found)
 
 
-def model_kwargs_of(checkpoint: dict[str, Any], what: str) -> dict[str, Any]:
+RECORD = "save the state dict of the network with torch.save, which records them"
+
+
+def model_kwargs_of(checkpoint: dict[str, Any], what: str, way_out: str = RECORD) -> dict[str, Any]:
     """Return the arguments that a checkpoint's network was built with, besides its name, size and classes.
 
     They are in the settings of its run, or recorded in its state dict.
@@ -301,6 +303,7 @@ def model_kwargs_of(checkpoint: dict[str, Any], what: str) -> dict[str, Any]:
     Args:
         checkpoint: returned by `read_checkpoint`.
         what: flag and path, for messages.
+        way_out: what to do if the arguments are unknown, for messages.
 
     Raises:
         UserError: the checkpoint has neither, and its entries fit windows of any size.
@@ -311,11 +314,7 @@ def model_kwargs_of(checkpoint: dict[str, Any], what: str) -> dict[str, Any]:
         return dict(settings.get("model_kwargs") or {})
     shows_sizes = any(re.match(r"blocks\.[1-3].*\.win_tokens", name) for name in weights)
     if recorded is None and not settings and not shows_sizes:
-        published = str([list(sides) for sides in WINDOW_SIZES]).replace(" ", "")
-        raise UserError(
-            f"{what}: has no settings, and its entries fit windows of any size; pass those that it was trained with, "
-            f"as published: {setting('model_kwargs', dict(window_sizes=published))}"
-        )
+        raise UserError(f"{what}: has no settings, and its entries fit windows of any size; {way_out}")
     return recorded if recorded and recorded != default_settings(variant) else {}
 
 

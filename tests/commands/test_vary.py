@@ -73,7 +73,7 @@ def test_weights_that_fit_only_by_luck_are_refused(trained, capsys):
     weights = torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
     save_file(weights, folder / "bare.safetensors")
     arguments = [*shared, "--eval", "--resume", folder / "bare.safetensors"]
-    assert "pass those that it was trained with" in refusal(main.run, "main", arguments, capsys)
+    assert "pass the sizes that it was trained with" in refusal(main.run, "main", arguments, capsys)
     assert run(*arguments, "--model-kwargs", WINDOWS) == 0
     arguments = [*shared, "--eval", "--resume", folder / "checkpoint.pth", "--model-kwargs", "window_sizes=[[7]]*4"]
     capsys.readouterr()
@@ -125,6 +125,8 @@ def test_variations_through_every_command(argument, words, few_digits, tmp_path,
     assert visualize.run([str(image), *resume, "--out", str(tmp_path / "figures")]) == 0
     assert words in capsys.readouterr().out
     assert export.run([*resume, "--out", str(tmp_path / "exported"), "--formats", "safetensors", "onnx"]) == 0
+    loaded = torch.hub.load(str(ROOT), "SepViT_Lite", source="local", checkpoint=resume[1], img_size=64, num_classes=3)
+    assert loaded.settings() == load_classifier(resume[1]).network.settings()
     again = load_classifier(str(next((tmp_path / "exported").glob("*-timm"))))
     assert again.network.settings() == load_classifier(resume[1]).network.settings()
 

@@ -1,7 +1,6 @@
 """Recipes: YAML files with settings of main.py, and the args.yaml that each run writes."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
