@@ -43,6 +43,7 @@ class LoopSettings:
         accum_steps: batches that each rank accumulates per step.
         clip_grad: bound of the gradients, 0 for no clipping.
         clip_mode: 'norm', 'value' or 'agc', as for timm's `dispatch_clip_grad`.
+        mixup_off_epoch: epoch from which mixing is off; 0 for none.
         print_freq: batches between progress reports.
         data_path: path of the data set, for messages.
     """
@@ -52,6 +53,7 @@ class LoopSettings:
     accum_steps: int
     clip_grad: float
     clip_mode: str
+    mixup_off_epoch: int
     print_freq: int
     data_path: str
 

@@ -239,7 +239,6 @@ class Parts:
         loop: settings of the training loop.
         evaluation: settings of validation.
         ema_on_cpu: whether the averaged weights are kept in CPU memory.
-        mixup_off_epoch: epoch from which mixing is off; 0 for none.
     """
 
     training: Training
@@ -252,7 +251,6 @@ class Parts:
     loop: LoopSettings
     evaluation: EvaluationSettings
     ema_on_cpu: bool
-    mixup_off_epoch: int
 
 
 def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, precision: Precision) -> None:
@@ -433,7 +431,7 @@ def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Calla
     try:
         while training.epoch < parts.loop.epochs:
             if parts.mixup is not None:  # targets stay soft
-                parts.mixup.mixup_enabled = training.epoch < (parts.mixup_off_epoch or math.inf)
+                parts.mixup.mixup_enabled = training.epoch < (parts.loop.mixup_off_epoch or math.inf)
             loss = train_one_epoch(
                 training,
                 parts.train_loader,
@@ -584,6 +582,9 @@ def build_parts(
     loaders = settings_from(args, LoaderSettings, accum_steps=accum_steps)
     train_loader, val_loader = build_train_loader(train, loaders), build_val_loader(val, loaders)
     mixup = build_mixup(args, train.num_classes)
+    in_effect = dict(
+        clip_mode=args.clip_mode if args.clip_grad else "norm", mixup_off_epoch=args.mixup_off_epoch if mixup else 0
+    )
     return Parts(
         build_training(args, model, precision, accum_steps),
         train_loader,
@@ -592,10 +593,9 @@ def build_parts(
         mixup,
         build_preparation(args, preprocessing, precision),
         precision,
-        settings_from(args, LoopSettings, accum_steps=accum_steps),
+        settings_from(args, LoopSettings, accum_steps=accum_steps, **in_effect),
         settings_from(args, EvaluationSettings),
         args.model_ema_force_cpu,
-        args.mixup_off_epoch,
     )
 
 

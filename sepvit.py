@@ -482,7 +482,11 @@ class SepViTStages(nn.Module):
         attn_drop_rate: dropout rate of the attention maps.
         drop_path_rate: stochastic depth rate of the last block. Rates rise linearly from 0 at the first block.
         grouped: grouped attention; without it, all windows have side 7. Excludes `window_sizes`.
-        **variation: see `Variation`.
+        pointwise: see `Variation`, as for the other settings below.
+        inner_shortcuts: see there.
+        overlap: see there.
+        positional_encoding: see there.
+        window_tokens: see there; by default 'learned' in the classification form and 'zeros' in the dense form.
 
     Raises:
         ValueError: an image side is below 1 pixel, or settings are unknown or exclude each other.
@@ -500,16 +504,21 @@ class SepViTStages(nn.Module):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        pointwise: bool = True,
         grouped: bool = True,
-        **variation: Any,
+        inner_shortcuts: bool = True,
+        overlap: bool = True,
+        positional_encoding: str = "conditional",
+        window_tokens: str | None = None,
     ) -> None:
         super().__init__()
-        if img_size is None and variation.setdefault("window_tokens", "zeros") == "learned":
+        window_tokens = window_tokens or ("zeros" if img_size is None else "learned")
+        if img_size is None and window_tokens == "learned":
             raise ValueError("window_tokens='learned': the dense form has none; choose 'zeros' or another kind")
         if window_sizes is not None and not grouped:
             raise ValueError(f"window_sizes={window_sizes} and grouped=False: choose one")
         window_sizes = window_sizes or (WINDOW_SIZES if grouped else tuple(sides[:1] for sides in WINDOW_SIZES))
-        self.variation = varied = Variation(**variation)
+        self.variation = varied = Variation(pointwise, inner_shortcuts, overlap, positional_encoding, window_tokens)
         if img_size is not None and min(img_size) < 1:
             raise ValueError(f"img_size={img_size}: both sides must be at least 1 pixel")
         self.img_size = img_size

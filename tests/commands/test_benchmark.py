@@ -366,7 +366,7 @@ def test_input_pipeline(tmp_path, capsys):
 
 def test_mistakes_of_the_input_pipeline(few_digits, tmp_path, capsys):
     for arguments, expected in (
-        ([], "--data-path, --synthetic"),
+        ([], "pass either --data-path"),
         (["--data-path", few_digits, "--images", 40], "--batch-size 64"),
         (["--data-path", tmp_path], "no train/ folder"),
         (["--synthetic", "9"], "--synthetic"),

@@ -29,8 +29,10 @@ SHARDS = "--data-set wds/x --data-path {root}/wds --num-classes 2 --train-split 
 
 # Changes of one flag each, by the settings beside which what is built differs. `{root}` is the fixture's folder.
 CHANGES = {
-    "": "--accum-steps 2, --aa augmix, --amp bfloat16, --batch-size 8, --channels-last, --checkpoint-every 5, "
-    "--class-map {root}/map.txt, --clip-grad 1, --compile, --cutmix 0.5, --cutmix-minmax 0.2 0.8, "
+    "": "--accum-steps 2, --aa augmix, --amp bfloat16, --batch-size 8, --bce-loss, --channels-last, "
+    "--checkpoint-every 5, "
+    "--class-map {root}/map.txt, --clip-grad 1, --clip-mode value, --layer-decay 0.5, --mixup-off-epoch 2, "
+    "--model-kwargs mlp_ratio=2, --opt-kwargs amsgrad=true, --compile, --cutmix 0.5, --cutmix-minmax 0.2 0.8, "
     f"--data-path {{root}}/many, {SHARDS}, --decay-window-tokens, --dist-eval, --drop 0.3, --drop-path 0.3, "
     "--dump-bad-batch, --epochs 7, --grad-checkpointing, --hflip 0.1, --input-size 64, --loader fast, --lr 0.1, "
     "--lr-noise 0, --max-bad-steps 3, --min-lr 1e-6, --mixup 0.5, --mixup-mode elem, --mixup-prob 0.5, "
@@ -39,6 +41,8 @@ CHANGES = {
     "--reprob 0.5, --sched tanh, --seed 1, --smoothing 0.2, --start_epoch 3, --train-interpolation bilinear, "
     "--warmup-epochs 3, --warmup-lr 1e-5, --weight-decay 0.1",
     "--aa=": "--color-jitter 0.1",
+    "--bce-loss": "--bce-target-thresh 0.5",
+    "--layer-decay 0.5": "--layer-decay-min-scale 0.9",
     "--data-path {root}/many": "--repeated-aug",
     "--data-set INAT --data-path {root}/inat --batch-size 2": "--inat-category kingdom",
     "--device cuda": "--no-pin-mem",
@@ -53,7 +57,8 @@ CHANGES = {
     "--sched step": "--decay-epochs 2",
     SHARDS: "--num-classes 3, --train-num-samples 32, --train-split a-1.tar|16, --val-num-samples 8, "
     "--val-split a-0.tar|16",
-    TEACHER: "--distillation-alpha 0.1, --distillation-tau 3, --distillation-type hard",
+    TEACHER: "--distillation-alpha 0.1, --distillation-tau 3, --distillation-type hard, "
+    "--teacher-kwargs attn_drop_rate=0.5",
 }
 
 # Changes of what a command does, likewise. After the last two of these, it is refused.
@@ -74,12 +79,14 @@ NONE = {"": "--local-rank 1, --resplit, --cooldown-epochs 3"}
 
 # Settings beside which changes of `CHANGES`, `RUNS` or `NONE` have no effect.
 IGNORED = {
-    "": "color_jitter distillation_alpha distillation_tau inat_category lr_noise_pct lr_noise_std model_ema_decay "
-    "model_ema_force_cpu model_ema_warmup momentum patience_epochs ratio scale teacher_model train_num_samples "
-    "train_split val_num_samples val_split resplit cooldown_epochs",
+    "": "bce_target_thresh color_jitter distillation_alpha distillation_tau inat_category layer_decay_min_scale "
+    "lr_noise_pct lr_noise_std model_ema_decay model_ema_force_cpu model_ema_warmup momentum patience_epochs "
+    "ratio scale teacher_kwargs teacher_model train_num_samples train_split val_num_samples val_split resplit "
+    "cooldown_epochs",
     "--aa=": "train_interpolation",
     "--cutmix-minmax 0.2 0.8": "cutmix",
-    "--mixup 0 --cutmix 0": "mixup_mode mixup_prob mixup_switch_prob",
+    "--clip-grad 0": "clip_mode",
+    "--mixup 0 --cutmix 0": "mixup_mode mixup_off_epoch mixup_prob mixup_switch_prob",
     "--opt momentum": "opt_betas opt_eps",
     "--reprob 0": "recount remode",
     "--sched constant": "min_lr",
