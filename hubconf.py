@@ -67,19 +67,23 @@ def sepvit_dense(variant: str = "SepViT_Tiny", checkpoint: str = "", **kwargs: t
         RuntimeError: loading the file would run code, or its weights do not fit.
         ValueError: the variant is unknown.
     """
-    recorded = {name: value for name, value in _recorded(checkpoint).items() if value != "learned"}
+    recorded = {name: value for name, value in _recorded(variant, checkpoint).items() if value != "learned"}
     return _loaded(sepvit.create_dense(variant, **{**recorded, **kwargs}), checkpoint)
 
 
 def _classifier(variant: str, checkpoint: str, kwargs: dict[str, typing.Any]) -> nn.Module:
-    return _loaded(timm.create_model(variant, **{**_recorded(checkpoint), **kwargs}), checkpoint)
+    return _loaded(timm.create_model(variant, **{**_recorded(variant, checkpoint), **kwargs}), checkpoint)
 
 
-def _recorded(checkpoint: str) -> dict[str, typing.Any]:
-    """Arguments that the network in a checkpoint of main.py was built with; {} for other files."""
+def _recorded(variant: str, checkpoint: str) -> dict[str, typing.Any]:
+    """Arguments that the network in a checkpoint was built with, from its run or its state dict; {} if unknown."""
     with contextlib.suppress(Exception), torch.serialization.safe_globals([argparse.Namespace]):
-        args = torch.load(checkpoint, map_location="cpu", weights_only=True)["args"]
-        return dict((args if isinstance(args, dict) else vars(args)).get("model_kwargs") or {})
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)  # the weights are read later
+        args, recorded = content.get("args", {}), sepvit.settings_of(content.get("model", content))
+        if kwargs := (args if isinstance(args, dict) else vars(args)).get("model_kwargs"):
+            return dict(kwargs)
+        if recorded and recorded != sepvit.default_settings(variant):
+            return recorded
     return {}  # loading the weights reports what is wrong with the file
 
 

@@ -1062,7 +1062,7 @@ def settings_of(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def keep_settings(entries: Iterable[tuple[str, Tensor]], state_dict: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
-    """Make a state dict of entries of another, whose recorded settings it keeps."""
+    """Make a state dict of `entries` that keeps the settings recorded in `state_dict`."""
     kept = OrderedDict(entries)
     if settings := settings_of(state_dict):
         kept._metadata = {"": dict(settings=settings)}  # type: ignore[attr-defined]

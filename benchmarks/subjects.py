@@ -96,7 +96,7 @@ class Subject:
 
     Attributes:
         model: a variant of SepViT, or a timm model.
-        form: how the model runs, one of `FORMS`, or 'before' for sepvit.py of another revision.
+        form: how the model runs, one of `FORMS`, or 'before' for a different revision of sepvit.py.
         number_format: number format, one of `DTYPES`.
     """
 
@@ -119,7 +119,7 @@ class Setting:
         size: image size (H, W).
         is_dense: whether SepViT is in its dense prediction form.
         threads: CPU threads.
-        before: sepvit.py of another revision, for the form 'before'; "" without it.
+        before: a different revision of sepvit.py, for the form 'before'; "" without it.
     """
 
     measure: str
@@ -169,7 +169,7 @@ def check_packages(forms: Sequence[str], formats: Sequence[str]) -> None:
 
 
 def load_before(file: str) -> ModuleType:
-    """Load sepvit.py of another revision. timm's registry keeps the models of this revision.
+    """Load a different revision of sepvit.py. timm's registry keeps the models of this revision.
 
     Raises:
         UserError: the file cannot be loaded.

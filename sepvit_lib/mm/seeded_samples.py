@@ -54,7 +54,7 @@ class SeededSamples(Dataset):
         """
         replacements, index = Replacements(), sample.index
         for attempt in count():
-            # Also seeds the choice of another image if a transform requests one, e.g. for a crop without objects.
+            # Also seeds the choice of a different image if a transform requests one, e.g. for a crop without objects.
             seed_everything(Stream.AUGMENTATION, self.seed, sample.epoch, sample.position, attempt)
             try:
                 return self.dataset[index], replacements.take()

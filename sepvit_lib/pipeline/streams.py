@@ -71,7 +71,7 @@ class TrainStream(ValStream):
         """Yield image, label, and the unreadable images and shards skipped before it, as text (`Replacements.take`).
 
         Raises:
-            UserError: too many consecutive images of a webdataset, or any image of another data set, are unreadable.
+            UserError: too many consecutive images of a webdataset, or any image of other streams, are unreadable.
         """
         worker = get_worker_info()
         origin = (self.epoch.item(), get_rank(), worker.id if worker else 0)

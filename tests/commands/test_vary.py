@@ -63,6 +63,9 @@ def test_checkpoints_know_how_their_network_was_built(trained, capsys):
         assert run(*shared, "--eval", "--resume", resumed) == 0
         losses.append(re.findall(r"loss ([\d.]+)", capsys.readouterr().out)[-1])
     assert losses[0] == losses[1]
+    hub = torch.hub.load(str(ROOT), "SepViT_Lite", source="local", checkpoint=str(bare), img_size=SIZE, num_classes=3)
+    with torch.no_grad():
+        torch.testing.assert_close(hub.eval()(images), direct(images))
     assert run(*shared, "--finetune", bare, "--lr", 0, "--output_dir", folder.parent / "tuned") == 0
     tuned = torch.load(folder.parent / "tuned/checkpoint.pth", weights_only=True)
     assert sepvit.settings_of(tuned["model"]) == sepvit.settings_of(checkpoint["model"])
