@@ -26,6 +26,7 @@ from sepvit_lib.common.errors import MachineError, UserError, setting
 from sepvit_lib.common.packages import require
 from sepvit_lib.common.processes import get_rank, get_world_size, print_main
 from sepvit_lib.common.storage import is_storage_error
+from sepvit_lib.pipeline.arrays import decode_channels
 from sepvit_lib.pipeline.data_sets.archive import Archive
 from sepvit_lib.pipeline.data_sets.base import Images
 from sepvit_lib.pipeline.data_sets.class_folders import ClassFolders
@@ -75,6 +76,7 @@ class DataSettings:
         val_num_samples: number of validation images.
         batch_size: images per batch. timm's readers round each worker's share up to a multiple of this number.
         seed: the run's seed.
+        in_chans: channels of the images; None for 3. With other numbers, NumPy files are images, too.
     """
 
     data_set: str
@@ -88,6 +90,7 @@ class DataSettings:
     val_num_samples: int | None
     batch_size: int
     seed: int
+    in_chans: int | None
 
 
 @dataclass(frozen=True)
@@ -241,10 +244,15 @@ def prepared(data: ImageData, is_train: bool, settings: TransformSettings) -> Im
     """Set the decoder and the transform of a data set's images.
 
     Raises:
-        UserError: timm does not know the automatic augmentation, or a decoder is not installed.
+        UserError: timm does not know the automatic augmentation, a decoder is not installed, or the loader does not
+            support the number of channels.
     """
-    transform = build_transform(is_train, settings)
+    transform, channels = build_transform(is_train, settings), settings.preprocessing.channels
     decoder: Callable[[Encoded], Any] = partial(decode, orientation=settings.orientation)
+    if channels != 3:
+        decoder = partial(decode_channels, channels=channels, orientation=settings.orientation)
+        if settings.loader == "fast":
+            raise UserError(f"{setting('loader', 'fast')}: supports only 3 channels, not {channels}; use faithful")
     if is_train and settings.loader == "fast":
         steps, _ = split_transform(transform)
         if isinstance(steps[0], RandomResizedCropAndInterpolation):
@@ -275,7 +283,7 @@ def _imagenet(root: Path, is_train: bool, settings: DataSettings) -> Images:
             f"{setting('data_path', root)}: no {names[0]}/ folder "
             "(expected train/ and val/, ILSVRC2012_img_train/ and ILSVRC2012_img_val/, or train.tar and val.tar)"
         )
-    return ClassFolders(str(folder))
+    return ClassFolders(str(folder), arrays=settings.in_chans not in (None, 3))
 
 
 def _archive(path: Path) -> Archive:
@@ -375,22 +383,24 @@ def match_splits(train: ImageData, val: ImageData) -> ImageData:
 def build_transform(is_train: bool, settings: TransformSettings) -> Any:
     """Build DeiT's transforms: timm's augmentation for training, resize and centre crop for validation.
 
+    Automatic augmentation and colour jitter need images in RGB. With other channels, they are off.
+
     Raises:
         UserError: timm does not know the automatic augmentation.
     """
     preprocessing = settings.preprocessing
-    size = preprocessing.size[0]
     if is_train:
         _check_augmentation(settings.aa)
+        is_rgb = preprocessing.channels == 3
         try:
             transform = create_transform(
-                input_size=size,
+                input_size=preprocessing.size,
                 is_training=True,
                 scale=(settings.scale[0], settings.scale[1]),
                 ratio=(settings.ratio[0], settings.ratio[1]),
                 hflip=settings.hflip,
-                color_jitter=settings.color_jitter,
-                auto_augment=settings.aa or None,
+                color_jitter=settings.color_jitter if is_rgb else 0.0,
+                auto_augment=(settings.aa or None) if is_rgb else None,
                 interpolation=settings.train_interpolation,
                 mean=preprocessing.mean,
                 std=preprocessing.std,
@@ -400,8 +410,8 @@ def build_transform(is_train: bool, settings: TransformSettings) -> Any:
             )
         except (AssertionError, KeyError, ValueError) as error:
             raise UserError(f"{setting('aa', settings.aa)}: unknown to timm ({error})") from None
-        if size <= SMALL_INPUT:
-            transform.transforms[0] = transforms.RandomCrop(size, padding=4, pad_if_needed=True)
+        if max(preprocessing.size) <= SMALL_INPUT:
+            transform.transforms[0] = transforms.RandomCrop(preprocessing.size, padding=4, pad_if_needed=True)
         return transform
     return preprocessing.transform()
 

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -28,6 +28,7 @@ import timm
 import torch
 import torch.distributed as dist
 from timm.data import Mixup
+from timm.layers import to_2tuple
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import (
     create_optimizer_v2,
@@ -74,6 +75,7 @@ from sepvit_lib.common.class_names import check_map, listed
 from sepvit_lib.common.command_line import (
     KeyValues,
     Parser,
+    Size,
     fraction,
     natural,
     non_negative,
@@ -151,7 +153,8 @@ def main(args: argparse.Namespace) -> None:
 
 def run_throughput(args: argparse.Namespace, watchdog: Watchdog, precision: Precision) -> None:
     """Measure the network's throughput in images per second (`--throughput`)."""
-    val = build_data(args, is_train=False)
+    args, preprocessing = adopt_settings(args, None, "")
+    val = build_data(args, False, preprocessing)
     model = build_model(args, val.num_classes, precision)
     loader = build_val_loader(val, settings_from(args, LoaderSettings))
     batch_size, images_per_second = measure_throughput(model, loader, precision, args.print_freq, watchdog)
@@ -263,6 +266,8 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     checkpoint, what = find_start(args, source)
     keeps = source is not None and source.is_automatic
     args, preprocessing = adopt_settings(args, checkpoint, what, keeps)
+    if args.in_chans != 3:
+        print_main(f"--in-chans {args.in_chans}: automatic augmentation and colour jitter, which need RGB, are off")
     model = build_model(args, train.num_classes, precision)
     settings = dict(vars(args))
     train, val = (prepared(one, one is train, transform_settings(args, preprocessing)) for one in (train, val))
@@ -320,7 +325,7 @@ def find_start(args: argparse.Namespace, source: Source | None) -> tuple[dict[st
 def adopt_settings(
     args: argparse.Namespace, checkpoint: dict[str, Any] | None, what: str, keeps: bool = False
 ) -> tuple[argparse.Namespace, Preprocessing]:
-    """Adopt the orientation, preprocessing and arguments of the network that a checkpoint was trained with.
+    """Adopt the orientation, preprocessing, channels and network arguments that a checkpoint was trained with.
 
     Args:
         args: the command's settings.
@@ -329,8 +334,10 @@ def adopt_settings(
         keeps: whether the run is resumed automatically. A run that predates `--orientation` then keeps STORED.
 
     Returns:
-        the settings, with the orientation and arguments of the checkpoint unless the user has set them; and the
-        preprocessing.
+        the settings, with those of the checkpoint unless the user has set them; and the preprocessing.
+
+    Raises:
+        UserError: a setting does not fit the number of channels, or the arguments of the network are unknown.
     """
     before = settings_in(checkpoint or {})
     orientation = args.orientation or before.get("orientation") or STORED
@@ -339,14 +346,28 @@ def adopt_settings(
     kwargs = args.model_kwargs or (
         model_kwargs_of(checkpoint, what, kwargs_advice("--model-kwargs")) if checkpoint else {}
     )
-    args = argparse.Namespace(**{**vars(args), "orientation": orientation, "model_kwargs": kwargs})
-    published = Preprocessing.for_size(args.input_size)
+    channels = args.in_chans or kwargs.get("in_chans", 3)
+    if channels != kwargs.get("in_chans", 3):
+        kwargs = {**kwargs, "in_chans": channels}
+    adopted = dict(orientation=orientation, model_kwargs=kwargs, in_chans=channels)
+    args = argparse.Namespace(**{**vars(args), **adopted})
+    published = preprocessing_from(args)
     if checkpoint is None:
         return args, published
-    preprocessing = Preprocessing.of_weights(checkpoint, args.model, args.input_size)
+    preprocessing = preprocessing_from(args, Preprocessing.of_weights(checkpoint, args.model, args.input_size))
     if preprocessing != published:
         print_main(f"{what}: {preprocessing}")
     return args, preprocessing
+
+
+def preprocessing_from(args: argparse.Namespace, base: Preprocessing | None = None) -> Preprocessing:
+    """Change a preprocessing, by default the published one, as the settings ask for.
+
+    Raises:
+        UserError: there are not as many values as channels.
+    """
+    base = base or Preprocessing.for_size(args.input_size)
+    return base.varied(args.in_chans or 3, args.mean, args.std, args.crop_pct, args.interpolation)
 
 
 def kwargs_advice(flag: str) -> str:
@@ -564,7 +585,7 @@ def build_data(args: argparse.Namespace, is_train: bool, preprocessing: Preproce
 
 def transform_settings(args: argparse.Namespace, preprocessing: Preprocessing | None = None) -> TransformSettings:
     """Collect the settings of the transforms. Default: the published preprocessing."""
-    preprocessing = preprocessing or Preprocessing.for_size(args.input_size)
+    preprocessing = preprocessing or preprocessing_from(args)
     orientation = args.orientation or STORED
     return settings_from(args, TransformSettings, preprocessing=preprocessing, orientation=orientation)
 
@@ -673,7 +694,7 @@ def build_training(args: argparse.Namespace, model: nn.Module, precision: Precis
     if dist.is_initialized():
         device_ids = [precision.device.index] if precision.device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-        settle_buckets(wrapped, args.batch_size, args.input_size, precision)
+        settle_buckets(wrapped, (args.batch_size, args.in_chans or 3, *to_2tuple(args.input_size)), precision)
     losses = torch.zeros(2, device=precision.device)
     return Training(model, wrapped, optimizer, lr_scheduler, precision.scaler(), ema, args.start_epoch, losses=losses)
 
@@ -686,14 +707,14 @@ def decaying_window_tokens(args: argparse.Namespace) -> Callable[[nn.Module], An
     return partial(param_groups_layer_decay, weight_decay=args.weight_decay, **scales)
 
 
-def settle_buckets(wrapped: DistributedDataParallel, batch_size: int, input_size: int, precision: Precision) -> None:
-    """Run one backward pass on blank images, and discard its gradients.
+def settle_buckets(wrapped: DistributedDataParallel, shape: Sequence[int], precision: Precision) -> None:
+    """Run one backward pass on blank images of a shape, and discard its gradients.
 
     After the first backward pass, DistributedDataParallel rebuilds its buckets, which changes the order of summation in
     the all-reduce and hence the gradients' last bits. A resumed run must sum in the same order as an uninterrupted run.
     """
     buffers = [buffer.clone() for buffer in wrapped.buffers()]
-    images = precision.images(torch.zeros(batch_size, 3, input_size, input_size))
+    images = precision.images(torch.zeros(*shape))
     with precision.autocast(), warnings.catch_warnings():
         # Gradients of transposed weights differ from their buckets in strides. The copy is unavoidable.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -759,6 +780,8 @@ def build_criterion(
     hints = "use a teacher trained on the data set's classes", "name it with --teacher-model"
     load_from(teacher, checkpoint, what, *hints, data=train)
     own = Preprocessing.of_weights(checkpoint, args.teacher_model, args.input_size)
+    if own.channels != preprocessing.channels:
+        raise UserError(f"{what}: takes {own.channels} channels, not {preprocessing.channels}; use another teacher")
     if (own.mean, own.std) != (preprocessing.mean, preprocessing.std):
         print_main(f"{what}: {own}")
         teacher = Renormalised(teacher, preprocessing, own)
@@ -901,7 +924,10 @@ def add_model_settings(group: Any) -> None:
     add("--model", default="SepViT_Tiny", help=f"{', '.join(VARIANTS)}, or any timm model")
     about = "other arguments of the network's constructor; by default those that its checkpoint was trained with"
     add("--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=about)
-    add("--input-size", type=positive_int, default=224, help="side of the images in pixels")
+    about = "size of the images in pixels: one side, or H W"
+    add("--input-size", type=positive_int, nargs="+", action=Size, default=224, metavar="PIXELS", help=about)
+    about = "channels of the images; by default as in the checkpoint, else 3"
+    add("--in-chans", type=positive_int, metavar="N", help=about)
     add("--drop", type=fraction, default=0.0, help="dropout rate")
     add("--drop-path", type=fraction, default=0.2, help="stochastic depth rate of the last block")
     add("--model-ema", **SWITCH, help="keep a moving average of the weights; validate and save it too")
@@ -964,6 +990,13 @@ def add_augmentation_settings(group: Any) -> None:
     about = "make targets above this value 1, and others 0"
     add("--bce-target-thresh", type=fraction, metavar="VALUE", help=about)
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic")
+    about = "interpolation of validation images; by default as in the checkpoint, else bicubic"
+    add("--interpolation", choices=("bilinear", "bicubic"), help=about)
+    about = "side of the validation crop / that of the resized image; by default as in the checkpoint, else 0.875"
+    add("--crop-pct", type=positive_fraction, metavar="SHARE", help=about)
+    about = "of all channels or of each, on a scale of 0 to 1; by default as in the checkpoint, else ImageNet's"
+    add("--mean", type=float, nargs="+", metavar="VALUE", help=f"mean {about}")
+    add("--std", type=positive, nargs="+", metavar="VALUE", help=f"standard deviation {about}")
     add("--repeated-aug", **SWITCH)
     add("--reprob", type=fraction, default=0.25, help="probability of random erasing")
     add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="fill of the erased regions")
@@ -1092,7 +1125,7 @@ def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
 
     Names are separated by spaces.
     """
-    optimizer, is_small = get_optimizer_info(args.opt), args.input_size <= SMALL_INPUT
+    optimizer, is_small = get_optimizer_info(args.opt), max(to_2tuple(args.input_size)) <= SMALL_INPUT
     is_stream = args.data_set.split("/")[0] in STREAMS
     mixes, cuts = args.mixup > 0, args.cutmix > 0 or args.cutmix_minmax is not None
     return [
@@ -1114,6 +1147,7 @@ def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
         ("decay_window_tokens", not args.weight_decay, "weight_decay"),
         ("model_ema_decay model_ema_force_cpu model_ema_warmup", not args.model_ema, "model_ema"),
         ("color_jitter", args.color_jitter > 0 and args.aa != "" and "3a" not in args.aa, "aa"),
+        ("aa color_jitter", args.in_chans not in (None, 3), "in_chans"),
         ("scale ratio", is_small, "input_size"),
         ("train_interpolation", is_small and not args.aa, "input_size aa"),
         ("remode recount", not args.reprob, "reprob"),

@@ -30,9 +30,10 @@ from sepvit_lib.common.command_line import Parser, natural, path, positive_int, 
 from sepvit_lib.common.devices import available_cores, best_device, check_device
 from sepvit_lib.common.errors import UNREADABLE_STATUS, UserError, one_line
 from sepvit_lib.common.storage import make_folder, write_file
-from sepvit_lib.inference.classifier import Classifier, Preparation, load_classifier
+from sepvit_lib.inference.classifier import Classifier, Description, Preparation, load_classifier
 from sepvit_lib.inference.images import PLACEHOLDER, Task, check_pictures, find_images, read_image
 from sepvit_lib.inference.pictures import with_classes, write_picture
+from sepvit_lib.pipeline.arrays import as_picture
 from sepvit_lib.run.state import Precision
 
 STANDARD_OUTPUT = "-"
@@ -56,7 +57,8 @@ def read(prepare: Preparation, orientation: str, tasks: Sequence[Task]) -> list[
     entries: list[Tensor | str] = []
     for task in tasks:
         try:
-            entries.append(prepare(read_image(task.path, f"{PLACEHOLDER} {task.path}", orientation)))
+            what, channels = f"{PLACEHOLDER} {task.path}", prepare.preprocessing.channels
+            entries.append(prepare(read_image(task.path, what, orientation, channels)))
         except UserError as error:
             entries.append(str(error))
     return entries
@@ -69,12 +71,12 @@ def main(args: argparse.Namespace) -> int:
         UserError: there is no image or no classifier, or the results cannot be written.
     """
     check_device(args.device)
-    tasks = find_images(args.images)
-    if args.out:
-        check_pictures(tasks, Path(args.out), args.overwrite)
     check_outputs(args)
     precision = Precision.of(torch.device(args.device), args.amp)
     classifier = load_classifier(args.resume, args.model, args.averaged, precision)
+    tasks = find_images(args.images, classifier.prepare.preprocessing.channels != 3)
+    if args.out:
+        check_pictures(tasks, Path(args.out), args.overwrite)
     if args.out:
         make_folder(Path(args.out), f"--out {args.out}")
     predictions: list[Prediction] = []
@@ -87,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
                 continue
             predictions.append(prediction)
             if args.out:
-                draw(prediction, Path(args.out), classifier.description.orientation)
+                draw(prediction, Path(args.out), classifier.description)
             if prints:
                 bar.write(as_text(prediction), file=sys.stdout)
     write_results(predictions, args)
@@ -181,14 +183,14 @@ def write_results(predictions: Sequence[Prediction], args: argparse.Namespace) -
                 raise UserError(f"--{flag} {name}: cannot be written ({error.strerror}); choose another file") from None
 
 
-def draw(prediction: Prediction, out: Path, orientation: str) -> None:
+def draw(prediction: Prediction, out: Path, description: Description) -> None:
     """Write a picture that shows the image and its most likely classes.
 
     Raises:
         UserError: the picture cannot be written.
     """
-    picture = prediction.task.picture(out)
-    image = read_image(prediction.task.path, f"{PLACEHOLDER} {prediction.task.path}", orientation)
+    picture, path, channels = prediction.task.picture(out), prediction.task.path, description.preprocessing.channels
+    image = as_picture(read_image(path, f"{PLACEHOLDER} {path}", description.orientation, channels))
     drawn = with_classes(image, prediction.classes)
     write_picture(picture, lambda file: drawn.save(file, format="PNG"), str(out))
 

@@ -1,12 +1,13 @@
 """Build a timm network for an image size, and move it to a device."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg_value
 from torch import nn
 
@@ -20,7 +21,7 @@ def create_network(
     what: str,
     name: str,
     num_classes: int,
-    input_size: int | tuple[int, int],
+    input_size: int | Sequence[int],
     rates: Mapping[str, float] | None = None,
     asked_for: Collection[str] = (),
     model_kwargs: Mapping[str, Any] | None = None,
@@ -43,7 +44,7 @@ def create_network(
     rates = rates or {}
     build = partial(timm.create_model, name, num_classes=num_classes, **(model_kwargs or {}))
     if get_pretrained_cfg_value(name, "fixed_input_size"):
-        build.keywords["img_size"] = input_size
+        build.keywords["img_size"] = to_2tuple(input_size)
     try:
         network, unsupported = _built(build, {f"{rate}_rate": value for rate, value in rates.items()})
     except (TypeError, ValueError, AssertionError) as error:  # for settings that a network does not have
@@ -53,7 +54,7 @@ def create_network(
             if rate in asked_for:
                 raise UserError(f"{setting(rate, value)}: {name} has no {rate}_rate; use {setting(rate, 0)}")
             print_main(f"{what}: has no {rate}_rate; the default, {value}, is ignored")
-    _check_size(network, name, (input_size, input_size) if isinstance(input_size, int) else input_size)
+    _check_size(network, name, to_2tuple(input_size), build.keywords.get("in_chans", 3))
     return network
 
 
@@ -69,7 +70,7 @@ def _built(build: Callable[..., Any], rates: Mapping[str, float]) -> tuple[Any, 
     raise problem or TypeError
 
 
-def _check_size(network: nn.Module, name: str, size: tuple[int, int]) -> None:
+def _check_size(network: nn.Module, name: str, size: tuple[int, int], channels: int) -> None:
     """Run a forward pass to check that a network supports an image size, which timm does not check.
 
     Raises:
@@ -80,7 +81,7 @@ def _check_size(network: nn.Module, name: str, size: tuple[int, int]) -> None:
         return
     try:
         with torch.no_grad():
-            network.eval()(torch.zeros(1, 3, *size))
+            network.eval()(torch.zeros(1, channels, *size))
     except (AssertionError, RuntimeError, ValueError) as error:
         if out_of_memory(error):
             raise

@@ -8,7 +8,9 @@ from torch import nn
 from sepvit import SepViT
 
 MODEL = "sepvit_fixture"
-default_cfgs = generate_default_cfgs({MODEL: dict(classifier="head", fixed_input_size=True)})
+default_cfgs = generate_default_cfgs(
+    {MODEL: dict(classifier="head", first_conv="patch_embeds.0.proj", fixed_input_size=True)}
+)
 
 
 @register_model

@@ -89,7 +89,8 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--resume {args.resume}: an exported file; pass the checkpoint that it was exported from")
     files = {name: f"{classifier.description.model.replace('/', '_')}{one.ending}" for name, one in formats.items()}
     check_free(folder, files.values(), args.overwrite)
-    images = find_labelled(args, classifier) if args.data_path else photographs()
+    channels = classifier.description.preprocessing.channels
+    images = find_labelled(args, classifier) if args.data_path else photographs(channels)
     make_folder(folder, f"--out {args.out}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as work:
         job = build_job(args, classifier, images, Path(work), any(one.is_calibrated for one in formats.values()))

@@ -16,10 +16,11 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 
 import sepvit
-from sepvit_lib.common.command_line import KeyValues, Parser, positive_int, run_command
+from sepvit_lib.common.command_line import KeyValues, Parser, Size, positive_int, run_command
 from sepvit_lib.common.devices import best_device, check_device
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.count import costs_as_text, costs_of, memory_as_text, memory_of, padding_as_text, summary
@@ -36,7 +37,8 @@ def build_parser() -> Parser:
     about = "other arguments of the network's constructor"
     add("--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=about)
     add("--dense", action="store_true", help="the dense prediction form")
-    add("--input-size", type=positive_int, nargs="+", default=[224], metavar="PIXELS", help="one side, or H and W")
+    sides = dict(type=positive_int, nargs="+", action=Size, metavar="PIXELS")
+    add("--input-size", **sides, default=224, help="one side, or H W")
     add("--batch-size", type=positive_int, default=1, metavar="N", help="batch size for measuring memory, default 1")
     add("--device", default=best_device(), help="cuda, mps or cpu, to measure memory on; default the best available")
     return parser
@@ -70,17 +72,16 @@ def main(args: argparse.Namespace) -> None:
         UserError: a setting is invalid, or the device is not available.
     """
     check_device(args.device)
-    if len(args.input_size) > 2:
-        raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: takes one side, or H and W")
-    size, device = (args.input_size[0], args.input_size[-1]), torch.device(args.device)
+    size, device = to_2tuple(args.input_size), torch.device(args.device)
     torch.manual_seed(0)
     network = build_network(args.model, args.dense, size, args.model_kwargs)
-    costs = costs_of(network, torch.zeros(1, 3, *size))
+    channels = (args.model_kwargs or {}).get("in_chans", 3)
+    costs = costs_of(network, torch.zeros(1, channels, *size))
     print(f"{args.model}{', dense form' if args.dense else ''}, {size[0]} × {size[1]} pixels: {summary(costs)}\n")
     print(costs_as_text(costs), flush=True)
     if isinstance(network, sepvit.SepViTStages):
         print(f"\n{padding_as_text(network, size)}")
-    images = torch.randn(args.batch_size, 3, *size, device=device)
+    images = torch.randn(args.batch_size, channels, *size, device=device)
     print(f"\n{memory_as_text(memory_of(to_device(network, device), images), args.batch_size, device)}")
 
 

@@ -43,6 +43,7 @@ from sepvit_lib.inference.classifier import load_classifier
 from sepvit_lib.inference.images import PLACEHOLDER, read_image
 from sepvit_lib.inference.maps import attribution, principal_components, token_similarity
 from sepvit_lib.inference.pictures import write_picture
+from sepvit_lib.pipeline.arrays import as_picture
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 from tools.visualizing import figures
 from tools.visualizing.figures import Subject
@@ -97,7 +98,7 @@ class Scene:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load(args: argparse.Namespace) -> tuple[Loaded, Image.Image]:
+def load(args: argparse.Namespace) -> tuple[Loaded, Image.Image | Tensor]:
     """Load the network, and read the image in the orientation of its training images.
 
     Raises:
@@ -110,7 +111,7 @@ def load(args: argparse.Namespace) -> tuple[Loaded, Image.Image]:
         if args.label:
             raise UserError(f"--class {args.label}: {what} contains a backbone, which has no classes; omit it")
         image = read_image(args.image, f"{PLACEHOLDER} {args.image}", backbone.orientation)
-        preprocessing = dense_preprocessing(image, args.input_size)
+        preprocessing = dense_preprocessing(as_picture(image), args.input_size)
         return Loaded(backbone.network, f"{backbone.variant}, dense form", preprocessing), image
     if args.input_size:
         size = " ".join(map(str, args.input_size))
@@ -119,8 +120,9 @@ def load(args: argparse.Namespace) -> tuple[Loaded, Image.Image]:
     network, description = classifier.network, classifier.description
     if not isinstance(network, SepViT):
         raise UserError(f"{what}: contains {description.model}, not a SepViT; choose a SepViT checkpoint")
-    image = read_image(args.image, f"{PLACEHOLDER} {args.image}", description.orientation)
-    return Loaded(network, description.model, description.preprocessing, description.classes), image
+    made, what = description.preprocessing, f"{PLACEHOLDER} {args.image}"
+    image = read_image(args.image, what, description.orientation, made.channels)
+    return Loaded(network, description.model, made, description.classes), image
 
 
 def dense_preprocessing(image: Image.Image, size: Sequence[int] | None) -> Preprocessing:
@@ -212,13 +214,13 @@ def short(block: BlockAttention) -> str:
     return block.name.removeprefix("blocks.")
 
 
-def observe(args: argparse.Namespace, loaded: Loaded, image: Image.Image) -> Scene:
+def observe(args: argparse.Namespace, loaded: Loaded, image: Image.Image | Tensor) -> Scene:
     """Run the network on the image, and print its prediction.
 
     Raises:
         UserError: the command line names a class, window or block that does not exist.
     """
-    inputs = loaded.preprocessing.transform()(image)[None]  # 1 × 3 × H × W
+    inputs = loaded.preprocessing.transform()(image)[None]  # 1 × C × H × W
     height, width = inputs.shape[2:]
     pixel = chosen_pixel(args.window, loaded.network, (height, width))
     outputs: list[Any] = []
@@ -233,7 +235,7 @@ def observe(args: argparse.Namespace, loaded: Loaded, image: Image.Image) -> Sce
     print(f"{loaded.name}, {height} × {width} pixels{prediction}")
     difference = max(block.difference for block in blocks)
     print(f"attention of {len(blocks)} blocks: rows sum to one; recomputed outputs differ by {difference:.0e}")
-    crop = np.asarray(loaded.preprocessing.crop(image))
+    crop = np.asarray(as_picture(loaded.preprocessing.crop(image)))
     title = f"{shortened(one_line(Path(args.image).name))} · {loaded.name}{prediction}"
     subject = Subject(crop, title.replace("$", r"\$"), pixel)  # matplotlib would parse it as the start of a formula
     return Scene(loaded.network, inputs, blocks, chosen_blocks(args.blocks, blocks), subject, label)

@@ -136,6 +136,22 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
+class Size(argparse.Action):
+    """An image size: one side, or height and width. The value is a number for a square, otherwise a list."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Set the size.
+
+        Raises:
+            ArgumentError: there are more than two numbers.
+        """
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, f"{' '.join(map(str, values))}: takes one side, or H and W")
+        setattr(namespace, self.dest, values[0] if len(set(values)) == 1 else values)
+
+
 def number(kind: type[int] | type[float], low: float, high: float = math.inf, open_low: bool = False) -> Any:
     """Make an argparse type for finite numbers from low to high, inclusive.
 

@@ -15,4 +15,6 @@ def settings_in(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def img_size_of(checkpoint: dict[str, Any]) -> tuple[int, int] | None:
     """Image size (H, W) in a checkpoint's settings; None if the settings do not contain an image size."""
     size = settings_in(checkpoint).get("input_size")
-    return (size, size) if isinstance(size, int) else None
+    if isinstance(size, int):
+        return size, size
+    return (size[0], size[1]) if size else None

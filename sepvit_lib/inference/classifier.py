@@ -79,11 +79,12 @@ class Preparation:
     preprocessing: Preprocessing
     takes_pixels: bool = False
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return an RGB image as a normalised tensor, 3 × H × W, or as pixels, H × W × 3, 0 to 255."""
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """Return an image, RGB or C × H × W, as a normalised tensor, C × H × W, or as pixels, H × W × 3, 0 to 255."""
         if self.takes_pixels:
             return torch.from_numpy(np.array(self.preprocessing.bounded(image)))
-        return self.preprocessing.transform()(image)
+        prepared: Tensor = self.preprocessing.transform()(image)
+        return prepared
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def _from_checkpoint(
     name = _model_name(model, checkpoint, weights, what)
     num_classes = _count_classes(name, weights, what)
     default: Any = get_pretrained_cfg_value(name, "input_size")
-    size = (img_size_of(checkpoint) or default)[-1]
+    size = img_size_of(checkpoint) or default[1:]
     kwargs = checkpoints.model_kwargs_of(checkpoint, what)
     network = create_network(f"{what}, model {name}", name, num_classes, size, model_kwargs=kwargs)
     hint, img_size = f"name it with {setting('model')}", img_size_of(checkpoint)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 
 from sepvit_lib.common.errors import UserError, setting
+from sepvit_lib.pipeline.arrays import decode_channels
 from sepvit_lib.pipeline.image_files import (
     EXIF,
     IMAGE_SUFFIXES,
@@ -29,13 +31,19 @@ PLACEHOLDER = "IMAGE"  # name of the image arguments in help and messages
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_image(source: str | Path | bytes, what: str, orientation: str = EXIF) -> Image.Image:
-    """Read an image in RGB, by default upright. See `sepvit_lib.pipeline.image_files.decode`.
+def read_image(
+    source: str | Path | bytes, what: str, orientation: str = EXIF, channels: int = 3
+) -> Image.Image | Tensor:
+    """Read an image, by default upright. See `sepvit_lib.pipeline.image_files.decode`.
 
     Args:
         source: a path, or a file's content.
         what: name of the image in messages.
         orientation: 'exif' to turn the image upright, 'stored' to keep the stored pixels as they are.
+        channels: number of channels.
+
+    Returns:
+        an image in RGB; with other than 3 channels, float32, C × H × W (see `decode_channels`).
 
     Raises:
         UserError: the source is not an image, is damaged, or is too large to be decoded safely.
@@ -43,7 +51,10 @@ def read_image(source: str | Path | bytes, what: str, orientation: str = EXIF) -
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata
-            return decode(source if isinstance(source, bytes) else read_file(source), orientation)
+            content = source if isinstance(source, bytes) else read_file(source)
+            return decode(content, orientation) if channels == 3 else decode_channels(content, channels, orientation)
+    except UserError:
+        raise
     except Exception as error:  # Pillow's decoders raise errors of any type for damaged files
         raise UserError(f"{what}: cannot be read ({reason_of(error)})") from None
 
@@ -71,26 +82,27 @@ class Task:
         return out / self.inner.with_suffix(".png")
 
 
-def find_images(names: Sequence[str]) -> list[Task]:
+def find_images(names: Sequence[str], arrays: bool = False) -> list[Task]:
     """Find images by file, folder (recursively) or glob pattern. Each image is listed once.
 
     Args:
         names: files, folders and patterns. `**` in a pattern matches folders at any depth.
+        arrays: whether NumPy files are images, too.
 
     Raises:
         UserError: a file does not exist, a folder cannot be read, or a folder or pattern has no image.
     """
     found: dict[str, Task] = {}
-    for task in (task for name in names for task in _find(name)):
+    for task in (task for name in names for task in _find(name, arrays)):
         found.setdefault(os.path.abspath(task.path), task)
     return list(found.values())
 
 
-def _find(name: str) -> Iterator[Task]:
+def _find(name: str, arrays: bool) -> Iterator[Task]:
     path = Path(name)
     if path.is_dir():
         try:
-            files, skipped = images_in(path)
+            files, skipped = images_in(path, arrays)
         except OSError as error:
             raise UserError(f"{PLACEHOLDER} {error.filename}: cannot be read ({error.strerror})") from None
         if not files:
@@ -102,7 +114,7 @@ def _find(name: str) -> Iterator[Task]:
             yield Task(file, file.relative_to(path))
     elif not path.exists() and glob.has_magic(name):
         matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-        found = [match for match in matches if match.is_file() and is_image(match)]
+        found = [match for match in matches if match.is_file() and is_image(match, arrays)]
         if not found:
             raise UserError(f"{PLACEHOLDER} {name}: no image matches this pattern")
         base = Path(os.path.commonpath([file.parent for file in found]))

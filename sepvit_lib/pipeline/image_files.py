@@ -28,6 +28,7 @@ UPRIGHT = 1  # the EXIF orientation of an image that is stored upright
 
 Image.init()  # loads the decoders; some may be missing from Pillow
 IMAGE_SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+ARRAY_SUFFIX = ".npy"  # NumPy arrays, for images with other than three channels
 
 Encoded = bytes | Image.Image  # an image file's content, or an image decoded by its data set
 
@@ -176,10 +177,11 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".")
 
 
-def is_image(name: str | Path) -> bool:
-    """Whether a file's name is that of an image: not hidden, with the suffix of an image format."""
+def is_image(name: str | Path, arrays: bool = False) -> bool:
+    """Whether a file's name is that of an image: not hidden, with an image format's suffix or, for `arrays`, .npy."""
     name = os.path.basename(name)
-    return not is_hidden(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    suffix = os.path.splitext(name)[1].lower()
+    return not is_hidden(name) and (suffix in IMAGE_SUFFIXES or (arrays and suffix == ARRAY_SUFFIX))
 
 
 def walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
@@ -209,8 +211,8 @@ def _is_cycle(folder: str) -> bool:
     return target in (parent, *parent.parents)
 
 
-def images_in(folder: str | Path) -> tuple[list[str], Counter[str]]:
-    """List the images in a folder, recursively.
+def images_in(folder: str | Path, arrays: bool = False) -> tuple[list[str], Counter[str]]:
+    """List the images in a folder, recursively. NumPy files are images only if `arrays`.
 
     Returns:
         their paths, and the number of other visible files by suffix.
@@ -219,5 +221,6 @@ def images_in(folder: str | Path) -> tuple[list[str], Counter[str]]:
         OSError: a folder cannot be read.
     """
     files = [os.path.join(parent, name) for parent, names in walk(folder) for name in names]
-    others = Counter(os.path.splitext(file)[1].lower() or "no suffix" for file in files if not is_image(file))
-    return [file for file in files if is_image(file)], others
+    images = [file for file in files if is_image(file, arrays)]
+    others = Counter(os.path.splitext(file)[1].lower() or "no suffix" for file in files if not is_image(file, arrays))
+    return images, others

@@ -56,7 +56,7 @@ class CropDecoder:
     def __init__(self, crop: RandomResizedCropAndInterpolation, orientation: str = STORED) -> None:
         self.crop = crop
         self.orientation = orientation
-        self.size: int = crop.size[0]
+        self.size: tuple[int, int] = crop.size
         if problem := lacking("simplejpeg", extra="fast"):
             raise UserError(f"{setting('loader', 'fast')}: {problem}, or use faithful")
 
@@ -90,7 +90,7 @@ class CropDecoder:
         top, left, rows, columns = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
         modes = self.crop.interpolation
         mode = random.choice(modes) if isinstance(modes, (list, tuple)) else modes
-        scale = next((scale for scale in SCALES if min(rows, columns) >= scale * self.size), 1)
+        scale = next((scale for scale in SCALES if rows >= scale * self.size[0] and columns >= scale * self.size[1]), 1)
         min_height, min_width = (math.ceil(side / scale) for side in (image.height, image.width))
         pixels = decode_jpeg(content, min_height=min_height, min_width=min_width, min_factor=scale)
         height, width = rows / scale, columns / scale
@@ -99,9 +99,9 @@ class CropDecoder:
         return Part(pixels[y : y + math.ceil(height), x : x + math.ceil(width)], height, width, mode)
 
     def resize(self, part: Part) -> Image.Image:
-        """Resize a crop with antialiasing, to size × size."""
+        """Resize a crop with antialiasing, to the size of the network's input."""
         image = torch.from_numpy(part.pixels)[None].permute(0, 3, 1, 2)  # torch sees this permutation as channels-last
         # interpolate rounds the scaled size down: without ROUNDING, the output may be a pixel short.
-        factors = [(self.size + ROUNDING) / side for side in (part.height, part.width)]
+        factors = [(new + ROUNDING) / old for new, old in zip(self.size, (part.height, part.width))]
         resized = F.interpolate(image, scale_factor=factors, mode=part.mode.value, antialias=True)
         return Image.fromarray(resized.permute(0, 2, 3, 1)[0].contiguous().numpy())

@@ -23,6 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from timm.models import adapt_input_conv
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
@@ -232,6 +233,7 @@ class LoadReport:
     Attributes:
         total: number of entries in the model's state dict.
         adaptation: entries adapted to a different image size or form.
+        channels: entries adapted to a different number of image channels.
         classifier: classifier entries that stay randomly initialised because the number of classes differs.
         reinitialised: entries outside the SepViT that stay randomly initialised.
         dropped: entries of the checkpoint that the model does not have.
@@ -240,6 +242,7 @@ class LoadReport:
 
     total: int
     adaptation: Adaptation = field(default_factory=Adaptation)
+    channels: list[str] = field(default_factory=list)
     classifier: list[str] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
@@ -248,7 +251,7 @@ class LoadReport:
     @property
     def loaded(self) -> int:
         """Number of entries loaded unchanged."""
-        adapted = len(self.adaptation.resampled) + len(self.adaptation.fresh)
+        adapted = len(self.adaptation.resampled) + len(self.adaptation.fresh) + len(self.channels)
         return self.total - adapted - len(self.classifier) - len(self.reinitialised)
 
     @property
@@ -263,6 +266,7 @@ class LoadReport:
         if self.adaptation:
             parts.append(f"different image size or form: {self.adaptation}")
         listed = (
+            ("different number of channels: adapted", self.channels),
             ("different number of classes: randomly initialised", self.classifier),
             ("randomly initialised", self.reinitialised),
             ("dropped", self.dropped),
@@ -315,7 +319,9 @@ def model_kwargs_of(checkpoint: dict[str, Any], what: str, way_out: str = RECORD
     shows_sizes = any(re.match(r"blocks\.[1-3].*\.win_tokens", name) for name in weights)
     if recorded is None and not settings and not shows_sizes:
         raise UserError(f"{what}: has no settings, and its entries fit windows of any size; {way_out}")
-    return recorded if recorded and recorded != default_settings(variant) else {}
+    channels = weights["patch_embeds.0.proj.weight"].shape[1]
+    kwargs = recorded if recorded and recorded != default_settings(variant) else {}
+    return kwargs if channels == 3 else {**kwargs, "in_chans": channels}
 
 
 def _without_wrappers(weights: Mapping[Any, Any]) -> dict[str, Any]:
@@ -366,7 +372,8 @@ def load_weights(
         partly: outside the SepViT, keep the random initialisation of entries that the weights lack or have in a
             different shape, and drop entries that the model lacks.
         img_size: image size (H, W) of the weights, None if unknown.
-        new_settings: whether the SepViT's settings may differ from those that the weights record.
+        new_settings: whether the SepViT's settings may differ from those that the weights record, and the number of
+            channels from that of the weights.
 
     Raises:
         UserError: the weights differ in settings, variant, number of classes or architecture, or are not finite.
@@ -393,7 +400,10 @@ def load_weights(
         weights |= {prefix + name: value for name, value in own.items()}
     elif _shapes(weights) != _shapes(expected):
         weights, report.adaptation.resampled = _resized_by_timm(weights, model)
-    classifier = classifier_of(expected, getattr(model, "default_cfg", {}).get("classifier"))
+    own_cfg = getattr(model, "default_cfg", {})
+    if new_settings:
+        report.channels = _adapt_channels(weights, expected, own_cfg.get("first_conv"))
+    classifier = classifier_of(expected, own_cfg.get("classifier"))
     if new_classifier:
         report.classifier = _replace_classifier(weights, expected, classifier)
     if partly:
@@ -402,6 +412,17 @@ def load_weights(
     _check_entries(weights, expected, what, classifier, classes_hint)
     model.load_state_dict(mark_adapted(weights, network))
     return report
+
+
+def _adapt_channels(
+    weights: dict[str, Tensor], expected: Mapping[str, Tensor], layers: str | Sequence[str] | None
+) -> list[str]:
+    """Adapt the first layers' weights, of three channels, to the model's channels. Returns the names of the entries."""
+    names = [f"{layer}.weight" for layer in ([layers] if isinstance(layers, str) else layers or ())]
+    adapted = [name for name in names if name in weights and weights[name].shape[1] == 3 != expected[name].shape[1]]
+    for name in adapted:
+        weights[name] = adapt_input_conv(expected[name].shape[1], weights[name])
+    return adapted
 
 
 def _differing(recorded: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:

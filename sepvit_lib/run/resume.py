@@ -39,6 +39,11 @@ FORMER_VALUES: dict[str, Any] = dict(
     bce_loss=False,
     bce_target_thresh=None,
     mixup_off_epoch=0,
+    in_chans=3,
+    mean=None,
+    std=None,
+    crop_pct=None,
+    interpolation=None,
 )
 
 PACKAGES = ("torchvision", "timm", "numpy", "pillow")  # packages whose versions are recorded, besides torch

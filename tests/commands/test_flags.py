@@ -31,7 +31,7 @@ SHARDS = "--data-set wds/x --data-path {root}/wds --num-classes 2 --train-split 
 CHANGES = {
     "": "--accum-steps 2, --aa augmix, --amp bfloat16, --batch-size 8, --bce-loss, --channels-last, "
     "--checkpoint-every 5, "
-    "--class-map {root}/map.txt, --clip-grad 1, --clip-mode value, --layer-decay 0.5, --mixup-off-epoch 2, "
+    "--class-map {root}/map.txt, --clip-grad 1, --clip-mode value, --crop-pct 1, --in-chans 1, --interpolation bilinear, --mean 0.4, --std 0.1, --layer-decay 0.5, --mixup-off-epoch 2, "
     "--model-kwargs mlp_ratio=2, --opt-kwargs amsgrad=true, --compile, --cutmix 0.5, --cutmix-minmax 0.2 0.8, "
     f"--data-path {{root}}/many, {SHARDS}, --decay-window-tokens, --dist-eval, --drop 0.3, --drop-path 0.3, "
     "--dump-bad-batch, --epochs 7, --grad-checkpointing, --hflip 0.1, --input-size 64, --loader fast, --lr 0.1, "
@@ -84,6 +84,7 @@ IGNORED = {
     "ratio scale teacher_kwargs teacher_model train_num_samples train_split val_num_samples val_split resplit "
     "cooldown_epochs",
     "--aa=": "train_interpolation",
+    "--in-chans 1": "aa",
     "--cutmix-minmax 0.2 0.8": "cutmix",
     "--clip-grad 0": "clip_mode",
     "--mixup 0 --cutmix 0": "mixup_mode mixup_off_epoch mixup_prob mixup_switch_prob",
@@ -181,9 +182,9 @@ def _built(settings):
     device = torch.device("cpu")
     main.seed_everything(main.Stream.WEIGHTS, args.seed)
     precision = main.build_precision(args, device)
+    args, preprocessing = main.adopt_settings(args, None, "")
     val, train = main.build_data(args, is_train=False), main.build_data(args, is_train=True)
     model = main.build_model(args, train.num_classes, precision)
-    preprocessing = main.Preprocessing.for_size(args.input_size)
     parts = main.build_parts(args, model, train, val, preprocessing, precision, args.accum_steps)
     training, order = parts.training, parts.train_loader.batch_sampler
     limits = main.settings_from(args, MonitorSettings, dataset_size=len(train), advice="")

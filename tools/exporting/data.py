@@ -29,15 +29,15 @@ class Images:
 
     Attributes:
         source: description of the images.
-        images: the images, RGB.
+        images: the images, RGB or C × H × W.
         labels: class index of each image; empty if unknown.
     """
 
     source: str
-    images: Sequence[Image.Image]
+    images: Sequence[Image.Image | Tensor]
     labels: Sequence[int] = ()
 
-    def batches(self) -> Iterator[tuple[Sequence[Image.Image], Sequence[int]]]:
+    def batches(self) -> Iterator[tuple[Sequence[Image.Image | Tensor], Sequence[int]]]:
         """Batches of images and labels."""
         for start in range(0, len(self.images), BATCH_SIZE):
             part = slice(start, start + BATCH_SIZE)
@@ -52,12 +52,14 @@ class Images:
         return correct / len(self.images)
 
 
-def photographs() -> Images:
-    """Sample photographs from scikit-image, in different shapes.
+def photographs(channels: int = 3) -> Images:
+    """Sample photographs from scikit-image, in different shapes; noise for other than three channels.
 
     Raises:
         UserError: scikit-image is missing.
     """
+    if channels != 3:
+        return Images("four images of noise", [torch.rand(channels, 480, 640) for _ in PHOTOGRAPHS])
     require("the photographs to compare on (or choose a data set with --data-path)", "skimage", extra="demo")
     import skimage.data
 
@@ -82,7 +84,7 @@ def find_labelled(args: argparse.Namespace, classifier: Classifier) -> Images:
     return Images(f"{len(images)} validation images of {args.data_path}", images, labels)
 
 
-def calibration_images(args: argparse.Namespace, classifier: Classifier) -> list[Image.Image]:
+def calibration_images(args: argparse.Namespace, classifier: Classifier) -> list[Image.Image | Tensor]:
     """Training images, evenly spaced.
 
     Raises:
@@ -95,10 +97,11 @@ def _find(args: argparse.Namespace, classifier: Classifier, is_train: bool) -> I
     settings = main.build_parser().parse_args([])
     settings.data_path, settings.data_set, settings.class_map = args.data_path, args.data_set, args.class_map
     settings.orientation = classifier.description.orientation
+    settings.in_chans = classifier.description.preprocessing.channels
     return main.build_data(settings, is_train)
 
 
-def _spaced(data: ImageData, count: int) -> Iterator[tuple[Image.Image, int]]:
+def _spaced(data: ImageData, count: int) -> Iterator[tuple[Image.Image | Tensor, int]]:
     """At most `count` images of a data set with their labels: evenly spaced, or the first ones of a stream."""
     data = replace(data, transform=lambda image: image)
     if isinstance(data.dataset, IterableDataset):

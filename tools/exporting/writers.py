@@ -57,7 +57,7 @@ class Job:
     calibration: Sequence[Tensor] = ()
     opset: int = OPSET
     score: Callable[[Callable[[Tensor], Tensor]], float] | None = None
-    samples: Sequence[Image.Image] = ()
+    samples: Sequence[Image.Image | Tensor] = ()
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -73,7 +73,7 @@ class Job:
 
     def images(self) -> Tensor:
         """Random inputs for tracing."""
-        return torch.randn(EXAMPLES, 3, *self.description.preprocessing.size)
+        return torch.randn(EXAMPLES, self.description.preprocessing.channels, *self.description.preprocessing.size)
 
     def onnx(self, opset: int | None = None) -> Path:
         """Export the network to ONNX, without metadata, to convert to other formats. `opset` overrides the job's."""
@@ -113,7 +113,7 @@ def hub_settings(description: Description) -> dict[str, Any]:
     """Arguments of timm's `save_for_hf` and `push_to_hf_hub` that describe a classifier."""
     preprocessing = description.preprocessing
     data = {name: getattr(preprocessing, name) for name in ("mean", "std", "interpolation")}
-    data |= dict(input_size=(3, *preprocessing.size), crop_pct=crop_share(preprocessing))
+    data |= dict(input_size=(preprocessing.channels, *preprocessing.size), crop_pct=crop_share(preprocessing))
     data["crop_mode"] = "squash" if preprocessing.squash else "center"
     config = dict(label_names=list(description.classes), orientation=description.orientation)
     arguments = dict(description.model_kwargs)
@@ -233,7 +233,7 @@ def check_joined(preprocessing: Any, path: Path, job: Job) -> None:
             raise ValueError(f"its logits differ by {difference:.2g} for the same prepared image")
 
 
-def pixel_difference(graph: Any, preprocessing: Preprocessing, images: Sequence[Image.Image]) -> float:
+def pixel_difference(graph: Any, preprocessing: Preprocessing, images: Sequence[Image.Image | Tensor]) -> float:
     """Largest difference between the pixels from the graph and from validation preprocessing, on a scale of 255."""
     prepare = open_onnx(graph.SerializeToString())
     std, transform, largest = torch.tensor(preprocessing.std).view(3, 1, 1), preprocessing.transform(), 0.0
@@ -250,8 +250,8 @@ def preprocessing_graph(preprocessing: Preprocessing, opset: int = OPSET) -> Any
     """
     import onnx
 
-    if preprocessing.squash:
-        raise ValueError("images are squashed before the crop, which this graph does not support")
+    if preprocessing.squash or preprocessing.size[0] != preprocessing.size[1] or preprocessing.channels != 3:
+        raise ValueError("this graph supports only square inputs in RGB that are cropped, not squashed")
     make, cubic = onnx.helper.make_node, preprocessing.interpolation == "bicubic"
     mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     constants = {

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sepvit import SepViTStages
-from sepvit_lib.common.errors import UserError
+from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.inference.attention import BlockAttention, Rollout, record_attention, rollout
 from sepvit_lib.inference.classifier import Classifier
 from sepvit_lib.inference.images import read_image
+from sepvit_lib.pipeline.arrays import as_picture
 from sepvit_lib.pipeline.image_files import open_image
 
 MAX_PIXELS = 50_000_000  # of an image; decoding takes up to 12 bytes per pixel
@@ -134,6 +135,8 @@ class ClassifierPredictor(Predictor):
     """Predicts with a classifier."""
 
     def __init__(self, classifier: Classifier) -> None:
+        if (channels := classifier.prepare.preprocessing.channels) != 3:
+            raise UserError(f"{setting('resume')}: takes images of {channels} channels, the page RGB; use predict.py")
         made, (height, width) = classifier.description, classifier.description.preprocessing.size
         size = f"{height} × {width}"
         super().__init__("classifier", made.model, made.classes, made.orientation, size, classifier.network)
@@ -148,7 +151,7 @@ class ClassifierPredictor(Predictor):
             probabilities = self.classifier.probabilities([inputs])[0]
         best = probabilities.topk(min(TOP, len(self.classes)))
         rows = [Row(self.classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
-        picture = self.classifier.description.preprocessing.crop(image)
+        picture = as_picture(self.classifier.description.preprocessing.crop(image))
         answer = Answer(picture, rows, f"{rows[0].name}, {100 * rows[0].share:.1f} %", note=self.note, times=times)
         if self.network is not None and not self.note:
             with timed(times, "network again, recording attention"):
@@ -189,7 +192,7 @@ def read_upload(content: bytes, orientation: str) -> Image.Image:
     if width * height > MAX_PIXELS:
         size = f"{width * height / 1e6:.0f} megapixels, more than {MAX_PIXELS / 1e6:.0f}"
         raise UserError(f"The image has {size}. Make it smaller.")
-    return read_image(content, "The image", orientation)
+    return as_picture(read_image(content, "The image", orientation))
 
 
 def encoded_picture(picture: Image.Image) -> str:

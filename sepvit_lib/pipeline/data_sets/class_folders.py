@@ -6,7 +6,7 @@ from collections import Counter
 from sepvit_lib.common.class_names import canonical, listed
 from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.pipeline.data_sets.base import ImageFiles
-from sepvit_lib.pipeline.image_files import IMAGE_SUFFIXES, images_in, is_hidden
+from sepvit_lib.pipeline.image_files import ARRAY_SUFFIX, IMAGE_SUFFIXES, images_in, is_hidden
 
 
 class ClassFolders(ImageFiles):
@@ -14,13 +14,14 @@ class ClassFolders(ImageFiles):
 
     Args:
         root: the folder.
+        arrays: whether NumPy files are images, too.
 
     Raises:
         UserError: the folder has no class folder, or a class folder has no images.
         OSError: a folder cannot be read.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, arrays: bool = False) -> None:
         self.root = root
         self.samples = []
         self.skipped = Counter()
@@ -34,11 +35,11 @@ class ClassFolders(ImageFiles):
                 f"{setting('data_path', root)}: contains no class folders (expected one folder of images per class)"
             )
         for label, paths in enumerate(folders.values()):
-            for images, skipped in map(images_in, paths):
+            for images, skipped in (images_in(path, arrays) for path in paths):
                 self.samples += [(image, label) for image in images]
                 self.skipped += skipped
         if empty := [self.classes[label] for label in sorted(set(range(len(folders))) - {n for _, n in self.samples})]:
             raise UserError(
                 f"{setting('data_path', root)}: no images in the class folders {listed(empty)} (images end in "
-                f"{', '.join(sorted(IMAGE_SUFFIXES))})"
+                f"{', '.join(sorted(IMAGE_SUFFIXES))}; with {setting('in_chans')}, also {ARRAY_SUFFIX})"
             )
