@@ -77,6 +77,7 @@ class DataSettings:
         batch_size: images per batch. timm's readers round each worker's share up to a multiple of this number.
         seed: the run's seed.
         in_chans: channels of the images; None for 3. With other numbers, NumPy files are images, too.
+        is_labelled: whether the labels are used. If not, the training folder needs no class folders.
     """
 
     data_set: str
@@ -91,6 +92,7 @@ class DataSettings:
     batch_size: int
     seed: int
     in_chans: int | None
+    is_labelled: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class TransformSettings:
         remode: fill of the erased regions.
         recount: number of erased regions per image.
         loader: 'faithful' or 'fast'.
+        no_aug: transform training images like validation images.
     """
 
     preprocessing: Preprocessing
@@ -124,6 +127,7 @@ class TransformSettings:
     remode: str
     recount: int
     loader: str
+    no_aug: bool
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,8 @@ def find_dataset(is_train: bool, settings: DataSettings) -> ImageData:
         )
     if settings.class_map:
         data = _numbered(data, settings.class_map)
-    _check_number(data)
+    if settings.is_labelled:
+        _check_number(data)
     report_images(data, f"{settings.data_path}, {'training' if is_train else 'validation'} images")
     return data
 
@@ -283,7 +288,7 @@ def _imagenet(root: Path, is_train: bool, settings: DataSettings) -> Images:
             f"{setting('data_path', root)}: no {names[0]}/ folder "
             "(expected train/ and val/, ILSVRC2012_img_train/ and ILSVRC2012_img_val/, or train.tar and val.tar)"
         )
-    return ClassFolders(str(folder), arrays=settings.in_chans not in (None, 3))
+    return ClassFolders(str(folder), settings.in_chans not in (None, 3), settings.is_labelled)
 
 
 def _archive(path: Path) -> Archive:
@@ -389,7 +394,7 @@ def build_transform(is_train: bool, settings: TransformSettings) -> Any:
         UserError: timm does not know the automatic augmentation.
     """
     preprocessing = settings.preprocessing
-    if is_train:
+    if is_train and not settings.no_aug:
         _check_augmentation(settings.aa)
         is_rgb = preprocessing.channels == 3
         try:
@@ -493,10 +498,15 @@ def _check_augmentation(name: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def build_train_loader(data: ImageData, settings: LoaderSettings) -> DataLoader:
+def build_train_loader(data: ImageData, settings: LoaderSettings, samples: TrainSamples | None = None) -> DataLoader:
     """Build a loader of this rank's training batches, shuffled and augmented.
 
     An incomplete last step is dropped. For a streaming data set, only an incomplete last batch is dropped.
+
+    Args:
+        data: the images.
+        settings: settings of the loader.
+        samples: samples to load in place of the images.
 
     Raises:
         UserError: an epoch has no complete step.
@@ -507,7 +517,7 @@ def build_train_loader(data: ImageData, settings: LoaderSettings) -> DataLoader:
         stream = TrainStream(data, settings.seed)
         loader = _loader(stream, settings, batch_size=settings.batch_size, drop_last=True)
     else:
-        samples = TrainSamples(data, settings.seed)
+        samples = samples or TrainSamples(data, settings.seed)
         sampler = TrainBatchSampler(
             samples,
             settings.batch_size,

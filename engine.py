@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
+from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -126,6 +127,35 @@ class DistillationLoss(nn.Module):
             student, teacher = (F.log_softmax(logits / self.tau, dim=1) for logits in (outputs, teacher_outputs))
             distillation = F.kl_div(student, teacher, reduction="sum", log_target=True) * self.tau**2 / outputs.numel()
         return loss * (1 - self.alpha) + distillation * self.alpha
+
+
+class TaskLoss(nn.Module):
+    """Loss of one of timm's distillation tasks (`timm.task`).
+
+    Args:
+        task: the task. `task.trainable_module` computes the outputs that `forward` takes.
+    """
+
+    def __init__(self, task: TrainingTask) -> None:
+        super().__init__()
+        self.task = task
+
+    def forward(self, images: Tensor, outputs: Any, targets: Tensor) -> Tensor:
+        """Compute the loss. For `outputs`, see the task; otherwise as `DistillationLoss.forward`."""
+        self.task.trainable_module = _Computed(outputs)  # a task would compute the outputs itself
+        loss: Tensor = self.task(images, targets)["loss"]
+        return loss
+
+
+class _Computed(nn.Module):
+    """Outputs that have been computed, in place of the module that computed them."""
+
+    def __init__(self, outputs: Any) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, _: Tensor) -> Any:
+        return self.outputs
 
 
 class Renormalised(nn.Module):

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from operator import methodcaller
@@ -30,6 +30,7 @@ import torch.distributed as dist
 from timm.data import Mixup
 from timm.layers import to_2tuple
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import get_pretrained_cfg_value
 from timm.optim import (
     create_optimizer_v2,
     get_optimizer_info,
@@ -39,6 +40,7 @@ from timm.optim import (
     param_groups_weight_decay,
 )
 from timm.scheduler import create_scheduler
+from timm.task import DistillationTeacher, FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -66,6 +68,7 @@ from engine import (
     EvaluationSettings,
     LoopSettings,
     Renormalised,
+    TaskLoss,
     evaluate,
     measure_throughput,
     train_one_epoch,
@@ -99,6 +102,7 @@ from sepvit_lib.pipeline.preprocessing import Preprocessing
 from sepvit_lib.pipeline.samples import BY_CLASS_MAP, NO_NAMES, ImageData
 from sepvit_lib.run.checkpoint_names import StepNames
 from sepvit_lib.run.checkpoints import (
+    classifier_of,
     has_both_weights,
     load_weights,
     match_classifier,
@@ -106,11 +110,12 @@ from sepvit_lib.run.checkpoints import (
     read_checkpoint,
     weights_of,
 )
+from sepvit_lib.run.features import MAX_BYTES, compute_features
 from sepvit_lib.run.monitor import DelayedFlags, MonitorSettings, StepMonitor
 from sepvit_lib.run.output import Output, stopped
 from sepvit_lib.run.resume import PACKAGES, Source, check_source, describe_data, describe_run, find_checkpoint, restore
 from sepvit_lib.run.state import DIVERGENCE_ADVICE, Precision, Training
-from sepvit_lib.run.watchdog import Preemption, Watchdog, heartbeat_timeout, startup_timeout
+from sepvit_lib.run.watchdog import Preemption, Watchdog, heartbeat_timeout, ignore_preemption, startup_timeout
 from utils import Stream, seed_everything
 
 RERUN = "run the same command again"
@@ -121,7 +126,7 @@ MEMORY_ADVICE = (
 )
 
 T = TypeVar("T")
-DEPTHWISE = ("pos_block.*.weight",)  # names of the depthwise convolutions
+DEPTHWISE = ("*pos_block.*.weight",)  # names of the depthwise convolutions
 
 
 def main(args: argparse.Namespace) -> None:
@@ -235,6 +240,7 @@ class Parts:
         training: the run's state.
         train_loader: training batches.
         val_loader: validation batches.
+        val_interval: epochs from one validation to the next; 0 for no validation.
         criterion: the loss.
         mixup: mixup and CutMix, or None.
         prepare: turns a loaded batch into normalised images on the device.
@@ -247,7 +253,8 @@ class Parts:
     training: Training
     train_loader: DataLoader
     val_loader: DataLoader
-    criterion: DistillationLoss
+    val_interval: int
+    criterion: nn.Module
     mixup: Mixup | None
     prepare: Callable[[Any], torch.Tensor]
     precision: Precision
@@ -258,8 +265,9 @@ class Parts:
 
 def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, precision: Precision) -> None:
     """Train epoch by epoch. Write checkpoints, log.txt, TensorBoard event files and curves.png."""
-    val, train = build_data(args, is_train=False), build_data(args, is_train=True)
-    val = match_splits(train, val)
+    val = build_data(args, is_train=False) if uses_labels(args) else None
+    train = build_data(args, is_train=True)
+    val = train if val is None else match_splits(train, val)
     data = describe_data(train, val)
     on_main_process(output.lock)
     source = find_checkpoint(args.resume, args.auto_resume, output.folder, output.names)
@@ -284,6 +292,8 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     if training.epoch >= args.epochs:
         end_finished_run(output, source, training, args.epochs)
         return
+    if keeps_features(args, model, train):
+        parts = on_features(parts, args, train, watchdog.tick)
     packages = (*PACKAGES, "simplejpeg") if args.loader == "fast" else PACKAGES
     run = describe_run(settings, data, precision.device, packages)
     on_main_process(lambda: open_output(output, run, training, source, args.auto_resume))
@@ -463,7 +473,10 @@ def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Calla
                 monitor,
                 parts.prepare,
             )
-            stats = prefixed("train", loss) | validate(parts, watchdog)
+            stats = prefixed("train", loss)
+            done = training.epoch + 1
+            if parts.val_interval and (done % parts.val_interval == 0 or done == parts.loop.epochs):
+                stats |= validate(parts, watchdog)
             finish_epoch(training, output, save, stats)
     except Preempted:
         save()
@@ -471,13 +484,12 @@ def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Calla
         raise stopped(output, position, watchdog.preemption.status, watchdog.flags) from None
     on_main_process(output.close)
     on_main_process(lambda: complete_output(output))
-    check_outputs(stats, f"epoch {training.epoch - 1} validation")
+    if parts.val_interval:
+        check_outputs(stats, f"epoch {training.epoch - 1} validation")
     if is_main_process():
         duration = timedelta(seconds=round(time.perf_counter() - start))
-        print(
-            f"trained in {duration}, best top-1 {training.best_accuracy:.3f} %: checkpoints, log.txt and curves.png "
-            f"are in {output.folder}"
-        )
+        best = f", best top-1 {training.best_accuracy:.3f} %" if parts.val_interval else ""
+        print(f"trained in {duration}{best}: checkpoints, log.txt and curves.png are in {output.folder}")
 
 
 def validate(parts: Parts, watchdog: Watchdog) -> dict[str, float]:
@@ -502,7 +514,8 @@ def prefixed(prefix: str, stats: dict[str, float]) -> dict[str, float]:
 
 def finish_epoch(training: Training, output: Output, save: Callable[..., None], stats: dict[str, float]) -> None:
     """Write the epoch's logs, then its checkpoint, so that log.txt is never behind the newest checkpoint."""
-    is_best = stats["test_acc1"] > training.best_accuracy and math.isfinite(stats["test_loss"])
+    top1 = stats.get("test_acc1")  # None if the epoch was not validated
+    is_best = top1 is not None and top1 > training.best_accuracy and math.isfinite(stats["test_loss"])
     training.best_accuracy = stats["test_acc1"] if is_best else training.best_accuracy
     n_parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
     entry = {
@@ -513,7 +526,7 @@ def finish_epoch(training: Training, output: Output, save: Callable[..., None], 
         "unreadable_images": len(training.unreadable_images),
     }
     output.log_epoch(entry, stats, training.epoch)
-    training.lr_scheduler.step(training.epoch, stats["test_acc1"])
+    training.lr_scheduler.step(training.epoch, top1)
     training.end_epoch()
     save(is_best=is_best)
 
@@ -579,7 +592,7 @@ def settings_from(args: argparse.Namespace, kind: type[T], **values: Any) -> T:
 
 def build_data(args: argparse.Namespace, is_train: bool, preprocessing: Preprocessing | None = None) -> ImageData:
     """Find the training or validation images, and build their transform. Default: the published preprocessing."""
-    data = find_dataset(is_train, settings_from(args, DataSettings))
+    data = find_dataset(is_train, settings_from(args, DataSettings, is_labelled=uses_labels(args)))
     return prepared(data, is_train, transform_settings(args, preprocessing))
 
 
@@ -592,7 +605,7 @@ def transform_settings(args: argparse.Namespace, preprocessing: Preprocessing | 
 
 def build_parts(
     args: argparse.Namespace,
-    model: nn.Module,
+    model: Any,
     train: ImageData,
     val: ImageData,
     preprocessing: Preprocessing,
@@ -606,11 +619,15 @@ def build_parts(
     in_effect = dict(
         clip_mode=args.clip_mode if args.clip_grad else "norm", mixup_off_epoch=args.mixup_off_epoch if mixup else 0
     )
+    criterion = build_criterion(args, train, preprocessing, precision, mixup is not None, model)
+    trainable = criterion.task.trainable_module if isinstance(criterion, TaskLoss) else model
+    called = model.get_classifier() if keeps_features(args, model, train) else trainable
     return Parts(
-        build_training(args, model, precision, accum_steps),
+        build_training(args, model, precision, accum_steps, trainable, called),
         train_loader,
         val_loader,
-        build_criterion(args, train, preprocessing, precision, soft_targets=mixup is not None),
+        args.val_interval if uses_labels(args) else 0,
+        criterion,
         mixup,
         build_preparation(args, preprocessing, precision),
         precision,
@@ -650,6 +667,10 @@ def build_model(args: argparse.Namespace, num_classes: int, precision: Precision
     if isinstance(model, SepViT) and padding_of(model, model.img_size).extra > LARGE_PADDING:
         ways = with_flags(with_less_padding(model, model.img_size), parser.flags())
         print_main(f"WARNING: {padding_as_text(model, model.img_size)}{ways and f'; less with {ways}'}")
+    if args.freeze_stages:
+        if not isinstance(model, SepViT) or args.freeze_stages > len(model.blocks):
+            raise UserError(f"--freeze-stages {args.freeze_stages}: only SepViT has stages to freeze, 1 to 4; omit it")
+        model.freeze_stages(args.freeze_stages)
     to_device(model, precision.device)
     if args.grad_checkpointing:
         try:
@@ -662,8 +683,29 @@ def build_model(args: argparse.Namespace, num_classes: int, precision: Precision
     return model
 
 
-def build_training(args: argparse.Namespace, model: nn.Module, precision: Precision, accum_steps: int) -> Training:
-    """Build a network's optimiser, schedule, gradient scaler, averaged weights and data-parallel wrapper."""
+def build_training(
+    args: argparse.Namespace,
+    model: Any,
+    precision: Precision,
+    accum_steps: int,
+    trainable: Any = None,
+    called: Any = None,
+) -> Training:
+    """Build a network's optimiser, schedule, gradient scaler, averaged weights and data-parallel wrapper.
+
+    Args:
+        args: the command's settings.
+        model: the network.
+        precision: device and number format.
+        accum_steps: batches that each rank accumulates per step.
+        trainable: module with all parameters to train; by default the network.
+        called: module that the training loop calls; by default `trainable`.
+
+    Raises:
+        UserError: the optimiser or the schedule does not accept its settings.
+    """
+    trainable = trainable or model
+    called = called or trainable
     # The learning rate is specified for 512 images per step, as in the published recipe.
     images_per_step = args.batch_size * accum_steps * get_world_size()
     kwargs = optimizer_kwargs(cfg=args) | {"lr": args.lr * images_per_step / 512}
@@ -675,9 +717,11 @@ def build_training(args: argparse.Namespace, model: nn.Module, precision: Precis
     if precision.device.type in ("cuda", "cpu") and args.opt in ("adam", "adamw"):
         kwargs["fused"] = True  # one pass over the weights, and skipped steps do not synchronise with the GPU
     try:
-        optimizer = create_optimizer_v2(model, **kwargs)
+        optimizer = create_optimizer_v2(trainable, **kwargs)
     except (TypeError, ValueError, AssertionError, IndexError) as error:
         raise UserError(f"--opt {args.opt}: does not accept these settings ({error})") from None
+    if args.head_lr_scale != 1:
+        scale_lr(optimizer, head_of(model), args.head_lr_scale)
     try:
         with warnings.catch_warnings():  # timm deprecates the plateau schedule, which the published code offers
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"timm\.scheduler")
@@ -690,13 +734,35 @@ def build_training(args: argparse.Namespace, model: nn.Module, precision: Precis
     if args.model_ema:
         device = torch.device("cpu") if args.model_ema_force_cpu else None
         ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
-    wrapped: nn.Module = model
+    wrapped: nn.Module = called
     if dist.is_initialized():
         device_ids = [precision.device.index] if precision.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-        settle_buckets(wrapped, (args.batch_size, args.in_chans or 3, *to_2tuple(args.input_size)), precision)
-    losses = torch.zeros(2, device=precision.device)
-    return Training(model, wrapped, optimizer, lr_scheduler, precision.scaler(), ema, args.start_epoch, losses=losses)
+        wrapped = DistributedDataParallel(called, device_ids=device_ids, gradient_as_bucket_view=True)
+        shape = (args.in_chans or 3, *to_2tuple(args.input_size)) if called is trainable else (called.in_features,)
+        settle_buckets(wrapped, (args.batch_size, *shape), precision)
+    losses, projection = torch.zeros(2, device=precision.device), None if trainable is model else trainable.projection
+    parts = (model, wrapped, optimizer, lr_scheduler, precision.scaler(), ema, projection)
+    return Training(*parts, epoch=args.start_epoch, losses=losses)
+
+
+def head_of(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a timm network's classifier."""
+    named: dict[str, Any] = dict(model.named_parameters())
+    return [named[name] for name in classifier_of(named, getattr(model, "default_cfg", {}).get("classifier"))]
+
+
+def scale_lr(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], scale: float) -> None:
+    """Put parameters into groups of their own, with `scale` times the learning rate."""
+    chosen = set(parameters)
+    for group in list(optimizer.param_groups):
+        inside = [parameter for parameter in group["params"] if parameter in chosen]
+        others = [parameter for parameter in group["params"] if parameter not in chosen]
+        if inside and others:
+            group["params"] = others
+            group = {**group, "params": inside}
+            optimizer.param_groups.append(group)
+        if inside:
+            group["lr_scale"] = scale * group.get("lr_scale", 1.0)
 
 
 def decaying_window_tokens(args: argparse.Namespace) -> Callable[[nn.Module], Any]:
@@ -718,7 +784,10 @@ def settle_buckets(wrapped: DistributedDataParallel, shape: Sequence[int], preci
     with precision.autocast(), warnings.catch_warnings():
         # Gradients of transposed weights differ from their buckets in strides. The copy is unavoidable.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        wrapped(images).float().sum().backward()
+        outputs = wrapped(images)
+        torch.stack(
+            [part.float().sum() for part in (outputs if isinstance(outputs, tuple) else [outputs])]
+        ).sum().backward()
     wrapped.zero_grad(set_to_none=True)
     for buffer, value in zip(wrapped.buffers(), buffers):
         buffer.copy_(value)
@@ -748,10 +817,48 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     )
 
 
+def keeps_features(args: argparse.Namespace, model: nn.Module, train: ImageData) -> bool:
+    """Whether only the classifier is trained, on features that are computed once: without augmentation, if they fit."""
+    if not isinstance(model, SepViT) or args.freeze_stages < len(model.blocks) or not args.no_aug:
+        return False
+    is_plain = build_mixup(args, train.num_classes) is None and args.distillation_type == "none"
+    is_small = 4 * model.num_features * len(train) <= MAX_BYTES
+    return is_plain and is_small and not isinstance(train.dataset, IterableDataset)
+
+
+def on_features(parts: Parts, args: argparse.Namespace, train: ImageData, tick: Callable[[str], None]) -> Parts:
+    """Train on the features of the frozen network in place of images."""
+    loading = dict(batch_size=args.batch_size, num_workers=args.num_workers, worker_init_fn=ignore_preemption)
+    model: Any = parts.training.model
+    samples = compute_features(model, train, args.seed, parts.precision, tick, **loading)
+    print_main(f"--freeze-stages {args.freeze_stages}: features of {len(train)} images computed; training on them")
+    loaders = settings_from(args, LoaderSettings, accum_steps=parts.loop.accum_steps, num_workers=0)
+    move = methodcaller("to", parts.precision.device)
+    return replace(parts, train_loader=build_train_loader(train, loaders, samples), prepare=move)
+
+
+def uses_labels(args: argparse.Namespace) -> bool:
+    """Whether a run uses labels. Distillation of features alone does not, and has nothing to validate."""
+    return args.eval or args.distillation_type != "feature" or args.distillation_alpha < 1
+
+
 def build_criterion(
-    args: argparse.Namespace, train: ImageData, preprocessing: Preprocessing, precision: Precision, soft_targets: bool
-) -> DistillationLoss:
+    args: argparse.Namespace,
+    train: ImageData,
+    preprocessing: Preprocessing,
+    precision: Precision,
+    soft_targets: bool,
+    model: nn.Module | None = None,
+) -> Any:
     """Build the training loss: cross entropy, or binary cross entropy of each class, and distillation.
+
+    Args:
+        args: the command's settings.
+        train: training images.
+        preprocessing: preprocessing of the network.
+        precision: the device.
+        soft_targets: whether targets are B × classes.
+        model: the network, for timm's distillation tasks.
 
     Raises:
         UserError: the teacher cannot be loaded, or its classes differ from those of the training images.
@@ -767,26 +874,99 @@ def build_criterion(
         base = nn.CrossEntropyLoss()
     if args.distillation_type == "none":
         return DistillationLoss(base)
+    teacher, own = build_teacher(args, train, preprocessing)
+    if (own.mean, own.std) != (preprocessing.mean, preprocessing.std):
+        print_main(f"--teacher-path {args.teacher_path}: {own}")
+    to_device(teacher, precision.device).eval().requires_grad_(False)
+    if args.distillation_type in TASKS:
+        return build_task(args, base, model, preprocessing, teacher, own, precision.device)
+    if (own.mean, own.std) != (preprocessing.mean, preprocessing.std):
+        teacher = Renormalised(teacher, preprocessing, own).to(precision.device)
+    return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+
+
+def build_teacher(
+    args: argparse.Namespace, train: ImageData, preprocessing: Preprocessing
+) -> tuple[nn.Module, Preprocessing]:
+    """Build and load the teacher. Also returns its own preprocessing.
+
+    For the distillation of features, the teacher keeps its own classes, if it has any.
+
+    Raises:
+        UserError: the teacher cannot be loaded, or does not fit the training images.
+    """
     what = f"--teacher-path {args.teacher_path}"
     checkpoint = read_checkpoint(args.teacher_path, what)
-    train.matched(checkpoint.get("classes"), what)
+    num_classes, data = train.num_classes, None
+    if args.distillation_type == "feature":
+        weights, heads = weights_of(checkpoint, what), get_pretrained_cfg_value(args.teacher_model, "classifier")
+        num_classes = next((len(weights[name]) for name in classifier_of(weights, heads)), 0)
+    else:
+        train.matched(checkpoint.get("classes"), what)
+        data = train
     teacher = create_network(
         f"--teacher-model {args.teacher_model}",
         args.teacher_model,
-        train.num_classes,
+        num_classes,
         args.input_size,
         model_kwargs=args.teacher_kwargs or model_kwargs_of(checkpoint, what, kwargs_advice("--teacher-kwargs")),
     )
     hints = "use a teacher trained on the data set's classes", "name it with --teacher-model"
-    load_from(teacher, checkpoint, what, *hints, data=train)
+    load_from(teacher, checkpoint, what, *hints, data=data)
     own = Preprocessing.of_weights(checkpoint, args.teacher_model, args.input_size)
     if own.channels != preprocessing.channels:
         raise UserError(f"{what}: takes {own.channels} channels, not {preprocessing.channels}; use another teacher")
-    if (own.mean, own.std) != (preprocessing.mean, preprocessing.std):
-        print_main(f"{what}: {own}")
-        teacher = Renormalised(teacher, preprocessing, own)
-    to_device(teacher, precision.device).eval().requires_grad_(False)
-    return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    return teacher, own
+
+
+# timm's distillation tasks, with their own arguments, by --distillation-type.
+TASKS: dict[str, tuple[Any, dict[str, str]]] = {
+    "logit": (LogitDistillationTask, {}),
+    "feature": (FeatureDistillationTask, {}),
+    "token-soft": (TokenDistillationTask, dict(distill_type="soft")),
+    "token-hard": (TokenDistillationTask, dict(distill_type="hard")),
+}
+
+
+def build_task(
+    args: argparse.Namespace,
+    base: nn.Module,
+    model: Any,
+    given: Preprocessing,
+    teacher: nn.Module,
+    own: Preprocessing,
+    device: torch.device,
+) -> TaskLoss:
+    """Build one of timm's distillation tasks.
+
+    Args:
+        args: the command's settings.
+        base: loss on the labels.
+        model: the student.
+        given: preprocessing of the student.
+        teacher: the teacher.
+        own: preprocessing of the teacher.
+        device: the device.
+
+    Raises:
+        UserError: the student or the teacher does not support it.
+    """
+    kind, arguments = TASKS[args.distillation_type]
+    if args.distillation_type != "feature":
+        arguments = {**arguments, "temperature": args.distillation_tau}
+    settings = dict(criterion=base, task_loss_weight=1 - args.distillation_alpha, device=device, verbose=False)
+    try:
+        task = kind(model, DistillationTeacher(teacher, device=device), **settings, **arguments)
+    except ValueError as error:
+        raise UserError(f"--distillation-type {args.distillation_type}: {error}") from None
+    stacked = {"student_mean": given.mean, "student_std": given.std}
+    for name, values in stacked.items():
+        setattr(task, name, torch.tensor(values, device=device).view(1, -1, 1, 1))
+    for name, values in dict(mean_kd=own.mean, std_kd=own.std).items():
+        setattr(task.teacher, name, torch.tensor(values, device=device).view(1, -1, 1, 1))
+    if args.compile and task.trainable_module is not model:
+        task.trainable_module.compile()
+    return TaskLoss(task)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -890,6 +1070,8 @@ def add_run_settings(group: Any) -> None:
     add("--finetune", type=path, default="", help="checkpoint to start from; classes and image size may differ")
     add("--eval", **SWITCH, help="only evaluate")
     add("--dist-eval", **SWITCH, help="split the validation images across processes")
+    about = "validate after every N epochs, and after the last"
+    add("--val-interval", type=positive_int, default=1, metavar="N", help=about)
     add("--throughput", **SWITCH, help="only measure images per second")
     add("--print-freq", type=positive_int, default=20, help="batches between progress reports")
     about = "write a trace of STEPS training steps to trace.json in the output folder (chrome://tracing)"
@@ -938,6 +1120,8 @@ def add_model_settings(group: Any) -> None:
 
 def add_optimizer_settings(group: Any) -> None:
     add = group.add_argument
+    about = "train only later stages than the first N; 4: only the classifier, on features computed once if --no-aug"
+    add("--freeze-stages", type=natural, default=0, metavar="N", help=about)
     add("--opt", type=str.lower, default="adamw", help="a timm optimiser")
     about = "other arguments of the optimiser"
     add("--opt-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=about)
@@ -949,6 +1133,7 @@ def add_optimizer_settings(group: Any) -> None:
     about = "factor of the learning rate from each block to the one before it, such as 0.65"
     add("--layer-decay", type=positive_fraction, help=about)
     add("--layer-decay-min-scale", type=fraction, default=0.0, help="smallest factor of --layer-decay")
+    add("--head-lr-scale", type=non_negative, default=1.0, metavar="FACTOR", help="of the classifier's learning rate")
     add("--momentum", type=fraction, default=0.9)
     add("--weight-decay", type=non_negative, default=0.05)
     add("--decay-window-tokens", **SWITCH, help="apply weight decay to the window tokens, as in the published runs")
@@ -971,6 +1156,8 @@ def add_schedule_settings(group: Any) -> None:
     add("--decay-epochs", type=positive, default=30, help="epochs between decays of --sched step, or of wsd's decay")
     about = "--sched multistep decays the learning rate at the start of these epochs"
     add("--decay-milestones", type=positive_int, nargs="+", default=[30, 60], metavar="EPOCH", help=about)
+    about = "decay of --sched wsd; by default 1-sqrt"
+    add("--lr-decay-fn", choices=("linear", "1-sqrt", "cosine", "power", "exp"), help=about)
     add("--warmup-epochs", type=natural, default=5)
     add("--cooldown-epochs", type=natural, default=10, help="accepted for compatibility with DeiT; has no effect")
     add("--patience-epochs", type=natural, default=10)
@@ -979,6 +1166,7 @@ def add_schedule_settings(group: Any) -> None:
 
 def add_augmentation_settings(group: Any) -> None:
     add = group.add_argument
+    add("--no-aug", action="store_true", help="transform training images like validation images")
     about = "smallest and largest area of the random crop, as shares of the image"
     add("--scale", type=positive_fraction, nargs=2, default=(0.08, 1.0), help=about)
     add("--ratio", type=positive, nargs=2, default=(3 / 4, 4 / 3), help="smallest and largest aspect ratio of the crop")
@@ -1018,13 +1206,14 @@ def add_mixing_settings(group: Any) -> None:
 
 def add_distillation_settings(group: Any) -> None:
     add = group.add_argument
-    add("--distillation-type", choices=("none", "soft", "hard"), default="none")
+    about = "soft, hard: as in DeiT, without a token; logit, feature, token-soft, token-hard: timm's tasks"
+    add("--distillation-type", choices=("none", "soft", "hard", *TASKS), default="none", help=about)
     add("--teacher-model", default="regnety_160", help="any timm model")
     about = "other arguments of the teacher's constructor; by default those that its checkpoint was trained with"
     add("--teacher-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=about)
     add("--teacher-path", type=path, default="", help="the teacher's checkpoint: a path or an https address")
     add("--distillation-alpha", type=fraction, default=0.5, help="weight of the teacher's term in the loss")
-    add("--distillation-tau", type=positive, default=1.0, help="temperature of soft distillation")
+    add("--distillation-tau", type=positive, default=1.0, help="temperature of soft, logit and token-soft")
 
 
 def add_data_settings(group: Any) -> None:
@@ -1112,7 +1301,7 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise UserError(f"--distillation-type {args.distillation_type}: needs --teacher-path")
     if args.distillation_type == "none" and args.teacher_path:
         raise UserError(
-            f"--teacher-path {args.teacher_path}: needs --distillation-type soft or hard; set one, or omit the teacher"
+            f"--teacher-path {args.teacher_path}: needs --distillation-type; choose hard, say, or omit the teacher"
         )
     if args.resume and args.finetune:
         raise UserError("--resume and --finetune: mutually exclusive; resume a run, or start one from its weights")
@@ -1156,7 +1345,10 @@ def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
         ("mixup_prob mixup_mode mixup_off_epoch", not (mixes or cuts), "mixup cutmix"),
         ("mixup_switch_prob", not (mixes and cuts), "mixup cutmix"),
         ("teacher_model teacher_kwargs distillation_alpha", args.distillation_type == "none", "distillation_type"),
-        ("distillation_tau", args.distillation_type != "soft", "distillation_type"),
+        ("distillation_tau", args.distillation_type not in ("soft", "logit", "token-soft"), "distillation_type"),
+        ("lr_decay_fn", args.sched != "wsd", "sched"),
+        ("scale ratio hflip color_jitter aa train_interpolation reprob remode recount", args.no_aug, "no_aug"),
+        ("val_interval val_split", not uses_labels(args), "distillation_type distillation_alpha"),
         ("inat_category", not args.data_set.startswith("INAT"), "data_set"),
         ("train_split val_split", "/" not in args.data_set, "data_set"),
         ("train_num_samples val_num_samples", not is_stream, "data_set"),

@@ -525,6 +525,7 @@ class SepViTStages(nn.Module):
         self.in_chans = in_chans
         self.embed_dims = tuple(embed_dims)
         self.grad_checkpointing = False
+        self.frozen_stages = -1
         self.feature_info = []
 
         self.patch_embeds = nn.ModuleList()
@@ -568,7 +569,9 @@ class SepViTStages(nn.Module):
         stages = zip(self.patch_embeds, self.pos_block, self.blocks, self.norm_list)
         for i, (patch_embed, pos_block, blocks, norm) in enumerate(stages):
             if i < count:
-                x = self.pos_drop(patch_embed(x))  # B × H' × W' × C
+                x = patch_embed(x)  # B × H' × W' × C
+                if i >= self.frozen_stages:
+                    x = self.pos_drop(x)
                 for j, block in enumerate(blocks):
                     if self.grad_checkpointing and not torch.jit.is_scripting():
                         x = checkpoint(block, x)
@@ -605,6 +608,28 @@ class SepViTStages(nn.Module):
             num_heads=[blocks[0].attn.num_heads for blocks in self.blocks],
             window_sizes=[[block.window_size for block in blocks] for blocks in self.blocks],
         )
+
+    def freeze_stages(self, count: int) -> None:
+        """Freeze the first `count` stages with their patch embeddings; 0 freezes only the first patch embedding.
+
+        If all stages are frozen, so is the norm. Frozen parts stay in evaluation mode, without stochastic depth.
+        """
+        self.frozen_stages = count
+        for part in self._frozen_parts():
+            part.requires_grad_(False)
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        parts = [self.patch_embeds[0]] if self.frozen_stages >= 0 else []
+        for layers in (self.patch_embeds, self.pos_block, self.blocks, self.norm_list):
+            parts += layers[: max(0, self.frozen_stages)]
+        return [*parts, self.norm] if isinstance(self, SepViT) and self.frozen_stages == len(self.blocks) else parts
+
+    def train(self, mode: bool = True) -> "SepViTStages":
+        """Set training or evaluation mode, except for frozen parts."""
+        super().train(mode)
+        for part in self._frozen_parts():
+            part.eval()
+        return self
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

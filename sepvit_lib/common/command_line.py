@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
             option.lstrip("-").replace("-", "_"): action
             for action in self._actions
             for option in action.option_strings
-            if not option.startswith("--no-")
+            if not option.startswith("--no-") or option.replace("no-", "", 1) not in action.option_strings
         }
 
     def flags(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sepvit_lib.common.errors import LocalError, MachineError, UserError, one_line, setting
+
+T = TypeVar("T")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Joining
@@ -234,10 +236,10 @@ def any_rank(device: torch.device, value: bool) -> bool:
     return bool(all_reduce(torch.tensor(float(value), device=device)))
 
 
-def all_gather(values: Sequence[str]) -> list[str]:
+def all_gather(values: Sequence[T]) -> list[T]:
     """Concatenate the values of all ranks, in the order of the ranks."""
     if get_world_size() == 1:
         return list(values)
-    parts: list[Sequence[str]] = [()] * get_world_size()
+    parts: list[Sequence[T]] = [()] * get_world_size()
     dist.all_gather_object(parts, list(values))
     return [value for part in parts for value in part]

@@ -82,7 +82,7 @@ def _arguments_of(key: str, value: Any, parser: Parser) -> list[str]:
     if action.nargs == 0:
         if str(value).lower() not in SWITCHES:
             raise UserError(f"{key}: takes true or false, not {value}")
-        return [action.option_strings[SWITCHES[value.lower()]]]
+        return list(action.option_strings[SWITCHES[value.lower()] :][:1])
     if isinstance(value, str):
         return [f"--{key}={value}"]
     if isinstance(action, KeyValues) and isinstance(value, dict):

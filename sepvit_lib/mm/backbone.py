@@ -14,7 +14,6 @@ from typing import Any
 from mmengine.logging import print_log
 from mmengine.model import initialize
 from mmengine.registry import MODELS
-from torch import nn
 
 from sepvit import VARIANTS, SepViTDense, entries_under, variant_of
 from sepvit_lib.mm.mmengine_private import read_checkpoint, register_distributions
@@ -66,23 +65,8 @@ class SepViTBackbone(SepViTDense):
         if isinstance(init_cfg, dict) and "type" not in init_cfg:
             raise ValueError(f"init_cfg={init_cfg} has no type; to load weights, set pretrained=PATH")
         self.init_cfg = dict(type="Pretrained", checkpoint=pretrained) if pretrained else init_cfg
-        self.frozen_stages = frozen_stages
         self.set_grad_checkpointing(with_cp)
-        for part in self._frozen_parts():
-            part.requires_grad_(False)
-
-    def _frozen_parts(self) -> list[nn.Module]:
-        parts = [self.patch_embeds[0]] if self.frozen_stages >= 0 else []
-        for layers in (self.patch_embeds, self.pos_block, self.blocks, self.norm_list):
-            parts += layers[: max(0, self.frozen_stages)]
-        return parts
-
-    def train(self, mode: bool = True) -> "SepViTBackbone":
-        """Set training or evaluation mode. Frozen parts stay in evaluation mode, without stochastic depth."""
-        super().train(mode)
-        for part in self._frozen_parts():
-            part.eval()
-        return self
+        self.freeze_stages(frozen_stages)
 
     def init_weights(self) -> None:
         """Load the pretrained weights, and log which entries are loaded. Called by mmengine.

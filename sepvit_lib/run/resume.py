@@ -44,6 +44,11 @@ FORMER_VALUES: dict[str, Any] = dict(
     std=None,
     crop_pct=None,
     interpolation=None,
+    freeze_stages=0,
+    head_lr_scale=1.0,
+    no_aug=False,
+    val_interval=1,
+    lr_decay_fn=None,
 )
 
 PACKAGES = ("torchvision", "timm", "numpy", "pillow")  # packages whose versions are recorded, besides torch

@@ -96,11 +96,13 @@ class Training(RunState):
 
     Attributes:
         model: the network.
-        wrapped: the network that the loop calls: `model`, wrapped in DistributedDataParallel on several processes.
+        wrapped: what the loop calls: `model`, or a module that contains it or is its classifier; on several processes
+            in DistributedDataParallel.
         optimizer: the network's optimiser.
         lr_scheduler: learning-rate schedule, stepped once an epoch.
         scaler: gradient scaler.
         ema: averaged weights, or None.
+        projection: layer that is trained with the network, but is not part of it; or None.
         epoch: the current epoch.
         epoch_step: steps done in the epoch.
         best_accuracy: highest top-1 so far (%).
@@ -113,6 +115,7 @@ class Training(RunState):
     lr_scheduler: Scheduler
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None = None
+    projection: nn.Module | None = None
     epoch: int = 0
     epoch_step: int = 0
     best_accuracy: float = 0.0
@@ -167,11 +170,11 @@ class Training(RunState):
         """
         self.scaler.unscale_(self.optimizer)
         if clip_grad > 0 and clip_mode == "norm":
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip_grad)
+            norm = nn.utils.clip_grad_norm_(self.wrapped.parameters(), clip_grad)
         else:
-            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            norm = nn.utils.get_total_norm([p.grad for p in self.wrapped.parameters() if p.grad is not None])
             if clip_grad > 0:
-                dispatch_clip_grad(self.model.parameters(), clip_grad, clip_mode)
+                dispatch_clip_grad(self.wrapped.parameters(), clip_grad, clip_mode)
         bad = ~norm.isfinite()
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
@@ -238,6 +241,8 @@ class Training(RunState):
         )
         if self.ema is not None:
             checkpoint["model_ema"] = self.ema.module.state_dict()
+        if self.projection is not None:
+            checkpoint["projection"] = self.projection.state_dict()
         return checkpoint
 
     def schedule_state(self) -> dict[str, Any]:
@@ -255,7 +260,9 @@ class Training(RunState):
             self.lr_scheduler.restore_lr = state["restore_lr"]
 
     def restore_progress(self, checkpoint: dict[str, Any]) -> None:
-        """Restore epoch, step and counters from a checkpoint."""
+        """Restore epoch, step, counters and the projection from a checkpoint."""
+        if self.projection is not None:
+            self.projection.load_state_dict(checkpoint["projection"])
         self.epoch = checkpoint["epoch"] + 1
         self.epoch_step = checkpoint.get("epoch_step", 0)
         self.best_accuracy = checkpoint.get("best_accuracy", 0.0)

@@ -4,6 +4,7 @@ none."""
 import argparse
 import dataclasses
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -31,7 +32,9 @@ SHARDS = "--data-set wds/x --data-path {root}/wds --num-classes 2 --train-split 
 CHANGES = {
     "": "--accum-steps 2, --aa augmix, --amp bfloat16, --batch-size 8, --bce-loss, --channels-last, "
     "--checkpoint-every 5, "
-    "--class-map {root}/map.txt, --clip-grad 1, --clip-mode value, --crop-pct 1, --in-chans 1, --interpolation bilinear, --mean 0.4, --std 0.1, --layer-decay 0.5, --mixup-off-epoch 2, "
+    "--class-map {root}/map.txt, --clip-grad 1, --clip-mode value, --crop-pct 1, "
+    "--in-chans 1, --interpolation bilinear, --mean 0.4, --std 0.1, --freeze-stages 2, --head-lr-scale 10, --no-aug, "
+    "--val-interval 2, --layer-decay 0.5, --mixup-off-epoch 2, "
     "--model-kwargs mlp_ratio=2, --opt-kwargs amsgrad=true, --compile, --cutmix 0.5, --cutmix-minmax 0.2 0.8, "
     f"--data-path {{root}}/many, {SHARDS}, --decay-window-tokens, --dist-eval, --drop 0.3, --drop-path 0.3, "
     "--dump-bad-batch, --epochs 7, --grad-checkpointing, --hflip 0.1, --input-size 64, --loader fast, --lr 0.1, "
@@ -55,6 +58,7 @@ CHANGES = {
     "--sched plateau --lr 1": "--patience-epochs 1",
     "--sched poly": "--decay-rate 0.5",
     "--sched step": "--decay-epochs 2",
+    "--sched wsd --decay-epochs 4 --lr 1": "--lr-decay-fn cosine",
     SHARDS: "--num-classes 3, --train-num-samples 32, --train-split a-1.tar|16, --val-num-samples 8, "
     "--val-split a-0.tar|16",
     TEACHER: "--distillation-alpha 0.1, --distillation-tau 3, --distillation-type hard, "
@@ -80,11 +84,13 @@ NONE = {"": "--local-rank 1, --resplit, --cooldown-epochs 3"}
 # Settings beside which changes of `CHANGES`, `RUNS` or `NONE` have no effect.
 IGNORED = {
     "": "bce_target_thresh color_jitter distillation_alpha distillation_tau inat_category layer_decay_min_scale "
-    "lr_noise_pct lr_noise_std model_ema_decay model_ema_force_cpu model_ema_warmup momentum patience_epochs "
-    "ratio scale teacher_kwargs teacher_model train_num_samples train_split val_num_samples val_split resplit "
-    "cooldown_epochs",
+    "lr_decay_fn lr_noise_pct lr_noise_std model_ema_decay model_ema_force_cpu model_ema_warmup momentum "
+    "patience_epochs ratio scale teacher_kwargs teacher_model train_num_samples train_split val_num_samples "
+    "val_split resplit cooldown_epochs",
     "--aa=": "train_interpolation",
     "--in-chans 1": "aa",
+    "--no-aug": "hflip reprob",
+    f"{TEACHER.replace('soft', 'feature')} --distillation-alpha 1": "val_interval",
     "--cutmix-minmax 0.2 0.8": "cutmix",
     "--clip-grad 0": "clip_mode",
     "--mixup 0 --cutmix 0": "mixup_mode mixup_off_epoch mixup_prob mixup_switch_prob",
@@ -100,10 +106,15 @@ IGNORED = {
 }
 
 
+NAMES = {
+    option.replace("_", "-"): action.dest for action in main.build_parser()._actions for option in action.option_strings
+}
+
+
 def by_name(table: dict[str, str]) -> dict[str, tuple[str, str]]:
     """Each flag's change, with the settings beside it, by the name of the setting."""
     return {
-        change.split()[0].removeprefix("--").removeprefix("no-").replace("-", "_"): (beside, change)
+        NAMES[change.split()[0].partition("=")[0].replace("_", "-")]: (beside, change)
         for beside, changes in table.items()
         for change in changes.split(", ")
     }
@@ -162,6 +173,8 @@ def described(value, seen=None):
         return {str(key): described(entry, seen) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [described(entry, seen) for entry in value]
+    if inspect.ismethod(value):
+        return [value.__name__, described(value.__self__, seen)]
     if isinstance(value, partial):
         return [value.func.__name__, described(value.args, seen), described(value.keywords, seen)]
     if hasattr(value, "__dict__") and not isinstance(value, type) and id(value) not in seen:
@@ -206,6 +219,7 @@ def _built(settings):
         ],
         order=str(next(iter(order))) + str(order.batch_size) if "seed" in vars(order) else None,
         criterion=described(parts.criterion),
+        val_interval=parts.val_interval,
         mixup=parts.mixup and described(parts.mixup),
         prepare=described(getattr(parts.prepare, "__self__", parts.prepare)),
         settings=[dataclasses.asdict(settings) for settings in (parts.loop, parts.evaluation, limits)],

@@ -96,7 +96,8 @@ def test_rectangles_through_every_command(few_digits, tmp_path, capsys):
         again = load_classifier(str(exported))
         assert again.description.preprocessing == expected
         torch.testing.assert_close(
-            again.logits([again.prepare(photograph(70, 90))]), classifier.logits([classifier.prepare(photograph(70, 90))])
+            again.logits([again.prepare(photograph(70, 90))]),
+            classifier.logits([classifier.prepare(photograph(70, 90))]),
         )
     resumed = [*shared, *flags, "--output_dir", folder, "--auto-resume"]
     assert run(*resumed) == 0
@@ -200,7 +201,16 @@ def test_first_layers_are_adapted_by_timm(spectral, few_digits, tmp_path, capsys
 
 def test_resumed_runs_compute_the_same(spectral, tmp_path):
     shared = [*SMALLEST, "--data-path", spectral, "--device", "cpu", "--batch-size", 4, "--num_workers", 0]
-    shared += ["--in-chans", CHANNELS, "--checkpoint-every", 1, "--keep-checkpoints", 9, "--auto-resume", "--output_dir"]
+    shared += [
+        "--in-chans",
+        CHANNELS,
+        "--checkpoint-every",
+        1,
+        "--keep-checkpoints",
+        9,
+        "--auto-resume",
+        "--output_dir",
+    ]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert run(*shared, whole) == 0
     resumed.mkdir()

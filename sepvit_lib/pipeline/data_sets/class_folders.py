@@ -8,6 +8,8 @@ from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.pipeline.data_sets.base import ImageFiles
 from sepvit_lib.pipeline.image_files import ARRAY_SUFFIX, IMAGE_SUFFIXES, images_in, is_hidden
 
+UNLABELLED = "unlabelled"  # name of the class of images without labels
+
 
 class ClassFolders(ImageFiles):
     """Images in class folders. Folders whose names differ only in Unicode form are one class.
@@ -15,20 +17,23 @@ class ClassFolders(ImageFiles):
     Args:
         root: the folder.
         arrays: whether NumPy files are images, too.
+        is_labelled: whether the folders are classes. If not, all images are of one class.
 
     Raises:
         UserError: the folder has no class folder, or a class folder has no images.
         OSError: a folder cannot be read.
     """
 
-    def __init__(self, root: str, arrays: bool = False) -> None:
+    def __init__(self, root: str, arrays: bool = False, is_labelled: bool = True) -> None:
         self.root = root
         self.samples = []
         self.skipped = Counter()
         folders: dict[str, list[str]] = {}
         for entry in sorted(os.scandir(root), key=lambda entry: canonical(entry.name)):
-            if entry.is_dir() and not is_hidden(entry.name):
+            if is_labelled and entry.is_dir() and not is_hidden(entry.name):
                 folders.setdefault(canonical(entry.name), []).append(entry.path)
+        if not is_labelled:
+            folders[UNLABELLED] = [root]
         self.classes = list(folders)
         if not folders:
             raise UserError(
