@@ -107,6 +107,7 @@ class SepViTBackbone(SepViTDense):
             entries_under(weights, prefix),
             what,
             variant_hint="use that variant's config, or this variant's weights",
+            settings_hint="set these arguments of the backbone in the config, or use other weights",
         )
         averaged = ", averaged weights" if has_averaged_weights(checkpoint) else ""
         return f"{what}: {self.variant}{averaged}{source}: {report}"

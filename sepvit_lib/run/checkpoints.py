@@ -358,6 +358,7 @@ def load_weights(
     partly: bool = False,
     img_size: tuple[int, int] | None = None,
     new_settings: bool = False,
+    settings_hint: str = f"omit {setting('model_kwargs')}",
 ) -> LoadReport:
     """Adapt a state dict to the model's image size and form (classification or dense), then load it strictly.
 
@@ -374,6 +375,7 @@ def load_weights(
         img_size: image size (H, W) of the weights, None if unknown.
         new_settings: whether the SepViT's settings may differ from those that the weights record, and the number of
             channels from that of the weights.
+        settings_hint: the way out if settings differ, for messages.
 
     Raises:
         UserError: the weights differ in settings, variant, number of classes or architecture, or are not finite.
@@ -392,7 +394,7 @@ def load_weights(
             recorded = {**recorded, "window_tokens": "zeros"}  # as published
         report.settings = _differing(recorded, inner.settings())
         if report.settings and not new_settings:
-            raise UserError(f"{what}: was trained with {' '.join(report.settings)}; omit {setting('model_kwargs')}")
+            raise UserError(f"{what}: was trained with {' '.join(report.settings)}; {settings_hint}")
         report.adaptation = adaptation = adapt_state_dict(own, inner, img_size)
         for names in (adaptation.resampled, adaptation.fresh, adaptation.dropped):
             names[:] = [prefix + name for name in names]

@@ -153,10 +153,14 @@ def test_initialisation_without_pretrained_weights(report):
 def test_pretrained_refusals(classifier, tmp_path):
     torch.save(timm.create_model("SepViT_Tiny").state_dict(), tmp_path / "tiny.pth")
     torch.save({"model": classifier.state_dict(), "args": Code(tmp_path / "ran")}, tmp_path / "code.pth")
+    windows = timm.create_model("SepViT_Lite", window_sizes=[[7]] * 4)
+    torch.save({"model": windows.state_dict()}, tmp_path / "windows.pth")
     refused = {"tiny.pth": "not SepViT_Lite", "code.pth": "could run code", "none.pth": "no such file"}
+    refused["windows.pth"] = "window_sizes=.*in the config"
     for name, words in refused.items():
         with pytest.raises(UserError, match=words):
             build(pretrained=str(tmp_path / name)).init_weights()
+    build(pretrained=str(tmp_path / "windows.pth"), window_sizes=[[7]] * 4).init_weights()
     with pytest.raises(ValueError, match="choose one"):
         build(pretrained="a.pth", init_cfg=dict(type="Pretrained", checkpoint="b.pth"))
     assert not (tmp_path / "ran").exists()
