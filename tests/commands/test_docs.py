@@ -54,6 +54,7 @@ SMALL = {
     r"train-{000\.\.099}\.tar\|1200000": "train-{000..001}.tar|48",
     r"val-{00\.\.15}\.tar\|50000": "val-{00..01}.tar|21",
     r"\b500x375\b": "64x48",
+    r" runs/\*": " demo/run",
     r"--window 2 5 --blocks 1\.0 2\.4": "--window 0 0 --blocks 0.0",  # the windows of a small image
     r"\b23 20 18\b": "23 18",
     r" (compiled|int8)\b": "",  # take a minute; test_compiled_forms and test_exported_networks run them
@@ -87,6 +88,7 @@ SCRIPTS = {
     "benchmarks/input_pipeline.py": Script("--images 8 --input-size 64 --batch-size 4 --workers 0 --rounds 1"),
     "tools/get_flops.py": Script("--model SepViT_Lite --input-size 32", prints="multiply-adds"),
     "tools/make_demo_data.py": Script("--out made"),
+    "tools/compare.py": Script("", prints="best top-1"),
     "tools/visualize.py": Script("", prints=r"attention of \d+ blocks: rows sum to one"),
     "tools/export.py": Script("--formats onnx --images 8 --rounds 1", prints="largest difference"),
     "segmentation/train.py": Script(f"{DENSE} train_cfg.max_iters=1", rest="CONFIG", prints="mIoU"),
