@@ -94,7 +94,7 @@ from sepvit_lib.common.errors import Preempted, UserError, setting, with_flags
 from sepvit_lib.common.processes import get_world_size, init_distributed, is_main_process, on_main_process, print_main
 from sepvit_lib.common.recipes import ARGS, parse_with_recipe, write_recipe
 from sepvit_lib.common.saved_settings import img_size_of, settings_in
-from sepvit_lib.common.storage import make_folder, write_file
+from sepvit_lib.common.storage import make_folder, write_output
 from sepvit_lib.count import LARGE_PADDING, padding_as_text, padding_of, with_less_padding
 from sepvit_lib.networks import create_network, to_device
 from sepvit_lib.pipeline.image_files import ORIENTATIONS, STORED, count_turned
@@ -218,13 +218,7 @@ def write_metrics(stats: dict[str, float], path: Path) -> None:
     Raises:
         UserError: the file cannot be written. A previous version is kept.
     """
-    try:
-        write_file(path, lambda file: file.write(json.dumps(stats).encode() + b"\n"))
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {path.parent}: {path.name} could not be written ({error.strerror}); free some "
-            "disk space, or choose another folder"
-        ) from None
+    write_output(path, lambda file: file.write(json.dumps(stats).encode() + b"\n"), f"--output_dir {path.parent}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

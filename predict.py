@@ -11,8 +11,6 @@ import sepvit_lib.common.environment  # noqa: F401 before timm
 
 # isort: split
 import argparse
-import csv
-import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,13 +24,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from sepvit_lib.common import tables
 from sepvit_lib.common.command_line import Parser, natural, path, positive_int, run_command
 from sepvit_lib.common.devices import available_cores, best_device, check_device
 from sepvit_lib.common.errors import UNREADABLE_STATUS, UserError, one_line
-from sepvit_lib.common.storage import make_folder, write_file
+from sepvit_lib.common.storage import make_folder, write_output
 from sepvit_lib.inference.classifier import Classifier, Description, Preparation, load_classifier
 from sepvit_lib.inference.images import PLACEHOLDER, Task, check_pictures, find_images, read_image
-from sepvit_lib.inference.pictures import with_classes, write_picture
+from sepvit_lib.inference.pictures import with_classes
 from sepvit_lib.pipeline.arrays import as_picture
 from sepvit_lib.run.state import Precision
 
@@ -139,13 +138,11 @@ def as_json(predictions: Sequence[Prediction]) -> str:
 
 def as_csv(predictions: Sequence[Prediction]) -> str:
     """Format predictions as CSV: one line per class, with image, rank, class and probability."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("image", "rank", "class", "probability"))
+    lines = [("image", "rank", "class", "probability")]
     for prediction in predictions:
         for rank, (name, probability) in enumerate(prediction.classes, start=1):
-            writer.writerow((prediction.task.path, rank, name, f"{probability:.6f}"))
-    return text.getvalue()
+            lines.append((str(prediction.task.path), str(rank), name, f"{probability:.6f}"))
+    return tables.as_csv(lines) + "\n"
 
 
 FORMATS = {"json": as_json, "csv": as_csv}
@@ -177,10 +174,7 @@ def write_results(predictions: Sequence[Prediction], args: argparse.Namespace) -
             print(convert(predictions), end="")
         elif name:
             content = convert(predictions).encode("utf-8", "surrogateescape")  # file names may contain any bytes
-            try:
-                write_file(Path(name), methodcaller("write", content))
-            except OSError as error:
-                raise UserError(f"--{flag} {name}: cannot be written ({error.strerror}); choose another file") from None
+            write_output(Path(name), methodcaller("write", content), f"--{flag} {name}")
 
 
 def draw(prediction: Prediction, out: Path, description: Description) -> None:
@@ -192,7 +186,7 @@ def draw(prediction: Prediction, out: Path, description: Description) -> None:
     picture, path, channels = prediction.task.picture(out), prediction.task.path, description.preprocessing.channels
     image = as_picture(read_image(path, f"{PLACEHOLDER} {path}", description.orientation, channels))
     drawn = with_classes(image, prediction.classes)
-    write_picture(picture, lambda file: drawn.save(file, format="PNG"), str(out))
+    write_output(picture, lambda file: drawn.save(file, format="PNG"), f"--out {out}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

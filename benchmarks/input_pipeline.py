@@ -34,7 +34,7 @@ from sepvit_lib.common.command_line import Parser, natural, path, positive_int, 
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.common.machine import describe
 from sepvit_lib.common.packages import require
-from sepvit_lib.common.storage import write_file
+from sepvit_lib.common.storage import write_output
 
 LOADERS = ("faithful", "fast")
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # of scikit-image
@@ -155,10 +155,7 @@ def main(args: argparse.Namespace) -> None:
         settings = dict(images=args.images, synthetic=args.synthetic, input_size=args.input_size, rounds=args.rounds)
         record = dict(machine=describe(torch.device("cpu")), **settings, loaders=figures)
         content = json.dumps(record, indent=1).encode() + b"\n"
-        try:
-            write_file(Path(args.out), lambda file: file.write(content))
-        except OSError as error:
-            raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); choose another file") from None
+        write_output(Path(args.out), lambda file: file.write(content), f"--out {args.out}")
 
 
 def run(arguments: list[str] | None = None) -> int:

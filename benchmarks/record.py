@@ -13,8 +13,9 @@ from typing import Any
 from benchmarks.rounds import Spread
 from benchmarks.subjects import DTYPES, MEASURES
 from benchmarks.tables import Row, Table
+from sepvit_lib.common import tables
 from sepvit_lib.common.errors import UserError
-from sepvit_lib.common.storage import write_file
+from sepvit_lib.common.storage import write_output
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One table
@@ -81,17 +82,12 @@ def conditions(table: Table) -> str:
 
 def as_text(table: Table) -> str:
     """Format a table for a terminal."""
-    lines = grid(table)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-    return "\n".join([title(table), conditions(table), *rows])
+    return "\n".join([title(table), conditions(table), tables.as_text(grid(table))])
 
 
 def as_page(table: Table) -> list[str]:
     """Format a table as lines of Markdown."""
-    titles, *lines = grid(table)
-    page = [f"## {title(table)}", "", conditions(table), "", f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-    return [*page, *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines), ""]
+    return [f"## {title(table)}", "", conditions(table), "", tables.as_markdown(grid(table)), ""]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,12 +161,10 @@ class Record:
         drawn = picture(self)
         contents = {".json": json.dumps(asdict(self), indent=1, ensure_ascii=False).encode() + b"\n", ".png": drawn}
         contents[".md"] = self.page(f"{self.name}.png" if drawn else "").encode()
-        try:
-            for suffix, content in contents.items():
-                if content:
-                    write_file(folder / f"{self.name}{suffix}", operator.methodcaller("write", content))
-        except OSError as error:
-            raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from None
+        for suffix, content in contents.items():
+            if content:
+                write = operator.methodcaller("write", content)
+                write_output(folder / f"{self.name}{suffix}", write, f"--out {folder}")
 
     def page(self, picture: str = "") -> str:
         """Format the record as Markdown.

@@ -35,14 +35,13 @@ from torch import Tensor
 from sepvit import SepViT, SepViTStages
 from sepvit_lib.common.command_line import Parser, path, positive_int, run_command
 from sepvit_lib.common.errors import UserError, one_line
-from sepvit_lib.common.storage import make_folder
+from sepvit_lib.common.storage import make_folder, write_output
 from sepvit_lib.inference import exported
 from sepvit_lib.inference.attention import BlockAttention, record_attention, rollout
 from sepvit_lib.inference.backbones import load_backbone
 from sepvit_lib.inference.classifier import load_classifier
 from sepvit_lib.inference.images import PLACEHOLDER, read_image
 from sepvit_lib.inference.maps import attribution, principal_components, token_similarity
-from sepvit_lib.inference.pictures import write_picture
 from sepvit_lib.pipeline.arrays import as_picture
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 from tools.visualizing import figures
@@ -379,7 +378,7 @@ def main(args: argparse.Namespace) -> None:
     style: dict[str, Any] = dict(format=args.format, dpi=DPI[args.format], metadata=metadata)
     for file, draw in list(plan(scene, args)):
         with matplotlib.rc_context(figures.FONT):
-            write_picture(file, partial(draw().savefig, **style), args.out)
+            write_output(file, partial(draw().savefig, **style), f"--out {args.out}")
         print(file)
 
 

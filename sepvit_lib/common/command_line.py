@@ -145,10 +145,10 @@ class Size(argparse.Action):
         """Set the size.
 
         Raises:
-            ArgumentError: there are more than two numbers.
+            UserError: there are more than two numbers.
         """
         if len(values) > 2:
-            raise argparse.ArgumentError(self, f"{' '.join(map(str, values))}: takes one side, or H and W")
+            raise UserError(f"{setting(self.dest, *values)}: takes one side, or H and W")
         setattr(namespace, self.dest, values[0] if len(set(values)) == 1 else values)
 
 

@@ -129,6 +129,25 @@ def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_output(path: Path, write: Callable[[IO[bytes]], Any], what: str) -> None:
+    """Write a file that the user asked for atomically, and make its folder.
+
+    Args:
+        path: the file.
+        write: writes to an open binary file.
+        what: setting and value that name the file or its folder, for messages.
+
+    Raises:
+        UserError: the file cannot be written. The previous version is kept.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, write)
+    except OSError as error:
+        advice = "free some disk space, or choose another folder"
+        raise UserError(f"{what}: {path.name} could not be written ({error.strerror}); {advice}") from None
+
+
 def flush_folder(folder: Path) -> None:
     """Flush a folder's entries to disk, if the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY)

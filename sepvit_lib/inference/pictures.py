@@ -1,13 +1,9 @@
 """Pictures that show an image and its likeliest classes."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import IO
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sepvit_lib.common.errors import UserError, setting
-from sepvit_lib.common.storage import write_file
 from sepvit_lib.inference.fonts import font_file
 
 MIN_WIDTH = 320  # pixels; smaller images are enlarged, to keep the classes legible
@@ -38,25 +34,6 @@ def with_classes(image: Image.Image, classes: Sequence[tuple[str, float]]) -> Im
         text = _shortened(f"{100 * probability:.1f} %  {name}", font, width - 3 * margin)
         canvas.text((margin + line // 4, top + line // 2), text, fill="black", font=font, anchor="lm")
     return picture
-
-
-def write_picture(path: Path, write: Callable[[IO[bytes]], object], out: str) -> None:
-    """Write a picture atomically, and make its folder.
-
-    Args:
-        path: file of the picture.
-        write: writes to an open binary file.
-        out: the folder of all pictures, as the user wrote it.
-
-    Raises:
-        UserError: the picture cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, write)
-    except OSError as error:
-        advice = "free some disk space, or choose another folder"
-        raise UserError(f"{setting('out', out)}: {path.name} cannot be written ({error.strerror}); {advice}") from None
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:

@@ -4,9 +4,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from sepvit_lib.common.errors import Preempted, UserError, setting, with_flags
@@ -33,17 +35,28 @@ LOCK_TIMEOUT = 60  # minimum seconds to wait for the processes of a killed run t
 # record the kind of a line.
 OF_RUN, OF_EPOCH = "settings", "train_loss"
 
+Panels = Mapping[str, Mapping[str, str]]
+PANELS: Panels = {  # of curves.png: labels of the metrics, by title and metric
+    "loss": {"train_loss": "training", "test_loss": "validation", "test_ema_loss": "validation, averaged weights"},
+    "accuracy (%)": {"test_acc1": "top-1", "test_acc5": "top-5", "test_ema_acc1": "top-1, averaged weights"},
+    "learning rate": {"train_lr": "learning rate"},
+}
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+
+def read_log(path: Path, advice: str = "move it away to resume without it") -> list[dict[str, Any]]:
     """Read the lines of log.txt, one JSON object each. A missing file counts as empty.
 
+    Args:
+        path: the file.
+        advice: what to do if the file is not a log, for messages.
+
     Raises:
-        UserError: a line is not JSON.
+        UserError: a line is not a JSON object.
     """
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    except ValueError as error:
-        raise UserError(f"{path}: not a run's log ({error}); move it away to resume without it") from None
+        return [dict(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a run's log ({error}); {advice}") from None
 
 
 def epoch_entries(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -131,37 +144,62 @@ class Scalars:
             print_line(f"WARNING: TensorBoard's files in {self.folder} could not be written ({error.strerror})")
 
 
+def points_of(entries: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
+    """A metric by epoch, without the epochs that have no value."""
+    return {entry["epoch"]: entry[metric] for entry in entries if entry.get(metric) is not None}
+
+
+def draw_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], panels: Panels) -> Any:
+    """Draw curves over the epochs, in a row of panels.
+
+    The curve of several runs is their mean, on a band from the smallest to the largest value, at the epochs at which
+    all runs with any values have one.
+
+    Args:
+        runs: for each label, the lines about epochs of one or more runs.
+        panels: for each title, the metrics and their labels.
+
+    Returns:
+        the figure. If there is more than one label of runs, a single legend is below the panels.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed at the end of a run
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(12, 3.6 if len(runs) == 1 else 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, metrics) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for number, ((name, logs), (metric, label)) in enumerate(product(runs.items(), metrics.items())):
+            if curves := [points for log in logs if (points := points_of(log, metric))]:
+                epochs = sorted(set.intersection(*map(set, curves)))
+                values = [[points[epoch] for points in curves] for epoch in epochs]
+                style = ("." if len(epochs) < 30 else "") + ("-", "--", ":")[number // 10 % 3]  # there are ten colours
+                axes.plot(epochs, [*map(fmean, values)], style, color=f"C{number}", label=name + label)
+                axes.fill_between(epochs, [*map(min, values)], [*map(max, values)], color=f"C{number}", alpha=0.2)
+        axes.set(xlabel="epoch", title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if len(runs) == 1 and axes.lines:
+            axes.legend()
+    if len(runs) > 1:
+        figure.legend(figure.axes[0].lines, list(runs), loc="outside lower center", ncols=2)
+    return figure
+
+
 def plot_curves(log: Path, picture: Path) -> None:
     """Plot the loss, accuracy and learning rate in log.txt over the epochs.
 
     Raises:
         OSError: the picture cannot be written.
     """
-    try:  # slow to import, and only needed at the end of a run
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+    try:
+        figure = draw_curves({"": [epoch_entries(read_log(log))]}, PANELS)
     except ImportError as error:
         print_line(f"WARNING: no {picture.name} ({error})")
         return
-
-    entries = epoch_entries(read_log(log))
-    panels = {
-        "loss": {"train_loss": "training", "test_loss": "validation", "test_ema_loss": "validation, averaged weights"},
-        "accuracy (%)": {"test_acc1": "top-1", "test_acc5": "top-5", "test_ema_acc1": "top-1, averaged weights"},
-        "learning rate": {"train_lr": "learning rate"},
-    }
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items()):
-        for name, label in curves.items():
-            points = [(entry["epoch"], entry[name]) for entry in entries if name in entry]
-            if points:
-                axes.plot(*zip(*points), marker="o" if len(points) < 30 else "", label=label)
-        axes.set(xlabel="epoch", title=title)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend()
     write_file(picture, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
