@@ -172,7 +172,8 @@ class Renormalised(nn.Module):
 
     def __init__(self, network: nn.Module, given: Preprocessing, own: Preprocessing) -> None:
         super().__init__()
-        self.network = network
+        self.network: Any = network
+        self.num_features: Any = getattr(network, "head_hidden_size", None) or getattr(network, "num_features", None)
         mean, std, own_mean, own_std = (
             torch.tensor(values).view(-1, 1, 1) for values in (given.mean, given.std, own.mean, own.std)
         )
@@ -182,6 +183,16 @@ class Renormalised(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Compute the network's outputs for images, B × C × H × W."""
         return self.network(images * self.scale + self.shift)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Compute the network's features, as in timm."""
+        maps: Tensor = self.network.forward_features(images * self.scale + self.shift)
+        return maps
+
+    def forward_head(self, maps: Tensor, pre_logits: bool = False) -> Tensor:
+        """Compute pooled features or logits, as in timm."""
+        outputs: Tensor = self.network.forward_head(maps, pre_logits=pre_logits)
+        return outputs
 
 
 def train_one_epoch(

@@ -268,7 +268,7 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     checkpoint, what = find_start(args, source)
     keeps = source is not None and source.is_automatic
     args, preprocessing = adopt_settings(args, checkpoint, what, keeps)
-    if args.in_chans != 3:
+    if args.in_chans:
         print_main(f"--in-chans {args.in_chans}: automatic augmentation and colour jitter, which need RGB, are off")
     model = build_model(args, train.num_classes, precision)
     settings = dict(vars(args))
@@ -276,7 +276,8 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     accum_steps = args.accum_steps
     if source:
         train, val = match_resumed(train, val, source.checkpoint, what)
-        accum_steps = check_source(source, settings, data, isinstance(train.dataset, IterableDataset))
+        is_stream = isinstance(train.dataset, IterableDataset)
+        accum_steps = check_source(source, settings, data, is_stream, default_settings())
     elif checkpoint is not None:
         load_from(model, checkpoint, what, prefer_ema=True, new_classifier=True, data=train)
     parts = build_parts(args, model, train, val, preprocessing, precision, accum_steps)
@@ -353,7 +354,7 @@ def adopt_settings(
     channels = args.in_chans or kwargs.get("in_chans", 3)
     if channels != kwargs.get("in_chans", 3):
         kwargs = {**kwargs, "in_chans": channels}
-    adopted = dict(orientation=orientation, model_kwargs=kwargs, in_chans=channels)
+    adopted = dict(orientation=orientation, model_kwargs=kwargs, in_chans=None if channels == 3 else channels)
     args = argparse.Namespace(**{**vars(args), **adopted})
     published = preprocessing_from(args)
     if checkpoint is None:
@@ -372,6 +373,11 @@ def preprocessing_from(args: argparse.Namespace, base: Preprocessing | None = No
     """
     base = base or Preprocessing.for_size(args.input_size)
     return base.varied(args.in_chans or 3, args.mean, args.std, args.crop_pct, args.interpolation)
+
+
+def default_settings() -> dict[str, Any]:
+    """Settings of a run with no flags."""
+    return vars(adopt_settings(build_parser().parse_args([]), None, "")[0])
 
 
 def kwargs_advice(flag: str) -> str:
@@ -613,11 +619,11 @@ def build_parts(
     in_effect = dict(
         clip_mode=args.clip_mode if args.clip_grad else "norm", mixup_off_epoch=args.mixup_off_epoch if mixup else 0
     )
-    criterion = build_criterion(args, train, preprocessing, precision, mixup is not None, model)
+    criterion = build_criterion(args, model, train, preprocessing, mixup is not None)
     trainable = criterion.task.trainable_module if isinstance(criterion, TaskLoss) else model
-    called = model.get_classifier() if keeps_features(args, model, train) else trainable
+    trainable = model.get_classifier() if keeps_features(args, model, train) else trainable
     return Parts(
-        build_training(args, model, precision, accum_steps, trainable, called),
+        build_training(args, model, precision, accum_steps, trainable),
         train_loader,
         val_loader,
         args.val_interval if uses_labels(args) else 0,
@@ -678,12 +684,7 @@ def build_model(args: argparse.Namespace, num_classes: int, precision: Precision
 
 
 def build_training(
-    args: argparse.Namespace,
-    model: Any,
-    precision: Precision,
-    accum_steps: int,
-    trainable: Any = None,
-    called: Any = None,
+    args: argparse.Namespace, model: Any, precision: Precision, accum_steps: int, trainable: Any = None
 ) -> Training:
     """Build a network's optimiser, schedule, gradient scaler, averaged weights and data-parallel wrapper.
 
@@ -692,14 +693,12 @@ def build_training(
         model: the network.
         precision: device and number format.
         accum_steps: batches that each rank accumulates per step.
-        trainable: module with all parameters to train; by default the network.
-        called: module that the training loop calls; by default `trainable`.
+        trainable: module that the training loop calls, with all parameters to train; by default the network.
 
     Raises:
         UserError: the optimiser or the schedule does not accept its settings.
     """
     trainable = trainable or model
-    called = called or trainable
     # The learning rate is specified for 512 images per step, as in the published recipe.
     images_per_step = args.batch_size * accum_steps * get_world_size()
     kwargs = optimizer_kwargs(cfg=args) | {"lr": args.lr * images_per_step / 512}
@@ -728,15 +727,16 @@ def build_training(
     if args.model_ema:
         device = torch.device("cpu") if args.model_ema_force_cpu else None
         ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
-    wrapped: nn.Module = called
+    wrapped: nn.Module = trainable
     if dist.is_initialized():
         device_ids = [precision.device.index] if precision.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(called, device_ids=device_ids, gradient_as_bucket_view=True)
-        shape = (args.in_chans or 3, *to_2tuple(args.input_size)) if called is trainable else (called.in_features,)
+        wrapped = DistributedDataParallel(trainable, device_ids=device_ids, gradient_as_bucket_view=True)
+        is_head = isinstance(trainable, nn.Linear)
+        shape = (trainable.in_features,) if is_head else (args.in_chans or 3, *to_2tuple(args.input_size))
         settle_buckets(wrapped, (args.batch_size, *shape), precision)
-    losses, projection = torch.zeros(2, device=precision.device), None if trainable is model else trainable.projection
-    parts = (model, wrapped, optimizer, lr_scheduler, precision.scaler(), ema, projection)
-    return Training(*parts, epoch=args.start_epoch, losses=losses)
+    projection = None if trainable is model else getattr(trainable, "projection", None)
+    parts = (model, wrapped, optimizer, lr_scheduler, precision.scaler(), ema, projection, args.start_epoch)
+    return Training(*parts, losses=torch.zeros(2, device=precision.device))
 
 
 def head_of(model: nn.Module) -> list[nn.Parameter]:
@@ -837,25 +837,19 @@ def uses_labels(args: argparse.Namespace) -> bool:
 
 
 def build_criterion(
-    args: argparse.Namespace,
-    train: ImageData,
-    preprocessing: Preprocessing,
-    precision: Precision,
-    soft_targets: bool,
-    model: nn.Module | None = None,
-) -> Any:
+    args: argparse.Namespace, model: nn.Module, train: ImageData, preprocessing: Preprocessing, soft_targets: bool
+) -> nn.Module:
     """Build the training loss: cross entropy, or binary cross entropy of each class, and distillation.
 
     Args:
         args: the command's settings.
+        model: the network.
         train: training images.
-        preprocessing: preprocessing of the network.
-        precision: the device.
+        preprocessing: preprocessing of the images.
         soft_targets: whether targets are B × classes.
-        model: the network, for timm's distillation tasks.
 
     Raises:
-        UserError: the teacher cannot be loaded, or its classes differ from those of the training images.
+        UserError: the teacher cannot be loaded, or network and teacher do not support this distillation.
     """
     base: nn.Module
     if args.bce_loss:
@@ -866,23 +860,36 @@ def build_criterion(
         base = LabelSmoothingCrossEntropy(smoothing=args.smoothing)
     else:
         base = nn.CrossEntropyLoss()
-    if args.distillation_type == "none":
+    kind, alpha, tau = args.distillation_type, args.distillation_alpha, args.distillation_tau
+    if kind == "none":
         return DistillationLoss(base)
-    teacher, own = build_teacher(args, train, preprocessing)
-    if (own.mean, own.std) != (preprocessing.mean, preprocessing.std):
-        print_main(f"--teacher-path {args.teacher_path}: {own}")
-    to_device(teacher, precision.device).eval().requires_grad_(False)
-    if args.distillation_type in TASKS:
-        return build_task(args, base, model, preprocessing, teacher, own, precision.device)
-    if (own.mean, own.std) != (preprocessing.mean, preprocessing.std):
-        teacher = Renormalised(teacher, preprocessing, own).to(precision.device)
-    return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    device = next(model.parameters()).device
+    teacher = build_teacher(args, train, preprocessing).to(device)
+    if kind not in TASKS:
+        return DistillationLoss(base, teacher, kind, alpha, tau)
+    settings = dict(criterion=base, task_loss_weight=1 - alpha, device=device, verbose=False)
+    settings |= {} if kind == "feature" else dict(temperature=tau)
+    try:
+        task: Any = TASKS[kind](model, DistillationTeacher(teacher), **settings)
+    except ValueError as error:
+        raise UserError(f"--distillation-type {kind}: {error}") from None
+    task.student_mean = task.student_std = None  # the teacher itself changes the normalisation
+    if args.compile and kind == "feature":
+        task.trainable_module.compile()
+    return TaskLoss(task)
 
 
-def build_teacher(
-    args: argparse.Namespace, train: ImageData, preprocessing: Preprocessing
-) -> tuple[nn.Module, Preprocessing]:
-    """Build and load the teacher. Also returns its own preprocessing.
+# timm's distillation tasks, by --distillation-type.
+TASKS: dict[str, Callable[..., Any]] = {
+    "logit": LogitDistillationTask,
+    "feature": FeatureDistillationTask,
+    "token-soft": partial(TokenDistillationTask, distill_type="soft"),
+    "token-hard": partial(TokenDistillationTask, distill_type="hard"),
+}
+
+
+def build_teacher(args: argparse.Namespace, train: ImageData, preprocessing: Preprocessing) -> nn.Module:
+    """Build and load the teacher, for images in a given normalisation.
 
     For the distillation of features, the teacher keeps its own classes, if it has any.
 
@@ -891,13 +898,12 @@ def build_teacher(
     """
     what = f"--teacher-path {args.teacher_path}"
     checkpoint = read_checkpoint(args.teacher_path, what)
-    num_classes, data = train.num_classes, None
-    if args.distillation_type == "feature":
+    num_classes, data = train.num_classes, train if args.distillation_type != "feature" else None
+    if data is None:
         weights, heads = weights_of(checkpoint, what), get_pretrained_cfg_value(args.teacher_model, "classifier")
         num_classes = next((len(weights[name]) for name in classifier_of(weights, heads)), 0)
     else:
         train.matched(checkpoint.get("classes"), what)
-        data = train
     teacher = create_network(
         f"--teacher-model {args.teacher_model}",
         args.teacher_model,
@@ -907,60 +913,14 @@ def build_teacher(
     )
     hints = "use a teacher trained on the data set's classes", "name it with --teacher-model"
     load_from(teacher, checkpoint, what, *hints, data=data)
+    to_device(teacher, torch.device("cpu")).eval().requires_grad_(False)
     own = Preprocessing.of_weights(checkpoint, args.teacher_model, args.input_size)
     if own.channels != preprocessing.channels:
         raise UserError(f"{what}: takes {own.channels} channels, not {preprocessing.channels}; use another teacher")
-    return teacher, own
-
-
-# timm's distillation tasks, with their own arguments, by --distillation-type.
-TASKS: dict[str, tuple[Any, dict[str, str]]] = {
-    "logit": (LogitDistillationTask, {}),
-    "feature": (FeatureDistillationTask, {}),
-    "token-soft": (TokenDistillationTask, dict(distill_type="soft")),
-    "token-hard": (TokenDistillationTask, dict(distill_type="hard")),
-}
-
-
-def build_task(
-    args: argparse.Namespace,
-    base: nn.Module,
-    model: Any,
-    given: Preprocessing,
-    teacher: nn.Module,
-    own: Preprocessing,
-    device: torch.device,
-) -> TaskLoss:
-    """Build one of timm's distillation tasks.
-
-    Args:
-        args: the command's settings.
-        base: loss on the labels.
-        model: the student.
-        given: preprocessing of the student.
-        teacher: the teacher.
-        own: preprocessing of the teacher.
-        device: the device.
-
-    Raises:
-        UserError: the student or the teacher does not support it.
-    """
-    kind, arguments = TASKS[args.distillation_type]
-    if args.distillation_type != "feature":
-        arguments = {**arguments, "temperature": args.distillation_tau}
-    settings = dict(criterion=base, task_loss_weight=1 - args.distillation_alpha, device=device, verbose=False)
-    try:
-        task = kind(model, DistillationTeacher(teacher, device=device), **settings, **arguments)
-    except ValueError as error:
-        raise UserError(f"--distillation-type {args.distillation_type}: {error}") from None
-    stacked = {"student_mean": given.mean, "student_std": given.std}
-    for name, values in stacked.items():
-        setattr(task, name, torch.tensor(values, device=device).view(1, -1, 1, 1))
-    for name, values in dict(mean_kd=own.mean, std_kd=own.std).items():
-        setattr(task.teacher, name, torch.tensor(values, device=device).view(1, -1, 1, 1))
-    if args.compile and task.trainable_module is not model:
-        task.trainable_module.compile()
-    return TaskLoss(task)
+    if (own.mean, own.std) == (preprocessing.mean, preprocessing.std):
+        return teacher
+    print_main(f"{what}: {own}")
+    return Renormalised(teacher, preprocessing, own)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

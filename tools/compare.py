@@ -19,12 +19,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from main import default_settings
 from sepvit_lib.common.command_line import Parser, path, run_command
 from sepvit_lib.common.errors import UserError, one_line
 from sepvit_lib.common.storage import write_output
 from sepvit_lib.common.tables import as_csv, as_markdown, as_text
 from sepvit_lib.run.output import LOG, OF_RUN, draw_curves, epoch_entries, points_of, read_log
-from sepvit_lib.run.resume import FORMER_VALUES, FREE_SETTINGS
+from sepvit_lib.run.resume import FREE_SETTINGS
 
 TOP1 = "test_acc1"
 PANELS = {"training loss": {"train_loss": ""}, "validation loss": {"test_loss": ""}, "top-1 (%)": {TOP1: ""}}
@@ -57,8 +58,8 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
         if not epoch_entries(log):
             raise UserError(f"RUN {folder}: has no {'finished epoch' if log else LOG}; omit it, or train with main.py")
         starts = [entry for entry in log if OF_RUN in entry] or [{OF_RUN: {}}]
-        # A resumed run keeps the images per step of its start, whatever its number of processes.
-        settings = FORMER_VALUES | starts[-1][OF_RUN] | {key: starts[0].get(key) for key in ("data", "processes")}
+        # Older runs lack settings. A resumed run keeps the images per step of its start, whatever its number of processes.
+        settings = default_settings() | starts[-1][OF_RUN] | {key: starts[0].get(key) for key in ("data", "processes")}
         settings = {name: one_line(str(settings[name])) for name in settings.keys() - FREE_SETTINGS}
         runs[folder.resolve()] = Run(one_line(os.path.relpath(folder, parent)), settings, epoch_entries(log))
     return list(runs.values())

@@ -27,30 +27,6 @@ FREE_SETTINGS = set(
     "print_freq profile resume start_epoch throughput timeout world_size".split()
 )
 
-# Settings missing from the checkpoints of older runs, with the values that these runs used.
-FORMER_VALUES: dict[str, Any] = dict(
-    decay_milestones=[30, 60],
-    model_kwargs={},
-    teacher_kwargs={},
-    opt_kwargs={},
-    layer_decay=None,
-    layer_decay_min_scale=0.0,
-    clip_mode="norm",
-    bce_loss=False,
-    bce_target_thresh=None,
-    mixup_off_epoch=0,
-    in_chans=3,
-    mean=None,
-    std=None,
-    crop_pct=None,
-    interpolation=None,
-    freeze_stages=0,
-    head_lr_scale=1.0,
-    no_aug=False,
-    val_interval=1,
-    lr_decay_fn=None,
-)
-
 PACKAGES = ("torchvision", "timm", "numpy", "pillow")  # packages whose versions are recorded, besides torch
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -173,7 +149,9 @@ def _newest_checkpoint(folder: Path, names: CheckpointNames) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_source(source: Source, settings: Mapping[str, Any], data: dict[str, Any], is_stream: bool) -> int:
+def check_source(
+    source: Source, settings: Mapping[str, Any], data: dict[str, Any], is_stream: bool, defaults: Mapping[str, Any]
+) -> int:
     """Check that a run with these settings can resume from a checkpoint.
 
     Args:
@@ -181,6 +159,7 @@ def check_source(source: Source, settings: Mapping[str, Any], data: dict[str, An
         settings: the run's settings by name.
         data: returned by `describe_data`.
         is_stream: whether the training images are read from a streaming data set.
+        defaults: values of the settings that a checkpoint of an older version lacks.
 
     Returns:
         the number of batches that each rank must accumulate per step; see `accumulation`.
@@ -189,7 +168,8 @@ def check_source(source: Source, settings: Mapping[str, Any], data: dict[str, An
         UserError: the checkpoint belongs to a different run, or its steps cannot be divided among the processes.
     """
     if source.is_automatic:
-        check_same_run(source, settings, data)
+        before = {**defaults, **settings_in(source.checkpoint)} if settings_in(source.checkpoint) else {}
+        check_same_run(replace(source, checkpoint={**source.checkpoint, "args": before}), settings, data)
     if "batches_per_step" not in source.checkpoint:
         return int(settings["accum_steps"])
     accum_steps = accumulation(source, settings)
@@ -220,7 +200,7 @@ def check_same_run(
         UserError: settings or images differ.
     """
     before = settings_in(source.checkpoint)
-    if before and (differing := differences({**FORMER_VALUES, **before}, settings, free)):
+    if before and (differing := differences(before, settings, free)):
         raise UserError(
             f"{source.what}: was saved by a run with different settings: {', '.join(differing)}; restore them, choose "
             f"another {setting(folder)}, or pass {setting('resume', source.path)} to continue with the new ones"

@@ -140,7 +140,7 @@ def test_a_teachers_outputs_are_matched_by_name(permuted, trained_digits, few_di
     for path in (permuted, trained_digits / "checkpoint.pth"):
         args = main.build_parser().parse_args(settings(few_digits, tmp_path, TEACHER, path))
         train = main.build_data(args, is_train=True)
-        criterion = main.build_criterion(args, train, Preprocessing.for_size(32), CPU, soft_targets=False)
+        criterion = main.build_criterion(args, torch.nn.Linear(1, 1), train, Preprocessing.for_size(32), False)
         torch.manual_seed(0)
         images, outputs = torch.randn(4, 3, 32, 32), torch.randn(4, 3)
         losses.append(criterion(images, outputs, torch.tensor([0, 1, 2, 0])).item())
