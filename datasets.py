@@ -26,7 +26,6 @@ from sepvit_lib.common.errors import MachineError, UserError, setting
 from sepvit_lib.common.packages import require
 from sepvit_lib.common.processes import get_rank, get_world_size, print_main
 from sepvit_lib.common.storage import is_storage_error
-from sepvit_lib.pipeline.arrays import decode_channels
 from sepvit_lib.pipeline.data_sets.archive import Archive
 from sepvit_lib.pipeline.data_sets.base import Images
 from sepvit_lib.pipeline.data_sets.class_folders import ClassFolders
@@ -253,11 +252,9 @@ def prepared(data: ImageData, is_train: bool, settings: TransformSettings) -> Im
             support the number of channels.
     """
     transform, channels = build_transform(is_train, settings), settings.preprocessing.channels
-    decoder: Callable[[Encoded], Any] = partial(decode, orientation=settings.orientation)
-    if channels != 3:
-        decoder = partial(decode_channels, channels=channels, orientation=settings.orientation)
-        if settings.loader == "fast":
-            raise UserError(f"{setting('loader', 'fast')}: supports only 3 channels, not {channels}; use faithful")
+    decoder: Callable[[Encoded], Any] = partial(decode, orientation=settings.orientation, channels=channels)
+    if channels != 3 and settings.loader == "fast":
+        raise UserError(f"{setting('loader', 'fast')}: supports only 3 channels, not {channels}; use faithful")
     if is_train and settings.loader == "fast":
         steps, _ = split_transform(transform)
         if isinstance(steps[0], RandomResizedCropAndInterpolation):

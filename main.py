@@ -747,16 +747,13 @@ def head_of(model: nn.Module) -> list[nn.Parameter]:
 
 def scale_lr(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], scale: float) -> None:
     """Put parameters into groups of their own, with `scale` times the learning rate."""
-    chosen = set(parameters)
-    for group in list(optimizer.param_groups):
-        inside = [parameter for parameter in group["params"] if parameter in chosen]
-        others = [parameter for parameter in group["params"] if parameter not in chosen]
-        if inside and others:
-            group["params"] = others
-            group = {**group, "params": inside}
-            optimizer.param_groups.append(group)
-        if inside:
-            group["lr_scale"] = scale * group.get("lr_scale", 1.0)
+    chosen, groups = set(parameters), []
+    for group in optimizer.param_groups:
+        lr_scale = group.get("lr_scale", 1.0)
+        for is_chosen, factor in ((False, lr_scale), (True, scale * lr_scale)):
+            if part := [parameter for parameter in group["params"] if (parameter in chosen) == is_chosen]:
+                groups.append({**group, "params": part, "lr_scale": factor})
+    optimizer.param_groups[:] = groups
 
 
 def decaying_window_tokens(args: argparse.Namespace) -> Callable[[nn.Module], Any]:
@@ -1024,8 +1021,7 @@ def add_run_settings(group: Any) -> None:
     add("--finetune", type=path, default="", help="checkpoint to start from; classes and image size may differ")
     add("--eval", **SWITCH, help="only evaluate")
     add("--dist-eval", **SWITCH, help="split the validation images across processes")
-    about = "validate after every N epochs, and after the last"
-    add("--val-interval", type=positive_int, default=1, metavar="N", help=about)
+    add("--val-interval", type=positive_int, default=1, metavar="N", help="epochs from one validation to the next")
     add("--throughput", **SWITCH, help="only measure images per second")
     add("--print-freq", type=positive_int, default=20, help="batches between progress reports")
     about = "write a trace of STEPS training steps to trace.json in the output folder (chrome://tracing)"
@@ -1062,8 +1058,7 @@ def add_model_settings(group: Any) -> None:
     add("--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=about)
     about = "size of the images in pixels: one side, or H W"
     add("--input-size", type=positive_int, nargs="+", action=Size, default=224, metavar="PIXELS", help=about)
-    about = "channels of the images; by default as in the checkpoint, else 3"
-    add("--in-chans", type=positive_int, metavar="N", help=about)
+    add("--in-chans", type=positive_int, metavar="N", help="channels; by default as in the checkpoint, else 3")
     add("--drop", type=fraction, default=0.0, help="dropout rate")
     add("--drop-path", type=fraction, default=0.2, help="stochastic depth rate of the last block")
     add("--model-ema", **SWITCH, help="keep a moving average of the weights; validate and save it too")
@@ -1074,8 +1069,7 @@ def add_model_settings(group: Any) -> None:
 
 def add_optimizer_settings(group: Any) -> None:
     add = group.add_argument
-    about = "train only later stages than the first N; 4: only the classifier, on features computed once if --no-aug"
-    add("--freeze-stages", type=natural, default=0, metavar="N", help=about)
+    add("--freeze-stages", type=natural, default=0, metavar="N", help="freeze the first N stages; 4: a linear probe")
     add("--opt", type=str.lower, default="adamw", help="a timm optimiser")
     about = "other arguments of the optimiser"
     add("--opt-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=about)
@@ -1110,8 +1104,7 @@ def add_schedule_settings(group: Any) -> None:
     add("--decay-epochs", type=positive, default=30, help="epochs between decays of --sched step, or of wsd's decay")
     about = "--sched multistep decays the learning rate at the start of these epochs"
     add("--decay-milestones", type=positive_int, nargs="+", default=[30, 60], metavar="EPOCH", help=about)
-    about = "decay of --sched wsd; by default 1-sqrt"
-    add("--lr-decay-fn", choices=("linear", "1-sqrt", "cosine", "power", "exp"), help=about)
+    add("--lr-decay-fn", choices=("linear", "1-sqrt", "cosine", "power", "exp"), help="of wsd; by default 1-sqrt")
     add("--warmup-epochs", type=natural, default=5)
     add("--cooldown-epochs", type=natural, default=10, help="accepted for compatibility with DeiT; has no effect")
     add("--patience-epochs", type=natural, default=10)
@@ -1132,13 +1125,11 @@ def add_augmentation_settings(group: Any) -> None:
     about = "make targets above this value 1, and others 0"
     add("--bce-target-thresh", type=fraction, metavar="VALUE", help=about)
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic")
-    about = "interpolation of validation images; by default as in the checkpoint, else bicubic"
-    add("--interpolation", choices=("bilinear", "bicubic"), help=about)
-    about = "side of the validation crop / that of the resized image; by default as in the checkpoint, else 0.875"
-    add("--crop-pct", type=positive_fraction, metavar="SHARE", help=about)
-    about = "of all channels or of each, on a scale of 0 to 1; by default as in the checkpoint, else ImageNet's"
-    add("--mean", type=float, nargs="+", metavar="VALUE", help=f"mean {about}")
-    add("--std", type=positive, nargs="+", metavar="VALUE", help=f"standard deviation {about}")
+    known = "by default as in the checkpoint, else"
+    add("--interpolation", choices=("bilinear", "bicubic"), help=f"in validation; {known} bicubic")
+    add("--crop-pct", type=positive_fraction, metavar="SHARE", help=f"crop / resized side in validation; {known} 0.875")
+    add("--mean", type=float, nargs="+", help=f"of all channels or each, on a scale of 0 to 1; {known} ImageNet's")
+    add("--std", type=positive, nargs="+", help=f"standard deviation, likewise; {known} ImageNet's")
     add("--repeated-aug", **SWITCH)
     add("--reprob", type=fraction, default=0.25, help="probability of random erasing")
     add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="fill of the erased regions")

@@ -32,7 +32,7 @@ from sepvit_lib.common.storage import make_folder, write_output
 from sepvit_lib.inference.classifier import Classifier, Description, Preparation, load_classifier
 from sepvit_lib.inference.images import PLACEHOLDER, Task, check_pictures, find_images, read_image
 from sepvit_lib.inference.pictures import with_classes
-from sepvit_lib.pipeline.arrays import as_picture
+from sepvit_lib.pipeline.image_files import as_picture
 from sepvit_lib.run.state import Precision
 
 STANDARD_OUTPUT = "-"

@@ -58,7 +58,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
         if not epoch_entries(log):
             raise UserError(f"RUN {folder}: has no {'finished epoch' if log else LOG}; omit it, or train with main.py")
         starts = [entry for entry in log if OF_RUN in entry] or [{OF_RUN: {}}]
-        # Older runs lack settings. A resumed run keeps the images per step of its start, whatever its number of processes.
+        # Older runs lack settings. A resumed run keeps the images per step of its start.
         settings = default_settings() | starts[-1][OF_RUN] | {key: starts[0].get(key) for key in ("data", "processes")}
         settings = {name: one_line(str(settings[name])) for name in settings.keys() - FREE_SETTINGS}
         runs[folder.resolve()] = Run(one_line(os.path.relpath(folder, parent)), settings, epoch_entries(log))

@@ -42,7 +42,7 @@ from sepvit_lib.inference.backbones import load_backbone
 from sepvit_lib.inference.classifier import load_classifier
 from sepvit_lib.inference.images import PLACEHOLDER, read_image
 from sepvit_lib.inference.maps import attribution, principal_components, token_similarity
-from sepvit_lib.pipeline.arrays import as_picture
+from sepvit_lib.pipeline.image_files import as_picture
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 from tools.visualizing import figures
 from tools.visualizing.figures import Subject

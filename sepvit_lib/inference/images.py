@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from sepvit_lib.common.errors import UserError, setting
-from sepvit_lib.pipeline.arrays import decode_channels
 from sepvit_lib.pipeline.image_files import (
     EXIF,
     IMAGE_SUFFIXES,
@@ -51,8 +50,7 @@ def read_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata
-            content = source if isinstance(source, bytes) else read_file(source)
-            return decode(content, orientation) if channels == 3 else decode_channels(content, channels, orientation)
+            return decode(source if isinstance(source, bytes) else read_file(source), orientation, channels)
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise errors of any type for damaged files

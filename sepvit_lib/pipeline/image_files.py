@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
 
 from sepvit_lib.common.class_names import canonical
+from sepvit_lib.common.errors import UserError
+from sepvit_lib.common.packages import lacking
 
 T = TypeVar("T")
 
 # Formats that Pillow decodes itself. For some other formats, it starts external programs, such as Ghostscript.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM")
 DEEP_MODES = ("I", "F")  # prefixes of modes with one channel of more than 8 bits: I, I;16…, F
+NUMPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes of the files; TIFF and BigTIFF
 STORED, EXIF = ORIENTATIONS = ("stored", "exif")  # pixels as in the file, or upright
 MAX_SUFFIXES = 5  # listed in a message
 MAX_HEADERS = 500  # images whose orientation is checked before training
@@ -62,8 +67,8 @@ def open_image(source: str | Path | BinaryIO) -> Image.Image:
         return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
-def decode(source: Encoded, orientation: str = STORED) -> Image.Image:
-    """Decode an image to RGB, 8 bits per channel.
+def decode(source: Encoded, orientation: str = STORED, channels: int = 3) -> Any:
+    """Decode an image to RGB, 8 bits per channel; with other than 3 channels, to a tensor (`decode_channels`).
 
     16-bit and float values are scaled to 0 to 255, transparent parts become white, and an animation yields its first
     frame. For other images, the result is that of Pillow's `convert("RGB")`.
@@ -72,10 +77,13 @@ def decode(source: Encoded, orientation: str = STORED) -> Image.Image:
         source: an image file's content, or an image.
         orientation: 'stored' to keep the stored pixels as they are; 'exif' to turn the image upright, as its EXIF
             orientation specifies.
+        channels: number of channels.
 
     Raises:
         Exception: whatever Pillow raises for an unreadable image.
     """
+    if channels != 3:
+        return decode_channels(source, channels, orientation)
     image = open_image(io.BytesIO(source)) if isinstance(source, bytes) else source
     if orientation == EXIF and orientation_of(image) != UPRIGHT:
         image = ImageOps.exif_transpose(image)
@@ -85,6 +93,65 @@ def decode(source: Encoded, orientation: str = STORED) -> Image.Image:
         layers = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers)
     return image.convert("RGB")
+
+
+def decode_channels(source: Encoded, channels: int, orientation: str) -> Tensor:
+    """Decode an image with any number of channels.
+
+    Unsigned integers are scaled to 0 to 1; other values are kept. A picture is converted to greyscale for one channel;
+    in other cases, its channels are those of the file, in the orientation of the file.
+
+    Args:
+        source: content of a TIFF file, a NumPy file (C × H × W or H × W × C) or a picture; or a decoded picture.
+        channels: number of channels.
+        orientation: orientation of greyscale pictures; see `decode`.
+
+    Returns:
+        float32, C × H × W.
+
+    Raises:
+        UserError: tifffile is not installed.
+        ValueError: the number of channels differs, or a value is not finite.
+        Exception: whatever the libraries raise for an unreadable image.
+    """
+    values = _read(source, channels, orientation)
+    values = values[None] if values.ndim == 2 else values
+    if values.ndim != 3 or channels not in (values.shape[0], values.shape[2]):
+        shape = " × ".join(map(str, values.shape))
+        raise ValueError(f"its shape is {shape}, without an axis of {channels} channels")
+    if values.shape[0] != channels:
+        values = values.transpose(2, 0, 1)  # C × H × W
+    scale = np.iinfo(values.dtype).max if values.dtype.kind == "u" else 1
+    image = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)) / scale
+    if not image.isfinite().all():
+        raise ValueError("has non-finite values")
+    return image
+
+
+def _read(source: Encoded, channels: int, orientation: str) -> np.ndarray:
+    """Read a file's values, H × W, C × H × W or H × W × C."""
+    if isinstance(source, bytes) and source.startswith(NUMPY):
+        return np.asarray(np.load(io.BytesIO(source), allow_pickle=False))
+    if isinstance(source, bytes) and source.startswith(TIFF):
+        if problem := lacking("tifffile", extra="tiff"):
+            raise UserError(problem)
+        import tifffile
+
+        return np.asarray(tifffile.imread(io.BytesIO(source)))
+    image = open_image(io.BytesIO(source)) if isinstance(source, bytes) else source
+    if channels == 1 and not image.mode.startswith(DEEP_MODES):
+        image = decode(image, orientation).convert("L")
+    return np.asarray(image)
+
+
+def as_picture(image: Image.Image | Tensor) -> Image.Image:
+    """Convert an image to RGB, to show it. Of more than two channels, the first three are shown, each in its range."""
+    if isinstance(image, Image.Image):
+        return image
+    shown = image[:3] if len(image) > 2 else image[:1].expand(3, -1, -1)
+    low, high = shown.amin((1, 2), keepdim=True), shown.amax((1, 2), keepdim=True)
+    pixels = (shown - low) / (high - low).clamp(min=1e-12) * 255
+    return Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
 
 
 def orientation_of(image: Image.Image) -> int:

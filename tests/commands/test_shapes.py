@@ -19,7 +19,7 @@ from timm.models import adapt_input_conv
 import main
 import predict
 from sepvit_lib.inference.classifier import load_classifier
-from sepvit_lib.pipeline.arrays import as_picture, decode_channels
+from sepvit_lib.pipeline.image_files import as_picture, decode_channels
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 from tools import export, visualize
 

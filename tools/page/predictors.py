@@ -17,8 +17,7 @@ from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.inference.attention import BlockAttention, Rollout, record_attention, rollout
 from sepvit_lib.inference.classifier import Classifier
 from sepvit_lib.inference.images import read_image
-from sepvit_lib.pipeline.arrays import as_picture
-from sepvit_lib.pipeline.image_files import open_image
+from sepvit_lib.pipeline.image_files import as_picture, open_image
 
 MAX_PIXELS = 50_000_000  # of an image; decoding takes up to 12 bytes per pixel
 MAX_WEIGHTS = 2**21  # per block, 8 MiB; for blocks with more, the page gets the mean over heads
