@@ -140,13 +140,12 @@ class TaskLoss(nn.Module):
         super().__init__()
         self.task = task
 
-    def forward(self, images: Tensor, outputs: Any, targets: Tensor) -> Tensor:
+    def forward(self, images: Tensor, outputs: Any, targets: Tensor) -> Any:
         """Compute the loss. For `outputs`, see the task; otherwise as `DistillationLoss.forward`."""
         computed: Any = nn.Identity()
         computed.forward = lambda _: outputs
         self.task.trainable_module = computed  # a task would compute the outputs itself
-        loss: Tensor = self.task(images, targets)["loss"]
-        return loss
+        return self.task(images, targets)["loss"]
 
 
 class Renormalised(nn.Module):
@@ -175,15 +174,13 @@ class Renormalised(nn.Module):
         """Compute the network's outputs for images, B × C × H × W."""
         return self.network(images * self.scale + self.shift)
 
-    def forward_features(self, images: Tensor) -> Tensor:
+    def forward_features(self, images: Tensor) -> Any:
         """Compute the network's features, as in timm."""
-        maps: Tensor = self.network.forward_features(images * self.scale + self.shift)
-        return maps
+        return self.network.forward_features(images * self.scale + self.shift)
 
-    def forward_head(self, maps: Tensor, pre_logits: bool = False) -> Tensor:
+    def forward_head(self, maps: Tensor, pre_logits: bool = False) -> Any:
         """Compute pooled features or logits, as in timm."""
-        outputs: Tensor = self.network.forward_head(maps, pre_logits=pre_logits)
-        return outputs
+        return self.network.forward_head(maps, pre_logits=pre_logits)
 
 
 def train_one_epoch(

@@ -1,12 +1,13 @@
 """Compare runs of main.py: their top-1, the settings in which they differ, and their curves.
 
-    python tools/compare.py RUN … [--out FOLDER] [--format text|csv|markdown]
+    python tools/compare.py RUN … [--out FOLDER] [--format text|csv|markdown] [--least PERCENT]
 
 RUN is an output folder of main.py. The table has the best and the last top-1 of each run, in per cent, and the settings
 that differ among the runs, except those that do not change what a run computes. Runs that differ only in their seed
 share a row and a curve: their mean, with the sample standard deviation (std) in the table, and a band from the smallest
 to the largest value in the picture. Runs that also have the same seed are repetitions, and stay apart. Epochs are
 numbered from 0, as in log.txt. --out writes the curves and the table to compare.png, compare.csv and compare.md.
+With --least, the exit status is 1 if the last top-1 of a run is lower.
 """
 
 if not __package__:
@@ -20,7 +21,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from main import default_settings
-from sepvit_lib.common.command_line import Parser, path, run_command
+from sepvit_lib.common.command_line import Parser, number, path, run_command
 from sepvit_lib.common.errors import UserError, one_line
 from sepvit_lib.common.storage import write_output
 from sepvit_lib.common.tables import as_csv, as_markdown, as_text
@@ -112,8 +113,8 @@ def joined(values: Iterable[object]) -> str:
     return " ".join(dict.fromkeys(map(str, values)))
 
 
-def main(args: argparse.Namespace) -> None:
-    """Print the table, and write the files.
+def main(args: argparse.Namespace) -> int:
+    """Print the table, and write the files. Returns the exit status.
 
     Raises:
         UserError: a folder is named twice or has no log of a run with a finished epoch, or a file cannot be written.
@@ -132,6 +133,12 @@ def main(args: argparse.Namespace) -> None:
         curves = {name_of(group).replace("$", r"\$"): [run.entries for run in group] for group in groups}
         figure = draw_curves(curves, PANELS)
         write_output(out / "compare.png", lambda file: figure.savefig(file, format="png", dpi=150), what)
+    for run in runs:
+        points = points_of(run.entries, TOP1) or {0: 0.0}
+        if points[max(points)] < args.least:
+            print(f"compare.py: {run.name}: its top-1 is below --least {args.least:g}", file=sys.stderr)
+            return 1
+    return 0
 
 
 def build_parser() -> Parser:
@@ -139,12 +146,13 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="an output folder of main.py")
     parser.add_argument("--out", type=path, metavar="FOLDER", help="folder for the curves and the table")
+    parser.add_argument("--least", type=number(float, 0, 100), default=0.0, metavar="PERCENT", help="least last top-1")
     parser.add_argument("--format", choices=FORMATS, default="text", help="format of the printed table, default text")
     return parser
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run the command. Returns its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Run the command. Returns its exit status: 0, 1 below --least, 2 for a user's mistake, 130 after Ctrl-C."""
     parser = build_parser()
     return run_command("compare.py", lambda: main(parser.parse_args(arguments)), parser)
 

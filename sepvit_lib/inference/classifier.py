@@ -79,12 +79,11 @@ class Preparation:
     preprocessing: Preprocessing
     takes_pixels: bool = False
 
-    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+    def __call__(self, image: Image.Image | Tensor) -> Any:
         """Return an image, RGB or C × H × W, as a normalised tensor, C × H × W, or as pixels, H × W × 3, 0 to 255."""
         if self.takes_pixels:
             return torch.from_numpy(np.array(self.preprocessing.bounded(image)))
-        prepared: Tensor = self.preprocessing.transform()(image)
-        return prepared
+        return self.preprocessing.transform()(image)
 
 
 @dataclass(frozen=True)

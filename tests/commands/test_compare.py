@@ -223,6 +223,14 @@ def test_names(runs, capsys):
     assert other["name"] == "other"
 
 
+def test_a_least_top1(runs, capsys):
+    folders = [str(runs / name) for name in SETTINGS]
+    last = min(read_log(Path(folder))[-1]["test_acc1"] for folder in folders)
+    assert compare.run([*folders, "--least", str(last - 0.01)]) == 0
+    assert compare.run([*folders, "--least", str(last + 0.01)]) == 1
+    assert "--least" in capsys.readouterr().err
+
+
 MISTAKES = {
     "no run": ("", "RUN"),
     "missing folder": ("{runs}/nope", "{runs}/nope"),
