@@ -32,7 +32,7 @@ demo: install
 	$(RUN) main.py --config recipes/digits.yaml --data-path $(DEMO)/imagenet --output_dir $(DEMO)/run
 	$(RUN) main.py --config recipes/digits.yaml --eval --resume $(DEMO)/run/checkpoint.pth \
 		--data-path $(DEMO)/imagenet --output_dir $(DEMO)/run
-	$(RUN) tools/compare.py $(DEMO)/run --least 95
+	$(RUN) tools/compare.py $(DEMO)/run --min-top1 95
 
 SEGMENTATION = configs/fpn_sepvit_lite_112x112_demo.py
 SCENES = data_root=$(abspath $(DEMO))/ade/ADEChallengeData2016

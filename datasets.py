@@ -93,6 +93,11 @@ class DataSettings:
     in_chans: int | None
     is_labelled: bool = True
 
+    @property
+    def arrays(self) -> bool:
+        """Whether NumPy files are images, too."""
+        return self.in_chans not in (None, 3)
+
 
 @dataclass(frozen=True)
 class TransformSettings:
@@ -279,20 +284,20 @@ def _imagenet(root: Path, is_train: bool, settings: DataSettings) -> Images:
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     archive = root / f"{names[0]}.tar"
     if folder is None and archive.is_file():
-        return _archive(archive)
+        return _archive(archive, settings)
     if folder is None:
         raise UserError(
             f"{setting('data_path', root)}: no {names[0]}/ folder "
             "(expected train/ and val/, ILSVRC2012_img_train/ and ILSVRC2012_img_val/, or train.tar and val.tar)"
         )
-    return ClassFolders(str(folder), settings.in_chans not in (None, 3), settings.is_labelled)
+    return ClassFolders(str(folder), settings.arrays, settings.is_labelled)
 
 
-def _archive(path: Path) -> Archive:
+def _archive(path: Path, settings: DataSettings) -> Archive:
     """Read a tar archive of class folders. Classes are sorted by name, as in a folder."""
     what = setting("data_path", path)
     try:
-        dataset = Archive(path)
+        dataset = Archive(path, settings.arrays)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{what}: not an archive of class folders, or damaged ({error})") from None
     if not dataset.samples or dataset.classes == [""]:
@@ -345,7 +350,7 @@ def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
     except Exception as error:  # each reader's library raises its own exception types
         raise UserError(f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
     if type(dataset) is ImageFolder:
-        folders = ClassFolders(str(dataset.root))
+        folders = ClassFolders(str(dataset.root), settings.arrays)
         return ImageData(folders, len(folders.classes), folders.classes)
     shards = shards_of(dataset) or () if name.startswith("wds/") else ()
     missing = [shard for shard in shards if ":" not in shard and not (Path(root) / shard).is_file()]

@@ -141,10 +141,10 @@ class TaskLoss(nn.Module):
         self.task = task
 
     def forward(self, images: Tensor, outputs: Any, targets: Tensor) -> Any:
-        """Compute the loss. For `outputs`, see the task; otherwise as `DistillationLoss.forward`."""
+        """Compute the loss. `outputs` are those of `task.trainable_module`; the rest is as in `DistillationLoss`."""
         computed: Any = nn.Identity()
         computed.forward = lambda _: outputs
-        self.task.trainable_module = computed  # a task would compute the outputs itself
+        self.task.trainable_module = computed  # otherwise, the task would run the student again
         return self.task(images, targets)["loss"]
 
 

@@ -82,8 +82,9 @@ def _recorded(variant: str, checkpoint: str) -> dict[str, typing.Any]:
         args, recorded = content.get("args", {}), sepvit.settings_of(content.get("model", content))
         if kwargs := (args if isinstance(args, dict) else vars(args)).get("model_kwargs"):
             return dict(kwargs)
-        if recorded and recorded != sepvit.default_settings(variant):
-            return recorded
+        recorded = recorded if recorded and recorded != sepvit.default_settings(variant) else {}
+        first = content.get("model", content).get("patch_embeds.0.proj.weight")
+        return recorded if first is None or first.shape[1] == 3 else {**recorded, "in_chans": first.shape[1]}
     return {}  # loading the weights reports what is wrong with the file
 
 

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
@@ -39,7 +39,8 @@ from timm.optim import (
     param_groups_layer_decay,
     param_groups_weight_decay,
 )
-from timm.scheduler import create_scheduler
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.task import DistillationTeacher, FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -126,6 +127,7 @@ MEMORY_ADVICE = (
 )
 
 T = TypeVar("T")
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "wsd")
 DEPTHWISE = ("*pos_block.*.weight",)  # names of the depthwise convolutions
 
 
@@ -233,7 +235,7 @@ class Parts:
     Attributes:
         training: the run's state.
         train_loader: training batches.
-        val_loader: validation batches.
+        val_loader: validation batches; not used if `val_interval` is 0.
         val_interval: epochs from one validation to the next; 0 for no validation.
         criterion: the loss.
         mixup: mixup and CutMix, or None.
@@ -259,8 +261,8 @@ class Parts:
 
 def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, precision: Precision) -> None:
     """Train epoch by epoch. Write checkpoints, log.txt, TensorBoard event files and curves.png."""
-    val = build_data(args, is_train=False) if uses_labels(args) else None
-    train = build_data(args, is_train=True)
+    val = find_images(args, is_train=False) if uses_labels(args) else None
+    train = find_images(args, is_train=True)
     val = train if val is None else match_splits(train, val)
     data = describe_data(train, val)
     on_main_process(output.lock)
@@ -270,6 +272,8 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     args, preprocessing = adopt_settings(args, checkpoint, what, keeps)
     if args.in_chans:
         print_main(f"--in-chans {args.in_chans}: automatic augmentation and colour jitter, which need RGB, are off")
+    if args.freeze_stages and checkpoint is None:
+        print_main(f"WARNING: --freeze-stages {args.freeze_stages} without --finetune: the frozen weights are random")
     model = build_model(args, train.num_classes, precision)
     settings = dict(vars(args))
     train, val = (prepared(one, one is train, transform_settings(args, preprocessing)) for one in (train, val))
@@ -366,7 +370,7 @@ def adopt_settings(
 
 
 def preprocessing_from(args: argparse.Namespace, base: Preprocessing | None = None) -> Preprocessing:
-    """Change a preprocessing, by default the published one, as the settings ask for.
+    """Apply the command's settings to a preprocessing, by default the published one.
 
     Raises:
         UserError: there are not as many values as channels.
@@ -592,8 +596,12 @@ def settings_from(args: argparse.Namespace, kind: type[T], **values: Any) -> T:
 
 def build_data(args: argparse.Namespace, is_train: bool, preprocessing: Preprocessing | None = None) -> ImageData:
     """Find the training or validation images, and build their transform. Default: the published preprocessing."""
-    data = find_dataset(is_train, settings_from(args, DataSettings, is_labelled=uses_labels(args)))
-    return prepared(data, is_train, transform_settings(args, preprocessing))
+    return prepared(find_images(args, is_train), is_train, transform_settings(args, preprocessing))
+
+
+def find_images(args: argparse.Namespace, is_train: bool) -> ImageData:
+    """Find the training or validation images."""
+    return find_dataset(is_train, settings_from(args, DataSettings, is_labelled=uses_labels(args)))
 
 
 def transform_settings(args: argparse.Namespace, preprocessing: Preprocessing | None = None) -> TransformSettings:
@@ -614,7 +622,8 @@ def build_parts(
 ) -> Parts:
     """Build the parts of a training run, given its network."""
     loaders = settings_from(args, LoaderSettings, accum_steps=accum_steps)
-    train_loader, val_loader = build_train_loader(train, loaders), build_val_loader(val, loaders)
+    train_loader = build_train_loader(train, loaders)
+    val_loader = build_val_loader(val, loaders) if uses_labels(args) else train_loader
     mixup = build_mixup(args, train.num_classes)
     in_effect = dict(
         clip_mode=args.clip_mode if args.clip_grad else "norm", mixup_off_epoch=args.mixup_off_epoch if mixup else 0
@@ -669,7 +678,7 @@ def build_model(args: argparse.Namespace, num_classes: int, precision: Precision
         print_main(f"WARNING: {padding_as_text(model, model.img_size)}{ways and f'; less with {ways}'}")
     if args.freeze_stages:
         if not isinstance(model, SepViT) or args.freeze_stages > len(model.blocks):
-            raise UserError(f"--freeze-stages {args.freeze_stages}: only SepViT has stages to freeze, 1 to 4; omit it")
+            raise UserError(f"--freeze-stages {args.freeze_stages}: needs a SepViT, and at most its 4 stages")
         model.freeze_stages(args.freeze_stages)
     to_device(model, precision.device)
     if args.grad_checkpointing:
@@ -718,7 +727,8 @@ def build_training(
     try:
         with warnings.catch_warnings():  # timm deprecates the plateau schedule, which the published code offers
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"timm\.scheduler")
-            lr_scheduler, _ = create_scheduler(args, optimizer)
+            patience = max(1, args.patience_epochs // args.val_interval)  # in validations
+            lr_scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args) | dict(patience_epochs=patience))
     except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
         raise UserError(f"--sched {args.sched}: does not accept these settings ({error})") from None
     if args.start_epoch and args.sched != "plateau":
@@ -731,9 +741,10 @@ def build_training(
     if dist.is_initialized():
         device_ids = [precision.device.index] if precision.device.type == "cuda" else None
         wrapped = DistributedDataParallel(trainable, device_ids=device_ids, gradient_as_bucket_view=True)
+        images = torch.zeros(args.batch_size, args.in_chans or 3, *to_2tuple(args.input_size))
         is_head = isinstance(trainable, nn.Linear)
-        shape = (trainable.in_features,) if is_head else (args.in_chans or 3, *to_2tuple(args.input_size))
-        settle_buckets(wrapped, (args.batch_size, *shape), precision)
+        inputs = torch.zeros(args.batch_size, trainable.in_features) if is_head else precision.images(images)
+        settle_buckets(wrapped, inputs.to(precision.device), precision)
     projection = None if trainable is model else getattr(trainable, "projection", None)
     parts = (model, wrapped, optimizer, lr_scheduler, precision.scaler(), ema, projection, args.start_epoch)
     return Training(*parts, losses=torch.zeros(2, device=precision.device))
@@ -764,18 +775,17 @@ def decaying_window_tokens(args: argparse.Namespace) -> Callable[[nn.Module], An
     return partial(param_groups_layer_decay, weight_decay=args.weight_decay, **scales)
 
 
-def settle_buckets(wrapped: DistributedDataParallel, shape: Sequence[int], precision: Precision) -> None:
-    """Run one backward pass on blank images of a shape, and discard its gradients.
+def settle_buckets(wrapped: DistributedDataParallel, inputs: torch.Tensor, precision: Precision) -> None:
+    """Run one backward pass on blank inputs, and discard its gradients.
 
     After the first backward pass, DistributedDataParallel rebuilds its buckets, which changes the order of summation in
     the all-reduce and hence the gradients' last bits. A resumed run must sum in the same order as an uninterrupted run.
     """
     buffers = [buffer.clone() for buffer in wrapped.buffers()]
-    images = precision.images(torch.zeros(*shape))
     with precision.autocast(), warnings.catch_warnings():
         # Gradients of transposed weights differ from their buckets in strides. The copy is unavoidable.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        outputs = wrapped(images)
+        outputs = wrapped(inputs)
         torch.stack(
             [part.float().sum() for part in (outputs if isinstance(outputs, tuple) else [outputs])]
         ).sum().backward()
@@ -809,22 +819,30 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 
 
 def keeps_features(args: argparse.Namespace, model: nn.Module, train: ImageData) -> bool:
-    """Whether only the classifier is trained, on features that are computed once: without augmentation, if they fit."""
+    """Whether to train only the classifier, on features computed once.
+
+    This requires that the rest of the network is frozen, that there is no augmentation, mixing or distillation, that
+    the data set is not a stream, and that the features take at most `MAX_BYTES`.
+    """
     if not isinstance(model, SepViT) or args.freeze_stages < len(model.blocks) or not args.no_aug:
         return False
-    is_plain = build_mixup(args, train.num_classes) is None and args.distillation_type == "none"
-    is_small = 4 * model.num_features * len(train) <= MAX_BYTES
-    return is_plain and is_small and not isinstance(train.dataset, IterableDataset)
+    is_kept = 4 * model.num_features * len(train) <= MAX_BYTES and not isinstance(train.dataset, IterableDataset)
+    return is_kept and args.distillation_type == "none" and build_mixup(args, train.num_classes) is None
 
 
 def on_features(parts: Parts, args: argparse.Namespace, train: ImageData, tick: Callable[[str], None]) -> Parts:
     """Train on the features of the frozen network in place of images."""
     loading = dict(batch_size=args.batch_size, num_workers=args.num_workers, worker_init_fn=ignore_preemption)
-    model: Any = parts.training.model
-    samples = compute_features(model, train, args.seed, parts.precision, tick, **loading)
+    model: Any = parts.training.model.eval()
+
+    def features_of(batch: torch.Tensor) -> Any:
+        with torch.no_grad(), parts.precision.autocast():
+            return model.forward_head(model.forward_features(parts.prepare(batch)), pre_logits=True)
+
+    samples = compute_features(train, args.seed, features_of, tick, **loading)
     print_main(f"--freeze-stages {args.freeze_stages}: features of {len(train)} images computed; training on them")
     loaders = settings_from(args, LoaderSettings, accum_steps=parts.loop.accum_steps, num_workers=0)
-    move = methodcaller("to", parts.precision.device)
+    move = methodcaller("to", parts.precision.device, non_blocking=True)
     return replace(parts, train_loader=build_train_loader(train, loaders, samples), prepare=move)
 
 
@@ -872,7 +890,7 @@ def build_criterion(
         raise UserError(f"--distillation-type {kind}: {error}") from None
     task.student_mean = task.student_std = None  # the teacher itself changes the normalisation
     if args.compile and kind == "feature":
-        task.trainable_module.compile()
+        task.trainable_module.compile(options=dict(deterministic=True) if args.deterministic else None)
     return TaskLoss(task)
 
 
@@ -901,19 +919,15 @@ def build_teacher(args: argparse.Namespace, train: ImageData, preprocessing: Pre
         num_classes = next((len(weights[name]) for name in classifier_of(weights, heads)), 0)
     else:
         train.matched(checkpoint.get("classes"), what)
-    teacher = create_network(
-        f"--teacher-model {args.teacher_model}",
-        args.teacher_model,
-        num_classes,
-        args.input_size,
-        model_kwargs=args.teacher_kwargs or model_kwargs_of(checkpoint, what, kwargs_advice("--teacher-kwargs")),
-    )
+    kwargs = args.teacher_kwargs or model_kwargs_of(checkpoint, what, kwargs_advice("--teacher-kwargs"))
+    named, size = f"--teacher-model {args.teacher_model}", args.input_size
+    teacher = create_network(named, args.teacher_model, num_classes, size, model_kwargs=kwargs)
     hints = "use a teacher trained on the data set's classes", "name it with --teacher-model"
     load_from(teacher, checkpoint, what, *hints, data=data)
     to_device(teacher, torch.device("cpu")).eval().requires_grad_(False)
-    own = Preprocessing.of_weights(checkpoint, args.teacher_model, args.input_size)
+    own = Preprocessing.of_weights(checkpoint, args.teacher_model, size).varied(kwargs.get("in_chans", 3))
     if own.channels != preprocessing.channels:
-        raise UserError(f"{what}: takes {own.channels} channels, not {preprocessing.channels}; use another teacher")
+        raise UserError(f"{what}: for {own.channels} channels, not {preprocessing.channels}; use another teacher")
     if (own.mean, own.std) == (preprocessing.mean, preprocessing.std):
         return teacher
     print_main(f"{what}: {own}")
@@ -974,6 +988,8 @@ def load_from(
         img_size=img_size_of(checkpoint),
         new_settings=new_classifier,
     )
+    if frozen := [name for name in report.adaptation.fresh if not model.get_parameter(name).requires_grad]:
+        print_main(f"WARNING: {what}: frozen, but randomly initialised for this image size: {listed(frozen)}")
     if new_classifier and data is not None and not (held and names) and not report.classifier:
         print_main(f"{what}: {BY_CLASS_MAP if data.class_map else NO_NAMES}")
     if new_classifier or report.adaptation:
@@ -1018,10 +1034,10 @@ def add_run_settings(group: Any) -> None:
     about = "also save within epochs, every STEPS steps; 0: only at the end of each epoch"
     add("--checkpoint-every", type=natural, default=0, metavar="STEPS", help=about)
     add("--keep-checkpoints", type=positive_int, default=2, metavar="N", help="number of checkpoints to keep")
-    add("--finetune", type=path, default="", help="checkpoint to start from; classes and image size may differ")
+    add("--finetune", type=path, default="", help="checkpoint to start from; classes and image shape may differ")
     add("--eval", **SWITCH, help="only evaluate")
     add("--dist-eval", **SWITCH, help="split the validation images across processes")
-    add("--val-interval", type=positive_int, default=1, metavar="N", help="epochs from one validation to the next")
+    add("--val-interval", type=positive_int, default=1, metavar="N", help="validate every N epochs, and after the last")
     add("--throughput", **SWITCH, help="only measure images per second")
     add("--print-freq", type=positive_int, default=20, help="batches between progress reports")
     about = "write a trace of STEPS training steps to trace.json in the output folder (chrome://tracing)"
@@ -1056,9 +1072,8 @@ def add_model_settings(group: Any) -> None:
     add("--model", default="SepViT_Tiny", help=f"{', '.join(VARIANTS)}, or any timm model")
     about = "other arguments of the network's constructor; by default those that its checkpoint was trained with"
     add("--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=about)
-    about = "size of the images in pixels: one side, or H W"
-    add("--input-size", type=positive_int, nargs="+", action=Size, default=224, metavar="PIXELS", help=about)
-    add("--in-chans", type=positive_int, metavar="N", help="channels; by default as in the checkpoint, else 3")
+    add("--input-size", type=positive_int, nargs="+", action=Size, default=224, metavar="PIXELS", help="side, or H W")
+    add("--in-chans", type=positive_int, metavar="N", help="image channels; by default as in the checkpoint, else 3")
     add("--drop", type=fraction, default=0.0, help="dropout rate")
     add("--drop-path", type=fraction, default=0.2, help="stochastic depth rate of the last block")
     add("--model-ema", **SWITCH, help="keep a moving average of the weights; validate and save it too")
@@ -1069,7 +1084,7 @@ def add_model_settings(group: Any) -> None:
 
 def add_optimizer_settings(group: Any) -> None:
     add = group.add_argument
-    add("--freeze-stages", type=natural, default=0, metavar="N", help="freeze the first N stages; 4: a linear probe")
+    add("--freeze-stages", type=natural, default=0, metavar="N", help="freeze the first N stages; 4: linear probe")
     add("--opt", type=str.lower, default="adamw", help="a timm optimiser")
     about = "other arguments of the optimiser"
     add("--opt-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=about)
@@ -1081,7 +1096,8 @@ def add_optimizer_settings(group: Any) -> None:
     about = "factor of the learning rate from each block to the one before it, such as 0.65"
     add("--layer-decay", type=positive_fraction, help=about)
     add("--layer-decay-min-scale", type=fraction, default=0.0, help="smallest factor of --layer-decay")
-    add("--head-lr-scale", type=non_negative, default=1.0, metavar="FACTOR", help="of the classifier's learning rate")
+    about = "multiply the classifier's learning rate by FACTOR"
+    add("--head-lr-scale", type=positive, default=1.0, metavar="FACTOR", help=about)
     add("--momentum", type=fraction, default=0.9)
     add("--weight-decay", type=non_negative, default=0.05)
     add("--decay-window-tokens", **SWITCH, help="apply weight decay to the window tokens, as in the published runs")
@@ -1089,11 +1105,7 @@ def add_optimizer_settings(group: Any) -> None:
 
 def add_schedule_settings(group: Any) -> None:
     add = group.add_argument
-    add(
-        "--sched",
-        choices=("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "wsd"),
-        default="cosine",
-    )
+    add("--sched", choices=SCHEDULES, default="cosine")
     add("--lr", type=non_negative, default=5e-4, help="learning rate for 512 images per step, scaled linearly")
     about = "start (and optionally end) of learning rate noise, as fractions of all epochs"
     add("--lr-noise", type=fraction, nargs="+", help=about)
@@ -1104,7 +1116,7 @@ def add_schedule_settings(group: Any) -> None:
     add("--decay-epochs", type=positive, default=30, help="epochs between decays of --sched step, or of wsd's decay")
     about = "--sched multistep decays the learning rate at the start of these epochs"
     add("--decay-milestones", type=positive_int, nargs="+", default=[30, 60], metavar="EPOCH", help=about)
-    add("--lr-decay-fn", choices=("linear", "1-sqrt", "cosine", "power", "exp"), help="of wsd; by default 1-sqrt")
+    add("--lr-decay-fn", choices=("linear", "1-sqrt", "cosine", "power", "exp"), help="decay of wsd; default 1-sqrt")
     add("--warmup-epochs", type=natural, default=5)
     add("--cooldown-epochs", type=natural, default=10, help="accepted for compatibility with DeiT; has no effect")
     add("--patience-epochs", type=natural, default=10)
@@ -1113,7 +1125,7 @@ def add_schedule_settings(group: Any) -> None:
 
 def add_augmentation_settings(group: Any) -> None:
     add = group.add_argument
-    add("--no-aug", action="store_true", help="transform training images like validation images")
+    add("--no-aug", action="store_true", help="transform training images like validation images; mixing stays on")
     about = "smallest and largest area of the random crop, as shares of the image"
     add("--scale", type=positive_fraction, nargs=2, default=(0.08, 1.0), help=about)
     add("--ratio", type=positive, nargs=2, default=(3 / 4, 4 / 3), help="smallest and largest aspect ratio of the crop")
@@ -1126,10 +1138,10 @@ def add_augmentation_settings(group: Any) -> None:
     add("--bce-target-thresh", type=fraction, metavar="VALUE", help=about)
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic")
     known = "by default as in the checkpoint, else"
-    add("--interpolation", choices=("bilinear", "bicubic"), help=f"in validation; {known} bicubic")
-    add("--crop-pct", type=positive_fraction, metavar="SHARE", help=f"crop / resized side in validation; {known} 0.875")
-    add("--mean", type=float, nargs="+", help=f"of all channels or each, on a scale of 0 to 1; {known} ImageNet's")
-    add("--std", type=positive, nargs="+", help=f"standard deviation, likewise; {known} ImageNet's")
+    add("--interpolation", choices=("bilinear", "bicubic"), help=f"resizing filter of validation; {known} bicubic")
+    add("--crop-pct", type=positive_fraction, metavar="SHARE", help=f"validation crop / resized side; {known} 0.875")
+    add("--mean", type=float, nargs="+", help=f"one for all channels, or one per channel; {known} ImageNet's")
+    add("--std", type=positive, nargs="+", help=f"standard deviations, likewise; {known} ImageNet's")
     add("--repeated-aug", **SWITCH)
     add("--reprob", type=fraction, default=0.25, help="probability of random erasing")
     add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="fill of the erased regions")
@@ -1157,7 +1169,7 @@ def add_distillation_settings(group: Any) -> None:
     about = "other arguments of the teacher's constructor; by default those that its checkpoint was trained with"
     add("--teacher-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=about)
     add("--teacher-path", type=path, default="", help="the teacher's checkpoint: a path or an https address")
-    add("--distillation-alpha", type=fraction, default=0.5, help="weight of the teacher's term in the loss")
+    add("--distillation-alpha", type=fraction, default=0.5, help="weight of the distillation loss")
     add("--distillation-tau", type=positive, default=1.0, help="temperature of soft, logit and token-soft")
 
 
@@ -1246,8 +1258,10 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise UserError(f"--distillation-type {args.distillation_type}: needs --teacher-path")
     if args.distillation_type == "none" and args.teacher_path:
         raise UserError(
-            f"--teacher-path {args.teacher_path}: needs --distillation-type; choose hard, say, or omit the teacher"
+            f"--teacher-path {args.teacher_path}: needs --distillation-type; set it, for example to hard, or omit both"
         )
+    if args.sched == "plateau" and not uses_labels(args):
+        raise UserError("--sched plateau: needs validation, and so labels; use cosine, or --distillation-alpha below 1")
     if args.resume and args.finetune:
         raise UserError("--resume and --finetune: mutually exclusive; resume a run, or start one from its weights")
     if args.eval and args.finetune:

@@ -432,10 +432,8 @@ class OverlapPatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(
-            in_chans, dim, kernel_size, stride=stride, padding=kernel_size // 2 if kernel_size > stride else 0
-        )
-        self.multiple = stride if kernel_size == stride else 1
+        padding, self.multiple = (kernel_size // 2, 1) if kernel_size > stride else (0, stride)
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride=stride, padding=padding)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -610,9 +608,10 @@ class SepViTStages(nn.Module):
         )
 
     def freeze_stages(self, count: int) -> None:
-        """Freeze the first `count` stages with their patch embeddings; 0 freezes only the first patch embedding.
+        """Freeze the first `count` stages with their patch embeddings, like `frozen_stages` of mmseg's backbones.
 
-        If all stages are frozen, so is the norm. Frozen parts stay in evaluation mode, without stochastic depth.
+        -1 freezes nothing, and 0 only the first patch embedding. If all stages of a classifier are frozen, so is its
+        norm. Frozen parts stay in evaluation mode, without stochastic depth.
         """
         self.frozen_stages = count
         for part in self._frozen_parts():
@@ -1013,10 +1012,7 @@ def _adapt_blocks(state_dict: dict[str, Tensor], own: dict[str, Tensor], blocks:
     """Adapt blocks that have several windows only in the checkpoint, or only in the model: tokens have no size."""
     adaptation = Adaptation()
     for block in blocks:
-        names = [
-            *_pointwise_names(block),
-            *(f"{block}.{name}" for name in ("win_tokens", "win_conv.weight", "win_conv.bias")),
-        ]
+        names = _pointwise_names(block) + [f"{block}.{n}" for n in ("win_tokens", "win_conv.weight", "win_conv.bias")]
         held, wanted = ([name for name in names if name in entries] for entries in (state_dict, own))
         if not held or not wanted:
             adaptation.fresh += wanted

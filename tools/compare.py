@@ -1,13 +1,12 @@
-"""Compare runs of main.py: their top-1, the settings in which they differ, and their curves.
+"""Compare runs of main.py: top-1, the settings that differ, and curves.
 
-    python tools/compare.py RUN … [--out FOLDER] [--format text|csv|markdown] [--least PERCENT]
+    python tools/compare.py RUN … [--out FOLDER] [--format text|csv|markdown] [--min-top1 PERCENT]
 
-RUN is an output folder of main.py. The table has the best and the last top-1 of each run, in per cent, and the settings
-that differ among the runs, except those that do not change what a run computes. Runs that differ only in their seed
-share a row and a curve: their mean, with the sample standard deviation (std) in the table, and a band from the smallest
-to the largest value in the picture. Runs that also have the same seed are repetitions, and stay apart. Epochs are
-numbered from 0, as in log.txt. --out writes the curves and the table to compare.png, compare.csv and compare.md.
-With --least, the exit status is 1 if the last top-1 of a run is lower.
+RUN is an output folder of main.py. The table has the best and the last top-1 of each run (%), and the settings that
+differ between runs, except those that do not affect the result. Runs that differ only in --seed share a row, with mean
+and sample standard deviation (std), and a curve, with a band from minimum to maximum. Runs with the same settings and
+the same seed are listed separately. Epochs are counted from 0, as in log.txt. --out writes the plots and the table to
+compare.png, compare.csv and compare.md. With --min-top1, the exit status is 1 if the last top-1 of any run is lower.
 """
 
 if not __package__:
@@ -134,9 +133,9 @@ def main(args: argparse.Namespace) -> int:
         figure = draw_curves(curves, PANELS)
         write_output(out / "compare.png", lambda file: figure.savefig(file, format="png", dpi=150), what)
     for run in runs:
-        points = points_of(run.entries, TOP1) or {0: 0.0}
-        if points[max(points)] < args.least:
-            print(f"compare.py: {run.name}: its top-1 is below --least {args.least:g}", file=sys.stderr)
+        last = [0.0, *points_of(run.entries, TOP1).values()][-1]
+        if last < args.min_top1:
+            print(f"compare.py: {run.name}: top-1 {last:.3f} is below --min-top1 {args.min_top1:g}", file=sys.stderr)
             return 1
     return 0
 
@@ -146,13 +145,14 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="an output folder of main.py")
     parser.add_argument("--out", type=path, metavar="FOLDER", help="folder for the curves and the table")
-    parser.add_argument("--least", type=number(float, 0, 100), default=0.0, metavar="PERCENT", help="least last top-1")
+    about = "exit with status 1 if the last top-1 of any run is lower"
+    parser.add_argument("--min-top1", type=number(float, 0, 100), default=0.0, metavar="PERCENT", help=about)
     parser.add_argument("--format", choices=FORMATS, default="text", help="format of the printed table, default text")
     return parser
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run the command. Returns its exit status: 0, 1 below --least, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Run the command. Returns its exit status: 0, 1 below --min-top1, 2 for a user's mistake, 130 after Ctrl-C."""
     parser = build_parser()
     return run_command("compare.py", lambda: main(parser.parse_args(arguments)), parser)
 

@@ -37,8 +37,7 @@ def build_parser() -> Parser:
     about = "other arguments of the network's constructor"
     add("--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=about)
     add("--dense", action="store_true", help="the dense prediction form")
-    sides = dict(type=positive_int, nargs="+", action=Size, metavar="PIXELS")
-    add("--input-size", **sides, default=224, help="one side, or H W")
+    add("--input-size", type=positive_int, nargs="+", action=Size, default=224, metavar="PIXELS", help="side, or H W")
     add("--batch-size", type=positive_int, default=1, metavar="N", help="batch size for measuring memory, default 1")
     add("--device", default=best_device(), help="cuda, mps or cpu, to measure memory on; default the best available")
     return parser

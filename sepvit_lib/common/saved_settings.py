@@ -17,4 +17,4 @@ def img_size_of(checkpoint: dict[str, Any]) -> tuple[int, int] | None:
     size = settings_in(checkpoint).get("input_size")
     if isinstance(size, int):
         return size, size
-    return (size[0], size[1]) if size else None
+    return (size[0], size[1]) if isinstance(size, (list, tuple)) and len(size) == 2 else None  # timm has three

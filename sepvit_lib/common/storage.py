@@ -130,7 +130,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def write_output(path: Path, write: Callable[[IO[bytes]], Any], what: str) -> None:
-    """Write a file that the user asked for atomically, and make its folder.
+    """Write an output file atomically, and create its folder.
 
     Args:
         path: the file.
@@ -144,7 +144,7 @@ def write_output(path: Path, write: Callable[[IO[bytes]], Any], what: str) -> No
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, write)
     except OSError as error:
-        advice = "free some disk space, or choose another folder"
+        advice = "free some disk space, or choose a different path"
         raise UserError(f"{what}: {path.name} could not be written ({error.strerror}); {advice}") from None
 
 

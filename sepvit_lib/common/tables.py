@@ -1,4 +1,4 @@
-"""Tables as text, Markdown and CSV. The first line of a table has the titles of its columns."""
+"""Format tables as text, Markdown and CSV. The first row is the header."""
 
 import csv
 import io

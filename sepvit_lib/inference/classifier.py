@@ -211,8 +211,8 @@ def _from_checkpoint(
     hint, img_size = f"name it with {setting('model')}", img_size_of(checkpoint)
     checkpoints.load_weights(network, weights, what, variant_hint=hint, img_size=img_size)
     names = checkpoint.get("classes")
-    preprocessing, orientation = Preprocessing.of_weights(checkpoint, name, size), checkpoint.get("reading")
-    classes, orientation = class_names(names, num_classes), orientation_for(orientation)
+    preprocessing = Preprocessing.of_weights(checkpoint, name, size).varied(kwargs.get("in_chans", 3))
+    classes, orientation = class_names(names, num_classes), orientation_for(checkpoint.get("reading"))
     description = Description(name, classes, preprocessing, orientation, kwargs)
     return network, description, names
 

@@ -98,8 +98,9 @@ def decode(source: Encoded, orientation: str = STORED, channels: int = 3) -> Any
 def decode_channels(source: Encoded, channels: int, orientation: str) -> Tensor:
     """Decode an image with any number of channels.
 
-    Unsigned integers are scaled to 0 to 1; other values are kept. A picture is converted to greyscale for one channel;
-    in other cases, its channels are those of the file, in the orientation of the file.
+    Unsigned integers are divided by the largest value of their type; other values are kept. For one channel, images
+    that Pillow decodes are converted to greyscale, except for 16-bit and float images, which keep their values. In all
+    other cases, the channels are those of the file, and EXIF orientations are ignored.
 
     Args:
         source: content of a TIFF file, a NumPy file (C × H × W or H × W × C) or a picture; or a decoded picture.
@@ -118,7 +119,7 @@ def decode_channels(source: Encoded, channels: int, orientation: str) -> Tensor:
     values = values[None] if values.ndim == 2 else values
     if values.ndim != 3 or channels not in (values.shape[0], values.shape[2]):
         shape = " × ".join(map(str, values.shape))
-        raise ValueError(f"its shape is {shape}, without an axis of {channels} channels")
+        raise ValueError(f"shape {shape}: neither the first nor the last axis has {channels} channels")
     if values.shape[0] != channels:
         values = values.transpose(2, 0, 1)  # C × H × W
     scale = np.iinfo(values.dtype).max if values.dtype.kind == "u" else 1
@@ -145,7 +146,7 @@ def _read(source: Encoded, channels: int, orientation: str) -> np.ndarray:
 
 
 def as_picture(image: Image.Image | Tensor) -> Image.Image:
-    """Convert an image to RGB, to show it. Of more than two channels, the first three are shown, each in its range."""
+    """Convert an image to RGB for display: three channels, or else the first. Each is scaled from its own range."""
     if isinstance(image, Image.Image):
         return image
     shown = image[:3] if len(image) > 2 else image[:1].expand(3, -1, -1)

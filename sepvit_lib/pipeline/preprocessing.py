@@ -107,7 +107,7 @@ class Preprocessing:
         std = std or (self.std if same else IMAGENET_INCEPTION_STD[:1])
         for name, given in dict(mean=mean, std=std).items():
             if len(given) not in (1, channels):
-                raise UserError(f"{setting(name, *given)}: the images have {channels} channels; give 1 or {channels}")
+                raise UserError(f"{setting(name, *given)}: the images have {channels} channels; pass 1 or {channels}")
         mean, std = (tuple(values) * (channels // len(values)) for values in (mean, std))
         resize = math.floor(min(self.size) / crop_pct) if crop_pct else self.resize
         return replace(self, mean=mean, std=std, resize=resize, interpolation=interpolation or self.interpolation)
@@ -132,7 +132,8 @@ class Preprocessing:
     def __str__(self) -> str:
         mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
         kind = "squashed to" if self.squash else "a crop of"
-        return f"mean {mean}, std {std}, {kind} {min(self.size)} of {self.resize} pixels, {self.interpolation}"
+        size = " × ".join(map(str, dict.fromkeys(self.size)))
+        return f"mean {mean}, std {std}, {kind} {size} of {self.resize} pixels, {self.interpolation}"
 
     def transform(self) -> transforms.Compose:
         """Build the transform from an image to a normalised tensor, C × H × W."""

@@ -419,7 +419,7 @@ def load_weights(
 def _adapt_channels(
     weights: dict[str, Tensor], expected: Mapping[str, Tensor], layers: str | Sequence[str] | None
 ) -> list[str]:
-    """Adapt the first layers' weights, of three channels, to the model's channels. Returns the names of the entries."""
+    """Adapt first layers for three channels to the model's channels, as timm does. Returns the entries' names."""
     names = [f"{layer}.weight" for layer in ([layers] if isinstance(layers, str) else layers or ())]
     adapted = [name for name in names if name in weights and weights[name].shape[1] == 3 != expected[name].shape[1]]
     for name in adapted:
@@ -581,12 +581,13 @@ def load_optimizer(
     # A state dict numbers the parameters across its groups. Translate to this optimiser's numbering.
     numbers = [number[parameter] for group in grouping for parameter in group["params"]]
     state = {**state, "state": {numbers[i]: value for i, value in state["state"].items()}}
-    own_keys = optimizer.defaults.keys() - ({"lr"} if with_lr else set())
+    own_keys = (optimizer.defaults.keys() | {"lr_scale"}) - ({"lr"} if with_lr else set())
     groups, start = [], 0
     for i, group in enumerate(optimizer.param_groups):
         kept = {key: group[key] for key in own_keys & group.keys()}
         indices = list(range(start, start + len(group["params"])))
-        groups.append({**saved[min(i, len(saved) - 1)], **kept, "params": indices})
+        others = {key: value for key, value in saved[min(i, len(saved) - 1)].items() if key != "lr_scale"}
+        groups.append({**others, **kept, "params": indices})
         start += len(indices)
     optimizer.load_state_dict({**state, "param_groups": groups})
     for parameter, values in optimizer.state.items():  # fused optimisers need the memory format of the parameter

@@ -4,14 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sepvit import SepViT
 from sepvit_lib.common.processes import all_gather, get_rank, get_world_size
 from sepvit_lib.common.randomness import SampleIndex
 from sepvit_lib.pipeline.samples import ImageData, TrainSamples
-from sepvit_lib.run.state import Precision
 
 MAX_BYTES = 2 << 30  # of all features; each process keeps them
 
@@ -33,31 +31,26 @@ class FeatureSamples(TrainSamples):
         return self.rows[sample.index]
 
 
-@torch.no_grad()
 def compute_features(
-    model: SepViT, data: ImageData, seed: int, precision: Precision, tick: Callable[[str], None], **loading: Any
+    data: ImageData, seed: int, features_of: Callable[[Any], Tensor], tick: Callable[[str], None], **loading: Any
 ) -> FeatureSamples:
-    """Compute the pooled features of all training images, which must not be augmented. A collective call.
+    """Compute the features of all training images, which must not be augmented. A collective call.
 
     Args:
-        model: the network.
         data: the images.
         seed: the run's seed.
-        precision: device and number format.
+        features_of: computes features, B × C, from a loaded batch of images.
         tick: called with the position after each batch.
         **loading: arguments of the `DataLoader`.
 
     Raises:
         UserError: too many consecutive images are unreadable.
     """
-    model.eval()
     samples, own = TrainSamples(data, seed), range(get_rank(), len(data), get_world_size())
     order: Any = [SampleIndex(0, index, index) for index in own]
     rows: list[tuple[np.ndarray, int, str]] = []
     for images, targets, unreadable in DataLoader(samples, sampler=order, **loading):
-        with precision.autocast():
-            features = model.forward_head(model.forward_features(precision.images(images)), pre_logits=True)
-        rows += zip(features.float().cpu().numpy(), targets.tolist(), unreadable)
+        rows += zip(features_of(images).float().cpu().numpy(), targets.tolist(), unreadable)
         tick(f"features of {len(rows)} images")
     gathered = all_gather([rows])
     return FeatureSamples(data, [gathered[i % len(gathered)][i // len(gathered)] for i in range(len(data))])

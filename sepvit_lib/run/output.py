@@ -145,22 +145,22 @@ class Scalars:
 
 
 def points_of(entries: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
-    """A metric by epoch, without the epochs that have no value."""
+    """Values of a metric by epoch; epochs without a value are omitted."""
     return {entry["epoch"]: entry[metric] for entry in entries if entry.get(metric) is not None}
 
 
 def draw_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], panels: Panels) -> Any:
     """Draw curves over the epochs, in a row of panels.
 
-    The curve of several runs is their mean, on a band from the smallest to the largest value, at the epochs at which
-    all runs with any values have one.
+    The curve of several runs is their mean, with a band from minimum to maximum. Runs without any values are ignored,
+    and only epochs in which all other runs have a value are drawn.
 
     Args:
         runs: for each label, the lines about epochs of one or more runs.
         panels: for each title, the metrics and their labels.
 
     Returns:
-        the figure. If there is more than one label of runs, a single legend is below the panels.
+        the figure. If there are several labels, all panels share one legend below them.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -96,8 +96,8 @@ class Training(RunState):
 
     Attributes:
         model: the network.
-        wrapped: what the loop calls: `model`, or a module that contains it or is its classifier; on several processes
-            in DistributedDataParallel.
+        wrapped: module that the training loop calls: `model`, its classifier (on precomputed features), or the
+            trainable module of a distillation task; on several processes, in DistributedDataParallel.
         optimizer: the network's optimiser.
         lr_scheduler: learning-rate schedule, stepped once an epoch.
         scaler: gradient scaler.

@@ -89,7 +89,7 @@ MISTAKES = {  # the arguments, and what the line names
     "evaluation with another number of classes": (f"{EVAL}/nine.pth", "9 classes instead of 3"),
     "teacher with another number of classes": (f"{TEACHER}/nine.pth", "9 classes instead of 3", "use a teacher"),
     "evaluation with --finetune": ("--eval --finetune {root}/lite.pth", "--resume"),
-    "teacher without distillation": ("--teacher-path {root}/lite.pth", "--distillation-type soft or hard"),
+    "teacher without distillation": ("--teacher-path {root}/lite.pth", "--distillation-type"),
     "infinite learning rate": ("--lr inf", "--lr", "inf is not a finite number"),
     "reversed cutmix range": ("--cutmix-minmax 0.8 0.2", "--cutmix-minmax 0.8 0.2", "must come first"),
     "timeout out of range": ("--timeout 1e300", "--timeout", "1e300 is out of range"),

@@ -226,9 +226,9 @@ def test_names(runs, capsys):
 def test_a_least_top1(runs, capsys):
     folders = [str(runs / name) for name in SETTINGS]
     last = min(read_log(Path(folder))[-1]["test_acc1"] for folder in folders)
-    assert compare.run([*folders, "--least", str(last - 0.01)]) == 0
-    assert compare.run([*folders, "--least", str(last + 0.01)]) == 1
-    assert "--least" in capsys.readouterr().err
+    assert compare.run([*folders, "--min-top1", str(last - 0.01)]) == 0
+    assert compare.run([*folders, "--min-top1", str(last + 0.01)]) == 1
+    assert "--min-top1" in capsys.readouterr().err
 
 
 MISTAKES = {

@@ -212,9 +212,41 @@ def test_features_without_labels(few_digits, teacher, tmp_path, capsys):
     assert "--data-path" in refusal(main.run, "main", [*alone, "--distillation-alpha", 0.5], capsys)
 
 
+def test_channels_last_and_the_fast_loader_on_features(few_digits, classifier, tmp_path):
+    shared = [*SMALLEST, *CPU, "--data-path", few_digits, "--finetune", classifier, "--channels-last"]
+    shared += ["--mixup", 0, "--cutmix", 0, "--no-aug", "--freeze-stages", 4, "--output_dir"]
+    assert run(*shared, tmp_path / "fast", "--loader", "fast") == 0
+    succeed(*shared, tmp_path / "two", "--batch-size", 8, processes=2)
+    one, two = weights(tmp_path / "fast"), weights(tmp_path / "two")
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_frozen_random_weights_are_warned_of(few_digits, classifier, tmp_path, capsys):
+    shared = [*SMALLEST, *CPU, "--data-path", few_digits, "--freeze-stages", 4]
+    assert run(*shared, "--output_dir", tmp_path / "random") == 0
+    assert "WARNING: --freeze-stages 4" in capsys.readouterr().out
+    larger = ["--finetune", classifier, "--input-size", 256, "--output_dir", tmp_path / "larger", "--batch-size", 48]
+    assert run(*shared, *larger) == 0
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: --finetune")]
+    assert len(warned) == 1
+    assert "win_tokens" in warned[0]
+
+
+@pytest.mark.parametrize("scales", [(1, 10), (10, 2)])
+def test_a_resumed_run_takes_the_scale_of_the_command(scales, few_digits, tmp_path):
+    shared = [*SMALLEST, *CPU, "--data-path", few_digits, "--epochs", 3, "--warmup-epochs", 0]
+    assert run(*shared, "--head-lr-scale", scales[0], "--output_dir", tmp_path / "one") == 0
+    first = min((tmp_path / "one").glob("checkpoint-*.pth"))
+    resumed = [*shared, "--resume", first, "--head-lr-scale", scales[1], "--epochs", 4]
+    assert run(*resumed, "--output_dir", tmp_path / "two") == 0
+    groups = torch.load(tmp_path / "two/checkpoint.pth", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["lr_scale"] for group in groups} == {1.0, float(scales[1])}
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        ("--distillation-type feature --distillation-alpha 1 --sched plateau", "--sched plateau"),
         ("--distillation-type token-soft", "--distillation-type token-soft"),
         ("--freeze-stages 5", "--freeze-stages 5"),
         ("--freeze-stages 1 --model test_resnet", "--freeze-stages 1"),

@@ -107,7 +107,7 @@ ELSEWHERE = {
     r"^for recipe in recipes/ablations": "test_vary.py::test_the_recipes_of_the_ablations_train",
     r"pip install (-e )?\.$": "test_package.py::test_a_host_with_modules_of_the_same_names_imports_everything",
     r"--in-chans 8": "test_shapes.py::test_many_channels_through_every_command",
-    r"--distillation-type feature": "test_distillation.py::test_features_without_labels",
+    r"--(distillation-type feature|finetune distilled)": "test_distillation.py::test_features_without_labels",
     r"--data-set CIFAR": "test_data.py::test_cifar",  # torchvision knows the checksums of the real files
     r"bash slurm_(train|test)\.sh": "test_dense_commands.py::test_slurm_scripts",
     r'^_base_ = "fpn_': "test_own_data.py::test_segmentation_config_of_the_page",

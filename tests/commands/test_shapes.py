@@ -3,6 +3,7 @@
 import io
 import re
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,13 @@ def test_many_channels_through_every_command(spectral, tmp_path, capsys):
     torch.save(torch.load(path, weights_only=True)["model"], bare)
     assert run(*shared, "--eval", "--resume", bare, "--in-chans", CHANNELS) == 0
     assert "--loader" in refusal(main.run, "main", [*shared, "--in-chans", CHANNELS, "--loader", "fast"], capsys)
+    with tarfile.open(tmp_path / "val.tar", "w") as archive:
+        archive.add(spectral / "val", "val")
+    (tmp_path / "train.tar").symlink_to(tmp_path / "val.tar")
+    packed = [*shared, "--data-path", tmp_path, "--in-chans", CHANNELS]
+    capsys.readouterr()
+    assert run(*packed, "--eval", "--resume", path) == 0
+    assert "8 images" in capsys.readouterr().out
     for split in ("train", "val"):
         (tmp_path / "arrays" / split).mkdir(parents=True)
         shutil.copytree(images, tmp_path / "arrays" / split / "a", ignore=shutil.ignore_patterns("*.tif"))
@@ -249,7 +257,13 @@ def test_damaged_arrays_are_unreadable():
         decode_channels(file.read_bytes(), CHANNELS, "stored")
 
 
-def test_hub_takes_the_number_of_channels(spectral):
-    network = torch.hub.load(str(ROOT), "SepViT_Lite", source="local", img_size=32, in_chans=CHANNELS)
-    assert network(torch.zeros(1, CHANNELS, 32, 32)).shape == (1, 1000)
-    assert timm.create_model("SepViT_Lite", in_chans=1).in_chans == 1
+def test_bare_weights_show_their_channels(tmp_path):
+    network, path = timm.create_model("SepViT_Lite", in_chans=CHANNELS).eval(), str(tmp_path / "bare.pth")
+    torch.save(network.state_dict(), path)
+    images = torch.randn(1, CHANNELS, 224, 224)
+    hub = torch.hub.load(str(ROOT), "SepViT_Lite", source="local", checkpoint=path).eval()
+    classifier = load_classifier(path)
+    assert classifier.description.preprocessing.channels == CHANNELS
+    with torch.no_grad():
+        torch.testing.assert_close(hub(images), network(images))
+        torch.testing.assert_close(classifier.logits([images[0]]), network(images))

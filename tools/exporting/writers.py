@@ -251,7 +251,7 @@ def preprocessing_graph(preprocessing: Preprocessing, opset: int = OPSET) -> Any
     import onnx
 
     if preprocessing.squash or preprocessing.size[0] != preprocessing.size[1] or preprocessing.channels != 3:
-        raise ValueError("this graph supports only square inputs in RGB that are cropped, not squashed")
+        raise ValueError("the preprocessing graph supports only RGB, square inputs and a centre crop")
     make, cubic = onnx.helper.make_node, preprocessing.interpolation == "bicubic"
     mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     constants = {

@@ -135,7 +135,7 @@ class ClassifierPredictor(Predictor):
 
     def __init__(self, classifier: Classifier) -> None:
         if (channels := classifier.prepare.preprocessing.channels) != 3:
-            raise UserError(f"{setting('resume')}: takes images of {channels} channels, the page RGB; use predict.py")
+            raise UserError(f"{setting('resume')}: expects {channels} channels, but the page has RGB; use predict.py")
         made, (height, width) = classifier.description, classifier.description.preprocessing.size
         size = f"{height} × {width}"
         super().__init__("classifier", made.model, made.classes, made.orientation, size, classifier.network)

@@ -42,6 +42,7 @@ class Archive(ImageFiles):
 
     Args:
         path: the archive.
+        arrays: whether NumPy files are images, too.
 
     Raises:
         tarfile.TarError: the file is damaged or not an archive.
@@ -51,8 +52,8 @@ class Archive(ImageFiles):
     skipped: Counter[str]
     file = Images.file  # opens the image's content in memory
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.root = path, str(path.parent)
+    def __init__(self, path: Path, arrays: bool = False) -> None:
+        self.path, self.root, self.arrays = path, str(path.parent), arrays
         self.skipped = Counter()
         with tarfile.open(path, "r:", tarinfo=CheckedTarInfo) as archive:
             found = sorted(self._images(archive), key=lambda image: natural_key(image[0]))
@@ -78,7 +79,7 @@ class Archive(ImageFiles):
             if suffix.lower() == ".tar":
                 with tarfile.open(fileobj=archive.extractfile(member), mode="r:", tarinfo=CheckedTarInfo) as part:
                     yield from self._images(part, stem, start + member.offset_data)
-            elif is_image(name):
+            elif is_image(name, self.arrays):
                 own.append(
                     (member.path, canonical(os.path.basename(folder)) or inner, start + member.offset_data, member.size)
                 )
