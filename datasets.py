@@ -7,8 +7,9 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.data import create_dataset, create_transform
@@ -21,25 +22,28 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
 
 from samplers import DistributedEvalSampler, TrainBatchSampler
-from sepvit_lib.common.class_names import listed, order_of, read_class_map
+from sepvit_lib.common.class_names import canonical, listed, order_of, read_class_map
 from sepvit_lib.common.errors import MachineError, UserError, setting
 from sepvit_lib.common.packages import require
 from sepvit_lib.common.processes import get_rank, get_world_size, print_main
 from sepvit_lib.common.storage import is_storage_error
 from sepvit_lib.pipeline.data_sets.archive import Archive
-from sepvit_lib.pipeline.data_sets.base import Images
+from sepvit_lib.pipeline.data_sets.base import ImageFiles, Images
 from sepvit_lib.pipeline.data_sets.class_folders import ClassFolders
 from sepvit_lib.pipeline.data_sets.inaturalist import INaturalist
 from sepvit_lib.pipeline.data_sets.libraries import Cifar100, from_library, import_hugging_face
+from sepvit_lib.pipeline.data_sets.table import SPLIT_NAMES, Table
 from sepvit_lib.pipeline.image_files import IMAGE_SUFFIXES, Encoded, decode, describe_skipped, is_hidden
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 from sepvit_lib.pipeline.readers import read_exactly_once, shards_of
 from sepvit_lib.pipeline.samples import ImageData, TrainSamples, ValSamples, collate
 from sepvit_lib.pipeline.scaled_decoding import CropDecoder
+from sepvit_lib.pipeline.splits import validation_part
 from sepvit_lib.pipeline.streams import TrainStream, ValStream
 from sepvit_lib.run.state import Precision
 from sepvit_lib.run.watchdog import ignore_preemption
 
+T = TypeVar("T", bound=ImageFiles)
 IMAGENET_FOLDERS = {True: ("train", "ILSVRC2012_img_train"), False: ("val", "ILSVRC2012_img_val")}
 READERS = ("wds", "hfds", "hfids", "tfds", "torch")  # prefixes that select one of timm's readers
 # Arguments for timm's readers: find images of all formats, but leave decoding to `sepvit_lib.pipeline.image_files`.
@@ -47,7 +51,9 @@ READER_ARGUMENTS: dict[str, dict[str, Any]] = {
     "wds": dict(input_key=";".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))),
     "hfids": dict(input_img_mode=""),
 }
+TABLE = "csv/"  # prefix that selects a CSV or TSV file
 STREAMS = ("wds", "hfids", "tfds")  # readers of streaming data sets
+FEW_IMAGES = 5  # classes with fewer images are named
 SMALL_INPUT = 32  # side in pixels up to which training images are padded and cropped, not resized
 # Regular expressions for policies, and for the valid sections of the names of automatic augmentations with these
 # policies. timm silently ignores invalid sections.
@@ -76,6 +82,13 @@ class DataSettings:
         batch_size: images per batch. timm's readers round each worker's share up to a multiple of this number.
         seed: the run's seed.
         in_chans: channels of the images; None for 3. With other numbers, NumPy files are images, too.
+        val_fraction: share of the images for validation, if the data set has no validation images; None for none.
+        split_seed: seed of the split by `val_fraction`.
+        path_column: name of the column of a table with the paths of the images.
+        label_column: name of the column with the labels.
+        split_column: name of the column with the names of splits, if there is one.
+        group_column: name of the column with groups that are not split, if there is one.
+        ignore_classes: names of classes whose images are not used.
         is_labelled: whether the labels are used. If not, the training folder needs no class folders.
     """
 
@@ -91,6 +104,13 @@ class DataSettings:
     batch_size: int
     seed: int
     in_chans: int | None
+    val_fraction: float | None
+    split_seed: int
+    path_column: str
+    label_column: str
+    split_column: str
+    group_column: str
+    ignore_classes: Sequence[str]
     is_labelled: bool = True
 
     @property
@@ -234,7 +254,7 @@ def _check_number(data: ImageData) -> None:
 
 
 def report_images(data: ImageData, what: str) -> None:
-    """Warn of files that are skipped, and of classes without images.
+    """Warn of files that are skipped, and of classes without images or with few.
 
     Args:
         data: the data set.
@@ -242,11 +262,16 @@ def report_images(data: ImageData, what: str) -> None:
     """
     if data.dataset.skipped:
         print_main(f"WARNING: {what}: {describe_skipped(data.dataset.skipped)}")
-    labels = data.dataset.labels()
-    missing = sorted(set(range(data.num_classes)) - {data.outputs[n] if data.outputs else n for n in labels or ()})
-    if labels and missing:
-        names = [data.classes[number] if data.classes else str(number) for number in missing]
-        print_main(f"WARNING: no {what} for {len(missing)} of {data.num_classes} classes: {listed(names)}")
+    counts = data.dataset.label_counts()
+    if not counts:
+        return
+    of_output = {data.outputs[label] if data.outputs else label: count for label, count in counts.items()}
+    names = data.classes or list(map(str, range(data.num_classes)))
+    missing = [name for number, name in enumerate(names) if number not in of_output]
+    few = [name for number, name in enumerate(names) if 0 < of_output.get(number, 0) < FEW_IMAGES]
+    for many, classes in (("no", missing), (f"fewer than {FEW_IMAGES}", few)):
+        if classes:
+            print_main(f"WARNING: {many} {what} for {len(classes)} of {len(names)} classes: {listed(classes)}")
 
 
 def prepared(data: ImageData, is_train: bool, settings: TransformSettings) -> ImageData:
@@ -270,17 +295,66 @@ def prepared(data: ImageData, is_train: bool, settings: TransformSettings) -> Im
 
 def _find_images(is_train: bool, settings: DataSettings) -> ImageData:
     root = Path(settings.data_path)
-    if "/" in settings.data_set:
+    if settings.data_set.startswith(TABLE):
+        dataset: Images = _table(is_train, settings)
+    elif "/" in settings.data_set:
         return _timm_dataset(is_train, settings)
-    if not root.is_dir():
+    elif not root.is_dir():
         raise UserError(f"{setting('data_path', root)}: no such folder")
-    dataset = DATA_SETS[settings.data_set](root, is_train, settings)
+    else:
+        dataset = DATA_SETS[settings.data_set](root, is_train, settings)
+    if settings.ignore_classes:
+        without_classes(dataset, settings.ignore_classes)
     return ImageData(dataset, len(dataset.classes or ()), dataset.classes)
+
+
+def _table(is_train: bool, settings: DataSettings) -> Table:
+    """Read a split from a CSV or TSV file."""
+    what = setting("data_set", settings.data_set)
+    columns = {name: getattr(settings, f"{name}_column") for name in ("path", "label", "split", "group")}
+    table = Table(Path(settings.data_set.removeprefix(TABLE)), Path(settings.data_path), columns, what)
+    if settings.val_fraction is not None:
+        if any(table.splits):
+            way_out = f"omit it, or pass {setting('split_column', repr(''))} to ignore the column"
+            raise UserError(f"{setting('val_fraction', settings.val_fraction)}: {what} has its own splits; {way_out}")
+        return split_off(table, table.groups, is_train, settings)
+    name = settings.train_split if is_train else settings.val_split
+    if not any(table.splits):
+        raise UserError(f"{what}: has no column {settings.split_column}; set {setting('val_fraction', 0.2)}")
+    keep = [split == SPLIT_NAMES.get(name, name) for split in table.splits]
+    if not any(keep):
+        raise UserError(f"{what}: no image of split {name}, but of {listed(sorted(set(table.splits)))}")
+    table.samples = list(compress(table.samples, keep))
+    return table
+
+
+def split_off(dataset: T, groups: Sequence[str], is_train: bool, settings: DataSettings) -> T:
+    """Keep the part of a data set's images that `--val-fraction` chooses for training, or for validation."""
+    labels = [label for _, label in dataset.samples]
+    is_val = validation_part(labels, groups, settings.val_fraction or 0.0, settings.split_seed)
+    dataset.samples = [sample for sample, val in zip(dataset.samples, is_val) if val != is_train]
+    if not dataset.samples:
+        raise UserError(f"{setting('val_fraction', settings.val_fraction)}: too few images, or groups, to split")
+    return dataset
+
+
+def without_classes(dataset: Any, names: Sequence[str]) -> None:
+    """Drop classes and their images.
+
+    Raises:
+        UserError: the images are not files, or there is no such class.
+    """
+    what, classes = setting("ignore_classes", *names), list(dataset.classes or ())
+    if unknown := [name for name in map(canonical, names) if name not in classes]:
+        raise UserError(f"{what}: no class {unknown[0]}, but {listed(classes)}")
+    dataset.classes = [name for name in classes if name not in map(canonical, names)]
+    numbers = {classes.index(name): number for number, name in enumerate(dataset.classes)}
+    dataset.samples = [(path, numbers[label]) for path, label in dataset.samples if label in numbers]
 
 
 def _imagenet(root: Path, is_train: bool, settings: DataSettings) -> Images:
     """Read a split from a folder of class folders, or from an archive of class folders (train.tar, val.tar)."""
-    names = IMAGENET_FOLDERS[is_train]
+    names = IMAGENET_FOLDERS[is_train or settings.val_fraction is not None]
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     archive = root / f"{names[0]}.tar"
     if folder is None and archive.is_file():
@@ -290,7 +364,10 @@ def _imagenet(root: Path, is_train: bool, settings: DataSettings) -> Images:
             f"{setting('data_path', root)}: no {names[0]}/ folder "
             "(expected train/ and val/, ILSVRC2012_img_train/ and ILSVRC2012_img_val/, or train.tar and val.tar)"
         )
-    return ClassFolders(str(folder), settings.arrays, settings.is_labelled)
+    dataset = ClassFolders(str(folder), settings.arrays, settings.is_labelled)
+    if settings.val_fraction is None:
+        return dataset
+    return split_off(dataset, [dataset.name(index) for index in range(len(dataset))], is_train, settings)
 
 
 def _archive(path: Path, settings: DataSettings) -> Archive:

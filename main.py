@@ -53,6 +53,7 @@ from datasets import (
     READERS,
     SMALL_INPUT,
     STREAMS,
+    TABLE,
     DataSettings,
     DeviceTransform,
     LoaderSettings,
@@ -96,6 +97,7 @@ from sepvit_lib.common.processes import get_world_size, init_distributed, is_mai
 from sepvit_lib.common.recipes import ARGS, parse_with_recipe, write_recipe
 from sepvit_lib.common.saved_settings import img_size_of, settings_in
 from sepvit_lib.common.storage import make_folder, write_output
+from sepvit_lib.common.tables import as_csv
 from sepvit_lib.count import LARGE_PADDING, padding_as_text, padding_of, with_less_padding
 from sepvit_lib.networks import create_network, to_device
 from sepvit_lib.pipeline.image_files import ORIENTATIONS, STORED, count_turned
@@ -127,6 +129,7 @@ MEMORY_ADVICE = (
 )
 
 T = TypeVar("T")
+SPLIT = "split.csv"
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "wsd")
 DEPTHWISE = ("*pos_block.*.weight",)  # names of the depthwise convolutions
 
@@ -296,6 +299,8 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     packages = (*PACKAGES, "simplejpeg") if args.loader == "fast" else PACKAGES
     run = describe_run(settings, data, precision.device, packages)
     on_main_process(lambda: open_output(output, run, training, source, args.auto_resume))
+    if args.val_fraction:
+        on_main_process(lambda: write_split(output.folder / SPLIT, train, val, output.what))
     kept = dict(
         args=settings,
         data=data,
@@ -437,6 +442,15 @@ def open_output(output: Output, run: dict[str, Any], training: Training, source:
         write_recipe(output.folder / ARGS, run["settings"])
     except OSError as error:
         raise UserError(f"{output.what}: cannot be written ({error.strerror}); choose another folder") from None
+
+
+def write_split(path: Path, train: ImageData, val: ImageData, what: str) -> None:
+    """Write the split of the images as a table, which `--data-set csv/FILE` reads."""
+    lines = [("path", "label", "split")]
+    for split, data in (("train", train), ("val", val)):
+        images, classes = data.dataset.samples, data.dataset.classes
+        lines += [(os.path.relpath(name, data.dataset.root), classes[label], split) for name, label in images]
+    write_output(path, lambda file: file.write(as_csv(lines).encode()), what)
 
 
 @contextmanager
@@ -1187,8 +1201,14 @@ def add_data_settings(group: Any) -> None:
         help="training loader; faithful: PIL, as published; fast: scaled JPEG decoding, with normalisation and random "
         "erasing on the device",
     )
-    about = "IMNET (a folder of class folders), CIFAR, INAT, INAT19, or a timm reader: wds/…, hfds/…, tfds/…, torch/…"
+    about = "IMNET (a folder of class folders), CIFAR, INAT, INAT19, csv/FILE, or a timm reader: wds/…, hfds/…"
     add("--data-set", default="IMNET", help=about)
+    about = "share of each class for validation, if the data set has no validation images"
+    add("--val-fraction", type=positive_fraction, metavar="SHARE", help=about)
+    add("--split-seed", type=natural, default=0, help="seed of --val-fraction")
+    for name in ("path", "label", "split", "group"):
+        add(f"--{name}-column", default=name, metavar="NAME", help=f"column of csv/FILE with the {name} of each image")
+    add("--ignore-classes", nargs="+", default=[], metavar="NAME", help="classes whose images are not used")
     add("--inat-category", choices=INAT_CATEGORIES, default="name")
     unknown = "for timm readers that do not report this number"
     add("--num-classes", type=positive_int, help=f"number of classes, {unknown}")
@@ -1224,8 +1244,8 @@ def check_names(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} {name}: unknown; choose {', '.join(VARIANTS)}, or a timm model")
     if args.opt not in list_optimizers():
         raise UserError(f"--opt {args.opt}: unknown; choose a timm optimiser, such as adamw, sgd or lamb")
-    if args.data_set.split("/")[0] not in (DATA_SETS if "/" not in args.data_set else READERS):
-        readers = ", ".join(f"{name}/…" for name in READERS)
+    if args.data_set.split("/")[0] not in (DATA_SETS if "/" not in args.data_set else (*READERS, "csv")):
+        readers = ", ".join(f"{name}/…" for name in ("csv", *READERS))
         raise UserError(f"--data-set {args.data_set}: unknown; choose {', '.join(DATA_SETS)}, {readers}")
 
 
@@ -1310,6 +1330,8 @@ def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
         ("val_interval val_split", not uses_labels(args), "distillation_type distillation_alpha"),
         ("inat_category", not args.data_set.startswith("INAT"), "data_set"),
         ("train_split val_split", "/" not in args.data_set, "data_set"),
+        ("path_column label_column split_column group_column", not args.data_set.startswith(TABLE), "data_set"),
+        ("split_seed", args.val_fraction is None, "val_fraction"),
         ("train_num_samples val_num_samples", not is_stream, "data_set"),
         ("eval resume finetune", args.throughput, "throughput"),
     ]

@@ -28,6 +28,9 @@ from sepvit_lib.run.monitor import MonitorSettings
 TEACHER = f"--distillation-type soft --teacher-model {small_model.MODEL} --teacher-path {{root}}/teacher.pth"
 SHARDS = "--data-set wds/x --data-path {root}/wds --num-classes 2 --train-split a-0.tar|16 --val-split a-1.tar|16"
 
+TABLE = "--data-set csv/{root}/table.csv"
+WHOLE = "--data-set csv/{root}/whole.csv --val-fraction 0.3"
+
 # Changes of one flag each, by the settings beside which what is built differs. `{root}` is the fixture's folder.
 CHANGES = {
     "": "--accum-steps 2, --aa augmix, --amp bfloat16, --batch-size 8, --bce-loss, --channels-last, "
@@ -59,6 +62,8 @@ CHANGES = {
     "--sched poly": "--decay-rate 0.5",
     "--sched step": "--decay-epochs 2",
     "--sched wsd --decay-epochs 4 --lr 1": "--lr-decay-fn cosine",
+    TABLE: "--path-column other, --label-column digit, --split-column fold, --ignore-classes c",
+    WHOLE: "--group-column writer, --split-seed 1, --val-fraction 0.5",
     SHARDS: "--num-classes 3, --train-num-samples 32, --train-split a-1.tar|16, --val-num-samples 8, "
     "--val-split a-0.tar|16",
     TEACHER: "--distillation-alpha 0.1, --distillation-tau 3, --distillation-type hard, "
@@ -86,7 +91,7 @@ IGNORED = {
     "": "bce_target_thresh color_jitter distillation_alpha distillation_tau inat_category layer_decay_min_scale "
     "lr_decay_fn lr_noise_pct lr_noise_std model_ema_decay model_ema_force_cpu model_ema_warmup momentum "
     "patience_epochs ratio scale teacher_kwargs teacher_model train_num_samples train_split val_num_samples "
-    "val_split resplit cooldown_epochs",
+    "val_split resplit cooldown_epochs path_column label_column split_column group_column split_seed",
     "--aa=": "train_interpolation",
     "--in-chans 1": "aa",
     "--no-aug": "hflip reprob",
@@ -139,6 +144,16 @@ def root(tmp_path_factory):
     (root / "inat").mkdir()
     inat_folder(root / "inat", with_kingdom=True)
     (root / "map.txt").write_text("b\na\n")
+    for name, header in (("table", "split,fold"), ("whole", "group,writer")):
+        lines = [f"path,other,label,digit,{header}"]
+        for n in range(24):
+            last = (
+                f"{'val' if n > 17 else 'train'},{'train' if n % 4 else 'val'}"
+                if name == "table"
+                else f"{n // 2},{n // 3}"
+            )
+            lines.append(f"many/train/a/{n}.png,many/train/b/{n}.png,{'abc'[n % 3]},{n % 2},{last}")
+        (root / f"{name}.csv").write_text("\n".join(lines))
     (root / "recipe.yaml").write_text("model_ema: true\n")
     torch.manual_seed(0)
     network = timm.create_model(small_model.MODEL, img_size=32, num_classes=2)

@@ -48,8 +48,8 @@ class Images:
         """
         raise NotImplementedError
 
-    def labels(self) -> set[int] | None:
-        """Set of the labels that occur; None if finding them would require reading all images."""
+    def label_counts(self) -> Counter[int] | None:
+        """Number of images of each label that occurs; None if counting would require reading all images."""
         return None
 
     def files(self) -> Iterator[Callable[[], Any]]:
@@ -88,9 +88,9 @@ class ImageFiles(Images):
         for path, label in self.samples:
             yield os.fsencode(f"{canonical(path.removeprefix(self.root))}\0{label}\n")
 
-    def labels(self) -> set[int]:
-        """Labels that occur."""
-        return {label for _, label in self.samples}
+    def label_counts(self) -> Counter[int]:
+        """Number of images of each label that occurs."""
+        return Counter(label for _, label in self.samples)
 
     def file(self, index: int) -> Any:
         """Path of an image."""

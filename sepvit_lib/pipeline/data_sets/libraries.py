@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -66,9 +67,9 @@ class TorchvisionImages(Images):
         """Yield the name of the data set's Python class, and the number of images."""
         yield json.dumps([type(self.dataset).__name__, len(self)]).encode()
 
-    def labels(self) -> set[int] | None:
-        """Labels that occur; None if torchvision does not list them."""
-        return set(map(int, self.dataset.targets)) if hasattr(self.dataset, "targets") else None
+    def label_counts(self) -> Counter[int] | None:
+        """Number of images of each label; None if torchvision does not list them."""
+        return Counter(map(int, self.dataset.targets)) if hasattr(self.dataset, "targets") else None
 
     def files(self) -> Iterator[Callable[[], Any]]:
         """Yield nothing: there are no files to open."""
@@ -113,9 +114,9 @@ class ReaderImages(Images):
         """Yield the name of the reader's Python class, and the number of images."""
         yield json.dumps([type(self.reader).__name__, len(self)]).encode()
 
-    def labels(self) -> set[int] | None:
-        """Labels that occur."""
-        return set(self.reader.dataset.unique(self.reader.label_key))
+    def label_counts(self) -> Counter[int] | None:
+        """Number of images of each label."""
+        return Counter(self.reader.dataset[self.reader.label_key])
 
     def file(self, index: int) -> Any:
         """File object of an image."""
@@ -140,7 +141,7 @@ class ImageStream(IterableImageDataset):
         """Yield the name of the reader's Python class, the number of images, and the names of the shards, if any."""
         yield json.dumps([type(self.reader).__name__, len(self), *(shards_of(self) or ())]).encode()
 
-    def labels(self) -> None:
+    def label_counts(self) -> None:
         """Return None: labels are unknown until all images are read."""
 
     def files(self) -> Iterator[Callable[[], Any]]:

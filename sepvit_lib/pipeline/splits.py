@@ -1,0 +1,36 @@
+"""Split images into training and validation images: stratified by class, with whole groups."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+
+def validation_part(labels: Sequence[int], groups: Sequence[str], fraction: float, seed: int) -> list[bool]:
+    """Choose the images for validation. The choice depends only on the arguments, not on the machine.
+
+    Groups are taken in an order that the seed determines, each if most of its images belong to classes that still lack
+    validation images. A class that is in a single group stays in training.
+
+    Args:
+        labels: class of each image.
+        groups: group of each image, such as a patient; images of a group stay together.
+        fraction: share of each class for validation.
+        seed: seed of the order.
+
+    Returns:
+        whether each image is for validation.
+    """
+    members: defaultdict[str, Counter[int]] = defaultdict(Counter)
+    for label, group in zip(labels, groups):
+        members[group][label] += 1
+    totals, left = Counter(labels), Counter(label for counts in members.values() for label in counts)
+    wanted = Counter({label: max(1, round(fraction * count)) for label, count in totals.items()})
+    chosen = set()
+    for group in sorted(members, key=lambda group: hashlib.sha256(f"{seed}\0{group}".encode()).digest()):
+        counts = members[group]
+        gain = sum(min(count, max(0, wanted[label])) for label, count in counts.items())
+        if 2 * gain > counts.total() and all(left[label] > 1 for label in counts):
+            chosen.add(group)
+            wanted.subtract(counts)
+            left.subtract(counts.keys())
+    return [group in chosen for group in groups]
