@@ -23,6 +23,7 @@ from torchvision.datasets import CIFAR100, ImageFolder
 
 from samplers import DistributedEvalSampler, TrainBatchSampler
 from sepvit_lib.common.class_names import canonical, listed, order_of, read_class_map
+from sepvit_lib.common.class_weights import BALANCED
 from sepvit_lib.common.errors import MachineError, UserError, setting
 from sepvit_lib.common.packages import require
 from sepvit_lib.common.processes import get_rank, get_world_size, print_main
@@ -168,6 +169,7 @@ class LoaderSettings:
         device: the device.
         dist_eval: split the validation images across ranks.
         data_set: the data set, for messages.
+        sampler: 'random', or 'balanced' to draw all classes equally often.
     """
 
     batch_size: int
@@ -179,6 +181,7 @@ class LoaderSettings:
     device: str
     dist_eval: bool
     data_set: str
+    sampler: str
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,13 +265,11 @@ def report_images(data: ImageData, what: str) -> None:
     """
     if data.dataset.skipped:
         print_main(f"WARNING: {what}: {describe_skipped(data.dataset.skipped)}")
-    counts = data.dataset.label_counts()
+    counts, names = data.label_counts(), data.classes or list(map(str, range(data.num_classes)))
     if not counts:
         return
-    of_output = {data.outputs[label] if data.outputs else label: count for label, count in counts.items()}
-    names = data.classes or list(map(str, range(data.num_classes)))
-    missing = [name for number, name in enumerate(names) if number not in of_output]
-    few = [name for number, name in enumerate(names) if 0 < of_output.get(number, 0) < FEW_IMAGES]
+    missing = [name for number, name in enumerate(names) if number not in counts]
+    few = [name for number, name in enumerate(names) if 0 < counts[number] < FEW_IMAGES]
     for many, classes in (("no", missing), (f"fewer than {FEW_IMAGES}", few)):
         if classes:
             print_main(f"WARNING: {many} {what} for {len(classes)} of {len(names)} classes: {listed(classes)}")
@@ -588,8 +589,11 @@ def build_train_loader(data: ImageData, settings: LoaderSettings, samples: Train
         samples: samples to load in place of the images.
 
     Raises:
-        UserError: an epoch has no complete step.
+        UserError: an epoch has no complete step, or the labels that the sampler needs are unknown.
     """
+    labels = data.dataset.labels() if settings.sampler == BALANCED else []
+    if labels is None:
+        raise UserError(f"{setting('sampler', BALANCED)}: the labels are unknown before reading the images; omit it")
     if isinstance(data.dataset, IterableDataset):
         _check_shards(data.dataset, settings)
         data.dataset.set_loader_cfg(num_workers=settings.num_workers)  # type: ignore[attr-defined] # timm's
@@ -605,6 +609,7 @@ def build_train_loader(data: ImageData, settings: LoaderSettings, samples: Train
             get_rank(),
             settings.seed,
             settings.repeated_aug,
+            labels,
         )
         loader = _loader(samples, settings, batch_sampler=sampler)
     if len(loader) == 0:

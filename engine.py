@@ -1,6 +1,6 @@
 """Train an epoch, validate, measure throughput, and compute the loss of knowledge distillation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +72,27 @@ class EvaluationSettings:
     dist_eval: bool
     print_freq: int
     data_path: str
+
+
+class WeightedLoss(nn.Module):
+    """Mean of each image's loss times the weight of its class. With soft targets, the weights are averaged by them.
+
+    Args:
+        loss: losses of the images, B, from outputs and targets.
+        weights: weight of each class.
+    """
+
+    weights: Tensor
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.loss = loss
+        self.register_buffer("weights", torch.tensor(weights))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Compute the loss from logits, B × classes, and labels, B, or soft targets, B × classes."""
+        weights = self.weights[targets] if targets.ndim == 1 else targets @ self.weights
+        return (weights * self.loss(outputs, targets)).mean()
 
 
 class DistillationLoss(nn.Module):
@@ -311,7 +332,10 @@ def evaluate(
     settings: EvaluationSettings,
     watchdog: Watchdog,
 ) -> dict[str, float]:
-    """Validate a network. Returns loss, and top-1 and top-5 accuracy (%). A collective call.
+    """Validate a network. A collective call.
+
+    Returns loss, top-1 and top-5 accuracy, balanced accuracy (the mean of the classes' recalls), and macro F1 (the mean
+    of the classes' F1), all but the loss in %. Classes that do not occur are not counted.
 
     If the images are split across ranks, the ranks' sums are all-reduced, so that every image counts exactly once.
 
@@ -332,6 +356,7 @@ def evaluate(
         broadcast(buffer)  # validate with rank 0's buffers, which the checkpoint saves
     kind = torch.float32 if precision.device.type == "mps" else torch.float64  # MPS has no float64
     sums = torch.zeros(3, dtype=kind, device=precision.device)  # loss, top-1, top-5
+    classes = sums.new_zeros(3, getattr(model, "num_classes", 0))  # images, predictions and hits of each class
     count = 0
     progress = Progress(loader, title, settings.print_freq, len(loader), print_line=reporter())
     for images, targets in progress:
@@ -339,8 +364,12 @@ def evaluate(
         with precision.autocast():
             outputs = model(images)
         loss = F.cross_entropy(outputs.float(), targets, reduction="sum")
-        ranked = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == targets[:, None]
+        predicted = outputs.topk(min(5, outputs.shape[1]), dim=1).indices
+        ranked, ones = predicted == targets[:, None], torch.ones_like(targets, dtype=kind)
         sums += torch.stack([loss.to(kind), ranked[:, 0].sum(), ranked.sum()])
+        seen = ((targets, ones), (predicted[:, 0], ones), (targets, ranked[:, 0].to(kind)))
+        for row, (index, values) in zip(classes, seen):
+            row.index_add_(0, index, values)
         count += len(images)
         if progress.advance(len(images) * (get_world_size() if settings.dist_eval else 1)):
             progress.report()
@@ -351,17 +380,33 @@ def evaluate(
     watchdog.sync_point()
     if any_rank(precision.device, watchdog.preemption.requested):
         raise Preempted(f"in {title}")
-    totals = torch.cat([sums, sums.new_tensor([count])])
+    totals = torch.cat([sums, sums.new_tensor([count]), classes.flatten()])
     # All ranks use the same results, even if their devices' results differ in the last bits.
-    loss, acc1, acc5, images_seen = (all_reduce(totals) if settings.dist_eval else broadcast(totals)).tolist()
+    totals = all_reduce(totals) if settings.dist_eval else broadcast(totals)
+    loss, acc1, acc5, images_seen = totals[:4].tolist()
     if images_seen == 0:
         raise UserError(f"{setting('data_path', settings.data_path)}: no validation image could be read")
     stats = {"loss": loss / images_seen, "acc1": 100 * acc1 / images_seen, "acc5": 100 * acc5 / images_seen}
+    stats |= class_metrics(totals[4:].view(3, -1))
     print_main(
         f"{title}: top-1 {stats['acc1']:.3f} %, top-5 {stats['acc5']:.3f} %, loss {stats['loss']:.4f}, "
         f"{int(images_seen)} images"
     )
     return stats
+
+
+def class_metrics(classes: Tensor) -> dict[str, float]:
+    """Compute balanced accuracy and macro F1 (%).
+
+    Args:
+        classes: numbers of images, predictions and hits of each class, 3 × classes.
+    """
+    images, predictions, hits = classes
+    recall, f1 = hits[images > 0] / images[images > 0], 2 * hits / (images + predictions)
+    return {
+        "balanced_accuracy": 100 * recall.mean().item(),
+        "f1": 100 * f1[images + predictions > 0].mean().item(),
+    }
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import timm
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from timm.data import Mixup
 from timm.layers import to_2tuple
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -71,12 +72,14 @@ from engine import (
     LoopSettings,
     Renormalised,
     TaskLoss,
+    WeightedLoss,
     evaluate,
     measure_throughput,
     train_one_epoch,
 )
 from sepvit import VARIANTS, WINDOW_SIZES, SepViT
 from sepvit_lib.common.class_names import check_map, listed
+from sepvit_lib.common.class_weights import BALANCED, class_weights
 from sepvit_lib.common.command_line import (
     KeyValues,
     Parser,
@@ -130,6 +133,8 @@ MEMORY_ADVICE = (
 
 T = TypeVar("T")
 SPLIT = "split.csv"
+# Metrics of `evaluate`, by --watch.
+WATCHED = {"top1": "acc1", "loss": "loss", "balanced-accuracy": "balanced_accuracy", "f1": "f1"}
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "wsd")
 DEPTHWISE = ("*pos_block.*.weight",)  # names of the depthwise convolutions
 
@@ -291,8 +296,8 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     training = parts.training
     if source:
         restore(training, source, settings)
-    if training.epoch >= args.epochs:
-        end_finished_run(output, source, training, args.epochs)
+    if training.epoch >= args.epochs or training.has_stalled(args.early_stop):
+        end_finished_run(output, source, training, args)
         return
     if keeps_features(args, model, train):
         parts = on_features(parts, args, train, watchdog.tick)
@@ -313,7 +318,7 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     limits = settings_from(args, MonitorSettings, dataset_size=len(train), advice=DIVERGENCE_ADVICE)
     monitor = StepMonitor(limits, watchdog, flags, output.folder, output.log_event, save)
     with profiled(training, args.profile, output.folder):
-        train_epochs(parts, output, monitor, save)
+        train_epochs(parts, output, monitor, save, args.watch, args.early_stop)
 
 
 def find_start(args: argparse.Namespace, source: Source | None) -> tuple[dict[str, Any] | None, str]:
@@ -469,8 +474,18 @@ def profiled(training: Training, steps: int, folder: Path) -> Iterator[None]:
             handle.remove()
 
 
-def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Callable[..., None]) -> None:
+def train_epochs(
+    parts: Parts, output: Output, monitor: StepMonitor, save: Callable[..., None], watch: str, early_stop: int
+) -> None:
     """Train from the current step to the end of the run.
+
+    Args:
+        parts: the parts of the run.
+        output: its output folder.
+        monitor: called after each batch and step.
+        save: writes a checkpoint.
+        watch: metric that chooses the best checkpoint.
+        early_stop: epochs without improvement after which the run ends; 0 for none.
 
     Raises:
         Preempted: the run was asked to stop, and has saved a checkpoint.
@@ -478,7 +493,7 @@ def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Calla
     training, watchdog, start = parts.training, monitor.watchdog, time.perf_counter()
     stats: dict[str, float] = {}
     try:
-        while training.epoch < parts.loop.epochs:
+        while training.epoch < parts.loop.epochs and not training.has_stalled(early_stop):
             if parts.mixup is not None:  # targets stay soft
                 parts.mixup.mixup_enabled = training.epoch < (parts.loop.mixup_off_epoch or math.inf)
             loss = train_one_epoch(
@@ -495,7 +510,9 @@ def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Calla
             done = training.epoch + 1
             if parts.val_interval and (done % parts.val_interval == 0 or done == parts.loop.epochs):
                 stats |= validate(parts, watchdog)
-            finish_epoch(training, output, save, stats)
+            sampler: Any = parts.train_loader.batch_sampler
+            balance = dict(class_counts=sampler.class_counts()) if len(getattr(sampler, "labels", ())) else {}
+            finish_epoch(training, output, save, stats, watch, balance)
     except Preempted:
         save()
         position = f"before epoch {training.epoch}, step {training.epoch_step}"
@@ -504,6 +521,8 @@ def train_epochs(parts: Parts, output: Output, monitor: StepMonitor, save: Calla
     on_main_process(lambda: complete_output(output))
     if parts.val_interval:
         check_outputs(stats, f"epoch {training.epoch - 1} validation")
+    if training.has_stalled(early_stop):
+        print_main(f"--early-stop {early_stop}: {watch} has not improved since epoch {training.best_epoch}")
     if is_main_process():
         duration = timedelta(seconds=round(time.perf_counter() - start))
         best = f", best top-1 {training.best_accuracy:.3f} %" if parts.val_interval else ""
@@ -530,11 +549,29 @@ def prefixed(prefix: str, stats: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}_{name}": value for name, value in stats.items()}
 
 
-def finish_epoch(training: Training, output: Output, save: Callable[..., None], stats: dict[str, float]) -> None:
-    """Write the epoch's logs, then its checkpoint, so that log.txt is never behind the newest checkpoint."""
+def finish_epoch(
+    training: Training,
+    output: Output,
+    save: Callable[..., None],
+    stats: dict[str, float],
+    watch: str,
+    others: dict[str, Any],
+) -> None:
+    """Write the epoch's logs, then its checkpoint, so that log.txt is never behind the newest checkpoint.
+
+    Args:
+        training: the run's state.
+        output: the run's output folder.
+        save: writes a checkpoint.
+        stats: the epoch's metrics.
+        watch: metric that chooses the best checkpoint.
+        others: other values for log.txt.
+    """
     top1 = stats.get("test_acc1")  # None if the epoch was not validated
-    is_best = top1 is not None and top1 > training.best_accuracy and math.isfinite(stats["test_loss"])
-    training.best_accuracy = stats["test_acc1"] if is_best else training.best_accuracy
+    is_best = False
+    if top1 is not None and math.isfinite(stats["test_loss"]):
+        is_best = training.see_value(-stats["test_loss"] if watch == "loss" else stats[f"test_{WATCHED[watch]}"])
+        training.best_accuracy = max(training.best_accuracy, top1)
     n_parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
     entry = {
         **stats,
@@ -542,6 +579,7 @@ def finish_epoch(training: Training, output: Output, save: Callable[..., None], 
         "n_parameters": n_parameters,
         "bad_steps": training.bad_steps,
         "unreadable_images": len(training.unreadable_images),
+        **others,
     }
     output.log_epoch(entry, stats, training.epoch)
     training.lr_scheduler.step(training.epoch, top1)
@@ -549,14 +587,15 @@ def finish_epoch(training: Training, output: Output, save: Callable[..., None], 
     save(is_best=is_best)
 
 
-def end_finished_run(output: Output, source: Source | None, training: Training, epochs: int) -> None:
+def end_finished_run(output: Output, source: Source | None, training: Training, args: argparse.Namespace) -> None:
     """Complete the output folder of a finished run.
 
     Raises:
         UserError: the run was not resumed automatically, so the user expects more epochs.
     """
     if source is None or not source.is_automatic:
-        raise UserError(f"--epochs {epochs}: all {training.epoch} epochs are done; nothing left to train")
+        reason = f"--epochs {args.epochs}" if training.epoch >= args.epochs else f"--early-stop {args.early_stop}"
+        raise UserError(f"{reason}: the run is complete after {training.epoch} epochs; nothing left to train")
     on_main_process(lambda: complete_output(output))
     print_main(f"--auto-resume: the run in {output.folder} is complete: {training.epoch} epochs are done")
 
@@ -881,7 +920,9 @@ def build_criterion(
         UserError: the teacher cannot be loaded, or network and teacher do not support this distillation.
     """
     base: nn.Module
-    if args.bce_loss:
+    if args.class_weights:
+        base = build_weighted_loss(args, train, soft_targets).to(next(model.parameters()).device)
+    elif args.bce_loss:
         base = BinaryCrossEntropy(smoothing=args.smoothing, target_threshold=args.bce_target_thresh)
     elif soft_targets:
         base = SoftTargetCrossEntropy()
@@ -906,6 +947,21 @@ def build_criterion(
     if args.compile and kind == "feature":
         task.trainable_module.compile(options=dict(deterministic=True) if args.deterministic else None)
     return TaskLoss(task)
+
+
+def build_weighted_loss(args: argparse.Namespace, train: ImageData, soft_targets: bool) -> nn.Module:
+    """Build the loss on the labels with weights of the classes.
+
+    Raises:
+        UserError: there is no weight for each class.
+    """
+    names = train.classes or list(map(str, range(train.num_classes)))
+    weights = class_weights(args.class_weights, train.label_counts(), names)
+    if args.bce_loss:
+        bce = BinaryCrossEntropy(args.smoothing, args.bce_target_thresh, reduction="none")
+        return WeightedLoss(lambda outputs, targets: bce(outputs, targets).mean(dim=1), weights)
+    smoothing = 0.0 if soft_targets else args.smoothing
+    return WeightedLoss(partial(F.cross_entropy, reduction="none", label_smoothing=smoothing), weights)
 
 
 # timm's distillation tasks, by --distillation-type.
@@ -1052,6 +1108,10 @@ def add_run_settings(group: Any) -> None:
     add("--eval", **SWITCH, help="only evaluate")
     add("--dist-eval", **SWITCH, help="split the validation images across processes")
     add("--val-interval", type=positive_int, default=1, metavar="N", help="validate every N epochs, and after the last")
+    about = "metric that chooses checkpoint_best.pth"
+    add("--watch", choices=list(WATCHED), default="top1", help=about)
+    about = "end the run after EPOCHS epochs without improvement of --watch; 0: never"
+    add("--early-stop", type=natural, default=0, metavar="EPOCHS", help=about)
     add("--throughput", **SWITCH, help="only measure images per second")
     add("--print-freq", type=positive_int, default=20, help="batches between progress reports")
     about = "write a trace of STEPS training steps to trace.json in the output folder (chrome://tracing)"
@@ -1150,6 +1210,11 @@ def add_augmentation_settings(group: Any) -> None:
     add("--bce-loss", **SWITCH, help="binary cross entropy of each class, in place of cross entropy")
     about = "make targets above this value 1, and others 0"
     add("--bce-target-thresh", type=fraction, metavar="VALUE", help=about)
+    about = (
+        "weights of the classes in the loss: balanced, by their numbers of images, or a JSON file of names and weights"
+    )
+    add("--class-weights", default="", metavar="balanced|FILE", help=about)
+    add("--sampler", choices=("random", BALANCED), default="random", help="balanced: draw all classes equally often")
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic")
     known = "by default as in the checkpoint, else"
     add("--interpolation", choices=("bilinear", "bicubic"), help=f"resizing filter of validation; {known} bicubic")
@@ -1206,9 +1271,11 @@ def add_data_settings(group: Any) -> None:
     about = "share of each class for validation, if the data set has no validation images"
     add("--val-fraction", type=positive_fraction, metavar="SHARE", help=about)
     add("--split-seed", type=natural, default=0, help="seed of --val-fraction")
-    for name in ("path", "label", "split", "group"):
-        add(f"--{name}-column", default=name, metavar="NAME", help=f"column of csv/FILE with the {name} of each image")
-    add("--ignore-classes", nargs="+", default=[], metavar="NAME", help="classes whose images are not used")
+    add("--path-column", default="path", metavar="NAME", help="column of csv/FILE with the images' paths")
+    add("--label-column", default="label", metavar="NAME", help="column with their labels")
+    add("--split-column", default="split", metavar="NAME", help="column with the splits that they belong to")
+    add("--group-column", default="group", metavar="NAME", help="column with groups that --val-fraction keeps together")
+    add("--ignore-classes", nargs="*", default=[], metavar="NAME", help="classes whose images are not used")
     add("--inat-category", choices=INAT_CATEGORIES, default="name")
     unknown = "for timm readers that do not report this number"
     add("--num-classes", type=positive_int, help=f"number of classes, {unknown}")
@@ -1282,6 +1349,10 @@ def check_combinations(args: argparse.Namespace) -> None:
         )
     if args.sched == "plateau" and not uses_labels(args):
         raise UserError("--sched plateau: needs validation, and so labels; use cosine, or --distillation-alpha below 1")
+    if 0 < args.early_stop < args.val_interval or (args.early_stop and not uses_labels(args)):
+        raise UserError(
+            f"--early-stop {args.early_stop}: needs a validation in these epochs; change --val-interval, say"
+        )
     if args.resume and args.finetune:
         raise UserError("--resume and --finetune: mutually exclusive; resume a run, or start one from its weights")
     if args.eval and args.finetune:
@@ -1327,7 +1398,7 @@ def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
         ("distillation_tau", args.distillation_type not in ("soft", "logit", "token-soft"), "distillation_type"),
         ("lr_decay_fn", args.sched != "wsd", "sched"),
         ("scale ratio hflip color_jitter aa train_interpolation reprob remode recount", args.no_aug, "no_aug"),
-        ("val_interval val_split", not uses_labels(args), "distillation_type distillation_alpha"),
+        ("val_interval val_split watch", not uses_labels(args), "distillation_type distillation_alpha"),
         ("inat_category", not args.data_set.startswith("INAT"), "data_set"),
         ("train_split val_split", "/" not in args.data_set, "data_set"),
         ("path_column label_column split_column group_column", not args.data_set.startswith(TABLE), "data_set"),

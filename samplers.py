@@ -1,9 +1,10 @@
 """Samplers that distribute a data set's indices across processes."""
 
 import math
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from sepvit_lib.common.randomness import SampleIndex, Stream, derived_seed
@@ -24,6 +25,9 @@ class TrainBatchSampler(Sampler[list[SampleIndex]]):
     al., https://arxiv.org/abs/2012.12877). From a data set of N images, an epoch takes ⌊N / 256⌋ · 256 samples, about
     as many as without repetition, so it uses only a third of the images.
 
+    With labels, an epoch has as many samples as the data set, equally many of each class. The samples of a class are
+    all drawn before any of them is drawn again.
+
     Args:
         dataset: anything with a length.
         batch_size: samples per batch.
@@ -32,6 +36,7 @@ class TrainBatchSampler(Sampler[list[SampleIndex]]):
         rank: index of this process.
         seed: seed of the shuffles, the same on all processes.
         repeated_augmentation: repeat each sample three times, and use a third of the images per epoch.
+        labels: label of each sample, to draw all classes equally often; empty to draw every sample once.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class TrainBatchSampler(Sampler[list[SampleIndex]]):
         rank: int = 0,
         seed: int = 0,
         repeated_augmentation: bool = False,
+        labels: Sequence[int] = (),
     ) -> None:
         self.dataset_size = len(dataset)
         self.batch_size = batch_size
@@ -51,6 +57,7 @@ class TrainBatchSampler(Sampler[list[SampleIndex]]):
         self.rank = rank
         self.seed = seed
         self.repeats = REPEATS if repeated_augmentation else 1
+        self.labels = torch.as_tensor(labels)
         self.epoch = 0
         self.start_step = 0
 
@@ -65,8 +72,7 @@ class TrainBatchSampler(Sampler[list[SampleIndex]]):
         return self.steps * self.accum_steps
 
     def __iter__(self) -> Iterator[list[SampleIndex]]:
-        generator = torch.Generator().manual_seed(derived_seed(Stream.SHUFFLE, self.seed, self.epoch))
-        order = torch.randperm(self.dataset_size, generator=generator)
+        order = self.order()
         batches_per_step = self.accum_steps * self.num_replicas
         for step in range(self.start_step, self.steps):
             start = step * batches_per_step * self.batch_size
@@ -74,6 +80,29 @@ class TrainBatchSampler(Sampler[list[SampleIndex]]):
                 positions = start + batch + batches_per_step * torch.arange(self.batch_size)
                 indices = order[positions // self.repeats]
                 yield [SampleIndex(self.epoch, *pair) for pair in zip(positions.tolist(), indices.tolist())]
+
+    def order(self) -> Tensor:
+        """Indices of the epoch's samples, shuffled."""
+        generator = torch.Generator().manual_seed(derived_seed(Stream.SHUFFLE, self.seed, self.epoch))
+        if len(self.labels) == 0:
+            return torch.randperm(self.dataset_size, generator=generator)
+        classes, parts = self.labels.unique(), []
+        for number, label in enumerate(classes):
+            members = (self.labels == label).nonzero()[:, 0]
+            count = (self.dataset_size + number) // len(classes)  # sums to the size of the data set
+            cycles = [members[torch.randperm(len(members), generator=generator)] for _ in range(0, count, len(members))]
+            parts.append(torch.cat([*cycles, members[:0]])[:count])
+        order = torch.cat(parts)
+        return order[torch.randperm(len(order), generator=generator)]
+
+    def class_counts(self) -> list[int]:
+        """Number of samples of each label in a whole epoch, if there are labels."""
+        size = self.steps * self.batch_size * self.accum_steps * self.num_replicas
+        return (
+            self.labels[self.order()[torch.arange(size) // self.repeats]]
+            .bincount(minlength=int(self.labels.max()) + 1)
+            .tolist()
+        )
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Set the epoch, which determines the shuffle, and the step in the epoch to start from."""

@@ -7,6 +7,7 @@ All classes that are pickled for the workers are in `sepvit_lib.pipeline`, and n
 import hashlib
 import json
 import pickle
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
@@ -84,6 +85,11 @@ class ImageData:
         if not quietly:
             print_main(f"{what}: the data set has the same classes in a different order; they are matched by name")
         return self.renumbered(outputs, held)
+
+    def label_counts(self) -> Counter[int] | None:
+        """Number of images of each class, by output index; None if finding it would require reading all images."""
+        labels = self.dataset.labels()
+        return None if labels is None else Counter(self.outputs[label] if self.outputs else label for label in labels)
 
     def renumbered(self, order: Sequence[int], classes: Sequence[str]) -> "ImageData":
         """Renumber the classes.

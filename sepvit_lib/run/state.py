@@ -106,6 +106,8 @@ class Training(RunState):
         epoch: the current epoch.
         epoch_step: steps done in the epoch.
         best_accuracy: highest top-1 so far (%).
+        best_value: highest value of the watched metric so far (the lowest loss, negated).
+        best_epoch: its epoch, -1 for none.
         losses: sum of this rank's finite losses in the epoch, and their number.
     """
 
@@ -119,6 +121,8 @@ class Training(RunState):
     epoch: int = 0
     epoch_step: int = 0
     best_accuracy: float = 0.0
+    best_value: float = -math.inf
+    best_epoch: int = -1
     losses: Tensor = field(default_factory=lambda: torch.zeros(2))
 
     def position(self) -> dict[str, int]:
@@ -198,6 +202,17 @@ class Training(RunState):
         total, batches = all_reduce(self.losses.clone()).tolist()
         return total / batches if batches else math.nan
 
+    def see_value(self, value: float) -> bool:
+        """See the epoch's value of the watched metric. Returns whether it is the best so far."""
+        if not value > self.best_value:
+            return False
+        self.best_value, self.best_epoch = value, self.epoch
+        return True
+
+    def has_stalled(self, patience: int) -> bool:
+        """Whether the last `patience` epochs have not improved the watched metric; False if `patience` is 0."""
+        return 0 < patience < self.epoch - self.best_epoch
+
     def end_epoch(self) -> None:
         """Move on to the next epoch."""
         self.epoch += 1
@@ -233,6 +248,8 @@ class Training(RunState):
             epoch_step=self.epoch_step,
             scaler=self.scaler.state_dict(),
             best_accuracy=self.best_accuracy,
+            best_value=self.best_value,
+            best_epoch=self.best_epoch,
             steps=self.global_step,
             losses=losses,
             bad_steps=self.bad_steps,
@@ -266,6 +283,8 @@ class Training(RunState):
         self.epoch = checkpoint["epoch"] + 1
         self.epoch_step = checkpoint.get("epoch_step", 0)
         self.best_accuracy = checkpoint.get("best_accuracy", 0.0)
+        self.best_value = checkpoint.get("best_value", self.best_accuracy)
+        self.best_epoch = checkpoint.get("best_epoch", self.epoch - 1)
         self.global_step = checkpoint.get("steps", 0)
         self.bad_steps = checkpoint.get("bad_steps", 0)
         self.bad_in_row = checkpoint.get("bad_in_row", 0)

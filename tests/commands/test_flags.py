@@ -36,6 +36,7 @@ CHANGES = {
     "": "--accum-steps 2, --aa augmix, --amp bfloat16, --batch-size 8, --bce-loss, --channels-last, "
     "--checkpoint-every 5, "
     "--class-map {root}/map.txt, --clip-grad 1, --clip-mode value, --crop-pct 1, "
+    "--class-weights {root}/weights.json, --sampler balanced, "
     "--in-chans 1, --interpolation bilinear, --mean 0.4, --std 0.1, --freeze-stages 2, --head-lr-scale 10, --no-aug, "
     "--val-interval 2, --layer-decay 0.5, --mixup-off-epoch 2, "
     "--model-kwargs mlp_ratio=2, --opt-kwargs amsgrad=true, --compile, --cutmix 0.5, --cutmix-minmax 0.2 0.8, "
@@ -76,13 +77,14 @@ RUNS = {
     "--output_dir {root}/elsewhere, --throughput, --world_size 2",
     "--output_dir {root}/run": "--auto-resume",
     "--epochs 3": "--keep-checkpoints 1, --profile 1",
+    "--epochs 9 --lr 0 --min-lr 0 --warmup-epochs 0": "--early-stop 1",
     "--eval": "--resume {root}/teacher.pth",
     TEACHER: "--teacher-model test_resnet",
     f"--distillation-type hard --teacher-model {small_model.MODEL}": "--teacher-path {root}/teacher.pth",
 }
 
-# Flags of several processes and of faults, which the named tests start.
-ELSEWHERE = {"dist_url": "test_main.py", "timeout": "test_bad_input.py"}
+# Flags of several processes, of faults and of the best checkpoint, which the named tests use.
+ELSEWHERE = {"watch": "test_balance.py", "dist_url": "test_main.py", "timeout": "test_bad_input.py"}
 # Flags without any effect, which older commands have. The first is torch.distributed.launch's, and is not warned of.
 NONE = {"": "--local-rank 1, --resplit, --cooldown-epochs 3"}
 
@@ -144,6 +146,7 @@ def root(tmp_path_factory):
     (root / "inat").mkdir()
     inat_folder(root / "inat", with_kingdom=True)
     (root / "map.txt").write_text("b\na\n")
+    (root / "weights.json").write_text('{"a": 1, "b": 2}')
     for name, header in (("table", "split,fold"), ("whole", "group,writer")):
         lines = [f"path,other,label,digit,{header}"]
         for n in range(24):
@@ -232,6 +235,7 @@ def _built(settings):
             [loader.batch_size, loader.num_workers, loader.pin_memory, type(loader.sampler).__name__, len(loader)]
             for loader in (parts.train_loader, parts.val_loader)
         ],
+        labels=described(getattr(order, "labels", None)),
         order=str(next(iter(order))) + str(order.batch_size) if "seed" in vars(order) else None,
         criterion=described(parts.criterion),
         val_interval=parts.val_interval,
@@ -284,7 +288,7 @@ def test_every_flag_is_tried():
     assert sum(map(len, tables)) == len(names)  # each in one of them
     rows = main.without_effect(main.build_parser().parse_args([]))
     ignored = {name for names, _, _ in rows for name in names.split()}
-    assert ignored - {"eval", "resume", "finetune", "start_epoch"} == {name for _, name in UNHEARD}
+    assert ignored - {"eval", "resume", "finetune", "start_epoch", "watch"} == {name for _, name in UNHEARD}
     for name, file in ELSEWHERE.items():
         assert main.build_parser().flags()[name] in (Path(__file__).parent / file).read_text()
 

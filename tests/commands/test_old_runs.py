@@ -51,14 +51,14 @@ def test_an_old_run_resumes(old, few_digits):
     name = "checkpoint-00000018.pth"
     resumed, undisturbed = (torch.load(old / folder / name, weights_only=True) for folder in ("run", "undisturbed"))
     # What the old run did not keep.
-    assert resumed.keys() == undisturbed.keys() | {"classes", "preprocessing", "reading"}
+    assert resumed.keys() == undisturbed.keys() | {"classes", "preprocessing", "reading", "best_value", "best_epoch"}
     assert "from now on, values are scaled" in result.stdout
     for weights in ("model", "model_ema"):
         for entry, value in undisturbed[weights].items():
             torch.testing.assert_close(resumed[weights][entry], value, rtol=1e-3, atol=1e-5)
     before, after = (epochs(old / folder) for folder in ("undisturbed", "run"))
     assert [entry["epoch"] for entry in after] == [0, 1, 2]
-    assert [entry.keys() for entry in after] == [entry.keys() for entry in before]
+    assert all(new.keys() >= old_one.keys() for new, old_one in zip(after, before))
 
 
 LAST = "undisturbed/checkpoint-00000018.pth"
@@ -68,7 +68,9 @@ def test_an_old_checkpoint_is_evaluated(old, few_digits):
     run(old, few_digits, f"--eval --resume {LAST} --output_dir figures")
     last = read_log(old / "undisturbed/log.txt")[-1]
     figures = json.loads((old / "figures/eval.json").read_text())
-    assert figures == {name: pytest.approx(last[name], rel=1e-4) for name in figures}
+    assert {name: figures[name] for name in last.keys() & figures} == {
+        name: pytest.approx(last[name], rel=1e-4) for name in last if name.startswith("test_")
+    }
     assert {"test_acc1", "test_ema_acc1"} <= figures.keys()
 
 

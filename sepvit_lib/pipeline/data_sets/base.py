@@ -7,7 +7,7 @@ instances are pickled for loader workers.
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,8 +48,8 @@ class Images:
         """
         raise NotImplementedError
 
-    def label_counts(self) -> Counter[int] | None:
-        """Number of images of each label that occurs; None if counting would require reading all images."""
+    def labels(self) -> Sequence[int] | None:
+        """Label of each image; None if finding the labels would require reading all images."""
         return None
 
     def files(self) -> Iterator[Callable[[], Any]]:
@@ -88,9 +88,9 @@ class ImageFiles(Images):
         for path, label in self.samples:
             yield os.fsencode(f"{canonical(path.removeprefix(self.root))}\0{label}\n")
 
-    def label_counts(self) -> Counter[int]:
-        """Number of images of each label that occurs."""
-        return Counter(label for _, label in self.samples)
+    def labels(self) -> Sequence[int]:
+        """Label of each image."""
+        return [label for _, label in self.samples]
 
     def file(self, index: int) -> Any:
         """Path of an image."""

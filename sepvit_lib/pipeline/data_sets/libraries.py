@@ -4,8 +4,7 @@ import importlib
 import json
 import sys
 import tarfile
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from io import BytesIO
@@ -67,9 +66,9 @@ class TorchvisionImages(Images):
         """Yield the name of the data set's Python class, and the number of images."""
         yield json.dumps([type(self.dataset).__name__, len(self)]).encode()
 
-    def label_counts(self) -> Counter[int] | None:
-        """Number of images of each label; None if torchvision does not list them."""
-        return Counter(map(int, self.dataset.targets)) if hasattr(self.dataset, "targets") else None
+    def labels(self) -> Sequence[int] | None:
+        """Label of each image; None if torchvision does not list them."""
+        return list(map(int, self.dataset.targets)) if hasattr(self.dataset, "targets") else None
 
     def files(self) -> Iterator[Callable[[], Any]]:
         """Yield nothing: there are no files to open."""
@@ -114,9 +113,9 @@ class ReaderImages(Images):
         """Yield the name of the reader's Python class, and the number of images."""
         yield json.dumps([type(self.reader).__name__, len(self)]).encode()
 
-    def label_counts(self) -> Counter[int] | None:
-        """Number of images of each label."""
-        return Counter(self.reader.dataset[self.reader.label_key])
+    def labels(self) -> Sequence[int] | None:
+        """Label of each image."""
+        return list(self.reader.dataset[self.reader.label_key])
 
     def file(self, index: int) -> Any:
         """File object of an image."""
@@ -141,7 +140,7 @@ class ImageStream(IterableImageDataset):
         """Yield the name of the reader's Python class, the number of images, and the names of the shards, if any."""
         yield json.dumps([type(self.reader).__name__, len(self), *(shards_of(self) or ())]).encode()
 
-    def label_counts(self) -> None:
+    def labels(self) -> None:
         """Return None: labels are unknown until all images are read."""
 
     def files(self) -> Iterator[Callable[[], Any]]:

@@ -1,0 +1,41 @@
+"""Weights of classes in a loss."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sepvit_lib.common.class_names import canonical, listed
+from sepvit_lib.common.errors import UserError, setting
+
+BALANCED = "balanced"
+
+
+def class_weights(choice: str, counts: Mapping[int, int] | None, names: Sequence[str]) -> list[float]:
+    """Weight of each class: N / (K · n) for n of N examples in one of K classes, or from a file.
+
+    Args:
+        choice: 'balanced', or a JSON file with an object of class names and weights.
+        counts: number of examples of each class; None if unknown. A class without examples has weight 1.
+        names: names of the classes.
+
+    Raises:
+        UserError: the numbers of examples are unknown, or the file does not have a positive weight for each class.
+    """
+    what = setting("class_weights", choice)
+    if choice == BALANCED:
+        if counts is None:
+            raise UserError(f"{what}: the numbers of images are unknown before reading them; pass a file of weights")
+        total = sum(counts.values())
+        return [total / (len(names) * counts[number]) if counts.get(number) else 1.0 for number in range(len(names))]
+    try:
+        weights = {canonical(name): float(value) for name, value in json.loads(Path(choice).read_text("utf-8")).items()}
+    except OSError as error:
+        raise UserError(f"{what}: cannot be read ({error.strerror}); pass a JSON file, or {BALANCED}") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f'{what}: not a JSON object such as {{"cat": 1, "dog": 2.5}} ({error})') from None
+    wrong = [name for name in map(canonical, names) if not 0 < weights.get(name, 0) < math.inf]
+    if wrong or len(weights) != len(names):
+        problem = f"no positive weight for {listed(wrong)}" if wrong else f"{len(weights)} weights"
+        raise UserError(f"{what}: {problem}; the {len(names)} classes are {listed(names)}")
+    return [weights[canonical(name)] for name in names]
