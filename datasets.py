@@ -7,7 +7,6 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import compress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +32,7 @@ from sepvit_lib.pipeline.data_sets.base import ImageFiles, Images
 from sepvit_lib.pipeline.data_sets.class_folders import ClassFolders
 from sepvit_lib.pipeline.data_sets.inaturalist import INaturalist
 from sepvit_lib.pipeline.data_sets.libraries import Cifar100, from_library, import_hugging_face
-from sepvit_lib.pipeline.data_sets.table import SPLIT_NAMES, Table
+from sepvit_lib.pipeline.data_sets.table import ALL, Table, split_name
 from sepvit_lib.pipeline.image_files import IMAGE_SUFFIXES, Encoded, decode, describe_skipped, is_hidden
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 from sepvit_lib.pipeline.readers import read_exactly_once, shards_of
@@ -304,8 +303,8 @@ def _find_images(is_train: bool, settings: DataSettings) -> ImageData:
         raise UserError(f"{setting('data_path', root)}: no such folder")
     else:
         dataset = DATA_SETS[settings.data_set](root, is_train, settings)
-    if settings.ignore_classes:
-        without_classes(dataset, settings.ignore_classes)
+    if settings.ignore_classes and isinstance(dataset, ImageFiles):
+        without_classes(dataset, settings.ignore_classes, is_train)
     return ImageData(dataset, len(dataset.classes or ()), dataset.classes)
 
 
@@ -319,56 +318,64 @@ def _table(is_train: bool, settings: DataSettings) -> Table:
             way_out = f"omit it, or pass {setting('split_column', repr(''))} to ignore the column"
             raise UserError(f"{setting('val_fraction', settings.val_fraction)}: {what} has its own splits; {way_out}")
         return split_off(table, table.groups, is_train, settings)
-    name = settings.train_split if is_train else settings.val_split
-    if not any(table.splits):
-        raise UserError(f"{what}: has no column {settings.split_column}; set {setting('val_fraction', 0.2)}")
-    keep = [split == SPLIT_NAMES.get(name, name) for split in table.splits]
-    if not any(keep):
-        raise UserError(f"{what}: no image of split {name}, but of {listed(sorted(set(table.splits)))}")
-    table.samples = list(compress(table.samples, keep))
+    wanted = split_name(settings.train_split if is_train else settings.val_split)
+    kept = [index for index, split in enumerate(table.splits) if wanted in (split, ALL)]
+    if not kept and not any(table.splits):
+        ways_out = f"{setting('val_fraction', 0.2)}, or {setting('val_split', ALL)} to evaluate on all images"
+        raise UserError(f"{what}: has no column {settings.split_column}; set {ways_out}")
+    if not kept:
+        raise UserError(f"{what}: no image of split {wanted}, but of {listed(sorted(set(table.splits)))}")
+    table.keep(kept)
     return table
 
 
 def split_off(dataset: T, groups: Sequence[str], is_train: bool, settings: DataSettings) -> T:
     """Keep the part of a data set's images that `--val-fraction` chooses for training, or for validation."""
-    labels = [label for _, label in dataset.samples]
-    is_val = validation_part(labels, groups, settings.val_fraction or 0.0, settings.split_seed)
-    dataset.samples = [sample for sample, val in zip(dataset.samples, is_val) if val != is_train]
-    if not dataset.samples:
+    is_val = validation_part(dataset.labels(), groups, settings.val_fraction or 0.0, settings.split_seed)
+    dataset.keep([index for index, val in enumerate(is_val) if val != is_train])
+    if not len(dataset):
         raise UserError(f"{setting('val_fraction', settings.val_fraction)}: too few images, or groups, to split")
     return dataset
 
 
-def without_classes(dataset: Any, names: Sequence[str]) -> None:
+def without_classes(dataset: ImageFiles, names: Sequence[str], is_train: bool) -> None:
     """Drop classes and their images.
 
     Raises:
-        UserError: the images are not files, or there is no such class.
+        UserError: the training images have no such class.
     """
-    what, classes = setting("ignore_classes", *names), list(dataset.classes or ())
-    if unknown := [name for name in map(canonical, names) if name not in classes]:
-        raise UserError(f"{what}: no class {unknown[0]}, but {listed(classes)}")
-    dataset.classes = [name for name in classes if name not in map(canonical, names)]
+    ignored, classes = [canonical(name) for name in names], list(dataset.classes)
+    unknown = [name for name in ignored if name not in classes]
+    if unknown and is_train:
+        raise UserError(f"{setting('ignore_classes', *names)}: no class {unknown[0]}, but {listed(classes)}")
+    dataset.classes = [name for name in classes if name not in ignored]
     numbers = {classes.index(name): number for number, name in enumerate(dataset.classes)}
-    dataset.samples = [(path, numbers[label]) for path, label in dataset.samples if label in numbers]
+    dataset.keep([index for index, (_, label) in enumerate(dataset.samples) if label in numbers])
+    dataset.samples = [(path, numbers[label]) for path, label in dataset.samples]
 
 
 def _imagenet(root: Path, is_train: bool, settings: DataSettings) -> Images:
     """Read a split from a folder of class folders, or from an archive of class folders (train.tar, val.tar)."""
+    has_val = any((root / name).exists() for name in (*IMAGENET_FOLDERS[False], "val.tar"))
+    if settings.val_fraction is not None and has_val:
+        what = setting("val_fraction", settings.val_fraction)
+        raise UserError(f"{what}: {setting('data_path', root)} has validation images; omit it, or move them away")
     names = IMAGENET_FOLDERS[is_train or settings.val_fraction is not None]
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     archive = root / f"{names[0]}.tar"
-    if folder is None and archive.is_file():
-        return _archive(archive, settings)
-    if folder is None:
+    if folder is None and not archive.is_file():
         raise UserError(
             f"{setting('data_path', root)}: no {names[0]}/ folder "
             "(expected train/ and val/, ILSVRC2012_img_train/ and ILSVRC2012_img_val/, or train.tar and val.tar)"
         )
-    dataset = ClassFolders(str(folder), settings.arrays, settings.is_labelled)
+    dataset: ImageFiles
+    if folder is None:
+        dataset = _archive(archive, settings)
+    else:
+        dataset = ClassFolders(str(folder), settings.arrays, settings.is_labelled)
     if settings.val_fraction is None:
         return dataset
-    return split_off(dataset, [dataset.name(index) for index in range(len(dataset))], is_train, settings)
+    return split_off(dataset, list(map(dataset.inner_name, range(len(dataset)))), is_train, settings)
 
 
 def _archive(path: Path, settings: DataSettings) -> Archive:

@@ -80,18 +80,26 @@ class WeightedLoss(nn.Module):
     Args:
         loss: losses of the images, B, from outputs and targets.
         weights: weight of each class.
+        smoothing: label smoothing that soft targets contain. It does not change the weights.
     """
 
     weights: Tensor
 
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], weights: Sequence[float]) -> None:
+    def __init__(
+        self, loss: Callable[[Tensor, Tensor], Tensor], weights: Sequence[float], smoothing: float = 0.0
+    ) -> None:
         super().__init__()
         self.loss = loss
+        self.smoothing = min(smoothing, 1 - 1e-6)
         self.register_buffer("weights", torch.tensor(weights))
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Compute the loss from logits, B × classes, and labels, B, or soft targets, B × classes."""
-        weights = self.weights[targets] if targets.ndim == 1 else targets @ self.weights
+        if targets.ndim == 1:
+            weights = self.weights[targets]
+        else:  # not a matrix product, which autocast would round
+            smoothed = self.smoothing * self.weights.mean()
+            weights = ((targets * self.weights).sum(dim=1) - smoothed) / (1 - self.smoothing)
         return (weights * self.loss(outputs, targets)).mean()
 
 

@@ -77,6 +77,7 @@ from engine import (
     measure_throughput,
     train_one_epoch,
 )
+from samplers import TrainBatchSampler
 from sepvit import VARIANTS, WINDOW_SIZES, SepViT
 from sepvit_lib.common.class_names import check_map, listed
 from sepvit_lib.common.class_weights import BALANCED, class_weights
@@ -103,6 +104,7 @@ from sepvit_lib.common.storage import make_folder, write_output
 from sepvit_lib.common.tables import as_csv
 from sepvit_lib.count import LARGE_PADDING, padding_as_text, padding_of, with_less_padding
 from sepvit_lib.networks import create_network, to_device
+from sepvit_lib.pipeline.duplicates import MAX_IMAGES, find_duplicates
 from sepvit_lib.pipeline.image_files import ORIENTATIONS, STORED, count_turned
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 from sepvit_lib.pipeline.samples import BY_CLASS_MAP, NO_NAMES, ImageData
@@ -269,11 +271,12 @@ class Parts:
 
 def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, precision: Precision) -> None:
     """Train epoch by epoch. Write checkpoints, log.txt, TensorBoard event files and curves.png."""
-    val = find_images(args, is_train=False) if uses_labels(args) else None
-    train = find_images(args, is_train=True)
-    val = train if val is None else match_splits(train, val)
+    val, train = (find_images(args, is_train) for is_train in (not uses_labels(args), True))
+    val = match_splits(train, val)  # without labels, there is nothing to validate: both are the training images
     data = describe_data(train, val)
     on_main_process(output.lock)
+    if args.check_duplicates or (args.check_duplicates is None and len(train) + len(val) <= MAX_IMAGES):
+        on_main_process(lambda: warn_of_duplicates(train, val, args))
     source = find_checkpoint(args.resume, args.auto_resume, output.folder, output.names)
     checkpoint, what = find_start(args, source)
     keeps = source is not None and source.is_automatic
@@ -452,10 +455,22 @@ def open_output(output: Output, run: dict[str, Any], training: Training, source:
 def write_split(path: Path, train: ImageData, val: ImageData, what: str) -> None:
     """Write the split of the images as a table, which `--data-set csv/FILE` reads."""
     lines = [("path", "label", "split")]
-    for split, data in (("train", train), ("val", val)):
-        images, classes = data.dataset.samples, data.dataset.classes
-        lines += [(os.path.relpath(name, data.dataset.root), classes[label], split) for name, label in images]
-    write_output(path, lambda file: file.write(as_csv(lines).encode()), what)
+    for split, images in (("train", train.dataset), ("val", val.dataset)):
+        labels = enumerate(images.labels())
+        lines += [(images.inner_name(index), images.classes[label], split) for index, label in labels]
+    write_output(path, lambda file: file.write(as_csv(lines).encode(errors="surrogateescape")), what)
+
+
+def warn_of_duplicates(train: ImageData, val: ImageData, args: argparse.Namespace) -> None:
+    """Warn of validation images that are also training images."""
+    if not uses_labels(args) or isinstance(train.dataset, IterableDataset):
+        return
+    if pairs := find_duplicates(train.dataset, val.dataset, args.num_workers):
+        examples = listed([f"{held_out} = {trained}" for held_out, trained in pairs])
+        print_main(
+            f"WARNING: {len(pairs)} of {len(val)} validation images are also training images, so accuracy will be too "
+            f"high: {examples}"
+        )
 
 
 @contextmanager
@@ -508,10 +523,11 @@ def train_epochs(
             )
             stats = prefixed("train", loss)
             done = training.epoch + 1
-            if parts.val_interval and (done % parts.val_interval == 0 or done == parts.loop.epochs):
+            ends = done == parts.loop.epochs or 0 < early_stop < done - training.best_epoch
+            if parts.val_interval and (done % parts.val_interval == 0 or ends):
                 stats |= validate(parts, watchdog)
             sampler: Any = parts.train_loader.batch_sampler
-            balance = dict(class_counts=sampler.class_counts()) if len(getattr(sampler, "labels", ())) else {}
+            balance = class_counts(sampler, parts.train_loader.dataset) if len(getattr(sampler, "labels", ())) else {}
             finish_epoch(training, output, save, stats, watch, balance)
     except Preempted:
         save()
@@ -527,6 +543,14 @@ def train_epochs(
         duration = timedelta(seconds=round(time.perf_counter() - start))
         best = f", best top-1 {training.best_accuracy:.3f} %" if parts.val_interval else ""
         print(f"trained in {duration}{best}: checkpoints, log.txt and curves.png are in {output.folder}")
+
+
+def class_counts(sampler: TrainBatchSampler, samples: Any) -> dict[str, list[int]]:
+    """Number of samples of each class that an epoch draws, in the order of the network's outputs."""
+    counts = [0] * samples.num_classes
+    for label, count in sampler.label_counts().items():
+        counts[samples.output_of(label)] = count
+    return dict(class_counts=counts)
 
 
 def validate(parts: Parts, watchdog: Watchdog) -> dict[str, float]:
@@ -800,7 +824,7 @@ def build_training(
         settle_buckets(wrapped, inputs.to(precision.device), precision)
     projection = None if trainable is model else getattr(trainable, "projection", None)
     parts = (model, wrapped, optimizer, lr_scheduler, precision.scaler(), ema, projection, args.start_epoch)
-    return Training(*parts, losses=torch.zeros(2, device=precision.device))
+    return Training(*parts, best_epoch=args.start_epoch - 1, losses=torch.zeros(2, device=precision.device))
 
 
 def head_of(model: nn.Module) -> list[nn.Parameter]:
@@ -959,9 +983,10 @@ def build_weighted_loss(args: argparse.Namespace, train: ImageData, soft_targets
     weights = class_weights(args.class_weights, train.label_counts(), names)
     if args.bce_loss:
         bce = BinaryCrossEntropy(args.smoothing, args.bce_target_thresh, reduction="none")
-        return WeightedLoss(lambda outputs, targets: bce(outputs, targets).mean(dim=1), weights)
+        return WeightedLoss(lambda outputs, targets: bce(outputs, targets).mean(dim=1), weights, args.smoothing)
     smoothing = 0.0 if soft_targets else args.smoothing
-    return WeightedLoss(partial(F.cross_entropy, reduction="none", label_smoothing=smoothing), weights)
+    losses = partial(F.cross_entropy, reduction="none", label_smoothing=smoothing)
+    return WeightedLoss(losses, weights, args.smoothing)
 
 
 # timm's distillation tasks, by --distillation-type.
@@ -1275,6 +1300,8 @@ def add_data_settings(group: Any) -> None:
     add("--label-column", default="label", metavar="NAME", help="column with their labels")
     add("--split-column", default="split", metavar="NAME", help="column with the splits that they belong to")
     add("--group-column", default="group", metavar="NAME", help="column with groups that --val-fraction keeps together")
+    about = "find validation images among the training images, by file and by pixels; by default up to 100,000 images"
+    add("--check-duplicates", action=argparse.BooleanOptionalAction, help=about)
     add("--ignore-classes", nargs="*", default=[], metavar="NAME", help="classes whose images are not used")
     add("--inat-category", choices=INAT_CATEGORIES, default="name")
     unknown = "for timm readers that do not report this number"
@@ -1349,10 +1376,15 @@ def check_combinations(args: argparse.Namespace) -> None:
         )
     if args.sched == "plateau" and not uses_labels(args):
         raise UserError("--sched plateau: needs validation, and so labels; use cosine, or --distillation-alpha below 1")
-    if 0 < args.early_stop < args.val_interval or (args.early_stop and not uses_labels(args)):
+    if args.early_stop and not uses_labels(args):
+        raise UserError(f"--early-stop {args.early_stop}: needs validation, and so labels; omit it")
+    is_table = args.data_set.startswith(TABLE)
+    if args.val_fraction is not None and not is_table and args.data_set != "IMNET":
         raise UserError(
-            f"--early-stop {args.early_stop}: needs a validation in these epochs; change --val-interval, say"
+            f"--val-fraction {args.val_fraction}: --data-set {args.data_set} has validation images; omit it"
         )
+    if args.ignore_classes and not is_table and args.data_set not in ("IMNET", "INAT", "INAT19"):
+        raise UserError(f"--ignore-classes: not supported with --data-set {args.data_set}; omit it")
     if args.resume and args.finetune:
         raise UserError("--resume and --finetune: mutually exclusive; resume a run, or start one from its weights")
     if args.eval and args.finetune:

@@ -1,6 +1,7 @@
 """Samplers that distribute a data set's indices across processes."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence, Sized
 
 import torch
@@ -95,14 +96,10 @@ class TrainBatchSampler(Sampler[list[SampleIndex]]):
         order = torch.cat(parts)
         return order[torch.randperm(len(order), generator=generator)]
 
-    def class_counts(self) -> list[int]:
+    def label_counts(self) -> Counter[int]:
         """Number of samples of each label in a whole epoch, if there are labels."""
         size = self.steps * self.batch_size * self.accum_steps * self.num_replicas
-        return (
-            self.labels[self.order()[torch.arange(size) // self.repeats]]
-            .bincount(minlength=int(self.labels.max()) + 1)
-            .tolist()
-        )
+        return Counter(self.labels[self.order()[torch.arange(size) // self.repeats]].tolist())
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Set the epoch, which determines the shuffle, and the step in the epoch to start from."""

@@ -156,6 +156,7 @@ class Samples(Dataset):
         self.transform = data.transform
         self.decode: Any = data.decode
         self.outputs = data.outputs
+        self.num_classes = data.num_classes
         self.is_hugging_face = data.is_hugging_face
         self.seed = seed
 

@@ -1,6 +1,7 @@
 """Split images into training and validation images: stratified by class, with whole groups."""
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -26,7 +27,7 @@ def validation_part(labels: Sequence[int], groups: Sequence[str], fraction: floa
     totals, left = Counter(labels), Counter(label for counts in members.values() for label in counts)
     wanted = Counter({label: max(1, round(fraction * count)) for label, count in totals.items()})
     chosen = set()
-    for group in sorted(members, key=lambda group: hashlib.sha256(f"{seed}\0{group}".encode()).digest()):
+    for group in sorted(members, key=lambda group: hashlib.sha256(os.fsencode(f"{seed}\0{group}")).digest()):
         counts = members[group]
         gain = sum(min(count, max(0, wanted[label])) for label, count in counts.items())
         if 2 * gain > counts.total() and all(left[label] > 1 for label in counts):

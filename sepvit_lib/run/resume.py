@@ -1,6 +1,7 @@
 """Resuming a run: find its checkpoint, check that it belongs to the run, and restore the run's state."""
 
 import json
+import math
 import platform
 import subprocess
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,9 +23,9 @@ from sepvit_lib.run.state import Training
 
 # Settings that do not change what a run computes. A run may be resumed with different values.
 FREE_SETTINGS = set(
-    "auto_resume checkpoint_every class_map config data_path device dist_eval dist_url dump_bad_batch eval "
-    "keep_checkpoints local_rank max_bad_steps model_ema_force_cpu num_workers on_bad_image output_dir pin_mem "
-    "print_freq profile resume start_epoch throughput timeout world_size".split()
+    "auto_resume check_duplicates checkpoint_every class_map config data_path device dist_eval dist_url "
+    "dump_bad_batch eval keep_checkpoints local_rank max_bad_steps model_ema_force_cpu num_workers "
+    "on_bad_image output_dir pin_mem print_freq profile resume start_epoch throughput timeout world_size".split()
 )
 
 PACKAGES = ("torchvision", "timm", "numpy", "pillow")  # packages whose versions are recorded, besides torch
@@ -338,6 +339,8 @@ def restore(training: Training, source: Source, settings: Mapping[str, Any]) -> 
         elif checkpoint["epoch"] >= 0:
             training.lr_scheduler.step(checkpoint["epoch"])
         training.restore_progress(checkpoint)
+        if settings_in(checkpoint).get("watch", "top1") != settings["watch"]:  # the best value is of another metric
+            training.best_value, training.best_epoch = -math.inf, training.epoch - 1
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{what}: its training state does not match ({error}); use {setting('finetune')} to load only the weights"

@@ -68,14 +68,16 @@ def test_losses_are_weighted_by_the_class(smoothing, rare, tmp_path):
 
 def test_losses_of_mixed_images(rare):
     """The weight of a mixed image is the mean of its classes' weights; of hard targets, it is that of labels."""
-    soft = criterion_of(rare, "--class-weights", "balanced", soft=True)
+    soft = criterion_of(rare, "--class-weights", "balanced", "--smoothing", 0.1, soft=True)
+    plain = criterion_of(rare, "--class-weights", "balanced", "--smoothing", 0, soft=True)
     hard = criterion_of(rare, "--class-weights", "balanced", "--smoothing", 0)
     outputs, targets, images = torch.randn(8, 3), torch.randint(3, (8,)), torch.zeros(8, 3, 4, 4)
     one_hot = F.one_hot(targets, 3).float()
-    torch.testing.assert_close(soft(images, outputs, one_hot), hard(images, outputs, targets))
+    torch.testing.assert_close(plain(images, outputs, one_hot), hard(images, outputs, targets))
     mixed = 0.3 * one_hot + 0.7 * one_hot.flip(0)
-    expected = (mixed @ soft.base.weights) * F.cross_entropy(outputs, mixed, reduction="none")
-    torch.testing.assert_close(soft(images, outputs, mixed), expected.mean())
+    smoothed = 0.9 * mixed + 0.1 / 3  # as timm's Mixup makes them
+    expected = (mixed @ soft.base.weights) * F.cross_entropy(outputs, smoothed, reduction="none")
+    torch.testing.assert_close(soft(images, outputs, smoothed), expected.mean())
     bce = criterion_of(rare, "--class-weights", "balanced", "--bce-loss", "--smoothing", 0)
     losses = F.binary_cross_entropy_with_logits(outputs, one_hot, reduction="none").mean(1)
     torch.testing.assert_close(bce(images, outputs, targets), (losses * bce.base.weights[targets]).mean())
@@ -153,6 +155,7 @@ def test_counts_are_logged_and_runs_resume(rare, tmp_path, capsys):
     entries = [entry for entry in read_log(tmp_path / "whole") if "train_loss" in entry]
     assert all(sum(entry["class_counts"]) == 20 for entry in entries)
     assert all(min(entry["class_counts"]) >= 6 for entry in entries)
+    assert all(len(entry["class_counts"]) == 3 for entry in entries)
     resumed = tmp_path / "resumed"
     resumed.mkdir()
     shutil.copy(tmp_path / "whole/checkpoint-00000003.pth", resumed)
@@ -239,5 +242,24 @@ def test_runs_stop_early_and_resume(rare, tmp_path, capsys):
     capsys.readouterr()
     done = [*shared[:-3], "--resume", tmp_path / "whole/checkpoint.pth", "--weight-decay", 0]
     assert "--early-stop 3" in refusal(main.run, "main", [*done, "--output_dir", tmp_path / "again"], capsys)
-    unlike = [*shared, "--val-interval", 4, "--output_dir", tmp_path / "again"]
-    assert "--early-stop 3" in refusal(main.run, "main", unlike, capsys)
+
+
+def test_an_early_end_is_validated(rare, tmp_path):
+    """Also between the epochs of --val-interval; and with --start_epoch."""
+    shared = [*SMALLEST, *CPU, "--data-path", rare, "--batch-size", 2, "--lr", 0, "--min-lr", 0, "--warmup-epochs", 0]
+    shared += ["--epochs", 9, "--weight-decay", 0, "--val-interval", 2, "--early-stop", 3]
+    assert run(*shared, "--output_dir", tmp_path / "run") == 0
+    validated = ["test_acc1" in entry for entry in epochs_of(tmp_path / "run")]
+    assert validated == [False, True, False, True, True]
+    assert run(*shared, "--start_epoch", 5, "--output_dir", tmp_path / "later") == 0
+    assert [entry["epoch"] for entry in epochs_of(tmp_path / "later")] == [5, 6, 7, 8]
+
+
+def test_another_metric_starts_afresh_on_resuming(rare, tmp_path):
+    shared = [*SMALLEST, *CPU, "--data-path", rare, "--batch-size", 2, "--lr", 0.5, "--warmup-epochs", 0]
+    assert run(*shared, "--epochs", 2, "--output_dir", tmp_path / "one") == 0
+    resumed = [*shared, "--epochs", 4, "--resume", tmp_path / "one/checkpoint.pth", "--watch", "loss"]
+    assert run(*resumed, "--output_dir", tmp_path / "two") == 0
+    values = [entry["test_loss"] for entry in epochs_of(tmp_path / "two")]
+    best = torch.load(tmp_path / "two/checkpoint_best.pth", weights_only=True)
+    assert best["epoch"] == 2 + values.index(min(values))

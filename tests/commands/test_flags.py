@@ -84,7 +84,12 @@ RUNS = {
 }
 
 # Flags of several processes, of faults and of the best checkpoint, which the named tests use.
-ELSEWHERE = {"watch": "test_balance.py", "dist_url": "test_main.py", "timeout": "test_bad_input.py"}
+ELSEWHERE = {
+    "watch": "test_balance.py",
+    "check_duplicates": "test_table.py",
+    "dist_url": "test_main.py",
+    "timeout": "test_bad_input.py",
+}
 # Flags without any effect, which older commands have. The first is torch.distributed.launch's, and is not warned of.
 NONE = {"": "--local-rank 1, --resplit, --cooldown-epochs 3"}
 

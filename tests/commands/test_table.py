@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import torch
 from conftest import SMALLEST, differences, read_log, refusal
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import main
+from sepvit_lib.pipeline import duplicates
 from sepvit_lib.pipeline.splits import validation_part
+from tools import export
 
 CPU = ["--device", "cpu", "--num_workers", "0"]
 
@@ -112,6 +116,66 @@ def test_other_splits_and_ignored_classes(images):
     assert not any("-1-" in path for path, _ in data.dataset.samples)
 
 
+def test_tables_of_other_programs(images):
+    """An unnamed index, blank lines, splits in capitals; and a table without splits is evaluated as a whole."""
+    rows = rows_of(images / "table.csv")
+    lines = [",".join(["" if number == 0 else str(number), *row]) for number, row in enumerate(rows)]
+    (images / "table.csv").write_text("\n\n".join(lines).replace("train,", "Train,", 9))
+    assert sizes(images / "table.csv") == (48, 21)
+    assert sizes(images / "table.csv", "--split-column", "", "--group-column", "", "--val-fraction", 0.25) == (51, 18)
+    write(images / "test.csv", [row[:2] for row in rows])
+    assert len(found(images / "test.csv", "--val-split", "all", is_train=False)) == 69
+
+
+@pytest.mark.parametrize("kind", ["folder", "archive"])
+def test_splits_are_the_same_wherever_the_images_are(kind, few_digits, tmp_path, monkeypatch):
+    """The names of the images decide, not the spelling of --data-path; each image keeps its label."""
+    parts = []
+    for place in ("here", "elsewhere/deeper"):
+        root = tmp_path / place
+        root.mkdir(parents=True)
+        if kind == "folder":
+            (root / "train").symlink_to(few_digits / "train")
+        else:
+            with tarfile.open(root / "train.tar", "w", dereference=True) as archive:
+                archive.add(few_digits / "train", "train")
+        monkeypatch.chdir(root.parent)
+        flags = ["--val-fraction", "0.25", "--ignore-classes", "0"]
+        for path in (root, root.name):
+            args = main.build_parser().parse_args(["--data-path", str(path), *flags])
+            train, val = (main.find_images(args, is_train).dataset for is_train in (True, False))
+            assert (len(train), len(val)) == (24, 8)
+            parts.append([train.inner_name(index) for index in range(24)])
+            for index in range(24):
+                content, label = train.encoded(index)
+                name = train.inner_name(index).removeprefix("train/")
+                assert content == (few_digits / "train" / name).read_bytes()
+                assert train.classes[label] == Path(name).parent.name
+    assert parts[0] == parts[1] == parts[2] == parts[3]
+
+
+def test_other_data_sets_refuse_these_settings(few_digits, tmp_path, capsys):
+    for flags in (["--val-fraction", 0.2], ["--ignore-classes", "apple"]):
+        for source in (["--data-set", "CIFAR"], ["--data-set", "wds/x"], ["--data-path", few_digits]):
+            if flags[0] == "--ignore-classes" and "--data-path" in source:
+                continue
+            arguments = [*SMALLEST, *CPU, *source, *flags, "--output_dir", tmp_path / "run"]
+            assert flags[0] in refusal(main.run, "main", arguments, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_export_finds_the_images_of_the_run(images, tmp_path):
+    rows = rows_of(images / "table.csv")
+    write(images / "whole.csv", [[row[0], row[1], row[3]] for row in rows])
+    table = ["--data-set", f"csv/{images / 'whole.csv'}"]
+    folder = tmp_path / "run"
+    split = ["--val-fraction", 0.25, "--ignore-classes", "1", "--mixup", 0, "--cutmix", 0]
+    assert run(*SMALLEST, *CPU, *table, *split, "--output_dir", folder) == 0
+    arguments = ["--resume", folder / "checkpoint.pth", *table, "--data-path", images, "--formats", "torch-export"]
+    arguments += ["--out", tmp_path / "out", "--rounds", 1]
+    assert export.run(list(map(str, arguments))) == 0
+
+
 def test_missing_files_are_unreadable_images(images, tmp_path):
     """As many as --on-bad-image allows are replaced in training; in validation, they end the run."""
     rows = rows_of(images / "table.csv")
@@ -133,6 +197,10 @@ def edited(rows: list[list[str]], what: str) -> list[list[str]]:
         rows[5][0] = ""
     if what == "two labels":
         rows.append([rows[3][0], "9", "train", "x"])
+    if what == "two splits":
+        rows.append([*rows[3][:2], "val", rows[3][3]])
+    if what == "too many values":
+        rows[5].append("x")
     if what == "no split":
         return [[row[0], row[1], "", row[3]] if number else row for number, row in enumerate(rows)]
     if what == "wrong folder":
@@ -146,7 +214,10 @@ def edited(rows: list[list[str]], what: str) -> list[list[str]]:
         ("no label column", "", ["--label-column"]),
         ("empty label", "", ["line 6", "label"]),
         ("empty path", "", ["line 6", "path"]),
-        ("two labels", "", ["line 71", "line 4"]),
+        ("two labels", "", ["lines 4 and 71"]),
+        ("two splits", "", ["lines 4 and 71", "train and val"]),
+        ("too many values", "", ["line 6"]),
+        ("", "--group-column patient", ["--group-column", "patient"]),
         ("no split", "", ["--val-fraction"]),
         ("wrong folder", "", ["--data-path"]),
         ("", "--val-fraction 0.2", ["--val-fraction 0.2", "--split-column"]),
@@ -168,6 +239,34 @@ def test_mistakes(what, flags, words, images, tmp_path, capsys):
     line = refusal(main.run, "main", arguments, capsys)
     assert all(word in line for word in words), line
     assert not (tmp_path / "run").exists()
+
+
+def test_duplicates_are_named(images, tmp_path, capsys, monkeypatch):
+    """Validation images that are a training image: the same file, or the same pixels in another format."""
+    rows = rows_of(images / "table.csv")
+    first = next(row for row in rows[1:] if row[2] == "train")
+    with Image.open(images / first[0]) as image:
+        image.save(images / "copy.bmp")
+    shutil.copy(images / first[0], images / "same.png")
+    write(images / "table.csv", [*rows, *([name, first[1], "val", "x"] for name in ("copy.bmp", "same.png"))])
+    shared = [*SMALLEST, *CPU, "--data-set", f"csv/{images / 'table.csv'}"]
+
+    def warned(name: str, *flags: str) -> list[str]:
+        capsys.readouterr()
+        assert run(*shared, *flags, "--output_dir", tmp_path / name) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if "also training images" in line]
+
+    (line,) = warned("run")
+    assert line.startswith("WARNING: 2 of 23 ")
+    assert f"{images}/copy.bmp = {images}/{first[0]}" in line
+    assert f"{images}/same.png" in line
+    assert warned("off", "--no-check-duplicates") == []
+    monkeypatch.setattr(main, "MAX_IMAGES", 0)
+    assert warned("large") == []
+    assert warned("large, too", "--check-duplicates") == [line]
+    monkeypatch.setattr(duplicates, "FEW", 0)  # with loader workers
+    train, val = (found(images / "table.csv", is_train=is_train).dataset for is_train in (True, False))
+    assert len(duplicates.find_duplicates(train, val, 2)) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------

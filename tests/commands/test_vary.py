@@ -211,7 +211,12 @@ FLAGS = {
     "bce": "--bce-loss --bce-target-thresh 0.2",
     "agc": "--clip-mode agc --clip-grad 0.05",
     "mixup off": "--mixup-off-epoch 1 --mixup 0.8",
-    "wsd": "--sched wsd --decay-epochs 1 --warmup-epochs 0",
+    "wsd": "--sched wsd --decay-epochs 1 --warmup-epochs 0 --lr-decay-fn cosine",
+    "head": "--head-lr-scale 5",
+    "frozen": "--freeze-stages 2",
+    "no augmentation": "--no-aug",
+    "rectangle": "--input-size 32 48 --mean 0.4 --std 0.3 --crop-pct 1",
+    "classes": "--class-weights balanced --sampler balanced --smoothing 0",
 }
 
 

@@ -4,6 +4,7 @@ import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -13,14 +14,27 @@ from torch.utils.data import IterableDataset
 import main
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.common.packages import require
+from sepvit_lib.common.saved_settings import settings_in
 from sepvit_lib.inference.classifier import Classifier, class_names
 from sepvit_lib.pipeline.image_files import evenly_spaced
 from sepvit_lib.pipeline.samples import ImageData, ValSamples
 from sepvit_lib.pipeline.streams import ValStream
+from sepvit_lib.run.checkpoints import read_checkpoint
 
 CALIBRATION_IMAGES = 128
 BATCH_SIZE = 8
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # bundled with scikit-image
+
+# Settings of the training run that choose its images.
+OF_DATA = {
+    "val_fraction",
+    "split_seed",
+    "path_column",
+    "label_column",
+    "split_column",
+    "group_column",
+    "ignore_classes",
+}
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,9 @@ def _find(args: argparse.Namespace, classifier: Classifier, is_train: bool) -> I
     settings.data_path, settings.data_set, settings.class_map = args.data_path, args.data_set, args.class_map
     settings.orientation = classifier.description.orientation
     settings.in_chans = classifier.description.preprocessing.channels
+    saved = {} if Path(args.resume).is_dir() else settings_in(read_checkpoint(args.resume, f"--resume {args.resume}"))
+    for name in OF_DATA & saved.keys():
+        setattr(settings, name, saved[name])
     return main.build_data(settings, is_train)
 
 

@@ -3,7 +3,7 @@
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from timm.utils import natural_key
@@ -97,6 +97,15 @@ class Archive(ImageFiles):
         with self.path.open("rb") as file:
             file.seek(start)
             return file.read(size), self.samples[index][1]
+
+    def inner_name(self, index: int) -> str:
+        """Name of an image in the archive."""
+        return canonical(self.samples[index][0])
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Keep only some of the images."""
+        super().keep(indices)
+        self._extents = [self._extents[index] for index in indices]
 
     def identity(self) -> Iterator[bytes]:
         """Yield each image's name in the archive, and its label."""

@@ -96,6 +96,14 @@ class ImageFiles(Images):
         """Path of an image."""
         return self.samples[index][0]
 
+    def inner_name(self, index: int) -> str:
+        """Path of an image below the root, the same on every machine."""
+        return canonical(os.path.relpath(self.samples[index][0], self.root)).replace(os.sep, "/")
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Keep only some of the images."""
+        self.samples = [self.samples[index] for index in indices]
+
 
 def check_label(label: int, num_classes: int) -> int:
     """Return a label, after checking that it is below the number of classes and not negative."""

@@ -115,7 +115,7 @@ class ReaderImages(Images):
 
     def labels(self) -> Sequence[int] | None:
         """Label of each image."""
-        return list(self.reader.dataset[self.reader.label_key])
+        return list(self.reader.dataset.with_format(None)[self.reader.label_key][:])
 
     def file(self, index: int) -> Any:
         """File object of an image."""

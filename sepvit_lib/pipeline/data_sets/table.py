@@ -12,7 +12,13 @@ from sepvit_lib.pipeline.data_sets.base import ImageFiles
 DELIMITERS = ",;\t"
 TRIED = 100  # images whose folder is looked for
 TRAIN, VAL = "train", "val"
-SPLIT_NAMES = {"training": TRAIN, "valid": VAL, "validation": VAL}  # other names of splits
+SPLIT_NAMES = dict(train=TRAIN, training=TRAIN, val=VAL, valid=VAL, validation=VAL)
+ALL = "all"  # name for the images of all splits
+
+
+def split_name(name: str) -> str:
+    """Return the name of a split as in `Table.splits`."""
+    return SPLIT_NAMES.get(name.lower(), name)
 
 
 class Table(ImageFiles):
@@ -31,24 +37,24 @@ class Table(ImageFiles):
         groups: group of each image; its path without such a column.
 
     Raises:
-        UserError: the table is not readable, lacks a column, a label or a path, or has a path with two labels.
+        UserError: the table is not readable, lacks a column, a label or a path, or has two different rows for a path.
     """
 
     def __init__(self, file: Path, folder: Path, columns: Mapping[str, str], what: str) -> None:
         self.skipped, self.what = Counter(), what
-        labels: dict[str, tuple[str, int]] = {}
-        self.splits, self.groups = [], []
+        rows: dict[str, tuple[dict[str, str], int]] = {}
         for number, row in self._rows(file, columns):
-            path, label = row["path"], canonical(row["label"])
-            if not path or not label:
-                raise UserError(f"{what}, line {number}: no {columns['label'] if path else columns['path']}")
-            before, first = labels.setdefault(path, (label, number))
-            if before != label:
-                raise UserError(f"{what}, line {number}: {path} is {label}, but {before} in line {first}; correct one")
-            if first == number:
-                self.splits.append(SPLIT_NAMES.get(row["split"].lower(), row["split"]))
-                self.groups.append(row["group"] or path)
-        self.classes = sorted({label for label, _ in labels.values()})
+            row |= dict(label=canonical(row["label"]), split=split_name(row["split"]))
+            if missing := [columns[name] for name in ("path", "label") if not row[name]]:
+                raise UserError(f"{what}, line {number}: no {missing[0]}")
+            before, first = rows.setdefault(row["path"], (row, number))
+            if before != row:
+                differing = next(f"{before[name]} and {row[name]}" for name in row if before[name] != row[name])
+                raise UserError(f"{what}, lines {first} and {number}: {row['path']} is {differing}; remove one")
+        labels = {path: row["label"] for path, (row, _) in rows.items()}
+        self.splits = [row["split"] for row, _ in rows.values()]
+        self.groups = [row["group"] or path for path, (row, _) in rows.items()]
+        self.classes = sorted(set(labels.values()))
         numbers = {label: index for index, label in enumerate(self.classes)}
         tried = list(labels)[:TRIED]
         found = {root: sum((root / path).is_file() for path in tried) for root in (file.parent, folder)}
@@ -56,7 +62,7 @@ class Table(ImageFiles):
         if not found[root]:
             raise UserError(f"{what}: {' and '.join(map(str, found))} lack {listed(tried)}; set {setting('data_path')}")
         self.root = str(root)
-        self.samples = [(str(root / path), numbers[label]) for path, (label, _) in labels.items()]
+        self.samples = [(str(root / path), numbers[label]) for path, label in labels.items()]
 
     def _rows(self, file: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[str, str]]]:
         """Yield each row's line and its values, "" for missing ones."""
@@ -65,13 +71,18 @@ class Table(ImageFiles):
                 header = lines.readline()
                 delimiter = max(DELIMITERS, key=header.count)
                 names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
-                for column in ("path", "label"):
-                    if columns[column] not in names:
-                        way_out = f"name it with {setting(f'{column}_column')}"
-                        raise UserError(f"{self.what}: no column {columns[column]}, but {listed(names)}; {way_out}")
-                rows = csv.DictReader(lines, names, delimiter=delimiter, strict=True)
-                for row in rows:
-                    yield rows.line_num + 1, {key: (row.get(name) or "").strip() for key, name in columns.items()}
+                for key, name in columns.items():  # columns of splits and groups with the default name may be missing
+                    if name not in names and (key in ("path", "label") or name not in ("", key)):
+                        way_out = f"name it with {setting(f'{key}_column')}"
+                        raise UserError(f"{self.what}: no column {name}, but {listed(names)}; {way_out}")
+                reader = csv.reader(lines, delimiter=delimiter, strict=True)
+                for row in filter(None, reader):
+                    if len(row) > len(names):
+                        raise UserError(
+                            f"{self.what}, line {reader.line_num + 1}: {len(row)} values, {len(names)} columns"
+                        )
+                    values = {name: value.strip() for name, value in zip(names, row) if name}
+                    yield reader.line_num + 1, {key: values.get(name, "") for key, name in columns.items()}
         except OSError as error:
             raise UserError(f"{self.what}: cannot be read ({error.strerror})") from None
         except (UnicodeDecodeError, csv.Error) as error:
