@@ -91,9 +91,9 @@ def test_rectangles_through_every_command(few_digits, tmp_path, capsys):
     assert losses[-1] == losses[-2]
     assert predict.run([str(image), "--resume", str(path), "--device", "cpu"]) == 0
     assert visualize.run([str(image), "--resume", str(path), "--out", str(tmp_path / "figures")]) == 0
-    formats = ["--formats", "safetensors", "onnx"]
+    formats = ["--formats", "safetensors", "torch-export", "--rounds", "1"]
     assert export.run(["--resume", str(path), "--out", str(tmp_path / "exported"), *formats]) == 0
-    for exported in (next((tmp_path / "exported").glob("*-timm")), next((tmp_path / "exported").glob("*.onnx"))):
+    for exported in (next((tmp_path / "exported").glob("*-timm")), next((tmp_path / "exported").glob("*.pt2"))):
         again = load_classifier(str(exported))
         assert again.description.preprocessing == expected
         torch.testing.assert_close(
@@ -160,7 +160,7 @@ def test_many_channels_through_every_command(spectral, tmp_path, capsys):
     image = str(images / "1.npy")
     assert visualize.run([image, "--resume", str(path), "--out", str(tmp_path / "figures")]) == 0
     exported = tmp_path / "exported"
-    formats = ["--formats", "safetensors", "onnx", "onnx-preprocessing"]
+    formats = ["--formats", "safetensors", "onnx", "onnx-preprocessing", "--rounds", "1"]
     assert export.run(["--resume", str(path), "--out", str(exported), *formats]) == 1  # the last one needs RGB
     values = decode_channels(Path(image).read_bytes(), CHANNELS, "stored")
     for file in (next(exported.glob("*-timm")), next(exported.glob("*.onnx"))):
