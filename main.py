@@ -40,8 +40,7 @@ from timm.optim import (
     param_groups_layer_decay,
     param_groups_weight_decay,
 )
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import DistillationTeacher, FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
 from timm.utils import ModelEmaV3
 from torch import nn
