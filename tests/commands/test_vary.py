@@ -119,7 +119,7 @@ def test_the_recipes_of_the_ablations_train(recipe, few_digits, tmp_path):
 def test_variations_through_every_command(argument, words, few_digits, tmp_path, capsys):
     """Trained, evaluated, predicted, drawn and exported from the checkpoint alone."""
     folder, image = tmp_path / "run", next(few_digits.glob("val/0/*"))
-    formats = ["onnx"] if "tokens" in argument else []  # takes long
+    formats = ["torch-export"] if "tokens" in argument else []  # takes long
     shared = [*SMALL, "--input-size", 64, "--data-path", few_digits, "--device", "cpu"]
     assert run(*shared, "--output_dir", folder, "--model-kwargs", argument) == 0
     assert run(*shared, "--eval", "--resume", folder / "checkpoint.pth") == 0
