@@ -356,11 +356,11 @@ def without_classes(dataset: ImageFiles, names: Sequence[str], is_train: bool) -
 
 def _imagenet(root: Path, is_train: bool, settings: DataSettings) -> Images:
     """Read a split from a folder of class folders, or from an archive of class folders (train.tar, val.tar)."""
-    has_val = any((root / name).exists() for name in (*IMAGENET_FOLDERS[False], "val.tar"))
-    if settings.val_fraction is not None and has_val:
+    splits_off, val_names = settings.val_fraction is not None, (*IMAGENET_FOLDERS[False], "val.tar")
+    if splits_off and any((root / name).exists() for name in val_names):
         what = setting("val_fraction", settings.val_fraction)
         raise UserError(f"{what}: {setting('data_path', root)} has validation images; omit it, or move them away")
-    names = IMAGENET_FOLDERS[is_train or settings.val_fraction is not None]
+    names = IMAGENET_FOLDERS[is_train or splits_off]
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     archive = root / f"{names[0]}.tar"
     if folder is None and not archive.is_file():
@@ -373,7 +373,7 @@ def _imagenet(root: Path, is_train: bool, settings: DataSettings) -> Images:
         dataset = _archive(archive, settings)
     else:
         dataset = ClassFolders(str(folder), settings.arrays, settings.is_labelled)
-    if settings.val_fraction is None:
+    if not splits_off:
         return dataset
     return split_off(dataset, list(map(dataset.inner_name, range(len(dataset)))), is_train, settings)
 

@@ -270,18 +270,19 @@ class Parts:
 
 def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, precision: Precision) -> None:
     """Train epoch by epoch. Write checkpoints, log.txt, TensorBoard event files and curves.png."""
-    val, train = (find_images(args, is_train) for is_train in (not uses_labels(args), True))
-    val = match_splits(train, val)  # without labels, there is nothing to validate: both are the training images
+    val = find_images(args, is_train=False) if uses_labels(args) else None
+    train = find_images(args, is_train=True)
+    val = train if val is None else match_splits(train, val)  # without labels, there is nothing to validate
     data = describe_data(train, val)
     on_main_process(output.lock)
-    if args.check_duplicates or (args.check_duplicates is None and len(train) + len(val) <= MAX_IMAGES):
-        on_main_process(lambda: warn_of_duplicates(train, val, args))
     source = find_checkpoint(args.resume, args.auto_resume, output.folder, output.names)
     checkpoint, what = find_start(args, source)
     keeps = source is not None and source.is_automatic
     args, preprocessing = adopt_settings(args, checkpoint, what, keeps)
     if args.in_chans:
         print_main(f"--in-chans {args.in_chans}: automatic augmentation and colour jitter, which need RGB, are off")
+    if source is None:
+        on_main_process(partial(warn_of_duplicates, train, val, args))
     if args.freeze_stages and checkpoint is None:
         print_main(f"WARNING: --freeze-stages {args.freeze_stages} without --finetune: the frozen weights are random")
     model = build_model(args, train.num_classes, precision)
@@ -307,7 +308,7 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     run = describe_run(settings, data, precision.device, packages)
     on_main_process(lambda: open_output(output, run, training, source, args.auto_resume))
     if args.val_fraction:
-        on_main_process(lambda: write_split(output.folder / SPLIT, train, val, output.what))
+        on_main_process(partial(write_split, output.folder / SPLIT, train, val, output.what))
     kept = dict(
         args=settings,
         data=data,
@@ -461,8 +462,10 @@ def write_split(path: Path, train: ImageData, val: ImageData, what: str) -> None
 
 
 def warn_of_duplicates(train: ImageData, val: ImageData, args: argparse.Namespace) -> None:
-    """Warn of validation images that are also training images."""
-    if not uses_labels(args) or isinstance(train.dataset, IterableDataset):
+    """Warn of validation images that are also training images; above `MAX_IMAGES`, only if asked for."""
+    is_few = len(train) + len(val) <= MAX_IMAGES
+    is_checked = is_few if args.check_duplicates is None else args.check_duplicates
+    if not is_checked or not uses_labels(args) or isinstance(train.dataset, IterableDataset):
         return
     if pairs := find_duplicates(train.dataset, val.dataset, args.num_workers):
         examples = listed([f"{held_out} = {trained}" for held_out, trained in pairs])
@@ -862,9 +865,8 @@ def settle_buckets(wrapped: DistributedDataParallel, inputs: torch.Tensor, preci
         # Gradients of transposed weights differ from their buckets in strides. The copy is unavoidable.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         outputs = wrapped(inputs)
-        torch.stack(
-            [part.float().sum() for part in (outputs if isinstance(outputs, tuple) else [outputs])]
-        ).sum().backward()
+        parts = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.cat([part.float().flatten() for part in parts]).sum().backward()
     wrapped.zero_grad(set_to_none=True)
     for buffer, value in zip(wrapped.buffers(), buffers):
         buffer.copy_(value)

@@ -87,10 +87,9 @@ class TrainBatchSampler(Sampler[list[SampleIndex]]):
         generator = torch.Generator().manual_seed(derived_seed(Stream.SHUFFLE, self.seed, self.epoch))
         if len(self.labels) == 0:
             return torch.randperm(self.dataset_size, generator=generator)
-        classes, parts = self.labels.unique(), []
-        for number, label in enumerate(classes):
-            members = (self.labels == label).nonzero()[:, 0]
-            count = (self.dataset_size + number) // len(classes)  # sums to the size of the data set
+        sizes, parts = self.labels.unique(return_counts=True)[1].tolist(), []
+        for number, members in enumerate(self.labels.argsort(stable=True).split(sizes)):  # the indices of each class
+            count = (self.dataset_size + number) // len(sizes)  # sums to the size of the data set
             cycles = [members[torch.randperm(len(members), generator=generator)] for _ in range(0, count, len(members))]
             parts.append(torch.cat([*cycles, members[:0]])[:count])
         order = torch.cat(parts)

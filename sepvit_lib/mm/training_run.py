@@ -340,10 +340,9 @@ class TrainingRunner(DenseRunner):
         names = before.keys() | self.run.settings.keys()  # a config may have gained or lost settings
         before, now = ({name: settings.get(name) for name in names} for settings in (before, self.run.settings))
         if self.run.auto_resume:
-            source = replace(source, checkpoint={**source.checkpoint, "args": before})
             root = "train_dataloader.dataset.data_root"
             now[root] = self.cfg.train_dataloader.dataset.get("data_root")  # not compared, only for the message
-            check_same_run(source, now, self.data, (), "work_dir", root)
+            check_same_run(source, before, now, self.data, (), "work_dir", root)
             return
         what = f"checkpoint {source.path}: its run had different"
         if changed := differences(before, now, ()):

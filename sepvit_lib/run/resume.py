@@ -169,8 +169,8 @@ def check_source(
         UserError: the checkpoint belongs to a different run, or its steps cannot be divided among the processes.
     """
     if source.is_automatic:
-        before = {**defaults, **settings_in(source.checkpoint)} if settings_in(source.checkpoint) else {}
-        check_same_run(replace(source, checkpoint={**source.checkpoint, "args": before}), settings, data)
+        saved = settings_in(source.checkpoint)
+        check_same_run(source, {**defaults, **saved} if saved else {}, settings, data)
     if "batches_per_step" not in source.checkpoint:
         return int(settings["accum_steps"])
     accum_steps = accumulation(source, settings)
@@ -181,6 +181,7 @@ def check_source(
 
 def check_same_run(
     source: Source,
+    before: Mapping[str, Any],
     settings: Mapping[str, Any],
     data: dict[str, Any],
     free: Collection[str] = FREE_SETTINGS,
@@ -191,6 +192,7 @@ def check_same_run(
 
     Args:
         source: the checkpoint.
+        before: settings of the checkpoint's run; empty if unknown.
         settings: the run's settings by name.
         data: size and fingerprint of the run's data sets.
         free: settings that may differ.
@@ -200,7 +202,6 @@ def check_same_run(
     Raises:
         UserError: settings or images differ.
     """
-    before = settings_in(source.checkpoint)
     if before and (differing := differences(before, settings, free)):
         raise UserError(
             f"{source.what}: was saved by a run with different settings: {', '.join(differing)}; restore them, choose "
@@ -339,7 +340,8 @@ def restore(training: Training, source: Source, settings: Mapping[str, Any]) -> 
         elif checkpoint["epoch"] >= 0:
             training.lr_scheduler.step(checkpoint["epoch"])
         training.restore_progress(checkpoint)
-        if settings_in(checkpoint).get("watch", "top1") != settings["watch"]:  # the best value is of another metric
+        if settings_in(checkpoint).get("watch", "top1") != settings["watch"]:
+            # `best_value` belongs to a different metric.
             training.best_value, training.best_epoch = -math.inf, training.epoch - 1
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(

@@ -260,6 +260,7 @@ def test_duplicates_are_named(images, tmp_path, capsys, monkeypatch):
     assert line.startswith("WARNING: 2 of 23 ")
     assert f"{images}/copy.bmp = {images}/{first[0]}" in line
     assert f"{images}/same.png" in line
+    assert warned("run", "--auto-resume") == []  # it was said when the run started
     assert warned("off", "--no-check-duplicates") == []
     monkeypatch.setattr(main, "MAX_IMAGES", 0)
     assert warned("large") == []
