@@ -28,11 +28,11 @@ from sepvit_lib.common.packages import require
 from sepvit_lib.common.processes import get_rank, get_world_size, print_main
 from sepvit_lib.common.storage import is_storage_error
 from sepvit_lib.pipeline.data_sets.archive import Archive
-from sepvit_lib.pipeline.data_sets.base import ImageFiles, Images
+from sepvit_lib.pipeline.data_sets.base import ImageFiles, Images, classes_of
 from sepvit_lib.pipeline.data_sets.class_folders import ClassFolders
 from sepvit_lib.pipeline.data_sets.inaturalist import INaturalist
 from sepvit_lib.pipeline.data_sets.libraries import Cifar100, from_library, import_hugging_face
-from sepvit_lib.pipeline.data_sets.table import ALL, Table, split_name
+from sepvit_lib.pipeline.data_sets.table import ALL, SEPARATOR, Table, split_name
 from sepvit_lib.pipeline.image_files import IMAGE_SUFFIXES, Encoded, decode, describe_skipped, is_hidden
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 from sepvit_lib.pipeline.readers import read_exactly_once, shards_of
@@ -88,6 +88,8 @@ class DataSettings:
         label_column: name of the column with the labels.
         split_column: name of the column with the names of splits, if there is one.
         group_column: name of the column with groups that are not split, if there is one.
+        weight_column: name of the column with the weights of training images in the loss, if there is one.
+        multi_label: whether an image of a table may have several labels, or none.
         ignore_classes: names of classes whose images are not used.
         is_labelled: whether the labels are used. If not, the training folder needs no class folders.
     """
@@ -110,6 +112,8 @@ class DataSettings:
     label_column: str
     split_column: str
     group_column: str
+    weight_column: str
+    multi_label: bool
     ignore_classes: Sequence[str]
     is_labelled: bool = True
 
@@ -214,7 +218,7 @@ def find_dataset(is_train: bool, settings: DataSettings) -> ImageData:
         )
     if settings.class_map:
         data = _numbered(data, settings.class_map)
-    if settings.is_labelled:
+    if settings.is_labelled and not settings.multi_label:  # each of several labels may be absent
         _check_number(data)
     report_images(data, f"{settings.data_path}, {'training' if is_train else 'validation'} images")
     return data
@@ -305,14 +309,21 @@ def _find_images(is_train: bool, settings: DataSettings) -> ImageData:
         dataset = DATA_SETS[settings.data_set](root, is_train, settings)
     if settings.ignore_classes and isinstance(dataset, ImageFiles):
         without_classes(dataset, settings.ignore_classes, is_train)
-    return ImageData(dataset, len(dataset.classes or ()), dataset.classes)
+    return ImageData(dataset, len(dataset.classes or ()), dataset.classes, multi_label=settings.multi_label)
 
 
 def _table(is_train: bool, settings: DataSettings) -> Table:
     """Read a split from a CSV or TSV file."""
     what = setting("data_set", settings.data_set)
-    columns = {name: getattr(settings, f"{name}_column") for name in ("path", "label", "split", "group")}
-    table = Table(Path(settings.data_set.removeprefix(TABLE)), Path(settings.data_path), columns, what)
+    columns = {name: getattr(settings, f"{name}_column") for name in ("path", "label", "split", "group", "weight")}
+    file, folder = Path(settings.data_set.removeprefix(TABLE)), Path(settings.data_path)
+    table = Table(file, folder, columns, what, settings.multi_label)
+    if is_train and any(SEPARATOR in name for name in table.classes):
+        print_main(
+            f"WARNING: {what}: labels contain {SEPARATOR}; for several labels per image, {setting('multi_label')}"
+        )
+    if is_train and table.weights:
+        print_main(f"{what}: column {settings.weight_column} multiplies the loss of each training image")
     if settings.val_fraction is not None:
         if any(table.splits):
             way_out = f"omit it, or pass {setting('split_column', repr(''))} to ignore the column"
@@ -339,7 +350,7 @@ def split_off(dataset: T, groups: Sequence[str], is_train: bool, settings: DataS
 
 
 def without_classes(dataset: ImageFiles, names: Sequence[str], is_train: bool) -> None:
-    """Drop classes and their images.
+    """Drop classes, and images that only have these classes.
 
     Raises:
         UserError: the training images have no such class.
@@ -350,8 +361,11 @@ def without_classes(dataset: ImageFiles, names: Sequence[str], is_train: bool) -
         raise UserError(f"{setting('ignore_classes', *names)}: no class {unknown[0]}, but {listed(classes)}")
     dataset.classes = [name for name in classes if name not in ignored]
     numbers = {classes.index(name): number for number, name in enumerate(dataset.classes)}
-    dataset.keep([index for index, (_, label) in enumerate(dataset.samples) if label in numbers])
-    dataset.samples = [(path, numbers[label]) for path, label in dataset.samples]
+    left = [tuple(numbers[one] for one in classes_of(label) if one in numbers) for _, label in dataset.samples]
+    kept = [index for index, (_, label) in enumerate(dataset.samples) if left[index] or label == ()]
+    dataset.keep(kept)
+    pairs = zip(dataset.samples, (left[index] for index in kept))
+    dataset.samples = [(path, own if isinstance(label, tuple) else own[0]) for (path, label), own in pairs]
 
 
 def _imagenet(root: Path, is_train: bool, settings: DataSettings) -> Images:

@@ -16,6 +16,7 @@ from datasets import epoch_batches
 from sepvit_lib.common.devices import gpu_memory
 from sepvit_lib.common.errors import Preempted, UserError, setting
 from sepvit_lib.common.processes import (
+    all_gather,
     all_reduce,
     any_rank,
     broadcast,
@@ -75,32 +76,49 @@ class EvaluationSettings:
 
 
 class WeightedLoss(nn.Module):
-    """Mean of each image's loss times the weight of its class. With soft targets, the weights are averaged by them.
+    """Mean of each image's loss times its weight and the weight of its class.
+
+    With soft targets, the weights of the classes are averaged by them.
 
     Args:
         loss: losses of the images, B, from outputs and targets.
-        weights: weight of each class.
+        weights: weight of each class; empty for none.
         smoothing: label smoothing that soft targets contain. It does not change the weights.
+        has_image_weights: whether the last column of the targets has the weights of the images.
     """
 
     weights: Tensor
 
     def __init__(
-        self, loss: Callable[[Tensor, Tensor], Tensor], weights: Sequence[float], smoothing: float = 0.0
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        weights: Sequence[float] = (),
+        smoothing: float = 0.0,
+        has_image_weights: bool = False,
     ) -> None:
         super().__init__()
         self.loss = loss
         self.smoothing = min(smoothing, 1 - 1e-6)
+        self.has_image_weights = has_image_weights
         self.register_buffer("weights", torch.tensor(weights))
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Compute the loss from logits, B × classes, and labels, B, or soft targets, B × classes."""
+        """Compute the loss from logits, B × classes, and labels, B, or soft targets, B × classes (+ 1)."""
+        if self.has_image_weights:
+            targets, image_weights = targets[:, :-1], targets[:, -1]
+            return (image_weights * self._losses(outputs, targets)).mean()
+        return self._losses(outputs, targets).mean()
+
+    def _losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each image times the weight of its class, B."""
+        if len(self.weights) == 0:
+            return self.loss(outputs, targets)
         if targets.ndim == 1:
             weights = self.weights[targets]
         else:  # not a matrix product, which autocast would round
             smoothed = self.smoothing * self.weights.mean()
             weights = ((targets * self.weights).sum(dim=1) - smoothed) / (1 - self.smoothing)
-        return (weights * self.loss(outputs, targets)).mean()
+        return weights * self.loss(outputs, targets)
 
 
 class DistillationLoss(nn.Module):
@@ -343,7 +361,8 @@ def evaluate(
     """Validate a network. A collective call.
 
     Returns loss, top-1 and top-5 accuracy, balanced accuracy (the mean of the classes' recalls), and macro F1 (the mean
-    of the classes' F1), all but the loss in %. Classes that do not occur are not counted.
+    of the classes' F1), all but the loss in %. Classes that do not occur are not counted. For targets of several
+    labels, see `multi_label_metrics`.
 
     If the images are split across ranks, the ranks' sums are all-reduced, so that every image counts exactly once.
 
@@ -365,19 +384,22 @@ def evaluate(
     kind = torch.float32 if precision.device.type == "mps" else torch.float64  # MPS has no float64
     sums = torch.zeros(3, dtype=kind, device=precision.device)  # loss, top-1, top-5
     classes = sums.new_zeros(3, getattr(model, "num_classes", 0))  # images, predictions and hits of each class
-    count = 0
+    count, multi_label = 0, list[tuple[Tensor, Tensor]]()  # logits and targets
     progress = Progress(loader, title, settings.print_freq, len(loader), print_line=reporter())
     for images, targets in progress:
         images, targets = precision.images(images), targets.to(precision.device, non_blocking=True)
         with precision.autocast():
             outputs = model(images)
-        loss = F.cross_entropy(outputs.float(), targets, reduction="sum")
-        predicted = outputs.topk(min(5, outputs.shape[1]), dim=1).indices
-        ranked, ones = predicted == targets[:, None], torch.ones_like(targets, dtype=kind)
-        sums += torch.stack([loss.to(kind), ranked[:, 0].sum(), ranked.sum()])
-        seen = ((targets, ones), (predicted[:, 0], ones), (targets, ranked[:, 0].to(kind)))
-        for row, (index, values) in zip(classes, seen):
-            row.index_add_(0, index, values)
+        if targets.ndim == 2:
+            multi_label.append((outputs.float().cpu(), targets.cpu()))
+        else:
+            loss = F.cross_entropy(outputs.float(), targets, reduction="sum")
+            predicted = outputs.topk(min(5, outputs.shape[1]), dim=1).indices
+            ranked, ones = predicted == targets[:, None], torch.ones_like(targets, dtype=kind)
+            sums += torch.stack([loss.to(kind), ranked[:, 0].sum(), ranked.sum()])
+            seen = ((targets, ones), (predicted[:, 0], ones), (targets, ranked[:, 0].to(kind)))
+            for row, (index, values) in zip(classes, seen):
+                row.index_add_(0, index, values)
         count += len(images)
         if progress.advance(len(images) * (get_world_size() if settings.dist_eval else 1)):
             progress.report()
@@ -394,6 +416,13 @@ def evaluate(
     loss, acc1, acc5, images_seen = totals[:4].tolist()
     if images_seen == 0:
         raise UserError(f"{setting('data_path', settings.data_path)}: no validation image could be read")
+    if any_rank(precision.device, bool(multi_label)):
+        parts = [*map(torch.cat, zip(*multi_label))]
+        gathered = all_gather([parts])[: None if settings.dist_eval else 1]  # otherwise, each rank has all images
+        stats = multi_label_metrics(*(torch.cat(column) for column in zip(*filter(None, gathered))))
+        scores = f"mAP {stats['map']:.3f} %, F1 {stats['f1']:.3f} %"
+        print_main(f"{title}: {scores}, loss {stats['loss']:.4f}, {int(images_seen)} images")
+        return stats
     stats = {"loss": loss / images_seen, "acc1": 100 * acc1 / images_seen, "acc5": 100 * acc5 / images_seen}
     stats |= class_metrics(totals[4:].view(3, -1))
     print_main(
@@ -414,6 +443,32 @@ def class_metrics(classes: Tensor) -> dict[str, float]:
     return {
         "balanced_accuracy": 100 * recall.mean().item(),
         "f1": 100 * f1[images + predictions > 0].mean().item(),
+    }
+
+
+def multi_label_metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """Compute binary cross entropy, mean average precision, macro and micro F1 at a probability of 0.5 (%).
+
+    The means are over the classes that occur.
+
+    Args:
+        logits: images × classes.
+        targets: likewise, 1 for each label and 0 for the others.
+    """
+    loss = F.binary_cross_entropy_with_logits(logits.double(), targets.double()).item()
+    keys, order = (-logits).T.contiguous().sort(dim=1)  # classes × images, the highest logits first
+    ranked = targets.T.gather(1, order).double()
+    last = torch.searchsorted(keys, keys, right=True) - 1  # images with equal logits share the rank of the last of them
+    precision = ranked.cumsum(dim=1).gather(1, last) / (last + 1)
+    occurs = targets.any(dim=0)
+    average = (precision * ranked).sum(dim=1)[occurs] / ranked.sum(dim=1)[occurs]
+    predicted, true = (logits > 0).double(), targets.double()
+    hits, total = (predicted * true).sum(dim=0), (predicted + true).sum(dim=0)
+    return {
+        "loss": loss,
+        "map": 100 * average.mean().item(),
+        "f1": 100 * (2 * hits / total)[total > 0].mean().item(),
+        "micro_f1": 100 * (2 * hits.sum() / total.sum()).item(),
     }
 
 

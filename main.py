@@ -103,6 +103,8 @@ from sepvit_lib.common.storage import make_folder, write_output
 from sepvit_lib.common.tables import as_csv
 from sepvit_lib.count import LARGE_PADDING, padding_as_text, padding_of, with_less_padding
 from sepvit_lib.networks import create_network, to_device
+from sepvit_lib.pipeline.data_sets.base import classes_of
+from sepvit_lib.pipeline.data_sets.table import SEPARATOR
 from sepvit_lib.pipeline.duplicates import MAX_IMAGES, find_duplicates
 from sepvit_lib.pipeline.image_files import ORIENTATIONS, STORED, count_turned
 from sepvit_lib.pipeline.preprocessing import Preprocessing
@@ -135,7 +137,7 @@ MEMORY_ADVICE = (
 T = TypeVar("T")
 SPLIT = "split.csv"
 # Metrics of `evaluate`, by --watch.
-WATCHED = {"top1": "acc1", "loss": "loss", "balanced-accuracy": "balanced_accuracy", "f1": "f1"}
+WATCHED = {"top1": "acc1", "loss": "loss", "balanced-accuracy": "balanced_accuracy", "f1": "f1", "map": "map"}
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "wsd")
 DEPTHWISE = ("*pos_block.*.weight",)  # names of the depthwise convolutions
 
@@ -186,6 +188,7 @@ def run_evaluation(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
     what = f"--resume {args.resume}"
     checkpoint = read_checkpoint(args.resume, what) if args.resume else None
     args, preprocessing = adopt_settings(args, checkpoint, what)
+    args.multi_label = args.multi_label or settings_in(checkpoint or {}).get("multi_label", False)
     val = build_data(args, False, preprocessing)
     if checkpoint is not None:
         val = val.matched(checkpoint.get("classes"), what)
@@ -372,6 +375,7 @@ def adopt_settings(
     if channels != kwargs.get("in_chans", 3):
         kwargs = {**kwargs, "in_chans": channels}
     adopted = dict(orientation=orientation, model_kwargs=kwargs, in_chans=None if channels == 3 else channels)
+    adopted["watch"] = args.watch or ("map" if args.multi_label else "top1")
     args = argparse.Namespace(**{**vars(args), **adopted})
     published = preprocessing_from(args)
     if checkpoint is None:
@@ -454,10 +458,12 @@ def open_output(output: Output, run: dict[str, Any], training: Training, source:
 
 def write_split(path: Path, train: ImageData, val: ImageData, what: str) -> None:
     """Write the split of the images as a table, which `--data-set csv/FILE` reads."""
-    lines = [("path", "label", "split")]
+    lines = [["path", "label", "split", *(["weight"] if train.has_weights else [])]]
     for split, images in (("train", train.dataset), ("val", val.dataset)):
-        labels = enumerate(images.labels())
-        lines += [(images.inner_name(index), images.classes[label], split) for index, label in labels]
+        for index, label in enumerate(images.labels()):
+            texts = SEPARATOR.join(images.classes[number] for number in classes_of(label))
+            weight = map(str, images.weights[index : index + 1])
+            lines.append([images.inner_name(index), texts, split, *weight])
     write_output(path, lambda file: file.write(as_csv(lines).encode(errors="surrogateescape")), what)
 
 
@@ -543,7 +549,8 @@ def train_epochs(
         print_main(f"--early-stop {early_stop}: {watch} has not improved since epoch {training.best_epoch}")
     if is_main_process():
         duration = timedelta(seconds=round(time.perf_counter() - start))
-        best = f", best top-1 {training.best_accuracy:.3f} %" if parts.val_interval else ""
+        metric = "mAP" if "test_map" in stats else "top-1"
+        best = f", best {metric} {training.best_accuracy:.3f} %" if parts.val_interval else ""
         print(f"trained in {duration}{best}: checkpoints, log.txt and curves.png are in {output.folder}")
 
 
@@ -593,11 +600,11 @@ def finish_epoch(
         watch: metric that chooses the best checkpoint.
         others: other values for log.txt.
     """
-    top1 = stats.get("test_acc1")  # None if the epoch was not validated
+    accuracy = stats.get("test_acc1", stats.get("test_map"))  # None if the epoch was not validated
     is_best = False
-    if top1 is not None and math.isfinite(stats["test_loss"]):
+    if accuracy is not None and math.isfinite(stats["test_loss"]):
         is_best = training.see_value(-stats["test_loss"] if watch == "loss" else stats[f"test_{WATCHED[watch]}"])
-        training.best_accuracy = max(training.best_accuracy, top1)
+        training.best_accuracy = max(training.best_accuracy, accuracy)
     n_parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
     entry = {
         **stats,
@@ -608,7 +615,7 @@ def finish_epoch(
         **others,
     }
     output.log_epoch(entry, stats, training.epoch)
-    training.lr_scheduler.step(training.epoch, top1)
+    training.lr_scheduler.step(training.epoch, accuracy)
     training.end_epoch()
     save(is_best=is_best)
 
@@ -703,7 +710,7 @@ def build_parts(
     loaders = settings_from(args, LoaderSettings, accum_steps=accum_steps)
     train_loader = build_train_loader(train, loaders)
     val_loader = build_val_loader(val, loaders) if uses_labels(args) else train_loader
-    mixup = build_mixup(args, train.num_classes)
+    mixup = build_mixup(args, train)
     in_effect = dict(
         clip_mode=args.clip_mode if args.clip_grad else "norm", mixup_off_epoch=args.mixup_off_epoch if mixup else 0
     )
@@ -880,10 +887,11 @@ def flag_delay(args: argparse.Namespace, precision: Precision) -> int:
     return 1 if precision.device.type == "cuda" and not args.dump_bad_batch else 0
 
 
-def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+def build_mixup(args: argparse.Namespace, train: ImageData) -> Mixup | None:
     """Build mixup and CutMix; None if both are off."""
     if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
         return None
+    is_dense = train.multi_label or train.has_weights  # the loss smooths these targets
     return Mixup(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
@@ -891,8 +899,9 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
         mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=num_classes,
+        label_smoothing=0 if is_dense else args.smoothing,
+        num_classes=train.num_classes + train.has_weights,
+        multi_label=is_dense,
     )
 
 
@@ -905,7 +914,7 @@ def keeps_features(args: argparse.Namespace, model: nn.Module, train: ImageData)
     if not isinstance(model, SepViT) or args.freeze_stages < len(model.blocks) or not args.no_aug:
         return False
     is_kept = 4 * model.num_features * len(train) <= MAX_BYTES and not isinstance(train.dataset, IterableDataset)
-    return is_kept and args.distillation_type == "none" and build_mixup(args, train.num_classes) is None
+    return is_kept and args.distillation_type == "none" and build_mixup(args, train) is None
 
 
 def on_features(parts: Parts, args: argparse.Namespace, train: ImageData, tick: Callable[[str], None]) -> Parts:
@@ -945,8 +954,9 @@ def build_criterion(
         UserError: the teacher cannot be loaded, or network and teacher do not support this distillation.
     """
     base: nn.Module
-    if args.class_weights:
-        base = build_weighted_loss(args, train, soft_targets).to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    if args.class_weights or train.multi_label or train.has_weights:
+        base = build_weighted_loss(args, train, soft_targets, device)
     elif args.bce_loss:
         base = BinaryCrossEntropy(smoothing=args.smoothing, target_threshold=args.bce_target_thresh)
     elif soft_targets:
@@ -958,7 +968,6 @@ def build_criterion(
     kind, alpha, tau = args.distillation_type, args.distillation_alpha, args.distillation_tau
     if kind == "none":
         return DistillationLoss(base)
-    device = next(model.parameters()).device
     teacher = build_teacher(args, train, preprocessing).to(device)
     if kind not in TASKS:
         return DistillationLoss(base, teacher, kind, alpha, tau)
@@ -974,20 +983,34 @@ def build_criterion(
     return TaskLoss(task)
 
 
-def build_weighted_loss(args: argparse.Namespace, train: ImageData, soft_targets: bool) -> nn.Module:
-    """Build the loss on the labels with weights of the classes.
+def build_weighted_loss(
+    args: argparse.Namespace, train: ImageData, soft_targets: bool, device: torch.device
+) -> nn.Module:
+    """Build the loss on several labels per image, or with weights of the images or of the classes.
+
+    With several labels per image, the weight of a class only multiplies the loss of images that have this label.
 
     Raises:
         UserError: there is no weight for each class.
     """
     names = train.classes or list(map(str, range(train.num_classes)))
-    weights = class_weights(args.class_weights, train.label_counts(), names)
-    if args.bce_loss:
-        bce = BinaryCrossEntropy(args.smoothing, args.bce_target_thresh, reduction="none")
-        return WeightedLoss(lambda outputs, targets: bce(outputs, targets).mean(dim=1), weights, args.smoothing)
-    smoothing = 0.0 if soft_targets else args.smoothing
-    losses = partial(F.cross_entropy, reduction="none", label_smoothing=smoothing)
-    return WeightedLoss(losses, weights, args.smoothing)
+    weights = class_weights(args.class_weights, train.label_counts(), names) if args.class_weights else []
+    smoothing, is_smooth = args.smoothing, soft_targets and not train.has_weights  # Mixup has smoothed the targets
+    positive = torch.tensor(weights, device=device) if train.multi_label and weights else None
+    kwargs: dict[str, Any] = dict(smooth_dense=train.multi_label, pos_weight=positive)
+    bce = BinaryCrossEntropy(smoothing, args.bce_target_thresh, reduction="none", **kwargs)
+
+    def binary(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if train.has_weights and not train.multi_label:
+            targets = targets * (1 - smoothing) + smoothing / train.num_classes
+        return bce(outputs, targets).mean(dim=1)
+
+    if train.multi_label or args.bce_loss:
+        losses: Callable[..., torch.Tensor] = binary
+    else:
+        losses = partial(F.cross_entropy, reduction="none", label_smoothing=0.0 if is_smooth else smoothing)
+    weights = [] if train.multi_label else weights
+    return WeightedLoss(losses, weights, smoothing if is_smooth else 0.0, train.has_weights).to(device)
 
 
 # timm's distillation tasks, by --distillation-type.
@@ -1134,8 +1157,8 @@ def add_run_settings(group: Any) -> None:
     add("--eval", **SWITCH, help="only evaluate")
     add("--dist-eval", **SWITCH, help="split the validation images across processes")
     add("--val-interval", type=positive_int, default=1, metavar="N", help="validate every N epochs, and after the last")
-    about = "metric that chooses checkpoint_best.pth"
-    add("--watch", choices=list(WATCHED), default="top1", help=about)
+    about = "metric that chooses checkpoint_best.pth; default: top1, or with --multi-label map (mean average precision)"
+    add("--watch", choices=list(WATCHED), help=about)
     about = "end the run after EPOCHS epochs without improvement of --watch; 0: never"
     add("--early-stop", type=natural, default=0, metavar="EPOCHS", help=about)
     add("--throughput", **SWITCH, help="only measure images per second")
@@ -1301,6 +1324,8 @@ def add_data_settings(group: Any) -> None:
     add("--label-column", default="label", metavar="NAME", help="column with their labels")
     add("--split-column", default="split", metavar="NAME", help="column with the splits that they belong to")
     add("--group-column", default="group", metavar="NAME", help="column with groups that --val-fraction keeps together")
+    add("--weight-column", default="weight", metavar="NAME", help="column with weights of the images in the loss")
+    add("--multi-label", **SWITCH, help="any number of labels per image, in csv/FILE: a|b, or one row per label")
     about = "find validation images among the training images, by file and by pixels; by default up to 100,000 images"
     add("--check-duplicates", action=argparse.BooleanOptionalAction, help=about)
     add("--ignore-classes", nargs="*", default=[], metavar="NAME", help="classes whose images are not used")
@@ -1386,10 +1411,31 @@ def check_combinations(args: argparse.Namespace) -> None:
         )
     if args.ignore_classes and not is_table and args.data_set not in ("IMNET", "INAT", "INAT19"):
         raise UserError(f"--ignore-classes: not supported with --data-set {args.data_set}; omit it")
+    if args.multi_label:
+        check_multi_label(args)
+    elif args.watch == "map":
+        raise UserError("--watch map: needs --multi-label; choose another metric")
     if args.resume and args.finetune:
         raise UserError("--resume and --finetune: mutually exclusive; resume a run, or start one from its weights")
     if args.eval and args.finetune:
         raise UserError(f"--eval --finetune {args.finetune}: mutually exclusive; pass the weights with --resume")
+
+
+def check_multi_label(args: argparse.Namespace) -> None:
+    """Refuse settings that `--multi-label` excludes.
+
+    Raises:
+        UserError: a setting needs a single label per image.
+    """
+    distillation = args.distillation_type
+    for flag, is_given in (
+        (f"--data-set {args.data_set}", not args.data_set.startswith(TABLE)),
+        (f"--watch {args.watch}", args.watch in ("top1", "balanced-accuracy")),
+        (f"--sampler {args.sampler}", args.sampler == BALANCED),
+        (f"--distillation-type {distillation}", distillation not in ("none", "feature")),
+    ):
+        if is_given:
+            raise UserError(f"--multi-label: not supported with {flag}; change one of them")
 
 
 def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
@@ -1412,7 +1458,8 @@ def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
         ("start_epoch", bool(args.resume), "resume"),
         ("layer_decay_min_scale", args.layer_decay is None, "layer_decay"),
         ("clip_mode", not args.clip_grad, "clip_grad"),
-        ("bce_target_thresh", not args.bce_loss, "bce_loss"),
+        ("bce_target_thresh", not (args.bce_loss or args.multi_label), "bce_loss"),
+        ("bce_loss", args.multi_label, "multi_label"),
         ("momentum", not optimizer.has_momentum, "opt"),
         ("opt_eps", not optimizer.has_eps, "opt"),
         ("opt_betas", not optimizer.has_betas, "opt"),
@@ -1434,7 +1481,11 @@ def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
         ("val_interval val_split watch", not uses_labels(args), "distillation_type distillation_alpha"),
         ("inat_category", not args.data_set.startswith("INAT"), "data_set"),
         ("train_split val_split", "/" not in args.data_set, "data_set"),
-        ("path_column label_column split_column group_column", not args.data_set.startswith(TABLE), "data_set"),
+        (
+            "path_column label_column split_column group_column weight_column",
+            not args.data_set.startswith(TABLE),
+            "data_set",
+        ),
         ("split_seed", args.val_fraction is None, "val_fraction"),
         ("train_num_samples val_num_samples", not is_stream, "data_set"),
         ("eval resume finetune", args.throughput, "throughput"),

@@ -3,7 +3,8 @@
     python predict.py IMAGE … --resume PATH [--topk 5] [--json FILE] [--csv FILE] [--out DIR]
 
 IMAGE is an image, a folder of images, or a pattern such as "photos/**/*.jpg". PATH is a checkpoint of main.py or of the
-published code, a folder in timm's layout, or a file that tools/export.py wrote. Unreadable images are reported and
+published code, a folder in timm's layout, or a file that tools/export.py wrote. If an image may have several labels, a
+star marks its labels: the classes whose probability is at least --threshold. Unreadable images are reported and
 skipped; the exit status is then 1.
 """
 
@@ -12,6 +13,7 @@ import sepvit_lib.common.environment  # noqa: F401 before timm
 # isort: split
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,11 +27,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sepvit_lib.common import tables
-from sepvit_lib.common.command_line import Parser, natural, path, positive_int, run_command
+from sepvit_lib.common.class_weights import read_class_values
+from sepvit_lib.common.command_line import Parser, fraction, natural, path, positive_int, run_command
 from sepvit_lib.common.devices import available_cores, best_device, check_device
 from sepvit_lib.common.errors import UNREADABLE_STATUS, UserError, one_line
 from sepvit_lib.common.storage import make_folder, write_output
-from sepvit_lib.inference.classifier import Classifier, Description, Preparation, load_classifier
+from sepvit_lib.inference.classifier import THRESHOLD, Classifier, Description, Preparation, load_classifier
 from sepvit_lib.inference.images import PLACEHOLDER, Task, check_pictures, find_images, read_image
 from sepvit_lib.inference.pictures import with_classes
 from sepvit_lib.pipeline.image_files import as_picture
@@ -45,10 +48,12 @@ class Prediction:
     Attributes:
         task: the image.
         classes: names and probabilities (0 to 1) of the classes, the likeliest first.
+        labels: names of the classes that the image has, if it may have several; otherwise None.
     """
 
     task: Task
     classes: list[tuple[str, float]]
+    labels: list[str] | None = None
 
 
 def read(prepare: Preparation, orientation: str, tasks: Sequence[Task]) -> list[Tensor | str]:
@@ -73,6 +78,7 @@ def main(args: argparse.Namespace) -> int:
     check_outputs(args)
     precision = Precision.of(torch.device(args.device), args.amp)
     classifier = load_classifier(args.resume, args.model, args.averaged, precision)
+    thresholds = find_thresholds(args, classifier)
     tasks = find_images(args.images, classifier.prepare.preprocessing.channels != 3)
     if args.out:
         check_pictures(tasks, Path(args.out), args.overwrite)
@@ -81,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
     predictions: list[Prediction] = []
     prints = STANDARD_OUTPUT not in (args.json, args.csv)
     with tqdm(total=len(tasks), desc="predict", unit=" images", dynamic_ncols=True, disable=None) as bar:
-        for prediction in predict(classifier, tasks, args):
+        for prediction in predict(classifier, tasks, args, thresholds):
             bar.update()
             if isinstance(prediction, str):
                 bar.write(f"predict.py: {prediction}", file=sys.stderr)
@@ -95,7 +101,24 @@ def main(args: argparse.Namespace) -> int:
     return UNREADABLE_STATUS if len(predictions) < len(tasks) else 0
 
 
-def predict(classifier: Classifier, tasks: Sequence[Task], args: argparse.Namespace) -> Iterator[Prediction | str]:
+def find_thresholds(args: argparse.Namespace, classifier: Classifier) -> Tensor:
+    """Probability of each class from which an image has this label; infinite if each image has a single label.
+
+    Raises:
+        UserError: a file of thresholds cannot be read, or each image has a single label.
+    """
+    made, what = classifier.description, f"--threshold {args.threshold}"
+    if args.threshold is not None and not made.multi_label:
+        raise UserError(f"{what}: --resume {args.resume} has a single label per image; omit it")
+    if isinstance(args.threshold, str):
+        return torch.tensor(read_class_values(args.threshold, made.classes, what))
+    threshold = (THRESHOLD if args.threshold is None else args.threshold) if made.multi_label else math.inf
+    return torch.full((len(made.classes),), threshold)
+
+
+def predict(
+    classifier: Classifier, tasks: Sequence[Task], args: argparse.Namespace, thresholds: Tensor
+) -> Iterator[Prediction | str]:
     """Classify images in batches. Yields a prediction for each image in order, or the reason why it is unreadable."""
     loader: DataLoader[Task] = DataLoader(
         tasks,  # type: ignore[arg-type]  # a sequence is enough
@@ -107,13 +130,16 @@ def predict(classifier: Classifier, tasks: Sequence[Task], args: argparse.Namesp
     names, remaining = classifier.description.classes, iter(tasks)
     for batch in loader:
         inputs = [entry for entry in batch if not isinstance(entry, str)]
-        ranked = zip(*classifier.probabilities(inputs).topk(min(args.topk, len(names)))) if inputs else iter(())
+        ranked = zip(*classifier.probabilities(inputs).sort(descending=True, stable=True)) if inputs else iter(())
         for entry, task in zip(batch, remaining):
             if isinstance(entry, str):
                 yield entry
             else:
                 values, order = next(ranked)
-                yield Prediction(task, [(names[i], value) for i, value in zip(order.tolist(), values.tolist())])
+                labels = [names[i] for i in order[values >= thresholds[order]].tolist()]
+                rows = [(names[i], value) for i, value in zip(order.tolist(), values.tolist())]
+                shown = rows[: args.topk] + [row for row in rows[args.topk :] if row[0] in labels]
+                yield Prediction(task, shown, labels if classifier.description.multi_label else None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,7 +149,8 @@ def predict(classifier: Classifier, tasks: Sequence[Task], args: argparse.Namesp
 
 def as_text(prediction: Prediction) -> str:
     """Format a prediction as lines: the image's path, then one line per class, with probability and name."""
-    rows = (f"  {100 * probability:6.2f} %  {name}" for name, probability in prediction.classes)
+    labels = prediction.labels or ()
+    rows = (f"{'* '[name not in labels]} {100 * value:6.2f} %  {name}" for name, value in prediction.classes)
     return "\n".join([one_line(str(prediction.task.path)), *rows])
 
 
@@ -132,16 +159,20 @@ def as_json(predictions: Sequence[Prediction]) -> str:
     entries = []
     for prediction in predictions:
         rows = [{"class": name, "probability": round(probability, 6)} for name, probability in prediction.classes]
-        entries.append({"image": str(prediction.task.path), "predictions": rows})
+        labels = {} if prediction.labels is None else {"labels": prediction.labels}
+        entries.append({"image": str(prediction.task.path), **labels, "predictions": rows})
     return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
 
 
 def as_csv(predictions: Sequence[Prediction]) -> str:
-    """Format predictions as CSV: one line per class, with image, rank, class and probability."""
-    lines = [("image", "rank", "class", "probability")]
+    """Format predictions as CSV: one line per class, with image, rank, class, probability and whether it is a label."""
+    lines = [["image", "rank", "class", "probability"]]
+    if any(prediction.labels is not None for prediction in predictions):
+        lines[0].append("is_label")
     for prediction in predictions:
         for rank, (name, probability) in enumerate(prediction.classes, start=1):
-            lines.append((str(prediction.task.path), str(rank), name, f"{probability:.6f}"))
+            is_label = [] if prediction.labels is None else [str(int(name in prediction.labels))]
+            lines.append([str(prediction.task.path), str(rank), name, f"{probability:.6f}", *is_label])
     return tables.as_csv(lines) + "\n"
 
 
@@ -194,6 +225,14 @@ def draw(prediction: Prediction, out: Path, description: Description) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def share_or_file(text: str) -> float | str:
+    """Parse a number from 0 to 1, or the path of a file."""
+    try:
+        return fraction(text)
+    except ValueError:
+        return path(text)
+
+
 def build_parser() -> Parser:
     """Make the command's parser."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -204,6 +243,8 @@ def build_parser() -> Parser:
     add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not specify it")
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
     add("--topk", type=positive_int, default=5, metavar="K", help="number of classes per image, default 5")
+    about = f"smallest probability of a label, default {THRESHOLD}, or a JSON file with one per class"
+    add("--threshold", type=share_or_file, metavar="SHARE|FILE", help=about)
     add("--json", type=path, metavar="FILE", help="write the results as JSON; -: to standard output")
     add("--csv", type=path, metavar="FILE", help="write the results as CSV; -: to standard output")
     add("--out", type=path, metavar="DIR", help="write pictures with the classes on them")

@@ -1,4 +1,4 @@
-"""Compare runs of main.py: top-1, the settings that differ, and curves.
+"""Compare runs of main.py: top-1 (or mean average precision), the settings that differ, and curves.
 
     python tools/compare.py RUN … [--out FOLDER] [--format text|csv|markdown] [--min-top1 PERCENT]
 
@@ -27,9 +27,9 @@ from sepvit_lib.common.tables import as_csv, as_markdown, as_text
 from sepvit_lib.run.output import LOG, OF_RUN, draw_curves, epoch_entries, points_of, read_log
 from sepvit_lib.run.resume import FREE_SETTINGS
 
-TOP1 = "test_acc1"
-PANELS = {"training loss": {"train_loss": ""}, "validation loss": {"test_loss": ""}, "top-1 (%)": {TOP1: ""}}
-TITLES = "name,runs,best top-1 (%),std of best,best epoch,last top-1 (%),std of last,epochs done".split(",")
+METRICS = {"test_acc1": "top-1 (%)", "test_map": "mAP (%)"}
+LOSSES = {"training loss": {"train_loss": ""}, "validation loss": {"test_loss": ""}}
+TITLES = "name,runs,best {0},std of best,best epoch,last {0},std of last,epochs done"
 FORMATS = {"text": as_text, "csv": as_csv, "markdown": as_markdown}
 
 
@@ -87,14 +87,15 @@ def name_of(group: Sequence[Run]) -> str:
     return f"{start}{{{names}}}" if len(group) > 1 else group[0].name
 
 
-def row_of(group: Sequence[Run], names: Sequence[str]) -> list[str]:
+def row_of(group: Sequence[Run], names: Sequence[str], metric: str) -> list[str]:
     """A row of the table: that of a group.
 
     Args:
         group: the runs.
         names: names of the settings that differ among all runs.
+        metric: the metric, as in log.txt.
     """
-    curves = [points for run in group if (points := points_of(run.entries, TOP1))]
+    curves = [points for run in group if (points := points_of(run.entries, metric))]
     best = [max(points, key=lambda epoch: points[epoch]) for points in curves]
     row = [name_of(group), str(len(group)), *mean_and_std([points[epoch] for points, epoch in zip(curves, best)])]
     row += [joined(best), *mean_and_std([points[max(points)] for points in curves])]
@@ -122,7 +123,9 @@ def main(args: argparse.Namespace) -> int:
     names = sorted({name for run in runs for name in run.settings})
     names = [name for name in names if len({run.settings[name] for run in runs if name in run.settings}) > 1]
     groups = grouped(runs, names)
-    lines = [[*TITLES, *names], *(row_of(group, names) for group in groups)]
+    metric = next((name for name in METRICS if any(points_of(run.entries, name) for run in runs)), "test_acc1")
+    titles = TITLES.format(METRICS[metric]).split(",")
+    lines = [[*titles, *names], *(row_of(group, names, metric) for group in groups)]
     lines = [list(line) for line in zip(*(column for column in zip(*lines) if any(column[1:])))]
     print(FORMATS[args.format](lines))
     if args.out:
@@ -130,10 +133,10 @@ def main(args: argparse.Namespace) -> int:
         write_output(out / "compare.csv", lambda file: file.write(f"{as_csv(lines)}\n".encode()), what)
         write_output(out / "compare.md", lambda file: file.write(f"{as_markdown(lines)}\n".encode()), what)
         curves = {name_of(group).replace("$", r"\$"): [run.entries for run in group] for group in groups}
-        figure = draw_curves(curves, PANELS)
+        figure = draw_curves(curves, {**LOSSES, METRICS[metric]: {metric: ""}})
         write_output(out / "compare.png", lambda file: figure.savefig(file, format="png", dpi=150), what)
     for run in runs:
-        last = [0.0, *points_of(run.entries, TOP1).values()][-1]
+        last = [0.0, *points_of(run.entries, "test_acc1").values()][-1]
         if last < args.min_top1:
             print(f"compare.py: {run.name}: top-1 {last:.3f} is below --min-top1 {args.min_top1:g}", file=sys.stderr)
             return 1

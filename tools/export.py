@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> int:
         forms, failures = write(job, files, formats)
         forms = {comparison.CHECKPOINT: Form(classifier)} | forms
         comparison.compare(forms, images)
-        failures = missing | failures | refused(forms, formats, len(images.images))
+        failures = missing | failures | refused(forms, formats, images)
         kept = {name: form for name, form in forms.items() if name not in failures}
         comparison.time_forms(kept, images, args.rounds)
         report = comparison.report(kept, failures, images, job.notes)
@@ -168,13 +168,13 @@ def write(job: Job, files: Mapping[str, str], formats: Mapping[str, Format]) -> 
     return forms, failures
 
 
-def refused(forms: Mapping[str, Form], formats: Mapping[str, Format], images: int) -> dict[str, str]:
+def refused(forms: Mapping[str, Form], formats: Mapping[str, Format], images: Images) -> dict[str, str]:
     """Refuse files that differ too much from the checkpoint. Returns the reasons, by name of the form.
 
     Args:
         forms: the compared forms by name, including the checkpoint.
         formats: the formats by name.
-        images: number of images; one additional wrong prediction is accepted.
+        images: the images; one additional wrong prediction is accepted.
 
     Raises:
         UserError: the checkpoint's own logits are not finite.
@@ -189,8 +189,9 @@ def refused(forms: Mapping[str, Form], formats: Mapping[str, Format], images: in
             failures[name] = "refused: its logits are not finite"
         elif form is not reference and formats[name].is_exact and form.difference > MAX_DIFFERENCE:
             failures[name] = f"refused: its logits differ by {form.difference:.2g}, more than {MAX_DIFFERENCE:g}"
-        elif lost > max(100 * MAX_LOSS, 100.5 / images):
-            failures[name] = f"refused: its top-1 is {form.top1:.2f} %, the checkpoint's {reference.top1:.2f} %"
+        elif lost > max(100 * MAX_LOSS, 100.5 / len(images.images)):
+            values = f"{form.top1:.2f} %, the checkpoint's {reference.top1:.2f} %"
+            failures[name] = f"refused: its {images.metric} is {values}"
     return failures
 
 

@@ -63,12 +63,14 @@ class Loaded:
         name: its name.
         preprocessing: turns images into the network's inputs.
         classes: names of the classes; none for the dense form.
+        multi_label: whether an image may have several labels, or none.
     """
 
     network: SepViTStages
     name: str
     preprocessing: Preprocessing
     classes: tuple[str, ...] = ()
+    multi_label: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def load(args: argparse.Namespace) -> tuple[Loaded, Image.Image | Tensor]:
         raise UserError(f"{what}: contains {description.model}, not a SepViT; choose a SepViT checkpoint")
     made, what = description.preprocessing, f"{PLACEHOLDER} {args.image}"
     image = read_image(args.image, what, description.orientation, made.channels)
-    return Loaded(network, description.model, made, description.classes), image
+    return Loaded(network, description.model, made, description.classes, description.multi_label), image
 
 
 def dense_preprocessing(image: Image.Image, size: Sequence[int] | None) -> Preprocessing:
@@ -226,7 +228,7 @@ def observe(args: argparse.Namespace, loaded: Loaded, image: Image.Image | Tenso
     blocks = record_attention(loaded.network, inputs, lambda images: outputs.append(loaded.network(images)))
     label, prediction = None, ""
     if loaded.classes:
-        probabilities = outputs[0][0].softmax(dim=-1)
+        probabilities = outputs[0][0].sigmoid() if loaded.multi_label else outputs[0][0].softmax(dim=-1)
         best = int(probabilities.argmax())
         prediction = f": {shortened(loaded.classes[best])} ({100 * probabilities[best]:.1f} %)"
         index = find_label(args.label, loaded, probabilities)

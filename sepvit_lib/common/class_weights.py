@@ -28,14 +28,30 @@ def class_weights(choice: str, counts: Mapping[int, int] | None, names: Sequence
             raise UserError(f"{what}: the numbers of images are unknown before reading them; pass a file of weights")
         total = sum(counts.values())
         return [total / (len(names) * counts[number]) if counts.get(number) else 1.0 for number in range(len(names))]
+    return read_class_values(choice, names, what)
+
+
+def read_class_values(path: str, names: Sequence[str], what: str) -> list[float]:
+    """Read a positive number for each class from a JSON file with an object of class names and numbers.
+
+    Args:
+        path: the file.
+        names: names of the classes.
+        what: setting and value that name the file, for messages.
+
+    Raises:
+        UserError: the file cannot be read, or does not have a positive number for each class.
+    """
     try:
-        weights = {canonical(name): float(value) for name, value in json.loads(Path(choice).read_text("utf-8")).items()}
+        values = {canonical(name): float(value) for name, value in json.loads(Path(path).read_text("utf-8")).items()}
     except OSError as error:
-        raise UserError(f"{what}: cannot be read ({error.strerror}); pass a JSON file, or {BALANCED}") from None
+        raise UserError(
+            f"{what}: cannot be read ({error.strerror}); pass a JSON file of class names and numbers"
+        ) from None
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f'{what}: not a JSON object such as {{"cat": 1, "dog": 2.5}} ({error})') from None
-    wrong = [name for name in map(canonical, names) if not 0 < weights.get(name, 0) < math.inf]
-    if wrong or len(weights) != len(names):
-        problem = f"no positive weight for {listed(wrong)}" if wrong else f"{len(weights)} weights"
+    wrong = [name for name in map(canonical, names) if not 0 < values.get(name, 0) < math.inf]
+    if wrong or len(values) != len(names):
+        problem = f"no positive number for {listed(wrong)}" if wrong else f"{len(values)} numbers"
         raise UserError(f"{what}: {problem}; the {len(names)} classes are {listed(names)}")
-    return [weights[canonical(name)] for name in names]
+    return [values[canonical(name)] for name in names]

@@ -27,6 +27,7 @@ from sepvit_lib.run import checkpoints
 from sepvit_lib.run.state import Precision
 
 CONFIG = "config.json"  # file in a model folder with timm's layout
+THRESHOLD = 0.5  # probability from which an image has a label
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Description:
         preprocessing: transform from an image to the network's input.
         orientation: 'exif' to turn images upright, or 'stored' to keep them as stored.
         model_kwargs: other arguments of the network's constructor.
+        multi_label: whether an image may have several labels, or none.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Description:
     preprocessing: Preprocessing
     orientation: str = EXIF
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    multi_label: bool = False
 
     def to_json(self) -> str:
         """Return the description as JSON."""
@@ -61,7 +64,7 @@ class Description:
         try:
             fields = json.loads(text)
             preprocessing = Preprocessing.from_json(fields["preprocessing"])
-            others = fields.get("orientation", EXIF), fields.get("model_kwargs", {})
+            others = fields.get("orientation", EXIF), fields.get("model_kwargs", {}), fields.get("multi_label", False)
             return cls(fields["model"], tuple(fields["classes"]), preprocessing, *others)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a classifier's description ({error!r})") from None
@@ -116,8 +119,9 @@ class Classifier:
         return self.run(torch.stack(list(inputs))).float().cpu()
 
     def probabilities(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Compute probabilities of the classes, images × classes. See `logits`."""
-        return self.logits(inputs).softmax(dim=-1)
+        """Compute probabilities of the classes, images × classes: for several labels, of each class. See `logits`."""
+        logits = self.logits(inputs)
+        return logits.sigmoid() if self.description.multi_label else logits.softmax(dim=-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,10 +192,15 @@ def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description, Seque
     except Exception as error:  # of any type, for damaged files and unsupported networks
         raise UserError(f"{what}: timm cannot load it ({' '.join(str(error).split())[:200]})") from None
     fields = network.pretrained_cfg
-    orientation = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("orientation", EXIF)
-    names = fields.get("label_names")
-    classes = class_names(names, network.num_classes)
-    return network, Description(fields["architecture"], classes, Preprocessing.from_timm(fields), orientation), names
+    config, names = json.loads((folder / CONFIG).read_text(encoding="utf-8")), fields.get("label_names")
+    description = Description(
+        fields["architecture"],
+        class_names(names, network.num_classes),
+        Preprocessing.from_timm(fields),
+        config.get("orientation", EXIF),
+        multi_label=config.get("multi_label", False),
+    )
+    return network, description, names
 
 
 def _from_checkpoint(
@@ -213,7 +222,8 @@ def _from_checkpoint(
     names = checkpoint.get("classes")
     preprocessing = Preprocessing.of_weights(checkpoint, name, size).varied(kwargs.get("in_chans", 3))
     classes, orientation = class_names(names, num_classes), orientation_for(checkpoint.get("reading"))
-    description = Description(name, classes, preprocessing, orientation, kwargs)
+    multi_label = settings_in(checkpoint).get("multi_label", False)
+    description = Description(name, classes, preprocessing, orientation, kwargs, multi_label)
     return network, description, names
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
@@ -21,7 +22,7 @@ from sepvit_lib.common.errors import MachineError, UserError, setting
 from sepvit_lib.common.processes import print_main
 from sepvit_lib.common.randomness import SampleIndex, Stream, derived_seed, seed_cpu
 from sepvit_lib.common.storage import PAUSES, is_storage_error, with_retries
-from sepvit_lib.pipeline.data_sets.base import Images
+from sepvit_lib.pipeline.data_sets.base import Images, Label, classes_of
 from sepvit_lib.pipeline.data_sets.libraries import import_hugging_face
 from sepvit_lib.pipeline.image_files import Encoded, decode
 from sepvit_lib.pipeline.unreadable import Replacements, UnreadableImageError
@@ -43,6 +44,7 @@ class ImageData:
         outputs: the network's output index for each label of the data set; None if it equals the label.
         class_map: file that numbers the classes; "" if they are numbered in the order of their names.
         is_hugging_face: whether Hugging Face's library reads the images.
+        multi_label: whether an image may have several labels, or none.
     """
 
     dataset: Any
@@ -53,6 +55,12 @@ class ImageData:
     outputs: Sequence[int] | None = None
     class_map: str = ""
     is_hugging_face: bool = False
+    multi_label: bool = False
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether images have weights in the training loss."""
+        return bool(getattr(self.dataset, "weights", ()))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -89,7 +97,10 @@ class ImageData:
     def label_counts(self) -> Counter[int] | None:
         """Number of images of each class, by output index; None if finding it would require reading all images."""
         labels = self.dataset.labels()
-        return None if labels is None else Counter(self.outputs[label] if self.outputs else label for label in labels)
+        if labels is None:
+            return None
+        numbers = (number for label in labels for number in classes_of(label))
+        return Counter(self.outputs[number] if self.outputs else number for number in numbers)
 
     def renumbered(self, order: Sequence[int], classes: Sequence[str]) -> "ImageData":
         """Renumber the classes.
@@ -117,7 +128,7 @@ def fingerprint(data: ImageData) -> str:
 
 def read_sample(
     dataset: Images, index: int, pauses: Sequence[int], decode: Callable[[Encoded], Any] = decode
-) -> tuple[Any, int]:
+) -> tuple[Any, Label]:
     """Read an untransformed image and its label. Retries while the storage does not respond.
 
     Args:
@@ -130,7 +141,7 @@ def read_sample(
         UnreadableImageError: the image is unreadable.
     """
 
-    def read() -> tuple[Any, int]:
+    def read() -> tuple[Any, Label]:
         encoded, target = dataset.encoded(index)
         return decode(encoded), target
 
@@ -157,15 +168,34 @@ class Samples(Dataset):
         self.decode: Any = data.decode
         self.outputs = data.outputs
         self.num_classes = data.num_classes
+        self.multi_label = data.multi_label
         self.is_hugging_face = data.is_hugging_face
         self.seed = seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def output_of(self, target: int) -> int:
-        """The network's output index for a label."""
-        return target if self.outputs is None else self.outputs[target]
+    def output_of(self, label: int) -> int:
+        """The network's output index for a class."""
+        return label if self.outputs is None else self.outputs[label]
+
+    def target_of(self, label: Label, weight: float | None = None) -> int | Tensor:
+        """Target of an image.
+
+        Args:
+            label: its class or classes.
+            weight: its weight in the loss, None for none.
+
+        Returns:
+            the network's output index for its class. For multi-label or weighted images, 1 for each of its classes and
+            0 for the others, followed by the weight, if there is one.
+        """
+        outputs = [self.output_of(number) for number in classes_of(label)]
+        if not self.multi_label and weight is None:
+            return outputs[0]
+        target = torch.zeros(self.num_classes)
+        target[outputs] = 1
+        return target if weight is None else torch.cat([target, torch.tensor([weight])])
 
     def __getstate__(self) -> dict[str, Any]:
         """State for a spawned worker, which must import Hugging Face's library before unpickling its objects."""
@@ -184,25 +214,25 @@ class Samples(Dataset):
 class ValSamples(Samples):
     """Validation samples. An unreadable image is an error."""
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Return image and label.
+    def __getitem__(self, index: int) -> tuple[Any, int | Tensor]:
+        """Return image and target.
 
         Raises:
             UnreadableImageError: the image is unreadable.
             MachineError: the storage does not respond.
         """
         try:
-            image, target = read_sample(self.dataset, index, PAUSES, self.decode)
+            image, label = read_sample(self.dataset, index, PAUSES, self.decode)
         except UnreadableImageError as error:
             raise (MachineError(str(error)) if error.is_storage_error else error) from None
-        return self.transform(image), self.output_of(target)
+        return self.transform(image), self.target_of(label)
 
 
 class TrainSamples(Samples):
     """Training samples. Augmentation is determined by the seed and the sample's position in the epoch."""
 
-    def __getitem__(self, sample: SampleIndex) -> tuple[Any, int, str]:
-        """Return image, label, and the unreadable images that the image replaces, as text (`Replacements.take`).
+    def __getitem__(self, sample: SampleIndex) -> tuple[Any, int | Tensor, str]:
+        """Return image, target, and the unreadable images that the image replaces, as text (`Replacements.take`).
 
         Raises:
             UserError: too many images are unreadable.
@@ -213,14 +243,16 @@ class TrainSamples(Samples):
         while True:
             seed_cpu(Stream.AUGMENTATION, self.seed, sample.epoch, sample.position)
             try:
-                image, target = read_sample(self.dataset, index, pauses, self.decode)
+                image, label = read_sample(self.dataset, index, pauses, self.decode)
                 break
             except UnreadableImageError as error:
                 replacements.add(error)
                 pauses = () if error.is_storage_error else pauses  # reading has already been retried
                 index = derived_seed(Stream.REPLACEMENT, self.seed, sample.epoch, sample.position, attempt) % len(self)
                 attempt += 1
-        return self.transform(image), self.output_of(target), replacements.take()
+        weights = self.dataset.weights
+        target = self.target_of(label, weights[index] if weights else None)
+        return self.transform(image), target, replacements.take()
 
 
 def collate(samples: list[Any]) -> list[Any]:

@@ -5,15 +5,17 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from sepvit_lib.pipeline.data_sets.base import Label, classes_of
 
-def validation_part(labels: Sequence[int], groups: Sequence[str], fraction: float, seed: int) -> list[bool]:
+
+def validation_part(labels: Sequence[Label], groups: Sequence[str], fraction: float, seed: int) -> list[bool]:
     """Choose the images for validation. The choice depends only on the arguments, not on the machine.
 
-    Groups are taken in an order that the seed determines, each if most of its images belong to classes that still lack
-    validation images. A class that is in a single group stays in training.
+    Groups are taken in an order that the seed determines, each if most of its labels are of classes that still lack
+    validation images. A class that is in a single group stays in training. Images without labels count as a class.
 
     Args:
-        labels: class of each image.
+        labels: class or classes of each image.
         groups: group of each image, such as a patient; images of a group stay together.
         fraction: share of each class for validation.
         seed: seed of the order.
@@ -23,8 +25,9 @@ def validation_part(labels: Sequence[int], groups: Sequence[str], fraction: floa
     """
     members: defaultdict[str, Counter[int]] = defaultdict(Counter)
     for label, group in zip(labels, groups):
-        members[group][label] += 1
-    totals, left = Counter(labels), Counter(label for counts in members.values() for label in counts)
+        members[group].update(classes_of(label) or (-1,))
+    totals = sum(members.values(), Counter())
+    left = Counter(label for counts in members.values() for label in counts)
     wanted = Counter({label: max(1, round(fraction * count)) for label, count in totals.items()})
     chosen = set()
     for group in sorted(members, key=lambda group: hashlib.sha256(os.fsencode(f"{seed}\0{group}")).digest()):

@@ -19,15 +19,15 @@ class FeatureSamples(TrainSamples):
 
     Args:
         data: the images.
-        rows: features (C values), label, and unreadable images as text (`Replacements.take`) of each sample.
+        rows: features (C values), target, and unreadable images as text (`Replacements.take`) of each sample.
     """
 
-    def __init__(self, data: ImageData, rows: Sequence[tuple[np.ndarray, int, str]]) -> None:
+    def __init__(self, data: ImageData, rows: Sequence[tuple[np.ndarray, Any, str]]) -> None:
         super().__init__(data)
         self.rows = rows
 
-    def __getitem__(self, sample: SampleIndex) -> tuple[Any, int, str]:
-        """Return features, label, and the unreadable images that the image replaces, as text."""
+    def __getitem__(self, sample: SampleIndex) -> tuple[Any, Any, str]:
+        """Return features, target, and the unreadable images that the image replaces, as text."""
         return self.rows[sample.index]
 
 
@@ -48,9 +48,9 @@ def compute_features(
     """
     samples, own = TrainSamples(data, seed), range(get_rank(), len(data), get_world_size())
     order: Any = [SampleIndex(0, index, index) for index in own]
-    rows: list[tuple[np.ndarray, int, str]] = []
+    rows: list[tuple[np.ndarray, Any, str]] = []
     for images, targets, unreadable in DataLoader(samples, sampler=order, **loading):
-        rows += zip(features_of(images).float().cpu().numpy(), targets.tolist(), unreadable)
+        rows += zip(features_of(images).float().cpu().numpy(), targets.numpy(), unreadable)
         tick(f"features of {len(rows)} images")
     gathered = all_gather([rows])
     return FeatureSamples(data, [gathered[i % len(gathered)][i // len(gathered)] for i in range(len(data))])

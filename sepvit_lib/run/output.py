@@ -38,7 +38,12 @@ OF_RUN, OF_EPOCH = "settings", "train_loss"
 Panels = Mapping[str, Mapping[str, str]]
 PANELS: Panels = {  # of curves.png: labels of the metrics, by title and metric
     "loss": {"train_loss": "training", "test_loss": "validation", "test_ema_loss": "validation, averaged weights"},
-    "accuracy (%)": {"test_acc1": "top-1", "test_acc5": "top-5", "test_ema_acc1": "top-1, averaged weights"},
+    "accuracy (%)": {
+        "test_acc1": "top-1",
+        "test_acc5": "top-5",
+        "test_ema_acc1": "top-1, averaged weights",
+        "test_map": "mAP",
+    },
     "learning rate": {"train_lr": "learning rate"},
 }
 

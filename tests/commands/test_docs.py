@@ -107,6 +107,7 @@ ELSEWHERE = {
     r"^for recipe in recipes/ablations": "test_vary.py::test_the_recipes_of_the_ablations_train",
     r"pip install (-e )?\.$": "test_package.py::test_a_host_with_modules_of_the_same_names_imports_everything",
     r"--data-set csv/": "test_table.py::test_a_split_is_written_and_given_back",
+    r"--threshold 0\.4": "test_multi_label.py::test_predictions_are_independent_probabilities",
     r"--in-chans 8": "test_shapes.py::test_many_channels_through_every_command",
     r"--(distillation-type feature|finetune distilled)": "test_distillation.py::test_features_without_labels",
     r"--data-set CIFAR": "test_data.py::test_cifar",  # torchvision knows the checksums of the real files

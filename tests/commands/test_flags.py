@@ -63,7 +63,8 @@ CHANGES = {
     "--sched poly": "--decay-rate 0.5",
     "--sched step": "--decay-epochs 2",
     "--sched wsd --decay-epochs 4 --lr 1": "--lr-decay-fn cosine",
-    TABLE: "--path-column other, --label-column digit, --split-column fold, --ignore-classes c",
+    TABLE: "--path-column other, --label-column digit, --split-column fold, --ignore-classes c, --multi-label, "
+    "--weight-column heavy",
     WHOLE: "--group-column writer, --split-seed 1, --val-fraction 0.5",
     SHARDS: "--num-classes 3, --train-num-samples 32, --train-split a-1.tar|16, --val-num-samples 8, "
     "--val-split a-0.tar|16",
@@ -98,7 +99,7 @@ IGNORED = {
     "": "bce_target_thresh color_jitter distillation_alpha distillation_tau inat_category layer_decay_min_scale "
     "lr_decay_fn lr_noise_pct lr_noise_std model_ema_decay model_ema_force_cpu model_ema_warmup momentum "
     "patience_epochs ratio scale teacher_kwargs teacher_model train_num_samples train_split val_num_samples "
-    "val_split resplit cooldown_epochs path_column label_column split_column group_column split_seed",
+    "val_split resplit cooldown_epochs path_column label_column split_column group_column weight_column split_seed",
     "--aa=": "train_interpolation",
     "--in-chans 1": "aa",
     "--no-aug": "hflip reprob",
@@ -115,6 +116,7 @@ IGNORED = {
     "--warmup-epochs 0": "warmup_lr",
     "--weight-decay 0": "decay_window_tokens",
     SHARDS: "repeated_aug",
+    f"{TABLE} --multi-label": "bce_loss",
 }
 
 
@@ -152,11 +154,11 @@ def root(tmp_path_factory):
     inat_folder(root / "inat", with_kingdom=True)
     (root / "map.txt").write_text("b\na\n")
     (root / "weights.json").write_text('{"a": 1, "b": 2}')
-    for name, header in (("table", "split,fold"), ("whole", "group,writer")):
+    for name, header in (("table", "split,fold,heavy"), ("whole", "group,writer")):
         lines = [f"path,other,label,digit,{header}"]
         for n in range(24):
             last = (
-                f"{'val' if n > 17 else 'train'},{'train' if n % 4 else 'val'}"
+                f"{'val' if n > 17 else 'train'},{'train' if n % 4 else 'val'},{n}"
                 if name == "table"
                 else f"{n // 2},{n // 3}"
             )

@@ -4,7 +4,6 @@ import math
 import platform
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,11 +15,11 @@ import torch
 
 from sepvit_lib.common.devices import available_cores
 from sepvit_lib.inference.classifier import Classifier
-from tools.exporting.data import BATCH_SIZE, Images
+from tools.exporting.data import BATCH_SIZE, Images, correct
 
 CHECKPOINT = "checkpoint"  # the form with which others are compared: PyTorch in eager mode, float32
 MIN_SECONDS = 0.3  # per timing: at first, the previous runtime's threads still occupy cores
-HEADER = ("form", "file", "MB", "largest difference", "top-1, %", "latency, ms", "ratio", "images/s", "ratio")
+HEADER = ("form", "file", "MB", "largest difference", "{}, %", "latency, ms", "ratio", "images/s", "ratio")
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Form:
         classifier: the form, loaded for inference.
         file: its file or folder; None for the checkpoint.
         difference: largest difference of its logits from the checkpoint's.
-        top1: its top-1 (%); None without labels.
+        top1: its top-1, or for several labels per image the accuracy of the labels (%); None without labels.
         seconds: seconds per batch in each round, by batch size.
     """
 
@@ -57,7 +56,7 @@ def parts_of(file: Path) -> list[Path]:
 
 def compare(forms: Mapping[str, Form], images: Images) -> None:
     """Compare all forms with the checkpoint, image by image."""
-    reference, correct = forms[CHECKPOINT].classifier, Counter[str]()
+    reference, hits = forms[CHECKPOINT].classifier, dict.fromkeys(forms, 0.0)
     for batch, labels in images.batches():
         expected = reference.logits([reference.prepare(image) for image in batch])
         for name, form in forms.items():
@@ -66,10 +65,10 @@ def compare(forms: Mapping[str, Form], images: Images) -> None:
             difference = float((logits - expected).abs().max())
             form.difference = max(form.difference, difference) if math.isfinite(difference) else math.nan
             if labels:
-                correct[name] += int((logits.argmax(dim=1) == torch.tensor(labels)).sum())
+                hits[name] += correct(logits, labels)
     if images.labels:
         for name, form in forms.items():
-            form.top1 = 100 * correct[name] / len(images.images)
+            form.top1 = 100 * hits[name] / len(images.images)
 
 
 def time_forms(forms: Mapping[str, Form], images: Images, rounds: int) -> None:
@@ -106,13 +105,15 @@ def report(forms: Mapping[str, Form], failures: Mapping[str, str], images: Image
     """Format the table, followed by the method of measurement, remarks, and the reasons why forms are missing."""
     description = forms[CHECKPOINT].classifier.description
     height, width = description.preprocessing.size
-    rows = [HEADER, *(_row(name, form, forms[CHECKPOINT]) for name, form in forms.items())]
+    header = [cell.format(images.metric) for cell in HEADER]
+    rows = [header, *(_row(name, form, forms[CHECKPOINT]) for name, form in forms.items())]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, tuple("-" * width for width in widths))
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    compared = f" and {images.metric}" if images.labels else ""
     paragraphs = [
         f"{description.model}, {len(description.classes)} classes, {height} × {width} pixels, {machine()}.",
-        f"Differences of the logits{' and top-1' if images.labels else ''}: on {images.source}. Speed: medians of "
+        f"Differences of the logits{compared}: on {images.source}. Speed: medians of "
         f"{len(forms[CHECKPOINT].seconds[1])} interleaved rounds, one image and batches of {BATCH_SIZE}; ratios to the "
         "checkpoint in eager mode.",
         *notes,

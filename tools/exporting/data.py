@@ -33,6 +33,8 @@ OF_DATA = {
     "label_column",
     "split_column",
     "group_column",
+    "weight_column",
+    "multi_label",
     "ignore_classes",
 }
 
@@ -44,26 +46,44 @@ class Images:
     Attributes:
         source: description of the images.
         images: the images, RGB or C × H × W.
-        labels: class index of each image; empty if unknown.
+        labels: class index of each image, or 1 for each of its labels and 0 for the others; empty if unknown.
     """
 
     source: str
     images: Sequence[Image.Image | Tensor]
-    labels: Sequence[int] = ()
+    labels: Sequence[int | Tensor] = ()
 
-    def batches(self) -> Iterator[tuple[Sequence[Image.Image | Tensor], Sequence[int]]]:
+    @property
+    def metric(self) -> str:
+        """Name of the metric that `correct` computes."""
+        return "accuracy of labels" if self.labels and isinstance(self.labels[0], Tensor) else "top-1"
+
+    def batches(self) -> Iterator[tuple[Sequence[Image.Image | Tensor], Sequence[int | Tensor]]]:
         """Batches of images and labels."""
         for start in range(0, len(self.images), BATCH_SIZE):
             part = slice(start, start + BATCH_SIZE)
             yield self.images[part], self.labels[part]
 
     def accuracy(self, classifier: Classifier, logits: Callable[[Tensor], Tensor]) -> float:
-        """Top-1 (0 to 1) of a function from a classifier's inputs to logits."""
-        correct = 0
+        """Accuracy (0 to 1) of a function from a classifier's inputs to logits. See `correct`."""
+        hits = 0.0
         for images, labels in self.batches():
             inputs = torch.stack([classifier.prepare(image) for image in images])
-            correct += int((logits(inputs).argmax(dim=1) == torch.tensor(labels)).sum())
-        return correct / len(self.images)
+            hits += correct(logits(inputs), labels)
+        return hits / len(self.images)
+
+
+def correct(logits: Tensor, labels: Sequence[int | Tensor]) -> float:
+    """Number of correctly classified images: for several labels per image, the sum of the correct shares of labels.
+
+    Args:
+        logits: images × classes.
+        labels: see `Images.labels`.
+    """
+    targets = torch.stack([torch.as_tensor(label) for label in labels])
+    if targets.ndim == 1:
+        return float((logits.argmax(dim=1) == targets).sum())
+    return float(((logits > 0) == (targets > 0)).float().mean(dim=1).sum())
 
 
 def photographs(channels: int = 3) -> Images:
@@ -118,7 +138,7 @@ def _find(args: argparse.Namespace, classifier: Classifier, is_train: bool) -> I
     return main.build_data(settings, is_train)
 
 
-def _spaced(data: ImageData, count: int) -> Iterator[tuple[Image.Image | Tensor, int]]:
+def _spaced(data: ImageData, count: int) -> Iterator[tuple[Image.Image | Tensor, int | Tensor]]:
     """At most `count` images of a data set with their labels: evenly spaced, or the first ones of a stream."""
     data = replace(data, transform=lambda image: image)
     if isinstance(data.dataset, IterableDataset):

@@ -115,7 +115,8 @@ def hub_settings(description: Description) -> dict[str, Any]:
     data = {name: getattr(preprocessing, name) for name in ("mean", "std", "interpolation")}
     data |= dict(input_size=(preprocessing.channels, *preprocessing.size), crop_pct=crop_share(preprocessing))
     data["crop_mode"] = "squash" if preprocessing.squash else "center"
-    config = dict(label_names=list(description.classes), orientation=description.orientation)
+    config: dict[str, Any] = dict(label_names=list(description.classes), orientation=description.orientation)
+    config |= dict(multi_label=True) if description.multi_label else {}
     arguments = dict(description.model_kwargs)
     return dict(model_config=config, data_config=data, model_args=arguments or None, safe_serialization=True)
 

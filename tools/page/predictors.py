@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sepvit import SepViTStages
 from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.inference.attention import BlockAttention, Rollout, record_attention, rollout
-from sepvit_lib.inference.classifier import Classifier
+from sepvit_lib.inference.classifier import THRESHOLD, Classifier
 from sepvit_lib.inference.images import read_image
 from sepvit_lib.pipeline.image_files import as_picture, open_image
 
@@ -151,7 +151,10 @@ class ClassifierPredictor(Predictor):
         best = probabilities.topk(min(TOP, len(self.classes)))
         rows = [Row(self.classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
         picture = as_picture(self.classifier.description.preprocessing.crop(image))
-        answer = Answer(picture, rows, f"{rows[0].name}, {100 * rows[0].share:.1f} %", note=self.note, times=times)
+        summary = f"{rows[0].name}, {100 * rows[0].share:.1f} %"
+        if self.classifier.description.multi_label:
+            summary = ", ".join(row.name for row in rows if row.share >= THRESHOLD) or "no label"
+        answer = Answer(picture, rows, summary, note=self.note, times=times)
         if self.network is not None and not self.note:
             with timed(times, "network again, recording attention"):
                 batch = inputs[None].to(next(self.network.parameters()).device)

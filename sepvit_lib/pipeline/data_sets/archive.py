@@ -9,7 +9,7 @@ from pathlib import Path
 from timm.utils import natural_key
 
 from sepvit_lib.common.class_names import canonical
-from sepvit_lib.pipeline.data_sets.base import ImageFiles, Images
+from sepvit_lib.pipeline.data_sets.base import ImageFiles, Images, Label
 from sepvit_lib.pipeline.image_files import is_hidden, is_image
 
 # Subclasses of tarfile.HeaderError that its documentation does not list (Python 3.10 to 3.12).
@@ -87,7 +87,7 @@ class Archive(ImageFiles):
                 self.skipped[suffix.lower() or "no suffix"] += 1
         yield from own
 
-    def encoded(self, index: int) -> tuple[bytes, int]:
+    def encoded(self, index: int) -> tuple[bytes, Label]:
         """Return the content of an image's file, and its label.
 
         Raises:

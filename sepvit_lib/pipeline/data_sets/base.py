@@ -15,25 +15,34 @@ from sepvit_lib.common.class_names import canonical
 from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.pipeline.image_files import MAX_HEADERS, Encoded, evenly_spaced, read_file
 
+Label = int | tuple[int, ...]  # the class of an image, or its classes
+
+
+def classes_of(label: Label) -> tuple[int, ...]:
+    """The classes of an image."""
+    return label if isinstance(label, tuple) else (label,)
+
 
 class Images:
-    """Labelled images, read by index.
+    """Labelled images, read by index. The label of an image is its class, or in multi-label data sets its classes.
 
     Attributes:
         root: a folder that exists whenever the storage is available.
         classes: names of the classes; None if they are unknown.
         skipped: number of visible files that are not images, by suffix; None if unknown.
+        weights: weight of each image in the training loss; empty if all are 1.
     """
 
     root: str = "."
     classes: list[str] | None = None
     skipped: Counter[str] | None = None
+    weights: Sequence[float] = ()
 
     def __len__(self) -> int:
         """Return the number of images."""
         raise NotImplementedError
 
-    def encoded(self, index: int) -> tuple[Encoded, int]:
+    def encoded(self, index: int) -> tuple[Encoded, Label]:
         """Return an image and its label: the content of the image's file, or a decoded image if there are no files."""
         raise NotImplementedError
 
@@ -48,7 +57,7 @@ class Images:
         """
         raise NotImplementedError
 
-    def labels(self) -> Sequence[int] | None:
+    def labels(self) -> Sequence[Label] | None:
         """Label of each image; None if finding the labels would require reading all images."""
         return None
 
@@ -69,12 +78,12 @@ class ImageFiles(Images):
     """
 
     classes: list[str]
-    samples: list[tuple[str, int]]
+    samples: list[tuple[str, Label]]
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def encoded(self, index: int) -> tuple[bytes, int]:
+    def encoded(self, index: int) -> tuple[bytes, Label]:
         """Return the content of an image's file, and its label. See `read_file`."""
         path, label = self.samples[index]
         return read_file(path), label
@@ -84,11 +93,12 @@ class ImageFiles(Images):
         return self.samples[index][0]
 
     def identity(self) -> Iterator[bytes]:
-        """Yield each image's path below the root, and its label."""
+        """Yield each image's path below the root, and its label; then the weights."""
         for path, label in self.samples:
             yield os.fsencode(f"{canonical(path.removeprefix(self.root))}\0{label}\n")
+        yield from (f"{weight}\n".encode() for weight in self.weights)
 
-    def labels(self) -> Sequence[int]:
+    def labels(self) -> Sequence[Label]:
         """Label of each image."""
         return [label for _, label in self.samples]
 
@@ -103,6 +113,7 @@ class ImageFiles(Images):
     def keep(self, indices: Sequence[int]) -> None:
         """Keep only some of the images."""
         self.samples = [self.samples[index] for index in indices]
+        self.weights = [self.weights[index] for index in indices] if self.weights else ()
 
 
 def check_label(label: int, num_classes: int) -> int:

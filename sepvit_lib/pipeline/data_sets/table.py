@@ -1,7 +1,8 @@
 """Images listed in a CSV or TSV file."""
 
 import csv
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.pipeline.data_sets.base import ImageFiles
 
 DELIMITERS = ",;\t"
+SEPARATOR = "|"  # between the labels of an image
 TRIED = 100  # images whose folder is looked for
 TRAIN, VAL = "train", "val"
 SPLIT_NAMES = dict(train=TRAIN, training=TRAIN, val=VAL, valid=VAL, validation=VAL)
@@ -24,45 +26,70 @@ def split_name(name: str) -> str:
 class Table(ImageFiles):
     """Images and labels in the rows of a table. Labels are texts; classes are sorted by name.
 
-    Missing image files are found when they are read, like unreadable ones.
+    In a multi-label table, a cell has any number of labels, separated by `SEPARATOR`, and an image may have several
+    rows with different labels. Missing image files are found when they are read, like unreadable ones.
 
     Args:
         file: the table, in UTF-8, with commas, semicolons or tabs between the columns.
         folder: folder that relative paths start from, unless they start from the table's own folder.
-        columns: names of the columns, for 'path', 'label', 'split' and 'group'. The last two may be missing.
+        columns: names of the columns, for 'path', 'label', 'split', 'group' and 'weight'. The last three may be
+            missing.
         what: setting and value that name the table, for messages.
+        multi_label: whether an image may have several labels, or none.
 
     Attributes:
         splits: split of each image; "" without such a column.
         groups: group of each image; its path without such a column.
 
     Raises:
-        UserError: the table is not readable, lacks a column, a label or a path, or has two different rows for a path.
+        UserError: the table is not readable, lacks a column, a label or a path, has two different rows for a path, or a
+            weight that is not a number from 0 on.
     """
 
-    def __init__(self, file: Path, folder: Path, columns: Mapping[str, str], what: str) -> None:
+    def __init__(
+        self, file: Path, folder: Path, columns: Mapping[str, str], what: str, multi_label: bool = False
+    ) -> None:
         self.skipped, self.what = Counter(), what
         rows: dict[str, tuple[dict[str, str], int]] = {}
+        labels: defaultdict[str, set[str]] = defaultdict(set)
         for number, row in self._rows(file, columns):
             row |= dict(label=canonical(row["label"]), split=split_name(row["split"]))
-            if missing := [columns[name] for name in ("path", "label") if not row[name]]:
-                raise UserError(f"{what}, line {number}: no {missing[0]}")
+            texts = row["label"].split(SEPARATOR) if multi_label else [row["label"]]
+            own = {text.strip() for text in texts} - {""}
+            if not row["path"] or not (own or multi_label):
+                raise UserError(f"{what}, line {number}: no {columns['label' if row['path'] else 'path']}")
+            labels[row["path"]] |= own
+            row["label"] = "" if multi_label else row["label"]  # the labels of an image may be in several rows
             before, first = rows.setdefault(row["path"], (row, number))
             if before != row:
                 differing = next(f"{before[name]} and {row[name]}" for name in row if before[name] != row[name])
                 raise UserError(f"{what}, lines {first} and {number}: {row['path']} is {differing}; remove one")
-        labels = {path: row["label"] for path, (row, _) in rows.items()}
         self.splits = [row["split"] for row, _ in rows.values()]
         self.groups = [row["group"] or path for path, (row, _) in rows.items()]
-        self.classes = sorted(set(labels.values()))
+        if any(row["weight"] for row, _ in rows.values()):
+            self.weights = [self._weight(*row) for row in rows.values()]
+        self.classes = sorted(set().union(*labels.values()))
         numbers = {label: index for index, label in enumerate(self.classes)}
         tried = list(labels)[:TRIED]
         found = {root: sum((root / path).is_file() for path in tried) for root in (file.parent, folder)}
         root = max(found, key=lambda root: found[root])
         if not found[root]:
             raise UserError(f"{what}: {' and '.join(map(str, found))} lack {listed(tried)}; set {setting('data_path')}")
-        self.root = str(root)
-        self.samples = [(str(root / path), numbers[label]) for path, label in labels.items()]
+        self.root, self.samples = str(root), []
+        for path, own in labels.items():
+            label = tuple(sorted(numbers[text] for text in own))
+            self.samples.append((str(root / path), label if multi_label else label[0]))
+
+    def _weight(self, row: Mapping[str, str], line: int) -> float:
+        try:
+            weight = float(row["weight"])
+        except ValueError:
+            weight = math.nan
+        if not 0 <= weight < math.inf:
+            raise UserError(
+                f"{self.what}, line {line}: weight {row['weight'] or 'missing'}; must be a number from 0 on"
+            )
+        return weight
 
     def _rows(self, file: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[str, str]]]:
         """Yield each row's line and its values, "" for missing ones."""
