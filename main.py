@@ -78,7 +78,7 @@ from engine import (
 )
 from samplers import TrainBatchSampler
 from sepvit import VARIANTS, WINDOW_SIZES, SepViT
-from sepvit_lib.common.class_names import check_map, listed
+from sepvit_lib.common.class_names import canonical, check_map, listed
 from sepvit_lib.common.class_weights import BALANCED, class_weights
 from sepvit_lib.common.command_line import (
     KeyValues,
@@ -289,7 +289,9 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     if args.freeze_stages and checkpoint is None:
         print_main(f"WARNING: --freeze-stages {args.freeze_stages} without --finetune: the frozen weights are random")
     model = build_model(args, train.num_classes, precision)
-    settings = dict(vars(args))
+    # With the weights, since their file may change while the run is interrupted.
+    weights = {f"class_weights.{canonical(name)}": weight for name, weight in weights_of_classes(args, train)}
+    settings = vars(args) | weights
     train, val = (prepared(one, one is train, transform_settings(args, preprocessing)) for one in (train, val))
     accum_steps = args.accum_steps
     if source:
@@ -983,6 +985,16 @@ def build_criterion(
     return TaskLoss(task)
 
 
+def weights_of_classes(args: argparse.Namespace, train: ImageData) -> list[tuple[str, float]]:
+    """Name and weight of each class in the loss, in the order of the outputs; [] without `--class-weights`.
+
+    Raises:
+        UserError: there is no weight for each class.
+    """
+    names = train.classes or list(map(str, range(train.num_classes)))
+    return list(zip(names, class_weights(args.class_weights, train.label_counts, names) if args.class_weights else []))
+
+
 def build_weighted_loss(
     args: argparse.Namespace, train: ImageData, soft_targets: bool, device: torch.device
 ) -> nn.Module:
@@ -993,8 +1005,7 @@ def build_weighted_loss(
     Raises:
         UserError: there is no weight for each class.
     """
-    names = train.classes or list(map(str, range(train.num_classes)))
-    weights = class_weights(args.class_weights, train.label_counts(), names) if args.class_weights else []
+    weights = [weight for _, weight in weights_of_classes(args, train)]
     smoothing, is_smooth = args.smoothing, soft_targets and not train.has_weights  # Mixup has smoothed the targets
     positive = torch.tensor(weights, device=device) if train.multi_label and weights else None
     kwargs: dict[str, Any] = dict(smooth_dense=train.multi_label, pos_weight=positive)

@@ -2,7 +2,7 @@
 
     python train.py CONFIG [--work-dir DIR] [--resume [PATH]] [--load-from PATH] [--from-scratch] [--amp]
                            [--no-validate] [--auto-scale-lr] [--seed N] [--deterministic]
-                           [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm]
+                           [--class-weights balanced|FILE] [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm]
 
 dist_train.sh and slurm_train.sh start this command in several processes.
 """

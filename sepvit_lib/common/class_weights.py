@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sepvit_lib.common.class_names import canonical, listed
@@ -11,12 +11,12 @@ from sepvit_lib.common.errors import UserError, setting
 BALANCED = "balanced"
 
 
-def class_weights(choice: str, counts: Mapping[int, int] | None, names: Sequence[str]) -> list[float]:
+def class_weights(choice: str, count: Callable[[], Mapping[int, int] | None], names: Sequence[str]) -> list[float]:
     """Weight of each class: N / (K · n) for n of N examples in one of K classes, or from a file.
 
     Args:
         choice: 'balanced', or a JSON file with an object of class names and weights.
-        counts: number of examples of each class; None if unknown. A class without examples has weight 1.
+        count: counts the examples of each class; returns None if unknown. A class without examples has weight 1.
         names: names of the classes.
 
     Raises:
@@ -24,7 +24,7 @@ def class_weights(choice: str, counts: Mapping[int, int] | None, names: Sequence
     """
     what = setting("class_weights", choice)
     if choice == BALANCED:
-        if counts is None:
+        if (counts := count()) is None:
             raise UserError(f"{what}: the numbers of images are unknown before reading them; pass a file of weights")
         total = sum(counts.values())
         return [total / (len(names) * counts[number]) if counts.get(number) else 1.0 for number in range(len(names))]

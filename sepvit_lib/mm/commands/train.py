@@ -21,6 +21,7 @@ from sepvit_lib.common.storage import make_folder, missing_folders, remove_empty
 from sepvit_lib.mm.build import BuildError, build_errors, check_training_parts, entries_of_classes
 from sepvit_lib.mm.check_classes import has_other_classes, match_classes
 from sepvit_lib.mm.check_data import check_data
+from sepvit_lib.mm.class_weights import weight_classes
 from sepvit_lib.mm.config import (
     FORMER_OF_TRAINING,
     CommandParser,
@@ -68,6 +69,7 @@ def build_train_parser(description: str | None) -> CommandParser:
     add("--from-scratch", action="store_true", help="start from random weights, without a pretrained backbone")
     add("--amp", action="store_true", help="mixed precision (float16 with loss scaling)")
     add("--auto-scale-lr", action="store_true", help="scale the learning rate to the number of images per step")
+    add("--class-weights", default="", metavar="balanced|FILE", help="class weights of the loss; FILE is JSON")
     add("--no-validate", action="store_true", help="do not validate during training")
     add("--seed", type=number(int, 0, 2**32 - 1), default=None, help="default 0")  # NumPy's limit
     add("--deterministic", action="store_true")
@@ -111,6 +113,8 @@ def train(args: argparse.Namespace, flags: Mapping[str, str]) -> None:
         written = config_to_write(cfg, args)
         with build_errors(where_of(args)):
             checkpoints = set_starting_point(cfg, args, source)
+            if args.class_weights:  # after `set_starting_point`, which may change the order of the classes
+                weight_classes(args.class_weights, cfg, written)
             runner = TrainingRunner.from_config(cfg, checkpoints)
         settings = settings_of(cfg) | {"launcher.processes": get_world_size()}
         limits = MonitorSettings(args.max_bad_steps, False, args.checkpoint_every, args.on_bad_image, 0, ADVICE)
