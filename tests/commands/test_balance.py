@@ -167,6 +167,32 @@ def test_counts_are_logged_and_runs_resume(rare, tmp_path, capsys):
         assert flag in refusal(main.run, "main", [*shared, "--output_dir", resumed, f"{flag}={value}"], capsys)
 
 
+def test_a_changed_file_of_weights_is_noticed(rare, tmp_path, capsys):
+    """But not the same weights written differently, and not if the checkpoint is older than the check."""
+    path, resumed = tmp_path / "weights.json", tmp_path / "resumed"
+    shared = [*SMALLEST, *CPU, "--data-path", rare, "--batch-size", 2, "--epochs", 2, "--keep-checkpoints", 99]
+    shared += ["--auto-resume", "--class-weights", path]
+    path.write_text('{"0": 1, "1": 2, "2": 5}')
+    assert run(*shared, "--output_dir", tmp_path / "whole") == 0
+    first = min((tmp_path / "whole").glob("checkpoint-*.pth"))
+    resumed.mkdir()
+    shutil.copy(first, resumed)
+    path.write_text('{"0": 1, "1": 2, "2": 6}')
+    capsys.readouterr()
+    line = refusal(main.run, "main", [*shared, "--output_dir", resumed], capsys)
+    assert "different settings: class_weights.2 6.0 (was 5.0); restore" in line
+    path.write_text('{"2": 5.0, "1": 2, "0": 1}')
+    assert run(*shared, "--output_dir", resumed) == 0
+    one, two = (torch.load(tmp_path / n / "checkpoint.pth", weights_only=True) for n in ("whole", "resumed"))
+    assert differences(one["model"], two["model"]) == []
+    old = torch.load(first, weights_only=True)
+    old["args"] = {name: value for name, value in old["args"].items() if "class_weights." not in name}
+    assert len(old["args"]) == len(one["args"]) - 3
+    (tmp_path / "old").mkdir()
+    torch.save(old, tmp_path / "old" / first.name)
+    assert run(*shared, "--output_dir", tmp_path / "old") == 0
+
+
 def test_streams_have_no_labels_to_balance(tmp_path, capsys):
     from test_data import write_tar
 

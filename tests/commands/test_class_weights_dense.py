@@ -197,7 +197,7 @@ def test_detectors_without_class_weights(words):
 def test_files_of_other_classes(base, own, tmp_path):
     path = tmp_path / "weights.json"
     path.write_text(json.dumps({NAMES[base][0]: 1, "sky": 2}))
-    with pytest.raises(UserError, match=f"no positive weight for {NAMES[base][1]}"):
+    with pytest.raises(UserError, match=f"no positive .* for {NAMES[base][1]}"):
         weight_classes(str(path), read(own(base)))
 
 

@@ -24,7 +24,6 @@ from sepvit_lib.run import checkpoints, output
 from sepvit_lib.run.checkpoint_names import StepNames
 
 WEIGHTS = ("model", "model_ema", "optimizer")  # of runs in other folders, or with copies of the images
-LAST = "checkpoint-00000012.pth"  # 48 images, 8 a batch, two epochs
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +98,12 @@ KILLED = {  # name: settings, processes, kills in the long form
 
 def kill_repeatedly(start: Callable[[Path], Run], kills: int, folder: Path, undisturbed: Path) -> None:
     """Kill a run at random moments and start it again until it ends, and again another one."""
-    rng = random.Random(folder.name)
+    rng, last = random.Random(folder.name), StepNames(1).numbered(undisturbed)[0].name
     run, done = start(folder / "run"), 0
     while done < kills:
         done += run.kill(rng)
         assert_nothing_saved_is_lost(run)
-        if (run.output / LAST).exists() or "trained in" in run.text():  # complete: kill another run
+        if (run.output / last).exists() or "trained in" in run.text():  # complete: kill another run
             run.finish()
             assert_same(run.output, undisturbed)
             run = start(folder / f"run{len(list(folder.iterdir()))}")
@@ -131,6 +130,32 @@ def test_killed_many_times(name, few_digits, tmp_path, table):
     start(tmp_path / "undisturbed").finish()
     kill_repeatedly(start, kills, tmp_path / "killed", tmp_path / "undisturbed/run")
     table.add(f"killed at a random moment, {name}", kills)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_killed_with_a_table_of_imbalanced_classes(kills, few_digits, tmp_path, table):
+    """Split by a share, drawn by class, with weights of classes, and ended early by the balanced accuracy."""
+    train = few_digits / "train"
+    images = [
+        path for label, count in (("0", 16), ("1", 10), ("2", 6)) for path in sorted((train / label).iterdir())[:count]
+    ]
+    listing, weights = tmp_path / "table.csv", tmp_path / "weights.json"
+    listing.write_text("path,label\n" + "".join(f"{path},{path.parent.name}\n" for path in images))
+    weights.write_text('{"0": 0.5, "1": 1, "2": 2}')
+    settings = ["--data-set", f"csv/{listing}", "--val-fraction", "0.25", "--sampler", "balanced"]
+    settings += ["--class-weights", str(weights), "--watch", "balanced-accuracy", "--early-stop", "4", "--epochs", "30"]
+    settings += ["--warmup-epochs", "0", "--lr", "0.1"]
+
+    def start(folder: Path) -> Run:
+        return Run(folder, train, *settings)
+
+    undisturbed = start(tmp_path / "undisturbed")
+    assert "--early-stop 4" in undisturbed.finish()
+    assert 6 <= len(events(undisturbed.output, "class_counts")) < 30
+    kill_repeatedly(start, kills, tmp_path / "killed", undisturbed.output)
+    for run in (tmp_path / "killed").iterdir():
+        assert (run / "run/split.csv").read_bytes() == (undisturbed.output / "split.csv").read_bytes()
+    table.add("killed at a random moment, a table with imbalanced classes, ended early", kills)
 
 
 @pytest.mark.slow
