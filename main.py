@@ -311,7 +311,7 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
         parts = on_features(parts, args, train, watchdog.tick)
     packages = (*PACKAGES, "simplejpeg") if args.loader == "fast" else PACKAGES
     run = describe_run(settings, data, precision.device, packages)
-    on_main_process(lambda: open_output(output, run, training, source, args.auto_resume))
+    on_main_process(lambda: open_output(output, run, training, source, args))
     if args.val_fraction:
         on_main_process(partial(write_split, output.folder / SPLIT, train, val, output.what))
     kept = dict(
@@ -445,15 +445,17 @@ def describe_reading(args: argparse.Namespace, train: ImageData) -> dict[str, An
     return dict(orientation=STORED, **counts)
 
 
-def open_output(output: Output, run: dict[str, Any], training: Training, source: Source | None, resumes: bool) -> None:
+def open_output(
+    output: Output, run: dict[str, Any], training: Training, source: Source | None, args: argparse.Namespace
+) -> None:
     """Prepare the output folder, and write the settings there as a recipe. See `Output.open`.
 
     Raises:
         UserError: the folder cannot be written, or contains another run.
     """
-    output.open(run, training.covers, source, resumes)
+    output.open(run, training.covers, source, args.auto_resume)
     try:
-        write_recipe(output.folder / ARGS, run["settings"])
+        write_recipe(output.folder / ARGS, vars(args))
     except OSError as error:
         raise UserError(f"{output.what}: cannot be written ({error.strerror}); choose another folder") from None
 

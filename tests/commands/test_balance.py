@@ -174,6 +174,7 @@ def test_a_changed_file_of_weights_is_noticed(rare, tmp_path, capsys):
     shared += ["--auto-resume", "--class-weights", path]
     path.write_text('{"0": 1, "1": 2, "2": 5}')
     assert run(*shared, "--output_dir", tmp_path / "whole") == 0
+    assert run("--config", tmp_path / "whole/args.yaml", "--output_dir", tmp_path / "whole") == 0  # still a recipe
     first = min((tmp_path / "whole").glob("checkpoint-*.pth"))
     resumed.mkdir()
     shutil.copy(first, resumed)
