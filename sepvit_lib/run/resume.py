@@ -224,10 +224,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collect
         now: the current settings.
         free: settings that may differ.
     """
+    then, here = (json.loads(json.dumps(dict(settings))) for settings in (before, now))  # tuples are lists in recipes
     return [
         f"{setting(name, now[name])} (was {before[name]})"
         for name in sorted(before.keys() & now)
-        if name not in free and json.dumps(before[name]) != json.dumps(now[name])
+        if name not in free and then[name] != here[name]
     ]
 
 
