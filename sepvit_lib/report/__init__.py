@@ -1,0 +1,1 @@
+"""Reports: pages that show how good a network is."""
