@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -357,6 +359,7 @@ def evaluate(
     title: str,
     settings: EvaluationSettings,
     watchdog: Watchdog,
+    rows: list[tuple[np.ndarray, int]] | None = None,
 ) -> dict[str, float]:
     """Validate a network. A collective call.
 
@@ -373,6 +376,7 @@ def evaluate(
         title: prefix of each reported line.
         settings: settings of validation.
         watchdog: notified of progress.
+        rows: list to which logits and label of each image are added, in the order of the data set; None for none.
 
     Raises:
         UserError: there is no readable image.
@@ -401,6 +405,8 @@ def evaluate(
             for row, (index, values) in zip(classes, seen):
                 row.index_add_(0, index, values)
         count += len(images)
+        if rows is not None:
+            rows += zip(outputs.float().cpu().numpy(), targets.tolist())
         if progress.advance(len(images) * (get_world_size() if settings.dist_eval else 1)):
             progress.report()
         watchdog.tick(f"batch {progress.done} of {title}")
@@ -414,6 +420,8 @@ def evaluate(
     # All ranks use the same results, even if their devices' results differ in the last bits.
     totals = all_reduce(totals) if settings.dist_eval else broadcast(totals)
     loss, acc1, acc5, images_seen = totals[:4].tolist()
+    if rows is not None and settings.dist_eval:  # images were dealt out in turn
+        rows[:] = [row for turn in zip_longest(*all_gather([rows])) for row in turn if row is not None]
     if images_seen == 0:
         raise UserError(f"{setting('data_path', settings.data_path)}: no validation image could be read")
     if any_rank(precision.device, bool(multi_label)):

@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -96,6 +96,7 @@ from sepvit_lib.common.command_line import (
 )
 from sepvit_lib.common.devices import available_cores, best_device, check_device
 from sepvit_lib.common.errors import Preempted, UserError, setting, with_flags
+from sepvit_lib.common.packages import require
 from sepvit_lib.common.processes import get_world_size, init_distributed, is_main_process, on_main_process, print_main
 from sepvit_lib.common.recipes import ARGS, parse_with_recipe, write_recipe
 from sepvit_lib.common.saved_settings import img_size_of, settings_in
@@ -108,7 +109,7 @@ from sepvit_lib.pipeline.data_sets.table import SEPARATOR
 from sepvit_lib.pipeline.duplicates import MAX_IMAGES, find_duplicates
 from sepvit_lib.pipeline.image_files import ORIENTATIONS, STORED, count_turned
 from sepvit_lib.pipeline.preprocessing import Preprocessing
-from sepvit_lib.pipeline.samples import BY_CLASS_MAP, NO_NAMES, ImageData
+from sepvit_lib.pipeline.samples import BY_CLASS_MAP, NO_NAMES, ImageData, fingerprint
 from sepvit_lib.run.checkpoint_names import StepNames
 from sepvit_lib.run.checkpoints import (
     classifier_of,
@@ -135,7 +136,7 @@ MEMORY_ADVICE = (
 )
 
 T = TypeVar("T")
-SPLIT = "split.csv"
+SPLIT, REPORT = "split.csv", "report/report.html"
 # Metrics of `evaluate`, by --watch.
 WATCHED = {"top1": "acc1", "loss": "loss", "balanced-accuracy": "balanced_accuracy", "f1": "f1", "map": "map"}
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant", "wsd")
@@ -167,6 +168,9 @@ def main(args: argparse.Namespace) -> None:
             run_evaluation(args, watchdog, precision)
         else:
             run_training(args, output, watchdog, precision)
+            if args.report and (path := output.unreported(REPORT)):
+                chosen = dict(eval=True, resume=path, finetune="", output_dir=str(output.folder))
+                run_evaluation(argparse.Namespace(**vars(args) | chosen), watchdog, precision)
 
 
 def run_throughput(args: argparse.Namespace, watchdog: Watchdog, precision: Precision) -> None:
@@ -189,6 +193,8 @@ def run_evaluation(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
     checkpoint = read_checkpoint(args.resume, what) if args.resume else None
     args, preprocessing = adopt_settings(args, checkpoint, what)
     args.multi_label = args.multi_label or settings_in(checkpoint or {}).get("multi_label", False)
+    if args.report:
+        check_report(args)
     val = build_data(args, False, preprocessing)
     if checkpoint is not None:
         val = val.matched(checkpoint.get("classes"), what)
@@ -202,8 +208,12 @@ def run_evaluation(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
     else:
         print_main("--eval without --resume: evaluating random weights")
     settings = settings_from(args, EvaluationSettings)
-    stats = prefixed("test", evaluate(model, loader, precision, "validation", settings, watchdog))
+    rows: list[Any] | None = [] if args.report else None
+    stats = prefixed("test", evaluate(model, loader, precision, "validation", settings, watchdog, rows))
     check_outputs(stats, "validation")
+    if args.report:
+        watchdog.is_evaluating = True  # writing the report may take longer than the hang timeout
+        on_main_process(partial(write_report, args, checkpoint or {}, val, model, preprocessing, rows))
     if checkpoint is not None and has_both_weights(checkpoint):
         averaged = weights_of(checkpoint, what, prefer_ema=True)
         load_weights(model, averaged, what, variant_hint=VARIANT_HINT, img_size=img_size_of(checkpoint))
@@ -233,6 +243,43 @@ def write_metrics(stats: dict[str, float], path: Path) -> None:
         UserError: the file cannot be written. A previous version is kept.
     """
     write_output(path, lambda file: file.write(json.dumps(stats).encode() + b"\n"), f"--output_dir {path.parent}")
+
+
+def write_report(
+    args: argparse.Namespace, checkpoint: dict[str, Any], val: ImageData, model: Any, made: Preprocessing, rows: Any
+) -> None:
+    """Write the report on an evaluation (`--report`).
+
+    Args:
+        args: the command's settings.
+        checkpoint: the evaluated checkpoint, empty for random weights.
+        val: the evaluated images.
+        model: the network, in evaluation mode.
+        made: preprocessing of the images.
+        rows: logits and label of each image, in the order of the data set.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    from sepvit_lib.report.classification import Subject, report  # needs scikit-learn
+
+    train = find_training_images(args, checkpoint)
+    pairs, flags = duplicates_of(train, val, args) if train else None, build_parser().flags()
+    subject = Subject(vars(args), default_settings(), flags, checkpoint, val, train, pairs, model, made)
+    page = report(subject, rows)
+    # Further sections belong here.
+    page.write(Path(args.output_dir, REPORT), f"--output_dir {args.output_dir}")
+    print_main(f"report: {Path(args.output_dir, REPORT)}")
+
+
+def find_training_images(args: argparse.Namespace, checkpoint: dict[str, Any]) -> ImageData | None:
+    """Find the images that a checkpoint was trained on; None if it does not record them, or if those at hand differ."""
+    if known := checkpoint.get("data", {}).get("train"):
+        with suppress(UserError):
+            train = find_images(args, is_train=True)
+            if fingerprint(train) == known["fingerprint"]:
+                return train.matched(checkpoint.get("classes"), "", quietly=True)
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -471,13 +518,18 @@ def write_split(path: Path, train: ImageData, val: ImageData, what: str) -> None
     write_output(path, lambda file: file.write(as_csv(lines).encode(errors="surrogateescape")), what)
 
 
-def warn_of_duplicates(train: ImageData, val: ImageData, args: argparse.Namespace) -> None:
-    """Warn of validation images that are also training images; above `MAX_IMAGES`, only if asked for."""
+def duplicates_of(train: ImageData, val: ImageData, args: argparse.Namespace) -> list[tuple[str, str]] | None:
+    """Find duplicates (`find_duplicates`); None if not looked for. Above `MAX_IMAGES`, only if asked for."""
     is_few = len(train) + len(val) <= MAX_IMAGES
     is_checked = is_few if args.check_duplicates is None else args.check_duplicates
     if not is_checked or not uses_labels(args) or isinstance(train.dataset, IterableDataset):
-        return
-    if pairs := find_duplicates(train.dataset, val.dataset, args.num_workers):
+        return None
+    return find_duplicates(train.dataset, val.dataset, args.num_workers)
+
+
+def warn_of_duplicates(train: ImageData, val: ImageData, args: argparse.Namespace) -> None:
+    """Warn of validation images that are also training images."""
+    if pairs := duplicates_of(train, val, args):
         examples = listed([f"{held_out} = {trained}" for held_out, trained in pairs])
         print_main(
             f"WARNING: {len(pairs)} of {len(val)} validation images are also training images, so accuracy will be too "
@@ -1168,6 +1220,7 @@ def add_run_settings(group: Any) -> None:
     add("--keep-checkpoints", type=positive_int, default=2, metavar="N", help="number of checkpoints to keep")
     add("--finetune", type=path, default="", help="checkpoint to start from; classes and image shape may differ")
     add("--eval", **SWITCH, help="only evaluate")
+    add("--report", **SWITCH, help="write a report on the evaluated checkpoint to the folder report/ of --output_dir")
     add("--dist-eval", **SWITCH, help="split the validation images across processes")
     add("--val-interval", type=positive_int, default=1, metavar="N", help="validate every N epochs, and after the last")
     about = "metric that chooses checkpoint_best.pth; default: top1, or with --multi-label map (mean average precision)"
@@ -1428,6 +1481,8 @@ def check_combinations(args: argparse.Namespace) -> None:
         check_multi_label(args)
     elif args.watch == "map":
         raise UserError("--watch map: needs --multi-label; choose another metric")
+    if args.report:
+        check_report(args)
     if args.resume and args.finetune:
         raise UserError("--resume and --finetune: mutually exclusive; resume a run, or start one from its weights")
     if args.eval and args.finetune:
@@ -1449,6 +1504,19 @@ def check_multi_label(args: argparse.Namespace) -> None:
     ):
         if is_given:
             raise UserError(f"--multi-label: not supported with {flag}; change one of them")
+
+
+def check_report(args: argparse.Namespace) -> None:
+    """Refuse a report that cannot be written.
+
+    Raises:
+        UserError: scikit-learn is not installed, there is no folder for the report, or nothing to report.
+    """
+    require("--report", "sklearn", extra="report")
+    if args.eval and not args.output_dir:
+        raise UserError("--eval --report: needs a folder for the report; set --output_dir")
+    if not uses_labels(args) or args.multi_label:
+        raise UserError("--report: needs validation with one label per image; omit it")
 
 
 def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
@@ -1501,7 +1569,7 @@ def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
         ),
         ("split_seed", args.val_fraction is None, "val_fraction"),
         ("train_num_samples val_num_samples", not is_stream, "data_set"),
-        ("eval resume finetune", args.throughput, "throughput"),
+        ("eval resume finetune report", args.throughput, "throughput"),
     ]
 
 

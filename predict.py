@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from sepvit_lib.common import tables
 from sepvit_lib.common.class_weights import read_class_values
-from sepvit_lib.common.command_line import Parser, fraction, natural, path, positive_int, run_command
+from sepvit_lib.common.command_line import Parser, fraction, natural, path, positive, positive_int, run_command
 from sepvit_lib.common.devices import available_cores, best_device, check_device
 from sepvit_lib.common.errors import UNREADABLE_STATUS, UserError, one_line
 from sepvit_lib.common.storage import make_folder, write_output
@@ -130,7 +130,8 @@ def predict(
     names, remaining = classifier.description.classes, iter(tasks)
     for batch in loader:
         inputs = [entry for entry in batch if not isinstance(entry, str)]
-        ranked = zip(*classifier.probabilities(inputs).sort(descending=True, stable=True)) if inputs else iter(())
+        probabilities = classifier.probabilities(inputs, args.temperature) if inputs else torch.empty(0, len(names))
+        ranked = zip(*probabilities.sort(descending=True, stable=True))
         for entry, task in zip(batch, remaining):
             if isinstance(entry, str):
                 yield entry
@@ -245,6 +246,8 @@ def build_parser() -> Parser:
     add("--topk", type=positive_int, default=5, metavar="K", help="number of classes per image, default 5")
     about = f"smallest probability of a label, default {THRESHOLD}, or a JSON file with one per class"
     add("--threshold", type=share_or_file, metavar="SHARE|FILE", help=about)
+    about = "divide the logits by T, which calibrates the probabilities; main.py --report finds T"
+    add("--temperature", type=positive, default=1.0, metavar="T", help=about)
     add("--json", type=path, metavar="FILE", help="write the results as JSON; -: to standard output")
     add("--csv", type=path, metavar="FILE", help="write the results as CSV; -: to standard output")
     add("--out", type=path, metavar="DIR", help="write pictures with the classes on them")

@@ -118,9 +118,14 @@ class Classifier:
             return torch.cat([self.run(pixels).float().cpu() for pixels in inputs])
         return self.run(torch.stack(list(inputs))).float().cpu()
 
-    def probabilities(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Compute probabilities of the classes, images × classes: for several labels, of each class. See `logits`."""
-        logits = self.logits(inputs)
+    def probabilities(self, inputs: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """Compute probabilities of the classes, images × classes: for several labels, of each class. See `logits`.
+
+        Args:
+            inputs: the output of `prepare` for each image.
+            temperature: what the logits are divided by.
+        """
+        logits = self.logits(inputs) / temperature
         return logits.sigmoid() if self.description.multi_label else logits.softmax(dim=-1)
 
 

@@ -1,16 +1,27 @@
-"""Similarity of window tokens, feature maps as colours, and attribution of a class's logit to pixels."""
+"""Similarity of window tokens, feature maps as colours, attribution of a class's logit to pixels, and heat maps."""
 
 from contextlib import ExitStack
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import LogNorm
 from torch import Tensor
 
 from sepvit import SepViT, SepViTBlock
 
 COLOURS = 3  # principal components that are shown as red, green and blue
 OUTLIERS = 1.0  # percentage of the values clipped at each end of the colour scale
+OPACITY = 0.7  # of heat maps over images
+GREY = 0.5  # mean of the grey, low-contrast images under heat maps
+CONTRAST = 0.5
+
+# Perceptually uniform, in greyscale too.
+COLOUR_MAP = matplotlib.colormaps["viridis"]
+# Scale of attention relative to uniform attention, in which each of n windows or pixels has the weight 1 / n. All
+# attention figures share it.
+RELATIVE = LogNorm(0.1, 10, clip=True)
 
 
 def token_similarity(block: SepViTBlock) -> Tensor | None:
@@ -73,3 +84,22 @@ def attribution(network: SepViT, images: Tensor, label: int) -> list[Tensor]:
             hooks.callback(handle.remove)
         gradients = torch.autograd.grad(network(images)[:, label].sum(), maps)
     return [(gradient * values).detach().sum(dim=-1) for gradient, values in zip(gradients, maps)]
+
+
+def faint(image: np.ndarray) -> np.ndarray:
+    """Convert an image to grey, at low contrast, for display under a heat map: H × W, 0 to 1."""
+    grey = image.astype(float) @ (0.299, 0.587, 0.114) / 255
+    return GREY + CONTRAST * (grey - 0.5)
+
+
+def heat_overlay(image: np.ndarray, relative: np.ndarray, stride: int) -> np.ndarray:
+    """Draw attention over an image, H × W × 3, 0 to 255.
+
+    Args:
+        image: RGB, H × W × 3, 0 to 255.
+        relative: attention of cells, relative to uniform attention, rows × columns.
+        stride: image pixels per side of a cell. Cells in the last row and column may reach beyond the image.
+    """
+    cells = relative.repeat(stride, axis=0).repeat(stride, axis=1)[: image.shape[0], : image.shape[1]]
+    heat = OPACITY * COLOUR_MAP(RELATIVE(cells))[..., :3] + (1 - OPACITY) * faint(image)[..., None]
+    return (255 * heat).round().astype(np.uint8)

@@ -10,30 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from sepvit_lib.common.errors import one_line
 from sepvit_lib.common.storage import write_output
 from sepvit_lib.common.tables import as_csv
 
-PAGE = "report.html"
+INK = "#010203"  # of text and axes in charts; replaced by the page's text colour, which depends on the reader's theme
+STYLE: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 9}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "legend.frameon": False}
+STYLE |= dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor"), INK)
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+REM_PER_INCH = 7.8  # size of charts
+PICTURE_WIDTH, MIN_SIDE = 20, 160  # rem of a picture in the page; pixels up to which small pictures are enlarged
+
 Cell = str | int | float | None
 Lines = Sequence[Sequence[Cell]]  # a table; the first line is the header
-INK = "#010203"  # text and axes of charts; replaced by the page's own text colour, which depends on the reader's theme
-STYLE: dict[str, Any] = {
-    **{"svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "legend.frameon": False},
-    **{"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False},
-    **{f"{part}.color": INK for part in ("text", "xtick", "ytick", "grid")},
-    **{"axes.edgecolor": INK, "axes.labelcolor": INK},
-}
-REM_PER_INCH, MIN_REM_PER_INCH = 7.8, 4.4  # width of a chart in the page; a wide one scrolls on a phone
 
 
 class Page:
-    """A page. Its parts appear in the order in which they are added; `section` starts a section.
+    """A page. Its parts appear in the order in which they are added. All texts are escaped.
 
-    All texts are escaped. The page refers to no other file: charts are inline SVG, and pictures are data URIs.
+    The page refers to no other file: charts are inline SVG, and pictures are data URIs.
 
     Args:
         title: title of the page.
@@ -45,26 +43,19 @@ class Page:
 
     def __init__(self, title: str, subtitle: str) -> None:
         self.files: dict[str, bytes] = {}
-        self._title = escape(one_line(title))
-        self._parts = [f"<header><h1>{self._title}</h1><p>{escape(one_line(subtitle))}</p></header>"]
+        self._parts = [f"<title>{_escaped(title)}</title>"]
+        self.text(title, "h1")
+        self.text(subtitle)
 
-    def section(self, title: str) -> None:
-        """Start a section."""
-        self._add("h2", title)
-
-    def text(self, text: str, is_warning: bool = False) -> None:
-        """Add a paragraph; a warning is marked."""
-        self._add('p class="warning"' if is_warning else "p", text)
-
-    def code(self, text: str) -> None:
-        """Add a command to copy."""
-        self._add("pre", text)
+    def text(self, text: str, tag: str = "p") -> None:
+        """Add a paragraph, or a heading that starts a section ('h2'), a warning, or a command to copy ('pre')."""
+        tag, attributes = ("p", ' class="warning"') if tag == "warning" else (tag, "")
+        self._parts.append(f"<{tag}{attributes}>{_escaped(text)}</{tag}>")
 
     def tiles(self, tiles: Sequence[tuple[str, str, str]]) -> None:
         """Add headline figures: of each, its name, its value, and a detail such as its interval."""
-        cells = (tuple(escape(one_line(text)) for text in tile) for tile in tiles)
-        shown = (f'<div class="tile">{name}<b>{value}</b><span>{detail}</span></div>' for name, value, detail in cells)
-        self._parts.append(f'<div class="tiles">{"".join(shown)}</div>')
+        shown = '<div class="tile">{}<b>{}</b><span>{}</span></div>'
+        self._parts += ['<div class="tiles">', *(shown.format(*map(_escaped, tile)) for tile in tiles), "</div>"]
 
     def table(self, name: str, lines: Lines, shown: Lines | None = None) -> None:
         """Add a table, and its file `name`.csv.
@@ -75,20 +66,16 @@ class Page:
                 digits. None and NaN are missing values.
             shown: header and rows in the page, by default all; none if it is empty.
         """
-        shown = lines if shown is None else shown
         texts = [[_text(cell, ".6g") for cell in line] for line in lines]
         self.files[f"{name}.csv"] = f"{as_csv(texts)}\n".encode("utf-8", "surrogateescape")
-        numeric = {n for line in lines[1:] for n, cell in enumerate(line) if isinstance(cell, (int, float))}
-
-        def row(tag: str, line: Sequence[Cell]) -> str:
-            kinds = (f'{tag} class="number"' if n in numeric else tag for n in range(len(line)))
-            texts = (escape(one_line(_text(cell, ".1f"))) for cell in line)
-            return f"<tr>{''.join(f'<{kind}>{text}</{tag}>' for kind, text in zip(kinds, texts))}</tr>"
-
-        if shown:
-            body = "".join(row("td", line) for line in shown[1:])
-            table = f"<table><thead>{row('th', shown[0])}</thead><tbody>{body}</tbody></table>"
-            self._parts.append(f'<div class="scroll">{table}</div>')
+        numeric = {n for line in lines for n, cell in enumerate(line) if isinstance(cell, (int, float))}
+        rows: list[str] = []
+        for line in lines if shown is None else shown:
+            tags = (("td" if rows else "th") + ' class="number"' * (n in numeric) for n in range(len(line)))
+            rows.append("".join(f"<{tag}>{_escaped(_text(cell, '.1f'))}" for tag, cell in zip(tags, line)))
+        if rows:
+            body = "<tr>".join(rows[1:])
+            self._parts.append(f'<div class="scroll"><table><thead><tr>{rows[0]}<tbody><tr>{body}</table></div>')
 
     def figure(self, name: str, draw: Callable[[], Any], caption: str) -> None:
         """Add a chart, and its file `name`.png. Charts stand side by side if there is room.
@@ -99,53 +86,49 @@ class Page:
             caption: text below the chart.
         """
         with matplotlib.rc_context(STYLE):
-            figure = draw()
-            FigureCanvasAgg(figure)
-            png, svg = io.BytesIO(), io.StringIO()
+            figure, png, svg = draw(), io.BytesIO(), io.StringIO()
             figure.savefig(png, format="png", dpi=150, facecolor="white")
-            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            figure.savefig(svg, format="svg", dpi=150, transparent=True, metadata=nothing)
+            figure.savefig(svg, format="svg", dpi=150, transparent=True, metadata=NO_METADATA)
         self.files[f"{name}.png"] = png.getvalue()
-        text, width = svg.getvalue(), figure.get_figwidth()
+        text = svg.getvalue().replace(INK, "currentColor")
         text = re.sub(r' (id="[\w.]+_\d+"|xmlns(:\w+)?="[^"]*")', "", text[text.index("<svg") :])
-        label = escape(one_line(caption))
-        size = f'<svg role="img" aria-label="{label}" style="min-width: {MIN_REM_PER_INCH * width:.1f}rem"'
-        text = re.sub(r'^<svg width="[^"]*" height="[^"]*"|^<svg height="[^"]*" width="[^"]*"', size, text)
-        self._figure(text.replace(INK, "currentColor"), label, f'style="width: {REM_PER_INCH * width:.1f}rem"')
+        self._figure(text, [caption], REM_PER_INCH * figure.get_figwidth())
 
     def pictures(self, name: str, pictures: Sequence[tuple[Image.Image, Sequence[str]]]) -> None:
-        """Add a sheet of pictures, each with lines of text below it, and their files `name`/01.png and so on."""
+        """Add a sheet of pictures, each with lines of text below it, and their files `name`/01.jpg and so on."""
         for number, (picture, lines) in enumerate(pictures, start=1):
-            png, jpeg = io.BytesIO(), io.BytesIO()
-            picture.save(png, "PNG")
-            picture.save(jpeg, "JPEG", quality=90, subsampling=0)
-            self.files[f"{name}/{number:02}.png"] = png.getvalue()
-            texts = [escape(one_line(line)) for line in lines]
-            image = f'<img alt="{texts[0]}" src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}">'
-            self._figure(image, "<br>".join(texts), 'class="picture"')
+            factor, jpeg = -(-MIN_SIDE // min(picture.size)), io.BytesIO()
+            enlarged = picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
+            enlarged.save(jpeg, "JPEG", quality=90, subsampling=0)
+            self.files[f"{name}/{number:02}.jpg"] = jpeg.getvalue()
+            data = base64.b64encode(jpeg.getvalue()).decode()
+            self._figure(f'<img alt="" src="data:image/jpeg;base64,{data}">', lines, PICTURE_WIDTH)
 
-    def write(self, folder: Path, what: str) -> None:
+    def write(self, path: Path, what: str) -> None:
         """Write the files, each atomically, and the page last.
 
         Args:
-            folder: their folder, which is made.
+            path: file of the page. The others are written beside it; their folder is made.
             what: setting and value that name the folder, for messages.
 
         Raises:
             UserError: a file cannot be written.
         """
         style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{self._title}</title>'
-        page = f'<!DOCTYPE html><html lang="en"><head>{head}<style>{style}</style></head><body>'
-        page += "\n".join([*self._parts, "</body></html>\n"])
-        for name, content in {**self.files, PAGE: page.encode()}.items():
-            write_output(folder / name, methodcaller("write", content), what)
+        head = (
+            '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        )
+        page = "\n".join([head, f"<style>{style}</style>", *self._parts, "</html>\n"])
+        for name, content in {**self.files, path.name: page.encode()}.items():
+            write_output(path.parent / name, methodcaller("write", content), what)
 
-    def _add(self, tag: str, text: str) -> None:
-        self._parts.append(f"<{tag}>{escape(one_line(text))}</{tag.split()[0]}>")
+    def _figure(self, content: str, lines: Sequence[str], width: float) -> None:
+        caption = f"<figcaption>{'<br>'.join(map(_escaped, lines))}</figcaption>"
+        self._parts.append(f'<figure style="--width: {width:.1f}rem">{content}{caption}</figure>')
 
-    def _figure(self, content: str, caption: str, attributes: str) -> None:
-        self._parts.append(f"<figure {attributes}>{content}<figcaption>{caption}</figcaption></figure>")
+
+def _escaped(text: str) -> str:
+    return escape(one_line(text))
 
 
 def _text(cell: Cell, number_format: str) -> str:

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from sepvit_lib.common.errors import Preempted, UserError, setting, with_flags
-from sepvit_lib.common.processes import on_main_process, print_line, print_main
+from sepvit_lib.common.processes import all_gather, on_main_process, print_line, print_main
 from sepvit_lib.common.storage import make_folder, write_file
 from sepvit_lib.run.checkpoint_names import CheckpointNames
 from sepvit_lib.run.checkpoints import CheckpointWriter, hard_link
@@ -174,9 +174,9 @@ def draw_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], panel
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(12, 3.6 if len(runs) == 1 else 4.5), layout="constrained")
+    figure = Figure(figsize=(4 * len(panels), 3.6 if len(runs) == 1 else 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, metrics) in zip(figure.subplots(1, len(panels)), panels.items()):
+    for axes, (title, metrics) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for number, ((name, logs), (metric, label)) in enumerate(product(runs.items(), metrics.items())):
             if curves := [points for log in logs if (points := points_of(log, metric))]:
                 epochs = sorted(set.intersection(*map(set, curves)))
@@ -349,6 +349,17 @@ class Output:
                     f"{self.what}: {what} could not be written ({failure}); free some disk space and run "
                     f"the command again with {setting('auto_resume')}"
                 )
+
+    def unreported(self, page: str) -> str:
+        """Path of a complete run's best checkpoint, or else its newest; "" if it has a report. A collective call.
+
+        Args:
+            page: path of the report in the folder.
+        """
+        saved = (self.folder / self.names.best, *self.names.numbered(self.folder))
+        path, made = next((path for path in saved if path.exists()), Path()), self.folder / page
+        is_done = made.exists() and made.stat().st_mtime >= path.stat().st_mtime
+        return all_gather(["" if is_done else str(path)])[0]
 
     def complete(self) -> None:
         """Write the final files of a run: the newest checkpoint under its additional name, and the plot of the curves.

@@ -75,7 +75,7 @@ CHANGES = {
 # Changes of what a command does, likewise. After the last two of these, it is refused.
 RUNS = {
     "": "--config {root}/recipe.yaml, --deterministic, --eval, --finetune {root}/teacher.pth, "
-    "--output_dir {root}/elsewhere, --throughput, --world_size 2",
+    "--output_dir {root}/elsewhere, --report, --throughput, --world_size 2",
     "--output_dir {root}/run": "--auto-resume",
     "--epochs 3": "--keep-checkpoints 1, --profile 1",
     "--epochs 9 --lr 0 --min-lr 0 --warmup-epochs 0": "--early-stop 1",
@@ -113,6 +113,7 @@ IGNORED = {
     "--sched multistep": "decay_epochs",
     "--sched step": "decay_milestones",
     "--sched tanh": "decay_rate",
+    "--throughput": "report",
     "--warmup-epochs 0": "warmup_lr",
     "--weight-decay 0": "decay_window_tokens",
     SHARDS: "repeated_aug",

@@ -93,6 +93,7 @@ WALLS = {  # packages of sepvit_lib, and what each may import of it
     "pipeline": {"common"},
     "run": {"common", "pipeline"},
     "inference": {"common", "pipeline", "run", "networks"},
+    "report": {"common", "pipeline", "run", "inference"},
 }
 
 

@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PatchCollection
-from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
+from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from sepvit_lib.inference.attention import BlockAttention, Rollout
 from sepvit_lib.inference.fonts import use_in_figures
+from sepvit_lib.inference.maps import COLOUR_MAP, GREY, OPACITY, RELATIVE, faint
 
 PANEL, LARGE_PANEL = 1.25, 2.2  # inches; a large panel contains one map per window
 COLUMNS, LARGE_COLUMNS = 5, 3
@@ -25,15 +25,6 @@ MAX_BAR = 3.0  # inches
 SUBCELLS = 4  # per side of a mosaic's cell; the gaps between the maps are whole subcells
 HEADS, LARGE_HEADS = 8, 4  # per row, besides the image and the mean
 FONT = {"font.size": 7, "axes.titlesize": 7, "pdf.fonttype": 42}  # 42: embed fonts, to keep text in PDF files as text
-OPACITY = 0.7  # of heat maps over images
-GREY = 0.5  # mean of the grey, low-contrast images under heat maps
-CONTRAST = 0.5
-
-# Perceptually uniform, in greyscale too.
-COLOUR_MAP = matplotlib.colormaps["viridis"]
-# Scale of attention relative to uniform attention, in which each of n windows or pixels has the weight 1 / n. All
-# attention figures share it.
-RELATIVE = LogNorm(0.1, 10, clip=True)
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)
 PERCENTILE = 99  # of an attribution map, the end of the colour scale: a few pixels may have far larger values
 
@@ -112,12 +103,6 @@ def show_cells(
     axes.imshow(values, extent=extent, norm=norm, cmap=colours, alpha=opacity, interpolation="nearest")
     if axes.images[1:]:
         axes.set(**limits)
-
-
-def faint(image: np.ndarray) -> np.ndarray:
-    """Convert an image to grey, at low contrast, for display under a heat map: H × W, 0 to 1."""
-    grey = image.astype(float) @ (0.299, 0.587, 0.114) / 255
-    return GREY + CONTRAST * (grey - 0.5)
 
 
 def over_grey() -> Colormap:

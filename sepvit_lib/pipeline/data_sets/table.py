@@ -3,7 +3,7 @@
 import csv
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sepvit_lib.common.class_names import canonical, listed
@@ -90,6 +90,11 @@ class Table(ImageFiles):
                 f"{self.what}, line {line}: weight {row['weight'] or 'missing'}; must be a number from 0 on"
             )
         return weight
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Keep only some of the images."""
+        super().keep(indices)
+        self.splits, self.groups = ([values[index] for index in indices] for values in (self.splits, self.groups))
 
     def _rows(self, file: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[str, str]]]:
         """Yield each row's line and its values, "" for missing ones."""

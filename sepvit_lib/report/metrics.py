@@ -1,0 +1,110 @@
+"""Figures that describe how good a classifier is, from its logits on labelled images. Pure functions of arrays.
+
+Shapes use N for images and C for classes. Each image has one label.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+from sklearn.metrics import average_precision_score, precision_recall_fscore_support
+
+RESAMPLES, SEED = 1000, 0  # of the bootstrap
+TAILS = (2.5, 97.5)  # percentiles at the ends of an interval
+BINS = 15  # of the top probability
+TEMPERATURES = (0.05, 20.0)  # that are tried
+
+
+def summary(
+    labels: np.ndarray, predicted: np.ndarray, num_classes: int, weights: np.ndarray | None = None
+) -> dict[str, float]:
+    """Compute accuracy, balanced accuracy (the mean of the classes' recalls) and macro F1, 0 to 1.
+
+    Classes that do not occur are not counted, as in `engine.evaluate`.
+
+    Args:
+        labels: N.
+        predicted: the predicted classes, N.
+        num_classes: C.
+        weights: how often each image counts, N; once by default.
+    """
+    ones = np.ones(len(labels)) if weights is None else weights
+    images, predictions = (np.bincount(index, ones, num_classes) for index in (labels, predicted))
+    hits = np.bincount(labels, ones * (labels == predicted), num_classes)
+    with np.errstate(invalid="ignore"):
+        recall, f1 = hits / images, 2 * hits / (images + predictions)
+    values = hits.sum() / images.sum(), np.nanmean(recall), np.nanmean(f1)
+    return dict(zip(("accuracy", "balanced accuracy", "macro F1"), map(float, values)))
+
+
+def intervals(
+    compute: Callable[[np.ndarray], Mapping[str, float]], count: int, groups: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Compute 95 % intervals, low and high, by bootstrap: of figures on resampled images, or whole resampled groups.
+
+    Args:
+        compute: computes figures from the number of times that each image counts, N.
+        count: N.
+        groups: group of each image; None to resample single images.
+    """
+    members = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
+    size, random = int(members.max()) + 1, np.random.default_rng(SEED)
+    draws = (np.bincount(random.integers(size, size=size), minlength=size) for _ in range(RESAMPLES))
+    samples = [compute(times[members]) for times in draws]
+    return {name: np.percentile([sample[name] for sample in samples], TAILS) for name in samples[0]}
+
+
+def per_class(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Compute precision, recall, F1, number of images and average precision of each class, C × 5.
+
+    Undefined values are NaN: recall and average precision of a class without images, precision of one never predicted.
+
+    Args:
+        labels: N.
+        probabilities: N × C.
+    """
+    classes, predicted = range(probabilities.shape[1]), probabilities.argmax(axis=1)
+    values = precision_recall_fscore_support(labels, predicted, labels=classes, zero_division=np.nan)
+    masks = ((labels == label, probabilities[:, label]) for label in classes)
+    areas = [average_precision_score(mask, scores) if mask.any() else np.nan for mask, scores in masks]
+    return np.column_stack([*values, areas])
+
+
+def reliability(labels: np.ndarray, probabilities: np.ndarray) -> tuple[float, np.ndarray]:
+    """Compute the expected calibration error, in bins of equal width of the top probability.
+
+    Args:
+        labels: N.
+        probabilities: N × C.
+
+    Returns:
+        the error, 0 to 1; and the mean top probability, the accuracy and the number of images of each bin with images,
+        bins × 3.
+    """
+    top, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    index = np.minimum((top * BINS).astype(int), BINS - 1)
+    parts = [index == number for number in np.unique(index)]
+    bins = np.array([(top[part].mean(), correct[part].mean(), part.sum()) for part in parts])
+    return float(np.abs(bins[:, 0] - bins[:, 1]) @ bins[:, 2] / len(labels)), bins
+
+
+def best_temperature(labels: np.ndarray, logits: np.ndarray) -> float | None:
+    """Find the temperature that minimises the log loss of softmax(logits / temperature).
+
+    Args:
+        labels: N.
+        logits: N × C.
+
+    Returns:
+        the temperature; None if the log loss is lowest at an end of `TEMPERATURES`, for example if all predictions are
+        correct.
+    """
+
+    def loss(log_temperature: float) -> float:
+        scaled = log_softmax(logits / np.exp(log_temperature), axis=1)
+        return -float(scaled[np.arange(len(labels)), labels].mean())
+
+    low, high = np.log(TEMPERATURES)
+    found = minimize_scalar(loss, bounds=(low, high), method="bounded")
+    return float(np.exp(found.x)) if low + 0.01 < found.x < high - 0.01 else None

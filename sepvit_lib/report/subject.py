@@ -1,0 +1,95 @@
+"""Where a reported evaluation comes from: its network, images and settings, and what they mean for the figures."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sepvit_lib.common.class_names import listed
+from sepvit_lib.common.errors import setting, with_flags
+from sepvit_lib.common.saved_settings import settings_in
+from sepvit_lib.pipeline.preprocessing import Preprocessing
+from sepvit_lib.pipeline.samples import ImageData, fingerprint
+from sepvit_lib.report.html import Page
+from sepvit_lib.run.checkpoint_names import StepNames
+from sepvit_lib.run.checkpoints import has_both_weights
+from sepvit_lib.run.resume import PACKAGES, describe_run
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An evaluation of a network.
+
+    Attributes:
+        settings: settings of the command that evaluates, by name.
+        defaults: settings of a command without flags.
+        flags: flag of each setting.
+        checkpoint: the evaluated checkpoint, empty for random weights.
+        val: the evaluated images.
+        train: images that the network was trained on; None if they are not at hand.
+        duplicates: evaluated images that are also training images, each with that image; None if not looked for.
+        network: the network, in evaluation mode.
+        preprocessing: preprocessing of the images.
+    """
+
+    settings: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    flags: Mapping[str, str]
+    checkpoint: dict[str, Any]
+    val: ImageData
+    train: ImageData | None
+    duplicates: Sequence[tuple[str, str]] | None
+    network: nn.Module
+    preprocessing: Preprocessing
+
+    def notes(self) -> list[str]:
+        """What a reader must know to judge the figures."""
+        notes, seen = [], self.checkpoint.get("data", {}).get("val", {}).get("fingerprint")
+        if seen == fingerprint(self.val):
+            watch = setting("watch", settings_in(self.checkpoint).get("watch", "top1"))
+            is_best = Path(self.settings["resume"]).name == StepNames.best
+            what = f"The epoch was chosen ({watch})" if is_best else "Settings may have been chosen"
+            notes += [f"{what} by results on these images, so expect lower figures on others."]
+            test = f"for a table of images, {setting('eval')} with {setting('val_split', 'test')}"
+            notes += [f"A separate test split gives unbiased figures: {test}."]
+        elif self.settings["val_fraction"] and self.checkpoint:
+            notes += ["The images were not split like those of the run, so training images may be among them."]
+        if self.duplicates:
+            notes += [f"{len(self.duplicates)} of the images are also training images, so the figures are too high."]
+        if has_both_weights(self.checkpoint):
+            notes += ["The figures are those of the network's own weights, not of its averaged weights."]
+        return [with_flags(note, self.flags) for note in notes]
+
+    def add_facts(self, page: Page) -> dict[str, str]:
+        """Add the facts on data, settings and versions to a page. Returns them by name."""
+        now, before = self.settings, settings_in(self.checkpoint)
+        run = describe_run(now, {}, torch.device(now["device"]), (*PACKAGES, "scikit-learn"))
+        pairs = None if self.duplicates is None else listed([" = ".join(pair) for pair in self.duplicates]) or "none"
+        split = setting("val_split", now["val_split"]) if "/" in now["data_set"] else "that of the data set"
+        if now["val_fraction"]:
+            chosen = " ".join(setting(name, now[name]) for name in ("val_fraction", "split_seed"))
+            split = f"{chosen}, by class, with whole groups"
+        facts = {
+            "data": f"{now['data_set']} in {now['data_path']}",
+            "split": with_flags(split, self.flags),
+            "training images": str(len(self.train)) if self.train else "not known: those of the run are not at hand",
+            "duplicates of training images": pairs or "not known",
+            "preprocessing": str(self.preprocessing),
+            "checkpoint": f"{now['resume'] or 'none'}, epoch {self.checkpoint.get('epoch', 'unknown')}",
+            "versions": ", ".join(map(" ".join, run["versions"].items())),
+            "device": f"{run['device']}, code {run['revision']}",
+        }
+        page.text("Data and settings", "h2")
+        page.table("facts", [("", ""), *facts.items()])
+        page.text("Settings that are not the defaults:")
+        lines: list[tuple[str, ...]] = [("setting", "training", "evaluation")]
+        for name, value in self.defaults.items():
+            default, *used = (json.dumps(one.get(name, value)) for one in ({}, before, now))
+            if {*used} != {default}:
+                lines.append((self.flags[name], *("" if text == default else text for text in used)))
+        page.table("settings", lines)
+        return facts
