@@ -109,5 +109,5 @@ $(VENV)/.installed-mm: $(VENV)/.installed packaging/opencv-python/pyproject.toml
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed-mm $(VENV)/.installed-fast
-	$(call INSTALL,demo fast webdataset tools test)
+	$(call INSTALL,corruptions demo fast webdataset tools test)
 	@touch $@

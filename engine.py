@@ -35,6 +35,7 @@ from sepvit_lib.run.watchdog import Watchdog
 from utils import Progress, Stream, seed_everything
 
 WARMUP_PASSES, TIMED_PASSES = 50, 30  # of the throughput measurement
+Rows = list[tuple[np.ndarray, Any]]  # logits and target of each image
 
 
 @dataclass(frozen=True)
@@ -351,6 +352,46 @@ def _accumulated(batches: Progress, accum_steps: int) -> Iterator[tuple[Any, int
         yield batch, share, index * get_world_size() + get_rank(), index == first + share - 1
 
 
+class ClassScores:
+    """Sums over images with one label each, from which their metrics are computed.
+
+    Args:
+        num_classes: number of classes.
+        device: device of the sums.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        kind = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self.sums = torch.zeros(4, dtype=kind, device=device)  # images, loss, top-1, top-5
+        self.classes = self.sums.new_zeros(3, num_classes)  # images, predictions and hits of each class
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add a batch: logits, B × classes, and labels, B."""
+        loss = F.cross_entropy(outputs.float(), targets, reduction="sum")
+        predicted = outputs.topk(min(5, outputs.shape[1]), dim=1).indices
+        ranked, ones = predicted == targets[:, None], torch.ones_like(targets, dtype=self.sums.dtype)
+        self.sums += torch.stack([ones.sum(), loss.to(ones), ranked[:, 0].sum(), ranked.sum()])
+        seen = ((targets, ones), (predicted[:, 0], ones), (targets, ranked[:, 0].to(ones)))
+        for row, (index, values) in zip(self.classes, seen):
+            row.index_add_(0, index, values)
+
+    def metrics(self, is_split: bool) -> dict[str, float]:
+        """Compute the number of images and their metrics. A collective call.
+
+        All ranks get the same results, even if their devices' results differ in the last bits.
+
+        Args:
+            is_split: whether each rank has added a part of the images. If not, those of rank 0 count.
+        """
+        totals = torch.cat([self.sums, self.classes.flatten()])
+        totals = all_reduce(totals) if is_split else broadcast(totals)
+        images, loss, acc1, acc5 = totals[:4].tolist()
+        if images == 0:
+            return dict(images=0)
+        stats = dict(images=images, loss=loss / images, acc1=100 * acc1 / images, acc5=100 * acc5 / images)
+        return stats | class_metrics(totals[4:].view(3, -1))
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -359,12 +400,13 @@ def evaluate(
     title: str,
     settings: EvaluationSettings,
     watchdog: Watchdog,
-    rows: list[tuple[np.ndarray, int]] | None = None,
+    rows: Rows | None = None,
+    quietly: bool = False,
 ) -> dict[str, float]:
     """Validate a network. A collective call.
 
     Returns loss, top-1 and top-5 accuracy, balanced accuracy (the mean of the classes' recalls), and macro F1 (the mean
-    of the classes' F1), all but the loss in %. Classes that do not occur are not counted. For targets of several
+    of the classes' F1), all but the loss in %. Classes that do not occur are not counted. For images with several
     labels, see `multi_label_metrics`.
 
     If the images are split across ranks, the ranks' sums are all-reduced, so that every image counts exactly once.
@@ -376,7 +418,8 @@ def evaluate(
         title: prefix of each reported line.
         settings: settings of validation.
         watchdog: notified of progress.
-        rows: list to which logits and label of each image are added, in the order of the data set; None for none.
+        rows: list to which logits and target of each image are added, in the order of the data set; None for none.
+        quietly: print only the result, and no progress.
 
     Raises:
         UserError: there is no readable image.
@@ -385,26 +428,16 @@ def evaluate(
     model.eval()
     for buffer in model.buffers():
         broadcast(buffer)  # validate with rank 0's buffers, which the checkpoint saves
-    kind = torch.float32 if precision.device.type == "mps" else torch.float64  # MPS has no float64
-    sums = torch.zeros(3, dtype=kind, device=precision.device)  # loss, top-1, top-5
-    classes = sums.new_zeros(3, getattr(model, "num_classes", 0))  # images, predictions and hits of each class
-    count, multi_label = 0, list[tuple[Tensor, Tensor]]()  # logits and targets
-    progress = Progress(loader, title, settings.print_freq, len(loader), print_line=reporter())
+    multi_label = getattr(loader.dataset, "multi_label", False)
+    rows = [] if rows is None and multi_label else rows
+    scores = ClassScores(0 if multi_label else getattr(model, "num_classes", 0), precision.device)
+    progress = Progress(loader, title, settings.print_freq, len(loader), print_line=None if quietly else reporter())
     for images, targets in progress:
         images, targets = precision.images(images), targets.to(precision.device, non_blocking=True)
         with precision.autocast():
             outputs = model(images)
-        if targets.ndim == 2:
-            multi_label.append((outputs.float().cpu(), targets.cpu()))
-        else:
-            loss = F.cross_entropy(outputs.float(), targets, reduction="sum")
-            predicted = outputs.topk(min(5, outputs.shape[1]), dim=1).indices
-            ranked, ones = predicted == targets[:, None], torch.ones_like(targets, dtype=kind)
-            sums += torch.stack([loss.to(kind), ranked[:, 0].sum(), ranked.sum()])
-            seen = ((targets, ones), (predicted[:, 0], ones), (targets, ranked[:, 0].to(kind)))
-            for row, (index, values) in zip(classes, seen):
-                row.index_add_(0, index, values)
-        count += len(images)
+        if not multi_label:
+            scores.add(outputs, targets)
         if rows is not None:
             rows += zip(outputs.float().cpu().numpy(), targets.tolist())
         if progress.advance(len(images) * (get_world_size() if settings.dist_eval else 1)):
@@ -416,27 +449,14 @@ def evaluate(
     watchdog.sync_point()
     if any_rank(precision.device, watchdog.preemption.requested):
         raise Preempted(f"in {title}")
-    totals = torch.cat([sums, sums.new_tensor([count]), classes.flatten()])
-    # All ranks use the same results, even if their devices' results differ in the last bits.
-    totals = all_reduce(totals) if settings.dist_eval else broadcast(totals)
-    loss, acc1, acc5, images_seen = totals[:4].tolist()
     if rows is not None and settings.dist_eval:  # images were dealt out in turn
         rows[:] = [row for turn in zip_longest(*all_gather([rows])) for row in turn if row is not None]
-    if images_seen == 0:
+    stats = multi_label_metrics(rows or []) if multi_label else scores.metrics(settings.dist_eval)
+    if not (images_seen := int(stats.pop("images"))):
         raise UserError(f"{setting('data_path', settings.data_path)}: no validation image could be read")
-    if any_rank(precision.device, bool(multi_label)):
-        parts = [*map(torch.cat, zip(*multi_label))]
-        gathered = all_gather([parts])[: None if settings.dist_eval else 1]  # otherwise, each rank has all images
-        stats = multi_label_metrics(*(torch.cat(column) for column in zip(*filter(None, gathered))))
-        scores = f"mAP {stats['map']:.3f} %, F1 {stats['f1']:.3f} %"
-        print_main(f"{title}: {scores}, loss {stats['loss']:.4f}, {int(images_seen)} images")
-        return stats
-    stats = {"loss": loss / images_seen, "acc1": 100 * acc1 / images_seen, "acc5": 100 * acc5 / images_seen}
-    stats |= class_metrics(totals[4:].view(3, -1))
-    print_main(
-        f"{title}: top-1 {stats['acc1']:.3f} %, top-5 {stats['acc5']:.3f} %, loss {stats['loss']:.4f}, "
-        f"{int(images_seen)} images"
-    )
+    names = dict(map="mAP", f1="F1") if multi_label else dict(acc1="top-1", acc5="top-5")
+    shown = ", ".join(f"{label} {stats[name]:.3f} %" for name, label in names.items())
+    print_main(f"{title}: {shown}, loss {stats['loss']:.4f}, {images_seen} images")
     return stats
 
 
@@ -454,30 +474,29 @@ def class_metrics(classes: Tensor) -> dict[str, float]:
     }
 
 
-def multi_label_metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
+def multi_label_metrics(rows: Rows) -> dict[str, float]:
     """Compute binary cross entropy, mean average precision, macro and micro F1 at a probability of 0.5 (%).
 
-    The means are over the classes that occur.
+    The means are over the classes that occur. A collective call: all ranks get the results of rank 0.
 
     Args:
-        logits: images × classes.
-        targets: likewise, 1 for each label and 0 for the others.
+        rows: logits of each image, and a target for each class: 1 for its labels and 0 for the others.
     """
-    loss = F.binary_cross_entropy_with_logits(logits.double(), targets.double()).item()
+    if not rows:
+        return dict(images=0)
+    logits, targets = (torch.from_numpy(np.array(column, dtype=np.float64)) for column in zip(*rows))
+    loss = F.binary_cross_entropy_with_logits(logits, targets)
     keys, order = (-logits).T.contiguous().sort(dim=1)  # classes × images, the highest logits first
-    ranked = targets.T.gather(1, order).double()
+    ranked = targets.T.gather(1, order)
     last = torch.searchsorted(keys, keys, right=True) - 1  # images with equal logits share the rank of the last of them
     precision = ranked.cumsum(dim=1).gather(1, last) / (last + 1)
     occurs = targets.any(dim=0)
     average = (precision * ranked).sum(dim=1)[occurs] / ranked.sum(dim=1)[occurs]
-    predicted, true = (logits > 0).double(), targets.double()
-    hits, total = (predicted * true).sum(dim=0), (predicted + true).sum(dim=0)
-    return {
-        "loss": loss,
-        "map": 100 * average.mean().item(),
-        "f1": 100 * (2 * hits / total)[total > 0].mean().item(),
-        "micro_f1": 100 * (2 * hits.sum() / total.sum()).item(),
-    }
+    predicted = (logits > 0).double()
+    hits, total = (predicted * targets).sum(dim=0), (predicted + targets).sum(dim=0)
+    f1 = (2 * hits / total)[total > 0].mean(), 2 * hits.sum() / total.sum()
+    values = dict(zip(("map", "f1", "micro_f1"), (100 * value.item() for value in (average.mean(), *f1))))
+    return all_gather([dict(images=len(rows), loss=loss.item(), **values)])[0]
 
 
 @torch.no_grad()

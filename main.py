@@ -101,9 +101,10 @@ from sepvit_lib.common.processes import get_world_size, init_distributed, is_mai
 from sepvit_lib.common.recipes import ARGS, parse_with_recipe, write_recipe
 from sepvit_lib.common.saved_settings import img_size_of, settings_in
 from sepvit_lib.common.storage import make_folder, write_output
-from sepvit_lib.common.tables import as_csv
+from sepvit_lib.common.tables import as_csv, as_text
 from sepvit_lib.count import LARGE_PADDING, padding_as_text, padding_of, with_less_padding
 from sepvit_lib.networks import create_network, to_device
+from sepvit_lib.pipeline.corruptions import MIN_CORRUPTED, corrupt, corruption_table, top1_by_corruption
 from sepvit_lib.pipeline.data_sets.base import classes_of
 from sepvit_lib.pipeline.data_sets.table import SEPARATOR
 from sepvit_lib.pipeline.duplicates import MAX_IMAGES, find_duplicates
@@ -122,7 +123,7 @@ from sepvit_lib.run.checkpoints import (
 )
 from sepvit_lib.run.features import MAX_BYTES, compute_features
 from sepvit_lib.run.monitor import DelayedFlags, MonitorSettings, StepMonitor
-from sepvit_lib.run.output import Output, stopped
+from sepvit_lib.run.output import Output, draw_corruptions, stopped
 from sepvit_lib.run.resume import PACKAGES, Source, check_source, describe_data, describe_run, find_checkpoint, restore
 from sepvit_lib.run.state import DIVERGENCE_ADVICE, Precision, Training
 from sepvit_lib.run.watchdog import Preemption, Watchdog, heartbeat_timeout, ignore_preemption, startup_timeout
@@ -193,8 +194,7 @@ def run_evaluation(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
     checkpoint = read_checkpoint(args.resume, what) if args.resume else None
     args, preprocessing = adopt_settings(args, checkpoint, what)
     args.multi_label = args.multi_label or settings_in(checkpoint or {}).get("multi_label", False)
-    if args.report:
-        check_report(args)
+    check_evaluation(args)
     val = build_data(args, False, preprocessing)
     if checkpoint is not None:
         val = val.matched(checkpoint.get("classes"), what)
@@ -202,25 +202,33 @@ def run_evaluation(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
     folder = Path(args.output_dir) if args.output_dir else None
     if folder is not None:
         on_main_process(lambda: make_folder(folder, f"--output_dir {folder}"))
-    loader = build_val_loader(val, settings_from(args, LoaderSettings))
     if checkpoint is not None:
         load_from(model, checkpoint, what, "evaluate it on images of its own classes")
     else:
         print_main("--eval without --resume: evaluating random weights")
-    settings = settings_from(args, EvaluationSettings)
     rows: list[Any] | None = [] if args.report else None
-    stats = prefixed("test", evaluate(model, loader, precision, "validation", settings, watchdog, rows))
+
+    def measure(data: ImageData, title: str, *others: Any) -> dict[str, float]:
+        loader = build_val_loader(data, settings_from(args, LoaderSettings))
+        return evaluate(model, loader, precision, title, settings_from(args, EvaluationSettings), watchdog, *others)
+
+    def top1_of(name: str, strength: int) -> float:
+        data = replace(val, transform=preprocessing.transform(partial(corrupt, name=name, strength=strength)))
+        return measure(data, f"{name}, strength {strength}", None, True)["acc1"]
+
+    stats: dict[str, Any] = prefixed("test", measure(val, "validation", rows))
     check_outputs(stats, "validation")
+    if args.corruptions:
+        stats["corruptions"] = top1_by_corruption(top1_of)
+        on_main_process(lambda: print(as_text(corruption_table(stats["corruptions"], stats["test_acc1"]))))
     if args.report:
         watchdog.is_evaluating = True  # writing the report may take longer than the hang timeout
-        on_main_process(partial(write_report, args, checkpoint or {}, val, model, preprocessing, rows))
+        on_main_process(partial(write_report, args, checkpoint or {}, val, model, preprocessing, rows, stats))
     if checkpoint is not None and has_both_weights(checkpoint):
-        averaged = weights_of(checkpoint, what, prefer_ema=True)
-        load_weights(model, averaged, what, variant_hint=VARIANT_HINT, img_size=img_size_of(checkpoint))
-        title = "validation, averaged weights"
-        stats |= prefixed("test_ema", evaluate(model, loader, precision, title, settings, watchdog))
+        load_from(model, checkpoint, what, prefer_ema=True)
+        stats |= prefixed("test_ema", measure(val, "validation, averaged weights"))
     if folder is not None:
-        on_main_process(lambda: write_metrics(stats, folder / "eval.json"))
+        on_main_process(lambda: write_metrics(stats, folder))
 
 
 def check_outputs(stats: dict[str, float], title: str) -> None:
@@ -236,17 +244,28 @@ def check_outputs(stats: dict[str, float], title: str) -> None:
         )
 
 
-def write_metrics(stats: dict[str, float], path: Path) -> None:
-    """Write metrics as JSON.
+def write_metrics(stats: dict[str, Any], folder: Path) -> None:
+    """Write metrics as JSON, and those under corruptions also as a table and a plot.
 
     Raises:
-        UserError: the file cannot be written. A previous version is kept.
+        UserError: a file cannot be written. A previous version is kept.
     """
-    write_output(path, lambda file: file.write(json.dumps(stats).encode() + b"\n"), f"--output_dir {path.parent}")
+    what = f"--output_dir {folder}"
+    write_output(folder / "eval.json", lambda file: file.write(json.dumps(stats).encode() + b"\n"), what)
+    if top1 := stats.get("corruptions"):
+        table, figure = corruption_table(top1, stats["test_acc1"]), draw_corruptions(top1, stats["test_acc1"])
+        write_output(folder / "corruptions.csv", lambda file: file.write(as_csv(table).encode() + b"\n"), what)
+        write_output(folder / "corruptions.png", lambda file: figure.savefig(file, format="png", dpi=100), what)
 
 
 def write_report(
-    args: argparse.Namespace, checkpoint: dict[str, Any], val: ImageData, model: Any, made: Preprocessing, rows: Any
+    args: argparse.Namespace,
+    checkpoint: dict[str, Any],
+    val: ImageData,
+    model: Any,
+    made: Preprocessing,
+    rows: Any,
+    stats: dict[str, Any],
 ) -> None:
     """Write the report on an evaluation (`--report`).
 
@@ -257,17 +276,19 @@ def write_report(
         model: the network, in evaluation mode.
         made: preprocessing of the images.
         rows: logits and label of each image, in the order of the data set.
+        stats: metrics of the evaluation.
 
     Raises:
         UserError: a file cannot be written.
     """
-    from sepvit_lib.report.classification import Subject, report  # needs scikit-learn
+    from sepvit_lib.report.classification import Subject, add_corruptions, report  # needs scikit-learn
 
     train = find_training_images(args, checkpoint)
     pairs, flags = duplicates_of(train, val, args) if train else None, build_parser().flags()
     subject = Subject(vars(args), default_settings(), flags, checkpoint, val, train, pairs, model, made)
     page = report(subject, rows)
-    # Further sections belong here.
+    if top1 := stats.get("corruptions"):
+        add_corruptions(page, top1, stats["test_acc1"])
     page.write(Path(args.output_dir, REPORT), f"--output_dir {args.output_dir}")
     print_main(f"report: {Path(args.output_dir, REPORT)}")
 
@@ -1221,6 +1242,7 @@ def add_run_settings(group: Any) -> None:
     add("--finetune", type=path, default="", help="checkpoint to start from; classes and image shape may differ")
     add("--eval", **SWITCH, help="only evaluate")
     add("--report", **SWITCH, help="write a report on the evaluated checkpoint to the folder report/ of --output_dir")
+    add("--corruptions", **SWITCH, help="with --eval or --report, also evaluate under ImageNet-C's corruptions")
     add("--dist-eval", **SWITCH, help="split the validation images across processes")
     add("--val-interval", type=positive_int, default=1, metavar="N", help="validate every N epochs, and after the last")
     about = "metric that chooses checkpoint_best.pth; default: top1, or with --multi-label map (mean average precision)"
@@ -1481,8 +1503,7 @@ def check_combinations(args: argparse.Namespace) -> None:
         check_multi_label(args)
     elif args.watch == "map":
         raise UserError("--watch map: needs --multi-label; choose another metric")
-    if args.report:
-        check_report(args)
+    check_evaluation(args)
     if args.resume and args.finetune:
         raise UserError("--resume and --finetune: mutually exclusive; resume a run, or start one from its weights")
     if args.eval and args.finetune:
@@ -1506,12 +1527,20 @@ def check_multi_label(args: argparse.Namespace) -> None:
             raise UserError(f"--multi-label: not supported with {flag}; change one of them")
 
 
-def check_report(args: argparse.Namespace) -> None:
-    """Refuse a report that cannot be written.
+def check_evaluation(args: argparse.Namespace) -> None:
+    """Refuse a report that cannot be written, and images that cannot be corrupted.
 
     Raises:
-        UserError: scikit-learn is not installed, there is no folder for the report, or nothing to report.
+        UserError: a package is not installed, there is no folder for the report, nothing to report, or images without
+            known corruptions.
     """
+    if args.corruptions:
+        require("--corruptions", "imagecorruptions", "matplotlib", extra="corruptions")
+        if args.multi_label or args.in_chans not in (None, 3) or min(to_2tuple(args.input_size)) < MIN_CORRUPTED:
+            least = f"{MIN_CORRUPTED} × {MIN_CORRUPTED}"
+            raise UserError(f"--corruptions: needs RGB images of at least {least} pixels, with one label each; omit it")
+    if not args.report:
+        return
     require("--report", "sklearn", extra="report")
     if args.eval and not args.output_dir:
         raise UserError("--eval --report: needs a folder for the report; set --output_dir")
@@ -1569,7 +1598,8 @@ def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
         ),
         ("split_seed", args.val_fraction is None, "val_fraction"),
         ("train_num_samples val_num_samples", not is_stream, "data_set"),
-        ("eval resume finetune report", args.throughput, "throughput"),
+        ("corruptions", not (args.eval or args.report), "eval report"),
+        ("eval corruptions resume finetune report", args.throughput, "throughput"),
     ]
 
 

@@ -1,7 +1,7 @@
 """Preprocessing of images for validation, prediction and exported files."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -135,9 +135,13 @@ class Preprocessing:
         size = " × ".join(map(str, dict.fromkeys(self.size)))
         return f"mean {mean}, std {std}, {kind} {size} of {self.resize} pixels, {self.interpolation}"
 
-    def transform(self) -> transforms.Compose:
-        """Build the transform from an image to a normalised tensor, C × H × W."""
-        return transforms.Compose([self.crop, MaybeToTensor(), transforms.Normalize(self.mean, self.std)])
+    def transform(self, *steps: Callable[[Any], Any]) -> transforms.Compose:
+        """Build the transform from an image to a normalised tensor, C × H × W.
+
+        Args:
+            *steps: further steps, between crop and normalisation.
+        """
+        return transforms.Compose([self.crop, *steps, MaybeToTensor(), transforms.Normalize(self.mean, self.std)])
 
     def crop(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
         """Resize and crop an image, RGB or C × H × W, to the network's input."""

@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
 from functools import partial
@@ -21,13 +21,14 @@ from sepvit_lib.common.storage import PAUSES
 from sepvit_lib.inference.attention import record_attention, rollout
 from sepvit_lib.inference.classifier import class_names
 from sepvit_lib.inference.maps import heat_overlay
+from sepvit_lib.pipeline.corruptions import corruption_table
 from sepvit_lib.pipeline.image_files import as_picture
 from sepvit_lib.pipeline.samples import ImageData, read_sample
 from sepvit_lib.report import metrics
 from sepvit_lib.report.figures import confusion_matrix, unit_curves
 from sepvit_lib.report.html import Cell, Page
 from sepvit_lib.report.subject import Subject
-from sepvit_lib.run.output import LOG, PANELS, draw_curves, epoch_entries, read_log
+from sepvit_lib.run.output import LOG, PANELS, draw_corruptions, draw_curves, epoch_entries, read_log
 
 MAX_CLASSES = 30  # in the page's table and in the picture of the confusion matrix
 SHOWN = 20  # classes and confusions in the page, if there are more classes
@@ -83,6 +84,14 @@ def report(subject: Subject, rows: Rows) -> Page:
     values |= subject.add_facts(page)
     page.files["report.json"] = json.dumps(values, indent=1).encode() + b"\n"
     return page
+
+
+def add_corruptions(page: Page, top1: Mapping[str, Sequence[float]], clean: float) -> None:
+    """Add top-1 (%) by corruption and strength, and without corruption."""
+    page.text("Robustness", "h2")
+    page.text("Top-1 under the corruptions of ImageNet-C, each at five strengths.")
+    page.figure("corruptions", partial(draw_corruptions, top1, clean), "Top-1 (%), as means")
+    page.table("corruptions", corruption_table(top1, clean))
 
 
 def _add_accuracy(page: Page, outputs: Outputs, notes: Sequence[str]) -> dict[str, Any]:

@@ -106,6 +106,7 @@ ELSEWHERE = {
     r"python tools/app\.py": "test_app.py::test_an_image_goes_in_and_its_class_comes_out",
     r"^for recipe in recipes/ablations": "test_vary.py::test_the_recipes_of_the_ablations_train",
     r"pip install (-e )?\.$": "test_package.py::test_a_host_with_modules_of_the_same_names_imports_everything",
+    r"--corruptions": "test_corruptions.py::test_the_files_agree_with_the_printed_table",  # 95 evaluations
     r"--data-set csv/": "test_table.py::test_a_split_is_written_and_given_back",
     r"--threshold 0\.4": "test_multi_label.py::test_predictions_are_independent_probabilities",
     r"--in-chans 8": "test_shapes.py::test_many_channels_through_every_command",

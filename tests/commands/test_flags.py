@@ -79,7 +79,7 @@ RUNS = {
     "--output_dir {root}/run": "--auto-resume",
     "--epochs 3": "--keep-checkpoints 1, --profile 1",
     "--epochs 9 --lr 0 --min-lr 0 --warmup-epochs 0": "--early-stop 1",
-    "--eval": "--resume {root}/teacher.pth",
+    "--eval": "--resume {root}/teacher.pth, --corruptions",
     TEACHER: "--teacher-model test_resnet",
     f"--distillation-type hard --teacher-model {small_model.MODEL}": "--teacher-path {root}/teacher.pth",
 }
@@ -99,7 +99,8 @@ IGNORED = {
     "": "bce_target_thresh color_jitter distillation_alpha distillation_tau inat_category layer_decay_min_scale "
     "lr_decay_fn lr_noise_pct lr_noise_std model_ema_decay model_ema_force_cpu model_ema_warmup momentum "
     "patience_epochs ratio scale teacher_kwargs teacher_model train_num_samples train_split val_num_samples "
-    "val_split resplit cooldown_epochs path_column label_column split_column group_column weight_column split_seed",
+    "val_split resplit cooldown_epochs corruptions path_column label_column split_column group_column weight_column "
+    "split_seed",
     "--aa=": "train_interpolation",
     "--in-chans 1": "aa",
     "--no-aug": "hflip reprob",

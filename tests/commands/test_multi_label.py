@@ -253,7 +253,8 @@ def test_metrics_are_those_of_scikit_learn(images):
     targets = torch.tensor([[float(number in own) for number in range(3)] for _, own in images])
     if not targets.any():
         targets[0, 0] = 1
-    metrics = multi_label_metrics(logits, targets)
+    metrics = multi_label_metrics(list(zip(logits.numpy(), targets.tolist())))
+    assert metrics["images"] == len(images)
     occurs = [number for number in range(3) if targets[:, number].any()]
     truth, scores = targets.numpy(), logits.numpy()
     average = [average_precision_score(truth[:, number], scores[:, number]) for number in occurs]
