@@ -281,14 +281,14 @@ def write_report(
     Raises:
         UserError: a file cannot be written.
     """
-    from sepvit_lib.report.classification import Subject, add_corruptions, report  # needs scikit-learn
+    from sepvit_lib.report import classification, multi_label  # need scikit-learn
 
     train = find_training_images(args, checkpoint)
     pairs, flags = duplicates_of(train, val, args) if train else None, build_parser().flags()
-    subject = Subject(vars(args), default_settings(), flags, checkpoint, val, train, pairs, model, made)
-    page = report(subject, rows)
+    subject = classification.Subject(vars(args), default_settings(), flags, checkpoint, val, train, pairs, model, made)
+    page = (multi_label if args.multi_label else classification).report(subject, rows)
     if top1 := stats.get("corruptions"):
-        add_corruptions(page, top1, stats["test_acc1"])
+        classification.add_corruptions(page, top1, stats["test_acc1"])
     page.write(Path(args.output_dir, REPORT), f"--output_dir {args.output_dir}")
     print_main(f"report: {Path(args.output_dir, REPORT)}")
 
@@ -1544,8 +1544,8 @@ def check_evaluation(args: argparse.Namespace) -> None:
     require("--report", "sklearn", extra="report")
     if args.eval and not args.output_dir:
         raise UserError("--eval --report: needs a folder for the report; set --output_dir")
-    if not uses_labels(args) or args.multi_label:
-        raise UserError("--report: needs validation with one label per image; omit it")
+    if not uses_labels(args):
+        raise UserError("--report: needs validation, and so labels; omit it")
 
 
 def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:

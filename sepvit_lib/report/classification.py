@@ -59,25 +59,50 @@ class Outputs:
         logits, labels = zip(*rows)
         self.logits, self.labels = np.array(logits, dtype=np.float64), np.array(labels)
         self.probabilities, self.predicted = softmax(self.logits, axis=1), self.logits.argmax(axis=1)
-        self.classes, groups = class_names(data.classes, data.num_classes), getattr(data.dataset, "groups", ())
-        self.groups = groups if len({*groups}) < len(groups) else None
-        name: Any = getattr(data.dataset, "inner_name", None) or getattr(data.dataset, "name", "number {}".format)
-        self.names = [name(index) for index in range(len(labels))]
+        self.classes, self.groups = class_names(data.classes, data.num_classes), groups_of(data)
+        self.names = names_of(data, len(labels))
+
+
+def names_of(data: ImageData, count: int) -> list[str]:
+    """Names of the first images."""
+    name: Any = getattr(data.dataset, "inner_name", None) or getattr(data.dataset, "name", "number {}".format)
+    return [name(index) for index in range(count)]
+
+
+def groups_of(data: ImageData) -> Sequence[str] | None:
+    """Group of each image; None if there are none."""
+    groups = getattr(data.dataset, "groups", ())
+    return groups if len({*groups}) < len(groups) else None
 
 
 def report(subject: Subject, rows: Rows) -> Page:
     """Make the report. Sections may be added to it before it is written."""
-    outputs, path = Outputs(rows, subject.val), subject.settings["resume"]
-    page = Page(f"{subject.settings['model']} on {len(rows)} images", f"{path or 'random weights'}, {date.today()}")
+    outputs, page = Outputs(rows, subject.val), start(subject, len(rows))
     values = _add_accuracy(page, outputs, subject.notes())
     _add_classes(page, outputs, subject.train.label_counts() if subject.train else None)
     if len(outputs.classes) == len({*outputs.labels}) == 2:
         values |= _add_curves(page, outputs)
-    command = with_flags(f"python predict.py IMAGE {setting('resume', shlex.quote(path))} --temperature", subject.flags)
-    values |= _add_calibration(page, outputs, command)
-    _add_images(page, outputs, None if isinstance(subject.val.dataset, IterableDataset) else partial(_picture, subject))
+    values |= add_calibration(page, outputs.labels, outputs.logits, f"{predict_command(subject)} --temperature")
+    _add_images(page, outputs, subject)
+    return finish(page, subject, values)
+
+
+def start(subject: Subject, images: int) -> Page:
+    """Start a report."""
+    weights = subject.settings["resume"] or "random weights"
+    return Page(f"{subject.settings['model']} on {images} images", f"{weights}, {date.today()}")
+
+
+def predict_command(subject: Subject) -> str:
+    """The command that classifies an image."""
+    path = shlex.quote(subject.settings["resume"])
+    return with_flags(f"python predict.py IMAGE {setting('resume', path)}", subject.flags)
+
+
+def finish(page: Page, subject: Subject, values: dict[str, Any]) -> Page:
+    """Add the curves of the training, data and settings, and all figures as a file."""
     with suppress(UserError):  # not a log
-        if entries := epoch_entries(read_log(Path(path).parent / LOG)):
+        if entries := epoch_entries(read_log(Path(subject.settings["resume"]).parent / LOG)):
             page.text("Training", "h2")
             for number, panel in enumerate(PANELS.items(), start=1):
                 page.figure(f"training_{number}", partial(draw_curves, {"": [entries]}, dict([panel])), "")
@@ -95,22 +120,48 @@ def add_corruptions(page: Page, top1: Mapping[str, Sequence[float]], clean: floa
 
 
 def _add_accuracy(page: Page, outputs: Outputs, notes: Sequence[str]) -> dict[str, Any]:
-    """Add the headline figures, with intervals, and what a reader must know to judge them. Returns both."""
-    labels, groups, classes = outputs.labels, outputs.groups, outputs.classes
-    compute = partial(metrics.summary, labels, outputs.predicted, len(classes))
-    values, ranges, counts = compute(), metrics.intervals(compute, len(labels), groups), np.bincount(labels)
-    tiles = [(name, percent(values[name]), "95 %: {:.1f} to {:.1f} %".format(*100 * ranges[name])) for name in values]
+    """Add the headline figures. Returns them."""
+    labels, classes = outputs.labels, outputs.classes
+    compute, counts = partial(metrics.summary, labels, outputs.predicted, len(classes)), np.bincount(labels)
     baseline = float(counts.max() / len(labels))
-    tiles += [("baseline", percent(baseline), f"accuracy if all were {classes[counts.argmax()]}")]
-    page.tiles([*tiles, ("images", str(len(labels)), f"of {len(classes)} classes")])
+    tiles = [("baseline", percent(baseline), f"accuracy if all were {classes[counts.argmax()]}")]
+    tiles += [("images", str(len(labels)), f"of {len(classes)} classes")]
+    texts = ("Balanced accuracy and macro F1 are means over the classes.",)
+    return dict(baseline=baseline) | add_headline(page, compute, len(labels), outputs.groups, tiles, texts, notes)
+
+
+def add_headline(
+    page: Page,
+    compute: Callable[[np.ndarray], Mapping[str, float]],
+    images: int,
+    groups: Sequence[str] | None,
+    tiles: Sequence[tuple[str, str, str]],
+    texts: Sequence[str],
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """Add headline figures, with intervals, and what a reader must know to judge them. Returns both.
+
+    Args:
+        page: the page.
+        compute: see `metrics.intervals`.
+        images: number of images.
+        groups: group of each image, None for none.
+        tiles: further figures; see `Page.tiles`.
+        texts: explanations.
+        notes: warnings.
+    """
+    values, ranges = compute(np.ones(images)), metrics.intervals(compute, images, groups)
+    details = ("95 %: {:.1f} to {:.1f} %".format(*100 * ranges[name]) for name in values)
+    page.tiles([*zip(values, map(percent, values.values()), details), *tiles])
     units = "single images" if groups is None else f"whole groups of images ({len({*groups})} groups)"
-    page.text("Balanced accuracy and macro F1 are means over the classes.")
-    page.text(f"Ranges are 95 % intervals, from a bootstrap over {units} with {metrics.RESAMPLES} resamples.")
-    page.text("They reflect only the sampling of images, not how much networks trained with other seeds differ.")
+    interval = f"Ranges are 95 % intervals, from a bootstrap over {units} with {metrics.RESAMPLES} resamples."
+    limits = "They reflect only the sampling of images, not how much networks trained with other seeds differ."
+    for text in (*texts, interval, limits):
+        page.text(text)
     for note in notes:
         page.text(note, "warning")
     intervals = {name: ends.tolist() for name, ends in ranges.items()}
-    return dict(images=len(labels), **values, intervals=intervals, bootstrap=units, baseline=baseline, notes=notes)
+    return dict(images=images, **values, intervals=intervals, bootstrap=units, notes=notes)
 
 
 def _add_classes(page: Page, outputs: Outputs, train_counts: Counter[int] | None) -> None:
@@ -153,14 +204,21 @@ def _add_curves(page: Page, outputs: Outputs) -> dict[str, Any]:
     return dict(positive_class=name, roc_area=area, average_precision=precision)
 
 
-def _add_calibration(page: Page, outputs: Outputs, command: str) -> dict[str, Any]:
-    """Add the calibration, without and with the best temperature, which `command` sets. Returns the figures."""
-    error, bins = metrics.reliability(outputs.labels, outputs.probabilities)
+def add_calibration(page: Page, labels: np.ndarray, logits: np.ndarray, command: str) -> dict[str, Any]:
+    """Add the calibration, without and with the best temperature, which `command` sets. Returns the figures.
+
+    Args:
+        page: the page.
+        labels: N.
+        logits: N × C.
+        command: a command to which the temperature is appended.
+    """
+    error, bins = metrics.reliability(labels, softmax(logits, axis=1))
     curves, values = {"as trained": bins[:, :2].T}, dict(calibration_error=error)
     page.text("Calibration", "h2")
     page.text(f"Expected calibration error, in {metrics.BINS} bins of equal width: {percent(error)}.")
-    if temperature := metrics.best_temperature(outputs.labels, outputs.logits):
-        scaled, after = metrics.reliability(outputs.labels, softmax(outputs.logits / temperature, axis=1))
+    if temperature := metrics.best_temperature(labels, logits):
+        scaled, after = metrics.reliability(labels, softmax(logits / temperature, axis=1))
         curves[f"temperature {temperature:.3f}"] = after[:, :2].T
         values |= dict(temperature=temperature, calibration_error_with_temperature=scaled)
         page.text(f"Temperature {temperature:.3f}, which minimises the log loss, changes it to {percent(scaled)}.")
@@ -171,8 +229,8 @@ def _add_calibration(page: Page, outputs: Outputs, command: str) -> dict[str, An
     return values
 
 
-def _add_images(page: Page, outputs: Outputs, show: Callable[[int], Image.Image] | None) -> None:
-    """Add the most confident mistakes, as pictures by index unless `show` is None, and the file of all images."""
+def _add_images(page: Page, outputs: Outputs, subject: Subject) -> None:
+    """Add the most confident mistakes, and the file of all images."""
     classes, probabilities, is_correct = outputs.classes, outputs.probabilities, outputs.labels == outputs.predicted
     names = ([classes[number] for number in numbers] for numbers in (outputs.labels, outputs.predicted))
     columns: dict[str, Sequence[Any]] = dict(zip(("image", "label", "prediction"), (outputs.names, *names)))
@@ -180,16 +238,21 @@ def _add_images(page: Page, outputs: Outputs, show: Callable[[int], Image.Image]
     columns |= {"group": outputs.groups} if outputs.groups else {}
     lines = [*zip(*columns.values(), *(probabilities.T.tolist() if len(classes) <= MAX_COLUMNS else ()))]
     page.table("images", [(*columns, *classes[: len(lines[0]) - len(columns)]), *lines], [])
-    order = np.argsort(-probabilities.max(axis=1), kind="stable").tolist()
-    wrong = [index for index in order if not is_correct[index]][:MISTAKES]
-    if wrong and show:
+    wrong = [index for index in np.argsort(-probabilities.max(axis=1), kind="stable").tolist() if not is_correct[index]]
+    captions = {n: [f"{lines[n][2]} {percent(lines[n][3])}; label: {lines[n][1]}", lines[n][0]] for n in wrong}
+    add_mistakes(page, subject, captions)
+
+
+def add_mistakes(page: Page, subject: Subject, captions: Mapping[int, Sequence[str]]) -> None:
+    """Add pictures of the first mistakes, given the lines below each one; none for a stream, which has no indices."""
+    shown = list(captions)[:MISTAKES]
+    if shown and not isinstance(subject.val.dataset, IterableDataset):
         page.text("Most confident mistakes", "h2")
         page.text("Left: what the network sees. Right, for SepViT: the attention rollout, averaged over the image.")
-        captions = ([f"{lines[n][2]} {percent(lines[n][3])}; label: {lines[n][1]}", lines[n][0]] for n in wrong)
-        page.pictures("mistakes", [*zip(map(show, wrong), captions)])
+        page.pictures("mistakes", [(picture(subject, index), captions[index]) for index in shown])
 
 
-def _picture(subject: Subject, index: int) -> Image.Image:
+def picture(subject: Subject, index: int) -> Image.Image:
     """Draw the part of an image that the network sees, and beside it, for a SepViT, what it attends to.
 
     This is the attention rollout, averaged over the image, as the network averages its features.

@@ -305,6 +305,34 @@ def test_evaluation_knows_what_the_checkpoint_was_trained_for(trained, table, tm
         assert "test_acc1" not in metrics
 
 
+def test_the_report(trained, table, image, tmp_path, capsys):
+    """Its figures are those of the evaluation and of scikit-learn; its thresholds work."""
+    arguments = ["--eval", "--resume", trained / "checkpoint.pth", *SMALLEST, *CPU, "--data-set", f"csv/{table}"]
+    assert run(*arguments, "--report", "--output_dir", tmp_path) == 0
+    metrics = json.loads((tmp_path / "eval.json").read_text())
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    for name, key in (("mAP", "test_map"), ("macro F1", "test_f1"), ("micro F1", "test_micro_f1")):
+        assert 100 * report[name] == pytest.approx(metrics[key])
+        low, high = report["intervals"][name]
+        assert low <= report[name] <= high
+    rows = list(csv.DictReader((tmp_path / "report/images.csv").open()))
+    assert len(rows) == report["images"] == 21
+    truth = np.array([[name in row["labels"].split("|") for name in LABELS] for row in rows])
+    scores = np.array([[float(row[name]) for name in LABELS] for row in rows])
+    assert all(row["prediction"] == "|".join(n for n in LABELS if float(row[n]) >= 0.5) for row in rows)
+    assert 100 * average_precision_score(truth, scores) == pytest.approx(metrics["test_map"], abs=0.01)
+    assert report["all labels right"] == pytest.approx(((scores >= 0.5) == truth).all(axis=1).mean())
+    classes = {row["class"]: row for row in csv.DictReader((tmp_path / "report/classes.csv").open())}
+    thresholds = json.loads((tmp_path / "report/thresholds.json").read_text())
+    for number, name in enumerate(LABELS):
+        best = f1_score(truth[:, number], scores[:, number] >= thresholds[name] - 1e-5)
+        assert float(classes[name]["F1 with it (%)"]) == pytest.approx(100 * best, abs=0.01)
+        assert all(f1_score(truth[:, number], scores[:, number] >= other) <= best for other in scores[:, number])
+    assert (tmp_path / "report/mistakes/01.jpg").is_file()
+    path = tmp_path / "report/thresholds.json"
+    predictions(capsys, image, "--resume", trained / "checkpoint.pth", "--threshold", path)
+
+
 def test_features_of_a_frozen_network(table, trained, tmp_path):
     flags = ["--finetune", trained / "checkpoint.pth", "--freeze-stages", 4, "--no-aug", "--mixup", 0, "--cutmix", 0]
     assert run(*settings(table, *flags), "--output_dir", tmp_path / "kept") == 0
