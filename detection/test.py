@@ -1,7 +1,7 @@
 """Evaluate a detector, write its detections, or draw them.
 
-    python test.py CONFIG CHECKPOINT [--eval bbox [segm]] [--aug-test] [--out FILE.pkl] [--format-only]
-                                     [--show-dir DIR] [--show-score-thr SCORE] [--work-dir DIR]
+    python test.py CONFIG CHECKPOINT [--eval bbox [segm]] [--report] [--aug-test] [--out FILE.pkl]
+                                     [--format-only] [--show-dir DIR] [--show-score-thr SCORE] [--work-dir DIR]
                                      [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm]
 
 `--eval mAP` evaluates boxes, and masks if the model predicts them. dist_test.sh and slurm_test.sh start this command
@@ -45,22 +45,24 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
     Raises:
         UserError: no output is requested, settings exclude each other, or a metric is unknown.
     """
-    if not (args.eval or args.out or args.format_only or args.show_dir):
+    if not (args.eval or args.out or args.format_only or args.show_dir or args.report):
         return as_configured(cfg, "--eval bbox, --out FILE.pkl, --format-only or --show-dir DIR")
-    if args.eval and args.format_only:
-        raise UserError("--eval and --format-only: choose one")
+    if (args.eval or args.report) and args.format_only:
+        raise UserError(f"{'--eval' if args.eval else '--report'} and --format-only: choose one")
     if args.out and Path(args.out).suffix not in (".pkl", ".pickle"):
         raise UserError(f"--out {args.out}: takes the name of a .pkl file")
-    metrics = requested_metrics(cfg, args.eval)
+    metrics = requested_metrics(cfg, args.eval or ["mAP"] * args.report)
     evaluators: list[dict[str, Any]] = []
     results: list[Result] = []
     if metrics or args.format_only:
         settings = dict(metric=metrics or possible_metrics(cfg), format_only=args.format_only)
         if args.format_only:
             settings["outfile_prefix"] = str(Path(cfg.work_dir) / "results")
+        if args.report:  # its names of figures state COCO's thresholds
+            settings |= dict(iou_thrs=None, use_mp_eval=False)
         evaluators = [{**one, **settings} for one in as_list(cfg.test_evaluator) if is_coco(one)]
         if not evaluators:
-            flag = "--format-only" if args.format_only else f"--eval {' '.join(args.eval)}"
+            flag = "--format-only" if args.format_only else f"--eval {' '.join(args.eval)}" if args.eval else "--report"
             problem = "needs a CocoMetric as test_evaluator in the config"
             raise UserError(f"{flag}: {problem}; without the flag, the config's own evaluators are used")
     if args.out:
@@ -70,6 +72,10 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
     if args.show_dir:
         hook = DrawingHook(Path(args.show_dir), args.show_score_thr)
         results.append((hook, Path(args.show_dir), f"--show-dir {args.show_dir}"))
+    if args.report:
+        from detection.report import DetectionReportHook  # imports matplotlib
+
+        results.append((DetectionReportHook(), Path(cfg.work_dir) / "report", "--report"))
     return results
 
 

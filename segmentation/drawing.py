@@ -71,7 +71,16 @@ def draw(
 
 
 class DrawingHook(FileHook):
-    """Draw each test image with its ground truth, if it has one, and its prediction, as PNG."""
+    """Draw each test image with its ground truth, if it has one, and its prediction, as PNG.
+
+    Args:
+        folder: output folder; see `FileHook`.
+        side: length to which the shorter side of larger images is roughly reduced, in pixels. 0 keeps their size.
+    """
+
+    def __init__(self, folder: Path, side: int = 0) -> None:
+        super().__init__(folder)
+        self.side = side
 
     def write(self, sample: Any, metainfo: dict[str, Any], path: Path) -> None:
         """Draw a test image and write the picture."""
@@ -79,7 +88,10 @@ class DrawingHook(FileHook):
         if "gt_sem_seg" in sample:
             maps["truth"] = labels_in(sample.gt_sem_seg)
         maps["prediction"] = labels_in(sample.pred_sem_seg)
-        save(draw(read_pixels(sample.img_path, self.loader), maps, metainfo["classes"], metainfo["palette"]), path)
+        image = read_pixels(sample.img_path, self.loader)
+        step = max(1, min(image.shape[:2]) // self.side) if self.side else 1
+        image, *small = (pixels[::step, ::step] for pixels in (image, *maps.values()))
+        save(draw(image, dict(zip(maps, small)), metainfo["classes"], metainfo["palette"]), path)
 
 
 class LabelsHook(FileHook):

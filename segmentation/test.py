@@ -1,7 +1,8 @@
 """Evaluate a segmentor, write its predictions, or draw them.
 
-    python test.py CONFIG CHECKPOINT [--eval mIoU [mDice] [mFscore]] [--aug-test] [--out DIR] [--show-dir DIR]
-                                     [--work-dir DIR] [--cfg-options KEY=VALUE …] [--launcher pytorch|slurm]
+    python test.py CONFIG CHECKPOINT [--eval mIoU [mDice] [mFscore]] [--report] [--aug-test] [--out DIR]
+                                     [--show-dir DIR] [--work-dir DIR] [--cfg-options KEY=VALUE …]
+                                     [--launcher pytorch|slurm]
 
 dist_test.sh and slurm_test.sh start this command in several processes.
 """
@@ -41,11 +42,11 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
     Raises:
         UserError: no output is requested, or a metric is unknown.
     """
-    if not (args.eval or args.out or args.show_dir):
+    if not (args.eval or args.out or args.show_dir or args.report):
         return as_configured(cfg, "--eval mIoU, --out DIR or --show-dir DIR")
     if args.out and Path(args.out).suffix in (".pkl", ".pickle"):
         raise UserError(f"--out {args.out}: takes a folder of PNGs (the predicted labels); remove the suffix")
-    metrics = [find_metric(name, METRICS) for name in args.eval]
+    metrics = list(dict.fromkeys([find_metric(name, METRICS) for name in args.eval] + ["mIoU"] * args.report))
     usual: dict[str, Any] = next((one for one in dicts(cfg.test_evaluator) if one.get("type") == "IoUMetric"), {})
     settings = dict(usual, type="IoUMetric", iou_metrics=metrics)
     cfg.test_evaluator = settings if metrics else []  # drawing and writing need no evaluator
@@ -54,6 +55,10 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
         results.append((LabelsHook(Path(args.out)), Path(args.out), f"--out {args.out}"))
     if args.show_dir:
         results.append((DrawingHook(Path(args.show_dir)), Path(args.show_dir), f"--show-dir {args.show_dir}"))
+    if args.report:
+        from segmentation.report import SegmentationReportHook  # imports matplotlib
+
+        results.append((SegmentationReportHook(), Path(cfg.work_dir) / "report", "--report"))
     return results
 
 

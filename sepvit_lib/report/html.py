@@ -94,15 +94,23 @@ class Page:
         text = re.sub(r' (id="[\w.]+_\d+"|xmlns(:\w+)?="[^"]*")', "", text[text.index("<svg") :])
         self._figure(text, [caption], REM_PER_INCH * figure.get_figwidth())
 
-    def pictures(self, name: str, pictures: Sequence[tuple[Image.Image, Sequence[str]]]) -> None:
-        """Add a sheet of pictures, each with lines of text below it, and their files `name`/01.jpg and so on."""
+    def pictures(
+        self, name: str, pictures: Sequence[tuple[Image.Image, Sequence[str]]], width: float = PICTURE_WIDTH
+    ) -> None:
+        """Add a sheet of pictures, each with lines of text below it, and their files `name`/01.jpg and so on.
+
+        Args:
+            name: name of the folder.
+            pictures: the pictures and their lines of text.
+            width: of each picture in the page, in rem.
+        """
         for number, (picture, lines) in enumerate(pictures, start=1):
             factor, jpeg = -(-MIN_SIDE // min(picture.size)), io.BytesIO()
             enlarged = picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
             enlarged.save(jpeg, "JPEG", quality=90, subsampling=0)
             self.files[f"{name}/{number:02}.jpg"] = jpeg.getvalue()
             data = base64.b64encode(jpeg.getvalue()).decode()
-            self._figure(f'<img alt="" src="data:image/jpeg;base64,{data}">', lines, PICTURE_WIDTH)
+            self._figure(f'<img alt="" src="data:image/jpeg;base64,{data}">', lines, width)
 
     def write(self, path: Path, what: str) -> None:
         """Write the files, each atomically, and the page last.

@@ -49,6 +49,7 @@ def build_test_parser(description: str | None, metrics: Sequence[str]) -> Comman
     add("checkpoint", type=path, metavar="CHECKPOINT", help="checkpoint of the whole segmentor or detector")
     add("--eval", nargs="+", default=[], metavar="METRIC", help=f"one or more of {', '.join(metrics)}")
     add("--aug-test", action="store_true", help="test-time augmentation (scales, flips) by the config's tta_pipeline")
+    add("--report", action="store_true", help="write a page with the results to report/ in the work dir")
     return parser
 
 
