@@ -104,6 +104,7 @@ DEMOS = dict(segmentation="fpn_sepvit_lite_112x112_demo.py", detection="mask_rcn
 ELSEWHERE = {
     r"python tools/app\.py --resume CHECKPOINT --config": "test_app.py::test_segmentor",
     r"python tools/app\.py": "test_app.py::test_an_image_goes_in_and_its_class_comes_out",
+    r"\bcells/": "test_own_pictures.py::test_the_tutorial",
     r"^for recipe in recipes/ablations": "test_vary.py::test_the_recipes_of_the_ablations_train",
     r"pip install (-e )?\.$": "test_package.py::test_a_host_with_modules_of_the_same_names_imports_everything",
     r"--corruptions": "test_corruptions.py::test_the_files_agree_with_the_printed_table",  # 95 evaluations
@@ -415,7 +416,7 @@ def exported(demo, tmp_path_factory) -> Path:
 
 
 def link_repository(root: Path, demo: Path) -> Path:
-    """Make a folder with links to all of the repository, in which commands may leave files."""
+    """Make a folder with links to all of the repository and to the demo's, in which commands may leave files."""
     folders = ("benchmarks", "packaging", "recipes", "sepvit_lib", "tests", "tools")
     for pattern in ("*.py", "*.txt", "*.toml", "Makefile", *folders):
         for path in ROOT.glob(pattern):
