@@ -320,10 +320,10 @@ def _table(is_train: bool, settings: DataSettings) -> Table:
     table = Table(file, folder, columns, what, settings.multi_label)
     if is_train and any(SEPARATOR in name for name in table.classes):
         print_main(
-            f"WARNING: {what}: labels contain {SEPARATOR}; for several labels per image, {setting('multi_label')}"
+            f"WARNING: {what}: labels contain {SEPARATOR}; for several labels per image, pass {setting('multi_label')}"
         )
     if is_train and table.weights:
-        print_main(f"{what}: column {settings.weight_column} multiplies the loss of each training image")
+        print_main(f"{what}: the loss of each training image is multiplied by column {settings.weight_column}")
     if settings.val_fraction is not None:
         if any(table.splits):
             way_out = f"omit it, or pass {setting('split_column', repr(''))} to ignore the column"

@@ -449,7 +449,7 @@ def evaluate(
     watchdog.sync_point()
     if any_rank(precision.device, watchdog.preemption.requested):
         raise Preempted(f"in {title}")
-    if rows is not None and settings.dist_eval:  # images were dealt out in turn
+    if rows is not None and settings.dist_eval:  # images were distributed round-robin
         rows[:] = [row for turn in zip_longest(*all_gather([rows])) for row in turn if row is not None]
     stats = multi_label_metrics(rows or []) if multi_label else scores.metrics(settings.dist_eval)
     if not (images_seen := int(stats.pop("images"))):
@@ -492,7 +492,7 @@ def multi_label_metrics(rows: Rows) -> dict[str, float]:
     precision = ranked.cumsum(dim=1).gather(1, last) / (last + 1)
     occurs = targets.any(dim=0)
     average = (precision * ranked).sum(dim=1)[occurs] / ranked.sum(dim=1)[occurs]
-    predicted = (logits > 0).double()
+    predicted = (logits >= 0).double()
     hits, total = (predicted * targets).sum(dim=0), (predicted + targets).sum(dim=0)
     f1 = (2 * hits / total)[total > 0].mean(), 2 * hits.sum() / total.sum()
     values = dict(zip(("map", "f1", "micro_f1"), (100 * value.item() for value in (average.mean(), *f1))))

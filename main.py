@@ -212,9 +212,9 @@ def run_evaluation(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
         loader = build_val_loader(data, settings_from(args, LoaderSettings))
         return evaluate(model, loader, precision, title, settings_from(args, EvaluationSettings), watchdog, *others)
 
-    def top1_of(name: str, strength: int) -> float:
-        data = replace(val, transform=preprocessing.transform(partial(corrupt, name=name, strength=strength)))
-        return measure(data, f"{name}, strength {strength}", None, True)["acc1"]
+    def top1_of(name: str, severity: int) -> float:
+        data = replace(val, transform=preprocessing.transform(partial(corrupt, name=name, severity=severity)))
+        return measure(data, f"{name}, severity {severity}", None, True)["acc1"]
 
     stats: dict[str, Any] = prefixed("test", measure(val, "validation", rows))
     check_outputs(stats, "validation")
@@ -1241,7 +1241,11 @@ def add_run_settings(group: Any) -> None:
     add("--keep-checkpoints", type=positive_int, default=2, metavar="N", help="number of checkpoints to keep")
     add("--finetune", type=path, default="", help="checkpoint to start from; classes and image shape may differ")
     add("--eval", **SWITCH, help="only evaluate")
-    add("--report", **SWITCH, help="write a report on the evaluated checkpoint to the folder report/ of --output_dir")
+    add(
+        "--report",
+        **SWITCH,
+        help="write report/ to --output_dir: at the end of training, on the best checkpoint; or with --eval",
+    )
     add("--corruptions", **SWITCH, help="with --eval or --report, also evaluate under ImageNet-C's corruptions")
     add("--dist-eval", **SWITCH, help="split the validation images across processes")
     add("--val-interval", type=positive_int, default=1, metavar="N", help="validate every N epochs, and after the last")
@@ -1516,9 +1520,10 @@ def check_multi_label(args: argparse.Namespace) -> None:
     Raises:
         UserError: a setting needs a single label per image.
     """
+    if not args.data_set.startswith(TABLE):
+        raise UserError(f"--multi-label: needs a table, not --data-set {args.data_set}; set --data-set csv/FILE")
     distillation = args.distillation_type
     for flag, is_given in (
-        (f"--data-set {args.data_set}", not args.data_set.startswith(TABLE)),
         (f"--watch {args.watch}", args.watch in ("top1", "balanced-accuracy")),
         (f"--sampler {args.sampler}", args.sampler == BALANCED),
         (f"--distillation-type {distillation}", distillation not in ("none", "feature")),
@@ -1537,15 +1542,17 @@ def check_evaluation(args: argparse.Namespace) -> None:
     if args.corruptions:
         require("--corruptions", "imagecorruptions", "matplotlib", extra="corruptions")
         if args.multi_label or args.in_chans not in (None, 3) or min(to_2tuple(args.input_size)) < MIN_CORRUPTED:
-            least = f"{MIN_CORRUPTED} × {MIN_CORRUPTED}"
-            raise UserError(f"--corruptions: needs RGB images of at least {least} pixels, with one label each; omit it")
+            size = f"{MIN_CORRUPTED} × {MIN_CORRUPTED}"
+            raise UserError(
+                f"--corruptions: only for RGB images of at least {size} pixels, with one label each; omit it"
+            )
     if not args.report:
         return
     require("--report", "sklearn", extra="report")
     if args.eval and not args.output_dir:
         raise UserError("--eval --report: needs a folder for the report; set --output_dir")
     if not uses_labels(args):
-        raise UserError("--report: needs validation, and so labels; omit it")
+        raise UserError("--report: needs labelled validation images; omit it")
 
 
 def without_effect(args: argparse.Namespace) -> list[tuple[str, bool, str]]:

@@ -109,7 +109,7 @@ def find_thresholds(args: argparse.Namespace, classifier: Classifier) -> Tensor:
     """
     made, what = classifier.description, f"--threshold {args.threshold}"
     if args.threshold is not None and not made.multi_label:
-        raise UserError(f"{what}: --resume {args.resume} has a single label per image; omit it")
+        raise UserError(f"{what}: --resume {args.resume} has one label per image; omit --threshold")
     if isinstance(args.threshold, str):
         return torch.tensor(read_class_values(args.threshold, made.classes, what))
     threshold = (THRESHOLD if args.threshold is None else args.threshold) if made.multi_label else math.inf
@@ -244,8 +244,8 @@ def build_parser() -> Parser:
     add("--model", default="", metavar="NAME", help="timm's name of the network, if PATH does not specify it")
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
     add("--topk", type=positive_int, default=5, metavar="K", help="number of classes per image, default 5")
-    about = f"smallest probability of a label, default {THRESHOLD}, or a JSON file with one per class"
-    add("--threshold", type=share_or_file, metavar="SHARE|FILE", help=about)
+    about = f"minimum probability of a label, default {THRESHOLD}, or a JSON file with one per class"
+    add("--threshold", type=share_or_file, metavar="PROBABILITY|FILE", help=about)
     about = "divide the logits by T, which calibrates the probabilities; main.py --report finds T"
     add("--temperature", type=positive, default=1.0, metavar="T", help=about)
     add("--json", type=path, metavar="FILE", help="write the results as JSON; -: to standard output")

@@ -21,7 +21,7 @@ IOUS = {0: 0.5, 5: 0.75}  # of the precision-recall curves, by index of the thre
 KINDS = dict(bbox="box", segm="mask")
 SUMMARY = {"AP": "mean over IoU 0.50 to 0.95", "AP50": "IoU 0.50", "AP75": "IoU 0.75"}  # COCOeval's first figures
 SUMMARY |= {"AP small": "below 32² pixels", "AP medium": "32² to 96² pixels", "AP large": "above 96² pixels"}
-COUNTS = ("objects", "detections", "missed", "false")
+COUNTS = ("objects", "detections", "false negatives", "false positives")
 
 
 class DetectionReportHook(ReportHook):
@@ -45,7 +45,7 @@ class DetectionReportHook(ReportHook):
         if self.evaluations:
             self.write(runner, metrics or {})
         elif is_main_process():
-            runner.logger.warning("no report: without any detection, mmdet evaluates nothing")
+            runner.logger.warning("no report was written: mmdet evaluates nothing if there are no detections")
 
     def add_results(self, page: Page, runner: Any, metrics: dict[str, float]) -> None:
         """Add the results."""
@@ -63,7 +63,9 @@ class DetectionReportHook(ReportHook):
         page.tiles(tiles)
         add_classes(page, columns, next(name for name in columns if "AP" in name))
         kind = KINDS[first.params.iouType]
-        page.text(f"Detections have a score of at least {SCORE}. They match objects at a {kind} IoU of at least 0.5.")
+        page.text(
+            f"Counts: detections with a score of at least {SCORE}, matched at {kind} IoU ≥ 0.5. AP uses all detections."
+        )
         page.text("Precision-recall curves", "h2")
         for kind, precision in curves.items():
             add_curves(page, kind, first.params.recThrs, precision, columns["class"])
@@ -71,12 +73,12 @@ class DetectionReportHook(ReportHook):
         images = counts.sum(axis=0)[order]
         errors = images[:, 2:].sum(axis=1)
         worst = [index for index in np.argsort(-errors, kind="stable").tolist() if errors[index]]
-        note = "The most missed objects and false detections. Left: objects. Right: detections, with scores in percent."
+        note = "The most false negatives and false positives. Left: objects. Right: detections, with scores in percent."
         self.add_images(page, runner, dict(zip(COUNTS, images.T.tolist())), worst, note)
 
 
 def matches(evaluation: COCOeval) -> np.ndarray:
-    """Count objects, detections, missed objects and false detections of each class and image, classes × images × 4.
+    """Count objects, detections, false negatives and false positives of each class and image, classes × images × 4.
 
     The score is at least `SCORE`, the IoU at least 0.5. Crowds, and detections that match them, are not counted.
     """

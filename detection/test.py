@@ -46,7 +46,7 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
         UserError: no output is requested, settings exclude each other, or a metric is unknown.
     """
     if not (args.eval or args.out or args.format_only or args.show_dir or args.report):
-        return as_configured(cfg, "--eval bbox, --out FILE.pkl, --format-only or --show-dir DIR")
+        return as_configured(cfg, "--eval bbox, --report, --out FILE.pkl, --format-only or --show-dir DIR")
     if (args.eval or args.report) and args.format_only:
         raise UserError(f"{'--eval' if args.eval else '--report'} and --format-only: choose one")
     if args.out and Path(args.out).suffix not in (".pkl", ".pickle"):

@@ -65,7 +65,7 @@ class SegmentationReportHook(ReportHook):
         means, accuracies = 100 * np.array(images).T
         worst = [index for index in np.argsort(means, kind="stable").tolist() if means[index] < 100]
         columns = {"mean IoU (%)": means.tolist(), "pixel accuracy (%)": accuracies.tolist()}
-        note = "The lowest mean IoU, over the classes in an image's labels. Legend: shares of the predicted pixels."
+        note = "Lowest mean IoU over the classes in the ground truth. Legend: shares of the predicted pixels."
         self.add_images(page, runner, columns, worst, note)
 
 

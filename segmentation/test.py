@@ -43,7 +43,7 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
         UserError: no output is requested, or a metric is unknown.
     """
     if not (args.eval or args.out or args.show_dir or args.report):
-        return as_configured(cfg, "--eval mIoU, --out DIR or --show-dir DIR")
+        return as_configured(cfg, "--eval mIoU, --report, --out DIR or --show-dir DIR")
     if args.out and Path(args.out).suffix in (".pkl", ".pickle"):
         raise UserError(f"--out {args.out}: takes a folder of PNGs (the predicted labels); remove the suffix")
     metrics = list(dict.fromkeys([find_metric(name, METRICS) for name in args.eval] + ["mIoU"] * args.report))

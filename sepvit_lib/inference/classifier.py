@@ -123,7 +123,7 @@ class Classifier:
 
         Args:
             inputs: the output of `prepare` for each image.
-            temperature: what the logits are divided by.
+            temperature: divisor of the logits.
         """
         logits = self.logits(inputs) / temperature
         return logits.sigmoid() if self.description.multi_label else logits.softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""Weights of classes in the losses of segmentors and detectors."""
+"""Class weights in the losses of segmentors and detectors."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +67,9 @@ def set_class_weights(cfg: Config, weights: dict[str, float]) -> None:
         for loss in as_list(head[key]):
             if not kind or loss.get("type") not in (CROSS_ENTROPY, kind) or loss.get("use_sigmoid"):
                 used = f"{setting('class_weights')}: not available with {setting(f'{name}.{key}', loss)}"
-                raise UserError(f"{used}; remove it, or use a segmentor or two-stage detector with CrossEntropyLoss")
+                raise UserError(
+                    f"{used}; omit the flag, or use a segmentor or two-stage detector with CrossEntropyLoss"
+                )
             loss.update(type=kind, class_weight=values if kind == WEIGHTED else [*values, 1.0])
 
 

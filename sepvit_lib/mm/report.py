@@ -1,4 +1,4 @@
-"""The report of test.py: what segmentation and detection share."""
+"""Report of test.py: shared by segmentation and detection."""
 
 import json
 from collections.abc import Mapping, Sequence

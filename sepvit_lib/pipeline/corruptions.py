@@ -10,42 +10,42 @@ MIN_CORRUPTED = 32  # pixels of an image's side
 
 
 @np.errstate(invalid="ignore")
-def corrupt(image: Image.Image, name: str, strength: int) -> Image.Image:
+def corrupt(image: Image.Image, name: str, severity: int) -> Image.Image:
     """Corrupt an image.
 
-    Random numbers depend on the image, the corruption and its strength alone, and so not on processes, workers or the
+    Random numbers depend on the image, the corruption and its severity alone, and so not on processes, workers or the
     order of the images.
 
     Args:
         image: an image in RGB, with sides of at least `MIN_CORRUPTED` pixels.
         name: a corruption of the package `imagecorruptions`.
-        strength: from 1 to 5.
+        severity: from 1 to 5.
     """
     from imagecorruptions import corruption_dict  # optional, and slow to import
 
-    np.random.seed(seed := zlib.crc32(image.tobytes(), zlib.crc32(f"{name} {strength}".encode())))
+    np.random.seed(seed := zlib.crc32(image.tobytes(), zlib.crc32(f"{name} {severity}".encode())))
     own = [seed] if name in ("impulse_noise", "glass_blur") else []  # do not use NumPy's global generator
-    corrupted = np.asarray(corruption_dict[name](image, strength, *own))
+    corrupted = np.asarray(corruption_dict[name](image, severity, *own))
     # Spatter without any drop, which occurs in small images, is 0 / 0.
     return Image.fromarray(np.where(np.isnan(corrupted), np.asarray(image), corrupted).astype(np.uint8))
 
 
 def top1_by_corruption(top1_of: Callable[[str, int], float]) -> dict[str, list[float]]:
-    """Evaluate under each corruption at each strength.
+    """Evaluate under each corruption at each severity.
 
     Args:
-        top1_of: evaluates under a corruption, by name and strength. Returns top-1 (%).
+        top1_of: evaluates under a corruption, by name and severity. Returns top-1 (%).
 
     Returns:
-        for each corruption, top-1 (%) at strengths 1 to 5. ImageNet-C's 15 common corruptions come first.
+        for each corruption, top-1 (%) at severities 1 to 5. ImageNet-C's 15 common corruptions come first.
     """
     from imagecorruptions import get_corruption_names  # before loader workers are forked, so that they share it
 
-    return {name: [top1_of(name, strength) for strength in range(1, 6)] for name in get_corruption_names("all")}
+    return {name: [top1_of(name, severity) for severity in range(1, 6)] for name in get_corruption_names("all")}
 
 
 def corruption_table(top1: Mapping[str, Sequence[float]], clean: float) -> list[list[str]]:
-    """Tabulate top-1 (%) by corruption and strength, with means over the common corruptions and over all.
+    """Tabulate top-1 (%) by corruption and severity, with means over the common corruptions and over all.
 
     Args:
         top1: result of `top1_by_corruption`.

@@ -112,9 +112,9 @@ def finish(page: Page, subject: Subject, values: dict[str, Any]) -> Page:
 
 
 def add_corruptions(page: Page, top1: Mapping[str, Sequence[float]], clean: float) -> None:
-    """Add top-1 (%) by corruption and strength, and without corruption."""
+    """Add top-1 (%) by corruption and severity, and without corruption."""
     page.text("Robustness", "h2")
-    page.text("Top-1 under the corruptions of ImageNet-C, each at five strengths.")
+    page.text("Top-1 under the corruptions of ImageNet-C, each at five severities.")
     page.figure("corruptions", partial(draw_corruptions, top1, clean), "Top-1 (%), as means")
     page.table("corruptions", corruption_table(top1, clean))
 
@@ -124,7 +124,7 @@ def _add_accuracy(page: Page, outputs: Outputs, notes: Sequence[str]) -> dict[st
     labels, classes = outputs.labels, outputs.classes
     compute, counts = partial(metrics.summary, labels, outputs.predicted, len(classes)), np.bincount(labels)
     baseline = float(counts.max() / len(labels))
-    tiles = [("baseline", percent(baseline), f"accuracy if all were {classes[counts.argmax()]}")]
+    tiles = [("baseline", percent(baseline), f"always predicting {classes[counts.argmax()]}")]
     tiles += [("images", str(len(labels)), f"of {len(classes)} classes")]
     texts = ("Balanced accuracy and macro F1 are means over the classes.",)
     return dict(baseline=baseline) | add_headline(page, compute, len(labels), outputs.groups, tiles, texts, notes)
@@ -154,7 +154,7 @@ def add_headline(
     details = ("95 %: {:.1f} to {:.1f} %".format(*100 * ranges[name]) for name in values)
     page.tiles([*zip(values, map(percent, values.values()), details), *tiles])
     units = "single images" if groups is None else f"whole groups of images ({len({*groups})} groups)"
-    interval = f"Ranges are 95 % intervals, from a bootstrap over {units} with {metrics.RESAMPLES} resamples."
+    interval = f"Ranges are 95 % bootstrap confidence intervals: {metrics.RESAMPLES} resamples of {units}."
     limits = "They reflect only the sampling of images, not how much networks trained with other seeds differ."
     for text in (*texts, interval, limits):
         page.text(text)
@@ -204,7 +204,9 @@ def _add_curves(page: Page, outputs: Outputs) -> dict[str, Any]:
     return dict(positive_class=name, roc_area=area, average_precision=precision)
 
 
-def add_calibration(page: Page, labels: np.ndarray, logits: np.ndarray, command: str) -> dict[str, Any]:
+def add_calibration(
+    page: Page, labels: np.ndarray, logits: np.ndarray, command: str, over: str = "all images"
+) -> dict[str, Any]:
     """Add the calibration, without and with the best temperature, which `command` sets. Returns the figures.
 
     Args:
@@ -212,11 +214,12 @@ def add_calibration(page: Page, labels: np.ndarray, logits: np.ndarray, command:
         labels: N.
         logits: N × C.
         command: a command to which the temperature is appended.
+        over: what N counts.
     """
     error, bins = metrics.reliability(labels, softmax(logits, axis=1))
     curves, values = {"as trained": bins[:, :2].T}, dict(calibration_error=error)
     page.text("Calibration", "h2")
-    page.text(f"Expected calibration error, in {metrics.BINS} bins of equal width: {percent(error)}.")
+    page.text(f"Expected calibration error over {over}, in {metrics.BINS} bins of equal width: {percent(error)}.")
     if temperature := metrics.best_temperature(labels, logits):
         scaled, after = metrics.reliability(labels, softmax(logits / temperature, axis=1))
         curves[f"temperature {temperature:.3f}"] = after[:, :2].T
@@ -224,8 +227,8 @@ def add_calibration(page: Page, labels: np.ndarray, logits: np.ndarray, command:
         page.text(f"Temperature {temperature:.3f}, which minimises the log loss, changes it to {percent(scaled)}.")
         page.text("The temperature was chosen on these images, so expect a larger error on others. To apply it:")
         page.text(f"{command} {temperature:.3f}", "pre")
-    draw = partial(unit_curves, curves, [(0, 0), (1, 1)], "probability of the predicted class", "accuracy")
-    page.figure("reliability", draw, "Reliability curve. Dashed: perfect calibration")
+    draw = partial(unit_curves, curves, [(0, 0), (1, 1)], "confidence (probability of the prediction)", "accuracy")
+    page.figure("reliability", draw, "Reliability diagram. Dashed: perfect calibration")
     return values
 
 
@@ -248,7 +251,10 @@ def add_mistakes(page: Page, subject: Subject, captions: Mapping[int, Sequence[s
     shown = list(captions)[:MISTAKES]
     if shown and not isinstance(subject.val.dataset, IterableDataset):
         page.text("Most confident mistakes", "h2")
-        page.text("Left: what the network sees. Right, for SepViT: the attention rollout, averaged over the image.")
+        page.text(
+            "Left: what the network sees. Right, for SepViT: the attention rollout, averaged over the image. Yellow: "
+            "ten times uniform attention or more. Dark blue: a tenth or less."
+        )
         page.pictures("mistakes", [(picture(subject, index), captions[index]) for index in shown])
 
 

@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, precision_recall_fscore_sup
 
 RESAMPLES, SEED = 1000, 0  # of the bootstrap
 TAILS = (2.5, 97.5)  # percentiles at the ends of an interval
-BINS = 15  # of the top probability
+BINS = 15  # of the confidence
 TEMPERATURES = (0.05, 20.0)  # that are tried
 
 
@@ -41,10 +41,10 @@ def summary(
 def intervals(
     compute: Callable[[np.ndarray], Mapping[str, float]], count: int, groups: Sequence[str] | None = None
 ) -> dict[str, np.ndarray]:
-    """Compute 95 % intervals, low and high, by bootstrap: of figures on resampled images, or whole resampled groups.
+    """Compute 95 % bootstrap confidence intervals, low and high: of resampled images or groups.
 
     Args:
-        compute: computes figures from the number of times that each image counts, N.
+        compute: computes metrics from the number of times that each image counts, N.
         count: N.
         groups: group of each image; None to resample single images.
     """
@@ -72,14 +72,16 @@ def per_class(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
 
 
 def reliability(labels: np.ndarray, probabilities: np.ndarray) -> tuple[float, np.ndarray]:
-    """Compute the expected calibration error, in bins of equal width of the top probability.
+    """Compute the expected calibration error, in bins of equal width.
+
+    The confidence of a prediction is the probability of the predicted class.
 
     Args:
         labels: N.
         probabilities: N × C.
 
     Returns:
-        the error, 0 to 1; and the mean top probability, the accuracy and the number of images of each bin with images,
+        the error, 0 to 1; and the mean confidence, the accuracy and the number of images of each bin with images,
         bins × 3.
     """
     top, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels

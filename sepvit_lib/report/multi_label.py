@@ -14,25 +14,31 @@ from sepvit_lib.report import classification as single
 from sepvit_lib.report.html import Page
 from sepvit_lib.report.subject import Subject
 
+OVER = "all pairs of an image and a class"
+
 
 def report(subject: Subject, rows: single.Rows) -> Page:
     """Make the report."""
     logits, targets = (np.array(column) for column in zip(*rows))
     targets, probabilities, page = targets.astype(bool), expit(logits), single.start(subject, len(rows))
-    texts = (f"Means over the classes: average precision, and F1 of labels with a probability from {THRESHOLD} on.",)
+    texts = (
+        "mAP and macro F1 are means over the classes; micro F1 pools all labels.",
+        f"An image has a label if its probability is at least {THRESHOLD}.",
+        "Exact match: the share of images whose labels are all correct.",
+    )
     tiles = [("images", str(len(rows)), f"with {targets.sum()} labels of {targets.shape[1]} classes")]
     compute, groups = summary(targets, probabilities), single.groups_of(subject.val)
     values = single.add_headline(page, compute, len(rows), groups, tiles, texts, subject.notes())
     add_classes(page, subject, targets, probabilities)
     pairs = np.stack([np.zeros(logits.size), logits.ravel()], axis=1)  # the softmax of a pair is the sigmoid
     command = single.predict_command(subject)
-    values |= single.add_calibration(page, targets.ravel().astype(int), pairs, f"{command} --temperature")
+    values |= single.add_calibration(page, targets.ravel().astype(int), pairs, f"{command} --temperature", OVER)
     add_images(page, subject, targets, probabilities)
     return single.finish(page, subject, values)
 
 
 def summary(targets: np.ndarray, probabilities: np.ndarray) -> Callable[[np.ndarray], dict[str, float]]:
-    """Make the function that computes mean average precision, F1, and the share of images whose labels are all right.
+    """Make the function that computes mean average precision, F1, and the share of images whose labels are all correct.
 
     Args:
         targets: N × C, whether an image has a label.
@@ -55,7 +61,7 @@ def summary(targets: np.ndarray, probabilities: np.ndarray) -> Callable[[np.ndar
             "mAP": float(areas[counts.any(axis=0)].mean()),
             "macro F1": float((2 * hits[total > 0] / total[total > 0]).mean()),
             "micro F1": float(2 * hits.sum() / max(total.sum(), 1)),
-            "all labels right": float(right / times.sum()),
+            "exact match": float(right / times.sum()),
         }
 
     return compute
@@ -77,7 +83,10 @@ def add_classes(page: Page, subject: Subject, targets: np.ndarray, probabilities
         lines.append((*row, f"{thresholds[name]:.3f}", 100 * f1[:-1].max()))
     page.text("Classes", "h2")
     page.table("classes", lines)
-    page.text("The thresholds maximise F1 on these images, so expect lower values on others. To use them:")
+    page.text(
+        "The thresholds maximise F1 on these images, so expect lower values on others. They are for probabilities "
+        "without a temperature. To use them:"
+    )
     page.text(f"{single.predict_command(subject)} --threshold thresholds.json", "pre")
     page.files["thresholds.json"] = json.dumps(thresholds, ensure_ascii=False).encode()
 

@@ -47,21 +47,21 @@ class Subject:
     preprocessing: Preprocessing
 
     def notes(self) -> list[str]:
-        """What a reader must know to judge the figures."""
+        """Caveats on the metrics."""
         notes, seen = [], self.checkpoint.get("data", {}).get("val", {}).get("fingerprint")
         if seen == fingerprint(self.val):
             watch = setting("watch", settings_in(self.checkpoint).get("watch", "top1"))
             is_best = Path(self.settings["resume"]).name == StepNames.best
-            what = f"The epoch was chosen ({watch})" if is_best else "Settings may have been chosen"
-            notes += [f"{what} by results on these images, so expect lower figures on others."]
-            test = f"for a table of images, {setting('eval')} with {setting('val_split', 'test')}"
-            notes += [f"A separate test split gives unbiased figures: {test}."]
+            what = f"The epoch ({watch}) was" if is_best else "Settings may have been"
+            notes += [f"{what} chosen on these images, so expect lower metrics on others."]
+            test = " ".join((setting("eval"), setting("report"), setting("val_split", "test")))
+            notes += [f"A separate test split gives unbiased metrics: for a table of images, {test}."]
         elif self.settings["val_fraction"] and self.checkpoint:
-            notes += ["The images were not split like those of the run, so training images may be among them."]
+            notes += ["These images were not split as in the training run, so some may be training images."]
         if self.duplicates:
-            notes += [f"{len(self.duplicates)} of the images are also training images, so the figures are too high."]
+            notes += [f"{len(self.duplicates)} of the images are also training images, so the metrics are too high."]
         if has_both_weights(self.checkpoint):
-            notes += ["The figures are those of the network's own weights, not of its averaged weights."]
+            notes += ["The metrics are those of the network's own weights, not of its averaged weights."]
         return [with_flags(note, self.flags) for note in notes]
 
     def add_facts(self, page: Page) -> dict[str, str]:
@@ -69,23 +69,26 @@ class Subject:
         now, before = self.settings, settings_in(self.checkpoint)
         run = describe_run(now, {}, torch.device(now["device"]), (*PACKAGES, "scikit-learn"))
         pairs = None if self.duplicates is None else listed([" = ".join(pair) for pair in self.duplicates]) or "none"
-        split = setting("val_split", now["val_split"]) if "/" in now["data_set"] else "that of the data set"
+        split = setting("val_split", now["val_split"]) if "/" in now["data_set"] else "as given by the data set"
         if now["val_fraction"]:
             chosen = " ".join(setting(name, now[name]) for name in ("val_fraction", "split_seed"))
-            split = f"{chosen}, by class, with whole groups"
+            split = f"{chosen}, stratified by class; groups kept together"
         facts = {
-            "data": f"{now['data_set']} in {now['data_path']}",
+            "data": f"{now['data_set']}, images in {self.val.dataset.root}",
             "split": with_flags(split, self.flags),
-            "training images": str(len(self.train)) if self.train else "not known: those of the run are not at hand",
-            "duplicates of training images": pairs or "not known",
+            "training images": str(len(self.train))
+            if self.train
+            else "unknown: the training run's images were not found",
+            "duplicates of training images": pairs or "not checked",
             "preprocessing": str(self.preprocessing),
             "checkpoint": f"{now['resume'] or 'none'}, epoch {self.checkpoint.get('epoch', 'unknown')}",
             "versions": ", ".join(map(" ".join, run["versions"].items())),
-            "device": f"{run['device']}, code {run['revision']}",
+            "revision": run["revision"],
+            "device": run["device"],
         }
         page.text("Data and settings", "h2")
         page.table("facts", [("", ""), *facts.items()])
-        page.text("Settings that are not the defaults:")
+        page.text("Settings that differ from the defaults (an empty cell is the default):")
         lines: list[tuple[str, ...]] = [("setting", "training", "evaluation")]
         for name, value in self.defaults.items():
             default, *used = (json.dumps(one.get(name, value)) for one in ({}, before, now))

@@ -195,10 +195,10 @@ def draw_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], panel
 
 
 def draw_corruptions(top1: Mapping[str, Sequence[float]], clean: float) -> Any:
-    """Draw top-1 as bars: of uncorrupted images; the mean at each strength; the mean under each corruption.
+    """Draw top-1 as bars: of uncorrupted images; the mean at each severity; the mean under each corruption.
 
     Args:
-        top1: for each corruption, top-1 (%) at strengths 1 to 5 (`sepvit_lib.pipeline.corruptions`).
+        top1: for each corruption, top-1 (%) at severities 1 to 5 (`sepvit_lib.pipeline.corruptions`).
         clean: top-1 of uncorrupted images.
 
     Returns:
@@ -210,10 +210,14 @@ def draw_corruptions(top1: Mapping[str, Sequence[float]], clean: float) -> Any:
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(8, 7), layout="constrained").subplots()
-    names = ["clean", *(f"all, strength {strength}" for strength in range(1, 6)), *top1]
+    names = ["clean", *(f"all, severity {severity}" for severity in range(1, 6)), *top1]
     means = [clean, *map(fmean, zip(*top1.values())), *map(fmean, top1.values())]
     axes.bar_label(axes.barh(names, means, color=["C7", *["C0"] * 5, *["C1"] * len(top1)]), fmt="%.1f", padding=3)
-    axes.set(xlabel="top-1 (%); orange: mean of strengths", xlim=(0, 9 + max(means)), ylim=(len(names) - 0.4, -0.6))
+    axes.set(
+        xlabel="top-1 (%); orange: mean over the five severities",
+        xlim=(0, 9 + max(means)),
+        ylim=(len(names) - 0.4, -0.6),
+    )
     return axes.figure
 
 

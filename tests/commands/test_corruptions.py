@@ -33,9 +33,9 @@ def photograph(height: int = 32, width: int = 32) -> Image.Image:
     return Image.fromarray((255 * pixels).astype(np.uint8))
 
 
-def error_of(name: str, strength: int, image: Image.Image) -> float:
+def error_of(name: str, severity: int, image: Image.Image) -> float:
     """Root mean square of the change of the pixels."""
-    change = np.asarray(corrupt(image, name, strength), float) - np.asarray(image, float)
+    change = np.asarray(corrupt(image, name, severity), float) - np.asarray(image, float)
     return float(np.sqrt((change**2).mean()))
 
 
@@ -51,15 +51,15 @@ def test_there_are_the_15_common_corruptions_and_four_more():
 @pytest.mark.parametrize("name", NAMES)
 def test_small_images_and_others_can_be_corrupted(name, capfd):
     for image in (photograph(), photograph(40, 96)):
-        for strength in range(1, 6):
-            corrupted = corrupt(image, name, strength)
+        for severity in range(1, 6):
+            corrupted = corrupt(image, name, severity)
             assert (corrupted.mode, corrupted.size) == ("RGB", image.size)
             assert corrupted.tobytes() != image.tobytes()
     assert capfd.readouterr() == ("", "")  # the package prints when it falls back to something else
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_random_numbers_depend_on_the_image_corruption_and_strength_alone(name):
+def test_random_numbers_depend_on_the_image_corruption_and_severity_alone(name):
     first, other = photograph(), photograph().transpose(Image.Transpose.ROTATE_180)
     expected = corrupt(first, name, 3).tobytes()
     np.random.seed(1)
@@ -75,15 +75,15 @@ def test_images_get_different_noise():
 
 @pytest.mark.parametrize("name", ["gaussian_noise", "gaussian_blur", "contrast", "brightness"])
 def test_a_stronger_corruption_changes_an_image_more(name):
-    errors = [error_of(name, strength, photograph(64, 64)) for strength in range(1, 6)]
+    errors = [error_of(name, severity, photograph(64, 64)) for severity in range(1, 6)]
     assert errors == sorted(errors)
     assert errors[-1] > 1.2 * errors[0] > 0
 
 
-def test_noise_has_the_strength_of_the_paper():
+def test_noise_has_the_severity_of_the_paper():
     """Standard deviations of 0.08 to 0.38; the strongest is clipped."""
     grey = Image.new("RGB", (64, 64), (128, 128, 128))
-    errors = [error_of("gaussian_noise", strength, grey) / 255 for strength in (1, 2)]
+    errors = [error_of("gaussian_noise", severity, grey) / 255 for severity in (1, 2)]
     assert errors == pytest.approx([0.08, 0.12], rel=0.05)
 
 
@@ -101,7 +101,7 @@ def test_spatter_without_drops_leaves_an_image_unchanged():
 
 
 def test_the_table_has_the_means():
-    top1 = {name: [60.0 - number - strength for strength in range(1, 6)] for number, name in enumerate(NAMES)}
+    top1 = {name: [60.0 - number - severity for severity in range(1, 6)] for number, name in enumerate(NAMES)}
     header, clean, *rows = corruption_table(top1, 80.0)
     assert {len(row) for row in (header, clean, *rows)} == {7}
     assert (clean[0], clean[-1]) == ("clean", "80.000")
@@ -112,17 +112,17 @@ def test_the_table_has_the_means():
 
 
 def test_the_picture_shows_the_means():
-    top1 = {name: [60.0 - number - strength for strength in range(1, 6)] for number, name in enumerate(NAMES)}
+    top1 = {name: [60.0 - number - severity for severity in range(1, 6)] for number, name in enumerate(NAMES)}
     (axes,) = draw_corruptions(top1, 80.0).axes
     bars = dict(zip((label.get_text() for label in axes.get_yticklabels()), (bar.get_width() for bar in axes.patches)))
     assert bars["clean"] == 80
-    assert bars["all, strength 2"] == 60 - 9 - 2
+    assert bars["all, severity 2"] == 60 - 9 - 2
     assert bars["frost"] == 60 - NAMES.index("frost") - 3
     assert len(bars) == 1 + 5 + 19
 
 
-def test_each_strength_of_each_corruption_is_evaluated():
-    top1 = top1_by_corruption(lambda name, strength: NAMES.index(name) + strength / 10)
+def test_each_severity_of_each_corruption_is_evaluated():
+    top1 = top1_by_corruption(lambda name, severity: NAMES.index(name) + severity / 10)
     assert list(top1) == NAMES
     assert top1[NAMES[3]] == [3.1, 3.2, 3.3, 3.4, 3.5]
 
@@ -152,10 +152,10 @@ def test_the_files_agree_with_the_printed_table(trained_digits, few_digits, tmp_
     assert rows["clean"][-1] == f"{results['test_acc1']:.3f}"
     for name, values in results["corruptions"].items():
         assert rows[name][:5] == [f"{value:.3f}" for value in values]
-        for strength, value in enumerate(values, start=1):
-            assert f"{name}, strength {strength}: top-1 {value:.3f} %" in printed
+        for severity, value in enumerate(values, start=1):
+            assert f"{name}, severity {severity}: top-1 {value:.3f} %" in printed
     assert results["corruptions"]["gaussian_noise"][4] < results["test_acc1"]
-    assert "[" not in "".join(line for line in printed.splitlines() if "strength" in line)  # no progress of each
+    assert "[" not in "".join(line for line in printed.splitlines() if "severity" in line)  # no progress of each
     with Image.open(tmp_path / "corruptions.png") as picture:
         assert picture.width > 600
 

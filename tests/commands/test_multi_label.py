@@ -321,7 +321,7 @@ def test_the_report(trained, table, image, tmp_path, capsys):
     scores = np.array([[float(row[name]) for name in LABELS] for row in rows])
     assert all(row["prediction"] == "|".join(n for n in LABELS if float(row[n]) >= 0.5) for row in rows)
     assert 100 * average_precision_score(truth, scores) == pytest.approx(metrics["test_map"], abs=0.01)
-    assert report["all labels right"] == pytest.approx(((scores >= 0.5) == truth).all(axis=1).mean())
+    assert report["exact match"] == pytest.approx(((scores >= 0.5) == truth).all(axis=1).mean())
     classes = {row["class"]: row for row in csv.DictReader((tmp_path / "report/classes.csv").open())}
     thresholds = json.loads((tmp_path / "report/thresholds.json").read_text())
     for number, name in enumerate(LABELS):
@@ -404,7 +404,7 @@ def test_mistaken_thresholds(trained, trained_digits, image, tmp_path, capsys):
 def test_exported_files_have_several_labels(form, trained, table, image, tmp_path, capsys):
     flags = ["--formats", form, "--rounds", 1, "--data-path", table.parent, "--data-set", f"csv/{table}"]
     assert export.run(list(map(str, ["--resume", trained / "checkpoint.pth", "--out", tmp_path / "out", *flags]))) == 0
-    assert "accuracy of labels" in capsys.readouterr().out
+    assert "label accuracy" in capsys.readouterr().out
     exported = next(path for path in (tmp_path / "out").iterdir() if path.name != "exports.md")
     expected = predictions(capsys, image, "--resume", trained / "checkpoint.pth")
     result = predictions(capsys, image, "--resume", exported)

@@ -131,7 +131,7 @@ def test_detection_figures(inputs, tmp_path, capsys):
         for measure, key in (("AP", "mAP"), ("AP50", "mAP_50")):
             values = [float(row[f"{kind} {measure} (%)"]) for row in classes]
             assert printed(text, f"coco/{name}_{key}").popitem()[1] == pytest.approx(np.mean(values) / 100, abs=0.00051)
-    for name in ("objects", "detections", "missed", "false"):
+    for name in ("objects", "detections", "false negatives", "false positives"):
         assert sum(int(row[name]) for row in classes) == sum(int(row[name]) for row in images)
     assert [(row["class"], row["objects"]) for row in classes] == [("cat", "1"), ("dog", "1")]
 

@@ -56,7 +56,7 @@ class Images:
     @property
     def metric(self) -> str:
         """Name of the metric that `correct` computes."""
-        return "accuracy of labels" if self.labels and isinstance(self.labels[0], Tensor) else "top-1"
+        return "label accuracy" if self.labels and isinstance(self.labels[0], Tensor) else "top-1"
 
     def batches(self) -> Iterator[tuple[Sequence[Image.Image | Tensor], Sequence[int | Tensor]]]:
         """Batches of images and labels."""
@@ -83,7 +83,7 @@ def correct(logits: Tensor, labels: Sequence[int | Tensor]) -> float:
     targets = torch.stack([torch.as_tensor(label) for label in labels])
     if targets.ndim == 1:
         return float((logits.argmax(dim=1) == targets).sum())
-    return float(((logits > 0) == (targets > 0)).float().mean(dim=1).sum())
+    return float(((logits >= 0) == (targets > 0)).float().mean(dim=1).sum())
 
 
 def photographs(channels: int = 3) -> Images:

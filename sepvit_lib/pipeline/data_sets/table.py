@@ -43,7 +43,7 @@ class Table(ImageFiles):
 
     Raises:
         UserError: the table is not readable, lacks a column, a label or a path, has two different rows for a path, or a
-            weight that is not a number from 0 on.
+            weight that is not a non-negative number.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Table(ImageFiles):
             weight = math.nan
         if not 0 <= weight < math.inf:
             raise UserError(
-                f"{self.what}, line {line}: weight {row['weight'] or 'missing'}; must be a number from 0 on"
+                f"{self.what}, line {line}: weight {row['weight'] or 'missing'}; must be a non-negative number"
             )
         return weight
 
