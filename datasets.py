@@ -322,6 +322,11 @@ def _table(is_train: bool, settings: DataSettings) -> Table:
         print_main(
             f"WARNING: {what}: labels contain {SEPARATOR}; for several labels per image, pass {setting('multi_label')}"
         )
+    table.weights = table.weights if is_train else ()
+    if settings.multi_label and not table.classes:
+        raise UserError(f"{what}: no image has a label")
+    if is_train and settings.multi_label and all(len(classes_of(label)) < 2 for label in table.labels()):
+        print_main(f"WARNING: {what}: no image has several labels; they must be separated by {SEPARATOR}")
     if is_train and table.weights:
         print_main(f"{what}: the loss of each training image is multiplied by column {settings.weight_column}")
     if settings.val_fraction is not None:

@@ -418,7 +418,8 @@ def evaluate(
         title: prefix of each reported line.
         settings: settings of validation.
         watchdog: notified of progress.
-        rows: list to which logits and target of each image are added, in the order of the data set; None for none.
+        rows: list to which logits and target of each image are added, in the order of the data set (arbitrary for
+            streams); None for none.
         quietly: print only the result, and no progress.
 
     Raises:

@@ -192,8 +192,11 @@ def run_evaluation(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
     """Validate the weights of the `--resume` checkpoint, and its averaged weights if it has any (`--eval`)."""
     what = f"--resume {args.resume}"
     checkpoint = read_checkpoint(args.resume, what) if args.resume else None
+    is_multi_label = settings_in(checkpoint or {}).get("multi_label", args.multi_label)
+    if args.multi_label and not is_multi_label:
+        raise UserError(f"--multi-label: {what} was trained with one label per image; omit it")
+    args.multi_label = is_multi_label
     args, preprocessing = adopt_settings(args, checkpoint, what)
-    args.multi_label = args.multi_label or settings_in(checkpoint or {}).get("multi_label", False)
     check_evaluation(args)
     val = build_data(args, False, preprocessing)
     if checkpoint is not None:
@@ -221,14 +224,15 @@ def run_evaluation(args: argparse.Namespace, watchdog: Watchdog, precision: Prec
     if args.corruptions:
         stats["corruptions"] = top1_by_corruption(top1_of)
         on_main_process(lambda: print(as_text(corruption_table(stats["corruptions"], stats["test_acc1"]))))
-    if args.report:
-        watchdog.is_evaluating = True  # writing the report may take longer than the hang timeout
-        on_main_process(partial(write_report, args, checkpoint or {}, val, model, preprocessing, rows, stats))
     if checkpoint is not None and has_both_weights(checkpoint):
         load_from(model, checkpoint, what, prefer_ema=True)
         stats |= prefixed("test_ema", measure(val, "validation, averaged weights"))
+        load_from(model, checkpoint, what)
     if folder is not None:
         on_main_process(lambda: write_metrics(stats, folder))
+    if args.report:  # last: with a page, a run is complete
+        watchdog.is_evaluating = True  # writing the report may take longer than the hang timeout
+        on_main_process(partial(write_report, args, checkpoint or {}, val, model, preprocessing, rows, stats))
 
 
 def check_outputs(stats: dict[str, float], title: str) -> None:
@@ -350,6 +354,7 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     checkpoint, what = find_start(args, source)
     keeps = source is not None and source.is_automatic
     args, preprocessing = adopt_settings(args, checkpoint, what, keeps)
+    check_evaluation(args)
     if args.in_chans:
         print_main(f"--in-chans {args.in_chans}: automatic augmentation and colour jitter, which need RGB, are off")
     if source is None:
@@ -357,8 +362,10 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     if args.freeze_stages and checkpoint is None:
         print_main(f"WARNING: --freeze-stages {args.freeze_stages} without --finetune: the frozen weights are random")
     model = build_model(args, train.num_classes, precision)
-    # With the weights, since their file may change while the run is interrupted.
-    weights = {f"class_weights.{canonical(name)}": weight for name, weight in weights_of_classes(args, train)}
+    # With the weights of a file, which may change while the run is interrupted.
+    is_file = args.class_weights not in ("", BALANCED)
+    pairs = weights_of_classes(args, train) if is_file else []
+    weights = {f"class_weights.{canonical(name)}": weight for name, weight in pairs}
     settings = vars(args) | weights
     train, val = (prepared(one, one is train, transform_settings(args, preprocessing)) for one in (train, val))
     accum_steps = args.accum_steps
@@ -534,7 +541,7 @@ def write_split(path: Path, train: ImageData, val: ImageData, what: str) -> None
     for split, images in (("train", train.dataset), ("val", val.dataset)):
         for index, label in enumerate(images.labels()):
             texts = SEPARATOR.join(images.classes[number] for number in classes_of(label))
-            weight = map(str, images.weights[index : index + 1])
+            weight = [str(images.weights[index]) if images.weights else ""] if train.has_weights else []
             lines.append([images.inner_name(index), texts, split, *weight])
     write_output(path, lambda file: file.write(as_csv(lines).encode(errors="surrogateescape")), what)
 
@@ -1082,14 +1089,14 @@ def build_weighted_loss(
     """
     weights = [weight for _, weight in weights_of_classes(args, train)]
     smoothing, is_smooth = args.smoothing, soft_targets and not train.has_weights  # Mixup has smoothed the targets
-    positive = torch.tensor(weights, device=device) if train.multi_label and weights else None
-    kwargs: dict[str, Any] = dict(smooth_dense=train.multi_label, pos_weight=positive)
-    bce = BinaryCrossEntropy(smoothing, args.bce_target_thresh, reduction="none", **kwargs)
+    extra = torch.tensor(weights, device=device) - 1 if train.multi_label and weights else None
+    bce = BinaryCrossEntropy(smoothing, args.bce_target_thresh, reduction="none", smooth_dense=train.multi_label)
 
     def binary(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if train.has_weights and not train.multi_label:
             targets = targets * (1 - smoothing) + smoothing / train.num_classes
-        return bce(outputs, targets).mean(dim=1)
+        losses = bce(outputs, targets)  # B × classes
+        return (losses if extra is None else losses * (1 + extra * targets)).mean(dim=1)
 
     if train.multi_label or args.bce_loss:
         losses: Callable[..., torch.Tensor] = binary
@@ -1503,9 +1510,7 @@ def check_combinations(args: argparse.Namespace) -> None:
         )
     if args.ignore_classes and not is_table and args.data_set not in ("IMNET", "INAT", "INAT19"):
         raise UserError(f"--ignore-classes: not supported with --data-set {args.data_set}; omit it")
-    if args.multi_label:
-        check_multi_label(args)
-    elif args.watch == "map":
+    if not args.multi_label and args.watch == "map":
         raise UserError("--watch map: needs --multi-label; choose another metric")
     check_evaluation(args)
     if args.resume and args.finetune:
@@ -1539,6 +1544,8 @@ def check_evaluation(args: argparse.Namespace) -> None:
         UserError: a package is not installed, there is no folder for the report, nothing to report, or images without
             known corruptions.
     """
+    if args.multi_label:
+        check_multi_label(args)
     if args.corruptions:
         require("--corruptions", "imagecorruptions", "matplotlib", extra="corruptions")
         if args.multi_label or args.in_chans not in (None, 3) or min(to_2tuple(args.input_size)) < MIN_CORRUPTED:

@@ -11,9 +11,9 @@ from mmengine.dist import is_main_process
 from pycocotools.cocoeval import COCOeval
 
 from detection.drawing import DrawingHook
-from sepvit_lib.mm.report import ReportHook, add_classes
+from sepvit_lib.mm.report import ReportHook
 from sepvit_lib.report.figures import unit_curves
-from sepvit_lib.report.html import Page
+from sepvit_lib.report.html import Page, add_classes
 
 SCORE = 0.3  # minimum score of the detections that are counted and drawn
 MAX_CURVES = 10  # classes with a curve each
@@ -45,6 +45,7 @@ class DetectionReportHook(ReportHook):
         if self.evaluations:
             self.write(runner, metrics or {})
         elif is_main_process():
+            (Path(runner.cfg.work_dir) / "report/report.html").unlink(missing_ok=True)  # of an earlier checkpoint
             runner.logger.warning("no report was written: mmdet evaluates nothing if there are no detections")
 
     def add_results(self, page: Page, runner: Any, metrics: dict[str, float]) -> None:

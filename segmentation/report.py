@@ -11,9 +11,9 @@ from mmengine.dist import collect_results
 
 from segmentation.drawing import DrawingHook, labels_in
 from sepvit_lib.mm.drawing import MIN_HEIGHT
-from sepvit_lib.mm.report import MAX_CLASSES, SHOWN, ReportHook, add_classes
+from sepvit_lib.mm.report import ReportHook
 from sepvit_lib.report.figures import confusion_matrix
-from sepvit_lib.report.html import Cell, Page
+from sepvit_lib.report.html import MAX_CLASSES, SHOWN, Cell, Page, add_classes
 
 TILES = dict(mIoU="mean IoU", aAcc="pixel accuracy", mAcc="mean class accuracy")
 COLUMNS = {"IoU (%)": "IoU", "accuracy = recall (%)": "Acc", "precision (%)": "Precision", "Dice = F1 (%)": "Dice"}

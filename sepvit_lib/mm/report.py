@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.hooks import Hook
 from PIL import Image
@@ -18,8 +17,6 @@ from sepvit_lib.mm.training_run import PACKAGES
 from sepvit_lib.report.html import Page
 from sepvit_lib.run.resume import describe_run
 
-MAX_CLASSES = 30  # in the page's table and in the picture of the confusion matrix
-SHOWN = 20  # classes and confusions in the page, if there are more classes
 WORST, WIDTH, MAX_SIDE = 8, 54, 2048  # the worst images: number of pictures, rem in the page, largest side in pixels
 LIBRARIES = dict(mmseg="onedl-mmsegmentation", mmdet="onedl-mmdetection")
 
@@ -93,17 +90,3 @@ class ReportHook(Hook):
             page.text("Worst images", "h2")
             page.text(note)
             page.pictures("worst_images", pictures, WIDTH)
-
-
-def add_classes(page: Page, columns: Mapping[str, Sequence[Any]], figure: str) -> None:
-    """Add the table of the classes. If there are more than `MAX_CLASSES`, the page shows only the worst.
-
-    Args:
-        page: the page.
-        columns: the columns by name.
-        figure: name of the column whose lowest values are the worst.
-    """
-    rows = [*zip(*columns.values())]
-    is_large, order = len(rows) > MAX_CLASSES, np.argsort(np.array(columns[figure]), kind="stable")
-    page.text(f"Classes with the lowest {figure}" if is_large else "Classes", "h2")
-    page.table("classes", [[*columns], *rows], [[*columns], *([rows[n] for n in order[:SHOWN]] if is_large else rows)])

@@ -12,7 +12,8 @@ def validation_part(labels: Sequence[Label], groups: Sequence[str], fraction: fl
     """Choose the images for validation. The choice depends only on the arguments, not on the machine.
 
     Groups are taken in an order that the seed determines, each if most of its labels are of classes that still lack
-    validation images. A class that is in a single group stays in training. Images without labels count as a class.
+    validation images. Then each class without any validation image gets its smallest group. A class that is in a single
+    group stays in training. Images without labels count as a class.
 
     Args:
         labels: class or classes of each image.
@@ -30,11 +31,20 @@ def validation_part(labels: Sequence[Label], groups: Sequence[str], fraction: fl
     left = Counter(label for counts in members.values() for label in counts)
     wanted = Counter({label: max(1, round(fraction * count)) for label, count in totals.items()})
     chosen = set()
-    for group in sorted(members, key=lambda group: hashlib.sha256(os.fsencode(f"{seed}\0{group}")).digest()):
-        counts = members[group]
-        gain = sum(min(count, max(0, wanted[label])) for label, count in counts.items())
-        if 2 * gain > counts.total() and all(left[label] > 1 for label in counts):
+
+    def choose(group: str) -> None:
+        if all(left[label] > 1 for label in members[group]):
             chosen.add(group)
-            wanted.subtract(counts)
-            left.subtract(counts.keys())
+            wanted.subtract(members[group])
+            left.subtract(members[group].keys())
+
+    order = sorted(members, key=lambda group: hashlib.sha256(os.fsencode(f"{seed}\0{group}")).digest())
+    for group in order:
+        gain = sum(min(count, max(0, wanted[label])) for label, count in members[group].items())
+        if 2 * gain > members[group].total():
+            choose(group)
+    for label in sorted(totals):
+        for group in sorted((group for group in order if label in members[group]), key=lambda g: members[g].total()):
+            if not any(label in members[other] for other in chosen):
+                choose(group)
     return [group in chosen for group in groups]

@@ -26,12 +26,11 @@ from sepvit_lib.pipeline.image_files import as_picture
 from sepvit_lib.pipeline.samples import ImageData, read_sample
 from sepvit_lib.report import metrics
 from sepvit_lib.report.figures import confusion_matrix, unit_curves
-from sepvit_lib.report.html import Cell, Page
+from sepvit_lib.report.html import MAX_CLASSES, SHOWN, Cell, Page, add_classes
 from sepvit_lib.report.subject import Subject
 from sepvit_lib.run.output import LOG, PANELS, draw_corruptions, draw_curves, epoch_entries, read_log
 
-MAX_CLASSES = 30  # in the page's table and in the picture of the confusion matrix
-SHOWN = 20  # classes and confusions in the page, if there are more classes
+COLUMNS = ("class", "training images", "images", "precision (%)", "recall (%)", "F1 (%)", "average precision (%)")
 MAX_COLUMNS = 100  # classes with a column in images.csv
 MISTAKES = 12
 
@@ -64,8 +63,8 @@ class Outputs:
 
 
 def names_of(data: ImageData, count: int) -> list[str]:
-    """Names of the first images."""
-    name: Any = getattr(data.dataset, "inner_name", None) or getattr(data.dataset, "name", "number {}".format)
+    """Names of the first images; "" for those of a stream, whose order is arbitrary."""
+    name: Any = getattr(data.dataset, "inner_name", None) or getattr(data.dataset, "name", "".format)
     return [name(index) for index in range(count)]
 
 
@@ -168,19 +167,20 @@ def _add_classes(page: Page, outputs: Outputs, train_counts: Counter[int] | None
     """Add the figures of each class, with its number of training images if known, and the confusions."""
     labels, predicted, classes, count = outputs.labels, outputs.predicted, outputs.classes, len(outputs.classes)
     found = metrics.per_class(labels, outputs.probabilities)
-    header = ("class", "training images", "images", "precision (%)", "recall (%)", "F1 (%)", "average precision (%)")
     trained = [None if train_counts is None else train_counts[label] for label in range(count)]
-    rows: list[Sequence[Cell]] = [
-        (name, number, int(images), *(100 * value for value in (*shares, area)))
-        for name, number, (*shares, images, area) in zip(classes, trained, found.tolist())
-    ]
-    is_large, worst = count > MAX_CLASSES, [rows[n] for n in found[:, 2].argsort(kind="stable")[:SHOWN]]
-    page.text("Classes", "h2")
-    page.table("classes", [header, *rows], [header, *(worst if is_large else rows)])
+    precision, recall, f1, images, area = found.T
+    values = (
+        classes,
+        trained,
+        images.astype(int).tolist(),
+        *(100 * column for column in (precision, recall, f1, area)),
+    )
+    add_classes(page, dict(zip(COLUMNS, values)), "F1 (%)")
     wrong = Counter((classes[a], classes[b]) for a, b in zip(labels, predicted) if a != b).most_common()
     lines: list[Sequence[Cell]] = [("label", "prediction", "images"), *((*pair, number) for pair, number in wrong)]
+    is_large = count > MAX_CLASSES
     if is_large:
-        page.text(f"Above: the {SHOWN} classes with the lowest F1. Below: the {SHOWN} most frequent confusions.")
+        page.text("Most frequent confusions", "h2")
     else:
         matrix = np.bincount(count * labels + predicted, minlength=count**2).reshape(count, count)
         page.figure("confusion_matrix", partial(confusion_matrix, matrix, classes), "Confusion matrix, in images")
@@ -268,7 +268,7 @@ def picture(subject: Subject, index: int) -> Image.Image:
     image = np.asarray(as_picture(subject.preprocessing.crop(source)))
     try:
         through = rollout(record_attention(network, data.transform(source)[None].to(next(network.parameters()).device)))
-    except ValueError:  # not a SepViT, compiled, or without attention among windows
+    except (ValueError, RuntimeError):  # not a SepViT, compiled, without attention among windows, too little memory
         return Image.fromarray(image)
     relative = through.weights[0].mean(dim=0).reshape(through.grid) * len(through.weights[0])
     return Image.fromarray(np.hstack([image, heat_overlay(image, relative.cpu().numpy(), through.stride)]))

@@ -3,13 +3,14 @@
 import base64
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from PIL import Image
 
 from sepvit_lib.common.errors import one_line
@@ -22,6 +23,8 @@ STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize"
 STYLE |= dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor"), INK)
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 REM_PER_INCH = 7.8  # size of charts
+MAX_CLASSES = 30  # in the page's table and in the picture of the confusion matrix
+SHOWN = 20  # classes and confusions in the page, if there are more classes
 PICTURE_WIDTH, MIN_SIDE = 20, 160  # rem of a picture in the page; pixels up to which small pictures are enlarged
 
 Cell = str | int | float | None
@@ -127,12 +130,28 @@ class Page:
             '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         )
         page = "\n".join([head, f"<style>{style}</style>", *self._parts, "</html>\n"])
+        for old in (path, *path.parent.glob("*/[0-9][0-9].jpg")):  # of an earlier report
+            old.unlink(missing_ok=True)
         for name, content in {**self.files, path.name: page.encode()}.items():
             write_output(path.parent / name, methodcaller("write", content), what)
 
     def _figure(self, content: str, lines: Sequence[str], width: float) -> None:
         caption = f"<figcaption>{'<br>'.join(map(_escaped, lines))}</figcaption>"
         self._parts.append(f'<figure style="--width: {width:.1f}rem">{content}{caption}</figure>')
+
+
+def add_classes(page: Page, columns: Mapping[str, Sequence[Any]], metric: str) -> None:
+    """Add the table of the classes. If there are more than `MAX_CLASSES`, the page shows only the worst.
+
+    Args:
+        page: the page.
+        columns: the columns by name.
+        metric: name of the column whose lowest values are the worst.
+    """
+    rows = [*zip(*columns.values())]
+    is_large, order = len(rows) > MAX_CLASSES, np.argsort(np.array(columns[metric], dtype=float), kind="stable")
+    page.text(f"Classes with the lowest {metric}" if is_large else "Classes", "h2")
+    page.table("classes", [[*columns], *rows], [[*columns], *([rows[n] for n in order[:SHOWN]] if is_large else rows)])
 
 
 def _escaped(text: str) -> str:

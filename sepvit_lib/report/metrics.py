@@ -52,7 +52,7 @@ def intervals(
     size, random = int(members.max()) + 1, np.random.default_rng(SEED)
     draws = (np.bincount(random.integers(size, size=size), minlength=size) for _ in range(RESAMPLES))
     samples = [compute(times[members]) for times in draws]
-    return {name: np.percentile([sample[name] for sample in samples], TAILS) for name in samples[0]}
+    return {name: np.nanpercentile([sample[name] for sample in samples], TAILS) for name in samples[0]}
 
 
 def per_class(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:

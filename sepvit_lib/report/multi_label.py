@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, pre
 from sepvit_lib.inference.classifier import THRESHOLD, class_names
 from sepvit_lib.pipeline.data_sets.table import SEPARATOR
 from sepvit_lib.report import classification as single
-from sepvit_lib.report.html import Page
+from sepvit_lib.report.html import Page, add_classes
 from sepvit_lib.report.subject import Subject
 
 OVER = "all pairs of an image and a class"
@@ -27,9 +27,9 @@ def report(subject: Subject, rows: single.Rows) -> Page:
         "Exact match: the share of images whose labels are all correct.",
     )
     tiles = [("images", str(len(rows)), f"with {targets.sum()} labels of {targets.shape[1]} classes")]
-    compute, groups = summary(targets, probabilities), single.groups_of(subject.val)
+    compute, groups = summary(targets, logits), single.groups_of(subject.val)
     values = single.add_headline(page, compute, len(rows), groups, tiles, texts, subject.notes())
-    add_classes(page, subject, targets, probabilities)
+    add_labels(page, subject, targets, probabilities)
     pairs = np.stack([np.zeros(logits.size), logits.ravel()], axis=1)  # the softmax of a pair is the sigmoid
     command = single.predict_command(subject)
     values |= single.add_calibration(page, targets.ravel().astype(int), pairs, f"{command} --temperature", OVER)
@@ -37,18 +37,18 @@ def report(subject: Subject, rows: single.Rows) -> Page:
     return single.finish(page, subject, values)
 
 
-def summary(targets: np.ndarray, probabilities: np.ndarray) -> Callable[[np.ndarray], dict[str, float]]:
+def summary(targets: np.ndarray, logits: np.ndarray) -> Callable[[np.ndarray], dict[str, float]]:
     """Make the function that computes mean average precision, F1, and the share of images whose labels are all correct.
 
     Args:
         targets: N × C, whether an image has a label.
-        probabilities: N × C.
+        logits: N × C.
 
     Returns:
         a function of the number of times that each image counts, N. Its values are from 0 to 1.
     """
-    order, predicted = np.argsort(-probabilities, axis=0), probabilities >= THRESHOLD
-    ranked, keys = (np.take_along_axis(values, order, axis=0) for values in (targets, -probabilities))
+    order, predicted = np.argsort(-logits, axis=0), logits >= 0
+    ranked, keys = (np.take_along_axis(values, order, axis=0) for values in (targets, -logits))
     last = np.stack([np.searchsorted(column, column, side="right") - 1 for column in keys.T], axis=1)  # of equal ones
 
     def compute(times: np.ndarray) -> dict[str, float]:
@@ -56,10 +56,10 @@ def summary(targets: np.ndarray, probabilities: np.ndarray) -> Callable[[np.ndar
         precision = np.take_along_axis(counts.cumsum(axis=0) / times[order].cumsum(axis=0).clip(1e-9), last, axis=0)
         areas = (counts * precision).sum(axis=0) / counts.sum(axis=0).clip(1e-9)
         hits, total = times @ (targets & predicted), times @ targets + times @ predicted
-        right = times @ (targets == predicted).all(axis=1)
+        right, occurs = times @ (targets == predicted).all(axis=1), counts.any(axis=0)
         return {
-            "mAP": float(areas[counts.any(axis=0)].mean()),
-            "macro F1": float((2 * hits[total > 0] / total[total > 0]).mean()),
+            "mAP": float(areas[occurs].mean()) if occurs.any() else np.nan,
+            "macro F1": float((2 * hits[total > 0] / total[total > 0]).mean()) if total.any() else np.nan,
             "micro F1": float(2 * hits.sum() / max(total.sum(), 1)),
             "exact match": float(right / times.sum()),
         }
@@ -67,22 +67,20 @@ def summary(targets: np.ndarray, probabilities: np.ndarray) -> Callable[[np.ndar
     return compute
 
 
-def add_classes(page: Page, subject: Subject, targets: np.ndarray, probabilities: np.ndarray) -> None:
-    """Add the figures of each class, and the thresholds with the highest F1."""
-    names = class_names(subject.val.classes, subject.val.num_classes)
-    found = precision_recall_fscore_support(targets, probabilities >= THRESHOLD, zero_division=np.nan)
-    header = ("class", "training images", "images", "precision (%)", "recall (%)", "F1 (%)", "average precision (%)")
+def add_labels(page: Page, subject: Subject, targets: np.ndarray, probabilities: np.ndarray) -> None:
+    """Add the metrics of each class, and the thresholds with the highest F1."""
     trained, thresholds = subject.train.label_counts() if subject.train else None, dict[str, float]()
-    lines: list[tuple[Any, ...]] = [(*header, "threshold", "F1 with it (%)")]
-    for number, (name, own, scores, *values, images) in enumerate(zip(names, targets.T, probabilities.T, *found)):
-        precision, recall, limits = precision_recall_curve(own, scores) if images else (*np.zeros((2, 2)), [THRESHOLD])
-        f1 = 2 * precision * recall / (precision + recall).clip(1e-9)
-        thresholds[name] = float(limits[f1[:-1].argmax()])
-        area = 100 * average_precision_score(own, scores) if images else None
-        row = (name, trained and trained[number], int(images), *(100 * value for value in values), area)
-        lines.append((*row, f"{thresholds[name]:.3f}", 100 * f1[:-1].max()))
-    page.text("Classes", "h2")
-    page.table("classes", lines)
+    lines: list[tuple[Any, ...]] = []
+    for number, name in enumerate(class_names(subject.val.classes, subject.val.num_classes)):
+        own, scores = targets[:, number], probabilities[:, number]
+        values = precision_recall_fscore_support(own, scores >= THRESHOLD, average="binary", zero_division=np.nan)[:3]
+        threshold, f1 = best_threshold(own, scores)
+        area = average_precision_score(own, scores) if own.any() else np.nan
+        shares = (*values, area)
+        row = (name, trained and trained[number], int(own.sum()), *(100 * float(value) for value in shares))
+        thresholds[name] = threshold
+        lines.append((*row, f"{threshold:.3f}", 100 * f1))
+    add_classes(page, dict(zip((*single.COLUMNS, "threshold", "F1 with it (%)"), zip(*lines))), "F1 (%)")
     page.text(
         "The thresholds maximise F1 on these images, so expect lower values on others. They are for probabilities "
         "without a temperature. To use them:"
@@ -91,13 +89,32 @@ def add_classes(page: Page, subject: Subject, targets: np.ndarray, probabilities
     page.files["thresholds.json"] = json.dumps(thresholds, ensure_ascii=False).encode()
 
 
+def best_threshold(targets: np.ndarray, probabilities: np.ndarray) -> tuple[float, float]:
+    """Threshold of a class with the highest F1, in the middle between two probabilities; and this F1.
+
+    Args:
+        targets: N, whether an image has the label.
+        probabilities: N.
+    """
+    if not targets.any():
+        return THRESHOLD, np.nan
+    precision, recall, limits = precision_recall_curve(targets, probabilities)
+    f1 = 2 * precision * recall / (precision + recall).clip(1e-9)
+    best = int(f1[:-1].argmax())
+    return float(limits[best] + (limits[best - 1] if best else 0)) / 2, float(f1[best])
+
+
 def add_images(page: Page, subject: Subject, targets: np.ndarray, probabilities: np.ndarray) -> None:
     """Add the most confident mistakes, and the file of all images."""
-    classes = class_names(subject.val.classes, subject.val.num_classes)
+    classes, groups = class_names(subject.val.classes, subject.val.num_classes), single.groups_of(subject.val)
     names, masks = single.names_of(subject.val, len(targets)), (targets, probabilities >= THRESHOLD)
     labels, predicted = ([SEPARATOR.join(np.array(classes)[row]) for row in mask] for mask in masks)
-    lines = zip(names, labels, predicted, *probabilities.T.tolist())
-    page.table("images", [("image", "labels", "prediction", *classes), *lines], [])
+    header, columns = ["image", "labels", "prediction"], [names, labels, predicted]
+    if groups:
+        header, columns = [*header, "group"], [*columns, list(groups)]
+    if len(classes) <= single.MAX_COLUMNS:
+        header, columns = [*header, *classes], [*columns, *probabilities.T.tolist()]
+    page.table("images", [header, *zip(*columns)], [])
     order = np.argsort(-np.abs(targets - probabilities).max(axis=1), kind="stable").tolist()
     wrong = [index for index in order if labels[index] != predicted[index]]
     captions = {n: [f"{predicted[n] or 'no label'}; labels: {labels[n] or 'none'}", names[n]] for n in wrong}

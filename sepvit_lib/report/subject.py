@@ -56,7 +56,7 @@ class Subject:
             notes += [f"{what} chosen on these images, so expect lower metrics on others."]
             test = " ".join((setting("eval"), setting("report"), setting("val_split", "test")))
             notes += [f"A separate test split gives unbiased metrics: for a table of images, {test}."]
-        elif self.settings["val_fraction"] and self.checkpoint:
+        elif self.settings["val_fraction"] or settings_in(self.checkpoint).get("val_fraction"):
             notes += ["These images were not split as in the training run, so some may be training images."]
         if self.duplicates:
             notes += [f"{len(self.duplicates)} of the images are also training images, so the metrics are too high."]

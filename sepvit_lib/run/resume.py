@@ -25,7 +25,8 @@ from sepvit_lib.run.state import Training
 FREE_SETTINGS = set(
     "auto_resume check_duplicates checkpoint_every class_map config corruptions data_path device dist_eval dist_url "
     "dump_bad_batch eval keep_checkpoints local_rank max_bad_steps model_ema_force_cpu num_workers "
-    "on_bad_image output_dir pin_mem print_freq profile report resume start_epoch throughput timeout world_size".split()
+    "on_bad_image output_dir pin_mem print_freq profile report resume start_epoch throughput timeout weight_column "
+    "world_size".split()
 )
 
 PACKAGES = ("torchvision", "timm", "numpy", "pillow")  # packages whose versions are recorded, besides torch

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,7 @@ def test_labels_of_a_cell_and_of_several_rows(table):
         (["a.png,x,train,1", "a.png,y,val,1"], ["--multi-label"], "lines 2 and 3: a.png is train and val"),
         (["a.png,x,train,1", ",y,val,1"], ["--multi-label"], "line 3: no path"),
         (["a.png,x,train,1", "b.png,y,val,heavy"], [], "line 3: weight heavy"),
-        (["a.png,x,train,1", "b.png,y,val,"], [], "line 3: weight missing"),
+        (["a.png,x,train,1", "b.png,y,train,"], [], "line 3: weight missing"),
         (["a.png,x,train,1", "b.png,y,val,-1"], [], "line 3: weight -1"),
         (["a.png,x,train,1", "a.png,y,val,1"], [], "a.png is x and y"),
         (["a.png,,train,1"], [], "line 2: no label"),
@@ -157,11 +158,16 @@ def test_splits_are_stratified_by_all_labels(images, fraction):
     labels, groups = [tuple(sorted(own)) for own, _ in images], [f"group {group}" for _, group in images]
     is_val = validation_part(labels, groups, fraction, seed=0)
     assert len({(group, val) for group, val in zip(groups, is_val)}) == len(set(groups))
+    of_group = {g: {n for own, other in zip(labels, groups) if other == g for n in own or (-1,)} for g in set(groups)}
+    chosen = {group for group, val in zip(groups, is_val) if val}
     for number in {number for own in labels for number in own}:
         members = [val for own, val in zip(labels, is_val) if number in own]
         in_groups = {group for own, group in zip(labels, groups) if number in own}
         assert len(in_groups) > 1 or not any(members)  # a class in a single group stays in training
         assert not all(members)
+        left = Counter(n for g, own in of_group.items() if g not in chosen for n in own)
+        movable = [g for g in in_groups if all(left[n] > 1 for n in of_group[g])]
+        assert any(members) or not movable  # else it has validation images
 
 
 def test_the_split_can_be_given_back(table, tmp_path):
@@ -175,7 +181,7 @@ def test_the_split_can_be_given_back(table, tmp_path):
         one = found(whole, "--val-fraction", 0.3, is_train=is_train).dataset
         two = found(split, "--data-path", table.parent, is_train=is_train).dataset
         pairs = [
-            {images.inner_name(i): (label, images.weights[i]) for i, label in enumerate(images.labels())}
+            {images.inner_name(i): (label, *images.weights[i : i + 1]) for i, label in enumerate(images.labels())}
             for images in (one, two)
         ]
         assert pairs[0] == pairs[1]
@@ -209,14 +215,16 @@ def test_loss_of_several_labels(smoothing, table, batch):
     torch.testing.assert_close(unweighted(images, outputs, targets[:, :3]), losses.mean())
 
 
-def test_class_weights_of_several_labels(table, batch):
+@pytest.mark.parametrize("smoothing", [0, 0.2])
+def test_class_weights_of_several_labels(smoothing, table, batch):
     """A class's weight multiplies the loss of its images, and not that of images without it."""
     images, outputs, targets = batch
-    loss = criterion_of(table, "--smoothing", 0, "--class-weights", "balanced", "--weight-column", "")
+    loss = criterion_of(table, "--smoothing", smoothing, "--class-weights", "balanced", "--weight-column", "")
     counts = found(table).label_counts()
     weights = torch.tensor([sum(counts.values()) / (3 * counts[number]) for number in range(3)])
-    positive, negative = F.logsigmoid(outputs), F.logsigmoid(-outputs)
-    expected = -(weights * targets[:, :3] * positive + (1 - targets[:, :3]) * negative).mean()
+    smoothed = targets[:, :3] * (1 - smoothing) + smoothing / 2
+    losses = F.binary_cross_entropy_with_logits(outputs, smoothed, reduction="none")
+    expected = torch.where(targets[:, :3] > 0, weights * losses, losses).mean()
     torch.testing.assert_close(loss(images, outputs, targets[:, :3]), expected)
 
 
@@ -286,7 +294,7 @@ def test_runs_log_their_metrics_and_resume(trained, table, tmp_path, capsys):
     one, two = (torch.load(folder / "checkpoint.pth", weights_only=True)["model"] for folder in (trained, resumed))
     assert differences(one, two) == []
     capsys.readouterr()
-    for flags in (["--no-multi-label"], ["--weight-column", ""]):
+    for flags in (["--no-multi-label"], ["--weight-column", ""]):  # the weights are part of the images' fingerprint
         arguments = [*settings(table), *flags, "--output_dir", resumed]
         assert refusal(main.run, "main", arguments, capsys)
 
@@ -331,6 +339,32 @@ def test_the_report(trained, table, image, tmp_path, capsys):
     assert (tmp_path / "report/mistakes/01.jpg").is_file()
     path = tmp_path / "report/thresholds.json"
     predictions(capsys, image, "--resume", trained / "checkpoint.pth", "--threshold", path)
+
+
+def test_a_single_class_that_may_be_absent(table, tmp_path):
+    """The report has the metrics of the images that have it."""
+    flags = ["--ignore-classes", "even", "round", "--epochs", 1, "--mixup", 0, "--cutmix", 0, "--report"]
+    assert run(*settings(table, *flags), "--output_dir", tmp_path / "run") == 0
+    rows = list(csv.DictReader((tmp_path / "run/report/images.csv").open()))
+    metrics = next(csv.DictReader((tmp_path / "run/report/classes.csv").open()))
+    assert int(metrics["images"]) == sum(row["labels"] == "straight" for row in rows) < len(rows)
+    hits = sum(row["labels"] == row["prediction"] == "straight" for row in rows)
+    assert float(metrics["recall (%)"]) == pytest.approx(100 * hits / int(metrics["images"]), abs=0.01)
+
+
+def test_evaluation_refuses_other_kinds_of_labels(table, trained, tmp_path, capsys):
+    single = [*SMALLEST, *CPU, "--eval", "--data-set", f"csv/{table}", "--multi-label"]
+    assert "--multi-label" in refusal(main.run, "main", [*single, "--resume", old_style(trained, tmp_path)], capsys)
+    folders = [*SMALLEST, *CPU, "--eval", "--data-path", table.parent, "--resume", trained / "checkpoint.pth"]
+    assert "--multi-label" in refusal(main.run, "main", folders, capsys)
+
+
+def old_style(trained: Path, folder: Path) -> Path:
+    """The same checkpoint, of a run with one label per image."""
+    checkpoint = torch.load(trained / "checkpoint.pth", weights_only=True)
+    checkpoint["args"]["multi_label"] = False
+    torch.save(checkpoint, folder / "single.pth")
+    return folder / "single.pth"
 
 
 def test_features_of_a_frozen_network(table, trained, tmp_path):
@@ -404,7 +438,7 @@ def test_mistaken_thresholds(trained, trained_digits, image, tmp_path, capsys):
 def test_exported_files_have_several_labels(form, trained, table, image, tmp_path, capsys):
     flags = ["--formats", form, "--rounds", 1, "--data-path", table.parent, "--data-set", f"csv/{table}"]
     assert export.run(list(map(str, ["--resume", trained / "checkpoint.pth", "--out", tmp_path / "out", *flags]))) == 0
-    assert "label accuracy" in capsys.readouterr().out
+    assert "sample F1" in capsys.readouterr().out
     exported = next(path for path in (tmp_path / "out").iterdir() if path.name != "exports.md")
     expected = predictions(capsys, image, "--resume", trained / "checkpoint.pth")
     result = predictions(capsys, image, "--resume", exported)

@@ -21,8 +21,7 @@ import detection.test
 import segmentation.test
 from detection.report import matches
 from segmentation.report import add_confusions
-from sepvit_lib.mm.report import MAX_CLASSES, SHOWN, add_classes
-from sepvit_lib.report.html import Page
+from sepvit_lib.report.html import MAX_CLASSES, SHOWN, Page, add_classes
 
 MAIN = dict(segmentation=segmentation.test.main, detection=detection.test.main)
 OPTIONS = ["--cfg-options", *(f"{split}_dataloader.num_workers=0" for split in ("train", "val", "test"))]

@@ -30,7 +30,7 @@ class Form:
         classifier: the form, loaded for inference.
         file: its file or folder; None for the checkpoint.
         difference: largest difference of its logits from the checkpoint's.
-        top1: its top-1, or for several labels per image the accuracy of the labels (%); None without labels.
+        top1: its top-1, or for several labels per image the mean F1 of the images (%); None without labels.
         seconds: seconds per batch in each round, by batch size.
     """
 

@@ -56,7 +56,7 @@ class Images:
     @property
     def metric(self) -> str:
         """Name of the metric that `correct` computes."""
-        return "label accuracy" if self.labels and isinstance(self.labels[0], Tensor) else "top-1"
+        return "sample F1" if self.labels and isinstance(self.labels[0], Tensor) else "top-1"
 
     def batches(self) -> Iterator[tuple[Sequence[Image.Image | Tensor], Sequence[int | Tensor]]]:
         """Batches of images and labels."""
@@ -74,7 +74,7 @@ class Images:
 
 
 def correct(logits: Tensor, labels: Sequence[int | Tensor]) -> float:
-    """Number of correctly classified images: for several labels per image, the sum of the correct shares of labels.
+    """Number of correctly classified images: for several labels per image, the sum of the images' F1.
 
     Args:
         logits: images × classes.
@@ -83,7 +83,8 @@ def correct(logits: Tensor, labels: Sequence[int | Tensor]) -> float:
     targets = torch.stack([torch.as_tensor(label) for label in labels])
     if targets.ndim == 1:
         return float((logits.argmax(dim=1) == targets).sum())
-    return float(((logits >= 0) == (targets > 0)).float().mean(dim=1).sum())
+    hits, total = ((logits >= 0) & (targets > 0)).sum(dim=1), (logits >= 0).sum(dim=1) + (targets > 0).sum(dim=1)
+    return float(torch.where(total > 0, 2 * hits / total, 1).sum())
 
 
 def photographs(channels: int = 3) -> Images:

@@ -81,6 +81,8 @@ class Table(ImageFiles):
             self.samples.append((str(root / path), label if multi_label else label[0]))
 
     def _weight(self, row: Mapping[str, str], line: int) -> float:
+        if row["split"] == VAL and not row["weight"]:
+            return 1.0
         try:
             weight = float(row["weight"])
         except ValueError:
