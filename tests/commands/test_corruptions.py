@@ -184,7 +184,7 @@ def test_results_do_not_depend_on_processes(trained_digits, few_digits, tmp_path
 @pytest.mark.parametrize("flags", ["--in-chans 1", "--input-size 28", "--multi-label --data-set csv/x.csv"])
 def test_unsupported_images_are_refused(flags, few_digits, capsys):
     arguments = [*SMALLEST, "--eval", "--corruptions", "--data-path", few_digits, "--device", "cpu", *flags.split()]
-    assert "--corruptions: needs RGB images of at least 32 × 32 pixels" in refusal(main.run, "main", arguments, capsys)
+    assert "only for RGB images of at least 32 × 32 pixels" in refusal(main.run, "main", arguments, capsys)
 
 
 def test_a_missing_package_is_named_first(trained_digits, tmp_path, monkeypatch, capsys):

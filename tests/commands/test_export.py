@@ -306,13 +306,13 @@ FORMS = {
 
 def test_what_is_refused():
     forms = {name: comparison.Form(None, None, difference, top1) for name, (difference, top1, _) in FORMS.items()}
-    reasons = export.refused(forms, export.FORMATS, 1000)
+    reasons = export.refused(forms, export.FORMATS, Images("", range(1000)))
     assert reasons == {name: reason for name, (_, _, reason) in FORMS.items() if reason}
     forms["openvino-int8"].top1 = 85.0
-    assert "openvino-int8" not in export.refused(forms, export.FORMATS, 20)  # a single image of 20
+    assert "openvino-int8" not in export.refused(forms, export.FORMATS, Images("", range(20)))  # a single image of 20
     forms["checkpoint"].difference = NAN
     with pytest.raises(UserError, match="not finite"):
-        export.refused(forms, export.FORMATS, 1000)
+        export.refused(forms, export.FORMATS, Images("", range(1000)))
 
 
 def test_a_form_that_is_wrong_or_fails_is_reported_and_not_kept(checkpoint, tmp_path, monkeypatch, capsys):
