@@ -161,7 +161,8 @@ def test_report_needs_an_evaluation(inputs, tmp_path, capsys):
     assert "--report and --format-only: choose one" in refusal(MAIN["detection"], "test", arguments, capsys)
 
 
-@pytest.mark.parametrize("task", MAIN)
+# mmdet collects the detections of all processes itself, so this takes the short form for segmentation only.
+@pytest.mark.parametrize("task", ["segmentation", pytest.param("detection", marks=pytest.mark.slow)])
 def test_two_processes_report_the_same(task, inputs, tmp_path, capsys):
     """Also if the number of images is odd, so that one is evaluated twice."""
     options = list(OPTIONS)
