@@ -25,9 +25,10 @@ def validation_part(labels: Sequence[Label], groups: Sequence[str], fraction: fl
         whether each image is for validation.
     """
     members: defaultdict[str, Counter[int]] = defaultdict(Counter)
+    totals = Counter[int]()
     for label, group in zip(labels, groups):
         members[group].update(classes_of(label) or (-1,))
-    totals = sum(members.values(), Counter())
+        totals.update(classes_of(label) or (-1,))
     left = Counter(label for counts in members.values() for label in counts)
     wanted = Counter({label: max(1, round(fraction * count)) for label, count in totals.items()})
     chosen = set()
@@ -43,8 +44,13 @@ def validation_part(labels: Sequence[Label], groups: Sequence[str], fraction: fl
         gain = sum(min(count, max(0, wanted[label])) for label, count in members[group].items())
         if 2 * gain > members[group].total():
             choose(group)
-    for label in sorted(totals):
-        for group in sorted((group for group in order if label in members[group]), key=lambda g: members[g].total()):
-            if not any(label in members[other] for other in chosen):
+    missing = totals.keys() - {label for group in chosen for label in members[group]}
+    holders = {label: list[str]() for label in sorted(missing)}
+    for group in sorted(order, key=lambda group: members[group].total()):
+        for label in members[group].keys() & missing:
+            holders[label].append(group)
+    for candidates in holders.values():
+        for group in candidates:
+            if chosen.isdisjoint(candidates):
                 choose(group)
     return [group in chosen for group in groups]
