@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from datasets import epoch_batches
 from sepvit_lib.common.devices import gpu_memory
 from sepvit_lib.common.errors import Preempted, UserError, setting
+from sepvit_lib.common.label_metrics import label_metrics
 from sepvit_lib.common.processes import (
     all_gather,
     all_reduce,
@@ -485,19 +486,12 @@ def multi_label_metrics(rows: Rows) -> dict[str, float]:
     """
     if not rows:
         return dict(images=0)
-    logits, targets = (torch.from_numpy(np.array(column, dtype=np.float64)) for column in zip(*rows))
-    loss = F.binary_cross_entropy_with_logits(logits, targets)
-    keys, order = (-logits).T.contiguous().sort(dim=1)  # classes × images, the highest logits first
-    ranked = targets.T.gather(1, order)
-    last = torch.searchsorted(keys, keys, right=True) - 1  # images with equal logits share the rank of the last of them
-    precision = ranked.cumsum(dim=1).gather(1, last) / (last + 1)
-    occurs = targets.any(dim=0)
-    average = (precision * ranked).sum(dim=1)[occurs] / ranked.sum(dim=1)[occurs]
-    predicted = (logits >= 0).double()
-    hits, total = (predicted * targets).sum(dim=0), (predicted + targets).sum(dim=0)
-    f1 = (2 * hits / total)[total > 0].mean(), 2 * hits.sum() / total.sum()
-    values = dict(zip(("map", "f1", "micro_f1"), (100 * value.item() for value in (average.mean(), *f1))))
-    return all_gather([dict(images=len(rows), loss=loss.item(), **values)])[0]
+    logits, targets = (np.array(column, dtype=np.float64) for column in zip(*rows))
+    loss = F.binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(targets)).item()
+    metrics = label_metrics(targets.astype(bool), logits)(np.ones(len(rows)))
+    names = {"map": "mAP", "f1": "macro F1", "micro_f1": "micro F1"}
+    values = {name: 100 * metrics[label] for name, label in names.items()}
+    return all_gather([dict(images=len(rows), loss=loss, **values)])[0]
 
 
 @torch.no_grad()

@@ -1,13 +1,13 @@
 """The report on a classifier of images with several labels."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from scipy.special import expit
 from sklearn.metrics import average_precision_score, precision_recall_curve, precision_recall_fscore_support
 
+from sepvit_lib.common.label_metrics import label_metrics
 from sepvit_lib.inference.classifier import THRESHOLD, class_names
 from sepvit_lib.pipeline.data_sets.table import SEPARATOR
 from sepvit_lib.report import classification as single
@@ -27,7 +27,7 @@ def report(subject: Subject, rows: single.Rows) -> Page:
         "Exact match: the share of images whose labels are all correct.",
     )
     tiles = [("images", str(len(rows)), f"with {targets.sum()} labels of {targets.shape[1]} classes")]
-    compute, groups = summary(targets, logits), single.groups_of(subject.val)
+    compute, groups = label_metrics(targets, logits), single.groups_of(subject.val)
     values = single.add_headline(page, compute, len(rows), groups, tiles, texts, subject.notes())
     add_labels(page, subject, targets, probabilities)
     pairs = np.stack([np.zeros(logits.size), logits.ravel()], axis=1)  # the softmax of a pair is the sigmoid
@@ -35,36 +35,6 @@ def report(subject: Subject, rows: single.Rows) -> Page:
     values |= single.add_calibration(page, targets.ravel().astype(int), pairs, f"{command} --temperature", OVER)
     add_images(page, subject, targets, probabilities)
     return single.finish(page, subject, values)
-
-
-def summary(targets: np.ndarray, logits: np.ndarray) -> Callable[[np.ndarray], dict[str, float]]:
-    """Make the function that computes mean average precision, F1, and the share of images whose labels are all correct.
-
-    Args:
-        targets: N × C, whether an image has a label.
-        logits: N × C.
-
-    Returns:
-        a function of the number of times that each image counts, N. Its values are from 0 to 1.
-    """
-    order, predicted = np.argsort(-logits, axis=0), logits >= 0
-    ranked, keys = (np.take_along_axis(values, order, axis=0) for values in (targets, -logits))
-    last = np.stack([np.searchsorted(column, column, side="right") - 1 for column in keys.T], axis=1)  # of equal ones
-
-    def compute(times: np.ndarray) -> dict[str, float]:
-        counts = times[order] * ranked  # N × C
-        precision = np.take_along_axis(counts.cumsum(axis=0) / times[order].cumsum(axis=0).clip(1e-9), last, axis=0)
-        areas = (counts * precision).sum(axis=0) / counts.sum(axis=0).clip(1e-9)
-        hits, total = times @ (targets & predicted), times @ targets + times @ predicted
-        right, occurs = times @ (targets == predicted).all(axis=1), counts.any(axis=0)
-        return {
-            "mAP": float(areas[occurs].mean()) if occurs.any() else np.nan,
-            "macro F1": float((2 * hits[total > 0] / total[total > 0]).mean()) if total.any() else np.nan,
-            "micro F1": float(2 * hits.sum() / max(total.sum(), 1)),
-            "exact match": float(right / times.sum()),
-        }
-
-    return compute
 
 
 def add_labels(page: Page, subject: Subject, targets: np.ndarray, probabilities: np.ndarray) -> None:
