@@ -19,16 +19,15 @@ from mmengine.config import Config
 from mmengine.registry import METRICS as METRICS_OF
 
 from detection.drawing import DrawingHook
-from sepvit_lib.common.command_line import fraction, path
+from sepvit_lib.common.command_line import Parser, fraction, path
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.mm.commands.test import Result, as_configured, build_test_parser, find_metric, run_testing
-from sepvit_lib.mm.config import CommandParser
 from sepvit_lib.mm.config_lookup import as_list, dicts, is_kind, resolve
 
 METRICS = ("bbox", "segm", "mAP")
 
 
-def build_detection_test_parser() -> CommandParser:
+def build_detection_test_parser() -> Parser:
     """Make the parser of test.py."""
     parser = build_test_parser(__doc__, METRICS)
     add = parser.add_argument

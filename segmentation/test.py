@@ -17,19 +17,17 @@ from typing import Any
 from mmengine.config import Config
 
 from segmentation.drawing import DrawingHook, LabelsHook
-from sepvit_lib.common.command_line import path
+from sepvit_lib.common.command_line import Parser, path
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.mm.commands.test import Result, as_configured, build_test_parser, find_metric, run_testing
-from sepvit_lib.mm.config import CommandParser
 from sepvit_lib.mm.config_lookup import dicts
 
 METRICS = ("mIoU", "mDice", "mFscore")
 
 
-def build_segmentation_test_parser() -> CommandParser:
+def build_segmentation_test_parser() -> Parser:
     """Make the parser of test.py."""
     parser = build_test_parser(__doc__, METRICS)
-    parser.former["--format-only"] = "use --out DIR, which writes the predicted labels"
     add = parser.add_argument
     add("--out", type=path, metavar="DIR", help="write the predicted labels to DIR, as PNG in the data set's numbering")
     add("--show-dir", type=path, metavar="DIR", help="write pictures of the predictions and the ground truth to DIR")

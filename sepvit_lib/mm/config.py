@@ -3,8 +3,7 @@
 import argparse
 import os
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,60 +29,17 @@ OWN_DATA_SETS = dict(
 # Configs of earlier runs import these modules from `dense` or `sepvit_lib.dense`. Old name: new name.
 FORMER_MODULES = dict(backbone="backbone", coco="coco_data_sets", labelled="ade_data_sets", loading="image_loading")
 FORMER_MODULE = re.compile(rf"^(?:sepvit_lib\.)?dense\.({'|'.join(FORMER_MODULES)})\b")
-# Old flags of mmsegmentation 0.10 and mmdetection 2.8, with hints at their replacements.
-FORMER = {"--options": "use --cfg-options KEY=VALUE, with test_evaluator.KEY=VALUE for the evaluation"}
-FORMER_OF_TRAINING = {
-    "--resume-from": "use --resume PATH",
-    "--gpus": "use bash dist_train.sh CONFIG N, which trains on N GPUs",
-    "--gpu-ids": "use CUDA_VISIBLE_DEVICES to choose GPUs, and bash dist_train.sh CONFIG N to train on N of them",
-}
-FORMER_OF_TESTING = {
-    "--eval-options": "use --cfg-options test_evaluator.KEY=VALUE",
-    "--show": "use --show-dir DIR, which writes the pictures to a folder",
-    "--gpu-collect": "not needed, results of all processes are always collected; remove it",
-    "--tmpdir": "not needed, results of all processes are always collected; remove it",
-    "--fuse-conv-bn": "not available; remove it",
-}
 
 
-class CommandParser(Parser):
-    """A parser that rejects old flags of mmsegmentation and mmdetection with a hint at the new one.
-
-    Args:
-        former: the hints, by old flag.
-        **kwargs: arguments of `argparse.ArgumentParser`.
-    """
-
-    def __init__(self, former: Mapping[str, str], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.former = dict(former)
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        """Parse a command line; see argparse.
-
-        Raises:
-            UserError: a flag is old, unknown or missing, or has an invalid value.
-        """
-        arguments = sys.argv[1:] if args is None else args
-        for flag in (argument.partition("=")[0].replace("_", "-") for argument in arguments):
-            if flag in self.former:
-                raise UserError(f"{flag}: {self.former[flag]}")
-        return super().parse_args(arguments, namespace)
-
-
-def build_parser(
-    description: str | None, launchers: bool = True, former: Mapping[str, str] | None = None
-) -> CommandParser:
+def build_parser(description: str | None, launchers: bool = True) -> Parser:
     """Build the parser with the settings common to all commands.
 
     Args:
         description: what the command does.
         launchers: whether the command can run in several processes.
-        former: hints for old flags, in addition to `FORMER`.
     """
     formatter = argparse.RawDescriptionHelpFormatter
-    hints = {**FORMER, **(former or {})}
-    parser = CommandParser(hints, description=description, formatter_class=formatter, allow_abbrev=False)
+    parser = Parser(description=description, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("config", type=path, metavar="CONFIG", help="a config of configs/, or your own")
     if launchers:
         parser.add_argument(

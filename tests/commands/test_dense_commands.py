@@ -504,13 +504,7 @@ MISTAKES = {
         "predict GOOD none.jpg --out {files}/out": "IMAGE none.jpg: no such file",
         "predict GOOD {files}/image.png --out {files}": "would overwrite IMAGE",
         "predict {demo} {files}/tiny.pth {files}/image.png --out {files}/out": "SepViT_Tiny, not SepViT_Lite",
-        # flags of mmseg 0.10, which are answered before anything else in the command is checked
-        "train config.py --resume_from=a.pth": "--resume-from: use --resume PATH",
-        "train config.py --gpus 8": "--gpus: use bash dist_train.sh CONFIG N",
-        "test config.py --eval-options a=1": "--eval-options: use --cfg-options test_evaluator.KEY=VALUE",
-        "test config.py --fuse-conv-bn": "--fuse-conv-bn: not available",
-        "test config.py --format-only": "--format-only: use --out DIR",
-        "predict config.py --options c=1": "--options: use --cfg-options KEY=VALUE",
+        "train config.py --resume_from=a.pth": "did you mean --resume?",  # a flag of mmseg 0.10
     },
     "detection": {
         "train {retinanet} DATA": "no category is named person, bicycle, car, ",
@@ -518,7 +512,7 @@ MISTAKES = {
         "test {retinanet} {files}/detection.pth --eval segm": "--eval segm: RetinaNet predicts no masks; choose bbox",
         "test GOOD --eval bbox --format-only": "--eval and --format-only: choose one",
         "test GOOD --out a.json": "--out a.json: takes the name of a .pkl file",
-        "test GOOD --show": "--show: use --show-dir DIR",
+        "test GOOD --show": "did you mean --show-dir?",
         "test GOOD --show-dir a --show-score-thr 30": "--show-score-thr: 30",
         "test {demo} {files}/code.pth --eval bbox DATA": "could run code",
         "predict {demo} {files}/code.pth {files}/image.png --out out": "could run code",

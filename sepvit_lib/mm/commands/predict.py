@@ -18,7 +18,7 @@ from mmengine.registry import DATASETS
 from PIL import Image
 from torch import nn
 
-from sepvit_lib.common.command_line import path, run_command
+from sepvit_lib.common.command_line import Parser, path, run_command
 from sepvit_lib.common.errors import UNREADABLE_STATUS, UserError
 from sepvit_lib.common.processes import print_line
 from sepvit_lib.common.storage import make_folder
@@ -27,7 +27,6 @@ from sepvit_lib.mm.build import build_errors, build_model, check_test_parts, che
 from sepvit_lib.mm.check_classes import classes_in
 from sepvit_lib.mm.check_data import unread
 from sepvit_lib.mm.config import (
-    CommandParser,
     build_parser,
     drop_pretrained,
     read_config,
@@ -43,7 +42,7 @@ from sepvit_lib.pipeline.image_files import orientation_for
 Renderer = Callable[..., tuple[Image.Image, str]]
 
 
-def build_predict_parser(description: str | None) -> CommandParser:
+def build_predict_parser(description: str | None) -> Parser:
     """Make the parser of predict.py."""
     parser = build_parser(description, launchers=False)
     add = parser.add_argument
@@ -168,6 +167,6 @@ def _drawn(model: Any, draw: Renderer, task: Task, lowest: Sequence[float]) -> t
         return f"{what}: {error}"
 
 
-def run_prediction(parser: CommandParser, draw: Renderer, arguments: list[str] | None = None) -> int:
+def run_prediction(parser: Parser, draw: Renderer, arguments: list[str] | None = None) -> int:
     """Run predict.py. Returns its exit status."""
     return run_command("predict.py", lambda: predict(parser.parse_args(arguments), draw), parser)

@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import BaseLoop
 
-from sepvit_lib.common.command_line import path, run_command
+from sepvit_lib.common.command_line import Parser, path, run_command
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.common.processes import is_main_process, on_main_process
 from sepvit_lib.common.storage import make_folder, missing_folders, remove_empty
@@ -17,8 +17,6 @@ from sepvit_lib.mm.build import build_errors, build_model, check_test_parts, che
 from sepvit_lib.mm.check_classes import match_classes
 from sepvit_lib.mm.check_data import check_data, check_reading
 from sepvit_lib.mm.config import (
-    FORMER_OF_TESTING,
-    CommandParser,
     build_parser,
     drop_pretrained,
     join_processes,
@@ -37,14 +35,14 @@ Result = tuple[Hook | None, Path, str]
 Prepare = Callable[[Config, argparse.Namespace], list[Result]]
 
 
-def build_test_parser(description: str | None, metrics: Sequence[str]) -> CommandParser:
+def build_test_parser(description: str | None, metrics: Sequence[str]) -> Parser:
     """Make the parser of test.py, with the settings common to segmentation and detection.
 
     Args:
         description: what the command does.
         metrics: names of the metrics.
     """
-    parser = build_parser(description, former=FORMER_OF_TESTING)
+    parser = build_parser(description)
     add = parser.add_argument
     add("checkpoint", type=path, metavar="CHECKPOINT", help="checkpoint of the whole segmentor or detector")
     add("--eval", nargs="+", default=[], metavar="METRIC", help=f"one or more of {', '.join(metrics)}")
@@ -192,6 +190,6 @@ def augment(cfg: Config, path: str) -> None:
     cfg.model = dict(**cfg.tta_model, module=cfg.model)
 
 
-def run_testing(parser: CommandParser, prepare: Prepare, arguments: list[str] | None = None) -> int:
+def run_testing(parser: Parser, prepare: Prepare, arguments: list[str] | None = None) -> int:
     """Run test.py. Returns its exit status."""
     return run_command("test.py", lambda: test(parser.parse_args(arguments), prepare), parser)

@@ -14,7 +14,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
-from sepvit_lib.common.command_line import natural, number, path, positive_int, run_command, seconds
+from sepvit_lib.common.command_line import Parser, natural, number, path, positive_int, run_command, seconds
 from sepvit_lib.common.errors import Preempted, UserError
 from sepvit_lib.common.processes import get_world_size, is_main_process, on_main_process, print_main
 from sepvit_lib.common.storage import make_folder, missing_folders, remove_empty
@@ -23,8 +23,6 @@ from sepvit_lib.mm.check_classes import has_other_classes, match_classes
 from sepvit_lib.mm.check_data import check_data
 from sepvit_lib.mm.class_weights import weight_classes
 from sepvit_lib.mm.config import (
-    FORMER_OF_TRAINING,
-    CommandParser,
     build_parser,
     drop_pretrained,
     join_processes,
@@ -58,9 +56,9 @@ STATEFUL = re.compile(
 RESUME = "run the same command with --auto-resume to resume from the last checkpoint"
 
 
-def build_train_parser(description: str | None) -> CommandParser:
+def build_train_parser(description: str | None) -> Parser:
     """Make the parser of train.py."""
-    parser = build_parser(description, former=FORMER_OF_TRAINING)
+    parser = build_parser(description)
     add = parser.add_argument
     add("--auto-resume", action="store_true", help="resume the work dir's run, which must have the same settings")
     resume = "resume from a checkpoint; without PATH, from the newest in the work dir, if there is one"
@@ -365,6 +363,6 @@ def read_starting_weights(cfg: Config, flag: str) -> dict[str, Any]:
     return {"meta": checkpoint.get("meta", {}), "state_dict": kept}
 
 
-def run_training(parser: CommandParser, arguments: list[str] | None = None) -> int:
+def run_training(parser: Parser, arguments: list[str] | None = None) -> int:
     """Run train.py. Returns its exit status."""
     return run_command("train.py", lambda: train(parser.parse_args(arguments), parser.flags()), parser)
