@@ -28,7 +28,7 @@ import sepvit
 from benchmarks import subjects
 from benchmarks.record import Record, as_text
 from benchmarks.subjects import DTYPES, FORMS, MEASURES, OF_SEPVIT, PEERS, Setting, Subject
-from benchmarks.tables import Method, Table, measure_table
+from benchmarks.tables import Table, measure_table
 from sepvit_lib.common.command_line import Parser, path, positive_int, run_command
 from sepvit_lib.common.devices import available_cores, best_device, check_device
 from sepvit_lib.common.errors import UserError
@@ -130,18 +130,18 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True  # as in main.py
     gc.freeze()  # garbage collection between timings skips the objects of imported libraries
-    method = Method(2, 0.0, is_quick=True) if args.quick else Method(args.rounds)
+    rounds = 2 if args.quick else args.rounds
     run = dict(
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         revision=args.revision or git_revision(),
-        rounds=method.rounds,
+        rounds=rounds,
         machine=describe(device),
     )
     report = functools.partial(print, file=sys.stderr, flush=True)
     for table, setting in tables_of(args, run):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            measure_table(table, subjects_of(args, table.number_format), setting, method, report)
+            measure_table(table, subjects_of(args, table.number_format), setting, rounds, args.quick, report)
         print(as_text(table), end="\n\n", flush=True)
         if any(row.seconds for row in table.rows):
             record.add(table)

@@ -28,17 +28,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import main as classification
-from benchmarks.rounds import Spread, ratio
 from datasets import LoaderSettings, build_train_loader, epoch_batches
 from sepvit_lib.common.command_line import Parser, natural, path, positive_int, run_command
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.common.machine import describe
 from sepvit_lib.common.packages import require
 from sepvit_lib.common.storage import write_output
+from sepvit_lib.rounds import Spread, ratio
+from tools.exporting.data import photographs
 
 LOADERS = ("faithful", "fast")
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # of scikit-image
-MORE_PHOTOGRAPHS = ("china.jpg", "flower.jpg")  # of scikit-learn
 TILE = (300, 400)  # height and width of the largest part of a photograph; all photographs are at least as large
 CLASSES = 8  # of synthetic images
 QUALITY = 90  # of synthetic JPEGs
@@ -52,16 +51,14 @@ def write_photographs(folder: Path, size: tuple[int, int], count: int) -> None:
         size: width and height in pixels.
         count: number of images.
     """
-    import skimage
-    from sklearn.datasets import load_sample_image
+    from sklearn.datasets import load_sample_images
 
-    photographs = [getattr(skimage.data, name)() for name in PHOTOGRAPHS]
-    photographs += [load_sample_image(name) for name in MORE_PHOTOGRAPHS]
+    sources = [*map(np.asarray, photographs().images), *load_sample_images().images]
     rng = np.random.default_rng(0)
     for number in range(count):
         file = folder / "train" / str(number % CLASSES) / f"{number}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(composed(photographs, *size, rng)).save(file, quality=QUALITY)
+        Image.fromarray(composed(sources, *size, rng)).save(file, quality=QUALITY)
 
 
 def composed(photographs: Sequence[np.ndarray], width: int, height: int, rng: np.random.Generator) -> np.ndarray:
@@ -115,8 +112,10 @@ def build_parser() -> Parser:
     """Make the command's parser."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data-path", type=path, help="folder with class folders in train/")
-    add("--synthetic", type=size, metavar="WIDTHxHEIGHT", help="write images of this size, and measure with them")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data-path", type=path, help="folder with class folders in train/")
+    about = "write images of this size, and measure with them"
+    source.add_argument("--synthetic", type=size, metavar="WIDTHxHEIGHT", help=about)
     add("--images", type=positive_int, default=512, help="images per measurement")
     add("--input-size", type=positive_int, default=224)
     add("--batch-size", type=positive_int, default=64)
@@ -132,10 +131,6 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: the images are missing or too few, or the file cannot be written.
     """
-    if (args.data_path is None) == (args.synthetic is None):
-        raise UserError(
-            "pass either --data-path with a folder of images, or --synthetic with the size of images to generate"
-        )
     torch.set_num_threads(1)
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rounds import Spread
 from benchmarks.subjects import DTYPES, MEASURES
 from benchmarks.tables import Row, Table
 from sepvit_lib.common import tables
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.common.storage import write_output
+from sepvit_lib.rounds import Spread
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One table
@@ -83,11 +83,6 @@ def conditions(table: Table) -> str:
 def as_text(table: Table) -> str:
     """Format a table for a terminal."""
     return "\n".join([title(table), conditions(table), tables.as_text(grid(table))])
-
-
-def as_page(table: Table) -> list[str]:
-    """Format a table as lines of Markdown."""
-    return [f"## {title(table)}", "", conditions(table), "", tables.as_markdown(grid(table)), ""]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -180,7 +175,7 @@ class Record:
             lines += [machine, ""]
         lines += [f"![Speed and published top-1]({picture})", ""] if picture else []
         for table in sorted(self.tables, key=lambda table: table.settings["model"]):
-            lines += as_page(table)
+            lines += [f"## {title(table)}", "", conditions(table), "", tables.as_markdown(grid(table)), ""]
         return "\n".join(lines).rstrip() + "\n"
 
 

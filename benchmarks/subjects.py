@@ -19,12 +19,12 @@ from torch import Tensor, nn
 import main
 import sepvit
 from benchmarks.port import Port
-from benchmarks.rounds import reason
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.common.packages import require
 from sepvit_lib.count import bytes_of
 from sepvit_lib.inference.exported import compile_openvino, onnxruntime_session, run_onnxruntime, run_openvino
 from sepvit_lib.networks import to_device
+from sepvit_lib.rounds import reason
 from sepvit_lib.run.state import Precision
 from tools.exporting.int8 import quantised_by_nncf
 from tools.exporting.writers import export_onnx
@@ -37,35 +37,22 @@ PEERS: dict[str, tuple[str, ...]] = {
     "SepViT_Base": ("swin_base_patch4_window7_224", "twins_svt_large", "pvt_v2_b5", "nextvit_large", "convnext_base"),
 }
 
-# Top-1 (%) on ImageNet-1K at 224 × 224, trained on ImageNet-1K alone, as the authors published it.
-TOP1: dict[str, float] = {
+# Top-1 (%) on ImageNet-1K at 224 × 224, trained on ImageNet-1K alone, as the authors published it, by family.
+PUBLISHED: tuple[dict[str, float], ...] = (
     # https://arxiv.org/abs/2203.15380; Lite from a third-party summary
-    "SepViT_Lite": 72.3,
-    "SepViT_Tiny": 82.7,
-    "SepViT_Small": 83.6,
-    "SepViT_Base": 84.2,
+    {"SepViT_Lite": 72.3, "SepViT_Tiny": 82.7, "SepViT_Small": 83.6, "SepViT_Base": 84.2},
     # https://arxiv.org/abs/2103.14030
-    "swin_tiny_patch4_window7_224": 81.3,
-    "swin_small_patch4_window7_224": 83.0,
-    "swin_base_patch4_window7_224": 83.5,
+    {"swin_tiny_patch4_window7_224": 81.3, "swin_small_patch4_window7_224": 83.0, "swin_base_patch4_window7_224": 83.5},
     # https://arxiv.org/abs/2104.13840
-    "twins_svt_small": 81.7,
-    "twins_svt_base": 83.2,
-    "twins_svt_large": 83.7,
+    {"twins_svt_small": 81.7, "twins_svt_base": 83.2, "twins_svt_large": 83.7},
     # https://github.com/whai362/PVT
-    "pvt_v2_b0": 70.5,
-    "pvt_v2_b2": 82.0,
-    "pvt_v2_b3": 83.1,
-    "pvt_v2_b5": 83.8,
+    {"pvt_v2_b0": 70.5, "pvt_v2_b2": 82.0, "pvt_v2_b3": 83.1, "pvt_v2_b5": 83.8},
     # https://arxiv.org/abs/2207.05501
-    "nextvit_small": 82.5,
-    "nextvit_base": 83.2,
-    "nextvit_large": 83.6,
+    {"nextvit_small": 82.5, "nextvit_base": 83.2, "nextvit_large": 83.6},
     # https://arxiv.org/abs/2201.03545
-    "convnext_tiny": 82.1,
-    "convnext_small": 83.1,
-    "convnext_base": 83.8,
-}
+    {"convnext_tiny": 82.1, "convnext_small": 83.1, "convnext_base": 83.8},
+)
+TOP1 = {model: top1 for family in PUBLISHED for model, top1 in family.items()}
 
 MEASURES = ("latency", "inference", "training")
 FORMS = ("eager", "port", "compiled", "onnxruntime", "openvino")

@@ -13,32 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.rounds import MIN_SECONDS, Spread, interleave, ratio, reason
 from benchmarks.subjects import DTYPES, TOP1, Ready, Setting, Subject, build, create_network, flattened, not_offered
 from sepvit_lib.common.devices import synchronize
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.count import count_multiply_adds, peak_memory
+from sepvit_lib.rounds import MIN_SECONDS, Spread, interleave, ratio, reason
 
 # Maximum ‖outputs − expected‖ / ‖expected‖, with expected from float32 in eager mode. float32's value allows for TF32.
 TOLERANCES = {"float32": 5e-3, "bfloat16": 0.05, "bfloat16-whole": 0.1, "float16": 0.02, "int8": 0.5}
 PASSES = {True: 3, False: 1}  # forward passes per call in training and in inference: a backward pass counts as two
 MATRIX_PRODUCT = "matrix product"
 SIDES = {"cpu": 2048, "cuda": 8192}  # sides of matrices: on a GPU, 2048 × 2048 takes less time than launching the call
-
-
-@dataclass(frozen=True)
-class Method:
-    """How to measure.
-
-    Attributes:
-        rounds: rounds of timing.
-        min_seconds: minimum seconds per timing.
-        is_quick: use small matrices, to try the benchmark itself.
-    """
-
-    rounds: int
-    min_seconds: float = MIN_SECONDS
-    is_quick: bool = False
 
 
 SPREADS = ("speed", "speed_float32", "share")  # the fields of a row that are spreads
@@ -130,7 +115,12 @@ class Table:
 
 
 def measure_table(
-    table: Table, subjects: Sequence[Subject], setting: Setting, method: Method, report: Callable[[str], None]
+    table: Table,
+    subjects: Sequence[Subject],
+    setting: Setting,
+    rounds: int,
+    is_quick: bool,
+    report: Callable[[str], None],
 ) -> None:
     """Build, check and time subjects, and fill a table's rows.
 
@@ -140,7 +130,8 @@ def measure_table(
         table: the table. Its rows follow the order of the subjects.
         subjects: the subjects, including the baselines.
         setting: the setting that they share.
-        method: how to measure.
+        rounds: rounds of timing.
+        is_quick: time single calls and small matrices, to try the benchmark itself.
         report: called with each step's description.
     """
     published = TOP1 if setting.size == (224, 224) and not setting.is_dense else {}
@@ -163,8 +154,8 @@ def measure_table(
             except Exception as error:
                 row.failure = reason(error)
             _release(setting.device)
-        report(f"timing {len(ready)} subjects, {method.rounds} rounds")
-        _time(table, ready, setting, method)
+        report(f"timing {len(ready)} subjects, {rounds} rounds")
+        _time(table, ready, setting, rounds, is_quick)
     ready.clear()
     torch.compiler.reset()  # otherwise, only the first few networks of a class are compiled
     _release(setting.device)
@@ -218,15 +209,15 @@ def matrix_product(dtype: torch.dtype, device: torch.device, is_quick: bool) -> 
     return partial(torch.matmul, a, b, out=torch.empty_like(a)), side**3
 
 
-def _time(table: Table, ready: dict[Subject, Ready], setting: Setting, method: Method) -> None:
+def _time(table: Table, ready: dict[Subject, Ready], setting: Setting, rounds: int, is_quick: bool) -> None:
     """Time the ready subjects and a large matrix product, and fill the rows."""
     calls: dict[Subject | str, Callable[[], object]] = {}
     for subject, entry in ready.items():
         calls[subject] = partial(_waited, entry.call, setting.device) if table.measure == "latency" else entry.call
     dtype, products = DTYPES[table.number_format], 0
     if dtype is not None:
-        calls[MATRIX_PRODUCT], products = matrix_product(dtype, setting.device, method.is_quick)
-    seconds, errors = interleave(calls, setting.device, method.rounds, method.min_seconds)
+        calls[MATRIX_PRODUCT], products = matrix_product(dtype, setting.device, is_quick)
+    seconds, errors = interleave(calls, setting.device, rounds, 0.0 if is_quick else MIN_SECONDS)
     table.rates = [products / value for value in seconds.get(MATRIX_PRODUCT, [])]
     for row in table.rows:
         if row.subject in ready:

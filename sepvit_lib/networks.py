@@ -39,8 +39,11 @@ def create_network(
             with a message.
 
     Raises:
-        UserError: timm cannot build the network with these settings, or it does not support the image size or a rate.
+        UserError: timm does not have the network or cannot build it with these settings, or it does not support the
+            image size or a rate.
     """
+    if not timm.is_model(name):
+        raise UserError(f"{what}: timm has no such model; choose {', '.join(VARIANTS)}, or one of timm.list_models()")
     rates = rates or {}
     build = partial(timm.create_model, name, num_classes=num_classes, **(model_kwargs or {}))
     if get_pretrained_cfg_value(name, "fixed_input_size"):

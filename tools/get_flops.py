@@ -14,7 +14,6 @@ import argparse
 import sys
 from typing import Any
 
-import timm
 import torch
 from timm.layers import to_2tuple
 from torch import nn
@@ -53,11 +52,6 @@ def build_network(
     """
     if is_dense and model not in sepvit.VARIANTS:
         raise UserError(f"--dense --model {model}: only SepViT has this form; choose from {', '.join(sepvit.VARIANTS)}")
-    if not timm.is_model(model):
-        raise UserError(
-            f"--model {model}: timm has no such model; choose from {', '.join(sepvit.VARIANTS)}, or from "
-            "timm.list_models()"
-        )
     if is_dense:
         return sepvit.create_dense(model, **(model_kwargs or {})).eval()
     network: nn.Module = create_network(f"--model {model}", model, CLASSES, size, model_kwargs=model_kwargs)

@@ -310,13 +310,9 @@ def attributed(scene: Scene) -> Drawings | str:
     return {"attribution": draw}
 
 
-KINDS: Mapping[str, Callable[[Scene], Drawings | str]] = {
-    "among": among,
-    "inside": inside,
-    "tokens": tokens,
-    "features": features,
-    "attribution": attributed,
-}
+KINDS: Mapping[str, Callable[[Scene], Drawings | str]] = dict(
+    among=among, inside=inside, tokens=tokens, features=features, attribution=attributed
+)
 
 
 def plan(scene: Scene, args: argparse.Namespace) -> Iterator[tuple[Path, Callable[[], Figure]]]:

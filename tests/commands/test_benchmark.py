@@ -16,12 +16,12 @@ import sepvit
 from benchmarks import benchmark, input_pipeline, subjects
 from benchmarks.port import Port
 from benchmarks.record import Record, panels_of, picture
-from benchmarks.rounds import interleave, ratio
 from benchmarks.subjects import Setting, Subject, not_offered
-from benchmarks.tables import TOLERANCES, Method, Row, Table, compare, measure_table
+from benchmarks.tables import TOLERANCES, Row, Table, compare, measure_table
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.common.machine import device_name
 from sepvit_lib.count import peak_memory
+from sepvit_lib.rounds import interleave, ratio
 
 CPU = torch.device("cpu")
 
@@ -152,7 +152,7 @@ def measured(forms, setting, number_format="float32", peers=()):
     table = table_of(setting.measure, number_format, setting.batch_size)
     rows = [Subject("SepViT_Lite", form, number_format) for form in forms]
     rows += [Subject(peer, "eager", number_format) for peer in peers]
-    measure_table(table, rows, setting, Method(2, 0.0, is_quick=True), lambda text: None)
+    measure_table(table, rows, setting, 2, True, lambda text: None)
     assert [row.subject for row in table.rows] == rows
     return table.rows
 
@@ -366,7 +366,7 @@ def test_input_pipeline(tmp_path, capsys):
 
 def test_mistakes_of_the_input_pipeline(few_digits, tmp_path, capsys):
     for arguments, expected in (
-        ([], "pass either --data-path"),
+        ([], "--data-path --synthetic"),
         (["--data-path", few_digits, "--images", 40], "--batch-size 64"),
         (["--data-path", tmp_path], "no train/ folder"),
         (["--synthetic", "9"], "--synthetic"),

@@ -1,24 +1,22 @@
 """Compare and time a classifier's checkpoint and its exported files: the rows of export.py's table."""
 
 import math
-import platform
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from sepvit_lib.common.devices import available_cores
+from sepvit_lib.common.machine import describe
 from sepvit_lib.inference.classifier import Classifier
+from sepvit_lib.rounds import interleave, ratio
 from tools.exporting.data import BATCH_SIZE, Images, correct
 
 CHECKPOINT = "checkpoint"  # the form with which others are compared: PyTorch in eager mode, float32
 MIN_SECONDS = 0.3  # per timing: at first, the previous runtime's threads still occupy cores
+CPU = torch.device("cpu")
 HEADER = ("form", "file", "MB", "largest difference", "{}, %", "latency, ms", "ratio", "images/s", "ratio")
 
 
@@ -79,26 +77,9 @@ def time_forms(forms: Mapping[str, Form], images: Images, rounds: int) -> None:
             name: partial(form.classifier.logits, [form.classifier.prepare(image) for image in chosen])
             for name, form in forms.items()
         }
-        for name, seconds in time_calls(calls, rounds).items():
-            forms[name].seconds[size] = seconds
-
-
-def time_calls(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round. Calls are interleaved, so that drift of the machine affects all equally."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(1 + rounds):  # the first warms up
-        for name, call in calls.items():
-            start, count, elapsed = time.perf_counter(), 0, 0.0
-            while elapsed < MIN_SECONDS:
-                call()
-                count, elapsed = count + 1, time.perf_counter() - start
-            seconds[name].append(elapsed / count)
-    return {name: times[1:] for name, times in seconds.items()}
-
-
-def speed(reference: Sequence[float], seconds: Sequence[float]) -> float:
-    """Speed-up over the reference, as the median over the rounds."""
-    return statistics.median(a / b for a, b in zip(reference, seconds))
+        seconds, _ = interleave(calls, CPU, rounds, MIN_SECONDS)
+        for name, times in seconds.items():
+            forms[name].seconds[size] = times
 
 
 def report(forms: Mapping[str, Form], failures: Mapping[str, str], images: Images, notes: Sequence[str]) -> str:
@@ -110,9 +91,10 @@ def report(forms: Mapping[str, Form], failures: Mapping[str, str], images: Image
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, tuple("-" * width for width in widths))
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    machine = ", ".join(f"{name} {value}" for name, value in describe(CPU).items())
     compared = f" and {images.metric}" if images.labels else ""
     paragraphs = [
-        f"{description.model}, {len(description.classes)} classes, {height} × {width} pixels, {machine()}.",
+        f"{description.model}, {len(description.classes)} classes, {height} × {width} pixels. Machine: {machine}.",
         f"Differences of the logits{compared}: on {images.source}. Speed: medians of "
         f"{len(forms[CHECKPOINT].seconds[1])} interleaved rounds, one image and batches of {BATCH_SIZE}; ratios to the "
         "checkpoint in eager mode.",
@@ -120,15 +102,6 @@ def report(forms: Mapping[str, Form], failures: Mapping[str, str], images: Image
         *(f"Not made: {name}: {why}" for name, why in failures.items()),
     ]
     return "\n\n".join(["\n".join(lines), *paragraphs]) + "\n"
-
-
-def machine() -> str:
-    """Describe the processor and the versions of the runtimes."""
-    described = [f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, {available_cores()} cores"]
-    for package in ("torch", "onnxruntime", "openvino"):
-        with suppress(PackageNotFoundError):
-            described.append(f"{package} {version(package)}")
-    return ", ".join(described)
 
 
 def _row(name: str, form: Form, reference: Form) -> tuple[str, ...]:
@@ -140,7 +113,7 @@ def _row(name: str, form: Form, reference: Form) -> tuple[str, ...]:
         "" if name == CHECKPOINT else f"{form.difference:.1e}",
         "" if form.top1 is None else f"{form.top1:.2f}",
         f"{1000 * statistics.median(one):.1f}",
-        f"{speed(reference.seconds[1], one):.2f}",
+        f"{ratio(reference.seconds[1], one).median:.2f}",
         f"{BATCH_SIZE / statistics.median(batch):.1f}",
-        f"{speed(reference.seconds[BATCH_SIZE], batch):.2f}",
+        f"{ratio(reference.seconds[BATCH_SIZE], batch).median:.2f}",
     )

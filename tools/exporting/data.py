@@ -26,17 +26,10 @@ BATCH_SIZE = 8
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # bundled with scikit-image
 
 # Settings of the training run that choose its images.
-OF_DATA = {
-    "val_fraction",
-    "split_seed",
-    "path_column",
-    "label_column",
-    "split_column",
-    "group_column",
-    "weight_column",
-    "multi_label",
-    "ignore_classes",
-}
+OF_DATA = set(
+    "val_fraction split_seed path_column label_column split_column group_column weight_column multi_label "
+    "ignore_classes".split()
+)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from sepvit_lib.common.packages import require
 from sepvit_lib.common.storage import make_folder
 from sepvit_lib.inference.backbones import Backbone, load_backbone
 from sepvit_lib.inference.exported import kind_of, open_onnx
-from tools.exporting.comparison import speed, time_calls
+from sepvit_lib.rounds import interleave, ratio
+from tools.exporting.comparison import CPU, MIN_SECONDS
 from tools.exporting.writers import MAX_DIFFERENCE, export_onnx
 
 STRIDE = 32
@@ -76,6 +77,7 @@ def compare(backbone: Backbone, file: Path, rounds: int) -> None:
             if not difference < MAX_DIFFERENCE:
                 raise UserError(f"--formats onnx: its maps differ by {difference:.1e}, more than {MAX_DIFFERENCE:g}")
         images = torch.randn(TIMED)
-        times = time_calls({"ONNX": lambda: run(images), "eager": lambda: backbone.network(images)}, rounds)
-    ratio = speed(times["eager"], times["ONNX"])
-    print(f"  {TIMED[2]} × {TIMED[3]} in ONNX Runtime: {ratio:.2f} × the speed of PyTorch in eager mode")
+        calls = {"ONNX": lambda: run(images), "eager": lambda: backbone.network(images)}
+        times, _ = interleave(calls, CPU, rounds, MIN_SECONDS)
+    speed = ratio(times["eager"], times["ONNX"]).median
+    print(f"  {TIMED[2]} × {TIMED[3]} in ONNX Runtime: {speed:.2f} × the speed of PyTorch in eager mode")

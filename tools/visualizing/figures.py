@@ -1,6 +1,6 @@
 """The matplotlib figures of visualize.py. The panels of a figure share one colour scale."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -258,44 +258,25 @@ def among_figure(subject: Subject, blocks: Sequence[BlockAttention], through: Ro
     return figure
 
 
-def heads_figure(
-    subject: Subject, count: int, title: str, show: Callable[[Axes, int | None], None], first: Callable[[Axes], None]
-) -> tuple[Figure, Grid]:
-    """Make a figure with an image, the mean over heads, and each head.
-
-    Args:
-        subject: see `Subject`.
-        count: number of heads.
-        title: the figure's title.
-        show: draws a head by its index, or the mean for None.
-        first: draws the first panel.
-    """
-    columns, side = (LARGE_HEADS, LARGE_PANEL) if subject.pixel is None else (HEADS, PANEL)
-    shown = [None, *range(count)] if count > 1 else [0]
-    figure, grid = panels(*chunks(len(shown) + 1, columns + 2), subject.image.shape, title, side)
-    axes = [axes for row in grid for axes in row]
-    first(axes[0])
-    for head, panel in zip(shown, axes[1:]):
-        show(panel, head)
-    return figure, grid
-
-
 def named(head: int | None) -> str:
     """Title of a head's panel."""
     return "mean over heads" if head is None else f"head {head}"
 
 
 def among_heads_figure(subject: Subject, block: BlockAttention) -> Figure:
-    """Attention among the windows of one block, by head."""
+    """Attention among the windows of one block: the mean over heads, and each head."""
     among = block.among
     assert among is not None  # only blocks with several windows are drawn
-
-    def show(axes: Axes, head: int | None) -> None:
-        weights = block.among_mean()[0] if head is None else among[0, head]
-        show_among(axes, weights, block, subject, block, named(head))
-
+    columns, side = (LARGE_HEADS, LARGE_PANEL) if subject.pixel is None else (HEADS, PANEL)
+    count = among.shape[1]
+    heads = [None, *range(count)] if count > 1 else [0]
     title = f"{subject.title}\n{block_name(block)}: windows that {attending(subject)}"
-    figure, grid = heads_figure(subject, among.shape[1], title, show, lambda axes: show_input(axes, subject, block))
+    figure, grid = panels(*chunks(len(heads) + 1, columns + 2), subject.image.shape, title, side)
+    axes = [axes for row in grid for axes in row]
+    show_input(axes[0], subject, block)
+    for head, panel in zip(heads, axes[1:]):
+        weights = block.among_mean()[0] if head is None else among[0, head]
+        show_among(panel, weights, block, subject, block, named(head))
     among_bar(figure, grid, subject)
     return figure
 
