@@ -35,12 +35,11 @@ class SepViTBackbone(SepViTDense):
             including their patch embeddings.
         init_cfg: `dict(type='Pretrained', checkpoint=PATH)`, or any other mmengine initialisation. None keeps
             random weights.
-        pretrained: path of a checkpoint to load; a short form of `init_cfg`.
+        pretrained: path of a checkpoint to load, instead of `init_cfg`.
         **kwargs: arguments of `sepvit.SepViTStages`.
 
     Raises:
-        ValueError: a stage does not exist, `drop_path_rate` is out of range, or `init_cfg` has no type or is combined
-            with `pretrained`.
+        ValueError: a stage does not exist, or `drop_path_rate` is out of range.
     """
 
     variant: str
@@ -60,11 +59,8 @@ class SepViTBackbone(SepViTDense):
         super().__init__(out_indices, drop_path_rate=drop_path_rate, **{**VARIANTS[self.variant], **kwargs})
         if not -1 <= frozen_stages <= len(self.blocks):
             raise ValueError(f"frozen_stages={frozen_stages}: choose from -1 (none) to {len(self.blocks)} (all)")
-        if init_cfg and pretrained:
-            raise ValueError(f"pretrained={pretrained!r} and init_cfg={init_cfg}: choose one")
-        if isinstance(init_cfg, dict) and "type" not in init_cfg:
-            raise ValueError(f"init_cfg={init_cfg} has no type; to load weights, set pretrained=PATH")
-        self.init_cfg = dict(type="Pretrained", checkpoint=pretrained) if pretrained else init_cfg
+        settings = dict(checkpoint=pretrained) if pretrained else init_cfg
+        self.init_cfg = {"type": "Pretrained", **settings} if isinstance(settings, dict) else settings
         self.set_grad_checkpointing(with_cp)
         self.freeze_stages(frozen_stages)
 

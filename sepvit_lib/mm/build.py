@@ -1,7 +1,6 @@
 """Build models from a config. Check its required parts and the weights, and report library errors in one line."""
 
 import copy
-import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
 from torch import nn
 
 from sepvit_lib.common import errors
 from sepvit_lib.common.errors import OneLineError, Preempted, UserError
 from sepvit_lib.mm.config_lookup import heads_of
-from sepvit_lib.mm.console import quiet, without_noise
+from sepvit_lib.mm.console import log_files, quiet, without_noise
 from sepvit_lib.mm.runner import VARIANT_HINT, unwrapped
 from sepvit_lib.run.checkpoints import load_weights, weights_of
 
@@ -89,9 +87,7 @@ def build_errors(where: str, is_built: Callable[[], bool] = lambda: False) -> It
             raise
         last, found = traceback.extract_tb(error.__traceback__)[-1], ""
         text = f"{type(error).__name__}: {' '.join(str(error).split()) or last.line}"
-        handlers = MMLogger.get_current_instance().handlers
-        logs = [Path(one.baseFilename) for one in handlers if isinstance(one, logging.FileHandler)]
-        for log in filter(Path.is_file, logs):
+        for log in filter(Path.is_file, log_files()):
             with log.open("a", encoding="utf-8") as file:
                 file.write("".join(traceback.format_exception(error)))
             found = f"; the traceback is in {log}"

@@ -1,6 +1,5 @@
 """Check that a config's data sets, heads and checkpoint agree on the classes."""
 
-import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,8 +22,6 @@ from sepvit_lib.mm.config_lookup import (
     stated_classes,
     step_name,
 )
-
-OF_LABELLED = ("img_suffix", "seg_map_suffix", "reduce_zero_label")  # settings of mmseg's data sets
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -55,11 +52,6 @@ def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
         _check_top(cfg, loader)
     if names is None:
         return
-    if cfg.get("num_classes") not in (None, len(names)):
-        raise UserError(
-            f"num_classes={cfg.num_classes} at the top of the config: the data set has {len(names)} classes, "
-            f"{listed(names)}; set it in each head, and correct or remove the one at the top"
-        )
     for key, head in heads_of(cfg):
         if head.get("num_classes", len(names)) != len(names):
             raise UserError(
@@ -96,15 +88,13 @@ def _check_top(cfg: Config, loader: str) -> None:
     """
     sets = [*data_sets(cfg, loader)]
     classes = [tuple(classes_of(node, kind) or ()) for node, kind in sets]
-    labelled = [(node, kind) for node, kind in sets if is_kind(kind, SEGMENTATION)]
     stated: tuple[tuple[str, Any, list[Any]], ...] = (
         ("data_root", _root_of(cfg), [_root_of(node) for node, _ in sets]),
         ("metainfo", stated_classes(cfg), classes),
         ("classes", tuple(cfg.get("classes") or ()), classes),
-        *((name, cfg.get(name), [_setting_of(*one, name) for one in labelled]) for name in OF_LABELLED),
     )
     for name, value, held in stated:
-        if held and value not in (None, "", ()) and value not in held:
+        if held and value and value not in held:
             raise UserError(
                 f"{name} at the top of the config is {value!r}, but {loader}.dataset has {held[0]!r}; "
                 "top-level values are not copied; set it in each data set, and the same at the top"
@@ -113,12 +103,6 @@ def _check_top(cfg: Config, loader: str) -> None:
 
 def _root_of(node: Any) -> str:
     return str(node.get("data_root") or "").rstrip("/")
-
-
-def _setting_of(node: Mapping[str, Any], kind: Any, name: str) -> Any:
-    """Return a data set's setting, or its default in the constructor of the data set's class or a base class."""
-    signatures = (inspect.signature(one).parameters for one in kind.__mro__ if "__init__" in vars(one))
-    return node.get(name, next((found[name].default for found in signatures if name in found), None))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

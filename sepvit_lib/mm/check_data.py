@@ -26,6 +26,7 @@ from sepvit_lib.mm.config_lookup import (
     classes_of,
     data_sets,
     dicts,
+    folders_of,
     has_step,
     is_elsewhere,
     is_kind,
@@ -129,8 +130,8 @@ def check_paths(part: str, node: Mapping[str, Any]) -> None:
         UserError: a folder or the file is missing.
     """
     root, listing = node.get("data_root") or "", node.get("ann_file") or ""
-    prefixes = [os.path.join(root, value) for value in (node.get("data_prefix") or {}).values() if value]
-    problems = {folder: "no such folder" for folder in [root, *prefixes] if folder and not os.path.isdir(folder)}
+    folders = [root, *folders_of(node)]
+    problems = {folder: "no such folder" for folder in folders if folder and not os.path.isdir(folder)}
     if listing and not os.path.exists(path := os.path.join(root, listing)):
         problems[path] = "no such file"
     for missing, problem in problems.items():

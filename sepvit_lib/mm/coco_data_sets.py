@@ -14,7 +14,7 @@ from mmdet.registry import DATASETS, METRICS, TRANSFORMS
 from mmengine.fileio import get_local_path
 from pycocotools import mask as masks
 
-from sepvit_lib.common.class_names import canonical, listed
+from sepvit_lib.common.class_names import canonical
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.mm.check_data import has_finite_box, has_usable_mask, is_finite, sound_polygons
 from sepvit_lib.pipeline.unreadable import UnreadableImageError
@@ -57,17 +57,10 @@ class CompleteCOCO(COCO):
     def get_cat_ids(
         self, cat_names: Sequence[str] = (), sup_names: Sequence[str] = (), cat_ids: Sequence[int] = ()
     ) -> list[int]:
-        """Return the ids of categories in the order of the given names, which is the order of the labels.
-
-        Raises:
-            UserError: no category has one of the names.
-        """
+        """Return the ids of categories in the order of the given names, which is the order of the labels."""
         if not cat_names:
             return super().get_cat_ids(cat_names, sup_names, cat_ids)
         ids = {canonical(category["name"]): category["id"] for category in self.dataset["categories"]}
-        if missing := [name for name in cat_names if canonical(name) not in ids]:
-            hint = "set metainfo = dict(classes=…) to names of categories"
-            raise UserError(f"classes {listed(cat_names)}: no category is named {listed(missing)}; {hint}")
         return [ids[canonical(name)] for name in cat_names]
 
     def ignore_objects_without_mask(self) -> None:

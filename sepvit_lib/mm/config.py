@@ -2,8 +2,6 @@
 
 import argparse
 import os
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,8 @@ from sepvit_lib.mm.mmengine_private import read_checkpoint
 from sepvit_lib.mm.runner import VARIANT_HINT
 from sepvit_lib.run.checkpoints import weights_of, wrong_variant
 
-OWN_DATA_SETS = dict(
-    mmseg="sepvit_lib.mm.ade_data_sets", mmdet="sepvit_lib.mm.coco_data_sets"
-)  # by library: the module that adapts its data sets
-# Configs of earlier runs import these modules from `dense` or `sepvit_lib.dense`. Old name: new name.
-FORMER_MODULES = dict(backbone="backbone", coco="coco_data_sets", labelled="ade_data_sets", loading="image_loading")
-FORMER_MODULE = re.compile(rf"^(?:sepvit_lib\.)?dense\.({'|'.join(FORMER_MODULES)})\b")
+# By library: the module that adapts its data sets.
+OWN_DATA_SETS = dict(mmseg="sepvit_lib.mm.ade_data_sets", mmdet="sepvit_lib.mm.coco_data_sets")
 
 
 def build_parser(description: str | None, launchers: bool = True) -> Parser:
@@ -72,7 +66,6 @@ def read_config(args: argparse.Namespace) -> Config:
     merge_options(cfg, options)
     if not isinstance(cfg.get("model"), dict) or not isinstance(cfg.model.get("backbone"), dict):
         raise UserError(f"{where}: not a segmentor or detector config (no model.backbone)")
-    _complete_pretrained(cfg, options)
     for node in dicts(cfg):
         if cfg.get("orientation") and step_name(node) in LOADS_IMAGES:
             node.setdefault("orientation", cfg.orientation)
@@ -95,9 +88,6 @@ def _read_file(path: str, where: str) -> Config:
     try:
         with without_noise():
             cfg = Config.fromfile(path, import_custom_modules=False)
-            for node in dicts(cfg):
-                for key in node.keys() & {"type", "imports"}:
-                    node[key] = _renamed(node[key])
             import_modules_from_strings(**cfg.get("custom_imports", {"imports": None}))
             return _unformatted(cfg)
     except Exception as error:  # a config is a program, which may raise anything
@@ -113,15 +103,6 @@ def _unformatted(cfg: Config) -> Config:
     return Config(values, text, cfg.filename, env_variables=cfg.env_variables, format_python_code=False)
 
 
-def _renamed(names: Any) -> Any:
-    """Replace old module names, which the configs of earlier runs contain."""
-    if isinstance(names, list):
-        return [_renamed(name) for name in names]
-    if isinstance(names, str):
-        return FORMER_MODULE.sub(lambda match: f"sepvit_lib.mm.{FORMER_MODULES[match[1]]}", names)
-    return names
-
-
 def _enter_scope(cfg: Config) -> None:
     """Register the classes of the config's library, and make it mmengine's default scope."""
     scope = cfg.get("default_scope") or "mmengine"
@@ -129,16 +110,6 @@ def _enter_scope(cfg: Config) -> None:
         parts = ("datasets", "engine", "evaluation", "models", "visualization")
         import_quietly(*(f"{scope}.{part}" for part in parts), OWN_DATA_SETS[scope])
     init_default_scope(scope)
-
-
-def _complete_pretrained(cfg: Config, options: Mapping[str, Any]) -> None:
-    """Add a missing type to the backbone's `init_cfg`. A `pretrained` option replaces the whole `init_cfg`."""
-    backbone = cfg.model.backbone
-    settings = backbone.get("init_cfg")
-    if options.get("model.backbone.pretrained"):
-        backbone.pop("init_cfg", None)
-    elif isinstance(settings, dict) and "checkpoint" in settings:
-        settings.setdefault("type", "Pretrained")
 
 
 def drop_pretrained(cfg: Config) -> None:

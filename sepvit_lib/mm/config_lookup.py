@@ -87,14 +87,15 @@ def classes_of(node: Mapping[str, Any], kind: Any) -> tuple[str, ...] | None:
     return tuple(names) if names else None
 
 
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL, which mmengine's file clients read."""
-    return "://" in path
-
-
 def is_elsewhere(node: Mapping[str, Any]) -> bool:
     """Whether a data set's files may be in remote storage, where no files are checked."""
-    return is_remote(node.get("data_root") or "") or bool(node.get("backend_args"))
+    return "://" in (node.get("data_root") or "") or bool(node.get("backend_args"))
+
+
+def folders_of(node: Mapping[str, Any]) -> list[str]:
+    """Return the folders of a data set's images and labels."""
+    root, prefixes = node.get("data_root") or "", node.get("data_prefix") or {}
+    return [os.path.join(root, prefix) for prefix in prefixes.values() if prefix]
 
 
 def step_name(step: Mapping[str, Any]) -> str:

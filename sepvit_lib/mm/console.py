@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -101,6 +102,12 @@ def progress_bar(total: int, title: str) -> tqdm:
     layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
     shown = is_main_process() and sys.stdout.isatty()
     return tqdm(total=total, desc=title, bar_format=layout, file=sys.stdout, dynamic_ncols=True, disable=not shown)
+
+
+def log_files() -> list[Path]:
+    """Return the absolute paths of the files that mmengine's current logger writes."""
+    handlers = MMLogger.get_current_instance().handlers
+    return [Path(handler.baseFilename) for handler in handlers if isinstance(handler, logging.FileHandler)]
 
 
 class TestProgressHook(Hook):

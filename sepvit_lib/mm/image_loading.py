@@ -4,9 +4,6 @@
 the training loop counts and which aborts validation and tests.
 """
 
-import importlib
-import os
-import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from sepvit_lib.common.errors import MachineError, UserError
 from sepvit_lib.common.storage import is_storage_error, with_retries
-from sepvit_lib.mm.config_lookup import LOADERS, class_name, classes_of, data_sets, dicts, is_remote, resolve
+from sepvit_lib.mm.config_lookup import LOADERS, class_name, classes_of, data_sets, dicts, resolve
 from sepvit_lib.pipeline.image_files import EXIF, ORIENTATIONS, STORED, decode, open_image, orientation_of
 from sepvit_lib.pipeline.unreadable import UnreadableImageError
 
@@ -48,14 +45,8 @@ def read_or_name(path: str, kind: str, read: Callable[[], T]) -> T:
         UnreadableImageError: the file cannot be read. The message names the file.
     """
     folder = Path(path).parent
-
-    def read_regular() -> T:
-        if not is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError("not a regular file")  # a pipe or a device could block forever
-        return read()
-
     try:
-        return with_retries(read_regular, folder)
+        return with_retries(read, folder)
     except Exception as error:  # the type depends on the image format and on the damage
         plain = ValueError(NO_IMAGE) if isinstance(error, (AssertionError, UnidentifiedImageError)) else error
         raise UnreadableImageError.of(path, plain, is_storage_error(error, folder), kind) from None
@@ -269,7 +260,7 @@ class NamedSteps(BaseTransform):
 # Configs
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Registered names of the checked versions, by the library class that each replaces.
+# Registered names of the checked versions, by the library class that each replaces. `coco_data_sets` has mmdet's.
 REPLACED = {
     "mmcv.transforms.loading.LoadImageFromFile": "LoadReadableImage",
     "mmseg.datasets.transforms.loading.LoadAnnotations": "LoadReadableLabels",
@@ -277,7 +268,6 @@ REPLACED = {
     "mmdet.datasets.coco.CocoDataset": "CompleteCocoDataset",
     "mmdet.evaluation.metrics.coco_metric.CocoMetric": "CompleteCocoMetric",
 }
-OF_MMDET = {"LoadReadableInstances", "CompleteCocoDataset", "CompleteCocoMetric"}  # registered by coco_data_sets
 
 
 def use_checked_loading(cfg: Config) -> None:
@@ -295,8 +285,6 @@ def use_checked_loading(cfg: Config) -> None:
             _replace(node, registry)
     for node in dicts([cfg.get("val_evaluator"), cfg.get("test_evaluator")]):
         _replace(node, METRICS)
-    if any(node.get("type") in OF_MMDET for node in dicts(cfg)):
-        importlib.import_module("sepvit_lib.mm.coco_data_sets")
     head = cfg.model.get("module", cfg.model).get("decode_head") or {}
     ignored = (head[0] if isinstance(head, (list, tuple)) else head).get("ignore_index", 255)
     names: tuple[str, ...] | None = None

@@ -139,13 +139,10 @@ class Schedule:
     save_interval: int
     log_interval: int
 
-    def val_interval(self, done: int) -> int:
-        """Interval between validations after `done` epochs or iterations."""
-        return [interval for begin, interval in self.val_intervals if begin <= done + 1][-1]
-
     def validates(self, done: int) -> bool:
         """Whether validation is due after `done` epochs or iterations."""
-        return done >= self.val_begin and (done % self.val_interval(done) == 0 or done == self.length)
+        interval = [interval for begin, interval in self.val_intervals if begin <= done + 1][-1]
+        return done >= self.val_begin and (done % interval == 0 or done == self.length)
 
     def saves(self, done: int) -> bool:
         """Whether a checkpoint is due after `done` epochs or iterations."""

@@ -166,6 +166,9 @@ def read_schedule(cfg: Config) -> Schedule:
     for name, value in numbers:
         if not isinstance(value, (int, float)) or value < 1:
             raise UserError(f"{name}={value}: takes a number of at least 1; set it in the config")
+    read = {"type", "_scope_", "by_epoch", length, "val_begin", "val_interval", "dynamic_intervals"}
+    if unread := loop.keys() - read:
+        raise UserError(f"train_cfg.{min(unread)}: has no effect beside {length}; remove it")
     return Schedule(
         by_epoch=by_epoch,
         length=loop[length],
@@ -317,10 +320,6 @@ class TrainingRunner(DenseRunner):
         if source is None:
             super().load_or_resume()
         else:
-            if settings_in(source.checkpoint) and "reading" not in source.checkpoint:
-                print_main(
-                    f"checkpoint {source.path}: this run dropped transparency; images are now composited on white"
-                )
             self._compare(source)
             self.restore(source)
         described = describe_run(run.settings, self.data, self.device, PACKAGES)

@@ -205,8 +205,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, bytes], Any], str]] = {
     "missing": (lambda path, content: None, "No such file"),
     "empty": (lambda path, content: path.touch(), "not an image|OpenCV"),
     "truncated": (lambda path, content: path.write_bytes(content[: len(content) // 2]), "not an image|truncated"),
-    "folder": (lambda path, content: path.mkdir(), "not a regular file"),
-    "pipe": (lambda path, content: os.mkfifo(path), "not a regular file"),
+    "folder": (lambda path, content: path.mkdir(), "Is a directory"),
 }
 
 
@@ -414,23 +413,13 @@ def test_fingerprints_do_not_depend_on_the_place_of_the_data(base, originals, tm
 
 @pytest.mark.parametrize("base", [LABELLED, BOXED], ids=["segmentation", "detection"])
 def test_config_that_a_run_writes_is_read_again(base, originals, tmp_path):
-    """Also those of runs from the times when the package was named `dense` and `sepvit_lib.dense`."""
     cfg, _ = copied(originals[base], tmp_path)
     use_checked_loading(cfg)
-    for name in ("written", "sepvit_lib.dense", "dense"):
-        text = cfg.dump()
-        if name != "written":
-            text = text.replace("sepvit_lib.mm.image_loading", f"{name}.loading")
-            text = text.replace("sepvit_lib.mm.backbone", f"{name}.backbone")
-            text = text.replace("'LoadReada", f"'{name}.loading.LoadReada")
-            text = text.replace("'CompleteCocoD", f"'{name}.coco.CompleteCocoD")
-            text = text.replace(f"'{name}.loading.LoadReadableInst", f"'{name}.coco.LoadReadableInst")
-        (tmp_path / f"{name}.py").write_text(text)
-        again = read(tmp_path / f"{name}.py")
-        check_data(again, TRAIN, VAL)
-        assert built(again)[0]["inputs"].shape[0] == 3
-        assert again.custom_imports == cfg.custom_imports
-        assert name != "written" or again.to_dict() == cfg.to_dict()
+    (tmp_path / "written.py").write_text(cfg.dump())
+    again = read(tmp_path / "written.py")
+    check_data(again, TRAIN, VAL)
+    assert built(again)[0]["inputs"].shape[0] == 3
+    assert again.to_dict() == cfg.to_dict()
 
 
 def test_classes_of_the_data_set_limit_its_labels(segmentation):
@@ -514,13 +503,6 @@ UNFIT_LABELLED: list[tuple[Spoil, str]] = [
     ),
     (put("metainfo.classes", ("x", "y")), "metainfo at the top of the config is ('x', 'y'), but train_dataloader"),
     (put("classes", ("x", "y")), "classes at the top of the config is ('x', 'y'), but "),
-    (put("num_classes", 5), "num_classes=5 at the top of the config: the data set has 2 classes, ground, square; "),
-    (
-        put("img_suffix", ".png"),
-        "img_suffix at the top of the config is '.png', but train_dataloader.dataset has '.jpg",
-    ),
-    (put("seg_map_suffix", ".tif"), "seg_map_suffix at the top of the config is '.tif', but train_dataloader.dataset "),
-    (put("reduce_zero_label", False), "reduce_zero_label at the top of the config is False, but train_dataloader.data"),
     (put(f"{SET}.pipeline.0.orientation", "exif"), "train_dataloader exif, val_dataloader stored"),
 ]
 FILE = "train annotations {root}/annotations/instances_train2017.json: "
@@ -559,8 +541,6 @@ def test_unfit_data(task, spoil, words, request):
 def test_what_the_data_sets_share_may_stand_at_the_top(segmentation):
     """ADE20K's class has its own defaults."""
     cfg, _ = segmentation
-    cfg.merge_from_dict(dict(num_classes=2, img_suffix=".jpg", seg_map_suffix=".png", reduce_zero_label=True))
-    check_data(cfg, TRAIN, VAL)
     for place in (cfg, cfg[TRAIN].dataset, cfg[VAL].dataset):
         place.metainfo = dict(classes=("wall", "sky"))
     for node in (cfg[TRAIN].dataset, cfg[VAL].dataset):

@@ -26,13 +26,7 @@ from sepvit_lib.inference.images import PLACEHOLDER, Task, check_pictures, find_
 from sepvit_lib.mm.build import build_errors, build_model, check_test_parts, check_weights
 from sepvit_lib.mm.check_classes import classes_in
 from sepvit_lib.mm.check_data import unread
-from sepvit_lib.mm.config import (
-    build_parser,
-    drop_pretrained,
-    read_config,
-    read_model_checkpoint,
-    where_of,
-)
+from sepvit_lib.mm.config import build_parser, drop_pretrained, read_config, read_model_checkpoint, where_of
 from sepvit_lib.mm.config_lookup import classes_of, data_sets
 from sepvit_lib.mm.console import progress_bar
 from sepvit_lib.pipeline.image_files import orientation_for

@@ -24,7 +24,7 @@ from sepvit_lib.mm.config import (
     read_model_checkpoint,
     where_of,
 )
-from sepvit_lib.mm.config_lookup import LOADERS, data_sets, heads_of, is_elsewhere
+from sepvit_lib.mm.config_lookup import LOADERS, data_sets, folders_of, heads_of, is_elsewhere
 from sepvit_lib.mm.console import TestProgressHook
 from sepvit_lib.mm.runner import DenseRunner
 
@@ -139,12 +139,7 @@ def check_folders(cfg: Config, folders: Sequence[tuple[Path, str]]) -> None:
     """
     nodes = [node for loader in LOADERS for node, _ in data_sets(cfg, loader) if not is_elsewhere(node)]
     roots = {Path(node["data_root"]).resolve() for node in nodes if node.get("data_root")}
-    data = {
-        Path(node.get("data_root") or "", inner).resolve()
-        for node in nodes
-        for inner in (node.get("data_prefix") or {}).values()
-        if isinstance(inner, str) and inner
-    }
+    data = {Path(folder).resolve() for node in nodes for folder in folders_of(node)}
     for folder, what in folders:
         if folder.resolve() in roots or data & {folder.resolve(), *folder.resolve().parents}:
             problem = "contains images or labels that results would overwrite"

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import logging
 import os
 import re
 import shutil
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 
 from sepvit_lib.common.command_line import Parser, natural, number, path, positive_int, run_command, seconds
 from sepvit_lib.common.errors import Preempted, UserError
@@ -31,6 +29,7 @@ from sepvit_lib.mm.config import (
     where_of,
 )
 from sepvit_lib.mm.config_lookup import dicts
+from sepvit_lib.mm.console import log_files
 from sepvit_lib.mm.loops import DenseState, Schedule
 from sepvit_lib.mm.training_run import (
     ADVICE,
@@ -301,12 +300,7 @@ def own_folder(output: Output, config: str, preemption: Preemption) -> Iterator[
 
 def log_folders(folder: Path) -> list[Path]:
     """Folders directly in a work dir that contain this process's log files."""
-    files = [
-        handler.baseFilename
-        for handler in MMLogger.get_current_instance().handlers
-        if isinstance(handler, logging.FileHandler)
-    ]
-    return [path for path in (Path(file).parent for file in files) if path.parent == Path(os.path.abspath(folder))]
+    return [file.parent for file in log_files() if file.parent.parent == Path(os.path.abspath(folder))]
 
 
 def set_starting_point(cfg: Config, args: argparse.Namespace, source: Source | None) -> dict[str, dict[str, Any]]:
