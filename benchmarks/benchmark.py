@@ -10,7 +10,6 @@ and a picture. A table replaces an earlier table with the same settings.
 if not __package__:
     import _repository  # noqa: F401
 import argparse
-import functools
 import gc
 import hashlib
 import itertools
@@ -137,11 +136,10 @@ def main(args: argparse.Namespace) -> None:
         rounds=rounds,
         machine=describe(device),
     )
-    report = functools.partial(print, file=sys.stderr, flush=True)
     for table, setting in tables_of(args, run):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            measure_table(table, subjects_of(args, table.number_format), setting, rounds, args.quick, report)
+            measure_table(table, subjects_of(args, table.number_format), setting, rounds, args.quick)
         print(as_text(table), end="\n\n", flush=True)
         if any(row.seconds for row in table.rows):
             record.add(table)

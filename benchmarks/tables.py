@@ -3,6 +3,7 @@
 import functools
 import gc
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -114,15 +115,8 @@ class Table:
         return cls(**{**stored, "rows": [Row.from_dict(row) for row in stored["rows"]]})
 
 
-def measure_table(
-    table: Table,
-    subjects: Sequence[Subject],
-    setting: Setting,
-    rounds: int,
-    is_quick: bool,
-    report: Callable[[str], None],
-) -> None:
-    """Build, check and time subjects, and fill a table's rows.
+def measure_table(table: Table, subjects: Sequence[Subject], setting: Setting, rounds: int, is_quick: bool) -> None:
+    """Build, check and time subjects, and fill a table's rows. Prints each step to standard error.
 
     A subject that fails is reported in its row; the others continue.
 
@@ -132,8 +126,8 @@ def measure_table(
         setting: the setting that they share.
         rounds: rounds of timing.
         is_quick: time single calls and small matrices, to try the benchmark itself.
-        report: called with each step's description.
     """
+    report = partial(print, file=sys.stderr, flush=True)
     published = TOP1 if setting.size == (224, 224) and not setting.is_dense else {}
     table.rows = [Row(**asdict(subject), top1_published=published.get(subject.model)) for subject in subjects]
     references: dict[str, Tensor] = {}

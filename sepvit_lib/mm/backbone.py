@@ -59,7 +59,7 @@ class SepViTBackbone(SepViTDense):
         super().__init__(out_indices, drop_path_rate=drop_path_rate, **{**VARIANTS[self.variant], **kwargs})
         if not -1 <= frozen_stages <= len(self.blocks):
             raise ValueError(f"frozen_stages={frozen_stages}: choose from -1 (none) to {len(self.blocks)} (all)")
-        settings = dict(checkpoint=pretrained) if pretrained else init_cfg
+        settings = dict(checkpoint=pretrained) if pretrained else init_cfg or None
         self.init_cfg = {"type": "Pretrained", **settings} if isinstance(settings, dict) else settings
         self.set_grad_checkpointing(with_cp)
         self.freeze_stages(frozen_stages)

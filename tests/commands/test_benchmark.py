@@ -152,7 +152,7 @@ def measured(forms, setting, number_format="float32", peers=()):
     table = table_of(setting.measure, number_format, setting.batch_size)
     rows = [Subject("SepViT_Lite", form, number_format) for form in forms]
     rows += [Subject(peer, "eager", number_format) for peer in peers]
-    measure_table(table, rows, setting, 2, True, lambda text: None)
+    measure_table(table, rows, setting, 2, True)
     assert [row.subject for row in table.rows] == rows
     return table.rows
 
