@@ -92,8 +92,8 @@ def check_option(cfg: Config, key: str, value: Any) -> None:
 def is_read(node: Mapping[str, Any], parent: str, key: str) -> bool:
     """Whether something may read a key of a config dict.
 
-    Inside the config, only keys that look like a typo of a key present are refused. Classes themselves refuse arguments
-    that they do not have.
+    Inside the config, only typos of keys that are present are refused. Classes refuse other unknown arguments when they
+    are built.
 
     Args:
         node: the dict.
