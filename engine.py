@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from datasets import epoch_batches
 from sepvit_lib.common.devices import gpu_memory
 from sepvit_lib.common.errors import Preempted, UserError, setting
-from sepvit_lib.common.label_metrics import label_metrics
+from sepvit_lib.common.label_metrics import class_metrics, label_metrics
 from sepvit_lib.common.processes import (
     all_gather,
     all_reduce,
@@ -390,7 +390,8 @@ class ClassScores:
         if images == 0:
             return dict(images=0)
         stats = dict(images=images, loss=loss / images, acc1=100 * acc1 / images, acc5=100 * acc5 / images)
-        return stats | class_metrics(totals[4:].view(3, -1))
+        _, recall, f1 = class_metrics(*totals[4:].view(3, -1).cpu().numpy())
+        return stats | dict(balanced_accuracy=100 * float(np.nanmean(recall)), f1=100 * float(np.nanmean(f1)))
 
 
 @torch.no_grad()
@@ -460,20 +461,6 @@ def evaluate(
     shown = ", ".join(f"{label} {stats[name]:.3f} %" for name, label in names.items())
     print_main(f"{title}: {shown}, loss {stats['loss']:.4f}, {images_seen} images")
     return stats
-
-
-def class_metrics(classes: Tensor) -> dict[str, float]:
-    """Compute balanced accuracy and macro F1 (%).
-
-    Args:
-        classes: numbers of images, predictions and hits of each class, 3 × classes.
-    """
-    images, predictions, hits = classes
-    recall, f1 = hits[images > 0] / images[images > 0], 2 * hits / (images + predictions)
-    return {
-        "balanced_accuracy": 100 * recall.mean().item(),
-        "f1": 100 * f1[images + predictions > 0].mean().item(),
-    }
 
 
 def multi_label_metrics(rows: Rows) -> dict[str, float]:

@@ -1,7 +1,5 @@
 """The report of a segmentor, for test.py."""
 
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,7 @@ from mmengine.dist import collect_results
 from segmentation.drawing import DrawingHook, labels_in
 from sepvit_lib.mm.drawing import MIN_HEIGHT
 from sepvit_lib.mm.report import ReportHook
-from sepvit_lib.report.figures import confusion_matrix
-from sepvit_lib.report.html import MAX_CLASSES, SHOWN, Cell, Page, add_classes
+from sepvit_lib.report.html import Page, add_classes, add_confusions
 
 TILES = dict(mIoU="mean IoU", aAcc="pixel accuracy", mAcc="mean class accuracy")
 COLUMNS = {"IoU (%)": "IoU", "accuracy = recall (%)": "Acc", "precision (%)": "Precision", "Dice = F1 (%)": "Dice"}
@@ -61,7 +58,9 @@ class SegmentationReportHook(ReportHook):
         page.tiles([*tiles, ("images", str(len(images)), f"of {len(classes)} classes")])
         columns = {title: (100 * found[name]).tolist() for title, name in COLUMNS.items()}
         add_classes(page, {"class": classes, "pixels (%)": (100 * shares).tolist(), **columns}, "IoU (%)")
-        add_confusions(page, total, classes)
+        add_confusions(page, total, classes, "pixels")
+        lines = [("", *classes), *((name, *row) for name, row in zip(classes, total.tolist()))]
+        page.table("confusion_matrix", lines, [])
         means, accuracies = 100 * np.array(images).T
         worst = [index for index in np.argsort(means, kind="stable").tolist() if means[index] < 100]
         columns = {"mean IoU (%)": means.tolist(), "pixel accuracy (%)": accuracies.tolist()}
@@ -76,21 +75,3 @@ def measures(matrix: np.ndarray, metric: Any, *names: str) -> dict[str, np.ndarr
     areas = (hits, labels + predictions - hits, predictions, labels)
     found: dict[str, np.ndarray] = metric.total_area_to_metrics(*areas, list(names), metric.nan_to_num, metric.beta)
     return found
-
-
-def add_confusions(page: Page, matrix: np.ndarray, classes: Sequence[str]) -> None:
-    """Add a confusion matrix in pixels, C × C: as a picture, or for many classes, as the most frequent confusions."""
-    shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    pairs = np.argwhere(matrix * (1 - np.eye(len(classes), dtype=int)))
-    found = [(classes[a], classes[b], int(matrix[a, b]), float(shares[a, b])) for a, b in pairs]
-    lines: list[Sequence[Cell]] = [
-        ("label", "prediction", "pixels", "of the label's pixels (%)"),
-        *sorted(found, key=lambda row: -row[2]),
-    ]
-    is_large = len(classes) > MAX_CLASSES
-    page.text("Most frequent confusions" if is_large else "Confusions", "h2")
-    page.table("confusions", lines, lines[: SHOWN + 1] if is_large else [])
-    page.table("confusion_matrix", [("", *classes), *((name, *row) for name, row in zip(classes, matrix.tolist()))], [])
-    if not is_large:
-        draw = partial(confusion_matrix, shares.round().astype(int), classes)
-        page.figure("confusion_matrix", draw, "Confusion matrix, in percent of the pixels of each label")

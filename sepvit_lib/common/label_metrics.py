@@ -1,8 +1,20 @@
-"""Metrics of images with several labels."""
+"""Metrics of classes, and of images with several labels."""
 
 from collections.abc import Callable
 
 import numpy as np
+
+
+def class_metrics(images: np.ndarray, predictions: np.ndarray, hits: np.ndarray) -> np.ndarray:
+    """Compute precision, recall and F1 of each class, 3 × C, 0 to 1. Undefined values are NaN.
+
+    Args:
+        images: number of images of each class, C.
+        predictions: number of predictions of each class, C.
+        hits: number of correct predictions of each class, C.
+    """
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return np.stack([hits / predictions, hits / images, 2 * hits / (images + predictions)])
 
 
 def label_metrics(targets: np.ndarray, logits: np.ndarray) -> Callable[[np.ndarray], dict[str, float]]:

@@ -2,31 +2,32 @@
 
 import json
 import shlex
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import date
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 from torch.utils.data import IterableDataset
 
 from sepvit_lib.common.errors import UserError, setting, with_flags
 from sepvit_lib.common.storage import PAUSES
 from sepvit_lib.inference.attention import record_attention, rollout
-from sepvit_lib.inference.classifier import class_names
+from sepvit_lib.inference.classifier import THRESHOLD, class_names
 from sepvit_lib.inference.maps import heat_overlay
 from sepvit_lib.pipeline.corruptions import corruption_table
+from sepvit_lib.pipeline.data_sets.table import SEPARATOR
 from sepvit_lib.pipeline.image_files import as_picture
 from sepvit_lib.pipeline.samples import ImageData, read_sample
 from sepvit_lib.report import metrics
-from sepvit_lib.report.figures import confusion_matrix, unit_curves
-from sepvit_lib.report.html import MAX_CLASSES, SHOWN, Cell, Page, add_classes
+from sepvit_lib.report.figures import unit_curves
+from sepvit_lib.report.html import Page, add_classes, add_confusions
 from sepvit_lib.report.subject import Subject
 from sepvit_lib.run.output import LOG, PANELS, draw_corruptions, draw_curves, epoch_entries, read_log
 
@@ -34,7 +35,9 @@ COLUMNS = ("class", "training images", "images", "precision (%)", "recall (%)", 
 MAX_COLUMNS = 100  # classes with a column in images.csv
 MISTAKES = 12
 
-Rows = Sequence[tuple[np.ndarray, int]]  # logits and label of each image, in the order of the data set
+DIAGONAL = ((0.0, 0.0), (1.0, 1.0))
+
+Rows = Sequence[tuple[np.ndarray, Any]]  # logits and target of each image, as of `engine.evaluate`
 
 
 class Outputs:
@@ -46,42 +49,45 @@ class Outputs:
 
     Attributes:
         logits: N × C.
-        labels: N.
         probabilities: N × C.
-        predicted: N.
-        names: names of the images.
+        targets: whether an image has a label, N × C.
+        predicted: whether an image is predicted to have a label, N × C.
+        names: names of the images; "" in a stream, whose order is arbitrary.
         groups: group of each image; None if there are none.
         classes: names of the classes.
     """
 
     def __init__(self, rows: Rows, data: ImageData) -> None:
-        logits, labels = zip(*rows)
-        self.logits, self.labels = np.array(logits, dtype=np.float64), np.array(labels)
-        self.probabilities, self.predicted = softmax(self.logits, axis=1), self.logits.argmax(axis=1)
-        self.classes, self.groups = class_names(data.classes, data.num_classes), groups_of(data)
-        self.names = names_of(data, len(labels))
+        logits, targets = (np.array(column) for column in zip(*rows))
+        self.logits, self.classes = logits.astype(np.float64), class_names(data.classes, data.num_classes)
+        if targets.ndim == 2:  # several labels
+            self.probabilities, self.targets = expit(self.logits), targets.astype(bool)
+            self.predicted = self.probabilities >= THRESHOLD
+        else:
+            self.probabilities, indices = softmax(self.logits, axis=1), np.arange(data.num_classes)
+            self.targets, self.predicted = (part[:, None] == indices for part in (targets, logits.argmax(axis=1)))
+        name: Any = getattr(data.dataset, "inner_name", None) or getattr(data.dataset, "name", "".format)
+        self.names, groups = [name(index) for index in range(len(rows))], getattr(data.dataset, "groups", ())
+        self.groups: Sequence[str] | None = groups if len({*groups}) < len(groups) else None
 
-
-def names_of(data: ImageData, count: int) -> list[str]:
-    """Names of the first images; "" for those of a stream, whose order is arbitrary."""
-    name: Any = getattr(data.dataset, "inner_name", None) or getattr(data.dataset, "name", "".format)
-    return [name(index) for index in range(count)]
-
-
-def groups_of(data: ImageData) -> Sequence[str] | None:
-    """Group of each image; None if there are none."""
-    groups = getattr(data.dataset, "groups", ())
-    return groups if len({*groups}) < len(groups) else None
+    def texts(self) -> list[list[str]]:
+        """Labels of all images, and their predicted labels."""
+        return [
+            [SEPARATOR.join(compress(self.classes, row)) for row in mask] for mask in (self.targets, self.predicted)
+        ]
 
 
 def report(subject: Subject, rows: Rows) -> Page:
     """Make the report. Sections may be added to it before it is written."""
     outputs, page = Outputs(rows, subject.val), start(subject, len(rows))
-    values = _add_accuracy(page, outputs, subject.notes())
-    _add_classes(page, outputs, subject.train.label_counts() if subject.train else None)
-    if len(outputs.classes) == len({*outputs.labels}) == 2:
+    labels, predicted, count = outputs.targets.argmax(axis=1), outputs.predicted.argmax(axis=1), len(outputs.classes)
+    values = _add_accuracy(page, outputs, labels, predicted, subject.notes())
+    add_classes(page, class_columns(outputs, subject.train), "F1 (%)")
+    matrix = np.bincount(count * labels + predicted, minlength=count**2).reshape(count, count)
+    add_confusions(page, matrix, outputs.classes, "images")
+    if count == len({*labels}) == 2:
         values |= _add_curves(page, outputs)
-    values |= add_calibration(page, outputs.labels, outputs.logits, f"{predict_command(subject)} --temperature")
+    values |= add_calibration(page, labels, outputs.logits, f"{predict_command(subject)} --temperature")
     _add_images(page, outputs, subject)
     return finish(page, subject, values)
 
@@ -118,22 +124,22 @@ def add_corruptions(page: Page, top1: Mapping[str, Sequence[float]], clean: floa
     page.table("corruptions", corruption_table(top1, clean))
 
 
-def _add_accuracy(page: Page, outputs: Outputs, notes: Sequence[str]) -> dict[str, Any]:
+def _add_accuracy(
+    page: Page, outputs: Outputs, labels: np.ndarray, predicted: np.ndarray, notes: Sequence[str]
+) -> dict[str, Any]:
     """Add the headline figures. Returns them."""
-    labels, classes = outputs.labels, outputs.classes
-    compute, counts = partial(metrics.summary, labels, outputs.predicted, len(classes)), np.bincount(labels)
+    compute, counts = partial(metrics.summary, labels, predicted, len(outputs.classes)), outputs.targets.sum(axis=0)
     baseline = float(counts.max() / len(labels))
-    tiles = [("baseline", percent(baseline), f"always predicting {classes[counts.argmax()]}")]
-    tiles += [("images", str(len(labels)), f"of {len(classes)} classes")]
+    tiles = [("baseline", percent(baseline), f"always predicting {outputs.classes[counts.argmax()]}")]
+    tiles += [("images", str(len(labels)), f"of {len(outputs.classes)} classes")]
     texts = ("Balanced accuracy and macro F1 are means over the classes.",)
-    return dict(baseline=baseline) | add_headline(page, compute, len(labels), outputs.groups, tiles, texts, notes)
+    return dict(baseline=baseline) | add_headline(page, compute, outputs, tiles, texts, notes)
 
 
 def add_headline(
     page: Page,
-    compute: Callable[[np.ndarray], Mapping[str, float]],
-    images: int,
-    groups: Sequence[str] | None,
+    compute: metrics.Compute,
+    outputs: Outputs,
     tiles: Sequence[tuple[str, str, str]],
     texts: Sequence[str],
     notes: Sequence[str],
@@ -142,13 +148,13 @@ def add_headline(
 
     Args:
         page: the page.
-        compute: see `metrics.intervals`.
-        images: number of images.
-        groups: group of each image, None for none.
+        compute: see `metrics.Compute`.
+        outputs: the outputs.
         tiles: further figures; see `Page.tiles`.
         texts: explanations.
         notes: warnings.
     """
+    images, groups = len(outputs.names), outputs.groups
     values, ranges = compute(np.ones(images)), metrics.intervals(compute, images, groups)
     details = ("95 %: {:.1f} to {:.1f} %".format(*100 * ranges[name]) for name in values)
     page.tiles([*zip(values, map(percent, values.values()), details), *tiles])
@@ -163,44 +169,29 @@ def add_headline(
     return dict(images=images, **values, intervals=intervals, bootstrap=units, notes=notes)
 
 
-def _add_classes(page: Page, outputs: Outputs, train_counts: Counter[int] | None) -> None:
-    """Add the figures of each class, with its number of training images if known, and the confusions."""
-    labels, predicted, classes, count = outputs.labels, outputs.predicted, outputs.classes, len(outputs.classes)
-    found = metrics.per_class(labels, outputs.probabilities)
-    trained = [None if train_counts is None else train_counts[label] for label in range(count)]
-    precision, recall, f1, images, area = found.T
-    values = (
-        classes,
-        trained,
-        images.astype(int).tolist(),
-        *(100 * column for column in (precision, recall, f1, area)),
-    )
-    add_classes(page, dict(zip(COLUMNS, values)), "F1 (%)")
-    wrong = Counter((classes[a], classes[b]) for a, b in zip(labels, predicted) if a != b).most_common()
-    lines: list[Sequence[Cell]] = [("label", "prediction", "images"), *((*pair, number) for pair, number in wrong)]
-    is_large = count > MAX_CLASSES
-    if is_large:
-        page.text("Most frequent confusions", "h2")
-    else:
-        matrix = np.bincount(count * labels + predicted, minlength=count**2).reshape(count, count)
-        page.figure("confusion_matrix", partial(confusion_matrix, matrix, classes), "Confusion matrix, in images")
-    page.table("confusions", lines, lines[: SHOWN + 1] if is_large else [])
+def class_columns(outputs: Outputs, train: ImageData | None) -> dict[str, Sequence[Any]]:
+    """Figures of the classes, with their numbers of training images if known, by name of the column."""
+    counts, images = train.label_counts() if train else None, outputs.targets.sum(axis=0).tolist()
+    trained = [None if counts is None else counts[number] for number in range(len(images))]
+    shares = metrics.per_class(outputs.targets, outputs.predicted, outputs.probabilities)
+    return dict(zip(COLUMNS, (outputs.classes, trained, images, *100 * shares)))
 
 
 def _add_curves(page: Page, outputs: Outputs) -> dict[str, Any]:
     """Add the ROC and precision-recall curves of two classes. Returns the areas below them."""
-    counts = np.bincount(outputs.labels, minlength=2)
+    counts = outputs.targets.sum(axis=0)
     positive, share = int(counts[1] <= counts[0]), counts.min() / counts.sum()
-    labels, scores, name = outputs.labels == positive, outputs.probabilities[:, positive], outputs.classes[positive]
+    labels, scores, name = outputs.targets[:, positive], outputs.probabilities[:, positive], outputs.classes[positive]
     area, precision = float(roc_auc_score(labels, scores)), float(average_precision_score(labels, scores))
     page.text("ROC and precision-recall curves", "h2")
     page.text(f"The positive class is {name}, the rarer one. Dashed: images in random order.")
-    curve = {f"area {area:.3f}": roc_curve(labels, scores)[:2]}
-    draw = partial(unit_curves, curve, [(0, 0), (1, 1)], "false positive rate", "true positive rate")
-    page.figure("roc", draw, "ROC curve")
-    curve = {f"average precision {precision:.3f}": precision_recall_curve(labels, scores)[1::-1]}
-    draw = partial(unit_curves, curve, [(0, share), (1, share)], "recall", "precision")
-    page.figure("precision_recall", draw, "Precision-recall curve")
+    roc = {f"area {area:.3f}": roc_curve(labels, scores)[:2]}
+    page.figure("roc", lambda: unit_curves(roc, DIAGONAL, "false positive rate", "true positive rate"), "ROC curve")
+    curve, line = (
+        {f"average precision {precision:.3f}": precision_recall_curve(labels, scores)[1::-1]},
+        [(0, share), (1, share)],
+    )
+    page.figure("precision_recall", lambda: unit_curves(curve, line, "recall", "precision"), "Precision-recall curve")
     return dict(positive_class=name, roc_area=area, average_precision=precision)
 
 
@@ -227,35 +218,51 @@ def add_calibration(
         page.text(f"Temperature {temperature:.3f}, which minimises the log loss, changes it to {percent(scaled)}.")
         page.text("The temperature was chosen on these images, so expect a larger error on others. To apply it:")
         page.text(f"{command} {temperature:.3f}", "pre")
-    draw = partial(unit_curves, curves, [(0, 0), (1, 1)], "confidence (probability of the prediction)", "accuracy")
+    draw = partial(unit_curves, curves, DIAGONAL, "confidence (probability of the prediction)", "accuracy")
     page.figure("reliability", draw, "Reliability diagram. Dashed: perfect calibration")
     return values
 
 
 def _add_images(page: Page, outputs: Outputs, subject: Subject) -> None:
-    """Add the most confident mistakes, and the file of all images."""
-    classes, probabilities, is_correct = outputs.classes, outputs.probabilities, outputs.labels == outputs.predicted
-    names = ([classes[number] for number in numbers] for numbers in (outputs.labels, outputs.predicted))
-    columns: dict[str, Sequence[Any]] = dict(zip(("image", "label", "prediction"), (outputs.names, *names)))
-    columns |= dict(probability=probabilities.max(axis=1).tolist(), correct=is_correct.astype(int).tolist())
-    columns |= {"group": outputs.groups} if outputs.groups else {}
-    lines = [*zip(*columns.values(), *(probabilities.T.tolist() if len(classes) <= MAX_COLUMNS else ()))]
-    page.table("images", [(*columns, *classes[: len(lines[0]) - len(columns)]), *lines], [])
-    wrong = [index for index in np.argsort(-probabilities.max(axis=1), kind="stable").tolist() if not is_correct[index]]
-    captions = {n: [f"{lines[n][2]} {percent(lines[n][3])}; label: {lines[n][1]}", lines[n][0]] for n in wrong}
-    add_mistakes(page, subject, captions)
+    labels, predicted = outputs.texts()
+    top, is_correct = outputs.probabilities.max(axis=1).tolist(), (outputs.targets == outputs.predicted).all(axis=1)
+    columns = dict(label=labels, prediction=predicted, probability=top, correct=is_correct.astype(int).tolist())
+    captions = [f"{name} {percent(share)}; label: {label}" for name, share, label in zip(predicted, top, labels)]
+    add_images(page, subject, outputs, columns, top, captions)
 
 
-def add_mistakes(page: Page, subject: Subject, captions: Mapping[int, Sequence[str]]) -> None:
-    """Add pictures of the first mistakes, given the lines below each one; none for a stream, which has no indices."""
-    shown = list(captions)[:MISTAKES]
+def add_images(
+    page: Page,
+    subject: Subject,
+    outputs: Outputs,
+    columns: Mapping[str, Sequence[Any]],
+    confidence: Sequence[float],
+    captions: Sequence[str],
+) -> None:
+    """Add the file of all images, and pictures of the most confident mistakes; none in a stream, which has no indices.
+
+    Args:
+        page: the page.
+        subject: the evaluation.
+        outputs: the outputs.
+        columns: values of the images by name of the column.
+        confidence: confidence of each prediction.
+        captions: text below the picture of each image.
+    """
+    columns = {"image": outputs.names, **columns, **({"group": outputs.groups} if outputs.groups else {})}
+    header, values = [*columns], [*columns.values()]
+    if len(outputs.classes) <= MAX_COLUMNS:
+        header, values = [*header, *outputs.classes], [*values, *outputs.probabilities.T.tolist()]
+    page.table("images", [header, *zip(*values)], [])
+    is_wrong = (outputs.targets != outputs.predicted).any(axis=1)
+    shown = [n for n in np.argsort(np.negative(confidence), kind="stable").tolist() if is_wrong[n]][:MISTAKES]
     if shown and not isinstance(subject.val.dataset, IterableDataset):
         page.text("Most confident mistakes", "h2")
         page.text(
             "Left: what the network sees. Right, for SepViT: the attention rollout, averaged over the image. Yellow: "
             "ten times uniform attention or more. Dark blue: a tenth or less."
         )
-        page.pictures("mistakes", [(picture(subject, index), captions[index]) for index in shown])
+        page.pictures("mistakes", [(picture(subject, n), [captions[n], outputs.names[n]]) for n in shown])
 
 
 def picture(subject: Subject, index: int) -> Image.Image:

@@ -16,6 +16,7 @@ from PIL import Image
 from sepvit_lib.common.errors import one_line
 from sepvit_lib.common.storage import write_output
 from sepvit_lib.common.tables import as_csv
+from sepvit_lib.report.figures import confusion_matrix
 
 INK = "#010203"  # of text and axes in charts; replaced by the page's text colour, which depends on the reader's theme
 STYLE: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 9}
@@ -152,6 +153,28 @@ def add_classes(page: Page, columns: Mapping[str, Sequence[Any]], metric: str) -
     is_large, order = len(rows) > MAX_CLASSES, np.argsort(np.array(columns[metric], dtype=float), kind="stable")
     page.text(f"Classes with the lowest {metric}" if is_large else "Classes", "h2")
     page.table("classes", [[*columns], *rows], [[*columns], *([rows[n] for n in order[:SHOWN]] if is_large else rows)])
+
+
+def add_confusions(page: Page, matrix: np.ndarray, classes: Sequence[str], unit: str) -> None:
+    """Add a confusion matrix: as a picture, or for more than `MAX_CLASSES`, as the most frequent confusions.
+
+    Args:
+        page: the page.
+        matrix: numbers of images or pixels, C × C. Rows are labels.
+        classes: names of the classes.
+        unit: 'images', or 'pixels', of which the picture shows the percentages of each label.
+    """
+    shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    pairs = sorted(np.argwhere(matrix).tolist(), key=lambda pair: -matrix[*pair])
+    found = [(classes[a], classes[b], int(matrix[a, b]), float(shares[a, b])) for a, b in pairs if a != b]
+    lines: list[Sequence[Cell]] = [("label", "prediction", unit, f"of the label's {unit} (%)"), *found]
+    is_large = len(classes) > MAX_CLASSES
+    page.text("Most frequent confusions" if is_large else "Confusions", "h2")
+    page.table("confusions", lines, lines[: SHOWN + 1] if is_large else [])
+    if not is_large:
+        shown = shares.round().astype(int) if unit == "pixels" else matrix
+        scale = "percent of the pixels of each label" if unit == "pixels" else unit
+        page.figure("confusion_matrix", lambda: confusion_matrix(shown, classes), f"Confusion matrix, in {scale}")
 
 
 def _escaped(text: str) -> str:

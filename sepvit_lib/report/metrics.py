@@ -1,6 +1,6 @@
 """Figures that describe how good a classifier is, from its logits on labelled images. Pure functions of arrays.
 
-Shapes use N for images and C for classes. Each image has one label.
+Shapes use N for images and C for classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,43 +8,42 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
-from sklearn.metrics import average_precision_score, precision_recall_fscore_support
+from sklearn.metrics import average_precision_score
+
+from sepvit_lib.common.label_metrics import class_metrics
 
 RESAMPLES, SEED = 1000, 0  # of the bootstrap
 TAILS = (2.5, 97.5)  # percentiles at the ends of an interval
 BINS = 15  # of the confidence
 TEMPERATURES = (0.05, 20.0)  # that are tried
 
+# Function that computes metrics, 0 to 1, from the number of times that each image counts, N.
+Compute = Callable[[np.ndarray], Mapping[str, float]]
 
-def summary(
-    labels: np.ndarray, predicted: np.ndarray, num_classes: int, weights: np.ndarray | None = None
-) -> dict[str, float]:
+
+def summary(labels: np.ndarray, predicted: np.ndarray, num_classes: int, times: np.ndarray) -> dict[str, float]:
     """Compute accuracy, balanced accuracy (the mean of the classes' recalls) and macro F1, 0 to 1.
 
-    Classes that do not occur are not counted, as in `engine.evaluate`.
+    Each image has one label. Classes that do not occur are not counted, as in `engine.evaluate`.
 
     Args:
         labels: N.
         predicted: the predicted classes, N.
         num_classes: C.
-        weights: how often each image counts, N; once by default.
+        times: number of times that each image counts, N.
     """
-    ones = np.ones(len(labels)) if weights is None else weights
-    images, predictions = (np.bincount(index, ones, num_classes) for index in (labels, predicted))
-    hits = np.bincount(labels, ones * (labels == predicted), num_classes)
-    with np.errstate(invalid="ignore"):
-        recall, f1 = hits / images, 2 * hits / (images + predictions)
+    images, predictions = (np.bincount(index, times, num_classes) for index in (labels, predicted))
+    hits = np.bincount(labels, times * (labels == predicted), num_classes)
+    _, recall, f1 = class_metrics(images, predictions, hits)
     values = hits.sum() / images.sum(), np.nanmean(recall), np.nanmean(f1)
     return dict(zip(("accuracy", "balanced accuracy", "macro F1"), map(float, values)))
 
 
-def intervals(
-    compute: Callable[[np.ndarray], Mapping[str, float]], count: int, groups: Sequence[str] | None = None
-) -> dict[str, np.ndarray]:
+def intervals(compute: Compute, count: int, groups: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Compute 95 % bootstrap confidence intervals, low and high: of resampled images or groups.
 
     Args:
-        compute: computes metrics from the number of times that each image counts, N.
+        compute: see `Compute`.
         count: N.
         groups: group of each image; None to resample single images.
     """
@@ -55,20 +54,20 @@ def intervals(
     return {name: np.nanpercentile([sample[name] for sample in samples], TAILS) for name in samples[0]}
 
 
-def per_class(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Compute precision, recall, F1, number of images and average precision of each class, C × 5.
+def per_class(targets: np.ndarray, predicted: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Compute precision, recall, F1 and average precision of each class, 4 × C, 0 to 1.
 
     Undefined values are NaN: recall and average precision of a class without images, precision of one never predicted.
 
     Args:
-        labels: N.
-        probabilities: N × C.
+        targets: whether an image has a label, N × C.
+        predicted: whether an image is predicted to have a label, N × C.
+        scores: scores or probabilities, N × C.
     """
-    classes, predicted = range(probabilities.shape[1]), probabilities.argmax(axis=1)
-    values = precision_recall_fscore_support(labels, predicted, labels=classes, zero_division=np.nan)
-    masks = ((labels == label, probabilities[:, label]) for label in classes)
-    areas = [average_precision_score(mask, scores) if mask.any() else np.nan for mask, scores in masks]
-    return np.column_stack([*values, areas])
+    counts = (mask.sum(axis=0) for mask in (targets, predicted, targets & predicted))
+    pairs = zip(targets.T, scores.T)
+    areas = [average_precision_score(own, column) if own.any() else np.nan for own, column in pairs]
+    return np.vstack([class_metrics(*counts), areas])
 
 
 def reliability(labels: np.ndarray, probabilities: np.ndarray) -> tuple[float, np.ndarray]:

@@ -17,7 +17,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 import main
 import predict
-from engine import WeightedLoss, class_metrics
+from engine import ClassScores, WeightedLoss
 from samplers import TrainBatchSampler
 
 CPU = ["--device", "cpu", "--num_workers", "0"]
@@ -212,9 +212,9 @@ def test_streams_have_no_labels_to_balance(tmp_path, capsys):
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=60))
 def test_metrics_are_those_of_scikit_learn(pairs):
     images, predictions = zip(*pairs)
-    hits = [image for image, prediction in pairs if image == prediction]
-    classes = torch.stack([torch.tensor(labels).long().bincount(minlength=6) for labels in (images, predictions, hits)])
-    found = class_metrics(classes.double())
+    scores = ClassScores(6, torch.device("cpu"))
+    scores.add(F.one_hot(torch.tensor(predictions), 6).float(), torch.tensor(images))
+    found = scores.metrics(is_split=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about classes that do not occur
         expected = balanced_accuracy_score(images, predictions), f1_score(images, predictions, average="macro")

@@ -20,8 +20,7 @@ from pycocotools.cocoeval import COCOeval
 import detection.test
 import segmentation.test
 from detection.report import matches
-from segmentation.report import add_confusions
-from sepvit_lib.report.html import MAX_CLASSES, SHOWN, Page, add_classes
+from sepvit_lib.report.html import MAX_CLASSES, SHOWN, Page, add_classes, add_confusions
 
 MAIN = dict(segmentation=segmentation.test.main, detection=detection.test.main)
 OPTIONS = ["--cfg-options", *(f"{split}_dataloader.num_workers=0" for split in ("train", "val", "test"))]
@@ -194,7 +193,7 @@ def test_many_classes():
     names, page = [f"class {number}" for number in range(count)], Page("", "")
     add_classes(page, {"class": names, "IoU (%)": [*range(count, 1, -1), float("nan")]}, "IoU (%)")
     matrix = np.diag(np.full(count, 100)) + np.arange(count)[:, None]
-    add_confusions(page, matrix, names)
+    add_confusions(page, matrix, names, "pixels")
     html = "".join(page._parts)
     assert "confusion_matrix.png" not in page.files
     assert html.count("<tr>") == 2 * (SHOWN + 1)
