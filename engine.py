@@ -25,7 +25,6 @@ from sepvit_lib.common.processes import (
     broadcast,
     get_rank,
     get_world_size,
-    is_main_process,
     print_main,
 )
 from sepvit_lib.count import timed
@@ -132,27 +131,17 @@ class DistillationLoss(nn.Module):
 
     Args:
         base: loss on the labels.
-        teacher: the teacher, or None without distillation.
+        teacher: the teacher; not used without distillation.
         kind: 'none', 'soft' (KL divergence from the teacher's distribution) or 'hard' (cross entropy with the teacher's
             predicted classes).
         alpha: weight of the teacher's term; the labels' term has weight 1 - alpha.
         tau: temperature of soft distillation.
-
-    Raises:
-        ValueError: distillation without a teacher.
     """
 
     def __init__(
-        self,
-        base: nn.Module,
-        teacher: nn.Module | None = None,
-        kind: str = "none",
-        alpha: float = 0.5,
-        tau: float = 1.0,
+        self, base: nn.Module, teacher: Any = None, kind: str = "none", alpha: float = 0.5, tau: float = 1.0
     ) -> None:
         super().__init__()
-        if kind != "none" and teacher is None:
-            raise ValueError(f"kind={kind!r} needs a teacher")
         self.base = base
         self.teacher = teacher
         self.kind = kind
@@ -168,7 +157,7 @@ class DistillationLoss(nn.Module):
             targets: labels, B, or soft targets, B × classes.
         """
         loss = self.base(outputs, targets)
-        if self.kind == "none" or self.teacher is None:
+        if self.kind == "none":
             return loss
         with torch.no_grad():
             teacher_outputs = self.teacher(images)
@@ -307,21 +296,8 @@ def train_one_epoch(
 def _progress(training: Training, loader: DataLoader, settings: LoopSettings, watchdog: Watchdog) -> Progress:
     """Progress over the epoch's remaining batches."""
     batches = epoch_batches(loader, training.epoch, training.epoch_step, settings.accum_steps, watchdog.tick)
-    done = min(training.epoch_step * settings.accum_steps, len(loader))
-    return Progress(
-        batches,
-        f"epoch {training.epoch}",
-        settings.print_freq,
-        len(loader),
-        done=done,
-        later=settings.epochs - training.epoch - 1,
-        print_line=reporter(),
-    )
-
-
-def reporter() -> Callable[[str], None] | None:
-    """Function that reports progress: `print_main` on rank 0, None on other ranks."""
-    return print_main if is_main_process() else None
+    done, later = min(training.epoch_step * settings.accum_steps, len(loader)), settings.epochs - training.epoch - 1
+    return Progress(batches, f"epoch {training.epoch}", settings.print_freq, len(loader), done, later)
 
 
 def _refuse_skipped_epoch(training: Training, is_search: bool, epochs: int) -> None:
@@ -434,7 +410,7 @@ def evaluate(
     multi_label = getattr(loader.dataset, "multi_label", False)
     rows = [] if rows is None and multi_label else rows
     scores = ClassScores(0 if multi_label else getattr(model, "num_classes", 0), precision.device)
-    progress = Progress(loader, title, settings.print_freq, len(loader), print_line=None if quietly else reporter())
+    progress = Progress(loader, title, settings.print_freq, len(loader), quietly=quietly)
     for images, targets in progress:
         images, targets = precision.images(images), targets.to(precision.device, non_blocking=True)
         with precision.autocast():
@@ -501,7 +477,7 @@ def measure_throughput(
     images = precision.images(next(iter(loader))[0])
 
     def run(title: str, passes: int) -> None:
-        progress = Progress(range(passes), title, print_freq, passes, print_line=reporter())
+        progress = Progress(range(passes), title, print_freq, passes)
         for _ in progress:
             with precision.autocast():
                 model(images)

@@ -2,15 +2,17 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
 from tqdm import tqdm
 
+from sepvit_lib.common.processes import is_main_process, print_line
+
 
 class Progress:
-    """Iterate over batches and report progress: in a bar on a terminal, in regular lines elsewhere.
+    """Iterate over batches and report progress on rank 0: in a bar on a terminal, in regular lines elsewhere.
 
     Args:
         batches: the batches.
@@ -19,7 +21,7 @@ class Progress:
         total: number of batches in the whole loop; 0 if unknown.
         done: number of batches that were already done when the run resumed in this loop.
         later: number of epochs after this one, to estimate the run's remaining time.
-        print_line: prints a line; None on ranks that do not report.
+        quietly: report nothing.
     """
 
     def __init__(
@@ -30,7 +32,7 @@ class Progress:
         total: int,
         done: int = 0,
         later: int = 0,
-        print_line: Callable[[str], None] | None = print,
+        quietly: bool = False,
     ) -> None:
         self.batches = batches
         self.title = title
@@ -40,9 +42,9 @@ class Progress:
         self.images = 0
         self.done = self.before = done
         self.start = time.perf_counter()
-        self.print_line = print_line
+        self.reports = is_main_process() and not quietly
         self.bar: tqdm | None = None
-        if print_line is not None and sys.stdout.isatty():
+        if self.reports and sys.stdout.isatty():
             layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
             self.bar = tqdm(
                 total=self.total or None,
@@ -82,6 +84,6 @@ class Progress:
         text = ", ".join(f"{name} {value}" for name, value in values.items())
         if self.bar is not None:
             self.bar.set_postfix_str(text)
-        elif self.print_line is not None:
+        elif self.reports:
             position = f"{self.done:{len(str(self.total))}}/{self.total}" if self.total else str(self.done)
-            self.print_line(f"{self.title} [{position}] {text}")
+            print_line(f"{self.title} [{position}] {text}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sepvit_lib.common.errors import Preempted, UserError
-from sepvit_lib.common.processes import any_rank, broadcast, get_rank, get_world_size, is_main_process, print_main
+from sepvit_lib.common.processes import any_rank, broadcast, get_rank, get_world_size
 from sepvit_lib.common.progress import Progress
 from sepvit_lib.common.randomness import Stream, seed_everything
 from sepvit_lib.mm.seeded_samples import SeededBatches, seeded_loader
@@ -242,8 +242,7 @@ class TrainLoop(BaseLoop):
         self.batches.start_at(self.state.epoch, first)
         total = len(self.dataloader) if self.schedule.by_epoch else self.schedule.length
         title = f"epoch {self.state.epoch + 1}" if self.schedule.by_epoch else "iterations"
-        reporter = print_main if is_main_process() else None
-        self.progress = Progress(self.dataloader, title, self.schedule.log_interval, total, first, print_line=reporter)
+        self.progress = Progress(self.dataloader, title, self.schedule.log_interval, total, first)
         return iter(self.progress)
 
     def train_until_validation(self, batches: Iterator[Any]) -> None:
