@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from timm.task import TrainingTask
+from timm.task import DistillationTeacher, TrainingTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -188,39 +188,29 @@ class TaskLoss(nn.Module):
         return self.task(images, targets)["loss"]
 
 
-class Renormalised(nn.Module):
-    """Wrapper of a network for images whose normalisation differs from the one that the network expects.
+class Renormalised(DistillationTeacher):
+    """A teacher for images whose normalisation differs from the one that it expects.
 
     Args:
-        network: the network.
+        network: the teacher.
         given: normalisation of the images.
-        own: normalisation that the network expects.
+        own: normalisation that the teacher expects.
     """
 
     scale: Tensor
     shift: Tensor
 
     def __init__(self, network: nn.Module, given: Preprocessing, own: Preprocessing) -> None:
-        super().__init__()
-        self.network: Any = network
-        self.num_features: Any = getattr(network, "head_hidden_size", None) or getattr(network, "num_features", None)
+        super().__init__(network)
         mean, std, own_mean, own_std = (
             torch.tensor(values).view(-1, 1, 1) for values in (given.mean, given.std, own.mean, own.std)
         )
         self.register_buffer("scale", std / own_std)
         self.register_buffer("shift", (mean - own_mean) / own_std)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Compute the network's outputs for images, B × C × H × W."""
-        return self.network(images * self.scale + self.shift)
-
-    def forward_features(self, images: Tensor) -> Any:
-        """Compute the network's features, as in timm."""
-        return self.network.forward_features(images * self.scale + self.shift)
-
-    def forward_head(self, maps: Tensor, pre_logits: bool = False) -> Any:
-        """Compute pooled features or logits, as in timm."""
-        return self.network.forward_head(maps, pre_logits=pre_logits)
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        """Compute the teacher's logits or pooled features for images, B × C × H × W."""
+        return super().forward(images * self.scale + self.shift, return_features)
 
 
 def train_one_epoch(

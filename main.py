@@ -1058,7 +1058,7 @@ def build_criterion(
     settings = dict(criterion=base, task_loss_weight=1 - alpha, device=device, verbose=False)
     settings |= {} if kind == "feature" else dict(temperature=tau)
     try:
-        task: Any = TASKS[kind](model, DistillationTeacher(teacher), **settings)
+        task: Any = TASKS[kind](model, teacher, **settings)
     except ValueError as error:
         raise UserError(f"--distillation-type {kind}: {error}") from None
     task.student_mean = task.student_std = None  # the teacher itself changes the normalisation
@@ -1141,7 +1141,7 @@ def build_teacher(args: argparse.Namespace, train: ImageData, preprocessing: Pre
     if own.channels != preprocessing.channels:
         raise UserError(f"{what}: for {own.channels} channels, not {preprocessing.channels}; use another teacher")
     if (own.mean, own.std) == (preprocessing.mean, preprocessing.std):
-        return teacher
+        return DistillationTeacher(teacher)
     print_main(f"{what}: {own}")
     return Renormalised(teacher, preprocessing, own)
 
