@@ -27,8 +27,8 @@ COUNTS = ("objects", "detections", "false negatives", "false positives")
 class DetectionReportHook(ReportHook):
     """Write the report of a detector, from the evaluations of pycocotools that mmdet's `CocoMetric` makes."""
 
-    def __init__(self) -> None:
-        super().__init__(DrawingHook(Path(), SCORE))
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, DrawingHook(folder, SCORE))
         self.evaluations: list[COCOeval] = []
 
     def before_test(self, runner: Any) -> None:
@@ -45,7 +45,7 @@ class DetectionReportHook(ReportHook):
         if self.evaluations:
             self.write(runner, metrics or {})
         elif is_main_process():
-            (Path(runner.cfg.work_dir) / "report/report.html").unlink(missing_ok=True)  # of an earlier checkpoint
+            (self.folder / "report.html").unlink(missing_ok=True)  # of an earlier checkpoint
             runner.logger.warning("no report was written: mmdet evaluates nothing if there are no detections")
 
     def add_results(self, page: Page, runner: Any, metrics: dict[str, float]) -> None:
@@ -64,18 +64,14 @@ class DetectionReportHook(ReportHook):
         page.tiles(tiles)
         add_classes(page, columns, next(name for name in columns if "AP" in name))
         kind = KINDS[first.params.iouType]
-        page.text(
-            f"Counts: detections with a score of at least {SCORE}, matched at {kind} IoU ≥ 0.5. AP uses all detections."
-        )
+        page.text(f"Counts: detections with a score ≥ {SCORE}, matched at {kind} IoU ≥ 0.5. AP uses all detections.")
         page.text("Precision-recall curves", "h2")
         for kind, precision in curves.items():
             add_curves(page, kind, first.params.recThrs, precision, columns["class"])
         order = np.searchsorted(first.params.imgIds, [data.get_data_info(n)["img_id"] for n in range(len(data))])
         images = counts.sum(axis=0)[order]
-        errors = images[:, 2:].sum(axis=1)
-        worst = [index for index in np.argsort(-errors, kind="stable").tolist() if errors[index]]
         note = "The most false negatives and false positives. Left: objects. Right: detections, with scores in percent."
-        self.add_images(page, runner, dict(zip(COUNTS, images.T.tolist())), worst, note)
+        self.add_images(page, runner, dict(zip(COUNTS, images.T.tolist())), images[:, 2:].sum(axis=1), note)
 
 
 def matches(evaluation: COCOeval) -> np.ndarray:
@@ -85,14 +81,13 @@ def matches(evaluation: COCOeval) -> np.ndarray:
     """
     settings = evaluation.params
     counts = np.zeros((len(settings.catIds), len(settings.imgIds), len(COUNTS)), dtype=int)
-    for number, image in np.ndindex(counts.shape[:2]):
-        # The first of the ranges of areas has all objects.
-        found = evaluation.evalImgs[number * len(settings.areaRng) * len(settings.imgIds) + image]
+    images = np.array(evaluation.evalImgs, dtype=object).reshape(len(counts), len(settings.areaRng), -1)
+    for index, found in np.ndenumerate(images[:, 0]):  # the first of the ranges of areas has all objects
         if found is not None:
             counted = ~found["dtIgnore"][0] & (np.array(found["dtScores"]) >= SCORE)
             objects, detections = int(np.sum(found["gtIgnore"] == 0)), int(counted.sum())
             hits = int((counted & (found["dtMatches"][0] > 0)).sum())
-            counts[number, image] = objects, detections, objects - hits, detections - hits
+            counts[index] = objects, detections, objects - hits, detections - hits
     return counts
 
 

@@ -12,6 +12,7 @@ if not __package__:
     import _repository  # noqa: F401
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from mmengine.config import Config
 from mmengine.registry import METRICS as METRICS_OF
 
 from detection.drawing import DrawingHook
+from detection.report import DetectionReportHook
 from sepvit_lib.common.command_line import Parser, fraction, path
 from sepvit_lib.common.errors import UserError
-from sepvit_lib.mm.commands.test import Result, as_configured, build_test_parser, find_metric, run_testing
+from sepvit_lib.mm.commands.test import Result, as_configured, build_test_parser, run_testing
 from sepvit_lib.mm.config_lookup import as_list, dicts, is_kind, resolve
 
 METRICS = ("bbox", "segm", "mAP")
@@ -33,7 +35,6 @@ def build_detection_test_parser() -> Parser:
     add = parser.add_argument
     add("--out", type=path, metavar="FILE.pkl", help="write the detections to a file")
     add("--format-only", action="store_true", help="write the detections in COCO's format to the work dir")
-    add("--show-dir", type=path, metavar="DIR", help="write pictures of the detections and the ground truth to DIR")
     add("--show-score-thr", type=fraction, default=0.3, metavar="SCORE", help="lowest score to draw, default 0.3")
     return parser
 
@@ -42,7 +43,7 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
     """Set the config's evaluators, which compute metrics or write files. Returns the outputs other than metrics.
 
     Raises:
-        UserError: no output is requested, settings exclude each other, or a metric is unknown.
+        UserError: no output is requested, or settings exclude each other.
     """
     if not (args.eval or args.out or args.format_only or args.show_dir or args.report):
         return as_configured(cfg, "--eval bbox, --report, --out FILE.pkl, --format-only or --show-dir DIR")
@@ -52,7 +53,6 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
         raise UserError(f"--out {args.out}: takes the name of a .pkl file")
     metrics = requested_metrics(cfg, args.eval or ["mAP"] * args.report)
     evaluators: list[dict[str, Any]] = []
-    results: list[Result] = []
     if metrics or args.format_only:
         settings = dict(metric=metrics or possible_metrics(cfg), format_only=args.format_only)
         if args.format_only:
@@ -66,16 +66,13 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
             raise UserError(f"{flag}: {problem}; without the flag, the config's own evaluators are used")
     if args.out:
         evaluators.append(dict(type="DumpDetResults", out_file_path=args.out))
-        results.append((None, Path(args.out).parent, f"--out {args.out}"))
     cfg.test_evaluator = evaluators  # drawing needs no evaluator
-    if args.show_dir:
-        hook = DrawingHook(Path(args.show_dir), args.show_score_thr)
-        results.append((hook, Path(args.show_dir), f"--show-dir {args.show_dir}"))
-    if args.report:
-        from detection.report import DetectionReportHook  # imports matplotlib
-
-        results.append((DetectionReportHook(), Path(cfg.work_dir) / "report", "--report"))
-    return results
+    draw = partial(DrawingHook, lowest=args.show_score_thr)
+    return [
+        (None, args.out and Path(args.out).parent, f"--out {args.out}"),
+        (draw, args.show_dir and Path(args.show_dir), f"--show-dir {args.show_dir}"),
+        (DetectionReportHook, Path(cfg.work_dir) / "report" if args.report else None, "--report"),
+    ]
 
 
 def is_coco(evaluator: dict[str, Any]) -> bool:
@@ -95,10 +92,10 @@ def requested_metrics(cfg: Config, names: list[str]) -> list[str]:
     """Return the metrics that `--eval` requests. 'mAP' selects all metrics that apply to the model.
 
     Raises:
-        UserError: a metric is unknown, or needs masks that the detector does not predict.
+        UserError: a metric needs masks that the detector does not predict.
     """
     possible, metrics = possible_metrics(cfg), []
-    for metric in (find_metric(name, METRICS) for name in names):
+    for metric in names:
         metrics += possible if metric == "mAP" else [metric]
     if "segm" in metrics and "segm" not in possible:
         raise UserError(f"--eval segm: {cfg.model.type} predicts no masks; choose bbox")

@@ -4,23 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from mmengine.dist import collect_results
 
 from segmentation.drawing import DrawingHook, labels_in
+from sepvit_lib.common.label_metrics import class_metrics
 from sepvit_lib.mm.drawing import MIN_HEIGHT
 from sepvit_lib.mm.report import ReportHook
 from sepvit_lib.report.html import Page, add_classes, add_confusions
 
 TILES = dict(mIoU="mean IoU", aAcc="pixel accuracy", mAcc="mean class accuracy")
-COLUMNS = {"IoU (%)": "IoU", "accuracy = recall (%)": "Acc", "precision (%)": "Precision", "Dice = F1 (%)": "Dice"}
+COLUMNS = ("class", "pixels (%)", "IoU (%)", "accuracy = recall (%)", "precision (%)", "Dice = F1 (%)")
 
 
 class SegmentationReportHook(ReportHook):
     """Write the report of a segmentor, which mmseg's `IoUMetric` evaluates."""
 
-    def __init__(self) -> None:
-        super().__init__(DrawingHook(Path(), MIN_HEIGHT))
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, DrawingHook(folder, MIN_HEIGHT))
         # Of each image: the pairs of label and prediction that occur, as label · C + prediction, and their pixels.
         self.images: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -43,35 +43,36 @@ class SegmentationReportHook(ReportHook):
 
     def add_results(self, page: Page, runner: Any, metrics: dict[str, float]) -> None:
         """Add the results."""
-        classes, metric = runner.test_dataloader.dataset.metainfo["classes"], runner.test_evaluator.metrics[0]
+        classes = runner.test_dataloader.dataset.metainfo["classes"]
         total, images = np.zeros((len(classes), len(classes)), dtype=np.int64), []
         for pairs, pixels in self.images:
             matrix = np.zeros_like(total)
             matrix.flat[pairs] = pixels
             total += matrix
-            found, present = measures(matrix, metric, "mIoU"), matrix.any(axis=1)
-            images.append((float(found["IoU"][present].mean()) if present.any() else np.nan, float(found["aAcc"])))
-        shares, found = total.sum(axis=1) / total.sum(), measures(total, metric, "mIoU", "mDice", "mFscore")
+            present = matrix.any(axis=1)
+            iou, accuracy = measures(matrix)[0][present], matrix.trace() / max(matrix.sum(), 1)
+            images.append((iou.mean(), accuracy) if present.any() else (np.nan, np.nan))
+        shares = total.sum(axis=1) / total.sum()
         details = dict(aAcc=f"{100 * shares.max():.2f} % if all were {classes[shares.argmax()]}")
         printed = {name.rpartition("/")[2]: value for name, value in metrics.items()}  # without the metric's prefix
         tiles = [(title, f"{printed[name]:.2f} %", details.get(name, "")) for name, title in TILES.items()]
         page.tiles([*tiles, ("images", str(len(images)), f"of {len(classes)} classes")])
-        columns = {title: (100 * found[name]).tolist() for title, name in COLUMNS.items()}
-        add_classes(page, {"class": classes, "pixels (%)": (100 * shares).tolist(), **columns}, "IoU (%)")
+        columns = (classes, *100 * np.vstack([shares, measures(total)]))
+        add_classes(page, dict(zip(COLUMNS, columns)), "IoU (%)")
         add_confusions(page, total, classes, "pixels")
         lines = [("", *classes), *((name, *row) for name, row in zip(classes, total.tolist()))]
         page.table("confusion_matrix", lines, [])
         means, accuracies = 100 * np.array(images).T
-        worst = [index for index in np.argsort(means, kind="stable").tolist() if means[index] < 100]
-        columns = {"mean IoU (%)": means.tolist(), "pixel accuracy (%)": accuracies.tolist()}
+        figures = {"mean IoU (%)": means.tolist(), "pixel accuracy (%)": accuracies.tolist()}
         note = "Lowest mean IoU over the classes in the ground truth. Legend: shares of the predicted pixels."
-        self.add_images(page, runner, columns, worst, note)
+        self.add_images(page, runner, figures, 100 - means, note)
 
 
-def measures(matrix: np.ndarray, metric: Any, *names: str) -> dict[str, np.ndarray]:
-    """Compute measures with mmseg's metric, 0 to 1, from a confusion matrix, C × C. Rows are labels."""
-    parts = (matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0))
-    hits, labels, predictions = (torch.from_numpy(part.astype(float)) for part in parts)
-    areas = (hits, labels + predictions - hits, predictions, labels)
-    found: dict[str, np.ndarray] = metric.total_area_to_metrics(*areas, list(names), metric.nan_to_num, metric.beta)
-    return found
+def measures(matrix: np.ndarray) -> np.ndarray:
+    """Compute IoU, recall, precision and Dice of each class, 4 × C, 0 to 1, from a confusion matrix.
+
+    Args:
+        matrix: numbers of pixels, C × C. Rows are labels.
+    """
+    precision, recall, dice = class_metrics(matrix.sum(axis=1), matrix.sum(axis=0), matrix.diagonal())
+    return np.stack([dice / (2 - dice), recall, precision, dice])

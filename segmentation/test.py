@@ -17,9 +17,10 @@ from typing import Any
 from mmengine.config import Config
 
 from segmentation.drawing import DrawingHook, LabelsHook
+from segmentation.report import SegmentationReportHook
 from sepvit_lib.common.command_line import Parser, path
 from sepvit_lib.common.errors import UserError
-from sepvit_lib.mm.commands.test import Result, as_configured, build_test_parser, find_metric, run_testing
+from sepvit_lib.mm.commands.test import Result, as_configured, build_test_parser, run_testing
 from sepvit_lib.mm.config_lookup import dicts
 
 METRICS = ("mIoU", "mDice", "mFscore")
@@ -28,9 +29,8 @@ METRICS = ("mIoU", "mDice", "mFscore")
 def build_segmentation_test_parser() -> Parser:
     """Make the parser of test.py."""
     parser = build_test_parser(__doc__, METRICS)
-    add = parser.add_argument
-    add("--out", type=path, metavar="DIR", help="write the predicted labels to DIR, as PNG in the data set's numbering")
-    add("--show-dir", type=path, metavar="DIR", help="write pictures of the predictions and the ground truth to DIR")
+    labels = "write the predicted labels to DIR, as PNG in the data set's numbering"
+    parser.add_argument("--out", type=path, metavar="DIR", help=labels)
     return parser
 
 
@@ -38,26 +38,21 @@ def prepare(cfg: Config, args: argparse.Namespace) -> list[Result]:
     """Set the metrics in the config. Returns the outputs other than metrics.
 
     Raises:
-        UserError: no output is requested, or a metric is unknown.
+        UserError: no output is requested.
     """
     if not (args.eval or args.out or args.show_dir or args.report):
         return as_configured(cfg, "--eval mIoU, --report, --out DIR or --show-dir DIR")
     if args.out and Path(args.out).suffix in (".pkl", ".pickle"):
         raise UserError(f"--out {args.out}: takes a folder of PNGs (the predicted labels); remove the suffix")
-    metrics = list(dict.fromkeys([find_metric(name, METRICS) for name in args.eval] + ["mIoU"] * args.report))
+    metrics = list(dict.fromkeys(args.eval + ["mIoU"] * args.report))
     usual: dict[str, Any] = next((one for one in dicts(cfg.test_evaluator) if one.get("type") == "IoUMetric"), {})
     settings = dict(usual, type="IoUMetric", iou_metrics=metrics)
     cfg.test_evaluator = settings if metrics else []  # drawing and writing need no evaluator
-    results: list[Result] = []
-    if args.out:
-        results.append((LabelsHook(Path(args.out)), Path(args.out), f"--out {args.out}"))
-    if args.show_dir:
-        results.append((DrawingHook(Path(args.show_dir)), Path(args.show_dir), f"--show-dir {args.show_dir}"))
-    if args.report:
-        from segmentation.report import SegmentationReportHook  # imports matplotlib
-
-        results.append((SegmentationReportHook(), Path(cfg.work_dir) / "report", "--report"))
-    return results
+    return [
+        (LabelsHook, args.out and Path(args.out), f"--out {args.out}"),
+        (DrawingHook, args.show_dir and Path(args.show_dir), f"--show-dir {args.show_dir}"),
+        (SegmentationReportHook, Path(cfg.work_dir) / "report" if args.report else None, "--report"),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ def class_metrics(images: np.ndarray, predictions: np.ndarray, hits: np.ndarray)
     """Compute precision, recall and F1 of each class, 3 × C, 0 to 1. Undefined values are NaN.
 
     Args:
-        images: number of images of each class, C.
+        images: number of images (or pixels) of each class, C.
         predictions: number of predictions of each class, C.
         hits: number of correct predictions of each class, C.
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.hooks import Hook
 from PIL import Image
@@ -22,14 +23,15 @@ LIBRARIES = dict(mmseg="onedl-mmsegmentation", mmdet="onedl-mmdetection")
 
 
 class ReportHook(Hook):
-    """Write the report of a test to the folder `report` of the work dir.
+    """Write the report of a test.
 
     Args:
+        folder: folder of the report.
         drawing: draws images with their labels and predictions.
     """
 
-    def __init__(self, drawing: FileHook) -> None:
-        self.drawing = drawing
+    def __init__(self, folder: Path, drawing: FileHook) -> None:
+        self.folder, self.drawing = folder, drawing
 
     def add_results(self, page: Page, runner: Any, metrics: dict[str, float]) -> None:
         """Add the results of the test to a page. `metrics` are the figures that mmengine prints."""
@@ -42,7 +44,7 @@ class ReportHook(Hook):
             UserError: a file cannot be written.
         """
         cfg, data = runner.cfg, runner.test_dataloader.dataset
-        path, config = Path(cfg.work_dir) / "report/report.html", Path(cfg.filename)
+        path, config = self.folder / "report.html", Path(cfg.filename)
         page = Page(f"{config.stem} on {len(data)} images", f"{cfg.load_from}, {date.today()}")
         self.add_results(page, runner, metrics)
         device = next(runner.model.parameters()).device
@@ -63,7 +65,7 @@ class ReportHook(Hook):
         runner.logger.info(f"report: {path}")
 
     def add_images(
-        self, page: Page, runner: Any, columns: Mapping[str, Sequence[Any]], worst: Sequence[int], note: str
+        self, page: Page, runner: Any, columns: Mapping[str, Sequence[Any]], errors: np.ndarray, note: str
     ) -> None:
         """Add the file of all images, and pictures of the worst ones, which are predicted once more.
 
@@ -71,13 +73,14 @@ class ReportHook(Hook):
             page: the page.
             runner: the runner of the test.
             columns: figures of the images by name, in the order of the data set.
-            worst: indices of images, the worst first.
+            errors: how bad each image is. Those with 0 or NaN are not shown.
             note: meaning of the pictures.
         """
         loader, self.drawing.loader = runner.test_dataloader, runner.cfg.test_dataloader
         data, pictures = loader.dataset, []
         names = [str(path_inside(data, data.get_data_info(index)["img_path"])) for index in range(len(data))]
         page.table("images", [("image", *columns), *zip(names, *columns.values())], [])
+        worst = [index for index in np.argsort(-errors, kind="stable").tolist() if errors[index] > 0]
         with torch.no_grad(), TemporaryDirectory() as folder:
             for index in worst[:WORST]:
                 sample = runner.model.test_step(loader.collate_fn([data[index]]))[0]

@@ -490,7 +490,7 @@ MISTAKES = {
         "train {demo} --load-from {files}/backbone.pth DATA": "model.backbone.pretrained={files}/backbone.pth",
         "train {demo} --work-dir {files}/segmentation.pth DATA": "{files}/segmentation.pth: cannot be written",
         "train {demo} --lr 1": "--lr: unknown setting",
-        "test GOOD --eval mAP": "--eval mAP: unknown; choose from mIoU, mDice, mFscore",
+        "test GOOD --eval mAP": "--eval: invalid choice: 'mAP'",
         "test GOOD --out x.pkl DATA": "--out x.pkl: takes a folder of PNGs",
         "test {files}/no_tta.py {files}/segmentation.pth --eval mIoU --aug-test": "--aug-test: CONFIG",
         "test {demo} none.pth --eval mIoU DATA": "CHECKPOINT none.pth: no such file",
@@ -508,7 +508,7 @@ MISTAKES = {
     },
     "detection": {
         "train {retinanet} DATA": "no category is named person, bicycle, car, ",
-        "test GOOD --eval mIoU": "--eval mIoU: unknown; choose from bbox, segm, mAP",
+        "test GOOD --eval mIoU": "--eval: invalid choice: 'mIoU'",
         "test {retinanet} {files}/detection.pth --eval segm": "--eval segm: RetinaNet predicts no masks; choose bbox",
         "test GOOD --eval bbox --format-only": "--eval and --format-only: choose one",
         "test GOOD --out a.json": "--out a.json: takes the name of a .pkl file",

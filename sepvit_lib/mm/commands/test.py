@@ -28,9 +28,9 @@ from sepvit_lib.mm.config_lookup import LOADERS, data_sets, folders_of, heads_of
 from sepvit_lib.mm.console import TestProgressHook
 from sepvit_lib.mm.runner import DenseRunner
 
-# An output other than metrics: the hook that writes it (None if an evaluator does), its folder, and the folder's name
-# in messages.
-Result = tuple[Hook | None, Path, str]
+# An output other than metrics: makes the hook that writes it, from its folder (None if an evaluator writes it); the
+# folder, None if the output is not requested; and the folder's name in messages.
+Result = tuple[Callable[[Path], Hook] | None, Path | None, str]
 # Function that sets the metrics in the config, and returns the other outputs.
 Prepare = Callable[[Config, argparse.Namespace], list[Result]]
 
@@ -45,7 +45,10 @@ def build_test_parser(description: str | None, metrics: Sequence[str]) -> Parser
     parser = build_parser(description)
     add = parser.add_argument
     add("checkpoint", type=path, metavar="CHECKPOINT", help="checkpoint of the whole segmentor or detector")
-    add("--eval", nargs="+", default=[], metavar="METRIC", help=f"one or more of {', '.join(metrics)}")
+    named = {metric.lower(): metric for metric in metrics}
+    kind: dict[str, Any] = dict(type=lambda text: named.get(text.lower(), text), choices=metrics)
+    add("--eval", nargs="+", default=[], metavar="METRIC", help=f"one or more of {', '.join(metrics)}", **kind)
+    add("--show-dir", type=path, metavar="DIR", help="write pictures of the predictions and the ground truth to DIR")
     add("--aug-test", action="store_true", help="test-time augmentation (scales, flips) by the config's tta_pipeline")
     add("--report", action="store_true", help="write a page with the results to report/ in the work dir")
     return parser
@@ -66,18 +69,6 @@ def as_configured(cfg: Config, flags: str) -> list[Result]:
     return []
 
 
-def find_metric(name: str, metrics: Sequence[str]) -> str:
-    """Find a metric of `--eval` by its name, ignoring case.
-
-    Raises:
-        UserError: the metric is unknown.
-    """
-    for metric in metrics:
-        if metric.lower() == name.lower():
-            return metric
-    raise UserError(f"--eval {name}: unknown; choose from {', '.join(metrics)}")
-
-
 def test(args: argparse.Namespace, prepare: Prepare) -> None:
     """Test a segmentor or detector.
 
@@ -89,7 +80,7 @@ def test(args: argparse.Namespace, prepare: Prepare) -> None:
     join_processes(cfg, args)
     check_test_parts(cfg, where)
     results = prepare(cfg, args)
-    folders = [(folder, what) for _, folder, what in results]
+    folders = [(folder, what) for _, folder, what in results if folder]
     check_folders(cfg, folders)
     drop_pretrained(cfg)
     if args.aug_test:
@@ -108,7 +99,7 @@ def test(args: argparse.Namespace, prepare: Prepare) -> None:
     on_main_process(lambda: make_folders(folders))
     with build_errors(where):
         runner = TestRunner.from_config(cfg, {args.checkpoint: checkpoint})
-    for hook in (TestProgressHook(), *(hook for hook, _, _ in results if hook is not None)):
+    for hook in (TestProgressHook(), *(make(folder) for make, folder, _ in results if make and folder)):
         runner.register_hook(hook)
     runner.test()
 
