@@ -27,7 +27,7 @@ from sepvit_lib.pipeline.image_files import as_picture
 from sepvit_lib.pipeline.samples import ImageData, read_sample
 from sepvit_lib.report import metrics
 from sepvit_lib.report.figures import unit_curves
-from sepvit_lib.report.html import Page, add_classes, add_confusions
+from sepvit_lib.report.html import Page, Tiles, add_classes, add_confusions
 from sepvit_lib.report.subject import Subject
 from sepvit_lib.run.output import LOG, PANELS, draw_corruptions, draw_curves, epoch_entries, read_log
 
@@ -52,6 +52,7 @@ class Outputs:
         probabilities: N × C.
         targets: whether an image has a label, N × C.
         predicted: whether an image is predicted to have a label, N × C.
+        is_correct: whether all labels of an image are predicted correctly, N.
         names: names of the images; "" in a stream, whose order is arbitrary.
         groups: group of each image; None if there are none.
         classes: names of the classes.
@@ -66,22 +67,27 @@ class Outputs:
         else:
             self.probabilities, indices = softmax(self.logits, axis=1), np.arange(data.num_classes)
             self.targets, self.predicted = (part[:, None] == indices for part in (targets, logits.argmax(axis=1)))
+        self.is_correct = (self.targets == self.predicted).all(axis=1)
         name: Any = getattr(data.dataset, "inner_name", None) or getattr(data.dataset, "name", "".format)
         self.names, groups = [name(index) for index in range(len(rows))], getattr(data.dataset, "groups", ())
         self.groups: Sequence[str] | None = groups if len({*groups}) < len(groups) else None
 
     def texts(self) -> list[list[str]]:
         """Labels of all images, and their predicted labels."""
-        return [
-            [SEPARATOR.join(compress(self.classes, row)) for row in mask] for mask in (self.targets, self.predicted)
-        ]
+        masks = (self.targets, self.predicted)
+        return [[SEPARATOR.join(compress(self.classes, row)) for row in mask] for mask in masks]
 
 
 def report(subject: Subject, rows: Rows) -> Page:
     """Make the report. Sections may be added to it before it is written."""
     outputs, page = Outputs(rows, subject.val), start(subject, len(rows))
     labels, predicted, count = outputs.targets.argmax(axis=1), outputs.predicted.argmax(axis=1), len(outputs.classes)
-    values = _add_accuracy(page, outputs, labels, predicted, subject.notes())
+    compute, counts = partial(metrics.summary, labels, predicted, count), outputs.targets.sum(axis=0)
+    baseline = float(counts.max() / len(labels))
+    tiles = [("baseline", percent(baseline), f"always predicting {outputs.classes[counts.argmax()]}")]
+    tiles += [("images", str(len(labels)), f"of {count} classes")]
+    text = "Balanced accuracy and macro F1 are means over the classes."
+    values = dict(baseline=baseline) | add_headline(page, subject, outputs, compute, tiles, text)
     add_classes(page, class_columns(outputs, subject.train), "F1 (%)")
     matrix = np.bincount(count * labels + predicted, minlength=count**2).reshape(count, count)
     add_confusions(page, matrix, outputs.classes, "images")
@@ -124,37 +130,20 @@ def add_corruptions(page: Page, top1: Mapping[str, Sequence[float]], clean: floa
     page.table("corruptions", corruption_table(top1, clean))
 
 
-def _add_accuracy(
-    page: Page, outputs: Outputs, labels: np.ndarray, predicted: np.ndarray, notes: Sequence[str]
-) -> dict[str, Any]:
-    """Add the headline figures. Returns them."""
-    compute, counts = partial(metrics.summary, labels, predicted, len(outputs.classes)), outputs.targets.sum(axis=0)
-    baseline = float(counts.max() / len(labels))
-    tiles = [("baseline", percent(baseline), f"always predicting {outputs.classes[counts.argmax()]}")]
-    tiles += [("images", str(len(labels)), f"of {len(outputs.classes)} classes")]
-    texts = ("Balanced accuracy and macro F1 are means over the classes.",)
-    return dict(baseline=baseline) | add_headline(page, compute, outputs, tiles, texts, notes)
-
-
 def add_headline(
-    page: Page,
-    compute: metrics.Compute,
-    outputs: Outputs,
-    tiles: Sequence[tuple[str, str, str]],
-    texts: Sequence[str],
-    notes: Sequence[str],
+    page: Page, subject: Subject, outputs: Outputs, compute: metrics.Compute, tiles: Tiles, *texts: str
 ) -> dict[str, Any]:
     """Add headline figures, with intervals, and what a reader must know to judge them. Returns both.
 
     Args:
         page: the page.
-        compute: see `metrics.Compute`.
+        subject: the evaluation.
         outputs: the outputs.
-        tiles: further figures; see `Page.tiles`.
-        texts: explanations.
-        notes: warnings.
+        compute: see `metrics.Compute`.
+        tiles: further figures.
+        *texts: explanations.
     """
-    images, groups = len(outputs.names), outputs.groups
+    images, groups, notes = len(outputs.names), outputs.groups, subject.notes()
     values, ranges = compute(np.ones(images)), metrics.intervals(compute, images, groups)
     details = ("95 %: {:.1f} to {:.1f} %".format(*100 * ranges[name]) for name in values)
     page.tiles([*zip(values, map(percent, values.values()), details), *tiles])
@@ -187,10 +176,8 @@ def _add_curves(page: Page, outputs: Outputs) -> dict[str, Any]:
     page.text(f"The positive class is {name}, the rarer one. Dashed: images in random order.")
     roc = {f"area {area:.3f}": roc_curve(labels, scores)[:2]}
     page.figure("roc", lambda: unit_curves(roc, DIAGONAL, "false positive rate", "true positive rate"), "ROC curve")
-    curve, line = (
-        {f"average precision {precision:.3f}": precision_recall_curve(labels, scores)[1::-1]},
-        [(0, share), (1, share)],
-    )
+    curve = {f"average precision {precision:.3f}": precision_recall_curve(labels, scores)[1::-1]}
+    line = [(0, share), (1, share)]
     page.figure("precision_recall", lambda: unit_curves(curve, line, "recall", "precision"), "Precision-recall curve")
     return dict(positive_class=name, roc_area=area, average_precision=precision)
 
@@ -224,20 +211,16 @@ def add_calibration(
 
 
 def _add_images(page: Page, outputs: Outputs, subject: Subject) -> None:
+    """Add the images, with the probability of each prediction."""
     labels, predicted = outputs.texts()
-    top, is_correct = outputs.probabilities.max(axis=1).tolist(), (outputs.targets == outputs.predicted).all(axis=1)
-    columns = dict(label=labels, prediction=predicted, probability=top, correct=is_correct.astype(int).tolist())
+    top, correct = outputs.probabilities.max(axis=1), outputs.is_correct.astype(int).tolist()
+    columns = dict(label=labels, prediction=predicted, probability=top.tolist(), correct=correct)
     captions = [f"{name} {percent(share)}; label: {label}" for name, share, label in zip(predicted, top, labels)]
     add_images(page, subject, outputs, columns, top, captions)
 
 
 def add_images(
-    page: Page,
-    subject: Subject,
-    outputs: Outputs,
-    columns: Mapping[str, Sequence[Any]],
-    confidence: Sequence[float],
-    captions: Sequence[str],
+    page: Page, subject: Subject, outputs: Outputs, columns: dict[str, Any], confidence: np.ndarray, captions: list[str]
 ) -> None:
     """Add the file of all images, and pictures of the most confident mistakes; none in a stream, which has no indices.
 
@@ -254,8 +237,7 @@ def add_images(
     if len(outputs.classes) <= MAX_COLUMNS:
         header, values = [*header, *outputs.classes], [*values, *outputs.probabilities.T.tolist()]
     page.table("images", [header, *zip(*values)], [])
-    is_wrong = (outputs.targets != outputs.predicted).any(axis=1)
-    shown = [n for n in np.argsort(np.negative(confidence), kind="stable").tolist() if is_wrong[n]][:MISTAKES]
+    shown = [n for n in np.argsort(-confidence, kind="stable").tolist() if not outputs.is_correct[n]][:MISTAKES]
     if shown and not isinstance(subject.val.dataset, IterableDataset):
         page.text("Most confident mistakes", "h2")
         page.text(

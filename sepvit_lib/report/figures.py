@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from sepvit_lib.inference.fonts import use_in_figures
 
 SHADES = LinearSegmentedColormap.from_list("shades", [(0.18, 0.5, 0.82, 0.0), (0.18, 0.5, 0.82, 1.0)])
-COLOURS = ("#2f7fd1", "#e08214", "#2ca02c", "#d6403f", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#a8a820", "#17a5b5")
 MAX_NAME = 18  # characters of a class name
 
 
@@ -45,8 +44,8 @@ def unit_curves(
     figure = Figure(figsize=(4, 3.4), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*line), "--", color="#888888", linewidth=1)
-    for number, (name, points) in enumerate(curves.items()):
-        axes.plot(*points, ".-" if len(points[0]) < 30 else "-", label=name, color=COLOURS[number % len(COLOURS)])
+    for name, points in curves.items():
+        axes.plot(*points, ".-" if len(points[0]) < 30 else "-", label=name)
     axes.set(xlabel=x, ylabel=y, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
     axes.grid(alpha=0.25)
     axes.legend()

@@ -18,6 +18,7 @@ from sepvit_lib.common.storage import write_output
 from sepvit_lib.common.tables import as_csv
 from sepvit_lib.report.figures import confusion_matrix
 
+HEAD = '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
 INK = "#010203"  # of text and axes in charts; replaced by the page's text colour, which depends on the reader's theme
 STYLE: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 9}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "legend.frameon": False}
@@ -30,6 +31,7 @@ PICTURE_WIDTH, MIN_SIDE = 20, 160  # rem of a picture in the page; pixels up to 
 
 Cell = str | int | float | None
 Lines = Sequence[Sequence[Cell]]  # a table; the first line is the header
+Tiles = Sequence[tuple[str, str, str]]  # headline figures: name, value, and a detail such as its interval
 
 
 class Page:
@@ -56,8 +58,8 @@ class Page:
         tag, attributes = ("p", ' class="warning"') if tag == "warning" else (tag, "")
         self._parts.append(f"<{tag}{attributes}>{_escaped(text)}</{tag}>")
 
-    def tiles(self, tiles: Sequence[tuple[str, str, str]]) -> None:
-        """Add headline figures: of each, its name, its value, and a detail such as its interval."""
+    def tiles(self, tiles: Tiles) -> None:
+        """Add headline figures."""
         shown = '<div class="tile">{}<b>{}</b><span>{}</span></div>'
         self._parts += ['<div class="tiles">', *(shown.format(*map(_escaped, tile)) for tile in tiles), "</div>"]
 
@@ -127,10 +129,7 @@ class Page:
             UserError: a file cannot be written.
         """
         style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-        head = (
-            '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        )
-        page = "\n".join([head, f"<style>{style}</style>", *self._parts, "</html>\n"])
+        page = "\n".join([HEAD, f"<style>{style}</style>", *self._parts, "</html>\n"])
         for old in (path, *path.parent.glob("*/[0-9][0-9].jpg")):  # of an earlier report
             old.unlink(missing_ok=True)
         for name, content in {**self.files, path.name: page.encode()}.items():

@@ -25,8 +25,7 @@ def report(subject: Subject, rows: single.Rows) -> Page:
         "Exact match: the share of images whose labels are all correct.",
     )
     tiles = [("images", str(len(rows)), f"with {targets.sum()} labels of {targets.shape[1]} classes")]
-    compute = label_metrics(targets, logits)
-    values = single.add_headline(page, compute, outputs, tiles, texts, subject.notes())
+    values = single.add_headline(page, subject, outputs, label_metrics(targets, logits), tiles, *texts)
     add_thresholds(page, outputs, single.class_columns(outputs, subject.train), command)
     pairs = np.stack([np.zeros(logits.size), logits.ravel()], axis=1)  # the softmax of a pair is the sigmoid
     values |= single.add_calibration(page, targets.ravel().astype(int), pairs, f"{command} --temperature", OVER)

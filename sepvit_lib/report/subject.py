@@ -73,12 +73,11 @@ class Subject:
         if now["val_fraction"]:
             chosen = " ".join(setting(name, now[name]) for name in ("val_fraction", "split_seed"))
             split = f"{chosen}, stratified by class; groups kept together"
+        trained = str(len(self.train)) if self.train else "unknown: the training run's images were not found"
         facts = {
             "data": f"{now['data_set']}, images in {self.val.dataset.root}",
             "split": with_flags(split, self.flags),
-            "training images": str(len(self.train))
-            if self.train
-            else "unknown: the training run's images were not found",
+            "training images": trained,
             "duplicates of training images": pairs or "not checked",
             "preprocessing": str(self.preprocessing),
             "checkpoint": f"{now['resume'] or 'none'}, epoch {self.checkpoint.get('epoch', 'unknown')}",

@@ -170,12 +170,10 @@ def draw_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], panel
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed at the end of a run
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import, and only needed at the end of a run
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4 * len(panels), 3.6 if len(runs) == 1 else 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (title, metrics) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for number, ((name, logs), (metric, label)) in enumerate(product(runs.items(), metrics.items())):
             if curves := [points for log in logs if (points := points_of(log, metric))]:
@@ -213,11 +211,8 @@ def draw_corruptions(top1: Mapping[str, Sequence[float]], clean: float) -> Any:
     names = ["clean", *(f"all, severity {severity}" for severity in range(1, 6)), *top1]
     means = [clean, *map(fmean, zip(*top1.values())), *map(fmean, top1.values())]
     axes.bar_label(axes.barh(names, means, color=["C7", *["C0"] * 5, *["C1"] * len(top1)]), fmt="%.1f", padding=3)
-    axes.set(
-        xlabel="top-1 (%); orange: mean over the five severities",
-        xlim=(0, 9 + max(means)),
-        ylim=(len(names) - 0.4, -0.6),
-    )
+    axes.set(xlim=(0, 9 + max(means)), ylim=(len(names) - 0.4, -0.6))
+    axes.set_xlabel("top-1 (%); orange: mean over the five severities")
     return axes.figure
 
 

@@ -318,7 +318,7 @@ def test_published_training_state_is_resumed(tmp_path):
 
 
 def test_tensorboard_and_matplotlib_may_be_missing(tmp_path, monkeypatch, capsys):
-    for name in ("torch.utils.tensorboard", "matplotlib.backends.backend_agg"):
+    for name in ("torch.utils.tensorboard", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     output.Scalars(tmp_path).add({"train_loss": 1.0}, 0)
     output.plot_curves(tmp_path / "log.txt", tmp_path / "curves.png")
