@@ -44,12 +44,8 @@ def read_class_values(path: str, names: Sequence[str], what: str) -> list[float]
     """
     try:
         values = {canonical(name): float(value) for name, value in json.loads(Path(path).read_text("utf-8")).items()}
-    except OSError as error:
-        raise UserError(
-            f"{what}: cannot be read ({error.strerror}); pass a JSON file of class names and numbers"
-        ) from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f'{what}: not a JSON object such as {{"cat": 1, "dog": 2.5}} ({error})') from None
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        raise UserError(f'{what}: cannot be read as JSON such as {{"cat": 1, "dog": 2.5}} ({error})') from None
     wrong = [name for name in map(canonical, names) if not 0 < values.get(name, 0) < math.inf]
     if wrong or len(values) != len(names):
         problem = f"no positive number for {listed(wrong)}" if wrong else f"{len(values)} numbers"

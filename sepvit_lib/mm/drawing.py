@@ -1,7 +1,6 @@
 """Shared by the drawing code of segmentation and detection: read and enlarge images, and name files."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +68,7 @@ class FileHook(Hook):
         self.folder = folder
         self.loader: Any = {}
 
-    def after_test_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
-    ) -> None:
+    def after_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Write the files of a batch."""
         dataset = runner.test_dataloader.dataset
         self.loader = runner.cfg.test_dataloader

@@ -1,9 +1,8 @@
 """Find images that occur both in training and in validation, which make the accuracy too high."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
 
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -55,8 +54,5 @@ def find_duplicates(train: Images, val: Images, num_workers: int) -> list[tuple[
     return pairs
 
 
-def _digests(images: Images, num_workers: int) -> Iterator[list[str]]:
-    workers = num_workers if len(images) > FEW else 0
-    loader: DataLoader[Any] = DataLoader(Digests(images), batch_size=64, num_workers=workers, collate_fn=list)
-    for batch in loader:
-        yield from batch
+def _digests(images: Images, num_workers: int) -> Iterable[list[str]]:
+    return DataLoader(Digests(images), batch_size=None, num_workers=num_workers if len(images) > FEW else 0)

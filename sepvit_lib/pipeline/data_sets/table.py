@@ -4,6 +4,7 @@ import csv
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from sepvit_lib.common.class_names import canonical, listed
@@ -81,17 +82,11 @@ class Table(ImageFiles):
             self.samples.append((str(root / path), label if multi_label else label[0]))
 
     def _weight(self, row: Mapping[str, str], line: int) -> float:
-        if row["split"] == VAL and not row["weight"]:
-            return 1.0
-        try:
-            weight = float(row["weight"])
-        except ValueError:
-            weight = math.nan
-        if not 0 <= weight < math.inf:
-            raise UserError(
-                f"{self.what}, line {line}: weight {row['weight'] or 'missing'}; must be a non-negative number"
-            )
-        return weight
+        text = row["weight"] or ("1" if row["split"] == VAL else "")
+        with suppress(ValueError):
+            if 0 <= float(text) < math.inf:
+                return float(text)
+        raise UserError(f"{self.what}, line {line}: weight {text or 'missing'}; must be a non-negative number")
 
     def keep(self, indices: Sequence[int]) -> None:
         """Keep only some of the images."""
@@ -111,13 +106,10 @@ class Table(ImageFiles):
                         raise UserError(f"{self.what}: no column {name}, but {listed(names)}; {way_out}")
                 reader = csv.reader(lines, delimiter=delimiter, strict=True)
                 for row in filter(None, reader):
+                    number = reader.line_num + 1
                     if len(row) > len(names):
-                        raise UserError(
-                            f"{self.what}, line {reader.line_num + 1}: {len(row)} values, {len(names)} columns"
-                        )
+                        raise UserError(f"{self.what}, line {number}: {len(row)} values, {len(names)} columns")
                     values = {name: value.strip() for name, value in zip(names, row) if name}
-                    yield reader.line_num + 1, {key: values.get(name, "") for key, name in columns.items()}
-        except OSError as error:
-            raise UserError(f"{self.what}: cannot be read ({error.strerror})") from None
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{self.what}: not a table in UTF-8 ({error}); save it as CSV") from None
+                    yield number, {key: values.get(name, "") for key, name in columns.items()}
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{self.what}: cannot be read as CSV in UTF-8 ({error})") from None
