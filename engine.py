@@ -16,17 +16,9 @@ from torch.utils.data import DataLoader
 
 from datasets import epoch_batches
 from sepvit_lib.common.devices import gpu_memory
-from sepvit_lib.common.errors import Preempted, UserError, setting
+from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.common.label_metrics import class_metrics, label_metrics
-from sepvit_lib.common.processes import (
-    all_gather,
-    all_reduce,
-    any_rank,
-    broadcast,
-    get_rank,
-    get_world_size,
-    print_main,
-)
+from sepvit_lib.common.processes import all_gather, all_reduce, broadcast, get_rank, get_world_size, print_main
 from sepvit_lib.count import timed
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 from sepvit_lib.run.monitor import StepMonitor
@@ -400,7 +392,8 @@ def evaluate(
     multi_label = getattr(loader.dataset, "multi_label", False)
     rows = [] if rows is None and multi_label else rows
     scores = ClassScores(0 if multi_label else getattr(model, "num_classes", 0), precision.device)
-    progress = Progress(loader, title, settings.print_freq, len(loader), quietly=quietly)
+    batches = watchdog.validation_batches(loader, title, precision.device)
+    progress = Progress(batches, title, settings.print_freq, len(loader), quietly=quietly)
     for images, targets in progress:
         images, targets = precision.images(images), targets.to(precision.device, non_blocking=True)
         with precision.autocast():
@@ -411,13 +404,6 @@ def evaluate(
             rows += zip(outputs.float().cpu().numpy(), targets.tolist())
         if progress.advance(len(images) * (get_world_size() if settings.dist_eval else 1)):
             progress.report()
-        watchdog.tick(f"batch {progress.done} of {title}")
-        watchdog.preemption.has_progress = True
-        if watchdog.preemption.requested:
-            break
-    watchdog.sync_point()
-    if any_rank(precision.device, watchdog.preemption.requested):
-        raise Preempted(f"in {title}")
     if rows is not None and settings.dist_eval:  # images were distributed round-robin
         rows[:] = [row for turn in zip_longest(*all_gather([rows])) for row in turn if row is not None]
     stats = multi_label_metrics(rows or []) if multi_label else scores.metrics(settings.dist_eval)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sepvit_lib.common.errors import Preempted, UserError
-from sepvit_lib.common.processes import any_rank, broadcast, get_rank, get_world_size
+from sepvit_lib.common.processes import broadcast, get_rank, get_world_size
 from sepvit_lib.common.progress import Progress
 from sepvit_lib.common.randomness import Stream, seed_everything
 from sepvit_lib.mm.seeded_samples import SeededBatches, seeded_loader
@@ -372,15 +372,7 @@ class WatchedBatches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(self.loader):
-            self.watchdog.tick(f"validation batch {number}")
-            self.watchdog.preemption.has_progress = True
-            if self.watchdog.preemption.requested:
-                break
-            yield batch
-        self.watchdog.sync_point()
-        if any_rank(self.device, self.watchdog.preemption.requested):
-            raise Preempted("in validation")
+        yield from self.watchdog.validation_batches(self.loader, "validation", self.device)
         self.watchdog.is_evaluating = True
 
 

@@ -9,15 +9,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from enum import Enum
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import urlparse
 
+import torch
 import torch.distributed as dist
 
 from sepvit_lib.common.errors import (
@@ -30,7 +31,7 @@ from sepvit_lib.common.errors import (
     one_line,
     with_flags,
 )
-from sepvit_lib.common.processes import get_rank, get_world_size, is_main_process
+from sepvit_lib.common.processes import any_rank, get_rank, get_world_size, is_main_process
 
 # Windows has no SIGUSR1.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
@@ -200,6 +201,27 @@ class Watchdog:
         """Mark a point that all ranks reach together, and restart the tick counter."""
         self.sync_points += 1
         self.ticks = 0
+
+    def validation_batches(self, batches: Iterable[Any], title: str, device: torch.device) -> Iterator[Any]:
+        """Yield batches, and record progress. If the run is asked to stop, they end early. A collective call.
+
+        Args:
+            batches: this rank's batches.
+            title: what they are for, for messages.
+            device: the process's device.
+
+        Raises:
+            Preempted: after the last batch, if any rank was asked to stop.
+        """
+        for number, batch in enumerate(batches, start=1):
+            yield batch
+            self.tick(f"batch {number} of {title}")
+            self.preemption.has_progress = True
+            if self.preemption.requested:
+                break
+        self.sync_point()
+        if any_rank(device, self.preemption.requested):
+            raise Preempted(f"in {title}")
 
     def __enter__(self) -> "Watchdog":
         is_alone = get_world_size() == 1
