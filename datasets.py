@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
 
-from samplers import DistributedEvalSampler, TrainBatchSampler
+from samplers import TrainBatchSampler
 from sepvit_lib.common.class_names import canonical, listed, order_of, read_class_map
 from sepvit_lib.common.class_weights import BALANCED
 from sepvit_lib.common.errors import MachineError, UserError, setting
@@ -679,8 +679,8 @@ def build_val_loader(data: ImageData, settings: LoaderSettings) -> DataLoader:
         dataset = ValStream(data)
     else:
         dataset = ValSamples(data)
-        if settings.dist_eval:
-            sampler = DistributedEvalSampler(dataset, get_world_size(), get_rank())
+        if settings.dist_eval:  # torch's DistributedSampler would repeat samples, to give all processes equally many
+            sampler = range(get_rank(), len(dataset), get_world_size())
     return _loader(dataset, settings, batch_size=int(1.5 * settings.batch_size), sampler=sampler)
 
 

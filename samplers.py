@@ -1,8 +1,8 @@
-"""Samplers that distribute a data set's indices across processes."""
+"""Sampler that distributes a data set's indices across processes."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from sepvit_lib.common.randomness import SampleIndex, Stream, derived_seed
 REPEATS = 3  # views of each image with repeated augmentation
 
 
+@dataclass(eq=False)
 class TrainBatchSampler(Sampler[list[SampleIndex]]):
     """Sampler of one process's batches. A step uses the same samples on any number of processes.
 
@@ -40,32 +41,23 @@ class TrainBatchSampler(Sampler[list[SampleIndex]]):
         labels: label of each sample, to draw all classes equally often; empty to draw every sample once.
     """
 
-    def __init__(
-        self,
-        dataset: Sized,
-        batch_size: int,
-        accum_steps: int = 1,
-        num_replicas: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-        repeated_augmentation: bool = False,
-        labels: Sequence[int] = (),
-    ) -> None:
-        self.dataset_size = len(dataset)
-        self.batch_size = batch_size
-        self.accum_steps = accum_steps
-        self.num_replicas = num_replicas
-        self.rank = rank
-        self.seed = seed
-        self.repeats = REPEATS if repeated_augmentation else 1
-        self.labels = torch.as_tensor(labels)
-        self.epoch = 0
-        self.start_step = 0
+    dataset: Sized
+    batch_size: int
+    accum_steps: int = 1
+    num_replicas: int = 1
+    rank: int = 0
+    seed: int = 0
+    repeated_augmentation: bool = False
+    labels: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        self.repeats = REPEATS if self.repeated_augmentation else 1
+        self.set_epoch(0)
 
     @property
     def steps(self) -> int:
         """Number of steps in a whole epoch."""
-        size = self.dataset_size if self.repeats == 1 else self.dataset_size // 256 * 256
+        size = len(self.dataset) if self.repeats == 1 else len(self.dataset) // 256 * 256
         return size // (self.batch_size * self.accum_steps * self.num_replicas)
 
     def __len__(self) -> int:
@@ -86,10 +78,11 @@ class TrainBatchSampler(Sampler[list[SampleIndex]]):
         """Indices of the epoch's samples, shuffled."""
         generator = torch.Generator().manual_seed(derived_seed(Stream.SHUFFLE, self.seed, self.epoch))
         if len(self.labels) == 0:
-            return torch.randperm(self.dataset_size, generator=generator)
-        sizes, parts = self.labels.unique(return_counts=True)[1].tolist(), []
-        for number, members in enumerate(self.labels.argsort(stable=True).split(sizes)):  # the indices of each class
-            count = (self.dataset_size + number) // len(sizes)  # sums to the size of the data set
+            return torch.randperm(len(self.dataset), generator=generator)
+        labels, parts = torch.as_tensor(self.labels), []
+        sizes = labels.unique(return_counts=True)[1].tolist()
+        for number, members in enumerate(labels.argsort(stable=True).split(sizes)):  # the indices of each class
+            count = (len(self.dataset) + number) // len(sizes)  # sums to the size of the data set
             cycles = [members[torch.randperm(len(members), generator=generator)] for _ in range(0, count, len(members))]
             parts.append(torch.cat([*cycles, members[:0]])[:count])
         order = torch.cat(parts)
@@ -98,33 +91,10 @@ class TrainBatchSampler(Sampler[list[SampleIndex]]):
     def label_counts(self) -> Counter[int]:
         """Number of samples of each label in a whole epoch, if there are labels."""
         size = self.steps * self.batch_size * self.accum_steps * self.num_replicas
-        return Counter(self.labels[self.order()[torch.arange(size) // self.repeats]].tolist())
+        indices = self.order()[torch.arange(size) // self.repeats]
+        return Counter(self.labels[index] for index in indices.tolist())
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Set the epoch, which determines the shuffle, and the step in the epoch to start from."""
         self.epoch = epoch
         self.start_step = start_step
-
-
-class DistributedEvalSampler(Sampler[int]):
-    """Sample each index exactly once across all processes.
-
-    Unlike torch's DistributedSampler, this sampler does not pad with repeated indices. Processes' shares differ by at
-    most one sample. If there are more processes than samples, some shares are empty.
-
-    Args:
-        dataset: anything with a length.
-        num_replicas: number of processes.
-        rank: index of this process.
-    """
-
-    def __init__(self, dataset: Sized, num_replicas: int, rank: int) -> None:
-        self.dataset_size = len(dataset)
-        self.num_replicas = num_replicas
-        self.rank = rank
-
-    def __len__(self) -> int:
-        return max(0, math.ceil((self.dataset_size - self.rank) / self.num_replicas))
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, self.dataset_size, self.num_replicas))

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from sepvit_lib.common.processes import is_main_process, print_line
 
 
+@dataclass
 class Progress:
     """Iterate over batches and report progress on rank 0: in a bar on a terminal, in regular lines elsewhere.
 
@@ -24,36 +26,22 @@ class Progress:
         quietly: report nothing.
     """
 
-    def __init__(
-        self,
-        batches: Iterable[Any],
-        title: str,
-        every: int,
-        total: int,
-        done: int = 0,
-        later: int = 0,
-        quietly: bool = False,
-    ) -> None:
-        self.batches = batches
-        self.title = title
-        self.every = every
-        self.later = later
-        self.total = total
-        self.images = 0
-        self.done = self.before = done
-        self.start = time.perf_counter()
-        self.reports = is_main_process() and not quietly
+    batches: Iterable[Any]
+    title: str
+    every: int
+    total: int
+    done: int = 0
+    later: int = 0
+    quietly: bool = False
+
+    def __post_init__(self) -> None:
+        self.images, self.before, self.start = 0, self.done, time.perf_counter()
+        self.reports = is_main_process() and not self.quietly
         self.bar: tqdm | None = None
         if self.reports and sys.stdout.isatty():
             layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-            self.bar = tqdm(
-                total=self.total or None,
-                initial=done,
-                desc=title,
-                bar_format=layout,
-                file=sys.stdout,
-                dynamic_ncols=True,
-            )
+            settings: dict[str, Any] = dict(bar_format=layout, file=sys.stdout, dynamic_ncols=True)
+            self.bar = tqdm(desc=self.title, total=self.total or None, initial=self.done, **settings)
 
     def __iter__(self) -> Iterator[Any]:
         try:

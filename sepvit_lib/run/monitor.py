@@ -106,6 +106,7 @@ class MonitorSettings:
     advice: str
 
 
+@dataclass
 class StepMonitor:
     """Monitor training steps: bad losses, unreadable images, saving, preemption.
 
@@ -121,24 +122,16 @@ class StepMonitor:
         skipped: number of steps that changed no weights, including steps in which float16 searched for its loss scale.
     """
 
-    def __init__(
-        self,
-        settings: MonitorSettings,
-        watchdog: Watchdog,
-        flags: DelayedFlags,
-        folder: Path,
-        log: Callable[[dict[str, Any]], None],
-        save: Callable[[], None],
-    ) -> None:
-        self.settings = settings
-        self.watchdog = watchdog
-        self.preemption = watchdog.preemption
-        self.flags = flags
-        self.folder = folder
-        self.log = log
-        self.save = save
-        self.skipped = 0
-        self._bad_loss = torch.zeros((), dtype=torch.bool, device=flags.device)
+    settings: MonitorSettings
+    watchdog: Watchdog
+    flags: DelayedFlags
+    folder: Path
+    log: Callable[[dict[str, Any]], None]
+    save: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self.preemption, self.skipped = self.watchdog.preemption, 0
+        self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.flags.device)
         self._batch: dict[str, Any] | None = None
         self._unreadable: list[str] = []
 

@@ -13,7 +13,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 
 import main
 from datasets import LoaderSettings, build_train_loader, build_transform, build_val_loader, epoch_batches
-from samplers import DistributedEvalSampler, TrainBatchSampler
+from samplers import TrainBatchSampler
 
 hypothesis_settings = hypothesis.settings(max_examples=200, deadline=None)
 
@@ -33,16 +33,6 @@ def train_loader(args):
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 7, 64, 101])
-@pytest.mark.parametrize("processes", [1, 2, 3, 8])
-def test_eval_sampler_yields_every_index_once(size, processes):
-    shares = [list(DistributedEvalSampler(range(size), processes, rank)) for rank in range(processes)]
-    assert sorted(index for share in shares for index in share) == list(range(size))
-    assert [len(share) for share in shares] == [
-        len(DistributedEvalSampler(range(size), processes, rank)) for rank in range(processes)
-    ]
 
 
 def epoch_of(size, batch_size, accum_steps, processes, epoch=0, start_step=0, **kwargs):
