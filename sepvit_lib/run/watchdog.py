@@ -9,13 +9,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
-from enum import Enum
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlparse
 
 import torch
@@ -37,8 +36,11 @@ from sepvit_lib.common.processes import any_rank, get_rank, get_world_size, is_m
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 POLLS = 5  # number of times that the watchdog polls within a heartbeat timeout
 STARTUP_TIMEOUT = 1800.0  # seconds; scanning the data sets before the first step may take long
+# States of a rank: FAILED after a persistent error, LOST after a transient one.
+RUNNING, ENDED, FAILED, LOST = "running", "ended", "failed", "was lost"
 
 
+@dataclass
 class Preemption:
     """Handle the signals that stop a run: SIGTERM, SIGUSR1 (SLURM's `--signal`) and SIGINT (Ctrl-C).
 
@@ -47,19 +49,16 @@ class Preemption:
     Args:
         command: the script's name, printed before messages.
         saves: whether the command saves its progress. If not, a signal ends the process at once.
-
-    Attributes:
         requested: whether this rank received a signal. The watchdog also sets it if another rank did.
         has_progress: whether there is anything to save. If not, a signal ends the process at once.
         status: exit status of the stopped run.
     """
 
-    def __init__(self, command: str, saves: bool = True) -> None:
-        self.command = command
-        self.saves = saves
-        self.requested = False
-        self.has_progress = False
-        self.status = RESUME_STATUS
+    command: str
+    saves: bool = True
+    requested: bool = False
+    has_progress: bool = False
+    status: int = RESUME_STATUS
 
     def __enter__(self) -> "Preemption":
         self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
@@ -111,21 +110,11 @@ def startup_timeout(timeout: float) -> float:
     return max(timeout, STARTUP_TIMEOUT)
 
 
-class RankState(str, Enum):
-    """State of a rank."""
-
-    RUNNING = "running"
-    ENDED = "ended"
-    FAILED = "failed"  # a persistent error
-    LOST = "was lost"  # a transient error
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """Status that a rank reports to the others.
+class Heartbeat(NamedTuple):
+    """Status that a rank reports to the others, as JSON.
 
     Attributes:
-        state: the rank's state.
+        state: RUNNING, ENDED, FAILED or LOST.
         cause: the error that ended the rank; "" if there was none.
         ticks: number of sync points, and number of ticks since the last sync point.
         position: the rank's position in the run, for messages.
@@ -134,29 +123,20 @@ class Heartbeat:
         time: when the heartbeat was sent, which makes each heartbeat unique.
     """
 
-    state: RankState
+    state: str
     cause: str
-    ticks: tuple[int, int]
+    ticks: Sequence[int]
     position: str
     host: str
     preempted: bool
     time: float
 
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "Heartbeat":
-        """Parse the result of `to_json`."""
-        values = json.loads(text)
-        return cls(**{**values, "state": RankState(values["state"]), "ticks": tuple(values["ticks"])})
-
-    def to_json(self) -> str:
-        """Serialise the heartbeat."""
-        return json.dumps(asdict(self))
-
     def has_failed(self) -> bool:
         """Whether the rank ended with an error."""
-        return self.state in (RankState.FAILED, RankState.LOST)
+        return self.state in (FAILED, LOST)
 
 
+@dataclass
 class Watchdog:
     """End this process, with a message, when it hangs or when another rank is lost.
 
@@ -167,7 +147,7 @@ class Watchdog:
     `is_evaluating`). The message names the ranks with the fewest ticks: they hang, and the others wait for them.
 
     If torchrun is gone, the run stops as it does on a signal. This process ends if stopping takes longer than the
-    heartbeat timeout. In a run with a single process, the watchdog only detects hanging.
+    heartbeat timeout.
 
     Args:
         timeout: hang timeout in seconds.
@@ -177,19 +157,16 @@ class Watchdog:
         flags: the command's flags by setting, for other ranks' errors.
     """
 
-    def __init__(
-        self, timeout: float, dist_url: str, preemption: Preemption, advice: str, flags: Mapping[str, str]
-    ) -> None:
-        self.timeout = timeout
-        self.heartbeat_timeout = heartbeat_timeout(timeout)
-        self.dist_url = dist_url
-        self.preemption = preemption
-        self.advice = advice
-        self.flags = flags
-        self.sync_points = 0
-        self.ticks = 0
-        self.position = "the start"
-        self.is_evaluating = False
+    timeout: float
+    dist_url: str
+    preemption: Preemption
+    advice: str
+    flags: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        self.heartbeat_timeout = heartbeat_timeout(self.timeout)
+        self.sync_points = self.ticks = 0
+        self.position, self.is_evaluating = "the start", False
         self._ended = threading.Event()
 
     def tick(self, position: str) -> None:
@@ -224,11 +201,9 @@ class Watchdog:
             raise Preempted(f"in {title}")
 
     def __enter__(self) -> "Watchdog":
-        is_alone = get_world_size() == 1
-        if not is_alone:
+        if get_world_size() > 1:
             self._join()
-        target = self._watch_alone if is_alone else self._watch
-        self._thread = threading.Thread(target=target, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
 
@@ -243,12 +218,12 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
         if error is None or isinstance(error, Preempted):
-            self._send(RankState.ENDED)
+            self._send(ENDED)
             dist.barrier()  # rank 0 hosts the store
             return
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         with suppress(RuntimeError):  # rank 0 may have ended for the same reason
-            self._send(RankState.LOST if lost_connection or is_transient(error) else RankState.FAILED, cause)
+            self._send(LOST if lost_connection or is_transient(error) else FAILED, cause)
             self._wait_for_failures()
         if lost_connection:  # no rank has failed, so the network has
             raise MachineError(cause) from error
@@ -263,7 +238,7 @@ class Watchdog:
             port = [store.port]
         dist.broadcast_object_list(port)
         self._store = store or dist.TCPStore(host, port[0], is_master=False, timeout=timeout)
-        self._send(RankState.RUNNING)
+        self._send(RUNNING)
         dist.barrier()
 
     def _wait_for_failures(self) -> None:
@@ -271,33 +246,16 @@ class Watchdog:
         end = time.monotonic() + 4 * self.heartbeat_timeout / POLLS
         others = [str(rank) for rank in range(1, get_world_size())]
         while get_rank() == 0 and time.monotonic() < end:
-            if all(Heartbeat.from_json(text).has_failed() for text in self._store.multi_get(others)):
+            if all(Heartbeat(*json.loads(text)).has_failed() for text in self._store.multi_get(others)):
                 return
             time.sleep(0.1)
 
-    def _send(self, state: RankState, cause: str = "") -> None:
-        beat = Heartbeat(
-            state,
-            cause,
-            (self.sync_points, self.ticks),
-            self.position,
-            socket.gethostname(),
-            self.preemption.requested,
-            time.monotonic(),
-        )
-        self._store.set(str(get_rank()), beat.to_json())
+    def _beat(self, state: str, cause: str = "") -> str:
+        ticks, host = (self.sync_points, self.ticks), socket.gethostname()
+        return json.dumps((state, cause, ticks, self.position, host, self.preemption.requested, time.monotonic()))
 
-    def _watch_alone(self) -> None:
-        progress, since = (self.sync_points, self.ticks), time.monotonic()
-        last_poll = time.monotonic()
-        while not self._ended.wait(self.heartbeat_timeout / POLLS):
-            current, now = (self.sync_points, self.ticks), time.monotonic()
-            was_stopped = now - last_poll > self.heartbeat_timeout  # suspended, e.g. by Ctrl-Z: not a hang
-            last_poll = now
-            if was_stopped or current != progress:
-                progress, since = current, now
-            if now - since > self._hang_timeout():
-                self._end(f"hangs at {self.position}: no progress for {now - since:.0f} s")
+    def _send(self, state: str, cause: str = "") -> None:
+        self._store.set(str(get_rank()), self._beat(state, cause))
 
     def _hang_timeout(self) -> float:
         """Seconds without progress after which the run counts as hanging."""
@@ -306,34 +264,40 @@ class Watchdog:
 
     def _watch(self) -> None:
         launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        ranks = [str(rank) for rank in range(get_world_size())]
-        seen = [("", time.monotonic())] * len(ranks)  # each rank's last heartbeat, and when it was first seen
-        progress, since = (self.sync_points, self.ticks), time.monotonic()
+        since = last_poll = time.monotonic()
+        seen = [("", since)] * get_world_size()  # each rank's last heartbeat, and when it was first seen
+        progress = (self.sync_points, self.ticks)
         orphaned = math.inf  # when torchrun was first found gone
         while not self._ended.wait(self.heartbeat_timeout / POLLS):
             now = time.monotonic()
+            was_stopped = now - last_poll > self.heartbeat_timeout  # suspended, e.g. by Ctrl-Z: not a hang
+            last_poll = now
             if launcher is not None and os.getppid() != launcher:
                 self.preemption.requested = True
                 orphaned = min(orphaned, now)
                 if now - orphaned > self.heartbeat_timeout:
                     self._end("its launcher, torchrun, is gone")
-            beats = self._exchange(ranks)
+            beats = self._exchange()
             if beats is None:
                 return
             seen = [last if beat == last[0] else (beat, now) for beat, last in zip(beats, seen)]
             current = (self.sync_points, self.ticks)
-            if current != progress:
+            if was_stopped or current != progress:
                 progress, since = current, now
-            self._judge([Heartbeat.from_json(beat) for beat in beats], [now - first for _, first in seen], now - since)
+            parsed = [Heartbeat(*json.loads(beat)) for beat in beats]
+            self._judge(parsed, [now - first for _, first in seen], now - since)
 
-    def _exchange(self, ranks: list[str]) -> list[str] | None:
+    def _exchange(self) -> list[str] | None:
         """Send a heartbeat, and return those of all ranks; None if the run has ended and rank 0 is gone."""
+        if get_world_size() == 1:
+            return [self._beat(RUNNING)]
+        ranks = [str(rank) for rank in range(get_world_size())]
         # The store's own timeout has no effect if rank 0 is suspended.
         timer = threading.Timer(2 * self.heartbeat_timeout, self._end_unless_done, ["process 0 does not respond"])
         timer.daemon = True
         timer.start()
         try:
-            self._send(RankState.RUNNING)
+            self._send(RUNNING)
             return [beat.decode() for beat in self._store.multi_get(ranks)]
         except RuntimeError as error:
             self._end_unless_done(f"process 0 does not respond ({' '.join(str(error).split())[:120]})")
@@ -353,9 +317,9 @@ class Watchdog:
         for rank, (beat, age) in enumerate(zip(beats, ages)):
             who = f"process {rank} ({beat.host}), last seen at {beat.position},"
             if beat.has_failed() and age > self.heartbeat_timeout / POLLS:  # leaves time for this rank's own error
-                status = 1 if beat.state is RankState.FAILED else RESUME_STATUS
-                self._end(f"{who} {beat.state.value} ({beat.cause})", status)
-            if beat.state is RankState.RUNNING and age > self.heartbeat_timeout:
+                status = 1 if beat.state == FAILED else RESUME_STATUS
+                self._end(f"{who} {beat.state} ({beat.cause})", status)
+            if beat.state == RUNNING and age > self.heartbeat_timeout:
                 self._end(f"{who} has sent no heartbeat for {age:.0f} s")
         if stalled > self._hang_timeout():
             fewest = min(beat.ticks for beat in beats)
@@ -374,6 +338,7 @@ class Watchdog:
     def _end(self, what: str, status: int = RESUME_STATUS) -> NoReturn:
         """End this process. The status is 1 if another rank failed with an error that would recur."""
         cause = "" if status == RESUME_STATUS else "fix the error that it printed, then "
-        line = one_line(f"process {get_rank()}: {with_flags(what, self.flags)}; {cause}{self.advice}")
+        who = f"process {get_rank()}: " if get_world_size() > 1 else ""
+        line = one_line(f"{who}{with_flags(what, self.flags)}; {cause}{self.advice}")
         print(f"{self.preemption.command}: {line}", file=sys.stderr, flush=True)
         os._exit(status)  # the main thread may be waiting for the lost rank in native code

@@ -293,7 +293,7 @@ def test_a_hanging_single_process(few_digits, tmp_path):
         (throughput.process, throughput.text, "throughput, warm-up", "run the same command again"),
     ):
         assert process.wait(LIMIT) == RESUME_STATUS, text()
-        pattern = rf"main\.py: process 0: hangs at {place}: no progress for \d+ s; {advice}"
+        pattern = rf"main\.py: process 0 \([^)]*\) hangs at {place}: no progress for \d+ s; {advice}"
         assert re.fullmatch(pattern, text().splitlines()[-1]), text()
     assert "--auto-resume" in main.RESUME
 

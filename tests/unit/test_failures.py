@@ -10,7 +10,7 @@ import main
 from sepvit_lib.common.command_line import run_command
 from sepvit_lib.common.errors import RESUME_STATUS, out_of_shared_memory
 from sepvit_lib.run import watchdog
-from sepvit_lib.run.watchdog import Heartbeat, Preemption, RankState, Watchdog
+from sepvit_lib.run.watchdog import FAILED, LOST, RUNNING, Heartbeat, Preemption, Watchdog
 
 FLAGS = main.build_parser().flags()
 
@@ -106,27 +106,24 @@ def no_exit(monkeypatch) -> None:
     ("state", "cause", "status", "way_out"),
     [
         (
-            RankState.FAILED,
+            FAILED,
             "UserError: --data-path /x: no such folder",
             1,
             "; fix the error that it printed, then run the same",
         ),
-        (RankState.LOST, "MachineError: storage", RESUME_STATUS, "(MachineError: storage); run the same command with"),
+        (LOST, "MachineError: storage", RESUME_STATUS, "(MachineError: storage); run the same command with"),
     ],
     ids=["failed", "lost"],
 )
 def test_advice_when_another_process_has_ended(state, cause, status, way_out, no_exit, capsys):
     """A process that failed with an error of the program would fail again."""
     sent = cause.replace("--data-path", "`data_path`")  # a rank's error names the setting
-    beats = [Heartbeat(s, sent, (0, 4), "epoch 0, step 3", "there", False, 0.0) for s in (RankState.RUNNING, state)]
-    beats = [Heartbeat.from_json(beat.to_json()) for beat in beats]  # as received
+    beats = [Heartbeat(s, sent, (0, 4), "epoch 0, step 3", "there", False, 0.0) for s in (RUNNING, state)]
     with pytest.raises(EndedError) as end:
         Watchdog(10, "env://", Preemption("main.py"), main.RESUME, FLAGS)._judge(beats, [0.0, 2.0], 0.0)
     assert end.value.args == (status,)
     line = capsys.readouterr().err
-    assert line.startswith(
-        f"main.py: process 0: process 1 (there), last seen at epoch 0, step 3, {state.value} ({cause})"
-    )
+    assert line.startswith(f"main.py: process 1 (there), last seen at epoch 0, step 3, {state} ({cause})")
     assert way_out in line
     assert line.count("\n") == 1
 
@@ -154,7 +151,7 @@ def test_a_suspended_process_does_not_hang(seconds, ends, no_exit, monkeypatch, 
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: dog._ended.now)
     if ends:
         with pytest.raises(EndedError):
-            dog._watch_alone()
+            dog._watch()
         assert "hangs at the start: no progress for 11 s" in capsys.readouterr().err
     else:
-        dog._watch_alone()
+        dog._watch()
