@@ -1,7 +1,6 @@
 """Data sets, transforms and loaders for training and validation."""
 
 import logging
-import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -245,17 +244,9 @@ def _check_number(data: ImageData) -> None:
     if data.num_classes > 1:
         return
     name = (data.classes or ["0"])[0]
-    folder = Path(data.dataset.root, name)
-    inner = (
-        sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
-        if folder.is_dir()
-        else []
-    )
-    hint = (
-        f"its folders ({listed(inner)}) may be the classes: move them one level up"
-        if inner
-        else "add another class folder"
-    )
+    folder, hint = Path(data.dataset.root, name), "add another class folder"
+    if inner := sorted(path.name for path in folder.glob("*/") if not is_hidden(path.name)):
+        hint = f"its folders ({listed(inner)}) may be the classes: move them one level up"
     raise UserError(f"{setting('data_path', folder.parent)}: a single class, {name}, leaves nothing to learn; {hint}")
 
 
@@ -438,19 +429,14 @@ def _timm_dataset(is_train: bool, settings: DataSettings) -> ImageData:
     is_hugging_face = name.startswith("hf")
     if is_hugging_face:
         import_hugging_face()
+    num_samples = settings.train_num_samples if is_train else settings.val_num_samples
+    others = READER_ARGUMENTS.get(name.split("/")[0], {}) | dict(
+        batch_size=settings.batch_size, num_samples=num_samples
+    )
     # timm warns about a missing info.json, which is optional, and about errors that are reported here.
     logging.getLogger("timm.data.readers.reader_wds").setLevel(logging.ERROR)
     try:
-        dataset = create_dataset(
-            name,
-            root=root,
-            split=split,
-            is_training=is_train,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            num_samples=settings.train_num_samples if is_train else settings.val_num_samples,
-            **READER_ARGUMENTS.get(name.split("/")[0], {}),
-        )
+        dataset = create_dataset(name, root, split, is_training=is_train, seed=settings.seed, **others)
     except Exception as error:  # each reader's library raises its own exception types
         raise UserError(f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
     if type(dataset) is ImageFolder:
@@ -502,23 +488,13 @@ def build_transform(is_train: bool, settings: TransformSettings) -> Any:
     preprocessing = settings.preprocessing
     if is_train and not settings.no_aug:
         _check_augmentation(settings.aa)
-        is_rgb = preprocessing.channels == 3
+        others: dict[str, Any] = dict(mean=preprocessing.mean, std=preprocessing.std, color_jitter=0.0)
+        if preprocessing.channels == 3:
+            others |= dict(color_jitter=settings.color_jitter, auto_augment=settings.aa or None)
+        others |= dict(scale=tuple(settings.scale), ratio=tuple(settings.ratio), hflip=settings.hflip)
+        others |= dict(re_prob=settings.reprob, re_mode=settings.remode, re_count=settings.recount)
         try:
-            transform = create_transform(
-                input_size=preprocessing.size,
-                is_training=True,
-                scale=(settings.scale[0], settings.scale[1]),
-                ratio=(settings.ratio[0], settings.ratio[1]),
-                hflip=settings.hflip,
-                color_jitter=settings.color_jitter if is_rgb else 0.0,
-                auto_augment=(settings.aa or None) if is_rgb else None,
-                interpolation=settings.train_interpolation,
-                mean=preprocessing.mean,
-                std=preprocessing.std,
-                re_prob=settings.reprob,
-                re_mode=settings.remode,
-                re_count=settings.recount,
-            )
+            transform = create_transform(preprocessing.size, True, interpolation=settings.train_interpolation, **others)
         except (AssertionError, KeyError, ValueError) as error:
             raise UserError(f"{setting('aa', settings.aa)}: unknown to timm ({error})") from None
         if max(preprocessing.size) <= SMALL_INPUT:
@@ -627,16 +603,8 @@ def build_train_loader(data: ImageData, settings: LoaderSettings, samples: Train
         loader = _loader(stream, settings, batch_size=settings.batch_size, drop_last=True)
     else:
         samples = samples or TrainSamples(data, settings.seed)
-        sampler = TrainBatchSampler(
-            samples,
-            settings.batch_size,
-            settings.accum_steps,
-            get_world_size(),
-            get_rank(),
-            settings.seed,
-            settings.repeated_aug,
-            labels,
-        )
+        step = settings.batch_size, settings.accum_steps, get_world_size(), get_rank()
+        sampler = TrainBatchSampler(samples, *step, settings.seed, settings.repeated_aug, labels)
         loader = _loader(samples, settings, batch_sampler=sampler)
     if len(loader) == 0:
         raise UserError(_no_step(len(data), get_world_size(), settings))
@@ -646,8 +614,7 @@ def build_train_loader(data: ImageData, settings: LoaderSettings, samples: Train
 def _no_step(images: int, processes: int, settings: LoaderSettings) -> str:
     """Error message for an epoch without a complete step, with the settings that determine the size of a step."""
     step_size = settings.batch_size * settings.accum_steps * processes
-    factors = [setting("batch_size", settings.batch_size)]
-    factors += [setting("accum_steps", settings.accum_steps)] if settings.accum_steps > 1 else []
+    factors = [setting("batch_size", settings.batch_size), setting("accum_steps", settings.accum_steps)]
     factors += [f"{processes} processes"] if processes > 1 else []
     epoch, way_out = f"the {images} training images", "choose smaller values"
     if settings.repeated_aug:

@@ -327,7 +327,6 @@ class Parts:
         precision: device, number format and memory format.
         loop: settings of the training loop.
         evaluation: settings of validation.
-        ema_on_cpu: whether the averaged weights are kept in CPU memory.
     """
 
     training: Training
@@ -340,7 +339,6 @@ class Parts:
     precision: Precision
     loop: LoopSettings
     evaluation: EvaluationSettings
-    ema_on_cpu: bool
 
 
 def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, precision: Precision) -> None:
@@ -389,13 +387,8 @@ def run_training(args: argparse.Namespace, output: Output, watchdog: Watchdog, p
     on_main_process(lambda: open_output(output, run, training, source, args))
     if args.val_fraction:
         on_main_process(partial(write_split, output.folder / SPLIT, train, val, output.what))
-    kept = dict(
-        args=settings,
-        data=data,
-        classes=train.classes,
-        preprocessing=preprocessing.to_json(),
-        reading=describe_reading(args, train),
-    )
+    kept = dict(args=settings, data=data, classes=train.classes, preprocessing=preprocessing.to_json())
+    kept["reading"] = describe_reading(args, train)
     save = partial(save_checkpoint, training, output, kept, accum_steps)
     flags = DelayedFlags(precision.device, flag_delay(args, precision))
     limits = settings_from(args, MonitorSettings, dataset_size=len(train), advice=DIVERGENCE_ADVICE)
@@ -603,16 +596,8 @@ def train_epochs(
         while training.epoch < parts.loop.epochs and not training.has_stalled(early_stop):
             if parts.mixup is not None:  # targets stay soft
                 parts.mixup.mixup_enabled = training.epoch < (parts.loop.mixup_off_epoch or math.inf)
-            loss = train_one_epoch(
-                training,
-                parts.train_loader,
-                parts.criterion,
-                parts.precision,
-                parts.loop,
-                parts.mixup,
-                monitor,
-                parts.prepare,
-            )
+            settings = parts.precision, parts.loop, parts.mixup
+            loss = train_one_epoch(training, parts.train_loader, parts.criterion, *settings, monitor, parts.prepare)
             stats = prefixed("train", loss)
             done = training.epoch + 1
             ends = done == parts.loop.epochs or 0 < early_stop < done - training.best_epoch
@@ -654,7 +639,7 @@ def validate(parts: Parts, watchdog: Watchdog) -> dict[str, float]:
     if training.ema is not None:
         title += ", averaged weights"
         model: nn.Module = training.ema.module
-        if parts.ema_on_cpu:
+        if training.ema.device is not None:  # the averaged weights are kept in CPU memory
             model = copy.deepcopy(model).to(precision.device)
         averaged = evaluate(model, parts.val_loader, precision, title, parts.evaluation, watchdog)
         stats |= prefixed("test_ema", averaged)
@@ -690,14 +675,8 @@ def finish_epoch(
         is_best = training.see_value(-stats["test_loss"] if watch == "loss" else stats[f"test_{WATCHED[watch]}"])
         training.best_accuracy = max(training.best_accuracy, accuracy)
     n_parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
-    entry = {
-        **stats,
-        "epoch": training.epoch,
-        "n_parameters": n_parameters,
-        "bad_steps": training.bad_steps,
-        "unreadable_images": len(training.unreadable_images),
-        **others,
-    }
+    counts = dict(bad_steps=training.bad_steps, unreadable_images=len(training.unreadable_images))
+    entry = stats | dict(epoch=training.epoch, n_parameters=n_parameters) | counts | others
     output.log_epoch(entry, stats, training.epoch)
     training.lr_scheduler.step(training.epoch, accuracy)
     training.end_epoch()
@@ -795,25 +774,15 @@ def build_parts(
     train_loader = build_train_loader(train, loaders)
     val_loader = build_val_loader(val, loaders) if uses_labels(args) else train_loader
     mixup = build_mixup(args, train)
-    in_effect = dict(
-        clip_mode=args.clip_mode if args.clip_grad else "norm", mixup_off_epoch=args.mixup_off_epoch if mixup else 0
-    )
     criterion = build_criterion(args, model, train, preprocessing, mixup is not None)
     trainable = criterion.task.trainable_module if isinstance(criterion, TaskLoss) else model
     trainable = model.get_classifier() if keeps_features(args, model, train) else trainable
-    return Parts(
-        build_training(args, model, precision, accum_steps, trainable),
-        train_loader,
-        val_loader,
-        args.val_interval if uses_labels(args) else 0,
-        criterion,
-        mixup,
-        build_preparation(args, preprocessing, precision),
-        precision,
-        settings_from(args, LoopSettings, accum_steps=accum_steps, **in_effect),
-        settings_from(args, EvaluationSettings),
-        args.model_ema_force_cpu,
-    )
+    training = build_training(args, model, precision, accum_steps, trainable)
+    prepare = build_preparation(args, preprocessing, precision)
+    loop = settings_from(args, LoopSettings, accum_steps=accum_steps)
+    evaluation = settings_from(args, EvaluationSettings)
+    loading = train_loader, val_loader, args.val_interval if uses_labels(args) else 0
+    return Parts(training, *loading, criterion, mixup, prepare, precision, loop, evaluation)
 
 
 def build_preparation(
@@ -976,17 +945,10 @@ def build_mixup(args: argparse.Namespace, train: ImageData) -> Mixup | None:
     if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
         return None
     is_dense = train.multi_label or train.has_weights  # the loss smooths these targets
-    return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=0 if is_dense else args.smoothing,
-        num_classes=train.num_classes + train.has_weights,
-        multi_label=is_dense,
-    )
+    settings = dict(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax)
+    settings |= dict(prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode)
+    settings |= dict(label_smoothing=0 if is_dense else args.smoothing, multi_label=is_dense)
+    return Mixup(**settings, num_classes=train.num_classes + train.has_weights)
 
 
 def keeps_features(args: argparse.Namespace, model: nn.Module, train: ImageData) -> bool:
@@ -1150,15 +1112,13 @@ def build_teacher(args: argparse.Namespace, train: ImageData, preprocessing: Pre
 # Weights
 # ----------------------------------------------------------------------------------------------------------------------
 
-VARIANT_HINT = "name it with --model"
-
 
 def load_from(
     model: nn.Module,
     checkpoint: dict[str, Any],
     what: str,
     classes_hint: str = "use the data set that it was trained on",
-    variant_hint: str = VARIANT_HINT,
+    variant_hint: str = "name it with --model",
     prefer_ema: bool = False,
     new_classifier: bool = False,
     data: ImageData | None = None,
@@ -1190,16 +1150,8 @@ def load_from(
             rest = f"; randomly initialised: {listed(fresh)}" if fresh else ""
             shared = len(names) - len(fresh)
             print_main(f"{what}: {shared} of {len(names)} classes of the classifier are carried over by name{rest}")
-    report = load_weights(
-        model,
-        weights,
-        what,
-        variant_hint=variant_hint,
-        classes_hint=classes_hint,
-        new_classifier=new_classifier,
-        img_size=img_size_of(checkpoint),
-        new_settings=new_classifier,
-    )
+    hints, size = (variant_hint, classes_hint), img_size_of(checkpoint)
+    report = load_weights(model, weights, what, *hints, new_classifier=new_classifier, img_size=size)
     if frozen := [name for name in report.adaptation.fresh if not model.get_parameter(name).requires_grad]:
         print_main(f"WARNING: {what}: frozen, but randomly initialised for this image size: {listed(frozen)}")
     if new_classifier and data is not None and not (held and names) and not report.classifier:

@@ -350,14 +350,13 @@ def load_weights(
     model: nn.Module,
     weights: dict[str, Tensor],
     what: str,
-    *,
     variant_hint: str,
     classes_hint: str = "use a data set with the same classes",
+    *,
     network: str = "",
     new_classifier: bool = False,
     partly: bool = False,
     img_size: tuple[int, int] | None = None,
-    new_settings: bool = False,
     settings_hint: str = f"omit {setting('model_kwargs')}",
 ) -> LoadReport:
     """Adapt a state dict to the model's image size and form (classification or dense), then load it strictly.
@@ -369,12 +368,11 @@ def load_weights(
         variant_hint: the way out if the variant differs, for messages.
         classes_hint: the way out if the number of classes differs, for messages.
         network: name of the SepViT inside `model`; "" if it is `model` itself.
-        new_classifier: keep the classifier randomly initialised if the number of classes differs.
+        new_classifier: keep the classifier randomly initialised if the number of classes differs. The SepViT's settings
+            may differ from those that the weights record, too, and the number of channels from that of the weights.
         partly: outside the SepViT, keep the random initialisation of entries that the weights lack or have in a
             different shape, and drop entries that the model lacks.
         img_size: image size (H, W) of the weights, None if unknown.
-        new_settings: whether the SepViT's settings may differ from those that the weights record, and the number of
-            channels from that of the weights.
         settings_hint: the way out if settings differ, for messages.
 
     Raises:
@@ -393,7 +391,7 @@ def load_weights(
         if inner.img_size is None and recorded.get("window_tokens") == "learned":
             recorded = {**recorded, "window_tokens": "zeros"}  # as published
         report.settings = _differing(recorded, inner.settings())
-        if report.settings and not new_settings:
+        if report.settings and not new_classifier:
             raise UserError(f"{what}: was trained with {' '.join(report.settings)}; {settings_hint}")
         report.adaptation = adaptation = adapt_state_dict(own, inner, img_size)
         for names in (adaptation.resampled, adaptation.fresh, adaptation.dropped):
@@ -403,10 +401,9 @@ def load_weights(
     elif _shapes(weights) != _shapes(expected):
         weights, report.adaptation.resampled = _resized_by_timm(weights, model)
     own_cfg = getattr(model, "default_cfg", {})
-    if new_settings:
-        report.channels = _adapt_channels(weights, expected, own_cfg.get("first_conv"))
     classifier = classifier_of(expected, own_cfg.get("classifier"))
     if new_classifier:
+        report.channels = _adapt_channels(weights, expected, own_cfg.get("first_conv"))
         report.classifier = _replace_classifier(weights, expected, classifier)
     if partly:
         _fill_up(weights, expected, prefix, report)

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -125,7 +125,7 @@ class Heartbeat(NamedTuple):
 
     state: str
     cause: str
-    ticks: Sequence[int]
+    ticks: list[int]
     position: str
     host: str
     preempted: bool

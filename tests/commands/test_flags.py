@@ -228,6 +228,8 @@ def _built(settings):
     parts = main.build_parts(args, model, train, val, preprocessing, precision, args.accum_steps)
     training, order = parts.training, parts.train_loader.batch_sampler
     limits = main.settings_from(args, MonitorSettings, dataset_size=len(train), advice="")
+    off = dict(clip_mode=None) if not parts.loop.clip_grad else {}  # not read by the training loop
+    off |= dict(mixup_off_epoch=None) if parts.mixup is None else {}
     return dict(
         precision=described(precision),
         device=args.device,
@@ -250,7 +252,7 @@ def _built(settings):
         val_interval=parts.val_interval,
         mixup=parts.mixup and described(parts.mixup),
         prepare=described(getattr(parts.prepare, "__self__", parts.prepare)),
-        settings=[dataclasses.asdict(settings) for settings in (parts.loop, parts.evaluation, limits)],
+        settings=[dataclasses.asdict(parts.loop) | off, *map(dataclasses.asdict, (parts.evaluation, limits))],
     )
 
 

@@ -84,7 +84,7 @@ def test_weights_that_fit_only_by_luck_are_refused(trained, capsys):
     default = timm.create_model("SepViT_Lite", img_size=SIZE, num_classes=3)
     with pytest.raises(UserError, match="was trained with window_sizes="):
         load_weights(default, weights, "x", variant_hint="")
-    report = load_weights(default, weights, "x", variant_hint="", new_settings=True)
+    report = load_weights(default, weights, "x", variant_hint="", new_classifier=True)
     assert "trained with window_sizes=" in str(report)
 
 
