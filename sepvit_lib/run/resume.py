@@ -6,12 +6,12 @@ import platform
 import subprocess
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.common.processes import all_gather, get_world_size, on_main_process, print_main
@@ -29,6 +29,7 @@ FREE_SETTINGS = set(
     "world_size".split()
 )
 
+SPLITS = {"train": "training", "val": "validation"}
 PACKAGES = ("torchvision", "timm", "numpy", "pillow")  # packages whose versions are recorded, besides torch
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -67,14 +68,8 @@ def describe_run(
     versions = dict(python=platform.python_version(), torch=torch.__version__)
     versions |= {name: version(name) for name in packages}
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type} ({platform.machine()})"
-    return dict(
-        settings=dict(settings),
-        versions=versions,
-        revision=git_revision(),
-        device=name,
-        processes=get_world_size(),
-        data=data,
-    )
+    where = dict(revision=git_revision(), device=name, processes=get_world_size())
+    return dict(settings=dict(settings), versions=versions, **where, data=data)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,18 +198,16 @@ def check_same_run(
     Raises:
         UserError: settings or images differ.
     """
-    if before and (differing := differences(before, settings, free)):
-        raise UserError(
-            f"{source.what}: was saved by a run with different settings: {', '.join(differing)}; restore them, choose "
-            f"another {setting(folder)}, or pass {setting('resume', source.path)} to continue with the new ones"
-        )
-    if different := data_differences(source, data):
-        path = setting(images, settings.get(images) or "")
-        raise UserError(
-            f"{source.what}: was saved by a run on different images than {path} has: {', '.join(different)}; restore "
-            f"them, choose another {setting(folder)}, or pass {setting('resume', source.path)} to continue with the "
-            "new ones"
-        )
+    path, changed = setting(images, settings.get(images) or ""), differences(before, settings, free)
+    for run, differing in (
+        ("with different settings", changed),
+        (f"on different images than {path} has", data_differences(source, data)),
+    ):
+        if differing:
+            raise UserError(
+                f"{source.what}: was saved by a run {run}: {', '.join(differing)}; restore them, choose another "
+                f"{setting(folder)}, or pass {setting('resume', source.path)} to continue with the new ones"
+            )
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> list[str]:
@@ -240,20 +233,15 @@ def data_differences(source: Source, data: dict[str, Any]) -> list[str]:
         source: the checkpoint.
         data: size and fingerprint of the current data sets.
     """
-    before = source.checkpoint.get("data", data)
-    return [
-        _data_difference(split, before[split], data[split])
-        for split in data
-        if split in before and before[split] != data[split]
-    ]
-
-
-def _data_difference(split: str, before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Describe the difference between an earlier run's images and the current ones."""
-    name = {"train": "training", "val": "validation"}[split]
-    if before["images"] != now["images"]:
-        return f"{now['images']} {name} images (were {before['images']})"
-    return f"{now['images']} {name} images as before, but with different names or labels"
+    found = []
+    for split, now in data.items():
+        before = source.checkpoint.get("data", data).get(split, now)
+        images, was = f"{now['images']} {SPLITS[split]} images", before["images"]
+        if was != now["images"]:
+            found.append(f"{images} (were {was})")
+        elif before != now:
+            found.append(f"{images} as before, but with different names or labels")
+    return found
 
 
 def accumulation(source: Source, settings: Mapping[str, Any]) -> int:
@@ -355,17 +343,16 @@ def restore(training: Training, source: Source, settings: Mapping[str, Any]) -> 
 
 def _restore_weights(training: Training, source: Source, settings: Mapping[str, Any]) -> None:
     what, checkpoint = source.what, source.checkpoint
-    load = partial(
-        load_weights,
-        what=what,
-        variant_hint=f"select the variant with {setting('model')}",
-        classes_hint=f"use {setting('finetune')} to train a new head",
-        img_size=img_size_of(checkpoint),
-    )
-    if load(training.model, weights_of(checkpoint, what)).adaptation:
+    hints = f"select the variant with {setting('model')}", f"use {setting('finetune')} to train a new head"
+
+    def load(model: nn.Module, prefer_ema: bool = False) -> Any:
+        weights = weights_of(checkpoint, what, prefer_ema)
+        return load_weights(model, weights, what, *hints, img_size=img_size_of(checkpoint))
+
+    if load(training.model).adaptation:
         raise UserError(
             f"{what}: was trained at a different image size than {setting('input_size', settings['input_size'])}; "
             f"use {setting('finetune')}"
         )
     if training.ema is not None:
-        load(training.ema.module, weights_of(checkpoint, what, prefer_ema=True))
+        load(training.ema.module, prefer_ema=True)
