@@ -67,7 +67,7 @@ def open_webdataset(
             "the supported versions; install the version in constraints.txt"
         )
     decoder = pipeline[decoding[0]]
-    decoder.args = (partial(_decoded, partial(_decoded_by, decode, decoder.args[0])),)
+    decoder.args = (partial(_decoded, decode, decoder.args[0]),)
     decoder.kw["handler"] = partial(_handle_unreadable, skip)
     pipeline[expanding[0]] = partial(_samples_of_shards, skip, reader.root)
 
@@ -174,36 +174,27 @@ def first_images(reader: ReaderWds) -> Iterator[bytes]:
             yield from (sample[extension] for extension in reader.input_key.split(";") if extension in sample)
 
 
-def _decoded(decode: Callable[[dict], dict | None], sample: dict[str, Any]) -> dict[str, Any] | None:
-    """Decode a sample. Raises UnreadableImageError if this fails."""
+def _decoded(
+    decode: Callable[[bytes], Any], decode_sample: partial[dict[str, Any] | None], sample: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Decode a sample: the image with `decode`, and the label with timm's decoder.
+
+    Args:
+        decode: decodes an image file.
+        decode_sample: timm's decoder. It receives a copy of the sample with a blank image.
+        sample: the sample.
+
+    Raises:
+        UnreadableImageError: this fails.
+    """
+    keys = [key for key in decode_sample.keywords["image_key"].split(";") if key in sample]
     try:
-        return decode(sample)
+        decoded = decode_sample({**sample, **dict.fromkeys(keys, BLANK)})
+        return decoded and {**decoded, "jpg": decode(sample[keys[0]])}
     except (TypeError, WdsTargetKeyError):  # a wrong setting, not an unreadable image
         raise
     except Exception as error:  # the type depends on the image format and on the damage
         raise UnreadableImageError.of(f"{sample['__url__']}: {sample['__key__']}", error) from None
-
-
-def _decoded_by(
-    decode: Callable[[bytes], Any], decode_sample: Callable[[dict], dict | None], sample: dict[str, Any]
-) -> dict[str, Any] | None:
-    """Decode a sample: the image with `decode`, and a label that is not in `cls` with timm's decoder.
-
-    timm's decoder receives a copy of the sample with a blank image.
-
-    Args:
-        decode: decodes an image file.
-        decode_sample: timm's decoder.
-        sample: the sample.
-    """
-    settings = decode_sample.keywords  # type: ignore[attr-defined]
-    keys = [key for key in settings["image_key"].split(";") if key in sample]
-    if keys and not settings["target_key"] and not settings["alt_label"]:
-        return dict(jpg=decode(sample[keys[0]]), target=int(sample["cls"]), json=sample.get("json"))
-    decoded = decode_sample({**sample, **dict.fromkeys(keys, BLANK)})
-    if decoded is not None:
-        decoded["jpg"] = decode(sample[keys[0]])
-    return decoded
 
 
 def open_hugging_face(reader: Any) -> None:
