@@ -89,25 +89,3 @@ def unreadable_limit(policy: str, dataset_size: int) -> int:
         dataset_size: number of training images.
     """
     return max(1, int(UNREADABLE_SHARE * dataset_size)) if policy == "skip" else 0
-
-
-def check_unreadable(
-    count: int, limit: int, example: str, what: str, dataset_size: int | None = None, hint: str = ""
-) -> None:
-    """Refuse more unreadable images than the limit allows.
-
-    Args:
-        count: unreadable images so far.
-        limit: maximum number allowed.
-        example: name of one of them, with the reason if known.
-        what: the setting of the limit, for messages.
-        dataset_size: number of training images; None if unknown.
-        hint: the way out or where to look, for messages.
-
-    Raises:
-        UserError: the limit is exceeded.
-    """
-    if count > limit:
-        of_all = f" of {dataset_size}" if dataset_size is not None else ""
-        images = f"{count}{of_all} training images are unreadable"
-        raise UserError(f"{what}: {images} (limit {limit}), e.g. {example}; {hint}")

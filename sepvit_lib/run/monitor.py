@@ -12,7 +12,7 @@ from torch import Tensor
 from sepvit_lib.common.errors import Preempted, UserError, setting
 from sepvit_lib.common.processes import all_gather, all_reduce, get_rank, print_line
 from sepvit_lib.common.storage import write_file
-from sepvit_lib.pipeline.unreadable import SEPARATOR, check_unreadable, unreadable_images, unreadable_limit
+from sepvit_lib.pipeline.unreadable import SEPARATOR, unreadable_images, unreadable_limit
 from sepvit_lib.run.checkpoints import copied
 from sepvit_lib.run.state import RunState
 from sepvit_lib.run.watchdog import Watchdog
@@ -221,11 +221,9 @@ class StepMonitor:
                 self.log({**flags.position, "unreadable_image": name, "reason": reason})
                 example = f"{name} ({reason})"
         self._unreadable.clear()
-        check_unreadable(
-            len(names),
-            unreadable_limit(policy, size),
-            example or names[-1],
-            setting("on_bad_image", policy),
-            size,
-            "see `unreadable_image` in log.txt",
-        )
+        limit = unreadable_limit(policy, size)
+        if len(names) > limit:
+            raise UserError(
+                f"{setting('on_bad_image', policy)}: {len(names)} of {size} training images are unreadable "
+                f"(limit {limit}), e.g. {example or names[-1]}; see `unreadable_image` in log.txt"
+            )
