@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepvit import SeparableSelfAttention, SepViTStages, window_reverse, window_weights
+from sepvit import SeparableSelfAttention, SepViTBlock, window_reverse, window_weights
 
 # Maximum error of a recomputed output, relative to the output's largest value; also maximum error of a row's sum.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -90,44 +90,33 @@ def record_attention(
         ValueError: the network contains no SepViT or is in training mode, none of its blocks ran, or one ran twice.
         RuntimeError: rows of weights do not sum to one, or an output recomputed from the weights is not the network's.
     """
-    blocks = _named_blocks(network)
+    blocks = {name: block.attn for name, block in network.named_modules() if isinstance(block, SepViTBlock)}
     if not blocks:
         raise ValueError(f"{type(network).__name__} contains no SepViT, so there is no attention to record")
-    if any(attention.training for attention, _ in blocks.values()):
+    if any(attention.training for attention in blocks.values()):
         raise ValueError("the network is in training mode, in which dropout changes its attention; call eval() first")
     records: dict[str, BlockAttention] = {}
 
-    def record(name: str, stage: int, attention: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def record(name: str, attention: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         if name in records:
             raise ValueError(f"{name} ran twice; record one run at a time")
-        records[name] = _attention_of(name, stage, attention, inputs, output)
+        records[name] = _attention_of(name, attention, inputs, output)
 
     with ExitStack() as hooks, torch.no_grad():
-        for name, (attention, stage) in blocks.items():
-            hooks.callback(attention.register_forward_hook(partial(record, name, stage)).remove)
+        for name, attention in blocks.items():
+            hooks.callback(attention.register_forward_hook(partial(record, name)).remove)
         (run or network)(images)
     if not records:
         raise ValueError("none of the network's blocks ran; a compiled network does not call them one by one")
     return list(records.values())
 
 
-def _named_blocks(network: nn.Module) -> dict[str, tuple[SeparableSelfAttention, int]]:
-    """Map the name of each block in the network to the block's attention module and stage."""
-    found = {}
-    for prefix, module in network.named_modules():
-        if isinstance(module, SepViTStages):
-            for stage, blocks in enumerate(module.blocks):
-                for index, block in enumerate(blocks):
-                    name = f"blocks.{stage}.{index}"
-                    found[f"{prefix}.{name}" if prefix else name] = block.attn, stage
-    return found
-
-
 def _attention_of(
-    name: str, stage: int, attention: SeparableSelfAttention, inputs: tuple[Any, ...], output: Tensor
+    name: str, attention: SeparableSelfAttention, inputs: tuple[Any, ...], output: Tensor
 ) -> BlockAttention:
     """Compute a block's attention from the inputs of its attention module, and check it against the output."""
     z, H, W = inputs
+    stage = int(name.split(".")[-2])
     (B, n), w = z.shape[:2], attention.window_size
     q, k, v = attention.depthwise_heads(z)  # each B·n × h × T × d
     inside = window_weights(q, k)  # B·n × h × T × T

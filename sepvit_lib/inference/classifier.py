@@ -1,7 +1,6 @@
 """A trained classifier with its preprocessing and class names."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -264,18 +263,10 @@ def class_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...
     """
     if names is None or len(names) != num_classes:
         names = ImageNetInfo().label_names() if num_classes == 1000 else [str(index) for index in range(num_classes)]
-    codes = ImageNetInfo()
-    words = [_words(codes, name) if re.fullmatch(r"n\d{8}", name) else name for name in names]
+    described: Any = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)  # by WordNet ID
+    words = [described.get(name, name) for name in names]
     count = Counter(words)  # two of ImageNet's classes are called crane
     return tuple(
         word if count[word] == 1 else f"{word} ({name if name != word else index})"
         for index, (word, name) in enumerate(zip(words, names))
     )
-
-
-def _words(codes: ImageNetInfo, code: str) -> str:
-    """Return the words for a WordNet ID, such as n01440764, or the ID itself if ImageNet does not contain it."""
-    try:
-        return codes.label_name_to_description(code)
-    except KeyError:
-        return code
