@@ -522,10 +522,7 @@ def open_output(
         UserError: the folder cannot be written, or contains another run.
     """
     output.open(run, training.covers, source, args.auto_resume)
-    try:
-        write_recipe(output.folder / ARGS, vars(args))
-    except OSError as error:
-        raise UserError(f"{output.what}: cannot be written ({error.strerror}); choose another folder") from None
+    write_recipe(output.folder / ARGS, vars(args), output.what)
 
 
 def write_split(path: Path, train: ImageData, val: ImageData, what: str) -> None:

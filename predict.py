@@ -82,7 +82,6 @@ def main(args: argparse.Namespace) -> int:
     tasks = find_images(args.images, classifier.prepare.preprocessing.channels != 3)
     if args.out:
         check_pictures(tasks, Path(args.out), args.overwrite)
-    if args.out:
         make_folder(Path(args.out), f"--out {args.out}")
     predictions: list[Prediction] = []
     prints = STANDARD_OUTPUT not in (args.json, args.csv)

@@ -112,14 +112,8 @@ def is_communication_error(error: BaseException | None) -> bool:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the machine or its accelerator ran out of memory, in this process or in a loader worker."""
-    texts = (
-        "DefaultCPUAllocator",
-        "MPS backend out of memory",
-        "CUDA error: out of memory",
-        "_STATUS_ALLOC_FAILED",
-        "Cannot allocate memory",
-    )
-    by_text = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    texts = "DefaultCPUAllocator|(MPS backend|CUDA error:) out of memory|_STATUS_ALLOC_FAILED|Cannot allocate memory"
+    by_text = isinstance(error, RuntimeError) and bool(re.search(texts, str(error)))
     return by_text or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 

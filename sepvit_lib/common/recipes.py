@@ -1,6 +1,7 @@
 """Recipes: YAML files of settings. Each run writes its settings as args.yaml, a recipe that repeats the run."""
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import yaml
 
 from sepvit_lib.common.command_line import KeyValues, Parser
 from sepvit_lib.common.errors import UserError, setting
-from sepvit_lib.common.storage import write_file
+from sepvit_lib.common.storage import write_output
 
 ARGS = "args.yaml"
 BASE = "base"  # key of the recipe that another one inherits
@@ -97,15 +98,17 @@ def _literal(value: Any) -> str:
     return f"[{', '.join(map(_literal, value))}]" if isinstance(value, list) else str(value)
 
 
-def write_recipe(path: Path, settings: dict[str, Any]) -> None:
+def write_recipe(path: Path, settings: dict[str, Any], what: str) -> None:
     """Write a run's settings as a recipe that repeats the run.
 
+    Args:
+        path: the file.
+        settings: the settings.
+        what: setting and value that name the file or its folder, for messages.
+
     Raises:
-        OSError: the file cannot be written.
+        UserError: the file cannot be written.
     """
-    values = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in settings.items()
-        if name not in LAUNCH_SETTINGS
-    }
-    write_file(path, lambda file: file.write(yaml.safe_dump(values, sort_keys=False).encode()))
+    values = {name: value for name, value in settings.items() if name not in LAUNCH_SETTINGS}
+    text = yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False)  # tuples become lists
+    write_output(path, lambda file: file.write(text.encode()), what)

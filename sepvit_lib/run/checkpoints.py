@@ -578,14 +578,12 @@ def load_optimizer(
     # A state dict numbers the parameters across its groups. Translate to this optimiser's numbering.
     numbers = [number[parameter] for group in grouping for parameter in group["params"]]
     state = {**state, "state": {numbers[i]: value for i, value in state["state"].items()}}
-    own_keys = (optimizer.defaults.keys() | {"lr_scale"}) - ({"lr"} if with_lr else set())
-    groups, start = [], 0
-    for i, group in enumerate(optimizer.param_groups):
+    own_keys = (optimizer.defaults.keys() | {"lr_scale", "params"}) - ({"lr"} if with_lr else set())
+    groups = []
+    for i, group in enumerate(optimizer.state_dict()["param_groups"]):
         kept = {key: group[key] for key in own_keys & group.keys()}
-        indices = list(range(start, start + len(group["params"])))
         others = {key: value for key, value in saved[min(i, len(saved) - 1)].items() if key != "lr_scale"}
-        groups.append({**others, **kept, "params": indices})
-        start += len(indices)
+        groups.append({**others, **kept})
     optimizer.load_state_dict({**state, "param_groups": groups})
     for parameter, values in optimizer.state.items():  # fused optimisers need the memory format of the parameter
         for name, value in values.items():

@@ -145,7 +145,7 @@ def test_every_setting_survives_a_recipe(tmp_path):
         seed=0,
         train_split="a: b # c",
     )
-    write_recipe(tmp_path / "args.yaml", settings)
+    write_recipe(tmp_path / "args.yaml", settings, "x")
     args = parse("--config", tmp_path / "args.yaml")
     assert args.pop("config") == str(tmp_path / "args.yaml")
     settings.pop("config")
