@@ -1,5 +1,7 @@
 """Samplers, transforms, and what a sample's augmentation depends on."""
 
+from functools import partial
+
 import hypothesis
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
+import datasets
 import main
 from datasets import LoaderSettings, build_train_loader, build_transform, build_val_loader, epoch_batches
 from samplers import TrainBatchSampler
@@ -33,6 +36,20 @@ def train_loader(args):
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers
+
+
+def test_processes_share_the_validation_images(few_digits, monkeypatch):
+    """Each image is loaded once, even by more processes than there are images."""
+    args = settings(*SMALLEST, "--data-path", few_digits, "--dist-eval", "--num_workers", 0)
+    data = main.build_data(args, is_train=False)
+    for processes in (1, 2, 5, len(data) + 1):
+        loaded = []
+        for rank in range(processes):
+            monkeypatch.setattr(datasets, "get_world_size", partial(int, processes))
+            monkeypatch.setattr(datasets, "get_rank", partial(int, rank))
+            batches = build_val_loader(data, main.settings_from(args, LoaderSettings)).batch_sampler
+            loaded += [index for batch in batches for index in batch]
+        assert sorted(loaded) == list(range(len(data)))
 
 
 def epoch_of(size, batch_size, accum_steps, processes, epoch=0, start_step=0, **kwargs):
