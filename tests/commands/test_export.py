@@ -316,27 +316,27 @@ def test_what_is_refused():
 
 
 def test_a_form_that_is_wrong_or_fails_is_reported_and_not_kept(checkpoint, tmp_path, monkeypatch, capsys):
-    """One writer spoils the network, another one fails: both are reported, the third file is kept."""
+    """One writer spoils the network, another one fails: both are reported, the third one's files are kept."""
 
     def spoiled(job, path):
         with torch.no_grad():
             job.network.head.bias += 0.01
-            writers.write_torch_export(job, path)
+            writers.write_torchscript(job, path)
             job.network.head.bias -= 0.01
 
     def failing(job, path):
         raise RuntimeError("could not execute a primitive")
 
-    monkeypatch.setitem(export.FORMATS, "torch-export", export.Format(spoiled, ".pt2"))
+    monkeypatch.setitem(export.FORMATS, "torchscript", export.Format(spoiled, "-torchscript.pt"))
     monkeypatch.setitem(export.FORMATS, "onnx", export.Format(failing, ".onnx"))
-    formats = ["torch-export", "onnx", "torchscript"]
+    formats = ["torchscript", "onnx", "safetensors"]
     arguments = ["--resume", checkpoint, "--out", tmp_path / "out", "--formats", *formats, "--rounds", "1"]
     assert export.run(list(map(str, arguments))) == 1
     printed = capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["SepViT_Lite-torchscript.pt", "exports.md"]
-    assert "Not made: torch-export: refused: its logits differ by 0.01, more than 0.001" in printed
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [FILES["safetensors"], "exports.md"]
+    assert "Not made: torchscript: refused: its logits differ by 0.01, more than 0.001" in printed
     assert "Not made: onnx: RuntimeError: could not execute a primitive" in printed
-    assert set(rows(printed)) == {"checkpoint", "torchscript"}
+    assert set(rows(printed)) == {"checkpoint", "safetensors"}
 
 
 MISTAKES = {

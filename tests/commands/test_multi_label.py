@@ -434,7 +434,7 @@ def test_mistaken_thresholds(trained, trained_digits, image, tmp_path, capsys):
         assert "--threshold" in line
 
 
-@pytest.mark.parametrize("form", ["safetensors", "torch-export"])
+@pytest.mark.parametrize("form", ["safetensors", "torchscript"])
 def test_exported_files_have_several_labels(form, trained, table, image, tmp_path, capsys):
     flags = ["--formats", form, "--rounds", 1, "--data-path", table.parent, "--data-set", f"csv/{table}"]
     assert export.run(list(map(str, ["--resume", trained / "checkpoint.pth", "--out", tmp_path / "out", *flags]))) == 0

@@ -91,9 +91,9 @@ def test_rectangles_through_every_command(few_digits, tmp_path, capsys):
     assert losses[-1] == losses[-2]
     assert predict.run([str(image), "--resume", str(path), "--device", "cpu"]) == 0
     assert visualize.run([str(image), "--resume", str(path), "--out", str(tmp_path / "figures")]) == 0
-    formats = ["--formats", "safetensors", "torch-export", "--rounds", "1"]
+    formats = ["--formats", "safetensors", "torchscript", "--rounds", "1"]
     assert export.run(["--resume", str(path), "--out", str(tmp_path / "exported"), *formats]) == 0
-    for exported in (next((tmp_path / "exported").glob("*-timm")), next((tmp_path / "exported").glob("*.pt2"))):
+    for exported in (next((tmp_path / "exported").glob("*-timm")), next((tmp_path / "exported").glob("*.pt"))):
         again = load_classifier(str(exported))
         assert again.description.preprocessing == expected
         torch.testing.assert_close(

@@ -171,7 +171,7 @@ def test_export_finds_the_images_of_the_run(images, tmp_path):
     folder = tmp_path / "run"
     split = ["--val-fraction", 0.25, "--ignore-classes", "1", "--mixup", 0, "--cutmix", 0]
     assert run(*SMALLEST, *CPU, *table, *split, "--output_dir", folder) == 0
-    arguments = ["--resume", folder / "checkpoint.pth", *table, "--data-path", images, "--formats", "torch-export"]
+    arguments = ["--resume", folder / "checkpoint.pth", *table, "--data-path", images, "--formats", "safetensors"]
     arguments += ["--out", tmp_path / "out", "--rounds", 1]
     assert export.run(list(map(str, arguments))) == 0
 
