@@ -72,8 +72,8 @@ def small(task: str, data: Path | str, length: int) -> list[str]:
     return ["--cfg-options", f"data_root={data}", *workers, *options.split()]
 
 
-def run(script: str, *arguments) -> str:
-    return succeed(*arguments, script=script, cwd=(ROOT / script).parent)
+def run(script: str, *arguments, processes: int = 0) -> str:
+    return succeed(*arguments, script=script, cwd=(ROOT / script).parent, processes=processes)
 
 
 def shell(script: str, *arguments, **environment: str) -> str:
@@ -320,9 +320,9 @@ def test_evaluation_of_two_processes_is_that_of_one(scales, trained_by_two, scen
     """The figures are the same, over one scale and over several."""
     config, work_dir = trained_by_two
     options = small("segmentation", scenes["segmentation"], 2)
-    flags = ["--eval", "mIoU", "--work-dir", work_dir, *scales, *options]
-    two = shell("segmentation/dist_test.sh", config, work_dir / "iter_2.pth", 2, *flags)
-    assert figures(two) == figures(run("segmentation/test.py", config, work_dir / "iter_2.pth", *flags)) != []
+    command = ["segmentation/test.py", config, work_dir / "iter_2.pth", "--eval", "mIoU", "--work-dir", work_dir]
+    two = run(*command, "--launcher", "pytorch", *scales, *options, processes=2)
+    assert figures(two) == figures(run(*command, *scales, *options)) != []
     assert not [*work_dir.rglob("collected*")]
 
 

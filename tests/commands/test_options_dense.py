@@ -710,6 +710,20 @@ def test_launcher_restarts(tmp_path):
     assert launch(tmp_path, "again").returncode == 75
 
 
+def test_the_scripts_start_the_programs_beside_them(tmp_path):
+    """Each process gets all arguments but their number. The scripts of both tasks are the same."""
+    (tmp_path / "sepvit_lib").symlink_to(ROOT / "sepvit_lib")
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task/test.py").write_text("import os, sys\nos.write(1, f'{sys.argv[1:]}\\n'.encode())\n")
+    script = shutil.copy(ROOT / "segmentation/dist_test.sh", tmp_path / "task")
+    variables = {**os.environ, "PYTHON": sys.executable, "PORT": free_port()}
+    arguments = ["config.py", "a.pth", "2", "--eval", "mIoU"]
+    printed = subprocess.check_output(["bash", script, *arguments], text=True, timeout=300, env=variables)
+    assert printed.splitlines() == [str(["config.py", "a.pth", "--eval", "mIoU", "--launcher", "pytorch"])] * 2
+    for name in ("dist_train.sh", "dist_test.sh"):
+        assert (ROOT / "segmentation" / name).read_text() == (ROOT / "detection" / name).read_text()
+
+
 def test_one_process_uses_all_cores(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert launch(tmp_path, "threads", processes=1).stdout == "all"

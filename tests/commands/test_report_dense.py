@@ -2,16 +2,13 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, free_port, refusal
+from conftest import ROOT, refusal, succeed
 from dense_data import BOXED, LABELLED, own_config, save_model, write_boxed, write_labelled
 from PIL import Image
 from pycocotools.coco import COCO
@@ -68,20 +65,21 @@ def printed(text: str, *names: str) -> dict[str, float]:
     return {name: float(re.findall(rf"{name}: ([\d.-]+)", text)[-1]) for name in names}
 
 
-@pytest.fixture(scope="module", params=MAIN)
-def written(request, inputs, tmp_path_factory) -> tuple[str, Path, str]:
-    """The task, the folder of its report, and what the command printed."""
-    folder = tmp_path_factory.mktemp(request.param)
-    arguments = [*map(str, inputs[request.param]), "--report", "--work-dir", str(folder), *OPTIONS]
-    result = subprocess.run(
-        [sys.executable, "test.py", *arguments], cwd=ROOT / request.param, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return request.param, folder / "report", result.stdout
+@pytest.fixture(scope="module")
+def written(inputs, tmp_path_factory) -> dict[str, tuple[Path, str]]:
+    """By task: the folder of its report, and what the command printed."""
+    found = {}
+    for task in MAIN:
+        folder = tmp_path_factory.mktemp(task)
+        flags = ["--report", "--work-dir", folder, *OPTIONS]
+        text = succeed(*inputs[task], *flags, script=f"{task}/test.py", cwd=ROOT / task)
+        found[task] = folder / "report", text
+    return found
 
 
-def test_files(written):
-    task, folder, text = written
+@pytest.mark.parametrize("task", MAIN)
+def test_files(task, written):
+    folder, text = written[task]
     assert f"report: {folder}/report.html" in text
     names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
     assert {*FILES, *OWN_FILES[task]} <= names
@@ -97,10 +95,10 @@ def test_files(written):
         assert shown in page
 
 
-def test_segmentation_figures(inputs, tmp_path, capsys):
+def test_segmentation_figures(inputs, written):
     """The matrix has all labelled pixels, and mmseg's measures follow from it."""
-    text = run("segmentation", inputs, tmp_path, capsys)
-    rows = table(tmp_path / "report/confusion_matrix.csv")
+    folder, text = written["segmentation"]
+    rows = table(folder / "confusion_matrix.csv")
     matrix = np.array([[int(row[name]) for name in ("ground", "square")] for row in rows])
     root = inputs["segmentation"][0].parent / "segmentation"
     labels = np.stack([np.asarray(Image.open(path)) for path in root.glob("annotations/validation/*.png")])
@@ -111,20 +109,20 @@ def test_segmentation_figures(inputs, tmp_path, capsys):
     figures = printed(text, "aAcc", "mIoU", "mAcc")
     expected = 100 * np.array([hits.sum() / matrix.sum(), iou.mean(), (hits / matrix.sum(axis=1)).mean()])
     assert [*figures.values()] == pytest.approx(expected, abs=0.0051)
-    classes = table(tmp_path / "report/classes.csv")
+    classes = table(folder / "classes.csv")
     for row, share in zip(classes, iou):
         assert float(row["IoU (%)"]) == pytest.approx(100 * share, rel=1e-4)
         line = re.search(rf"\|\s+{row['class']}\s+\|\s+([\d.]+)\s+\|", text)
         assert float(line[1]) == pytest.approx(100 * share, abs=0.0051)  # the table that mmseg prints
-    accuracies = [float(row["pixel accuracy (%)"]) for row in table(tmp_path / "report/images.csv")]
+    accuracies = [float(row["pixel accuracy (%)"]) for row in table(folder / "images.csv")]
     pixels = (labels > 0).sum(axis=(1, 2))
     assert np.average(accuracies, weights=sorted(pixels)[::-1]) == pytest.approx(figures["aAcc"], abs=0.0051)
 
 
-def test_detection_figures(inputs, tmp_path, capsys):
+def test_detection_figures(written):
     """AP of the classes averages to mmdet's mAP, and the counts of images add up to those of the classes."""
-    text = run("detection", inputs, tmp_path, capsys)
-    classes, images = (table(tmp_path / f"report/{name}.csv") for name in ("classes", "images"))
+    folder, text = written["detection"]
+    classes, images = (table(folder / f"{name}.csv") for name in ("classes", "images"))
     for kind, name in (("box", "bbox"), ("mask", "segm")):
         for measure, key in (("AP", "mAP"), ("AP50", "mAP_50")):
             values = [float(row[f"{kind} {measure} (%)"]) for row in classes]
@@ -170,17 +168,8 @@ def test_two_processes_report_the_same(task, inputs, tmp_path, capsys):
         options += [f"{prefix}.img_path=images/training", f"{prefix}.seg_map_path=annotations/training"]
         options += ["test_dataloader.dataset.indices=3"]
     run(task, inputs, tmp_path / "one", capsys, *options)
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PORT": free_port()}
-    flags = ["--report", "--work-dir", tmp_path / "two", *options]
-    result = subprocess.run(
-        ["bash", "dist_test.sh", *map(str, (*inputs[task], 2, *flags))],
-        cwd=ROOT / task,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=environment,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    flags = ["--launcher", "pytorch", "--report", "--work-dir", tmp_path / "two", *options]
+    succeed(*inputs[task], *flags, script=f"{task}/test.py", cwd=ROOT / task, processes=2)
     for path in (tmp_path / "one/report").glob("*.csv"):
         if path.name != "facts.csv":
             assert path.read_text() == (tmp_path / "two/report" / path.name).read_text(), path.name
