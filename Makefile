@@ -59,8 +59,9 @@ demo-detection: install-mm
 		--show-dir $(DETECTION_RUN)/pictures --work-dir $(DETECTION_RUN) --cfg-options $(OBJECTS)
 	@echo "detections beside the ground truth: $(DEMO)/detection/pictures"
 
-# Runs two test files at a time, the longest first, with one thread each.
-TWO = OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Runs two test files at a time, the longest first, with one thread each. The project's modules are compiled once, not for
+# each of the commands.
+TWO = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ALL = tests/faults tests/commands tests/unit tests/gpu
 
 test: install-test lint
