@@ -99,18 +99,6 @@ def forgotten_runs() -> Iterator[None]:
             kind._instance_dict.clear()
 
 
-@pytest.fixture(autouse=True)
-def undrawn_curves(request) -> Iterator[None]:
-    """Skip the curves of runs in this process, which take longer than the rest of a small run.
-
-    Runs of tests marked `curves`, of fixtures of a wider scope, and of main.py in other processes draw them.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        if "sepvit_lib.run.output" in sys.modules and not request.node.get_closest_marker("curves"):
-            patch.setattr("sepvit_lib.run.output.plot_curves", lambda *arguments: None)
-        yield
-
-
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory) -> Path:
     """The demo data, written by tools/make_demo_data.py."""

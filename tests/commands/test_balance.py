@@ -250,7 +250,6 @@ def test_the_watched_metric_chooses_the_best_checkpoint(watch, rare, tmp_path):
     assert torch.load(tmp_path / "run/checkpoint_best.pth", weights_only=True)["epoch"] == best
 
 
-@pytest.mark.curves
 def test_runs_stop_early_and_resume(rare, tmp_path, capsys):
     """Without progress, after as many epochs as asked for; and at the same epoch if resumed."""
     shared = [*SMALLEST, *CPU, "--data-path", rare, "--batch-size", 2, "--lr", 0, "--min-lr", 0, "--warmup-epochs", 0]

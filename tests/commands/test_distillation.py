@@ -189,7 +189,6 @@ def test_runs_with_tasks_resume_bit_for_bit(kind, few_digits, teacher, classifie
     assert "--distillation-type" in refusal(main.run, "main", other, capsys)
 
 
-@pytest.mark.curves
 def test_features_without_labels(few_digits, teacher, tmp_path, capsys):
     """From a folder of images without classes, and without a validation set; then fine-tuned on labelled images."""
     train = tmp_path / "data/train"
@@ -266,7 +265,6 @@ def test_mistakes(flags, words, few_digits, classifier, tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.curves
 def test_validation_every_few_epochs(few_digits, tmp_path):
     shared = [*SMALLEST, *CPU, "--data-path", few_digits, "--epochs", 5, "--val-interval", 2, "--sched", "plateau"]
     shared += ["--keep-checkpoints", 9, "--auto-resume", "--output_dir"]

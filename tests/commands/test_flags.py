@@ -22,6 +22,7 @@ from test_data import inat_folder, write_tar
 
 import main
 from sepvit_lib.common.errors import UserError
+from sepvit_lib.run import output
 from sepvit_lib.run.monitor import MonitorSettings
 
 TEACHER = f"--distillation-type soft --teacher-model {small_model.MODEL} --teacher-path {{root}}/teacher.pth"
@@ -285,6 +286,12 @@ def outcome(root, arguments, attempt=0):
     return status, sorted(lines), files, deterministic
 
 
+@pytest.fixture
+def _no_curves(monkeypatch):
+    """Drawing them takes as long as the rest of a run."""
+    monkeypatch.setattr(output, "plot_curves", lambda *arguments: None)
+
+
 def test_every_flag_is_tried():
     names = {action.dest for action in main.build_parser().actions().values()} - {"help"}
     tables = (*map(by_name, (CHANGES, RUNS, NONE)), ELSEWHERE)
@@ -307,10 +314,12 @@ def test_a_change_has_an_effect(name, case, root, capsys):
     assert main.build_parser().flags()[name] not in [words.split()[1] for words in warned(capsys)]
 
 
+@pytest.mark.usefixtures("_no_curves")
 def test_an_unchanged_command_has_the_same_outcome(root):
     assert outcome(root, "") == outcome(root, "", attempt=1)
 
 
+@pytest.mark.usefixtures("_no_curves")
 @pytest.mark.parametrize(("name", "case"), by_name(RUNS).items())
 def test_a_change_of_the_command_has_an_effect(name, case, root):
     before, after = outcome(root, case[0]), outcome(root, " ".join(case))

@@ -596,10 +596,10 @@ def test_folder_in_use_by_another_run(tmp_path, monkeypatch):
     os.close(output.lock_folder(tmp_path, 1, "--output_dir run"))
 
 
-@pytest.mark.curves
 def test_restarting_a_complete_run_only_adds_missing_files(few_digits, copy, undisturbed, capsys):
     # as if the run was killed before it updated checkpoint.pth
     shutil.copyfile(copy / "checkpoint-00000010.pth", copy / "checkpoint.pth")
+    (copy / "curves.png").unlink()
     assert main.run([*RECIPE, "--data-path", str(few_digits)]) == 0
     assert "the run in run is complete: 2 epochs are done" in capsys.readouterr().out
     assert_same(copy, undisturbed)

@@ -317,7 +317,6 @@ def test_published_training_state_is_resumed(tmp_path):
         assert torch.equal(training.optimizer.state[p]["exp_avg"], moments[name]), name
 
 
-@pytest.mark.curves
 def test_tensorboard_and_matplotlib_may_be_missing(tmp_path, monkeypatch, capsys):
     for name in ("torch.utils.tensorboard", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
