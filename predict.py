@@ -1,6 +1,6 @@
 """Classify images: print each image's likeliest classes, and optionally write results to files and draw pictures.
 
-    python predict.py IMAGE … --resume PATH [--topk 5] [--json FILE] [--csv FILE] [--out DIR]
+    python predict.py IMAGE … --resume PATH [--topk 5] [--json FILE] [--csv FILE] [--features FILE] [--out DIR]
 
 IMAGE is an image, a folder of images, or a pattern such as "photos/**/*.jpg". PATH is a checkpoint of main.py or of the
 published code, a folder in timm's layout, or a file that tools/export.py wrote. If an image may have several labels, a
@@ -12,15 +12,18 @@ import sepvit_lib.common.environment  # noqa: F401 before timm
 
 # isort: split
 import argparse
+import io
+import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -49,11 +52,13 @@ class Prediction:
         task: the image.
         classes: names and probabilities (0 to 1) of the classes, the likeliest first.
         labels: names of the classes that the image has, if it may have several; otherwise None.
+        features: features before the classifier, C; None unless asked for.
     """
 
     task: Task
     classes: list[tuple[str, float]]
     labels: list[str] | None = None
+    features: Tensor | None = None
 
 
 def read(prepare: Preparation, orientation: str, tasks: Sequence[Task]) -> list[Tensor | str]:
@@ -79,6 +84,8 @@ def main(args: argparse.Namespace) -> int:
     precision = Precision.of(torch.device(args.device), args.amp)
     classifier = load_classifier(args.resume, args.model, args.averaged, precision)
     thresholds = find_thresholds(args, classifier)
+    if args.features and classifier.embed is None:
+        raise UserError(f"--features {args.features}: an exported file computes only logits; pass --resume CHECKPOINT")
     tasks = find_images(args.images, classifier.prepare.preprocessing.channels != 3)
     if args.out:
         check_pictures(tasks, Path(args.out), args.overwrite)
@@ -126,20 +133,29 @@ def predict(
         collate_fn=partial(read, classifier.prepare, classifier.description.orientation),
         pin_memory=torch.device(args.device).type == "cuda",
     )
-    names, remaining = classifier.description.classes, iter(tasks)
+    minimum, remaining = dict(zip(classifier.description.classes, thresholds.tolist())), iter(tasks)
     for batch in loader:
         inputs = [entry for entry in batch if not isinstance(entry, str)]
-        probabilities = classifier.probabilities(inputs, args.temperature) if inputs else torch.empty(0, len(names))
-        ranked = zip(*probabilities.sort(descending=True, stable=True))
+        outputs = iter(compute(classifier, inputs, args) if inputs else ())
         for entry, task in zip(batch, remaining):
             if isinstance(entry, str):
                 yield entry
             else:
-                values, order = next(ranked)
-                labels = [names[i] for i in order[values >= thresholds[order]].tolist()]
-                rows = [(names[i], value) for i, value in zip(order.tolist(), values.tolist())]
+                probabilities, features = next(outputs)
+                rows = classifier.ranked(probabilities)
+                labels = [name for name, value in rows if value >= minimum[name]]
                 shown = rows[: args.topk] + [row for row in rows[args.topk :] if row[0] in labels]
-                yield Prediction(task, shown, labels if classifier.description.multi_label else None)
+                yield Prediction(task, shown, labels if classifier.description.multi_label else None, features)
+
+
+def compute(
+    classifier: Classifier, inputs: Sequence[Tensor], args: argparse.Namespace
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Compute the probabilities, and if asked for, the features, of each image in a batch."""
+    if not args.features:
+        return zip(classifier.probabilities(classifier.logits(inputs), args.temperature), itertools.repeat(None))
+    logits, features = classifier.logits_and_features(inputs)
+    return zip(classifier.probabilities(logits, args.temperature), features)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -176,17 +192,28 @@ def as_csv(predictions: Sequence[Prediction]) -> str:
     return tables.as_csv(lines) + "\n"
 
 
-FORMATS = {"json": as_json, "csv": as_csv}
+def as_arrays(predictions: Sequence[Prediction]) -> bytes:
+    """Format the features as a NumPy archive: `images`, the N paths, and `features`, N × C, float32."""
+    file, paths = io.BytesIO(), [str(prediction.task.path) for prediction in predictions]
+    rows = [prediction.features.numpy() for prediction in predictions if prediction.features is not None]
+    np.savez(file, images=np.array(paths), features=np.stack(rows) if rows else np.empty((0, 0), np.float32))
+    return file.getvalue()
+
+
+FORMATS: dict[str, Callable[[Sequence[Prediction]], str | bytes]] = dict(json=as_json, csv=as_csv, features=as_arrays)
 
 
 def check_outputs(args: argparse.Namespace) -> None:
     """Refuse files that cannot be written, before anything is computed.
 
     Raises:
-        UserError: both formats are to be written to standard output, a path is a folder, or its folder is missing.
+        UserError: two formats, or the features, are to be written to standard output; or a path is a folder, or its
+            folder is missing.
     """
     if args.json == args.csv == STANDARD_OUTPUT:
         raise UserError("--json - and --csv -: only one of them can be written to standard output")
+    if args.features == STANDARD_OUTPUT:
+        raise UserError("--features -: must be a file")
     for flag in FORMATS:
         name = getattr(args, flag)
         if name and name != STANDARD_OUTPUT and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
@@ -201,10 +228,12 @@ def write_results(predictions: Sequence[Prediction], args: argparse.Namespace) -
     """
     for flag, convert in FORMATS.items():
         name = getattr(args, flag)
+        content = convert(predictions) if name else ""
         if name == STANDARD_OUTPUT:
-            print(convert(predictions), end="")
+            print(content, end="")
         elif name:
-            content = convert(predictions).encode("utf-8", "surrogateescape")  # file names may contain any bytes
+            if isinstance(content, str):
+                content = content.encode("utf-8", "surrogateescape")  # file names may contain any bytes
             write_output(Path(name), methodcaller("write", content), f"--{flag} {name}")
 
 
@@ -249,6 +278,8 @@ def build_parser() -> Parser:
     add("--temperature", type=positive, default=1.0, metavar="T", help=about)
     add("--json", type=path, metavar="FILE", help="write the results as JSON; -: to standard output")
     add("--csv", type=path, metavar="FILE", help="write the results as CSV; -: to standard output")
+    about = "write the features before the classifier as NumPy arrays: `images`, `features` (images × C)"
+    add("--features", default="", type=path, metavar="FILE.npz", help=about)
     add("--out", type=path, metavar="DIR", help="write pictures with the classes on them")
     add("--overwrite", action="store_true", help="replace existing pictures in DIR")
     add("--batch-size", type=positive_int, default=32, metavar="N", help="images per forward pass, default 32")

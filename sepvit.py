@@ -30,6 +30,7 @@ stage, ``C`` for channels, ``h`` for heads of size ``d``, ``w`` for the window s
 ``L = w²`` for pixels per window, and ``T`` for tokens per window: ``1+L`` with a window token, ``L`` without.
 """
 
+import itertools
 import logging
 import math
 import re
@@ -47,6 +48,7 @@ from timm.layers import (
     calculate_drop_path_rates,
     get_device_dtype,
     register_notrace_function,
+    register_notrace_module,
     to_2tuple,
     trunc_normal_,
 )
@@ -126,6 +128,47 @@ def embed_window_tokens(windows: Tensor, win_tokens: Tensor | None) -> Tensor:
         return F.pad(windows, (0, 0, 1, 0))
     tokens = win_tokens.expand(windows.shape[0], -1, -1, -1)  # B × n × 1 × C
     return torch.cat([tokens.to(windows.dtype), windows], dim=2)
+
+
+@register_notrace_module
+class ResampledWindowTokens(nn.Module):
+    """Learned window tokens resampled to the windows of a map. In evaluation, the last result is kept for the next map.
+
+    Args:
+        window_size: window side w.
+    """
+
+    def __init__(self, window_size: int) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.kept: tuple[Any, Tensor, Tensor] | None = None  # key, source, result
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int], H: int, W: int) -> Tensor:
+        """Resample tokens, 1 × n' × 1 × C, from rows and columns of windows `grid` to the windows of an H × W map."""
+        w = self.window_size
+        wanted = ((H + w - 1) // w, (W + w - 1) // w)
+        is_fixed = isinstance(H, int) and isinstance(W, int)  # False in exported programs, which take any size
+        if is_fixed and wanted == grid:
+            return tokens
+        if not torch.jit.is_scripting():
+            is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a program cannot keep a result
+            if not (is_recorded or self.training or torch.is_grad_enabled()):
+                return self._keep(tokens, grid, wanted)
+        return resample_window_tokens(tokens, grid, wanted)
+
+    @torch.jit.unused
+    def _keep(self, tokens: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+        version = 0 if tokens.is_inference() else tokens._version
+        key = (wanted, grid, version, tokens.data_ptr())
+        if self.kept is None or self.kept[0] != key:
+            # The source is kept too, so that no other tensor gets its address.
+            self.kept = key, tokens.detach(), resample_window_tokens(tokens.detach(), grid, wanted)
+        return self.kept[2]
+
+    def train(self, mode: bool = True) -> "ResampledWindowTokens":
+        """Set training or evaluation mode. Forgets the last result, since weights may be changed unnoticed."""
+        self.kept = None
+        return super().train(mode)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -348,6 +391,7 @@ class SepViTBlock(nn.Module):
         attn_drop: dropout rate of the attention maps.
         drop_path: stochastic depth rate.
         variation: what differs from the published block.
+        dynamic: resample learned window tokens to the windows of each map.
     """
 
     def __init__(
@@ -361,6 +405,7 @@ class SepViTBlock(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         variation: Variation = PUBLISHED,
+        dynamic: bool = False,
     ) -> None:
         super().__init__()
         self.window_size = window_size
@@ -373,6 +418,9 @@ class SepViTBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=drop)
         self.attn = SeparableSelfAttention(dim, num_heads, window_size, attn_drop, drop, variation.inner_shortcuts)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.resampling: ResampledWindowTokens | None
+        is_resampled = dynamic and variation.window_tokens == "learned"
+        self.register_module("resampling", ResampledWindowTokens(window_size) if is_resampled else None)
         self.set_grid(grid)
 
     @torch.jit.ignore
@@ -405,10 +453,12 @@ class SepViTBlock(nn.Module):
     def windows_of(self, x: Tensor) -> Tensor:
         """Split a map, B × H × W × C, into windows, B × n × T × C, with window tokens if the block has them."""
         windows = window_partition(x, self.window_size)  # B × n × L × C
-        return embed_window_tokens(windows, self.tokens_of(windows)) if self.attn.has_window_tokens else windows
+        if not self.attn.has_window_tokens:
+            return windows
+        return embed_window_tokens(windows, self.tokens_of(windows, x.shape[1], x.shape[2]))
 
-    def tokens_of(self, windows: Tensor) -> Tensor | None:
-        """Window tokens, 1 × n × 1 × C or B × n × 1 × C, of windows, B × n × L × C; None for zeros."""
+    def tokens_of(self, windows: Tensor, H: int, W: int) -> Tensor | None:
+        """Window tokens, 1 × n × 1 × C or B × n × 1 × C, of an H × W map's windows, B × n × L × C; None for zeros."""
         if self.window_tokens == "average":
             return windows.mean(dim=2, keepdim=True)
         if self.win_conv is not None:
@@ -416,6 +466,8 @@ class SepViTBlock(nn.Module):
             w = self.window_size
             maps = windows.view(B * n, w, w, C).permute(0, 3, 1, 2)  # B·n × C × w × w
             return self.win_conv(maps).reshape(B, n, 1, C)
+        if self.resampling is not None and self.win_tokens is not None and self.grid is not None:
+            return self.resampling(self.win_tokens, self.grid, H, W)
         return self.win_tokens if self.win_tokens is None else self.win_tokens.expand(-1, windows.shape[1], -1, -1)
 
 
@@ -485,6 +537,7 @@ class SepViTStages(nn.Module):
         overlap: see there.
         positional_encoding: see there.
         window_tokens: see there; by default 'learned' in the classification form and 'zeros' in the dense form.
+        dynamic_img_size: accept images of any size in the classification form.
 
     Raises:
         ValueError: an image side is below 1 pixel, or settings are unknown or exclude each other.
@@ -508,6 +561,7 @@ class SepViTStages(nn.Module):
         overlap: bool = True,
         positional_encoding: str = "conditional",
         window_tokens: str | None = None,
+        dynamic_img_size: bool = False,
     ) -> None:
         super().__init__()
         window_tokens = window_tokens or ("zeros" if img_size is None else "learned")
@@ -520,6 +574,8 @@ class SepViTStages(nn.Module):
         if img_size is not None and min(img_size) < 1:
             raise ValueError(f"img_size={img_size}: both sides must be at least 1 pixel")
         self.img_size = img_size
+        self.is_dense = img_size is None
+        self.dynamic_img_size = dynamic_img_size
         self.in_chans = in_chans
         self.embed_dims = tuple(embed_dims)
         self.grad_checkpointing = False
@@ -551,6 +607,7 @@ class SepViTStages(nn.Module):
                         attn_drop=attn_drop_rate,
                         drop_path=rates[i][j],
                         variation=varied,
+                        dynamic=dynamic_img_size,
                     )
                     for j, side in enumerate(sides)
                 )
@@ -661,12 +718,16 @@ def _stage_of(block: str) -> int:
 
 
 class SepViT(SepViTStages):
-    """SepViT for classification: stages, LayerNorm, global pooling, linear classifier.
+    """SepViT for classification, with timm's interface: stages, LayerNorm, global pooling, linear classifier.
+
+    With `dynamic_img_size`, images may have any size, and the window tokens are resampled to it. Blocks that have
+    several windows at `img_size` keep their pointwise attention at every size, and the others have none at any size.
 
     Args:
         img_size: image size in pixels, one number or (H, W).
         num_classes: number of classes; 0 for no classifier.
         global_pool: 'avg', 'max', or '' to skip pooling and classify every pixel of the map.
+        dense: use the stages of the dense form, which accept any size. The last one's map needs no further norm.
         **kwargs: see `SepViTStages`.
 
     Raises:
@@ -676,14 +737,21 @@ class SepViT(SepViTStages):
     output_fmt = "NHWC"
 
     def __init__(
-        self, img_size: int | tuple[int, int] = 224, num_classes: int = 1000, global_pool: str = "avg", **kwargs: Any
+        self,
+        img_size: int | tuple[int, int] = 224,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dense: bool = False,
+        **kwargs: Any,
     ) -> None:
         self.img_size: tuple[int, int]
-        super().__init__(to_2tuple(img_size), **kwargs)
+        size = to_2tuple(img_size)
+        super().__init__(None if dense else size, **kwargs)
+        self.img_size = size
         self.num_classes = num_classes
         self.global_pool = _checked_pool(global_pool)
         self.num_features = self.head_hidden_size = self.embed_dims[-1]
-        self.norm: nn.Module = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.norm: nn.Module = nn.Identity() if dense else nn.LayerNorm(self.num_features, eps=1e-6)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.apply(init_weights)
 
@@ -691,10 +759,19 @@ class SepViT(SepViTStages):
         """Compute the last stage's normalised map, B × H' × W' × C, from images, B × C_in × H × W.
 
         Raises:
-            AssertionError: the images are not of size `img_size`.
+            AssertionError: the images are not of size `img_size`, and the network does not accept any size.
         """
-        check_input_size(x, self.img_size)
+        self.check_input_size(x)
         return self.norm(self.forward_stages(x)[-1])
+
+    def check_input_size(self, x: Tensor) -> None:
+        """Refuse images, B × C_in × H × W, of a size other than `img_size`, unless any size is accepted.
+
+        Raises:
+            AssertionError: the size is wrong.
+        """
+        if not (self.is_dense or self.dynamic_img_size):
+            check_input_size(x, self.img_size)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the map of `forward_features` to B × C and, unless `pre_logits`, compute logits, B × classes.
@@ -731,12 +808,12 @@ class SepViT(SepViTStages):
         """Adapt the model to images of `img_size` pixels (one number or (H, W)), keeping its weights.
 
         Window tokens are resampled. Blocks that change from one window to several gain fresh window tokens and
-        pointwise attention; blocks that change from several windows to one lose both.
+        pointwise attention; blocks that change from several windows to one lose both. The dense form needs no change.
         """
         size: tuple[int, int] = to_2tuple(img_size)
         old_grids, grids = self.window_grids(self.img_size), self.window_grids(size)
         for block, old_grid, grid in zip(self.named_blocks().values(), old_grids, grids):
-            if grid == old_grid:
+            if self.is_dense or grid == old_grid:
                 continue
             old_tokens = block.win_tokens
             block.set_grid(grid)
@@ -770,7 +847,7 @@ class SepViT(SepViTStages):
             features equal `forward_features(x)` if all stages were computed.
         """
         _assert(output_fmt in ("NCHW", "NHWC"), "output_fmt must be NCHW or NHWC")
-        check_input_size(x, self.img_size)
+        self.check_input_size(x)
         take, last = feature_take_indices(len(self.blocks), indices)
         maps = self.forward_stages(x, last + 1) if stop_early else self.forward_stages(x)
         final = self.norm(maps[-1]) if len(maps) == len(self.embed_dims) else maps[-1]
@@ -858,12 +935,14 @@ def create_dense(variant: str, **kwargs: Any) -> SepViTDense:
     return SepViTDense(**{**VARIANTS[variant], **kwargs})
 
 
+FORMS: dict[str, dict[str, bool]] = {"": {}, "_dynamic": dict(dynamic_img_size=True), "_dense": dict(dense=True)}
+
 default_cfgs = generate_default_cfgs(
     {
-        variant: dict(
+        variant + form: dict(
             num_classes=1000,
             input_size=(3, 224, 224),
-            fixed_input_size=True,
+            fixed_input_size=not form,
             pool_size=(7, 7),
             crop_pct=0.875,
             interpolation="bicubic",
@@ -874,42 +953,56 @@ default_cfgs = generate_default_cfgs(
             license="apache-2.0",
         )
         for variant in VARIANTS
+        for form in FORMS
     }
 )
 
 
-def _create_sepvit(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create_sepvit(variant: str, form: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     return build_model_with_cfg(
         SepViT,
-        variant,
+        variant + form,
         pretrained,
         feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
-        **{**VARIANTS[variant], **kwargs},
+        **{**VARIANTS[variant], **FORMS[form], **kwargs},
     )
 
 
 @register_model
 def SepViT_Lite(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SepViT-Lite: 3.7 M parameters, 0.57 G multiply-adds at 224 × 224; `kwargs`: see `SepViT` and `create_model`."""
-    return _create_sepvit("SepViT_Lite", pretrained, **kwargs)
+    return _create_sepvit("SepViT_Lite", "", pretrained, **kwargs)
 
 
 @register_model
 def SepViT_Tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SepViT-T: 31.2 M parameters, 4.5 G multiply-adds at 224 × 224; `kwargs`: see `SepViT` and `create_model`."""
-    return _create_sepvit("SepViT_Tiny", pretrained, **kwargs)
+    return _create_sepvit("SepViT_Tiny", "", pretrained, **kwargs)
 
 
 @register_model
 def SepViT_Small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SepViT-S: 46.6 M parameters, 7.5 G multiply-adds at 224 × 224; `kwargs`: see `SepViT` and `create_model`."""
-    return _create_sepvit("SepViT_Small", pretrained, **kwargs)
+    return _create_sepvit("SepViT_Small", "", pretrained, **kwargs)
 
 
 @register_model
 def SepViT_Base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SepViT-B: 82.4 M parameters, 13.1 G multiply-adds at 224 × 224; `kwargs`: see `SepViT` and `create_model`."""
-    return _create_sepvit("SepViT_Base", pretrained, **kwargs)
+    return _create_sepvit("SepViT_Base", "", pretrained, **kwargs)
+
+
+def _register(variant: str, form: str) -> None:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create_sepvit(variant, form, pretrained, **kwargs)
+
+    create.__name__ = variant + form
+    register_model(create)
+
+
+# SepViT_Tiny_dynamic, SepViT_Tiny_dense, and so on: names for images of any size. Some libraries pass only a name.
+for _variant, _form in itertools.product(VARIANTS, list(FORMS)[1:]):
+    _register(_variant, _form)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -961,7 +1054,7 @@ def adapt_state_dict(
         model: the model to load them into.
         img_size: the checkpoint's image size (H, W), from its settings; None if unknown.
     """
-    if isinstance(model, SepViT):
+    if isinstance(model, SepViT) and not model.is_dense:
         return _adapt_to_size(state_dict, model, img_size)
     return _adapt_to_dense(state_dict, model)
 
@@ -979,7 +1072,7 @@ def _adapt_to_dense(state_dict: dict[str, Tensor], model: SepViTStages) -> Adapt
         may_lack = [name for block in single for name in _pointwise_names(block) if name in own]
         may_lack += [name for name in own if name.startswith("norm_list.")]
         adaptation.fresh = [name for name in may_lack if name not in state_dict]
-    adaptation.dropped = [name for name in state_dict if surplus.match(name)]
+    adaptation.dropped = [name for name in state_dict if surplus.match(name) and name not in own]
     _apply(adaptation, state_dict, own)
     return adaptation
 
@@ -1052,9 +1145,9 @@ def _source_grids(
 def resample_window_tokens(tokens: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Resample window tokens, 1 × n × 1 × C, from an old grid of windows to a new one."""
     C = tokens.shape[-1]
-    grid = tokens.float().view(1, *old, C).permute(0, 3, 1, 2)  # 1 × C × rows × columns
-    grid = F.interpolate(grid, size=new, mode="bicubic", antialias=True)
-    return grid.permute(0, 2, 3, 1).reshape(1, math.prod(new), 1, C).to(tokens.dtype)
+    grid = tokens.float().view(1, old[0], old[1], C).permute(0, 3, 1, 2)  # 1 × C × rows × columns
+    grid = F.interpolate(grid, size=[new[0], new[1]], mode="bicubic", antialias=True)
+    return grid.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], 1, C).to(tokens.dtype)
 
 
 def mark_adapted(state_dict: Mapping[str, Tensor], prefix: str = "") -> OrderedDict[str, Tensor]:
@@ -1104,7 +1197,7 @@ def _adapt_before_loading(
     if local_metadata.get("sepvit_adapted"):
         return
     entries, recorded = entries_under(state_dict, prefix), local_metadata.get("settings")
-    if recorded and model.img_size is not None and recorded != model.settings():
+    if recorded and not model.is_dense and recorded != model.settings():
         _logger.warning("the weights were trained with %s, not %s", recorded, model.settings())
     adaptation = adapt_state_dict(entries, model)
     for name in adaptation.dropped:

@@ -19,6 +19,7 @@ from sepvit import VARIANTS, entries_under, variant_of
 from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.common.saved_settings import img_size_of, settings_in
 from sepvit_lib.inference import exported
+from sepvit_lib.inference.images import read_image
 from sepvit_lib.networks import create_network, to_device
 from sepvit_lib.pipeline.image_files import EXIF, orientation_for
 from sepvit_lib.pipeline.preprocessing import Preprocessing
@@ -90,7 +91,7 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained classifier.
+    """A trained classifier. Called with an image, it returns the classes and their probabilities.
 
     Attributes:
         description: description of the classifier's inputs and outputs.
@@ -99,6 +100,7 @@ class Classifier:
             `prepare`.
         network: the network itself; None for an exported file.
         is_named: whether the class names are known. If not, they are class indices or assumed to be ImageNet's names.
+        embed: computes logits, and the pooled features before the classifier, B × C; None for an exported file.
     """
 
     description: Description
@@ -106,6 +108,52 @@ class Classifier:
     run: Callable[[Tensor], Tensor]
     network: nn.Module | None = None
     is_named: bool = True
+    embed: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+
+    def __call__(self, image: str | Path | Image.Image) -> list[tuple[str, float]]:
+        """Classify an image: a file or a decoded image. It is turned upright if the training images were.
+
+        Returns:
+            name and probability (0 to 1) of each class, the likeliest first.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        return self.ranked(self.probabilities(self.logits(self.inputs([image])))[0])
+
+    def features(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
+        """Compute the features of images before the classifier, images × C, in float32 on the CPU. See `__call__`.
+
+        Raises:
+            ValueError: the classifier is an exported file.
+            UserError: a file cannot be read.
+        """
+        return self.logits_and_features(self.inputs(images))[1]
+
+    def inputs(self, images: Sequence[str | Path | Image.Image]) -> list[Tensor]:
+        """Prepare images, given as files or as images, for `logits`.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        made, channels = self.description, self.description.preprocessing.channels
+        return [self.prepare(read_image(image, f"{image}", made.orientation, channels)) for image in images]
+
+    def ranked(self, probabilities: Tensor) -> list[tuple[str, float]]:
+        """Name and probability of each class, the likeliest first, from the probabilities of the classes."""
+        values, order = probabilities.sort(descending=True, stable=True)
+        return [(self.description.classes[i], value) for i, value in zip(order.tolist(), values.tolist())]
+
+    def logits_and_features(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute logits and the features before the classifier, images × C, in float32 on the CPU. See `logits`.
+
+        Raises:
+            ValueError: the classifier is an exported file.
+        """
+        if self.embed is None:
+            raise ValueError("an exported file computes only logits; load the checkpoint")
+        logits, features = self.embed(torch.stack(list(inputs)))
+        return logits.float().cpu(), features.float().cpu()
 
     def logits(self, inputs: Sequence[Tensor]) -> Tensor:
         """Compute logits, images × classes, in float32 on the CPU.
@@ -117,14 +165,12 @@ class Classifier:
             return torch.cat([self.run(pixels).float().cpu() for pixels in inputs])
         return self.run(torch.stack(list(inputs))).float().cpu()
 
-    def probabilities(self, inputs: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
-        """Compute probabilities of the classes, images × classes: for several labels, of each class. See `logits`.
+    def probabilities(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """Compute the probabilities of the classes, images × C, from logits divided by a temperature.
 
-        Args:
-            inputs: the output of `prepare` for each image.
-            temperature: divisor of the logits.
+        If an image may have several labels, the probability of each class is independent of the others.
         """
-        logits = self.logits(inputs) / temperature
+        logits = logits / temperature
         return logits.sigmoid() if self.description.multi_label else logits.softmax(dim=-1)
 
 
@@ -175,7 +221,14 @@ def _classifier(
         with torch.inference_mode(), precision.autocast():
             return network(precision.images(images))
 
-    return Classifier(description, Preparation(description.preprocessing), run, network, is_named=names is not None)
+    def embed(images: Tensor) -> tuple[Tensor, Tensor]:
+        model: Any = network  # with timm's interface
+        with torch.inference_mode(), precision.autocast():
+            maps = model.forward_features(precision.images(images))
+            return model.forward_head(maps), model.forward_head(maps, pre_logits=True)
+
+    prepare = Preparation(description.preprocessing)
+    return Classifier(description, prepare, run, network, is_named=names is not None, embed=embed)
 
 
 def _exported(path: str, kind: exported.Kind, what: str, precision: Precision) -> Classifier:

@@ -31,12 +31,12 @@ PLACEHOLDER = "IMAGE"  # name of the image arguments in help and messages
 
 
 def read_image(
-    source: str | Path | bytes, what: str, orientation: str = EXIF, channels: int = 3
+    source: str | Path | bytes | Image.Image, what: str, orientation: str = EXIF, channels: int = 3
 ) -> Image.Image | Tensor:
     """Read an image, by default upright. See `sepvit_lib.pipeline.image_files.decode`.
 
     Args:
-        source: a path, or a file's content.
+        source: a path, a file's content, or a decoded image.
         what: name of the image in messages.
         orientation: 'exif' to turn the image upright, 'stored' to keep the stored pixels as they are.
         channels: number of channels.
@@ -50,7 +50,7 @@ def read_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata
-            return decode(source if isinstance(source, bytes) else read_file(source), orientation, channels)
+            return decode(read_file(source) if isinstance(source, str | Path) else source, orientation, channels)
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise errors of any type for damaged files

@@ -17,7 +17,10 @@ import sepvit
 
 # The largest takes as long as all others, and its code is theirs.
 FORMS = [pytest.param(variant, marks=pytest.mark.slow if variant == "SepViT_Base" else ()) for variant in VARIANTS]
-CHANNELS = {variant: list(sizes["embed_dims"]) for variant, sizes in sepvit.VARIANTS.items()}
+FORMS += [pytest.param(f"SepViT_Lite_{form}") for form in ("dynamic", "dense")]
+CHANNELS = {
+    name: list(sepvit.VARIANTS["_".join(name.split("_")[:2])]["embed_dims"]) for name in timm.list_models("SepViT*")
+}
 
 
 @pytest.mark.parametrize("variant", FORMS)
@@ -51,7 +54,7 @@ def test_default_cfg(variant):
     for name in (cfg["classifier"], cfg["first_conv"]):
         assert f"{name}.weight" in state_dict
     assert model.pretrained_cfg is model.default_cfg
-    assert get_model_traits(model)["fixed_input_size"]
+    assert get_model_traits(model)["fixed_input_size"] == (variant in VARIANTS)
 
 
 @pytest.mark.parametrize("variant", FORMS)
@@ -154,7 +157,7 @@ def fx_graph(model: torch.nn.Module) -> torch.nn.Module:
 
 def check_script(variant: str) -> None:
     model = timm.create_model(variant, img_size=64).eval()
-    images = torch.randn(1, 3, 64, 64)
+    images = torch.randn(1, 3, 64, 64 if variant in VARIANTS else 97)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.script(model)(images), model(images))
     torch.jit.script(fx_graph(model).eval())

@@ -147,9 +147,8 @@ class ClassifierPredictor(Predictor):
         with timed(times, "preprocessing"):
             inputs = self.classifier.prepare(image)
         with timed(times, "network"):
-            probabilities = self.classifier.probabilities([inputs])[0]
-        best = probabilities.topk(min(TOP, len(self.classes)))
-        rows = [Row(self.classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
+            probabilities = self.classifier.probabilities(self.classifier.logits([inputs]))[0]
+        rows = [Row(*pair) for pair in self.classifier.ranked(probabilities)[:TOP]]
         picture = as_picture(self.classifier.description.preprocessing.crop(image))
         summary = f"{rows[0].name}, {100 * rows[0].share:.1f} %"
         if self.classifier.description.multi_label:

@@ -1,0 +1,142 @@
+"""Networks for images of any size: timm's `dynamic_img_size` and the names that end in _dynamic and _dense."""
+
+import copy
+
+import pytest
+import timm
+import torch
+
+import sepvit
+
+# The blocks with a single window are the same at these sizes as at 224 × 224.
+SAME_BLOCKS = [(224, 224), (224, 200), (193, 224), (160, 208), (120, 115)]
+SAME_BLOCKS += [(113, 224), (201, 211), (151, 97), (129, 131), (224, 97)]
+OTHER_BLOCKS = [(64, 64), (97, 113), (256, 224), (300, 501)]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    model = timm.create_model("SepViT_Lite", num_classes=5).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("win_tokens"):
+            torch.nn.init.normal_(parameter, std=3)
+    return model
+
+
+@pytest.fixture
+def dynamic(plain):
+    model = timm.create_model("SepViT_Lite_dynamic", num_classes=5).eval()
+    model.load_state_dict(plain.state_dict())
+    return model
+
+
+def with_same_pointwise(plain, size):
+    """The network at a size, with the pointwise attention that its weights have."""
+    model = copy.deepcopy(plain)
+    grids = zip(model.named_blocks().values(), model.window_grids((224, 224)), model.window_grids(size))
+    for block, old, new in grids:
+        if block.win_tokens is not None:
+            block.win_tokens.data = sepvit.resample_window_tokens(block.win_tokens.data, old, new)
+    model.img_size = size
+    return model
+
+
+def largest_difference(y, expected):
+    return (y - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("size", SAME_BLOCKS + OTHER_BLOCKS)
+def test_any_size_equals_a_network_of_that_size(plain, dynamic, size):
+    images = torch.randn(2, 3, *size)
+    if size in SAME_BLOCKS:
+        expected = copy.deepcopy(plain)
+        expected.set_input_size(size)
+    else:
+        expected = with_same_pointwise(plain, size)
+    with torch.no_grad():
+        y, logits = dynamic(images), expected(images)
+        assert largest_difference(y, logits) < 1e-6
+        with torch.autocast("cpu", torch.bfloat16):
+            assert largest_difference(dynamic(images).float(), expected(images).float()) < 2e-2
+    assert size != (224, 224) or torch.equal(y, plain(images))
+
+
+def test_compiled_exported_and_scripted(dynamic):
+    images = torch.randn(2, 3, 120, 115)
+    with torch.no_grad():
+        expected = dynamic(images)
+        compiled = torch.compile(copy.deepcopy(dynamic), fullgraph=True, backend="aot_eager")
+        assert largest_difference(compiled(images), expected) < 1e-5
+        program = torch.export.export(dynamic, (images,))
+        assert largest_difference(program.module()(images), expected) < 1e-5
+        traced = torch.jit.trace(dynamic, images)
+        assert largest_difference(traced(images), expected) < 1e-5
+        dynamic(torch.randn(1, 3, 64, 64))
+        assert largest_difference(dynamic(images), expected) < 1e-6  # none of them left anything behind
+
+
+def test_tokens_are_resampled_once_a_size(dynamic, monkeypatch):
+    resample, calls = sepvit.resample_window_tokens, []
+    monkeypatch.setattr(sepvit, "resample_window_tokens", lambda *args: calls.append(args) or resample(*args))
+    small, large = torch.randn(1, 3, 64, 64), torch.randn(1, 3, 256, 224)
+    blocks = sum(block.win_tokens is not None for block in dynamic.named_blocks().values())
+    with torch.no_grad():
+        for images, expected in ((small, blocks), (small, blocks), (large, 2 * blocks), (large, 2 * blocks)):
+            dynamic(images)
+            assert len(calls) == expected
+    modules = [m for m in dynamic.modules() if isinstance(m, sepvit.ResampledWindowTokens)]
+    kept = sum(m.kept[2].numel() for m in modules if m.kept)
+    learned = timm.create_model("SepViT_Lite", img_size=(256, 224)).named_blocks().values()
+    assert 0 < kept <= sum(block.win_tokens.numel() for block in learned)  # of the last size alone
+    assert dynamic.state_dict().keys() == timm.create_model("SepViT_Lite", num_classes=5).state_dict().keys()
+
+
+@pytest.mark.parametrize("change", ["in place", "loaded", "data", "inside data"])
+def test_changed_tokens_take_effect(dynamic, change):
+    images, block = torch.randn(1, 3, 120, 115), dynamic.blocks[0][0]
+    fresh = torch.randn_like(block.win_tokens)
+    with torch.inference_mode():
+        before = dynamic(images)
+    with torch.no_grad():
+        if change == "in place":
+            block.win_tokens.copy_(fresh)
+        elif change == "loaded":
+            dynamic.load_state_dict(dynamic.state_dict() | {"blocks.0.0.win_tokens": fresh})
+        elif change == "data":
+            block.win_tokens.data = fresh
+        else:  # torch cannot tell, but evaluations start with eval()
+            block.win_tokens.data.copy_(fresh)
+            dynamic.eval()
+        after = dynamic(images)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, copy.deepcopy(dynamic).train().eval()(images))
+
+
+def test_training_at_any_size_trains_the_tokens(dynamic):
+    dynamic.train()
+    for size in ((224, 224), (120, 115), (256, 224)):
+        dynamic.zero_grad()
+        dynamic(torch.randn(2, 3, *size)).square().sum().backward()
+        tokens = {name: p for name, p in dynamic.named_parameters() if name.endswith("win_tokens")}
+        assert all(parameter.grad.abs().sum() > 0 for parameter in tokens.values())
+
+
+def test_dense_name_takes_any_size_and_loads_a_classifier(plain):
+    features = timm.create_model("SepViT_Lite_dense", features_only=True, out_indices=(1, 3)).eval()
+    features.model.load_state_dict(plain.state_dict())
+    expected = sepvit.create_dense("SepViT_Lite", out_indices=(1, 3)).eval()
+    expected.load_state_dict(plain.state_dict())
+    fresh = {n: v for n, v in expected.state_dict().items() if n not in plain.state_dict()}
+    features.model.load_state_dict(features.model.state_dict() | fresh)
+    for size in ((224, 224), (50, 71), (301, 200)):
+        with torch.no_grad():
+            images = torch.randn(1, 3, *size)
+            maps = features(images)
+            assert all(map(torch.equal, maps, expected(images)))
+            for y, reduction in zip(maps, features.feature_info.reduction()):
+                assert y.shape[2:] == tuple(-(-side // reduction) for side in size)
+    model = timm.create_model("SepViT_Lite_dense", num_classes=5)
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model.head.weight, plain.head.weight)
+    model.set_input_size(96)
+    assert model(torch.randn(1, 3, 50, 71)).shape == (1, 5)
