@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from timm.models import push_to_hf_hub
+from huggingface_hub import create_repo, upload_folder
 from tqdm import tqdm
 
 from datasets import DATA_SETS
@@ -221,11 +221,11 @@ def push(classifier: Classifier, repository: str) -> None:
     Raises:
         UserError: the hub refuses, or cannot be reached.
     """
-    assert classifier.network is not None
-    made, network = classifier.description, writers.contiguous(classifier.network)
-    settings = writers.hub_settings(made) | dict(model_card=writers.model_card(made))
     try:
-        push_to_hf_hub(network, repository, **settings)
+        with tempfile.TemporaryDirectory() as folder:
+            writers.write_safetensors(Job(classifier, Path(folder)), Path(folder))
+            create_repo(repository, exist_ok=True)
+            upload_folder(repo_id=repository, folder_path=folder)
     except Exception as error:  # raised by the hub's library, or by the network connection
         advice = "log in with `hf auth login`, and check USER/NAME"
         raise UserError(f"--push {repository}: {first_line(error)}; {advice}") from None

@@ -1,6 +1,7 @@
 """The formats of export.py. For each format, one function writes a classifier to a file or folder."""
 
 import copy
+import json
 import logging
 import math
 import os
@@ -24,7 +25,7 @@ from torch.export import Dim, ExportedProgram
 # Private in timm, and without a public counterpart. Tested with timm 1.0.31.
 from timm.models._hub import generate_readme
 
-from sepvit_lib.inference.classifier import Classifier, Description
+from sepvit_lib.inference.classifier import CONFIG, Classifier, Description
 from sepvit_lib.inference.exported import DESCRIPTION, METADATA, NUMBER_FORMAT, open_onnx
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 
@@ -110,13 +111,14 @@ def quiet() -> Iterator[None]:
 
 
 def hub_settings(description: Description) -> dict[str, Any]:
-    """Arguments of timm's `save_for_hf` and `push_to_hf_hub` that describe a classifier."""
+    """Arguments of timm's `save_for_hf` that describe a classifier."""
     preprocessing = description.preprocessing
     data = {name: getattr(preprocessing, name) for name in ("mean", "std", "interpolation")}
     data |= dict(input_size=(preprocessing.channels, *preprocessing.size), crop_pct=crop_share(preprocessing))
     data["crop_mode"] = "squash" if preprocessing.squash else "center"
     config: dict[str, Any] = dict(label_names=list(description.classes), orientation=description.orientation)
-    config |= dict(multi_label=True) if description.multi_label else {}
+    if description.multi_label:
+        config |= dict(multi_label=True, problem_type="multi_label_classification")  # the latter for transformers
     arguments = dict(description.model_kwargs)
     return dict(model_config=config, data_config=data, model_args=arguments or None, safe_serialization=True)
 
@@ -131,7 +133,7 @@ def crop_share(preprocessing: Preprocessing) -> float:
 
 
 def model_card(description: Description) -> dict[str, Any]:
-    """The contents of a model card, as timm's `push_to_hf_hub` takes them."""
+    """The contents of a model card, as timm's `generate_readme` takes them."""
     (height, width), count = description.preprocessing.size, len(description.classes)
     return dict(
         tags=["image-classification", "timm", "sepvit"],
@@ -152,8 +154,11 @@ def contiguous(network: nn.Module) -> nn.Module:
 
 
 def write_safetensors(job: Job, folder: Path) -> None:
-    """Write a folder that timm loads: weights in safetensors, configuration and model card."""
+    """Write a folder that timm and transformers load: weights in safetensors, configuration and model card."""
     save_for_hf(contiguous(job.network), str(folder), **hub_settings(job.description))
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    del config["model_args"]["num_classes"]  # also at the top; transformers 5.24 refuses to load it twice
+    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     (folder / "README.md").write_text(generate_readme(model_card(job.description), job.description.model))
 
 
