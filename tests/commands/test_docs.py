@@ -115,6 +115,7 @@ ELSEWHERE = {
     r"--(distillation-type feature|finetune distilled)": "test_distillation.py::test_features_without_labels",
     r"--data-set CIFAR": "test_data.py::test_cifar",  # torchvision knows the checksums of the real files
     r"bash slurm_(train|test)\.sh": "test_dense_commands.py::test_slurm_scripts",
+    r"registers the models with timm\n(import|from) ": "test_heads.py::test_program",
     r'^_base_ = "fpn_': "test_own_data.py::test_segmentation_config_of_the_page",
     r'^_base_ = "mask_rcnn_': "test_own_data.py::test_detection_config_of_the_page",
 }

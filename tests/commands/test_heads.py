@@ -62,7 +62,7 @@ for title, program in json.load(open("programs.json")).items():
 printed["datasets"] = str(getattr(sys.modules.get("datasets"), "__file__", ""))
 json.dump(printed, open("printed.json", "w"))
 """
-# Added to the program that opens a trained classifier: it computes what timm's network computes, for several labels too.
+# Added to the program that opens a trained classifier, to compare it with timm's network, and for several labels.
 COMPARISON = """
 import timm, torch
 images = torch.rand(2, 3, 64, 64)
