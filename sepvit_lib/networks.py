@@ -26,7 +26,7 @@ def create_network(
     asked_for: Collection[str] = (),
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Build a timm network. A network with a fixed input size is built for `input_size`.
+    """Build a timm network. A SepViT, or a network with a fixed input size, is built for `input_size`.
 
     Args:
         what: the network and the setting that chose it, for messages.
@@ -46,7 +46,7 @@ def create_network(
         raise UserError(f"{what}: timm has no such model; choose {', '.join(VARIANTS)}, or one of timm.list_models()")
     rates = rates or {}
     build = partial(timm.create_model, name, num_classes=num_classes, **(model_kwargs or {}))
-    if get_pretrained_cfg_value(name, "fixed_input_size"):
+    if is_sepvit(name) or get_pretrained_cfg_value(name, "fixed_input_size"):
         build.keywords["img_size"] = to_2tuple(input_size)
     try:
         network, unsupported = _built(build, {f"{rate}_rate": value for rate, value in rates.items()})
@@ -59,6 +59,11 @@ def create_network(
             print_main(f"{what}: has no {rate}_rate; the default, {value}, is ignored")
     _check_size(network, name, to_2tuple(input_size), build.keywords.get("in_chans", 3))
     return network
+
+
+def is_sepvit(name: str) -> bool:
+    """Whether timm's name of a network is that of a SepViT, in any form."""
+    return name.startswith(tuple(VARIANTS))
 
 
 def _built(build: Callable[..., Any], rates: Mapping[str, float]) -> tuple[Any, Collection[str]]:
@@ -80,7 +85,7 @@ def _check_size(network: nn.Module, name: str, size: tuple[int, int], channels: 
         UserError: the network does not support the size.
     """
     own: Any = get_pretrained_cfg_value(name, "input_size")
-    if name in VARIANTS or own is None or own[1:] == size:
+    if is_sepvit(name) or own is None or own[1:] == size:
         return
     try:
         with torch.no_grad():

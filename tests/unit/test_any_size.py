@@ -7,6 +7,7 @@ import timm
 import torch
 
 import sepvit
+from sepvit_lib.networks import create_network
 
 # The blocks with a single window are the same at these sizes as at 224 × 224.
 SAME_BLOCKS = [(224, 224), (224, 200), (193, 224), (160, 208), (120, 115)]
@@ -140,3 +141,11 @@ def test_dense_name_takes_any_size_and_loads_a_classifier(plain):
     assert torch.equal(model.head.weight, plain.head.weight)
     model.set_input_size(96)
     assert model(torch.randn(1, 3, 50, 71)).shape == (1, 5)
+
+
+def test_commands_build_the_network_for_their_size():
+    network = create_network("--model", "SepViT_Lite_dynamic", 5, 384)
+    plain = timm.create_model("SepViT_Lite", num_classes=5, img_size=384)
+    assert network.state_dict().keys() == plain.state_dict().keys()  # pointwise attention in the blocks that have it
+    assert network.img_size == (384, 384)
+    assert create_network("--model", "SepViT_Lite_dense", 5, 384)(torch.randn(1, 3, 50, 71)).shape == (1, 5)
