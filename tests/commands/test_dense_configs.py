@@ -2,6 +2,7 @@
 
 import json
 from functools import cache, partial
+from typing import Any
 
 import mmdet.registry
 import mmseg.registry
@@ -165,7 +166,7 @@ def test_every_parameter_gets_a_gradient(method):
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-COUNTED = [(name, v) for name in GFLOPS for v in "tsb"[: len(GFLOPS[name])]]
+COUNTED: list[Any] = [(name, v) for name in GFLOPS for v in "tsb"[: len(GFLOPS[name])]]
 COUNTED[-1] = pytest.param(*COUNTED[-1], marks=pytest.mark.slow)  # other than -t in its backbone alone, as RetinaNet
 
 

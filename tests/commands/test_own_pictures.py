@@ -1,4 +1,4 @@
-"""docs/own_pictures.md: every command of the page, in order, in a short form, on a few images in the same layout."""
+"""docs/own_pictures.md, then docs/results.md: every command, in a short form, on a few images in the same layout."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from conftest import ROOT
 from PIL import Image
 from test_docs import BLOCKS, commands_of, is_elsewhere, link_repository
 
-PAGE = "docs/own_pictures.md"
+PAGES = {"docs/own_pictures.md": "01", "docs/results.md": "0"}  # and the seeds of their loops
 # Arguments added to the commands, which make them short.
 SHORT = {
     "main.py": "--epochs 1 --batch-size 8 --input-size 64 --num_workers 0",
@@ -38,10 +38,10 @@ def package(tmp_path, few_digits) -> Path:
     return data.parent.parent
 
 
-def repeated(text: str) -> list[str]:
-    """The commands of a loop over seeds, of which two are enough, or the command itself."""
+def repeated(text: str, seeds: str) -> list[str]:
+    """The commands of a loop over seeds, of which one or two are enough, or the command itself."""
     loop = re.fullmatch(r"for seed in [\d ]+; do (.*); done", text)
-    return [loop[1].replace("$seed", seed) for seed in "01"] if loop else [text]
+    return [loop[1].replace("$seed", seed) for seed in seeds] if loop else [text]
 
 
 def test_the_tutorial(package, tmp_path):
@@ -50,20 +50,22 @@ def test_the_tutorial(package, tmp_path):
     root = link_repository(tmp_path / "reader", tmp_path)
     environment = os.environ | dict(PYTHONPATH=str(package), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     ran = []
-    for block in (block for block in BLOCKS if block.page == PAGE):
+    for block in sorted(
+        (block for block in BLOCKS if block.page in PAGES), key=lambda block: [*PAGES].index(block.page)
+    ):
         if block.kind == "python":
             subprocess.run([sys.executable, "-c", block.text], cwd=root, env=environment, check=True)
         for command in commands_of(block):
             if "test_own_pictures" not in (is_elsewhere(command.text) or ""):
                 continue
-            for text in repeated(command.text):
+            for text in repeated(command.text, PAGES[block.page]):
                 script, *arguments = shlex.split(text)[1:]
                 arguments += shlex.split(SHORT.get(script, ""))
                 result = processes.run(ROOT / script, arguments, root, environment, 600, 0)
                 assert result.returncode == 0, f"{text}\n{result.stdout}\n{result.stderr}"
                 ran.append(script)
-    assert ran.count("main.py") == 6
-    assert {"predict.py", "tools/export.py"} <= set(ran)
+    assert ran.count("main.py") == 10
+    assert {"predict.py", "tools/export.py", "tools/compare.py"} <= set(ran)
     rows = list(csv.DictReader((root / "cells/table.csv").open()))
     assert [row["label"] for row in rows[:4]] == ["functional", "functional", "defective", "defective"]
     report = json.loads((root / "cells/run/report/report.json").read_text())
