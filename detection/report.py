@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mmdet.evaluation.metrics import coco_metric
 from mmengine.dist import is_main_process
 from pycocotools.cocoeval import COCOeval
 
@@ -30,10 +29,14 @@ class DetectionReportHook(ReportHook):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, DrawingHook(folder, SCORE))
         self.evaluations: list[COCOeval] = []
+        self.source: Any = None  # the module of `CocoMetric`
 
     def before_test(self, runner: Any) -> None:
         """Keep the evaluations, which `CocoMetric` discards."""
-        coco_metric.COCOeval = self._evaluation
+        from mmdet.evaluation.metrics import coco_metric  # prints a warning, which `test.py --help` should not
+
+        self.source = coco_metric
+        self.source.COCOeval = self._evaluation
 
     def _evaluation(self, *args: Any) -> COCOeval:
         self.evaluations.append(COCOeval(*args))
@@ -41,7 +44,7 @@ class DetectionReportHook(ReportHook):
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         """Write the report in the main process, which evaluates."""
-        coco_metric.COCOeval = COCOeval
+        self.source.COCOeval = COCOeval
         if self.evaluations:
             self.write(runner, metrics or {})
         elif is_main_process():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sepvit import VARIANTS, entries_under, variant_of
 from sepvit_lib.common.errors import UserError, setting
 from sepvit_lib.common.saved_settings import img_size_of, settings_in
-from sepvit_lib.inference import exported
+from sepvit_lib.inference.exported import Kind, kind_of, open_file
 from sepvit_lib.inference.images import read_image
 from sepvit_lib.networks import create_network, to_device
 from sepvit_lib.pipeline.image_files import EXIF, orientation_for
@@ -198,7 +198,7 @@ def load_classifier(
     """
     precision = precision or Precision(torch.device("cpu"), None)
     what = what or setting("resume", path)
-    kind, is_folder = exported.kind_of(Path(path)), Path(path).is_dir()
+    kind, is_folder = kind_of(Path(path)), Path(path).is_dir()
     if averaged and (kind or is_folder):
         raise UserError(f"{what}: has no averaged weights; omit {setting('averaged')}")
     if kind:
@@ -231,8 +231,8 @@ def _classifier(
     return Classifier(description, prepare, run, network, is_named=names is not None, embed=embed)
 
 
-def _exported(path: str, kind: exported.Kind, what: str, precision: Precision) -> Classifier:
-    opened = exported.open_file(Path(path), kind, what, precision.device)
+def _exported(path: str, kind: Kind, what: str, precision: Precision) -> Classifier:
+    opened = open_file(Path(path), kind, what, precision.device)
     try:
         description = Description.from_json(opened.description)
     except ValueError:

@@ -35,7 +35,7 @@ PRINTS = {
     "transformers: UPerNet": (
         "UPerNet torch.Size([2, 150, 512, 640])",
         "Mask2Former torch.Size([2, 100, 128, 160])",
-        "RT-DETRv2 torch.Size([2, 3",  # 300 queries, and those that it adds in training
+        "RT-DETRv2 torch.Size([2, 500, 4])",  # 300 queries, and 200 that it adds in training
     ),
     "transformers: a trained classifier": ("{0: 'cat', 1: 'dog', 2: 'cow'}", "[{'label': "),
     "Lightning": ("trained 2 steps",),
