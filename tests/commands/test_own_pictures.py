@@ -64,7 +64,7 @@ def test_the_tutorial(package, tmp_path):
                 result = processes.run(ROOT / script, arguments, root, environment, 600, 0)
                 assert result.returncode == 0, f"{text}\n{result.stdout}\n{result.stderr}"
                 ran.append(script)
-    assert ran.count("main.py") == 10
+    assert ran.count("main.py") == 9
     assert {"predict.py", "tools/export.py", "tools/compare.py"} <= set(ran)
     rows = list(csv.DictReader((root / "cells/table.csv").open()))
     assert [row["label"] for row in rows[:4]] == ["functional", "functional", "defective", "defective"]
