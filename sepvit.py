@@ -130,9 +130,14 @@ def embed_window_tokens(windows: Tensor, win_tokens: Tensor | None) -> Tensor:
     return torch.cat([tokens.to(windows.dtype), windows], dim=2)
 
 
+MAX_SIZES = 8  # image sizes whose window tokens are kept
+
+
 @register_notrace_module
 class ResampledWindowTokens(nn.Module):
-    """Learned window tokens resampled to the windows of a map. In evaluation, the last result is kept for the next map.
+    """Learned window tokens resampled to the windows of a map.
+
+    In evaluation without gradients, the results of up to `MAX_SIZES` sizes are kept, until the tokens change.
 
     Args:
         window_size: window side w.
@@ -141,7 +146,7 @@ class ResampledWindowTokens(nn.Module):
     def __init__(self, window_size: int) -> None:
         super().__init__()
         self.window_size = window_size
-        self.kept: tuple[Any, Tensor, Tensor] | None = None  # key, source, result
+        self.kept: tuple[Any, Tensor, dict[tuple[int, int], Tensor]] | None = None
 
     def forward(self, tokens: Tensor, grid: tuple[int, int], H: int, W: int) -> Tensor:
         """Resample tokens, 1 × n' × 1 × C, from rows and columns of windows `grid` to the windows of an H × W map."""
@@ -152,23 +157,33 @@ class ResampledWindowTokens(nn.Module):
             return tokens
         if not torch.jit.is_scripting():
             is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a program cannot keep a result
+            is_recorded |= tokens.is_cuda and torch.cuda.is_current_stream_capturing()
             if not (is_recorded or self.training or torch.is_grad_enabled()):
                 return self._keep(tokens, grid, wanted)
         return resample_window_tokens(tokens, grid, wanted)
 
     @torch.jit.unused
     def _keep(self, tokens: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
-        version = 0 if tokens.is_inference() else tokens._version
-        key = (wanted, grid, version, tokens.data_ptr())
-        if self.kept is None or self.kept[0] != key:
-            # The source is kept too, so that no other tensor gets its address.
-            self.kept = key, tokens.detach(), resample_window_tokens(tokens.detach(), grid, wanted)
-        return self.kept[2]
+        key = (grid, tokens.data_ptr(), 0 if tokens.is_inference() else tokens._version)
+        kept = self.kept
+        if kept is None or kept[0] != key:
+            self.kept = kept = (key, tokens.detach(), {})  # the source, too, so that no other tensor gets its address
+        results = kept[2]
+        result = results.get(wanted)
+        if result is None:
+            result = resample_window_tokens(tokens.detach(), grid, wanted)
+            if len(results) == MAX_SIZES:
+                results.clear()
+            results[wanted] = result
+        return result
 
     def train(self, mode: bool = True) -> "ResampledWindowTokens":
-        """Set training or evaluation mode. Forgets the last result, since weights may be changed unnoticed."""
+        """Set training or evaluation mode. Forgets the results, since weights may have been changed unnoticed."""
         self.kept = None
         return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}  # addresses are those of this process
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -537,7 +552,7 @@ class SepViTStages(nn.Module):
         overlap: see there.
         positional_encoding: see there.
         window_tokens: see there; by default 'learned' in the classification form and 'zeros' in the dense form.
-        dynamic_img_size: accept images of any size in the classification form.
+        dynamic_img_size: accept images of any size in the classification form. The dense form always does.
 
     Raises:
         ValueError: an image side is below 1 pixel, or settings are unknown or exclude each other.

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import create_repo, file_exists, upload_folder
 from tqdm import tqdm
 
 from datasets import DATA_SETS
@@ -224,8 +224,9 @@ def push(classifier: Classifier, repository: str) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             writers.write_safetensors(Job(classifier, Path(folder)), Path(folder))
-            create_repo(repository, exist_ok=True)
-            upload_folder(repo_id=repository, folder_path=folder)
+            name = create_repo(repository, exist_ok=True).repo_id
+            kept = ["README.md"] if file_exists(name, "README.md") else None  # its author's own
+            upload_folder(repo_id=name, folder_path=folder, ignore_patterns=kept)
     except Exception as error:  # raised by the hub's library, or by the network connection
         advice = "log in with `hf auth login`, and check USER/NAME"
         raise UserError(f"--push {repository}: {first_line(error)}; {advice}") from None

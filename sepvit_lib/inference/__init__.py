@@ -8,5 +8,6 @@ classifier.features(["photo.jpg"])  # 1 × C
 """
 
 from sepvit_lib.inference.classifier import load_classifier as load
+from sepvit_lib.run.state import Precision
 
-__all__ = ["load"]
+__all__ = ["Precision", "load"]

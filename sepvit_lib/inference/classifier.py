@@ -121,14 +121,19 @@ class Classifier:
         """
         return self.ranked(self.probabilities(self.logits(self.inputs([image])))[0])
 
-    def features(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
+    def features(self, images: Sequence[str | Path | Image.Image], batch_size: int = 32) -> Tensor:
         """Compute the features of images before the classifier, images × C, in float32 on the CPU. See `__call__`.
+
+        Args:
+            images: files or decoded images.
+            batch_size: images per forward pass.
 
         Raises:
             ValueError: the classifier is an exported file.
             UserError: a file cannot be read.
         """
-        return self.logits_and_features(self.inputs(images))[1]
+        batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+        return torch.cat([self.logits_and_features(self.inputs(batch))[1] for batch in batches])
 
     def inputs(self, images: Sequence[str | Path | Image.Image]) -> list[Tensor]:
         """Prepare images, given as files or as images, for `logits`.
@@ -180,7 +185,7 @@ class Classifier:
 
 
 def load_classifier(
-    path: str, model: str = "", averaged: bool = False, precision: Precision | None = None, what: str = ""
+    path: str | Path, model: str = "", averaged: bool = False, precision: Precision | None = None, what: str = ""
 ) -> Classifier:
     """Load a classifier from a checkpoint, a folder or an exported file.
 
@@ -196,7 +201,7 @@ def load_classifier(
         UserError: the file is missing or damaged, contains no classifier or a network other than `model`, or needs a
             missing package.
     """
-    precision = precision or Precision(torch.device("cpu"), None)
+    path, precision = str(path), precision or Precision(torch.device("cpu"), None)
     what = what or setting("resume", path)
     kind, is_folder = kind_of(Path(path)), Path(path).is_dir()
     if averaged and (kind or is_folder):
@@ -223,7 +228,7 @@ def _classifier(
 
     def embed(images: Tensor) -> tuple[Tensor, Tensor]:
         model: Any = network  # with timm's interface
-        with torch.inference_mode(), precision.autocast():
+        with torch.no_grad(), precision.autocast():
             maps = model.forward_features(precision.images(images))
             return model.forward_head(maps), model.forward_head(maps, pre_logits=True)
 

@@ -388,7 +388,7 @@ def load_weights(
         held, wanted = variant_of(own), variant_of(inner.state_dict())
         if held != wanted:
             raise wrong_variant(what, held, str(wanted), variant_hint)
-        if inner.img_size is None and recorded.get("window_tokens") == "learned":
+        if inner.is_dense and recorded.get("window_tokens") == "learned":
             recorded = {**recorded, "window_tokens": "zeros"}  # as published
         report.settings = _differing(recorded, inner.settings())
         if report.settings and not new_classifier:

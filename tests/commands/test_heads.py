@@ -20,7 +20,8 @@ from tools.exporting import writers
 # Texts of the page, and the smaller ones that the programs run with.
 SMALL = {
     "SepViT_Tiny": "SepViT_Lite",
-    "[96, 192, 384, 768]": "[32, 64, 128, 256]",
+    "[192, 384, 768]": "[64, 128, 256]",
+    "auxiliary_in_channels=384": "auxiliary_in_channels=128",
     "num_classes=91": "num_classes=91, min_size=64, max_size=96",
     "480, 640": "64, 96",
     "500, 375": "50, 71",
@@ -28,23 +29,20 @@ SMALL = {
     "50.0, 60, 200, 180": "5.0, 6, 40, 50",
     "Mask2FormerConfig(": "Mask2FormerConfig(hidden_dim=32, feature_size=32, mask_feature_size=32, decoder_layers=2, ",
 }
-# What the programs print: of shapes, those for images of 512 × 640 pixels.
+# What the programs print.
 PRINTS = {
     "torchvision": ("MaskRCNN [['boxes', 'labels', 'masks', 'scores'], ", "RetinaNet [['boxes', 'labels', 'scores'], "),
     "segmentation-models-pytorch": ("Unet torch.Size([1, 19, 96, 64])", "FPN torch.Size([1, 19, 96, 64])"),
-    "transformers: UPerNet": (
-        "UPerNet torch.Size([2, 150, 512, 640])",
-        "Mask2Former torch.Size([2, 100, 128, 160])",
-        "RT-DETRv2 torch.Size([2, 500, 4])",  # 300 queries, and 200 that it adds in training
-    ),
+    "transformers: UPerNet": ("UPerNet torch.Size([2, 150, 512, 640])",),
+    "transformers: Mask2Former": ("Mask2Former torch.Size([2, 100, 16, 24])",),
+    "transformers: RT-DETRv2": ("RT-DETRv2 torch.Size([2, 500, 4])",),  # 300 queries, and 200 for training
     "transformers: a trained classifier": ("{0: 'cat', 1: 'dog', 2: 'cow'}", "[{'label': "),
     "Lightning": ("trained 2 steps",),
     "Grad-CAM": ("Grad-CAM (1, 224, 224)",),
 }
 MODULES = {
     "segmentation-models-pytorch": "segmentation_models_pytorch",
-    "transformers: UPerNet": "transformers",
-    "transformers: a trained classifier": "transformers",
+    **dict.fromkeys((title for title in PRINTS if title.startswith("transformers")), "transformers"),
     "Lightning": "lightning",
     "Grad-CAM": "pytorch_grad_cam",
 }

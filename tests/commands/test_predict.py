@@ -8,7 +8,9 @@ import pty
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -19,6 +21,7 @@ from timm.models import save_for_hf
 import predict
 import sepvit
 from sepvit_lib.common.errors import UserError
+from sepvit_lib.inference import load
 from sepvit_lib.inference.classifier import class_names, load_classifier
 from sepvit_lib.pipeline.preprocessing import Preprocessing
 
@@ -61,6 +64,45 @@ def test_probabilities_are_the_networks(checkpoint, few_digits):
     found = {prediction["class"]: prediction["probability"] for prediction in entry["predictions"]}
     assert found == {str(label): pytest.approx(float(expected[label]), abs=2e-6) for label in range(3)}
     assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
+def test_the_python_call_and_features(checkpoint, few_digits, tmp_path, capsys):
+    files = sorted((few_digits / "val/1").iterdir())[:3]
+    classifier = load(checkpoint)
+    arguments = [*files, "--resume", checkpoint, "--num_workers", 0, "--features", tmp_path / "x.npz", "--json", "-"]
+    assert predict.run(list(map(str, arguments))) == 0
+    entries = json.loads(capsys.readouterr().out)
+    for file, entry in zip(files, entries):
+        found = [(prediction["class"], prediction["probability"]) for prediction in entry["predictions"]]
+        assert [(name, pytest.approx(value, abs=2e-6)) for name, value in classifier(file)] == found
+    assert classifier(Image.open(files[0])) == classifier(str(files[0]))
+    features = classifier.features(files, batch_size=2)
+    with np.load(tmp_path / "x.npz") as written:
+        assert [str(path) for path in written["images"]] == list(map(str, files))
+        np.testing.assert_allclose(written["features"], features, atol=1e-5)
+    head = classifier.network.get_classifier()
+    logits = head(features)
+    logits.sum().backward()  # features serve to train on
+    torch.testing.assert_close(logits.detach(), classifier.logits(classifier.inputs(files)))
+
+
+def test_images_are_turned_upright_from_python(checkpoint, few_digits, tmp_path):
+    """An image is turned like the file that it was read from."""
+    upright, turned = Image.open(next((few_digits / "val/1").iterdir())), tmp_path / "turned.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # 90 degrees
+    upright.transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
+    classifier = load(checkpoint)
+    classifier = replace(classifier, description=replace(classifier.description, orientation="exif"))
+    assert classifier(turned) == classifier(Image.open(turned)) == classifier(upright)
+
+
+@pytest.mark.parametrize("name", ["-", "folder"])
+def test_features_are_refused(name, checkpoint, few_digits, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    name = name if name == "-" else tmp_path / name
+    arguments = [few_digits / "val", "--resume", checkpoint, "--features", name]
+    assert f"--features {name}: must be a file" in refusal(predict.run, "predict", arguments, capsys)
 
 
 def test_text_csv_and_pictures(checkpoint, few_digits, tmp_path, capsys):

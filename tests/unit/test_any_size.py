@@ -3,11 +3,14 @@
 import copy
 
 import pytest
+import small_model
 import timm
 import torch
 
 import sepvit
 from sepvit_lib.networks import create_network
+
+SLOW = pytest.mark.slow
 
 # The blocks with a single window are the same at these sizes as at 224 × 224.
 SAME_BLOCKS = [(224, 224), (224, 200), (193, 224), (160, 208), (120, 115)]
@@ -62,34 +65,50 @@ def test_any_size_equals_a_network_of_that_size(plain, dynamic, size):
     assert size != (224, 224) or torch.equal(y, plain(images))
 
 
-def test_compiled_exported_and_scripted(dynamic):
-    images = torch.randn(2, 3, 120, 115)
+@pytest.fixture(scope="module")
+def small():
+    model = timm.create_model(small_model.MODEL, num_classes=5, img_size=224, dynamic_img_size=True).eval()
+    for block in model.named_blocks().values():
+        if block.win_tokens is not None:
+            torch.nn.init.normal_(block.win_tokens)
+    return model
+
+
+SHORT = [(224, 224), (120, 115), (201, 211)]
+LONG = [pytest.param(size, marks=SLOW) for size in SAME_BLOCKS if size not in SHORT]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
+@pytest.mark.parametrize("size", [*SHORT, *LONG])
+def test_compiled_and_exported(small, size, backend):
+    torch._dynamo.reset()
+    images = torch.randn(2, 3, *size)
     with torch.no_grad():
-        expected = dynamic(images)
-        compiled = torch.compile(copy.deepcopy(dynamic), fullgraph=True, backend="aot_eager")
+        expected = small(images)
+        compiled = torch.compile(copy.deepcopy(small), fullgraph=True, backend=backend)
         assert largest_difference(compiled(images), expected) < 1e-5
-        program = torch.export.export(dynamic, (images,))
+        program = torch.export.export(small, (images,))
         assert largest_difference(program.module()(images), expected) < 1e-5
-        traced = torch.jit.trace(dynamic, images)
-        assert largest_difference(traced(images), expected) < 1e-5
-        dynamic(torch.randn(1, 3, 64, 64))
-        assert largest_difference(dynamic(images), expected) < 1e-6  # none of them left anything behind
+        assert largest_difference(torch.jit.trace(small, images)(images), expected) < 1e-5
+        assert torch.equal(small(images), expected)  # none of them left anything behind
 
 
-def test_tokens_are_resampled_once_a_size(dynamic, monkeypatch):
+def test_tokens_are_resampled_once_a_size(small, monkeypatch):
     resample, calls = sepvit.resample_window_tokens, []
     monkeypatch.setattr(sepvit, "resample_window_tokens", lambda *args: calls.append(args) or resample(*args))
-    small, large = torch.randn(1, 3, 64, 64), torch.randn(1, 3, 256, 224)
-    blocks = sum(block.win_tokens is not None for block in dynamic.named_blocks().values())
+    small.eval()
+    blocks = sum(block.win_tokens is not None for block in small.named_blocks().values())
+    sizes = [torch.randn(1, 3, 64 * side, 64) for side in range(1, sepvit.MAX_SIZES + 4)]
     with torch.no_grad():
-        for images, expected in ((small, blocks), (small, blocks), (large, 2 * blocks), (large, 2 * blocks)):
-            dynamic(images)
-            assert len(calls) == expected
-    modules = [m for m in dynamic.modules() if isinstance(m, sepvit.ResampledWindowTokens)]
-    kept = sum(m.kept[2].numel() for m in modules if m.kept)
-    learned = timm.create_model("SepViT_Lite", img_size=(256, 224)).named_blocks().values()
-    assert 0 < kept <= sum(block.win_tokens.numel() for block in learned)  # of the last size alone
-    assert dynamic.state_dict().keys() == timm.create_model("SepViT_Lite", num_classes=5).state_dict().keys()
+        for count, images in ((1, sizes[0]), (1, sizes[0]), (2, sizes[6]), (2, sizes[0]), (2, sizes[6])):
+            small(images)
+            assert len(calls) == count * blocks
+        for images in sizes:
+            small(images)
+    modules = [m for m in small.modules() if isinstance(m, sepvit.ResampledWindowTokens) and m.kept]
+    assert max(len(module.kept[2]) for module in modules) <= sepvit.MAX_SIZES
+    assert all(m.kept is None for m in copy.deepcopy(small).modules() if isinstance(m, sepvit.ResampledWindowTokens))
+    assert small.state_dict().keys() == timm.create_model(small_model.MODEL, num_classes=5).state_dict().keys()
 
 
 @pytest.mark.parametrize("change", ["in place", "loaded", "data", "inside data"])

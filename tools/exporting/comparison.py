@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from sepvit_lib.common.errors import UserError
 from sepvit_lib.common.machine import describe
 from sepvit_lib.inference.classifier import Classifier
 from sepvit_lib.rounds import interleave, ratio
@@ -77,7 +78,9 @@ def time_forms(forms: Mapping[str, Form], images: Images, rounds: int) -> None:
             name: partial(form.classifier.logits, [form.classifier.prepare(image) for image in chosen])
             for name, form in forms.items()
         }
-        seconds, _ = interleave(calls, CPU, rounds, MIN_SECONDS)
+        seconds, errors = interleave(calls, CPU, rounds, MIN_SECONDS)
+        if errors:
+            raise UserError("; ".join(f"{name}: {error}" for name, error in errors.items()))
         for name, times in seconds.items():
             forms[name].seconds[size] = times
 

@@ -157,7 +157,7 @@ def write_safetensors(job: Job, folder: Path) -> None:
     """Write a folder that timm and transformers load: weights in safetensors, configuration and model card."""
     save_for_hf(contiguous(job.network), str(folder), **hub_settings(job.description))
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    del config["model_args"]["num_classes"]  # also at the top; transformers 5.24 refuses to load it twice
+    config["model_args"].pop("num_classes", None)  # also at the top; transformers 5.24 refuses to load it twice
     (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     (folder / "README.md").write_text(generate_readme(model_card(job.description), job.description.model))
 
