@@ -1,6 +1,7 @@
 """docs/own_pictures.md, then docs/results.md: every command, in a short form, on a few images in the same layout."""
 
 import csv
+import glob
 import json
 import os
 import re
@@ -59,7 +60,8 @@ def test_the_tutorial(package, tmp_path):
             if "test_own_pictures" not in (is_elsewhere(command.text) or ""):
                 continue
             for text in repeated(command.text, PAGES[block.page]):
-                script, *arguments = shlex.split(text)[1:]
+                script, *given = shlex.split(text)[1:]
+                arguments = [match for one in given for match in sorted(glob.glob(one, root_dir=root)) or [one]]
                 arguments += shlex.split(SHORT.get(script, ""))
                 result = processes.run(ROOT / script, arguments, root, environment, 600, 0)
                 assert result.returncode == 0, f"{text}\n{result.stdout}\n{result.stderr}"
