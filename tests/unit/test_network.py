@@ -133,7 +133,7 @@ def test_the_page_has_the_costs_of_variations():
         assert f"{total / 1e9:.2f}" == multiply_adds
 
 
-# Each variation with one or more others, which exporters need not meet alone.
+# Combined in fewer networks, because an export takes seconds.
 COMBINED = [VARIATIONS[-1], *({**one, **other} for one, other in zip(VARIATIONS[1:5], VARIATIONS[5:9]))]
 
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -78,11 +78,20 @@ def time_forms(forms: Mapping[str, Form], images: Images, rounds: int) -> None:
             name: partial(form.classifier.logits, [form.classifier.prepare(image) for image in chosen])
             for name, form in forms.items()
         }
-        seconds, errors = interleave(calls, CPU, rounds, MIN_SECONDS)
-        if errors:
-            raise UserError("; ".join(f"{name}: {error}" for name, error in errors.items()))
-        for name, times in seconds.items():
-            forms[name].seconds[size] = times
+        for name, seconds in time_calls(calls, rounds).items():
+            forms[name].seconds[size] = seconds
+
+
+def time_calls(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round.
+
+    Raises:
+        UserError: a call fails.
+    """
+    seconds, errors = interleave(calls, CPU, rounds, MIN_SECONDS)
+    if errors:
+        raise UserError("; ".join(f"{name}: {error}" for name, error in errors.items()))
+    return seconds
 
 
 def report(forms: Mapping[str, Form], failures: Mapping[str, str], images: Images, notes: Sequence[str]) -> str:

@@ -12,8 +12,8 @@ from sepvit_lib.common.packages import require
 from sepvit_lib.common.storage import make_folder
 from sepvit_lib.inference.backbones import Backbone, load_backbone
 from sepvit_lib.inference.exported import kind_of, open_onnx
-from sepvit_lib.rounds import interleave, ratio
-from tools.exporting.comparison import CPU, MIN_SECONDS
+from sepvit_lib.rounds import ratio
+from tools.exporting.comparison import time_calls
 from tools.exporting.writers import MAX_DIFFERENCE, export_onnx
 
 STRIDE = 32
@@ -78,6 +78,6 @@ def compare(backbone: Backbone, file: Path, rounds: int) -> None:
                 raise UserError(f"--formats onnx: its maps differ by {difference:.1e}, more than {MAX_DIFFERENCE:g}")
         images = torch.randn(TIMED)
         calls = {"ONNX": lambda: run(images), "eager": lambda: backbone.network(images)}
-        times, _ = interleave(calls, CPU, rounds, MIN_SECONDS)
+        times = time_calls(calls, rounds)
     speed = ratio(times["eager"], times["ONNX"]).median
     print(f"  {TIMED[2]} × {TIMED[3]} in ONNX Runtime: {speed:.2f} × the speed of PyTorch in eager mode")
