@@ -1,8 +1,8 @@
 """SepViT: Separable Vision Transformer (Li et al., 2022, https://arxiv.org/abs/2203.15380).
 
 This file defines, in order: window token embedding, depthwise separable self-attention, grouped self-attention, the
-block, the network and its variants. The last sections adapt checkpoints of other sizes and forms, and work around
-limits of kernels and compilers. One block computes:
+block, the network and its variants. The last sections adapt checkpoints of other sizes and forms, work around limits of
+kernels and compilers, and define the form to export. One block computes:
 
     z    = norm1([win_tokens, windows of x])                  window token embedding
     a    = softmax(q kᵀ / √d) v + z,  q, k, v = DSA_qkv(z)    depthwise self-attention, inside each window
@@ -30,6 +30,7 @@ stage, ``C`` for channels, ``h`` for heads of size ``d``, ``w`` for the window s
 ``L = w²`` for pixels per window, and ``T`` for tokens per window: ``1+L`` with a window token, ``L`` without.
 """
 
+import copy
 import itertools
 import logging
 import math
@@ -70,6 +71,7 @@ __all__ = [
     "create_dense",
     "default_settings",
     "entries_under",
+    "exportable",
     "keep_settings",
     "mark_adapted",
     "settings_of",
@@ -84,29 +86,27 @@ _logger = logging.getLogger(__name__)
 
 
 def window_partition(x: Tensor, window_size: int) -> Tensor:
-    """Split a map into windows, zero-padded at the bottom and right to a multiple of the window side.
+    """Split a map into windows.
 
     Args:
-        x: map, B × H × W × C.
+        x: map, B × H × W × C, whose sides are multiples of the window side.
         window_size: window side w.
 
     Returns:
         windows, B × n × L × C.
     """
+    _, H, W, C = x.shape
     w = window_size
-    x = pad_to_windows(x, w)  # B × rows·w × columns·w × C
-    B, H, W, C = x.shape
-    x = x.reshape(B * (H // w), w, W // w, w * C).transpose(1, 2)  # B·rows × columns × w × w·C
-    return x.reshape(B, (H // w) * (W // w), w * w, C)
+    x = x.reshape(-1, w, W // w, w * C).transpose(1, 2)  # B·rows × columns × w × w·C
+    return x.reshape(-1, (H // w) * (W // w), w * w, C)
 
 
 def window_reverse(f: Tensor, window_size: int, H: int, W: int) -> Tensor:
     """Join windows, B × n × L × C, into a map, and remove its padding: B × H × W × C."""
-    B, _, _, C = f.shape
-    w = window_size
+    C, w = f.shape[-1], window_size
     rows, columns = (H + w - 1) // w, (W + w - 1) // w
-    f = f.reshape(B * rows, columns, w, w * C).transpose(1, 2)  # B·rows × w × columns × w·C
-    return f.reshape(B, rows * w, columns * w, C)[:, :H, :W]
+    f = f.reshape(-1, columns, w, w * C).transpose(1, 2)  # B·rows × w × columns × w·C
+    return f.reshape(-1, rows * w, columns * w, C)[:, :H, :W]
 
 
 def window_grid(img_size: tuple[int, int], stage: int, window_size: int) -> tuple[int, int]:
@@ -117,16 +117,14 @@ def window_grid(img_size: tuple[int, int], stage: int, window_size: int) -> tupl
     return math.ceil(img_size[0] / side), math.ceil(img_size[1] / side)
 
 
-def embed_window_tokens(windows: Tensor, win_tokens: Tensor | None) -> Tensor:
+def embed_window_tokens(windows: Tensor, win_tokens: Tensor) -> Tensor:
     """Put a window token in front of each window: B × n × L × C to B × n × (1+L) × C.
 
     Args:
         windows: pixels of the windows, B × n × L × C.
-        win_tokens: tokens, 1 × n × 1 × C or B × n × 1 × C; None for zeros.
+        win_tokens: tokens, B × n × 1 × C, with 1 in place of B or n for those that images or windows share.
     """
-    if win_tokens is None:
-        return F.pad(windows, (0, 0, 1, 0))
-    tokens = win_tokens.expand(windows.shape[0], -1, -1, -1)  # B × n × 1 × C
+    tokens = win_tokens.expand(windows.shape[0], windows.shape[1], -1, -1)  # B × n × 1 × C
     return torch.cat([tokens.to(windows.dtype), windows], dim=2)
 
 
@@ -191,6 +189,18 @@ class ResampledWindowTokens(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of a tensor of any shape, computed as that of a matrix.
+
+    OpenVINO has an operator for matrices, and computes LayerNorm of four dimensions in three passes.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise a tensor, … × C."""
+        y = F.layer_norm(x.flatten(0, -2), self.normalized_shape, self.weight, self.bias, self.eps)
+        return y.view(x.shape)
+
+
 def window_weights(q: Tensor, k: Tensor) -> Tensor:
     """Attention weights within each window, B·n × h × T × T, from queries and keys, B·n × h × T × d."""
     return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1)
@@ -248,7 +258,7 @@ class SeparableSelfAttention(nn.Module):
         """Add a randomly initialised pointwise part, unless the module has one. With `enable` False, remove it."""
         if enable and self.PSA_qk is None:
             dim, where = self.proj.in_features, get_device_dtype(self)
-            self.win_tokens_norm = nn.LayerNorm(dim, eps=1e-5, **where)
+            self.win_tokens_norm = LayerNorm(dim, eps=1e-5, **where)
             self.PSA_qk = nn.Linear(dim, 2 * dim, **where)
             init_weights(self.PSA_qk)
         elif not enable:
@@ -279,15 +289,18 @@ class SeparableSelfAttention(nn.Module):
 
     def depthwise_heads(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the depthwise attention, B·n × h × T × d each, from windows, B × n × T × C."""
-        B, n, T, _ = z.shape
-        qkv = self.DSA_qkv(z).view(B * n, T, 3, self.num_heads, self.head_dim)
+        qkv = self.DSA_qkv(z).view(-1, z.shape[2], 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B·n × h × T × d
         return q, k, v
 
+    def depthwise_weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """Attention weights within each window, B·n × h × T × T, from queries and keys of `depthwise_heads`."""
+        return window_weights(q, k)
+
     def join_heads(self, a: Tensor, z: Tensor) -> Tensor:
         """Join heads, B·n × h × T × d, to B × n × T × C, and add the shortcut: the input z of the attention."""
-        B, n, T, C = z.shape
-        a = a.transpose(1, 2).reshape(B, n, T, C)
+        _, n, T, C = z.shape
+        a = a.transpose(1, 2).reshape(-1, n, T, C)
         return a + z if self.inner_shortcuts else a
 
     def pointwise(self, a: Tensor) -> Tensor:
@@ -306,9 +319,8 @@ class SeparableSelfAttention(nn.Module):
         """Attention weights among windows, B × h × n × n, from the output of the depthwise attention."""
         assert self.win_tokens_norm is not None
         assert self.PSA_qk is not None
-        B, n, _, _ = a.shape
         t = F.gelu(self.win_tokens_norm(a[:, :, 0]))  # B × n × C
-        qk = self.PSA_qk(t).view(B, n, 2, self.num_heads, self.head_dim)
+        qk = self.PSA_qk(t).view(-1, a.shape[1], 2, self.num_heads, self.head_dim)
         q, k = qk.permute(2, 0, 3, 1, 4).unbind(0)  # each B × h × n × d
         return torch.softmax((q * self.scale) @ k.transpose(-2, -1), dim=-1)
 
@@ -322,23 +334,20 @@ class SeparableSelfAttention(nn.Module):
         Returns:
             pixels split into heads, B × h × n × L·d.
         """
-        B, n, T, _ = a.shape
+        _, n, T, _ = a.shape
         h, d = self.num_heads, self.head_dim
         f = a[:, :, 1:].unflatten(3, (h, d)).permute(0, 3, 1, 2, 4)  # B × h × n × L × d
-        f = f.reshape(B, h, n, (T - 1) * d)
+        f = f.reshape(-1, h, n, (T - 1) * d)
         if self.inner_shortcuts:
             P = P + torch.eye(n, dtype=P.dtype, device=P.device)  # P @ f + f in a single pass over the pixels
         return P @ f  # written out, because no fused kernel supports values (L·d wide) so much wider than keys (d)
 
     def heads_to_map(self, f: Tensor, H: int, W: int) -> Tensor:
         """Join windows and heads, B × h × n × L·d, into an H × W map, without its padding: B × H × W × C."""
-        B, h, w, d = f.shape[0], self.num_heads, self.window_size, self.head_dim
+        h, w, d = self.num_heads, self.window_size, self.head_dim
         rows, columns = (H + w - 1) // w, (W + w - 1) // w
-        if limits_ranks():
-            f = f.view(B, h, rows * columns, w * w, d).permute(0, 2, 3, 1, 4)  # B × n × L × h × d
-            return window_reverse(f.flatten(3), w, H, W)
-        f = f.view(B, h, rows, columns, w, w, d).permute(0, 2, 4, 3, 5, 1, 6)  # B × rows × w × columns × w × h × d
-        return f.reshape(B, rows * w, columns * w, h * d)[:, :H, :W]
+        f = f.view(-1, h, rows, columns, w, w, d).permute(0, 2, 4, 3, 5, 1, 6)  # B × rows × w × columns × w × h × d
+        return f.reshape(-1, rows * w, columns * w, h * d)[:, :H, :W]
 
     def project(self, x: Tensor) -> Tensor:
         """Project a map, B × H × W × C."""
@@ -428,8 +437,8 @@ class SepViTBlock(nn.Module):
         self.register_parameter("win_tokens", None)
         self.win_conv: nn.Conv2d | None
         self.register_module("win_conv", None)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=drop)
         self.attn = SeparableSelfAttention(dim, num_heads, window_size, attn_drop, drop, variation.inner_shortcuts)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
@@ -455,35 +464,42 @@ class SepViTBlock(nn.Module):
         if kind != "depthwise":
             self.win_conv = None
         elif self.win_conv is None:
-            self.win_conv = nn.Conv2d(dim, dim, w, groups=dim, **where)
+            self.win_conv = nn.Conv2d(dim, dim, w, stride=w, groups=dim, **where)
             init_weights(self.win_conv)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block; keeps the shape B × H × W × C."""
-        _, H, W, _ = x.shape
+        _, H, W, C = x.shape
         # The windows are not bound to a variable: in inference, they are freed before the MLP, where memory peaks.
-        x = x + self.drop_path(self.attn(self.norm1(self.windows_of(x)), H, W))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        f = self.attn(self.normalised_windows(x), H, W)  # B × H × W × C
+        x = x.flatten(0, 2) + self.drop_path(f).flatten(0, 2)  # B·H·W × C: runtimes are fastest with matrices
+        f = self.mlp(self.norm2(x)).view(-1, H, W, C)  # B × H × W × C
+        return (x + self.drop_path(f).flatten(0, 2)).view(-1, H, W, C)
 
-    def windows_of(self, x: Tensor) -> Tensor:
-        """Split a map, B × H × W × C, into windows, B × n × T × C, with window tokens if the block has them."""
-        windows = window_partition(x, self.window_size)  # B × n × L × C
+    def normalised_windows(self, x: Tensor) -> Tensor:
+        """Split a map, B × H × W × C, into normalised windows, B × n × T × C, with window tokens if the block has them.
+
+        The norm precedes the partition, since the norms of learned window tokens are constants in an exported program.
+        """
+        x = pad_to_windows(x, self.window_size)
+        windows = window_partition(self.norm1(x), self.window_size)  # B × n × L × C
         if not self.attn.has_window_tokens:
             return windows
-        return embed_window_tokens(windows, self.tokens_of(windows, x.shape[1], x.shape[2]))
+        return embed_window_tokens(windows, self.norm1(self.tokens_of(x)))
 
-    def tokens_of(self, windows: Tensor, H: int, W: int) -> Tensor | None:
-        """Window tokens, 1 × n × 1 × C or B × n × 1 × C, of an H × W map's windows, B × n × L × C; None for zeros."""
+    def tokens_of(self, x: Tensor) -> Tensor:
+        """Window tokens, 1 × n × 1 × C, 1 × 1 × 1 × C or B × n × 1 × C, of a padded map, B × H × W × C."""
+        _, H, W, C = x.shape
         if self.window_tokens == "average":
-            return windows.mean(dim=2, keepdim=True)
+            return window_partition(x, self.window_size).mean(dim=2, keepdim=True)
         if self.win_conv is not None:
-            B, n, _, C = windows.shape
-            w = self.window_size
-            maps = windows.view(B * n, w, w, C).permute(0, 3, 1, 2)  # B·n × C × w × w
-            return self.win_conv(maps).reshape(B, n, 1, C)
-        if self.resampling is not None and self.win_tokens is not None and self.grid is not None:
+            tokens = self.win_conv(x.permute(0, 3, 1, 2))  # B × C × rows × columns
+            return tokens.flatten(2).transpose(1, 2).unsqueeze(2)  # B × n × 1 × C
+        if self.win_tokens is None:
+            return x.new_zeros(1, 1, 1, C)
+        if self.resampling is not None and self.grid is not None:
             return self.resampling(self.win_tokens, self.grid, H, W)
-        return self.win_tokens if self.win_tokens is None else self.win_tokens.expand(-1, windows.shape[1], -1, -1)
+        return self.win_tokens
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -501,7 +517,7 @@ class OverlapPatchEmbed(nn.Module):
         super().__init__()
         padding, self.multiple = (kernel_size // 2, 1) if kernel_size > stride else (0, stride)
         self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride=stride, padding=padding)
-        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.norm = LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.multiple > 1:
@@ -627,7 +643,7 @@ class SepViTStages(nn.Module):
                     for j, side in enumerate(sides)
                 )
             )
-            self.norm_list.append(nn.LayerNorm(dim, eps=1e-6) if img_size is None else nn.Identity())
+            self.norm_list.append(LayerNorm(dim, eps=1e-6) if img_size is None else nn.Identity())
             last = f"blocks.{i}.{depth - 1}" if depth > 1 else f"pos_block.{i}"
             self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=last))
         self.register_load_state_dict_pre_hook(_adapt_before_loading)
@@ -766,7 +782,7 @@ class SepViT(SepViTStages):
         self.num_classes = num_classes
         self.global_pool = _checked_pool(global_pool)
         self.num_features = self.head_hidden_size = self.embed_dims[-1]
-        self.norm: nn.Module = nn.Identity() if dense else nn.LayerNorm(self.num_features, eps=1e-6)
+        self.norm: nn.Module = nn.Identity() if dense else LayerNorm(self.num_features, eps=1e-6)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.apply(init_weights)
 
@@ -1252,17 +1268,6 @@ def pad_to_windows(x: Tensor, window_size: int) -> Tensor:
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if not is_fixed or bottom > 0 or right > 0 else x
 
 
-def limits_ranks() -> bool:
-    """Whether tensors may have at most five dimensions, the limit of mobile runtimes. True only during export.
-
-    Without this limit, `heads_to_map` copies the pixels once, as a tensor of seven dimensions, instead of twice. This
-    makes compiled networks up to 9 % faster.
-    """
-    if not torch.jit.is_scripting():
-        return torch.compiler.is_exporting()
-    return False
-
-
 MAX_WINDOWS = 65_535  # per call: the limit of a CUDA grid in y and z
 
 
@@ -1304,3 +1309,91 @@ def check_input_size(x: Tensor, img_size: tuple[int, int]) -> None:
         f"input is {H} × {W} pixels, but this model was built for {img_size[0]} × {img_size[1]}: "
         "build it with img_size=(H, W) or call set_input_size",
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The form for runtimes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def exportable(network: nn.Module) -> nn.Module:
+    """Copy a network in the form to export to runtimes: the same outputs up to rounding, in inference only.
+
+    Queries, keys and values have a linear layer each, which scales the queries; attention within windows is written
+    out; the positional encoding's shortcut is part of its weights; tensors have at most five dimensions, the limit of
+    mobile runtimes. Parts that are not of a SepViT are only copied.
+    """
+    network = copy.deepcopy(network).eval()
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, SeparableSelfAttention):
+                setattr(module, name, _ExportableAttention(child))
+            elif isinstance(child, ConditionalPositionalEncoding):
+                setattr(module, name, _ExportableEncoding(child))
+    return network
+
+
+def _split(layer: nn.Linear, count: int, scale: float) -> nn.ModuleList:
+    """Split a layer into `count` layers for a share of its outputs each. The outputs of the first are scaled."""
+    parts = nn.ModuleList()
+    for weight, bias in zip(layer.weight.data.chunk(count), layer.bias.data.chunk(count)):
+        part = nn.Linear(layer.in_features, layer.out_features // count)
+        factor = 1.0 if parts else scale
+        part.weight.data, part.bias.data = factor * weight, factor * bias
+        parts.append(part)
+    return parts
+
+
+class _ExportableAttention(SeparableSelfAttention):
+    DSA_qkv: Any
+    PSA_qk: Any
+    win_tokens_norm: Any
+
+    def __init__(self, attention: SeparableSelfAttention) -> None:
+        dim, shortcuts = attention.proj.in_features, attention.inner_shortcuts
+        super().__init__(dim, attention.num_heads, attention.window_size, inner_shortcuts=shortcuts)
+        self.has_window_tokens = attention.has_window_tokens
+        self.win_tokens_norm, self.proj = attention.win_tokens_norm, attention.proj
+        self.DSA_qkv = _split(attention.DSA_qkv, 3, self.scale)
+        if attention.PSA_qk is not None:
+            self.PSA_qk = _split(attention.PSA_qk, 2, self.scale)
+        self.eval()
+
+    def _heads(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Apply one of the layers, and split its outputs into heads: … × T × C to B × h × T × d."""
+        x, T = x.flatten(0, -2), x.shape[-2]
+        return layer(x).view(-1, T, self.num_heads, self.head_dim).transpose(1, 2)
+
+    def depthwise_heads(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (self._heads(layer, z) for layer in self.DSA_qkv)  # each B·n × h × T × d
+        return q, k, v
+
+    def depthwise_weights(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(-2, -1), dim=-1)
+
+    def depthwise(self, z: Tensor) -> Tensor:
+        q, k, v = self.depthwise_heads(z)  # each B·n × h × T × d
+        return self.join_heads(self.depthwise_weights(q, k) @ v, z)
+
+    def pointwise_weights(self, a: Tensor) -> Tensor:
+        t = F.gelu(self.win_tokens_norm(a[:, :, 0]))  # B × n × C
+        q, k = (self._heads(layer, t) for layer in self.PSA_qk)  # each B × h × n × d
+        return torch.softmax(q @ k.transpose(-2, -1), dim=-1)
+
+    def heads_to_map(self, f: Tensor, H: int, W: int) -> Tensor:
+        h, n, w, d = self.num_heads, f.shape[2], self.window_size, self.head_dim
+        f = f.view(-1, h, n, w * w, d).permute(0, 2, 3, 1, 4)  # B × n × L × h × d
+        return window_reverse(f.flatten(3), w, H, W)
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.proj(x.flatten(0, 2)).view(-1, *x.shape[1:])
+
+
+class _ExportableEncoding(nn.Module):
+    def __init__(self, encoding: ConditionalPositionalEncoding) -> None:
+        super().__init__()
+        self.proj: Any = encoding.proj[0]
+        self.proj.weight.data[:, :, 1, 1] += 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -28,18 +28,12 @@ from benchmarks import subjects
 from benchmarks.record import Record, as_text
 from benchmarks.subjects import DTYPES, FORMS, MEASURES, OF_SEPVIT, PEERS, Setting, Subject
 from benchmarks.tables import Table, measure_table
-from sepvit_lib.common.command_line import Parser, path, positive_int, run_command
+from sepvit_lib.common.command_line import Parser, image_size, path, positive_int, run_command
 from sepvit_lib.common.devices import available_cores, best_device, check_device
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.common.machine import describe, device_name
 from sepvit_lib.common.storage import make_folder
 from sepvit_lib.run.resume import git_revision
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """Parse an image size: one side, or HEIGHTxWIDTH."""
-    height, by, width = text.partition("x")
-    return positive_int(height), positive_int(width if by else height)
 
 
 def build_parser() -> Parser:

@@ -309,7 +309,7 @@ def _exported(subject: Subject, setting: Setting, folder: Path) -> Ready:
     images = setting.images()
     path = folder / f"{subject.model}-{'x'.join(map(str, images.shape))}.onnx"
     if not path.exists():
-        export_onnx(create_network(subject, setting).eval(), images, path)
+        export_onnx(sepvit.exportable(create_network(subject, setting)), images, path)
     is_int8 = subject.number_format == "int8"
     if subject.form == "onnxruntime":
         path = _with_int8_weights(path) if is_int8 else path

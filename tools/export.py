@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from huggingface_hub import create_repo, file_exists, upload_folder
 from tqdm import tqdm
 
 from datasets import DATA_SETS
-from sepvit_lib.common.command_line import Parser, first_line, path, positive_int, run_command
+from sepvit_lib.common.command_line import Parser, first_line, image_size, path, positive_int, run_command
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.common.packages import lacking
 from sepvit_lib.common.storage import make_folder, write_file
@@ -84,6 +85,8 @@ def main(args: argparse.Namespace) -> int:
     if backbone := dense_backbone.find(args.resume, args.averaged):
         dense_backbone.export(backbone, folder, args)
         return 0
+    if args.static:
+        raise UserError("--static: only for a backbone; a classifier's files have its own image size")
     classifier = load_classifier(args.resume, args.model, args.averaged)
     if classifier.network is None:
         raise UserError(f"--resume {args.resume}: an exported file; pass the checkpoint that it was exported from")
@@ -139,9 +142,10 @@ def build_job(
 ) -> Job:
     """Collect what the formats need, such as calibration batches if `is_calibrated`."""
     calibration = (calibration_images(args, classifier) if args.data_path else images.images) if is_calibrated else ()
-    batches = [classifier.prepare(image)[None] for image in calibration]
+    inputs, size = [classifier.prepare(image) for image in calibration], args.batch_size or 1
+    batches = [torch.stack(inputs[start : start + size]) for start in range(0, len(inputs) - size + 1, size)]
     score = partial(images.accuracy, classifier) if images.labels else None
-    return Job(classifier, folder, batches, args.opset[0], score, images.images[:SAMPLES])
+    return Job(classifier, folder, batches, args.opset[0], score, images.images[:SAMPLES], args.batch_size)
 
 
 def write(job: Job, files: Mapping[str, str], formats: Mapping[str, Format]) -> tuple[dict[str, Form], dict[str, str]]:
@@ -252,6 +256,9 @@ def build_parser() -> Parser:
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
     version = f"ONNX opset, {OPSETS[0]} to {OPSETS[-1]}, default {OPSET}; if several, one file for each"
     add("--opset", type=int, choices=OPSETS, nargs="+", default=[OPSET], metavar="N", help=version)
+    add("--batch-size", type=positive_int, metavar="N", help="batch size of the files; default: any")
+    size = "image size of a backbone's file, HEIGHTxWIDTH; default: any divisible by 32"
+    add("--static", type=image_size, metavar="SIZE", help=size)
     add("--rounds", type=positive_int, default=5, metavar="N", help="rounds of timing, default 5")
     add("--overwrite", action="store_true", help="replace existing files in DIR")
     add("--push", default="", metavar="USER/NAME", help="upload the safetensors to the Hugging Face hub")

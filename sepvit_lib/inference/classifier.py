@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Description:
         orientation: 'exif' to turn images upright, or 'stored' to keep them as stored.
         model_kwargs: other arguments of the network's constructor.
         multi_label: whether an image may have several labels, or none.
+        batch_size: images per call of an exported file; None for any number.
     """
 
     model: str
@@ -49,6 +51,7 @@ class Description:
     orientation: str = EXIF
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     multi_label: bool = False
+    batch_size: int | None = None
 
     def to_json(self) -> str:
         """Return the description as JSON."""
@@ -64,8 +67,9 @@ class Description:
         try:
             fields = json.loads(text)
             preprocessing = Preprocessing.from_json(fields["preprocessing"])
-            others = fields.get("orientation", EXIF), fields.get("model_kwargs", {}), fields.get("multi_label", False)
-            return cls(fields["model"], tuple(fields["classes"]), preprocessing, *others)
+            names = ("orientation", "model_kwargs", "multi_label", "batch_size")
+            others = {name: fields[name] for name in names if name in fields}
+            return cls(fields["model"], tuple(fields["classes"]), preprocessing, **others)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a classifier's description ({error!r})") from None
 
@@ -242,7 +246,14 @@ def _exported(path: str, kind: Kind, what: str, precision: Precision) -> Classif
         description = Description.from_json(opened.description)
     except ValueError:
         raise UserError(f"{what}: lacks its classes and preprocessing; export it with tools/export.py") from None
-    return Classifier(description, Preparation(description.preprocessing, opened.takes_pixels), opened.run)
+    run = partial(_in_batches, opened.run, description.batch_size) if description.batch_size else opened.run
+    return Classifier(description, Preparation(description.preprocessing, opened.takes_pixels), run)
+
+
+def _in_batches(run: Callable[[Tensor], Tensor], size: int, images: Tensor) -> Tensor:
+    """Compute logits in batches of `size` images, the last of which is filled up with its last image."""
+    order = torch.arange(-(-len(images) // size) * size).clamp(max=len(images) - 1)
+    return torch.cat([run(images[batch]) for batch in order.split(size)])[: len(images)]
 
 
 def _from_folder(folder: Path, what: str) -> tuple[nn.Module, Description, Sequence[str] | None]:

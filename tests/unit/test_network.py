@@ -143,6 +143,7 @@ def test_variations_are_exported(variation):
     images = torch.randn(2, 3, 57, 90)
     program = torch.export.export(model, (images,))
     assert largest_difference(program.module()(images), model(images)) < 1e-5
+    assert largest_difference(sepvit.exportable(model)(images), model(images)) < 1e-6
     assert largest_difference(torch.jit.script(model)(images), model(images)) < 1e-5
 
 
@@ -379,15 +380,35 @@ def highest_rank(program):
 def test_export(lite, lite_images):
     batch = torch.export.Dim("batch")  # without an upper bound
     program = torch.export.export(lite, (lite_images,), dynamic_shapes=({0: batch},))
-    assert highest_rank(program) <= 5
     three = torch.randn(3, 3, 96, 64)
     assert largest_difference(program.module()(three), lite(three)) < 1e-5
     dense = create_dense("SepViT_Lite").eval()
     images = torch.randn(1, 3, 50, 71)
     program = torch.export.export(dense, (images,))
-    assert highest_rank(program) <= 5
     for y, expected in zip(program.module()(images), dense(images)):
         assert largest_difference(y, expected) < 1e-5
+
+
+def test_exportable_form(lite, lite_images):
+    """It changes nothing but the form, and no tensor has more than five dimensions, traced or exported."""
+    dense = create_dense("SepViT_Lite").eval()
+    for network, images in (lite, lite_images), (dense, torch.randn(1, 3, 50, 71)):
+        before = copy.deepcopy(network.state_dict())
+        form, expected = sepvit.exportable(network), network(images)
+        program = torch.export.export(form, (images,))
+        assert highest_rank(program) <= 5
+        traced = torch.jit.trace(form, images)
+        sizes = [
+            value.type().sizes()
+            for node in traced.inlined_graph.nodes()
+            for value in node.outputs()
+            if isinstance(value.type(), torch._C.TensorType)
+        ]
+        assert 4 <= max(len(size) for size in sizes if size) <= 5
+        for model in form, program.module(), traced:
+            for y, y_expected in zip(model(images), expected):
+                assert largest_difference(y, y_expected) < 1e-6 * max(1, y_expected.abs().max())
+        torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
 
 
 def test_attention_runs_in_the_fused_kernel(lite, lite_images):

@@ -1,12 +1,15 @@
-"""The backbone of a segmentor or detector in ONNX, for images of any size divisible by 32 and batches of any size."""
+"""The backbone of a segmentor or detector in ONNX, by default for images of any size divisible by 32
+and batches of any size."""
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.export import Dim
 
+from sepvit import exportable
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.common.packages import require
 from sepvit_lib.common.storage import make_folder
@@ -46,38 +49,43 @@ def export(backbone: Backbone, folder: Path, args: argparse.Namespace) -> None:
     make_folder(folder, f"--out {folder}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as work:
         file = Path(work) / target.name
-        write(backbone, file, args.opset[0])
+        shapes = [(args.batch_size or shape[0], 3, *(args.static or shape[2:])) for shape in (TRACED, *COMPARED, TIMED)]
+        write(backbone, file, args, shapes[0])
         count = len(backbone.network.out_indices)
         print(f"{backbone.variant}, backbone, {count} maps, {file.stat().st_size / 1e6:.1f} MB")
-        compare(backbone, file, args.rounds)
+        compare(backbone, file, args.rounds, list(dict.fromkeys(shapes[1:-1])), shapes[-1])
         file.replace(target)
     print(f"written to {target}")
 
 
-def write(backbone: Backbone, file: Path, opset: int) -> None:
-    """Write the network to ONNX. Its outputs are the maps, named after their stages."""
-    shapes = ({0: Dim("batch"), 2: STRIDE * Dim("height"), 3: STRIDE * Dim("width")},)
+def write(backbone: Backbone, file: Path, args: argparse.Namespace, traced: tuple[int, ...]) -> None:
+    """Write the network to ONNX, traced with images of shape `traced`. Its outputs are named after their stages."""
+    sizes = {} if args.static else {2: STRIDE * Dim("height"), 3: STRIDE * Dim("width")}
+    sizes |= {} if args.batch_size else {0: Dim("batch")}
     names = [f"stage{number}" for number in backbone.network.out_indices]
-    export_onnx(backbone.network, torch.randn(TRACED), file, shapes, opset, outputs=names)
+    network = exportable(backbone.network)
+    export_onnx(network, torch.randn(traced), file, (sizes,) if sizes else None, args.opset[0], outputs=names)
 
 
-def compare(backbone: Backbone, file: Path, rounds: int) -> None:
-    """Print the largest difference of the maps at each of several sizes, and the speed relative to PyTorch.
+def compare(
+    backbone: Backbone, file: Path, rounds: int, shapes: Sequence[tuple[int, ...]], timed: tuple[int, ...]
+) -> None:
+    """Print the largest difference of the maps for images of several shapes, and the speed relative to PyTorch.
 
     Raises:
         UserError: the maps differ too much.
     """
     run = open_onnx(file)
     with torch.inference_mode():
-        for shape in COMPARED:
+        for shape in shapes:
             images = torch.randn(shape)
             maps = zip(run(images), backbone.network(images), strict=True)
             difference = max(float((a - b).abs().max()) for a, b in maps)
             print(f"  {shape[0]} × {shape[2]} × {shape[3]}: largest difference {difference:.1e}")
             if not difference < MAX_DIFFERENCE:
                 raise UserError(f"--formats onnx: its maps differ by {difference:.1e}, more than {MAX_DIFFERENCE:g}")
-        images = torch.randn(TIMED)
+        images = torch.randn(timed)
         calls = {"ONNX": lambda: run(images), "eager": lambda: backbone.network(images)}
         times = time_calls(calls, rounds)
     speed = ratio(times["eager"], times["ONNX"]).median
-    print(f"  {TIMED[2]} × {TIMED[3]} in ONNX Runtime: {speed:.2f} × the speed of PyTorch in eager mode")
+    print(f"  {timed[2]} × {timed[3]} in ONNX Runtime: {speed:.2f} × the speed of PyTorch in eager mode")

@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch.export import Dim, ExportedProgram
 # Private in timm, and without a public counterpart. Tested with timm 1.0.31.
 from timm.models._hub import generate_readme
 
+from sepvit import exportable
 from sepvit_lib.inference.classifier import CONFIG, Classifier, Description
 from sepvit_lib.inference.exported import DESCRIPTION, METADATA, NUMBER_FORMAT, open_onnx
 from sepvit_lib.pipeline.preprocessing import Preprocessing
@@ -50,6 +51,7 @@ class Job:
         opset: version of ONNX's operators.
         score: returns the accuracy (0 to 1) of a function from inputs to logits; None without labelled images.
         samples: some images, RGB, for checking the preprocessing.
+        batch_size: batch size of the files; None for any.
         notes: remarks on the files, for the report.
     """
 
@@ -59,12 +61,13 @@ class Job:
     opset: int = OPSET
     score: Callable[[Callable[[Tensor], Tensor]], float] | None = None
     samples: Sequence[Image.Image | Tensor] = ()
+    batch_size: int | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def description(self) -> Description:
-        """The classifier's description."""
-        return self.classifier.description
+        """The classifier's description, with the batch size of the files."""
+        return replace(self.classifier.description, batch_size=self.batch_size)
 
     @property
     def network(self) -> nn.Module:
@@ -74,20 +77,27 @@ class Job:
 
     def images(self) -> Tensor:
         """Random inputs for tracing."""
-        return torch.randn(EXAMPLES, self.description.preprocessing.channels, *self.description.preprocessing.size)
+        preprocessing = self.description.preprocessing
+        return torch.randn(self.batch_size or EXAMPLES, preprocessing.channels, *preprocessing.size)
 
     def onnx(self, opset: int | None = None) -> Path:
         """Export the network to ONNX, without metadata, to convert to other formats. `opset` overrides the job's."""
         path = self.folder / f"opset-{opset or self.opset}.network"
         if not path.exists():
-            export_onnx(self.program, self.images(), path, opset=opset or self.opset, outputs=["logits"])
+            program = self.trace(exportable(self.network))
+            export_onnx(program, self.images(), path, opset=opset or self.opset, outputs=["logits"])
         return path
+
+    def trace(self, network: nn.Module) -> ExportedProgram:
+        """Trace a network with torch.export, for batches of any size unless `batch_size` fixes it."""
+        shapes = None if self.batch_size else ({0: Dim("batch")},)
+        with quiet(), torch.no_grad():
+            return torch.export.export(network, (self.images(),), dynamic_shapes=shapes)
 
     @cached_property
     def program(self) -> ExportedProgram:
-        """The network as a program traced by torch.export, for batches of any size."""
-        with quiet(), torch.no_grad():
-            return torch.export.export(self.network, (self.images(),), dynamic_shapes=({0: Dim("batch")},))
+        """The network as PyTorch runs it, traced with torch.export."""
+        return self.trace(self.network)
 
 
 @contextmanager
@@ -212,6 +222,8 @@ def write_onnx_preprocessing(job: Job, path: Path) -> None:
     """Write the network with its preprocessing in ONNX, from the pixels of one image, H × W × 3, to logits."""
     import onnx
 
+    if job.batch_size:
+        raise ValueError("takes one image at a time; omit --batch-size")
     network, pixels = onnx.load(str(job.onnx())), preprocessing_graph(job.description.preprocessing, job.opset)
     pixels.ir_version = network.ir_version
     difference = pixel_difference(pixels, job.description.preprocessing, job.samples)
