@@ -178,17 +178,15 @@ def number(kind: type[int] | type[float], low: float, high: float = math.inf, op
 
 
 positive_int, natural = number(int, 1), number(int, 0)
+positive, non_negative, fraction = number(float, 0, open_low=True), number(float, 0), number(float, 0, 1)
+positive_fraction = number(float, 0, 1, open_low=True)
+seconds = number(float, 0, 30 * 24 * 3600, open_low=True)  # much longer timeouts overflow in process groups
 
 
 def image_size(text: str) -> tuple[int, int]:
     """Parse an image size: one side, or HEIGHTxWIDTH."""
     height, by, width = text.partition("x")
     return positive_int(height), positive_int(width if by else height)
-
-
-positive, non_negative, fraction = number(float, 0, open_low=True), number(float, 0), number(float, 0, 1)
-positive_fraction = number(float, 0, 1, open_low=True)
-seconds = number(float, 0, 30 * 24 * 3600, open_low=True)  # much longer timeouts overflow in process groups
 
 
 def path(text: str) -> str:
