@@ -1392,8 +1392,8 @@ class _ExportableAttention(SeparableSelfAttention):
 class _ExportableEncoding(nn.Module):
     def __init__(self, encoding: ConditionalPositionalEncoding) -> None:
         super().__init__()
-        self.proj: Any = encoding.proj
-        self.proj[0].weight.data[:, :, 1, 1] += 1
+        self.proj = cast(nn.Conv2d, encoding.proj[0])
+        self.proj.weight.data[:, :, 1, 1] += 1  # in the middle of each kernel
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
