@@ -106,7 +106,7 @@ def window_reverse(f: Tensor, window_size: int, H: int, W: int) -> Tensor:
     C, w = f.shape[-1], window_size
     rows, columns = (H + w - 1) // w, (W + w - 1) // w
     f = f.reshape(-1, columns, w, w * C).transpose(1, 2)  # B·rows × w × columns × w·C
-    return f.reshape(-1, rows * w, columns * w, C)[:, :H, :W]
+    return crop_padding(f.reshape(-1, rows * w, columns * w, C), H, W)
 
 
 def window_grid(img_size: tuple[int, int], stage: int, window_size: int) -> tuple[int, int]:
@@ -347,7 +347,7 @@ class SeparableSelfAttention(nn.Module):
         h, w, d = self.num_heads, self.window_size, self.head_dim
         rows, columns = (H + w - 1) // w, (W + w - 1) // w
         f = f.view(-1, h, rows, columns, w, w, d).permute(0, 2, 4, 3, 5, 1, 6)  # B × rows × w × columns × w × h × d
-        return f.reshape(-1, rows * w, columns * w, h * d)[:, :H, :W]
+        return crop_padding(f.reshape(-1, rows * w, columns * w, h * d), H, W)
 
     def project(self, x: Tensor) -> Tensor:
         """Project a map, B × H × W × C."""
@@ -1268,6 +1268,13 @@ def pad_to_windows(x: Tensor, window_size: int) -> Tensor:
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if not is_fixed or bottom > 0 or right > 0 else x
 
 
+@register_notrace_function
+def crop_padding(x: Tensor, H: int, W: int) -> Tensor:
+    """Crop a padded map, B × rows·w × columns·w × C, to B × H × W × C."""
+    is_fixed = isinstance(H, int) and isinstance(W, int)  # False in exported programs, which take any size
+    return x if is_fixed and x.shape[1] == H and x.shape[2] == W else x[:, :H, :W]
+
+
 MAX_WINDOWS = 65_535  # per call: the limit of a CUDA grid in y and z
 
 
@@ -1320,8 +1327,8 @@ def exportable(network: nn.Module) -> nn.Module:
     """Copy a network in the form to export to runtimes: the same outputs up to rounding, in inference only.
 
     Queries, keys and values have a linear layer each, which scales the queries; attention within windows is written
-    out; the positional encoding's shortcut is part of its weights; tensors have at most five dimensions, the limit of
-    mobile runtimes. Parts that are not of a SepViT are only copied.
+    out; the positional encoding's shortcut is part of its weights; tensors have at most four dimensions, the limit of
+    ncnn. Parts that are not of a SepViT are only copied.
     """
     network = copy.deepcopy(network).eval()
     for module in list(network.modules()):
@@ -1380,10 +1387,17 @@ class _ExportableAttention(SeparableSelfAttention):
         q, k = (self._heads(layer, t) for layer in self.PSA_qk)  # each B × h × n × d
         return torch.softmax(q @ k.transpose(-2, -1), dim=-1)
 
+    def mix_windows(self, P: Tensor, a: Tensor) -> Tensor:
+        _, n, T, _ = a.shape
+        h, d, L = self.num_heads, self.head_dim, T - 1
+        f = a[:, :, 1:].reshape(-1, n * L, h, d).transpose(1, 2)  # B × h × n·L × d
+        f = f.reshape(-1, h, n, L * d)
+        return P @ f + f if self.inner_shortcuts else P @ f
+
     def heads_to_map(self, f: Tensor, H: int, W: int) -> Tensor:
         h, n, w, d = self.num_heads, f.shape[2], self.window_size, self.head_dim
-        f = f.view(-1, h, n, w * w, d).permute(0, 2, 3, 1, 4)  # B × n × L × h × d
-        return window_reverse(f.flatten(3), w, H, W)
+        f = f.view(-1, h, n * w * w, d).transpose(1, 2)  # B × n·L × h × d
+        return window_reverse(f.reshape(-1, n, w * w, h * d), w, H, W)
 
     def project(self, x: Tensor) -> Tensor:
         return self.proj(x.flatten(0, 2)).view(-1, *x.shape[1:])
