@@ -29,7 +29,7 @@ from sepvit_lib.common.errors import UserError
 from sepvit_lib.common.packages import lacking
 from sepvit_lib.common.storage import make_folder, write_file
 from sepvit_lib.inference.classifier import Classifier, load_classifier
-from tools.exporting import comparison, dense_backbone, int8, writers
+from tools.exporting import comparison, dense_backbone, int8, web, writers
 from tools.exporting.comparison import Form, parts_of
 from tools.exporting.data import Images, calibration_images, find_labelled, photographs
 from tools.exporting.int8 import MAX_LOSS
@@ -49,6 +49,8 @@ class Format:
         is_exact: whether the file's logits must match the checkpoint's on the same image. A file with built-in
             preprocessing must match on the same prepared image instead, see `check_joined`.
         is_calibrated: whether the format needs calibration images.
+        is_default: whether the format is written without `--formats`.
+        opened: name of the file to open, if the format is a folder that cannot be opened itself.
     """
 
     write: Callable[[Job, Path], None]
@@ -56,6 +58,8 @@ class Format:
     modules: tuple[str, ...] = ()
     is_exact: bool = True
     is_calibrated: bool = False
+    is_default: bool = True
+    opened: str = ""
 
 
 EXPORTER = ("onnx", "onnxscript")
@@ -71,6 +75,7 @@ FORMATS = {
     "torch-export": Format(writers.write_torch_export, ".pt2"),
     "aotinductor": Format(writers.write_aotinductor, "-aotinductor.pt2"),
     "torchscript": Format(writers.write_torchscript, "-torchscript.pt"),
+    "web": Format(web.write_web, "-web", ONNX, is_default=False, opened=web.NETWORK),
 }
 
 
@@ -113,7 +118,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def choose_formats(args: argparse.Namespace) -> tuple[dict[str, Format], dict[str, str]]:
-    """Choose the formats to write: by default, every format whose packages (and compiler) are installed.
+    """Choose the formats to write: by default, every default format whose packages (and compiler) are installed.
 
     Returns:
         the formats by name, including one for each additional ONNX opset; and why other formats are skipped, by name.
@@ -122,7 +127,8 @@ def choose_formats(args: argparse.Namespace) -> tuple[dict[str, Format], dict[st
         UserError: a requested format lacks a package or a compiler.
     """
     missing: dict[str, str] = {}
-    for name in args.formats or FORMATS:
+    wanted = args.formats or [name for name, one in FORMATS.items() if one.is_default]
+    for name in wanted:
         lack = lacking(*FORMATS[name].modules)
         if name == "aotinductor" and not writers.has_compiler():
             lack = "needs a C++ compiler, such as g++; install one, or omit it"
@@ -130,7 +136,7 @@ def choose_formats(args: argparse.Namespace) -> tuple[dict[str, Format], dict[st
             raise UserError(f"--formats {name}: {lack}")
         if lack:
             missing[name] = lack
-    chosen = {name: FORMATS[name] for name in args.formats or FORMATS if name not in missing}
+    chosen = {name: FORMATS[name] for name in wanted if name not in missing}
     for opset in args.opset[1:]:
         write = partial(writers.write_onnx, opset=opset)
         chosen[f"onnx-opset-{opset}"] = replace(FORMATS["onnx"], write=write, ending=f"-opset-{opset}.onnx")
@@ -164,7 +170,7 @@ def write(job: Job, files: Mapping[str, str], formats: Mapping[str, Format]) -> 
         file = job.folder / file_name
         try:
             formats[name].write(job, file)
-            opened = load_classifier(str(file), what=file.name)
+            opened = load_classifier(str(file / formats[name].opened), what=file.name)
             opened.logits([opened.prepare(job.samples[0])])
             forms[name] = Form(opened, file)
         except Exception as error:  # each exporter and runtime raises its own types

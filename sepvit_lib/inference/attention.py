@@ -173,7 +173,7 @@ class Rollout:
     stride: int
 
 
-def rollout(blocks: Sequence[BlockAttention]) -> Rollout:
+def rollout(blocks: Sequence[BlockAttention], dtype: torch.dtype = torch.float64) -> Rollout:
     """Multiply the attention among windows over blocks: attention rollout (Abnar and Zuidema, 2020, arXiv 2005.00928).
 
     Each block contributes (P + I) / 2, where P is its attention among windows, averaged over heads. The identity I
@@ -190,6 +190,7 @@ def rollout(blocks: Sequence[BlockAttention]) -> Rollout:
 
     Args:
         blocks: the attention of blocks, in the order in which they ran.
+        dtype: number format of the computation.
 
     Raises:
         ValueError: no block has more than one window.
@@ -202,8 +203,8 @@ def rollout(blocks: Sequence[BlockAttention]) -> Rollout:
     extent = [min(block.map_size[axis] * 4 * 2**block.stage for block in several) for axis in (0, 1)]
     total: Tensor | None = None
     for block in several:
-        P = block.among_mean().double()  # B × n × n
-        overlaps = [_overlaps(extent[axis], finest.stride, block.stride).to(P.device) for axis in (0, 1)]
+        P = block.among_mean().to(dtype)  # B × n × n
+        overlaps = [_overlaps(extent[axis], finest.stride, block.stride).to(P) for axis in (0, 1)]
         overlap = torch.kron(*overlaps)  # areas in pixels, m × n
         shared = _normalised(_normalised(overlap) @ P @ overlap.T)  # B × m × m; all windows have the same area
         mixed = (shared + torch.eye(len(overlap), dtype=P.dtype, device=P.device)) / 2

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -213,8 +214,32 @@ def encoded(content: bytes) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def shown_weights(
+    blocks: Sequence[BlockAttention], dtype: torch.dtype = torch.float64
+) -> list[tuple[str, BlockAttention | Rollout, Tensor, bool]]:
+    """Choose the weights that the page shows for the first image: those of all blocks, and their rollout.
+
+    Args:
+        blocks: the recorded blocks.
+        dtype: number format in which to compute the rollout.
+
+    Returns:
+        label, block or rollout, h × n × n weights, and whether these are the mean over heads. See `BlockWeights`.
+    """
+    found: list[tuple[str, BlockAttention | Rollout, Tensor, bool]] = []
+    for block in blocks:
+        if block.among is not None:
+            is_mean = block.among[0].numel() > MAX_WEIGHTS
+            label = block.name.partition("blocks.")[2]  # STAGE.BLOCK, as in tools/visualize.py
+            found.append((label, block, block.among_mean()[:1] if is_mean else block.among[0], is_mean))
+    if len(found) > 1:
+        total = rollout(blocks, dtype)
+        found.append(("rollout", total, total.weights[:1], True))
+    return found
+
+
 def weights_of(blocks: Sequence[BlockAttention], scale: tuple[float, float]) -> tuple[list[BlockWeights], str]:
-    """Collect the attention among windows of all blocks for one image, and its rollout.
+    """Collect the attention among windows of all blocks for one image, and its rollout, for the page.
 
     Args:
         blocks: the recorded blocks.
@@ -223,20 +248,14 @@ def weights_of(blocks: Sequence[BlockAttention], scale: tuple[float, float]) -> 
     Returns:
         the weights, and a note if there are none.
     """
-    found: list[BlockWeights] = []
-
-    def add(label: str, part: BlockAttention | Rollout, weights: Tensor, is_mean: bool) -> None:
-        sides = (part.stride * scale[0], part.stride * scale[1])
-        found.append(BlockWeights(label, *part.grid, *sides, weights.float().cpu().numpy(), is_mean))
-
-    for block in blocks:
-        if block.among is not None:
-            is_mean = block.among[0].numel() > MAX_WEIGHTS
-            label = block.name.partition("blocks.")[2]  # STAGE.BLOCK, as in tools/visualize.py
-            add(label, block, block.among_mean()[:1] if is_mean else block.among[0], is_mean)
+    found = [
+        BlockWeights(label, *part.grid, part.stride * scale[0], part.stride * scale[1], _array(weights), is_mean)
+        for label, part, weights, is_mean in shown_weights(blocks)
+    ]
     if not found:
         return [], "At this size, every block has a single window, so there is no attention among windows."
-    if len(found) > 1:
-        total = rollout(blocks)
-        add("rollout", total, total.weights, is_mean=True)
     return found, ""
+
+
+def _array(weights: Tensor) -> np.ndarray:
+    return weights.float().cpu().numpy()

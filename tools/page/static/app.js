@@ -1,4 +1,8 @@
-// The page of tools/app.py: sends an image, and shows the answer. Talks to its own server only.
+// The page of tools/app.py and of the export format "web": passes an image to the predictor, and shows the answer.
+// predictor.js is one of two modules, which export the same: tools/page/static/predictor.js asks the server, and
+// tools/page/web/predictor.js computes in the browser.
+
+import * as predictor from "./predictor.js";
 
 // matplotlib's colour map "inferno" at equal steps: perceptually uniform, so readable in greyscale too.
 const INFERNO = ["#000004", "#0b0724", "#210c4a", "#3d0965", "#57106e", "#71196e", "#8a226a", "#a32c61", "#bc3754",
@@ -17,7 +21,7 @@ const state = {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Sending an image
+// Taking an image
 // ---------------------------------------------------------------------------------------------------------------------
 
 async function send(file) {
@@ -28,15 +32,10 @@ async function send(file) {
   }
   setBusy(true);
   try {
-    const type = file.type.startsWith("image/") ? file.type : "application/octet-stream";
-    const reply = await fetch("predict", { method: "POST", body: file, headers: { "Content-Type": type }, signal: request.signal });
-    const content = await reply.json().catch(() => ({ error: reply.status === 503 ? "The server is busy. Try again in a moment." : `The server failed (status ${reply.status}). Its terminal shows why.` }));
-    if (reply.ok) await show(content);
-    else refuse(file.name ? `${file.name}: ${content.error}` : content.error);
+    show(await predictor.predict(file, request.signal));
   } catch (error) {
     if (error.name === "AbortError") return; // another image was sent
-    refuse("The server does not respond. Is app.py still running?");
-    console.error(error);
+    fail(error, file.name);
   }
   if (state.request === request) setBusy(false);
 }
@@ -45,6 +44,13 @@ function refuse(message) {
   setBusy(false);
   $("error").textContent = message;
   $("error").hidden = false;
+}
+
+// Shows an error: a refusal's own words, preceded by the file's name if there is one, or that something failed.
+function fail(error, name) {
+  if (error instanceof predictor.Refusal) return refuse(name ? `${name}: ${error.message}` : error.message);
+  refuse(predictor.FAILURE);
+  console.error(error);
 }
 
 function setBusy(isBusy) {
@@ -83,10 +89,8 @@ function sendFirst(files) {
 // Showing the answer
 // ---------------------------------------------------------------------------------------------------------------------
 
-async function show(content) {
-  const answer = { ...content, blocks: content.blocks.map(decodedBlock) };
-  const picture = await decodedPicture(content.picture);
-  const overlay = content.overlay && await decodedPicture(content.overlay);
+function show(answer) {
+  const { picture, overlay } = answer;
   state.answer = { ...answer, width: picture.width, height: picture.height };
   paint($("picture"), picture);
   $("picture").style.imageRendering = picture.width < SHARPEST ? "pixelated" : "auto";
@@ -100,18 +104,6 @@ async function show(content) {
   chooseViews();
   chooseBlocks();
   $("live").textContent = `Prediction: ${answer.summary}`;
-}
-
-function decodedBlock(block) {
-  return { ...block, weights: new Float32Array(bytes(block.weights).buffer) };
-}
-
-function bytes(text) {
-  return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
-}
-
-function decodedPicture(text) {
-  return createImageBitmap(new Blob([bytes(text)], { type: "image/png" }));
 }
 
 function paint(canvas, picture) {
@@ -392,8 +384,8 @@ function listSamples(samples) {
     button.addEventListener("click", async () => {
       try {
         send(await (await fetch(`samples/${name}`)).blob());
-      } catch {
-        refuse("The server does not respond. Is app.py still running?");
+      } catch (error) {
+        fail(error);
       }
     });
     return button;
@@ -401,11 +393,12 @@ function listSamples(samples) {
 }
 
 async function start() {
-  const about = state.about = await (await fetch("about")).json();
-  const { model, classes, input, resume, device } = about.facts;
+  const about = state.about = await predictor.describe();
+  const { model, classes, input, resume } = about.facts; // `resume` is the checkpoint's name, if known
   document.querySelector("h1").textContent = model;
   document.title = `${model} · SepViT`;
-  $("facts").textContent = `${classes} classes · input ${input} · ${resume} · on ${device}`;
+  const facts = [`${classes} classes`, `input ${input}`, resume].filter(Boolean).join(" · ");
+  $("facts").textContent = `${facts} · loading…`;
   if (about.kind !== "classifier") state.view = "prediction";
   if (about.kind === "detector") state.strength.prediction = 100;
   $("prediction-title").textContent = { segmentor: "Classes, by area", detector: "Objects, by score" }[about.kind] ?? "Prediction";
@@ -413,9 +406,8 @@ async function start() {
   listSamples(about.samples);
   listenForImages();
   listenForWindows();
+  const device = await predictor.load().finally(() => { $("facts").textContent = facts; });
+  $("facts").textContent += ` · on ${device}`;
 }
 
-start().catch((error) => {
-  refuse("The server does not respond. Is app.py still running?");
-  console.error(error);
-});
+start().catch((error) => fail(error));
