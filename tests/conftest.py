@@ -17,6 +17,11 @@ import processes as scripts
 import pytest
 import small_model
 import torch
+from browsing import browser as browser
+from browsing import four_classes as four_classes
+from browsing import launch as launch
+from browsing import open_page as open_page
+from browsing import photographs as photographs
 from PIL import Image
 from processes import free_port as free_port
 from torchvision.datasets import ImageFolder

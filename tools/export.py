@@ -1,10 +1,11 @@
 """Export a trained classifier for deployment, and compare the exported files in a table.
 
     python tools/export.py --resume PATH --out DIR [--formats …] [--data-path DIR]
+    python tools/export.py --resume PATH --out DIR --formats web
 
 Every file is opened and compared with the checkpoint on real images before it is kept. Classes, image size and
 normalisation are in each file's metadata; predict.py reads them. The backbone of a segmentor or detector is exported to
-ONNX, for images of any size divisible by 32.
+ONNX, for images of any size divisible by 32. The format `web` is a page that classifies images in the browser.
 """
 
 if not __package__:
@@ -250,7 +251,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--resume", required=True, type=path, metavar="PATH", help="checkpoint, as for predict.py")
     add("--out", required=True, type=path, metavar="DIR", help="folder for the files")
-    formats = f"{', '.join(FORMATS)}; default: all whose requirements are installed"
+    formats = f"{', '.join(FORMATS)}; default: all but web whose requirements are installed"
     add("--formats", nargs="+", choices=FORMATS, metavar="FORMAT", help=formats)
     purpose = "data set with the same classes, for top-1 and calibration; default: four sample photographs"
     add("--data-path", type=path, default="", metavar="DIR", help=purpose)

@@ -1,7 +1,4 @@
-"""The page of tools/app.py in real Chromium, its server, and users' mistakes.
-
-The classifier has pseudo-random weights, and a last layer that is solved for: it tells the test's images apart.
-"""
+"""The page of tools/app.py in real Chromium, its server, and users' mistakes."""
 
 import argparse
 import base64
@@ -11,7 +8,6 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
 import socket
 import sys
@@ -19,18 +15,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
-import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, golden_shapes, golden_weights, refusal
+from browsing import CLASSES, PHONE, SHADES, choose, colours, heat, pixels, rows
+from conftest import ROOT, refusal
 from PIL import Image
 from processes import Command
-from skimage import data
 
 from sepvit_lib.common.errors import UserError
 from sepvit_lib.inference.attention import record_attention, rollout
@@ -42,44 +36,12 @@ from tools.page.predictors import ClassifierPredictor
 from tools.page.samples import load_samples
 from tools.page.server import MAX_BYTES, read_body
 
-CLASSES = ("cat", "coffee", "rocket", "astronaut")
-PHOTOGRAPHS = dict(zip(CLASSES, ("chelsea", "coffee", "rocket", "astronaut")))
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PHONE = dict(viewport=dict(width=375, height=667), has_touch=True, is_mobile=True)
 SEGMENTATION = "segmentation/configs/fpn_sepvit_lite_112x112_demo.py"
 DETECTION = "detection/configs/mask_rcnn_sepvit_lite_fpn_demo.py"
-SHADES = 8  # of 255: the page's colour map has 17 steps, matplotlib's 256
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Network, server and browser
+# Server
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> dict[str, Path]:
-    """A photograph of each class, as a file."""
-    folder = tmp_path_factory.mktemp("images")
-    paths = {name: folder / f"{name} & <b>.png" for name in CLASSES}
-    for name, path in paths.items():
-        Image.fromarray(getattr(data, PHOTOGRAPHS[name])()).save(path)
-    return paths
-
-
-@pytest.fixture(scope="module")
-def checkpoint(images, tmp_path_factory) -> Path:
-    """A checkpoint of SepViT_Lite that gives each photograph a logit of 9 for its class, and of 0 for the others."""
-    path = tmp_path_factory.mktemp("checkpoint") / "four.pth"
-    weights = golden_weights(golden_shapes("SepViT_Lite"))
-    weights["head.weight"], weights["head.bias"] = torch.zeros(len(CLASSES), 256), torch.zeros(len(CLASSES))
-    torch.save({"model": weights, "classes": CLASSES}, path)
-    classifier = load_classifier(str(path))
-    inputs = torch.stack([classifier.prepare(read_image(image, "image")) for image in images.values()])
-    network: Any = classifier.network
-    with torch.no_grad():
-        features = network.forward_head(network.forward_features(inputs), pre_logits=True)
-    weights["head.weight"] = (torch.linalg.pinv(features.double()) @ (9 * torch.eye(len(CLASSES)).double())).T.float()
-    torch.save({"model": weights, "classes": CLASSES}, path)
-    return path
 
 
 class Server:
@@ -135,72 +97,13 @@ def serving(*arguments: object, factory):
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint, tmp_path_factory):
-    yield from serving("--resume", checkpoint, "--device", "cpu", factory=tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium, as the system installed it."""
-    found = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if found is None:
-        reason = "needs Chromium: apt-get install chromium (Debian), or any package with a command chromium"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        browser = playwright.chromium.launch(executable_path=found, args=options)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser):
-    """A function that opens a server's page. At the end, no request may have gone elsewhere, and no script failed."""
-    contexts, origins, requests, errors = [], set(), [], []
-
-    def open_page(server: Server, **options):
-        context = browser.new_context(**{"viewport": dict(width=1200, height=900), **options})
-        contexts.append(context)
-        origins.add(server.url)
-        context.on("request", lambda request: requests.append(request.url))
-        page = context.new_page()
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(server.url)
-        page.wait_for_selector("#samples img")
-        return page
-
-    yield open_page
-    assert {"{0.scheme}://{0.netloc}".format(urlsplit(url)) for url in requests} == origins
-    assert errors == []
-    for context in contexts:
-        context.close()
+def server(four_classes, tmp_path_factory):
+    yield from serving("--resume", four_classes, "--device", "cpu", factory=tmp_path_factory)
 
 
 @pytest.fixture
 def page(open_page, server):
-    return open_page(server)
-
-
-def choose(page, path: Path) -> None:
-    """Choose a file, and wait for its prediction."""
-    page.locator("#file").set_input_files(path)
-    page.wait_for_selector("#rows li")
-    page.wait_for_selector("#busy", state="hidden")
-
-
-def rows(page) -> list[tuple[str, str]]:
-    """The lines of the prediction: class and percentage."""
-    return list(zip(*(page.locator(f"#rows li {part}").all_inner_texts() for part in (".name", ".share"))))
-
-
-def pixels(page, canvas: str) -> np.ndarray:
-    """The pixels of a canvas, H × W × 4."""
-    text = page.evaluate("(id) => document.getElementById(id).toDataURL('image/png')", canvas)
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text.partition(",")[2]))).convert("RGBA"))
+    return open_page(server.url)
 
 
 def transfer(page, path: Path):
@@ -240,25 +143,25 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake(mistake, checkpoint, monkeypatch, capsys):
+def test_mistake(mistake, four_classes, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    arguments, expected = (part.format(good=checkpoint, config=SEGMENTATION) for part in MISTAKES[mistake])
+    arguments, expected = (part.format(good=four_classes, config=SEGMENTATION) for part in MISTAKES[mistake])
     where = "" if "--port" in arguments else "--port 0"
     assert expected in refusal(app.run, "app", f"{arguments} {where}".split(), capsys)
 
 
-def test_a_taken_port(checkpoint, capsys):
+def test_a_taken_port(four_classes, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        assert f"--port {port}: " in refusal(app.run, "app", ["--resume", checkpoint, "--port", port], capsys)
+        assert f"--port {port}: " in refusal(app.run, "app", ["--resume", four_classes, "--port", port], capsys)
 
 
 @pytest.mark.parametrize(
     ("module", "flags", "extra"), [("starlette", "", "tools"), ("mmdet", f"--config {SEGMENTATION}", "mm")]
 )
-def test_a_missing_package(module, flags, extra, checkpoint, monkeypatch, capsys):
+def test_a_missing_package(module, flags, extra, four_classes, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
-    line = refusal(app.run, "app", ["--resume", checkpoint, "--port", "0", *flags.split()], capsys)
+    line = refusal(app.run, "app", ["--resume", four_classes, "--port", "0", *flags.split()], capsys)
     assert line.endswith(f"needs {module}: pip install '.[{extra}]'")
 
 
@@ -275,12 +178,12 @@ def test_addresses():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_an_image_goes_in_and_its_class_comes_out(page, images):
+def test_an_image_goes_in_and_its_class_comes_out(page, photographs):
     """Chosen, dropped or pasted."""
     for way, name in (("choose", "cat"), ("drop", "rocket"), ("paste", "coffee")):
-        moved = transfer(page, images[name])
+        moved = transfer(page, photographs[name])
         if way == "choose":
-            choose(page, images[name])
+            choose(page, photographs[name])
         elif way == "drop":
             page.dispatch_event("body", "drop", {"dataTransfer": moved})
         else:
@@ -319,29 +222,10 @@ def test_digits_come_first_where_digits_are_classes(monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def heat(page, grid: tuple[int, int], side: int) -> np.ndarray:
-    """The heat map's colours in the middle of each window, rows × columns × 3."""
-    shown = pixels(page, "heat")
-    rows, columns = ([int(min((i + 0.5) * side, 223) / 224 * n) for i in range(k)] for k, n in zip(grid, shown.shape))
-    return shown[rows][:, columns, :3]
-
-
-def colours(weights: torch.Tensor, window: int, grid: tuple[int, int]) -> np.ndarray:
-    """The colours that a window's weights should have, rows × columns × 3.
-
-    Args:
-        weights: n × n.
-        window: the chosen window's number.
-        grid: rows and columns of windows.
-    """
-    shares = (weights[window] / max(weights.max().item(), 2 / len(weights))).reshape(grid).numpy()
-    return (255 * matplotlib.colormaps["inferno"](shares)[..., :3]).round().astype(int)
-
-
-def test_the_heat_map_follows_the_pointer(page, images, checkpoint):
+def test_the_heat_map_follows_the_pointer(page, photographs, four_classes):
     """It shows the recorded weights of the window under the pointer, by block and head, over what the network sees."""
-    choose(page, images["cat"])
-    classifier, image = load_classifier(str(checkpoint)), read_image(images["cat"], "image")
+    choose(page, photographs["cat"])
+    classifier, image = load_classifier(str(four_classes)), read_image(photographs["cat"], "image")
     crop = np.asarray(classifier.description.preprocessing.crop(image))
     assert (pixels(page, "picture")[..., :3] == crop).all()
     recorded = record_attention(classifier.network, classifier.prepare(image)[None])
@@ -374,8 +258,8 @@ def test_the_heat_map_follows_the_pointer(page, images, checkpoint):
     assert abs(heat(page, total.grid, total.stride) - expected).max() <= SHADES
 
 
-def test_a_click_keeps_the_window(page, images):
-    choose(page, images["cat"])
+def test_a_click_keeps_the_window(page, photographs):
+    choose(page, photographs["cat"])
     stage, reading = page.locator("#stage"), page.locator("#reading")
     stage.click(position=dict(x=5, y=5))
     assert "row 0, column 0" in reading.inner_text()
@@ -386,20 +270,20 @@ def test_a_click_keeps_the_window(page, images):
     assert "row 0, column 0" not in reading.inner_text()
 
 
-def test_strength(page, images):
-    choose(page, images["cat"])
+def test_strength(page, photographs):
+    choose(page, photographs["cat"])
     page.locator("#strength").fill("0")
     assert page.locator("#heat").evaluate("it => getComputedStyle(it).opacity") == "0"
     assert page.locator("#picture").evaluate("it => getComputedStyle(it).filter") == "none"
 
 
-def test_an_exported_file_has_no_attention(checkpoint, images, page, tmp_path):
-    classifier, file = load_classifier(str(checkpoint)), tmp_path / "four.pt"
+def test_an_exported_file_has_no_attention(four_classes, photographs, page, tmp_path):
+    classifier, file = load_classifier(str(four_classes)), tmp_path / "four.pt"
     traced = torch.jit.trace(classifier.network, torch.zeros(1, 3, 224, 224), check_trace=False)
     torch.jit.save(traced, str(file), _extra_files={DESCRIPTION: classifier.description.to_json()})
-    answer = ClassifierPredictor(load_classifier(str(file))).predict(read_image(images["astronaut"], "image"))
+    answer = ClassifierPredictor(load_classifier(str(file))).predict(read_image(photographs["astronaut"], "image"))
     page.route("**/predict", lambda route: route.fulfill(json=answer.to_json()))
-    choose(page, images["astronaut"])
+    choose(page, photographs["astronaut"])
     assert rows(page)[0] == ("astronaut", "100.0 %")
     assert "An exported file does not show its attention" in page.locator("#note").inner_text()
     for part in ("#heat", "#blocks", "#heads", "#hint", "#strength"):
@@ -462,10 +346,10 @@ def press_on_the_picture(page) -> None:
     page.keyboard.press("Enter")
 
 
-def test_phone(open_page, server, images):
-    page = open_page(server, **PHONE)
+def test_phone(open_page, server, photographs):
+    page = open_page(server.url, **PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") == 375
-    choose(page, images["coffee"])
+    choose(page, photographs["coffee"])
     assert page.evaluate("document.documentElement.scrollWidth") == 375
     page.locator("#stage").scroll_into_view_if_needed()
     box = page.locator("#stage").bounding_box()
@@ -477,7 +361,7 @@ def test_phone(open_page, server, images):
 
 def test_light_and_dark(open_page, server):
     for scheme in ("light", "dark"):
-        style = open_page(server, color_scheme=scheme).evaluate(
+        style = open_page(server.url, color_scheme=scheme).evaluate(
             "() => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
         )
         behind, text = (sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in style)
@@ -495,21 +379,21 @@ NOT_IMAGES = {
 }
 
 
-def test_a_broken_file_is_refused(page, images):
+def test_a_broken_file_is_refused(page, photographs):
     for kind, content in NOT_IMAGES.items():
-        choose(page, images["cat"])
+        choose(page, photographs["cat"])
         page.locator("#file").set_input_files(dict(name=f"{kind}.png", mimeType="image/png", buffer=content))
         page.wait_for_selector("#error:not([hidden])")
         assert page.locator("#error").inner_text().startswith(f"{kind}.png: This is not an image, or it is damaged")
         assert rows(page)[0][0] == "cat"
-    choose(page, images["rocket"])
+    choose(page, photographs["rocket"])
     assert not page.locator("#error").is_visible()
 
 
-def test_images_that_are_refused(server, images):
+def test_images_that_are_refused(server, photographs):
     many = io.BytesIO()
     Image.new("1", (10_000, 10_000)).save(many, "PNG")
-    cut = images["cat"].read_bytes()[:9000]
+    cut = photographs["cat"].read_bytes()[:9000]
     for content, expected in ((cut, "cannot be read"), (b"", "not an image"), (many.getvalue(), "more than 50")):
         status, answer = server.request("POST", "/predict", content)
         assert (status, expected in answer["error"]) == (422, True)
@@ -553,8 +437,8 @@ def test_a_file_of_some_megabytes_is_predicted_without_touching_the_disk(server)
     assert list(server.folder.rglob("*")) == []
 
 
-def test_requests_of_other_sites_are_refused(server, images):
-    image = images["cat"].read_bytes()
+def test_requests_of_other_sites_are_refused(server, photographs):
+    image = photographs["cat"].read_bytes()
     own = urlsplit(server.url).netloc
     assert server.request("POST", "/predict", image, Origin=f"http://{own}")[0] == 200
     for headers in ({"Origin": "http://example.com"}, {"Origin": "null"}, {"Sec_Fetch_Site": "cross-site"}):
@@ -575,14 +459,14 @@ def test_headers_and_other_addresses(server):
         connection.close()
 
 
-def test_several_at_once_and_one_that_goes_away(server, images):
+def test_several_at_once_and_one_that_goes_away(server, photographs):
     port = urlsplit(server.url).port
     for sent in (b"", bytes(1000)):  # before and while the image is sent
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             connection.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n" + sent)
     names = list(CLASSES) * 2
     with ThreadPoolExecutor(len(names)) as pool:
-        answers = list(pool.map(lambda name: server.request("POST", "/predict", images[name].read_bytes()), names))
+        answers = list(pool.map(lambda name: server.request("POST", "/predict", photographs[name].read_bytes()), names))
     assert [(status, content["rows"][0]["name"]) for status, content in answers] == [(200, name) for name in names]
 
 
@@ -620,16 +504,16 @@ def loaded(*arguments: object):
     return app.load_predictor(args, torch.device("cpu"))
 
 
-def test_segmentor(open_page, images, segmentor, predictor, tmp_path_factory):
+def test_segmentor(open_page, photographs, segmentor, predictor, tmp_path_factory):
     """The page shows the labels over the picture, and the backbone's attention."""
     arguments = ["--resume", segmentor, "--config", ROOT / SEGMENTATION, "--device", "cpu"]
-    image = read_image(images["cat"], "image")
+    image = read_image(photographs["cat"], "image")
     palette = np.array(predictor.model.dataset_meta["palette"])
     labels = predictor.run(predictor.model, np.asarray(image)).pred_sem_seg.data[0].numpy()
     for server in serving(*arguments, factory=tmp_path_factory):
         assert "serves EncoderDecoder with SepViT_Lite, a segmentor with 11 classes" in server.line
-        page = open_page(server)
-        choose(page, images["cat"])
+        page = open_page(server.url)
+        choose(page, photographs["cat"])
         assert (pixels(page, "picture")[..., :3] == np.asarray(image)).all()
         assert (pixels(page, "overlay")[..., :3] == palette[labels]).all()
         counts = np.bincount(labels.ravel(), minlength=11)
@@ -641,11 +525,11 @@ def test_segmentor(open_page, images, segmentor, predictor, tmp_path_factory):
         assert "of 4 × 6" in page.locator("#reading").inner_text()
 
 
-def test_detector(images, tmp_path):
+def test_detector(photographs, tmp_path):
     """Scores are in order, the picture has the boxes, and attention is recorded in the run itself."""
     path = save_model(DETECTION, tmp_path / "epoch_1.pth")
     predictor = loaded("--resume", path, "--config", ROOT / DETECTION, "--score-thr", "0")
-    image = read_image(images["cat"], "image")
+    image = read_image(photographs["cat"], "image")
     answer = predictor.predict(image)
     scores = [row.share for row in answer.rows]
     assert scores == sorted(scores, reverse=True)
@@ -657,13 +541,13 @@ def test_detector(images, tmp_path):
     assert json.loads(json.dumps(answer.to_json()))["summary"].count(" × ") >= 1
 
 
-def test_a_backbone_that_runs_several_times_has_no_attention(images, segmentor, tmp_path):
+def test_a_backbone_that_runs_several_times_has_no_attention(photographs, segmentor, tmp_path):
     """As with sliding windows. The prediction is shown all the same."""
     config = tmp_path / "slide.py"
     slide = "dict(_delete_=True, mode='slide', crop_size=(96, 96), stride=(64, 64))"
     config.write_text(f"_base_ = {str(ROOT / SEGMENTATION)!r}\nmodel = dict(test_cfg={slide})\n")
     predictor = loaded("--resume", segmentor, "--config", config)
-    answer = predictor.predict(read_image(images["cat"], "image").resize((120, 80)))
+    answer = predictor.predict(read_image(photographs["cat"], "image").resize((120, 80)))
     assert answer.blocks == []
     assert "several times" in answer.note
     assert answer.rows

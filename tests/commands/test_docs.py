@@ -104,6 +104,7 @@ DEMOS = dict(segmentation="fpn_sepvit_lite_112x112_demo.py", detection="mask_rcn
 # Commands that another test runs, and blocks of Python that it reads from the page.
 ELSEWHERE = {
     r"python tools/app\.py --resume CHECKPOINT --config": "test_app.py::test_segmentor",
+    r"--formats web": "test_web.py::test_the_folder_has_a_row_in_the_table",
     r"python tools/app\.py": "test_app.py::test_an_image_goes_in_and_its_class_comes_out",
     r"\bcells/": "test_own_pictures.py::test_the_tutorial",
     r"^for recipe in recipes/ablations": "test_vary.py::test_the_recipes_of_the_ablations_train",
@@ -119,8 +120,9 @@ ELSEWHERE = {
     r'^_base_ = "fpn_': "test_own_data.py::test_segmentation_config_of_the_page",
     r'^_base_ = "mask_rcnn_': "test_own_data.py::test_detection_config_of_the_page",
 }
-# Not run: they need a package index, make or enter an environment, or are tests. The files that they name are checked.
-NOT_RUN = ("pip", "python3 -m venv", ". ", "pytest")
+# Not run: they need a package index, make or enter an environment, serve files, or are tests. The files that they name
+# are checked.
+NOT_RUN = ("pip", "python3 -m venv", ". ", "python -m http.server", "pytest")
 LISTINGS = ("DIR/train/<class>/*.jpg", "DIR/val/<class>/*.jpg")  # files in an indented block
 
 

@@ -17,28 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim
 
 from sepvit_lib.inference.attention import BlockAttention, record_attention
 from sepvit_lib.inference.classifier import THRESHOLD
 from sepvit_lib.pipeline.preprocessing import MAX_ASPECT
-from tools.exporting.writers import Job, export_onnx, preprocessing_graph, save_onnx
+from tools.exporting.writers import Job, checked_preprocessing, export_onnx, save_onnx
 from tools.page.predictors import MAX_PIXELS, TOP, ClassifierPredictor, shown_weights
 from tools.page.samples import load_samples
 
 NETWORK = "network.onnx"
-OPSET = 18  # about twice as fast in ONNX Runtime Web as opset 23, which has an Attention operator
+OPSET = 18  # the first whose Resize is antialiased; its operators run on WebGPU, too
 PAGE = Path(__file__).resolve().parent.parent / "page"
 RUNTIME = "onnxruntime-web@1.30.0"
 RUNTIME_SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 # The browser loads the first two, or for WebGPU the last two.
 RUNTIME_FILES = (
-    "ort.wasm.bundle.min.mjs",
-    "ort-wasm-simd-threaded.wasm",
-    "ort.webgpu.bundle.min.mjs",
-    "ort-wasm-simd-threaded.asyncify.wasm",
-)
+    "ort.wasm.bundle.min.mjs ort-wasm-simd-threaded.wasm ort.webgpu.bundle.min.mjs ort-wasm-simd-threaded.asyncify.wasm"
+).split()
 
 
 def write_web(job: Job, folder: Path) -> None:
@@ -50,34 +48,33 @@ def write_web(job: Job, folder: Path) -> None:
     """
     import onnx
 
-    description = job.description
-    preprocessing = preprocessing_graph(description.preprocessing, OPSET)
+    preprocessing = checked_preprocessing(job, "web", OPSET)
     preprocessing.ir_version = onnx.helper.find_min_ir_version_for(preprocessing.opset_import)
-    size = [1, 3, *description.preprocessing.size]
+    size = [1, 3, *job.description.preprocessing.size]
     cropped = onnx.helper.make_tensor_value_info("cropped", onnx.TensorProto.UINT8, size)
     preprocessing.graph.output.append(cropped)  # the picture that the page shows
     shutil.copytree(PAGE / "static", folder)
     shutil.copytree(PAGE / "web", folder, dirs_exist_ok=True)
     fetch_runtime(job.folder, folder)
-    save_onnx(preprocessing, description, folder / "preprocessing.onnx")
+    save_onnx(preprocessing, job.description, folder / "preprocessing.onnx")
     about = describe(job)
     write_network(job, [block["label"] for block in about["blocks"]], folder / NETWORK)
     (folder / "samples").mkdir()
-    for name, sample in load_samples(about["kind"], description.classes).items():
+    for name, sample in load_samples(about["kind"], about["classes"]).items():
         (folder / "samples" / f"{name}.png").write_bytes(sample.content)
         about["samples"].append(dict(name=f"{name}.png", label=sample.label))
     (folder / "about.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
 
 
 def describe(job: Job) -> dict[str, Any]:
-    """Describe the network for the page, with the blocks whose attention it shows."""
+    """Describe the network for the page: a `Description`, what Service.about returns, limits, and blocks to show."""
     predictor = ClassifierPredictor(job.classifier)
-    answer = predictor.predict(job.samples[0])
-    blocks = [{name: value for name, value in block.to_json().items() if name != "weights"} for block in answer.blocks]
-    about = {name: getattr(predictor, name) for name in ("kind", "facts", "classes", "orientation")}
+    answer = predictor.predict(Image.new("RGB", (64, 64)))
+    blocks = [block.to_json() | {"weights": ""} for block in answer.blocks]  # the page fills the weights in
+    about = {name: getattr(predictor, name) for name in ("kind", "facts")}
     limits = dict(top=TOP, threshold=THRESHOLD, max_pixels=MAX_PIXELS, max_aspect=MAX_ASPECT)
-    made = dict(multi_label=job.description.multi_label, preprocessing=job.description.preprocessing.to_json())
-    return {**about, **limits, **made, "note": answer.note, "blocks": blocks, "samples": []}
+    rest = dict(note=answer.note, blocks=blocks, samples=[])
+    return json.loads(job.description.to_json()) | about | limits | rest
 
 
 def fetch_runtime(work: Path, folder: Path) -> None:
@@ -93,10 +90,11 @@ def fetch_runtime(work: Path, folder: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise RuntimeError("needs npm, which is part of Node.js, to download ONNX Runtime Web")
-    command = [npm, "pack", RUNTIME, "--silent", "--prefer-offline", "--pack-destination", str(work)]
+    command = [npm, "pack", RUNTIME, "--loglevel=error", "--prefer-offline", "--pack-destination", str(work)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"npm cannot download {RUNTIME} ({' '.join(done.stderr.split())[:120]})")
+        problem = done.stderr.partition("\n")[0]
+        raise RuntimeError(f"npm cannot download {RUNTIME} ({problem}); check the network connection")
     archive = work / done.stdout.split()[-1]
     if base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode() != RUNTIME_SHA512:
         raise RuntimeError(f"npm's {RUNTIME} is not the expected package (SHA-512)")

@@ -224,15 +224,25 @@ def write_onnx_preprocessing(job: Job, path: Path) -> None:
 
     if job.batch_size:
         raise ValueError("takes one image at a time; omit --batch-size")
-    network, pixels = onnx.load(str(job.onnx())), preprocessing_graph(job.description.preprocessing, job.opset)
+    network, pixels = onnx.load(str(job.onnx())), checked_preprocessing(job, "onnx-preprocessing", job.opset)
     pixels.ir_version = network.ir_version
-    difference = pixel_difference(pixels, job.description.preprocessing, job.samples)
-    if difference > MAX_PIXEL_DIFFERENCE:
-        raise ValueError(f"its pixels differ from Pillow's by {difference:.2f} of 255")
-    job.notes.append(f"onnx-preprocessing: pixels differ from Pillow's by at most {difference:.2f} of 255.")
     joined = onnx.compose.merge_models(pixels, network, io_map=[("prepared", "images")])
     save_onnx(joined, job.description, path)
     check_joined(pixels, path, job)
+
+
+def checked_preprocessing(job: Job, name: str, opset: int) -> Any:
+    """Make the preprocessing graph for a format, and note by how much its pixels differ from Pillow's.
+
+    Raises:
+        ValueError: the difference is too large, or the graph does not support the preprocessing.
+    """
+    graph = preprocessing_graph(job.description.preprocessing, opset)
+    difference = pixel_difference(graph, job.description.preprocessing, job.samples)
+    if difference > MAX_PIXEL_DIFFERENCE:
+        raise ValueError(f"its pixels differ from Pillow's by {difference:.2f} of 255")
+    job.notes.append(f"{name}: pixels differ from Pillow's by at most {difference:.2f} of 255.")
+    return graph
 
 
 def check_joined(preprocessing: Any, path: Path, job: Job) -> None:

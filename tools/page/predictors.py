@@ -248,14 +248,10 @@ def weights_of(blocks: Sequence[BlockAttention], scale: tuple[float, float]) -> 
     Returns:
         the weights, and a note if there are none.
     """
-    found = [
-        BlockWeights(label, *part.grid, part.stride * scale[0], part.stride * scale[1], _array(weights), is_mean)
-        for label, part, weights, is_mean in shown_weights(blocks)
-    ]
+    found = []
+    for label, part, weights, is_mean in shown_weights(blocks):
+        height, width = (part.stride * one for one in scale)
+        found.append(BlockWeights(label, *part.grid, height, width, weights.float().cpu().numpy(), is_mean))
     if not found:
         return [], "At this size, every block has a single window, so there is no attention among windows."
     return found, ""
-
-
-def _array(weights: Tensor) -> np.ndarray:
-    return weights.float().cpu().numpy()

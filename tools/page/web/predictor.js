@@ -13,14 +13,14 @@ export class Refusal extends Error {}
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Installs worker.js, which keeps the files for use without a network connection, and reloads the page under it: only
-// then does the browser allow threads. Once is enough, so a browser that does not cooperate shows the page without.
+// then does the browser allow threads. If it still does not, the page works without.
 async function isolate() {
   const { serviceWorker } = navigator; // missing without https, except on this machine
-  if (!serviceWorker || serviceWorker.controller || crossOriginIsolated) return;
-  if (sessionStorage.getItem("isolated")) return;
-  sessionStorage.setItem("isolated", "tried");
+  if (!serviceWorker || serviceWorker.controller) return;
   await serviceWorker.register("worker.js");
   await serviceWorker.ready;
+  if (crossOriginIsolated || sessionStorage.getItem("reloaded")) return;
+  sessionStorage.setItem("reloaded", "yes");
   location.reload();
   await new Promise(() => {}); // the page ends here
 }
@@ -46,8 +46,10 @@ async function openOn(device) {
   const runtime = await import(`./ort.${device}.bundle.min.mjs`);
   const { wasm } = runtime.env;
   wasm.numThreads = crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, MAX_THREADS) : 1;
-  const preprocessing = await runtime.InferenceSession.create("preprocessing.onnx", { executionProviders: ["wasm"] });
-  const network = await runtime.InferenceSession.create("network.onnx", { executionProviders: [device] });
+  const session = (file, provider) =>
+    runtime.InferenceSession.create(file, { executionProviders: [provider], logSeverityLevel: 3 }); // errors only
+  const preprocessing = await session("preprocessing.onnx", "wasm"); // where 8-bit pixels are resized as by Pillow
+  const network = await session("network.onnx", device);
   const { size } = (await description).preprocessing;
   const images = new runtime.Tensor("float32", new Float32Array(3 * size[0] * size[1]), [1, 3, ...size]);
   await network.run({ images }); // warm up
