@@ -85,7 +85,7 @@ async function compute(file, signal) {
   const { data, dims } = await timed("decoding", () => pixelsOf(file, about));
   const pixels = new runtime.Tensor("uint8", data, dims);
   const { prepared, cropped } = await timed("preprocessing", () => preprocessing.run({ pixels }));
-  const { logits, ...weights } = await timed("network with attention", () => network.run({ images: prepared }));
+  const { logits, ...weights } = await timed(about.blocks.length ? "network with attention" : "network", () => network.run({ images: prepared }));
   signal.throwIfAborted();
   const shares = probabilities(logits.data, about.multi_label);
   const rows = about.classes.map((name, index) => ({ name, share: shares[index] })).sort((a, b) => b.share - a.share).slice(0, about.top);
