@@ -5,7 +5,6 @@ what the page shows of the attention.
 """
 
 import base64
-import copy
 import hashlib
 import json
 import shutil
@@ -21,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim
 
+from sepvit import exportable
 from sepvit_lib.inference.attention import BlockAttention, record_attention
 from sepvit_lib.inference.classifier import THRESHOLD
 from sepvit_lib.pipeline.preprocessing import MAX_ASPECT
@@ -48,6 +48,7 @@ def write_web(job: Job, folder: Path) -> None:
     """
     import onnx
 
+    job = replace(job, batch_size=None)  # the page's batches have one image, those of the comparison have more
     preprocessing = checked_preprocessing(job, "web", OPSET)
     preprocessing.ir_version = onnx.helper.find_min_ir_version_for(preprocessing.opset_import)
     size = [1, 3, *job.description.preprocessing.size]
@@ -125,13 +126,13 @@ class AttentiveNetwork(nn.Module):
     """A network that returns its logits, and the weights that the page shows for the first image of a batch.
 
     Args:
-        network: the network. The weights are recorded in a copy.
+        network: the network, which is changed to record the weights.
         blocks: its recorded blocks that have attention among windows.
     """
 
     def __init__(self, network: nn.Module, blocks: Sequence[BlockAttention]) -> None:
         super().__init__()
-        self.network, self.blocks = copy.deepcopy(network), blocks
+        self.network, self.blocks = network, blocks
         for block in blocks:
             attention: Any = self.network.get_submodule(f"{block.name}.attn")
             attention.pointwise_weights = Recorder(attention.pointwise_weights)
@@ -150,6 +151,6 @@ def write_network(job: Job, labels: Sequence[str], path: Path) -> None:
     import onnx
 
     blocks = record_attention(job.network, job.images()) if labels else []
-    network = AttentiveNetwork(job.network, [block for block in blocks if block.among is not None])
+    network = AttentiveNetwork(exportable(job.network), [block for block in blocks if block.among is not None])
     export_onnx(network, job.images(), path, ({0: Dim("batch")},), OPSET, ["logits", *labels])
     save_onnx(onnx.load(str(path)), job.description, path)
