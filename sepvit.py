@@ -190,14 +190,14 @@ class ResampledWindowTokens(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a tensor of any shape, computed as that of a matrix.
+    """LayerNorm over the channels of a tensor, B × … × C, computed as that of a tensor of three dimensions, B × N × C.
 
-    OpenVINO has an operator for matrices, and computes LayerNorm of four dimensions in three passes.
+    OpenVINO has an operator for three dimensions, and computes LayerNorm of four dimensions in three passes.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise a tensor, … × C."""
-        y = F.layer_norm(x.flatten(0, -2), self.normalized_shape, self.weight, self.bias, self.eps)
+        """Normalise a tensor, B × … × C."""
+        y = F.layer_norm(x.flatten(1, -2), self.normalized_shape, self.weight, self.bias, self.eps)
         return y.view(x.shape)
 
 
@@ -472,9 +472,8 @@ class SepViTBlock(nn.Module):
         _, H, W, C = x.shape
         # The windows are not bound to a variable: in inference, they are freed before the MLP, where memory peaks.
         f = self.attn(self.normalised_windows(x), H, W)  # B × H × W × C
-        x = x.flatten(0, 2) + self.drop_path(f).flatten(0, 2)  # B·H·W × C: runtimes are fastest with matrices
-        f = self.mlp(self.norm2(x)).view(-1, H, W, C)  # B × H × W × C
-        return (x + self.drop_path(f).flatten(0, 2)).view(-1, H, W, C)
+        x = x.flatten(1, 2) + self.drop_path(f).flatten(1, 2)  # B × H·W × C
+        return (x + self.drop_path(self.mlp(self.norm2(x)))).view(-1, H, W, C)
 
     def normalised_windows(self, x: Tensor) -> Tensor:
         """Split a map, B × H × W × C, into normalised windows, B × n × T × C, with window tokens if the block has them.
@@ -1367,8 +1366,8 @@ class _ExportableAttention(SeparableSelfAttention):
         self.eval()
 
     def _heads(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Apply one of the layers, and split its outputs into heads: … × T × C to B × h × T × d."""
-        x, T = x.flatten(0, -2), x.shape[-2]
+        """Apply one of the layers, and split its outputs into heads: B × … × T × C to B·… × h × T × d."""
+        x, T = x.flatten(1, -2), x.shape[-2]
         return layer(x).view(-1, T, self.num_heads, self.head_dim).transpose(1, 2)
 
     def depthwise_heads(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -1400,7 +1399,7 @@ class _ExportableAttention(SeparableSelfAttention):
         return window_reverse(f.reshape(-1, n, w * w, h * d), w, H, W)
 
     def project(self, x: Tensor) -> Tensor:
-        return self.proj(x.flatten(0, 2)).view(-1, *x.shape[1:])
+        return self.proj(x.flatten(1, 2)).view(-1, *x.shape[1:])
 
 
 class _ExportableEncoding(nn.Module):
