@@ -26,7 +26,7 @@ import torch
 import sepvit
 from benchmarks import subjects
 from benchmarks.record import Record, as_text
-from benchmarks.subjects import DTYPES, FORMS, MEASURES, OF_SEPVIT, PEERS, Setting, Subject
+from benchmarks.subjects import DTYPES, FORMS, MEASURES, OF_SEPVIT, PEERS, RUNTIMES, Setting, Subject
 from benchmarks.tables import Table, measure_table
 from sepvit_lib.common.command_line import Parser, image_size, path, positive_int, run_command
 from sepvit_lib.common.devices import available_cores, best_device, check_device
@@ -88,7 +88,8 @@ def chosen_peers(args: argparse.Namespace) -> list[str]:
 def subjects_of(args: argparse.Namespace, number_format: str) -> list[Subject]:
     """The rows of a table: each model in each form. SepViT in eager mode, also in float32, serves as the baseline."""
     baseline = [] if number_format == "int8" else ["eager"]
-    before = [] if args.before is None else ["before"]
+    runtimes = [f"{form}-before" for form in args.forms if form in RUNTIMES]
+    before = [] if args.before is None else ["before", *runtimes]
     rows = [Subject(args.model, form, number_format) for form in dict.fromkeys([*baseline, *args.forms, *before])]
     forms = [form for form in args.forms if form not in OF_SEPVIT]
     rows += [Subject(peer, form, number_format) for peer in chosen_peers(args) for form in forms]

@@ -83,13 +83,24 @@ class Subject:
 
     Attributes:
         model: a variant of SepViT, or a timm model.
-        form: how the model runs, one of `FORMS`, or 'before' for a different revision of sepvit.py.
+        form: how the model runs, one of `FORMS`; or for a different revision of sepvit.py, 'before' (in eager mode) or
+            a runtime's name with '-before'.
         number_format: number format, one of `DTYPES`.
     """
 
     model: str
     form: str
     number_format: str
+
+    @property
+    def is_before(self) -> bool:
+        """Whether the code is that of the different revision."""
+        return self.form.endswith("before")
+
+    @property
+    def runtime(self) -> str:
+        """One of `RUNTIMES`, for a form that uses one."""
+        return self.form.removesuffix("-before")
 
     def __str__(self) -> str:
         return f"{self.model}, {self.form}, {self.number_format}"
@@ -130,7 +141,7 @@ class Setting:
 
 def not_offered(subject: Subject, setting: Setting) -> str:
     """Why a form is not available in a number format or for a measure; "" if it is."""
-    form, number_format = subject.form, subject.number_format
+    form, number_format = subject.runtime, subject.number_format
     if form in OF_SEPVIT and subject.model not in sepvit.VARIANTS:
         return "only SepViT has this form"
     if form in RUNTIMES:
@@ -185,21 +196,21 @@ def create_network(subject: Subject, setting: Setting, **kwargs: Any) -> Any:
         setting: dense form or not, image size, and the file of the other revision.
         **kwargs: further arguments of the network, such as `drop_path_rate`.
     """
-    code: Any = load_before(setting.before) if subject.form == "before" else sepvit
+    code: Any = load_before(setting.before) if subject.is_before else sepvit
     torch.manual_seed(0)
     network: Any
     if setting.is_dense:
         network = code.create_dense(subject.model, **kwargs)
-    elif subject.form == "before":
+    elif subject.is_before:
         network = code.SepViT(setting.size, CLASSES, **code.VARIANTS[subject.model], **kwargs)
     else:
         if get_pretrained_cfg_value(subject.model, "fixed_input_size"):
             kwargs["img_size"] = setting.size
         network = timm.create_model(subject.model, num_classes=CLASSES, **kwargs)
-    if subject.form == "before":
+    if subject.is_before:
         network.load_state_dict(create_network(Subject(subject.model, "eager", "float32"), setting).state_dict())
     for name, parameter in network.named_parameters():
-        if name.endswith("win_tokens") and subject.form != "before":
+        if name.endswith("win_tokens") and not subject.is_before:
             nn.init.normal_(parameter, std=0.5)  # a token of zeros would attend to all pixels equally
     return network
 
@@ -227,7 +238,7 @@ def build(subject: Subject, setting: Setting, folder: Path) -> Ready:
         setting: how it is measured.
         folder: folder for exported networks.
     """
-    if subject.form in RUNTIMES:
+    if subject.runtime in RUNTIMES:
         return _exported(subject, setting, folder)
     return _trained(subject, setting) if setting.is_training else _inferred(subject, setting)
 
@@ -306,22 +317,34 @@ def _trained(subject: Subject, setting: Setting) -> Ready:
 
 def _exported(subject: Subject, setting: Setting, folder: Path) -> Ready:
     """Export a network to ONNX, and load it in a runtime."""
-    images = setting.images()
-    path = folder / f"{subject.model}-{'x'.join(map(str, images.shape))}.onnx"
-    if not path.exists():
-        export_onnx(sepvit.exportable(create_network(subject, setting)), images, path)
-    is_int8 = subject.number_format == "int8"
-    if subject.form == "onnxruntime":
-        path = _with_int8_weights(path) if is_int8 else path
+    images, path = setting.images(), export(subject, setting, folder)
+    if subject.runtime == "onnxruntime":
+        path = _with_int8_weights(path) if subject.number_format == "int8" else path
         session = run_onnxruntime(onnxruntime_session(path, setting.threads))
     else:
-        import openvino
-
-        model = openvino.Core().read_model(str(path))
-        if is_int8:
-            model = quantised_by_nncf(model, [setting.images(seed) for seed in range(1, CALIBRATION_BATCHES + 1)])
+        model = openvino_model(path, subject, setting)
         session = run_openvino(compile_openvino(model, subject.number_format, setting.threads))
     return Ready(lambda: session(images), lambda images: flattened(session(images)), lambda: None)
+
+
+def export(subject: Subject, setting: Setting, folder: Path) -> Path:
+    """Export a subject's network to ONNX, unless its file exists. Returns the file."""
+    images = setting.images()
+    path = folder / f"{subject.model}-{subject.is_before}-{'x'.join(map(str, images.shape))}.onnx"
+    if not path.exists():
+        network = create_network(subject, setting).eval()
+        export_onnx(network if subject.is_before else sepvit.exportable(network), images, path)
+    return path
+
+
+def openvino_model(path: Path, subject: Subject, setting: Setting) -> Any:
+    """Read an ONNX file as OpenVINO's model. In int8, it is quantised."""
+    import openvino
+
+    model = openvino.Core().read_model(str(path))
+    if subject.number_format == "int8":
+        model = quantised_by_nncf(model, [setting.images(seed) for seed in range(1, CALIBRATION_BATCHES + 1)])
+    return model
 
 
 def _with_int8_weights(path: Path) -> Path:

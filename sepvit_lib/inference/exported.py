@@ -121,7 +121,7 @@ def open_onnx(model: Path | bytes) -> Session:
     return run_onnxruntime(onnxruntime_session(model, available_cores()))
 
 
-def compile_openvino(model: Any, number_format: str, threads: int) -> Any:
+def compile_openvino(model: Any, number_format: str, threads: int, profile: bool = False) -> Any:
     """Compile an OpenVINO model for the CPU.
 
     Args:
@@ -129,10 +129,12 @@ def compile_openvino(model: Any, number_format: str, threads: int) -> Any:
         number_format: number format of matrix products and convolutions: 'float32', 'bfloat16', or 'int8' for a
             quantised model. OpenVINO chooses the number formats of the other operations of a quantised model.
         threads: CPU threads.
+        profile: whether to record the time of each operator.
     """
     import openvino
 
     hints: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    hints["PERF_COUNT"] = profile
     if number_format != "int8":
         hints["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[number_format]
     return openvino.Core().compile_model(model, "CPU", hints)
