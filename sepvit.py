@@ -532,7 +532,9 @@ class ConditionalPositionalEncoding(nn.Module):
         self.proj = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim))  # named proj.0.…, as published
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # B × H × W × C
+        # Added with three dimensions, for which runtimes do not change the layout.
+        return (x.flatten(1, 2) + y.flatten(1, 2)).view(x.shape)
 
 
 def init_weights(module: nn.Module) -> None:
@@ -1326,16 +1328,13 @@ def exportable(network: nn.Module) -> nn.Module:
     """Copy a network in the form to export to runtimes: the same outputs up to rounding, in inference only.
 
     Queries, keys and values have a linear layer each, which scales the queries; attention within windows is written
-    out; the positional encoding's shortcut is part of its weights; tensors have at most four dimensions, the limit of
-    ncnn. Parts that are not of a SepViT are only copied.
+    out; and tensors have at most four dimensions, the limit of ncnn. Parts that are not of a SepViT are only copied.
     """
     network = copy.deepcopy(network).eval()
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, SeparableSelfAttention):
                 setattr(module, name, _ExportableAttention(child))
-            elif isinstance(child, ConditionalPositionalEncoding):
-                setattr(module, name, _ExportableEncoding(child))
     return network
 
 
@@ -1400,13 +1399,3 @@ class _ExportableAttention(SeparableSelfAttention):
 
     def project(self, x: Tensor) -> Tensor:
         return self.proj(x.flatten(1, 2)).view(-1, *x.shape[1:])
-
-
-class _ExportableEncoding(nn.Module):
-    def __init__(self, encoding: ConditionalPositionalEncoding) -> None:
-        super().__init__()
-        self.proj = cast(nn.Conv2d, encoding.proj[0])
-        self.proj.weight.data[:, :, 1, 1] += 1  # in the middle of each kernel
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
