@@ -246,12 +246,14 @@ def _exported(path: str, kind: Kind, what: str, precision: Precision) -> Classif
         description = Description.from_json(opened.description)
     except ValueError:
         raise UserError(f"{what}: lacks its classes and preprocessing; export it with tools/export.py") from None
-    run = partial(_in_batches, opened.run, description.batch_size) if description.batch_size else opened.run
+    run = partial(in_batches, opened.run, description.batch_size)
     return Classifier(description, Preparation(description.preprocessing, opened.takes_pixels), run)
 
 
-def _in_batches(run: Callable[[Tensor], Tensor], size: int, images: Tensor) -> Tensor:
-    """Compute logits in batches of `size` images, the last of which is filled up with its last image."""
+def in_batches(run: Callable[[Tensor], Tensor], size: int | None, images: Tensor) -> Tensor:
+    """Compute logits in batches of `size` images, the last filled up with its last image; None for a single batch."""
+    if size is None:
+        return run(images)
     order = torch.arange(-(-len(images) // size) * size).clamp(max=len(images) - 1)
     return torch.cat([run(images[batch]) for batch in order.split(size)])[: len(images)]
 

@@ -116,6 +116,30 @@ def test_the_file_tells_all_and_agrees(name, exported, opened, checkpoint, few_d
         assert torch.allclose(logits, expected[: len(logits)], atol=tolerance)
 
 
+def test_no_tensor_has_more_than_five_dimensions(exported):
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(onnx.load(str(exported.out / FILES["onnx"])), strict_mode=True).graph
+    named = {value.name: value.type.tensor_type.shape for value in graph.value_info}
+    assert {output for node in graph.node for output in node.output if output} - {"logits"} <= named.keys()
+    assert max(len(shape.dim) for shape in named.values()) <= 5
+
+
+def test_batch_size(checkpoint, few_digits, tmp_path):
+    """Files with a fixed batch size take other numbers of images in predict.py, and are compared like the others."""
+    arguments = ["--resume", checkpoint, "--out", tmp_path / "out", "--rounds", "1", "--data-path", few_digits]
+    formats = ["onnx", "onnx-int8", "openvino", "openvino-int8"]
+    succeed(*arguments, "--batch-size", "3", "--formats", *formats, script=SCRIPT)
+    source, image = load_classifier(str(checkpoint)), photographs().images[0]
+    for name in formats:
+        opened = load_classifier(str(tmp_path / "out" / FILES[name]))
+        assert opened.description.batch_size == 3
+        for count in (1, 3, 4):
+            images = [opened.prepare(image.rotate(number)) for number in range(count)]
+            tolerance = writers.MAX_DIFFERENCE if export.FORMATS[name].is_exact else 2.0
+            torch.testing.assert_close(opened.logits(images), source.logits(images), rtol=0, atol=tolerance)
+
+
 def test_predict_takes_the_file(exported, checkpoint, few_digits):
     arguments = [next((few_digits / "val/1").iterdir()), "--json", "-", "--resume"]
     files = (checkpoint, exported.out / FILES["onnx"])
@@ -237,8 +261,8 @@ def test_int8_keeps_attention_in_float(exported, checkpoint):
     dequantised = {output for node in nodes if node.op_type == "DequantizeLinear" for output in node.output}
     in_float = [node.op_type for node in nodes if not dequantised & set(node.input)]
     blocks = load_classifier(str(checkpoint)).network.named_blocks().values()
-    assert in_float.count("Attention") == len(blocks)
-    assert in_float.count("MatMul") == 2 * sum(block.attn.PSA_qk is not None for block in blocks)  # among windows
+    among = sum(block.attn.PSA_qk is not None for block in blocks)
+    assert in_float.count("MatMul") == 2 * (len(blocks) + among)  # inside windows, and among them
     weights = [node for node in model.graph.node if node.op_type == "Conv"]
     assert all(set(node.input[:2]) <= dequantised for node in weights)
     scales = (onnx.numpy_helper.to_array(entry) for entry in model.graph.initializer if "scale" in entry.name)
@@ -260,6 +284,19 @@ def test_backbone_of_any_size(tmp_path, capsys):
         backbone.network.norm_list[1].bias += 0.01
     with pytest.raises(UserError, match=r"its maps differ by 1\.0e-02, more than 0\.001"):
         dense_backbone.compare(backbone, tmp_path / "tiny.onnx", rounds=1)
+
+
+def test_backbone_of_a_fixed_size(tmp_path, capsys):
+    import onnx
+
+    backbone = dense_backbone.Backbone("tiny", tiny_network(sepvit.SepViTDense, out_indices=(0, 1)).eval())
+    file = tmp_path / "tiny.onnx"
+    dense_backbone.write(backbone, file, writers.OPSET, 2, (75, 110))
+    dense_backbone.compare(backbone, file, 1, 2, (75, 110))  # raises if they differ
+    assert capsys.readouterr().out.count("largest difference") == 1
+    graph = onnx.load(str(file)).graph
+    assert [dimension.dim_value for dimension in graph.input[0].type.tensor_type.shape.dim] == [2, 3, 75, 110]
+    assert not {"Shape", "Range", "Mod"} & {node.op_type for node in graph.node}  # folded into constants
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@ and batches of any size."""
 
 import argparse
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -49,43 +48,54 @@ def export(backbone: Backbone, folder: Path, args: argparse.Namespace) -> None:
     make_folder(folder, f"--out {folder}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as work:
         file = Path(work) / target.name
-        shapes = [(args.batch_size or shape[0], 3, *(args.static or shape[2:])) for shape in (TRACED, *COMPARED, TIMED)]
-        write(backbone, file, args, shapes[0])
+        write(backbone, file, args.opset[0], args.batch_size, args.static)
         count = len(backbone.network.out_indices)
         print(f"{backbone.variant}, backbone, {count} maps, {file.stat().st_size / 1e6:.1f} MB")
-        compare(backbone, file, args.rounds, list(dict.fromkeys(shapes[1:-1])), shapes[-1])
+        compare(backbone, file, args.rounds, args.batch_size, args.static)
         file.replace(target)
     print(f"written to {target}")
 
 
-def write(backbone: Backbone, file: Path, args: argparse.Namespace, traced: tuple[int, ...]) -> None:
-    """Write the network to ONNX, traced with images of shape `traced`. Its outputs are named after their stages."""
-    sizes = {} if args.static else {2: STRIDE * Dim("height"), 3: STRIDE * Dim("width")}
-    sizes |= {} if args.batch_size else {0: Dim("batch")}
+def write(
+    backbone: Backbone, file: Path, opset: int, batch_size: int | None = None, size: tuple[int, int] | None = None
+) -> None:
+    """Write the network to ONNX, for any batch size and image size that is not given.
+
+    Its outputs are the maps, named after their stages.
+    """
+    dimensions = {} if size else {2: STRIDE * Dim("height"), 3: STRIDE * Dim("width")}
+    dimensions |= {} if batch_size else {0: Dim("batch")}
     names = [f"stage{number}" for number in backbone.network.out_indices]
-    network = exportable(backbone.network)
-    export_onnx(network, torch.randn(traced), file, (sizes,) if sizes else None, args.opset[0], outputs=names)
+    network, images = exportable(backbone.network), torch.randn(fixed(TRACED, batch_size, size))
+    export_onnx(network, images, file, (dimensions,) if dimensions else None, opset, outputs=names)
+
+
+def fixed(
+    shape: tuple[int, int, int, int], batch_size: int | None, size: tuple[int, int] | None
+) -> tuple[int, int, int, int]:
+    """A shape of images with the batch size and image size that are given."""
+    return batch_size or shape[0], shape[1], *(size or shape[2:])
 
 
 def compare(
-    backbone: Backbone, file: Path, rounds: int, shapes: Sequence[tuple[int, ...]], timed: tuple[int, ...]
+    backbone: Backbone, file: Path, rounds: int, batch_size: int | None = None, size: tuple[int, int] | None = None
 ) -> None:
-    """Print the largest difference of the maps for images of several shapes, and the speed relative to PyTorch.
+    """Print the largest difference of the maps at each of several sizes, and the speed relative to PyTorch.
 
     Raises:
         UserError: the maps differ too much.
     """
     run = open_onnx(file)
     with torch.inference_mode():
-        for shape in shapes:
+        for shape in dict.fromkeys(fixed(shape, batch_size, size) for shape in COMPARED):
             images = torch.randn(shape)
             maps = zip(run(images), backbone.network(images), strict=True)
             difference = max(float((a - b).abs().max()) for a, b in maps)
             print(f"  {shape[0]} × {shape[2]} × {shape[3]}: largest difference {difference:.1e}")
             if not difference < MAX_DIFFERENCE:
                 raise UserError(f"--formats onnx: its maps differ by {difference:.1e}, more than {MAX_DIFFERENCE:g}")
-        images = torch.randn(timed)
+        images = torch.randn(fixed(TIMED, batch_size, size))
         calls = {"ONNX": lambda: run(images), "eager": lambda: backbone.network(images)}
         times = time_calls(calls, rounds)
     speed = ratio(times["eager"], times["ONNX"]).median
-    print(f"  {timed[2]} × {timed[3]} in ONNX Runtime: {speed:.2f} × the speed of PyTorch in eager mode")
+    print(f"  {images.shape[2]} × {images.shape[3]} in ONNX Runtime: {speed:.2f} × the speed of PyTorch in eager mode")

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from sepvit_lib.common.devices import available_cores
+from sepvit_lib.inference.classifier import in_batches
 from sepvit_lib.inference.exported import compile_openvino, run_openvino
 from tools.exporting.writers import Job, quiet, read_openvino, save_onnx, save_openvino
 
@@ -58,8 +60,9 @@ def _accuracy(model: Any, score: Score) -> float:
 
     if not isinstance(model, openvino.CompiledModel):
         model = compile_openvino(model, "int8", available_cores())
-    run = run_openvino(model)
-    return score(lambda images: run(images)[0])
+    run, batch = run_openvino(model), model.input(0).partial_shape[0]
+    size = batch.get_length() if batch.is_static else None
+    return score(partial(in_batches, lambda images: run(images)[0].clone(), size))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
