@@ -110,5 +110,5 @@ $(VENV)/.installed-mm: $(VENV)/.installed packaging/opencv-python/pyproject.toml
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed-mm $(VENV)/.installed-fast
-	$(call INSTALL,corruptions demo fast heads webdataset tools test)
+	$(call INSTALL,corruptions demo fast heads phones webdataset tools test)
 	@touch $@

@@ -30,7 +30,7 @@ from sepvit_lib.common.errors import UserError
 from sepvit_lib.common.packages import lacking
 from sepvit_lib.common.storage import make_folder, write_file
 from sepvit_lib.inference.classifier import Classifier, load_classifier
-from tools.exporting import comparison, dense_backbone, int8, web, writers
+from tools.exporting import comparison, dense_backbone, int8, phones, web, writers
 from tools.exporting.comparison import Form, parts_of
 from tools.exporting.data import Images, calibration_images, find_labelled, photographs
 from tools.exporting.int8 import MAX_LOSS
@@ -52,6 +52,8 @@ class Format:
         is_calibrated: whether the format needs calibration images.
         is_default: whether the format is written without `--formats`.
         opened: name of the file to open, if the format is a folder that cannot be opened itself.
+        extra: the extra in pyproject.toml that installs the modules.
+        runs_here: whether this operating system runs the file. Otherwise, the file is kept, but not compared.
     """
 
     write: Callable[[Job, Path], None]
@@ -61,10 +63,13 @@ class Format:
     is_calibrated: bool = False
     is_default: bool = True
     opened: str = ""
+    extra: str = "tools"
+    runs_here: bool = True
 
 
 EXPORTER = ("onnx", "onnxscript")
 ONNX, OPENVINO = (*EXPORTER, "onnxruntime"), (*EXPORTER, "openvino")
+EXECUTORCH, IS_MAC = ("executorch",), sys.platform == "darwin"
 FORMATS = {
     "safetensors": Format(writers.write_safetensors, "-timm"),
     "onnx": Format(writers.write_onnx, ".onnx", ONNX),
@@ -77,6 +82,10 @@ FORMATS = {
     "aotinductor": Format(writers.write_aotinductor, "-aotinductor.pt2"),
     "torchscript": Format(writers.write_torchscript, "-torchscript.pt"),
     "web": Format(web.write_web, "-web", ONNX, is_default=False, opened=web.NETWORK),
+    "executorch": Format(phones.write_executorch, ".pte", EXECUTORCH, extra="phones"),
+    "executorch-int8": Format(phones.write_executorch_int8, "-int8.pte", EXECUTORCH, False, True, extra="phones"),
+    "litert": Format(phones.write_litert, ".tflite", ("litert_torch",), extra="litert"),
+    "coreml": Format(phones.write_core_ml, ".mlpackage", ("coremltools",), False, extra="phones", runs_here=IS_MAC),
 }
 
 
@@ -110,7 +119,7 @@ def main(args: argparse.Namespace) -> int:
         kept = {name: form for name, form in forms.items() if name not in failures}
         comparison.time_forms(kept, images, args.rounds)
         report = comparison.report(kept, failures, images, job.notes)
-        keep([form.file for form in kept.values() if form.file], folder)
+        keep([job.folder / file for name, file in files.items() if name not in failures], folder)
     write_file(folder / "exports.md", lambda file: file.write(report.encode()))
     print(report)
     if args.push:
@@ -130,7 +139,7 @@ def choose_formats(args: argparse.Namespace) -> tuple[dict[str, Format], dict[st
     missing: dict[str, str] = {}
     wanted = args.formats or [name for name, one in FORMATS.items() if one.is_default]
     for name in wanted:
-        lack = lacking(*FORMATS[name].modules)
+        lack = lacking(*FORMATS[name].modules, extra=FORMATS[name].extra)
         if name == "aotinductor" and not writers.has_compiler():
             lack = "needs a C++ compiler, such as g++; install one, or omit it"
         if lack and args.formats:
@@ -164,13 +173,16 @@ def write(job: Job, files: Mapping[str, str], formats: Mapping[str, Format]) -> 
         formats: the formats by name.
 
     Returns:
-        the exported forms by name; and, by name, why other forms could not be written or do not run.
+        the forms that run here, by name; and, by name, why other forms could not be written or do not run.
     """
     forms, failures = {}, {}
     for name, file_name in tqdm(files.items(), desc="export", disable=not sys.stderr.isatty()):
         file = job.folder / file_name
         try:
             formats[name].write(job, file)
+            if not formats[name].runs_here:
+                job.notes.append(f"{name}: {file_name} was made, but not run here.")
+                continue
             opened = load_classifier(str(file / formats[name].opened), what=file.name)
             opened.logits([opened.prepare(job.samples[0])])
             forms[name] = Form(opened, file)

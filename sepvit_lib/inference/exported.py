@@ -1,9 +1,11 @@
 """Open classifiers exported by tools/export.py, each in the runtime for its format."""
 
 import logging
+import os
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -31,9 +33,25 @@ class Kind(Enum):
     TORCH_EXPORT = "torch.export"
     AOTINDUCTOR = "AOTInductor"
     TORCHSCRIPT = "TorchScript"
+    EXECUTORCH = "ExecuTorch"
+    CORE_ML = "Core ML"
+    LITERT = "LiteRT"
 
 
-PACKAGES = {Kind.ONNX: ("onnxruntime",), Kind.OPENVINO: ("openvino",)}  # needed besides requirements.txt
+SUFFIXES = {
+    ".onnx": Kind.ONNX,
+    ".xml": Kind.OPENVINO,
+    ".pte": Kind.EXECUTORCH,
+    ".mlpackage": Kind.CORE_ML,
+    ".tflite": Kind.LITERT,
+}
+PACKAGES = {  # needed besides requirements.txt, and the extra that installs them
+    Kind.ONNX: ("onnxruntime", "tools"),
+    Kind.OPENVINO: ("openvino", "tools"),
+    Kind.EXECUTORCH: ("executorch", "phones"),
+    Kind.CORE_ML: ("coremltools", "phones"),
+    Kind.LITERT: ("ai_edge_litert", "litert"),
+}
 
 Session = Callable[[Tensor], list[Tensor]]
 
@@ -55,8 +73,8 @@ class Opened:
 
 def kind_of(path: Path) -> Kind | None:
     """Kind of an exported file; None for anything else, such as a checkpoint."""
-    if path.suffix in (".onnx", ".xml"):
-        return Kind.ONNX if path.suffix == ".onnx" else Kind.OPENVINO
+    if path.suffix in SUFFIXES:
+        return SUFFIXES[path.suffix]
     if not path.is_file():
         return None
     try:
@@ -79,14 +97,16 @@ def open_file(path: Path, kind: Kind, what: str, device: torch.device) -> Opened
         kind: returned by `kind_of`.
         what: flag and path, for messages.
         device: device for torch.export and TorchScript. AOTInductor uses the device for which the file was compiled;
-            ONNX Runtime and OpenVINO use the CPU.
+            Core ML chooses a device. The other runtimes use the CPU.
 
     Raises:
         UserError: the file is missing or damaged, or its runtime is not installed.
     """
-    if not path.is_file():
+    if not (path.is_dir() if kind is Kind.CORE_ML else path.is_file()):
         raise UserError(f"{what}: no such file")
-    require(what, *PACKAGES.get(kind, ()))
+    if kind in PACKAGES:
+        package, extra = PACKAGES[kind]
+        require(what, package, extra=extra)
     try:
         return OPENERS[kind](path, device)
     except Exception as error:  # each runtime raises its own types
@@ -210,10 +230,62 @@ def _open_torchscript(path: Path, device: torch.device) -> Opened:
     return Opened(_on(device, network), description.decode() if isinstance(description, bytes) else description)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Phones
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Hide what native code writes to standard error."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _open_executorch(path: Path, device: torch.device) -> Opened:
+    with warnings.catch_warnings(), _silenced():
+        warnings.simplefilter("ignore")  # that the interface may change
+        from executorch.runtime import Runtime
+
+        program = Runtime.get().load_program(path)
+        network = program.load_method("forward")
+        has_description = METADATA in program.method_names
+        description = program.load_method(METADATA).execute([])[0] if has_description else ""
+    return Opened(lambda images: network.execute([images])[0], description)
+
+
+def _open_core_ml(path: Path, device: torch.device) -> Opened:
+    import coremltools
+
+    model = coremltools.models.MLModel(str(path))
+    description = model.user_defined_metadata.get(METADATA, "")
+    return Opened(lambda images: torch.from_numpy(model.predict({"images": images.numpy()})["logits"]), description)
+
+
+def _open_litert(path: Path, device: torch.device) -> Opened:
+    from ai_edge_litert.interpreter import Interpreter
+
+    with zipfile.ZipFile(path) as archive:
+        description = archive.read(DESCRIPTION).decode()
+    with _silenced():
+        network = Interpreter(str(path), num_threads=available_cores()).get_signature_runner()
+    (images,), (logits,) = network.get_input_details(), network.get_output_details()
+    return Opened(lambda batch: torch.from_numpy(network(**{images: batch.numpy()})[logits]), description)
+
+
 OPENERS = {
     Kind.ONNX: _open_onnx,
     Kind.OPENVINO: _open_openvino,
     Kind.TORCH_EXPORT: _open_exported_program,
     Kind.AOTINDUCTOR: _open_aotinductor,
     Kind.TORCHSCRIPT: _open_torchscript,
+    Kind.EXECUTORCH: _open_executorch,
+    Kind.CORE_ML: _open_core_ml,
+    Kind.LITERT: _open_litert,
 }

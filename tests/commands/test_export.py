@@ -50,7 +50,7 @@ def checkpoint(trained_digits):
 def exported(checkpoint, few_digits, tmp_path_factory):
     """A classifier in every format but the slow one: the folder, and what the command printed."""
     out = tmp_path_factory.mktemp("exported") / "out"
-    formats = [name for name, one in export.FORMATS.items() if one.is_default and name != SLOW]
+    formats = [name for name in FILES if name != SLOW]
     arguments = ["--data-path", few_digits, "--rounds", 1, "--formats", *formats]
     printed = succeed("--resume", checkpoint, "--out", out, *arguments, script=SCRIPT)
     return SimpleNamespace(out=out, printed=printed)
@@ -426,7 +426,7 @@ def test_missing_packages(missing, monkeypatch, tmp_path, checkpoint, capsys):
     assert refusal(export.run, "export", arguments, capsys) == f"export.py: --formats openvino-int8: {advice}"
     chosen, skipped = export.choose_formats(ALL)
     assert skipped["openvino-int8"] == advice
-    assert {"safetensors", "torch-export"} <= set(chosen) <= set(FILES) - {"openvino-int8"}
+    assert {"safetensors", "torch-export"} <= set(chosen) <= set(export.FORMATS) - {"openvino-int8"}
 
 
 def test_no_compiler(monkeypatch):

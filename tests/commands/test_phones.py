@@ -1,0 +1,141 @@
+"""tools/export.py for phones: the files agree with the checkpoint, and work in predict.py; the ranks of the graphs.
+
+A format whose packages are missing is skipped: docs/using.md has the commands that install them.
+"""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import refusal, succeed
+from test_export import rows
+
+import predict
+import sepvit
+from sepvit_lib.inference.classifier import load_classifier
+from tools import export
+from tools.exporting import dense_backbone, phones, writers
+from tools.exporting.data import photographs
+
+SIZE = 64
+MAX_RANK = 5  # Core ML's limit; XNNPACK takes six dimensions, and ncnn four
+# Two stages of one block each, with several windows and pointwise attention, because lowering takes seconds per block.
+STAGES = dict(embed_dims=[8, 16], num_heads=[1, 2], depths=[1, 1])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    network = sepvit.SepViT_Lite(img_size=SIZE, num_classes=3, **STAGES)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    path = tmp_path_factory.mktemp("trained") / "checkpoint.pth"
+    args = dict(model="SepViT_Lite", input_size=SIZE, model_kwargs=STAGES)
+    torch.save(dict(model=network.state_dict(), classes=["0", "Ärger", "犬"], args=args), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photograph") / "one.png"
+    photographs().images[0].save(path)
+    return path
+
+
+def exported(checkpoint, out, *formats):
+    """Export to some formats. Returns what the command printed."""
+    return succeed("--resume", checkpoint, "--out", out, "--rounds", 1, "--formats", *formats, script="tools/export.py")
+
+
+def check(file, checkpoint, photograph, tolerance):
+    """Require the checkpoint's description, logits of any number of images, and predictions."""
+    source, found = load_classifier(str(checkpoint)), load_classifier(str(file))
+    assert found.description == phones.fixed(writers.Job(source, file.parent)).description
+    images = [source.prepare(image) for image in photographs().images[:3]]
+    for count in (1, 3):
+        assert torch.allclose(found.logits(images[:count]), source.logits(images[:count]), atol=tolerance)
+    arguments = [photograph, "--json", "-", "--num_workers", 0, "--resume"]
+    (one,), (other,) = (json.loads(succeed(*arguments, path, script="predict.py")) for path in (checkpoint, file))
+    expected = {entry["class"]: entry["probability"] for entry in one["predictions"]}
+    assert {entry["class"]: entry["probability"] for entry in other["predictions"]} == pytest.approx(
+        expected, abs=tolerance
+    )
+
+
+def test_executorch(checkpoint, photograph, tmp_path):
+    """In float32 and int8."""
+    pytest.importorskip("executorch", reason="needs the extra phones")
+    table = rows(exported(checkpoint, tmp_path / "out", "executorch", "executorch-int8"))
+    assert float(table["executorch"]["largest difference"]) < 1e-5
+    assert 1e-4 < float(table["executorch-int8"]["largest difference"]) < 0.1
+    check(tmp_path / "out/SepViT_Lite.pte", checkpoint, photograph, 1e-5)
+    check(tmp_path / "out/SepViT_Lite-int8.pte", checkpoint, photograph, 0.1)
+
+
+def test_litert(checkpoint, photograph, tmp_path):
+    pytest.importorskip("litert_torch", reason="needs the extra litert, in an environment of its own")
+    table = rows(exported(checkpoint, tmp_path / "out", "litert"))
+    assert float(table["litert"]["largest difference"]) < 1e-5
+    check(tmp_path / "out/SepViT_Lite.tflite", checkpoint, photograph, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def package(checkpoint, tmp_path_factory):
+    """A file for Core ML, and what the command printed."""
+    pytest.importorskip("coremltools", reason="needs the extra phones")
+    out = tmp_path_factory.mktemp("core_ml") / "out"
+    return out / "SepViT_Lite.mlpackage", exported(checkpoint, out, "coreml")
+
+
+def test_core_ml_is_made(package, checkpoint):
+    """Its metadata is complete, and no tensor has more dimensions than Core ML takes."""
+    import coremltools
+
+    file, printed = package
+    assert {path.name for path in file.parent.iterdir()} == {file.name, "exports.md"}
+    assert sys.platform == "darwin" or f"coreml: {file.name} was made, but not run here." in printed
+    found = load_classifier(str(file))
+    assert found.description.classes == load_classifier(str(checkpoint)).description.classes
+    function = coremltools.models.MLModel(str(file), skip_model_load=True).get_spec().mlProgram.functions["main"]
+    (block,) = function.block_specializations.values()
+    outputs = [output.type.tensorType for operation in block.operations for output in operation.outputs]
+    assert 4 <= max(output.rank for output in outputs) <= MAX_RANK
+
+
+@pytest.mark.skipif(sys.platform != "darwin", reason="only macOS runs files of Core ML")
+def test_core_ml_runs(package, checkpoint, photograph):
+    check(package[0], checkpoint, photograph, 0.05)  # computed in float16
+
+
+def test_ranks_of_the_onnx_graphs(tmp_path):
+    """Of a classifier at its published size, and of a backbone."""
+    onnx = pytest.importorskip("onnx")
+    classifier, backbone = sepvit.SepViT_Lite().eval(), sepvit.create_dense("SepViT_Lite").eval()
+    for network, shape in (classifier, (1, 3, 224, 224)), (backbone, dense_backbone.TRACED):
+        writers.export_onnx(sepvit.exportable(network), torch.randn(shape), tmp_path / "a.onnx")
+        graph = onnx.shape_inference.infer_shapes(onnx.load(str(tmp_path / "a.onnx"))).graph
+        ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
+        outputs = {output for node in graph.node for output in node.output}
+        assert outputs <= ranks.keys() | {value.name for value in graph.output}
+        assert 4 <= max(ranks.values()) <= MAX_RANK
+
+
+def test_a_damaged_file(tmp_path, photograph, capfd):
+    pytest.importorskip("executorch", reason="needs the extra phones")
+    (tmp_path / "a.pte").write_bytes(bytes(np.arange(200, dtype=np.uint8)))
+    message = refusal(predict.run, "predict", [photograph, "--resume", tmp_path / "a.pte"], capfd)
+    assert message.startswith(f"predict.py: --resume {tmp_path}/a.pte: ExecuTorch cannot open it")
+
+
+PACKAGES = {"executorch": "executorch", "coreml": "coremltools", "litert": "litert_torch"}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_missing_packages(name, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, PACKAGES[name], None)
+    arguments = ["--resume", checkpoint, "--out", tmp_path / "out", "--formats", name]
+    advice = f"needs {PACKAGES[name]}: pip install '.[{export.FORMATS[name].extra}]'"
+    assert refusal(export.run, "export", arguments, capsys) == f"export.py: --formats {name}: {advice}"
