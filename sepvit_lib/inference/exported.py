@@ -5,7 +5,7 @@ import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -237,15 +237,15 @@ def _open_torchscript(path: Path, device: torch.device) -> Opened:
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Hide what native code writes to standard error."""
+    """Hide what native code writes to standard error, directly or through Python."""
     kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
         os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _open_executorch(path: Path, device: torch.device) -> Opened:

@@ -60,7 +60,7 @@ def save_executorch(program: ExportedProgram, job: Job, path: Path) -> None:
         from executorch.exir import to_edge_transform_and_lower
 
         settings: dict[str, Any] = dict(partitioner=[XnnpackPartitioner()])
-        settings["transform_passes"] = [RemoveNoopExpandCopyPass()]  # XNNPACK would run as twice as many parts
+        settings["transform_passes"] = [RemoveNoopExpandCopyPass()]  # halves the number of parts that XNNPACK runs
         settings["constant_methods"] = {METADATA: job.description.to_json()}
         lowered = to_edge_transform_and_lower(program, **settings)
         path.write_bytes(lowered.to_executorch().buffer)
@@ -69,10 +69,10 @@ def save_executorch(program: ExportedProgram, job: Job, path: Path) -> None:
 def write_core_ml(job: Job, path: Path) -> None:
     """Write the network for Core ML, computed in float16. Only macOS and iOS run it."""
     job = fixed(job)
-    images = job.images()
     with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():  # hides progress bars
         import coremltools
 
+        images = job.images()
         traced = torch.jit.trace(exportable_of(job), images, check_trace=False)
         ends = dict(inputs=[coremltools.TensorType("images", images.shape)], outputs=[coremltools.TensorType("logits")])
         model = coremltools.convert(traced, **ends, minimum_deployment_target=coremltools.target.iOS16)
