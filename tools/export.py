@@ -85,6 +85,7 @@ FORMATS = {
     "executorch": Format(phones.write_executorch, ".pte", EXECUTORCH, extra="phones"),
     "executorch-int8": Format(phones.write_executorch_int8, "-int8.pte", EXECUTORCH, False, True, extra="phones"),
     "litert": Format(phones.write_litert, ".tflite", ("litert_torch",), extra="litert"),
+    "ncnn": Format(phones.write_ncnn, "-ncnn.param", ("pnnx", "ncnn"), extra="phones"),
     "coreml": Format(phones.write_core_ml, ".mlpackage", ("coremltools",), False, extra="phones", runs_here=IS_MAC),
 }
 

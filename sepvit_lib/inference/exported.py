@@ -2,16 +2,18 @@
 
 import logging
 import os
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +38,7 @@ class Kind(Enum):
     EXECUTORCH = "ExecuTorch"
     CORE_ML = "Core ML"
     LITERT = "LiteRT"
+    NCNN = "ncnn"
 
 
 SUFFIXES = {
@@ -44,6 +47,7 @@ SUFFIXES = {
     ".pte": Kind.EXECUTORCH,
     ".mlpackage": Kind.CORE_ML,
     ".tflite": Kind.LITERT,
+    ".param": Kind.NCNN,
 }
 PACKAGES = {  # needed besides requirements.txt, and the extra that installs them
     Kind.ONNX: ("onnxruntime", "tools"),
@@ -51,6 +55,7 @@ PACKAGES = {  # needed besides requirements.txt, and the extra that installs the
     Kind.EXECUTORCH: ("executorch", "phones"),
     Kind.CORE_ML: ("coremltools", "phones"),
     Kind.LITERT: ("ai_edge_litert", "litert"),
+    Kind.NCNN: ("ncnn", "phones"),
 }
 
 Session = Callable[[Tensor], list[Tensor]]
@@ -236,20 +241,23 @@ def _open_torchscript(path: Path, device: torch.device) -> Opened:
 
 
 @contextmanager
-def _silenced() -> Iterator[None]:
-    """Hide what native code writes to standard error, directly or through Python."""
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+def silenced() -> Iterator[None]:
+    """Hide what native code and other processes write to standard output and error, directly or through Python."""
+    sys.stdout.flush()
+    kept = os.dup(1), os.dup(2)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
         try:
             yield
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            for stream, descriptor in enumerate(kept, 1):
+                os.dup2(descriptor, stream)
+                os.close(descriptor)
 
 
 def _open_executorch(path: Path, device: torch.device) -> Opened:
-    with warnings.catch_warnings(), _silenced():
+    with warnings.catch_warnings(), silenced():
         warnings.simplefilter("ignore")  # that the interface may change
         from executorch.runtime import Runtime
 
@@ -273,10 +281,27 @@ def _open_litert(path: Path, device: torch.device) -> Opened:
 
     with zipfile.ZipFile(path) as archive:
         description = archive.read(DESCRIPTION).decode()
-    with _silenced():
+    with silenced():
         network = Interpreter(str(path), num_threads=available_cores()).get_signature_runner()
     (images,), (logits,) = network.get_input_details(), network.get_output_details()
     return Opened(lambda batch: torch.from_numpy(network(**{images: batch.numpy()})[logits]), description)
+
+
+def _open_ncnn(path: Path, device: torch.device) -> Opened:
+    import ncnn
+
+    network = ncnn.Net()
+    network.opt.num_threads = available_cores()
+    if network.load_param(str(path)) or network.load_model(str(path.with_suffix(".bin"))):
+        raise ValueError("damaged")
+    description = path.read_text(encoding="utf-8").splitlines()[-1]  # ncnn reads only the lines before
+
+    def run(images: Tensor) -> Tensor:
+        extractor = network.create_extractor()
+        extractor.input("in0", ncnn.Mat(images[0].numpy()).clone())
+        return torch.from_numpy(np.array(extractor.extract("out0")[1]))[None]
+
+    return Opened(run, description)
 
 
 OPENERS = {
@@ -288,4 +313,5 @@ OPENERS = {
     Kind.EXECUTORCH: _open_executorch,
     Kind.CORE_ML: _open_core_ml,
     Kind.LITERT: _open_litert,
+    Kind.NCNN: _open_ncnn,
 }

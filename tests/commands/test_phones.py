@@ -87,6 +87,13 @@ def test_litert(checkpoint, photograph, tmp_path):
     check(tmp_path / "out/SepViT_Lite.tflite", checkpoint, photograph, 1e-5)
 
 
+def test_ncnn(checkpoint, photograph, tmp_path):
+    pytest.importorskip("ncnn", reason="needs the extra phones")
+    table = rows(exported(checkpoint, tmp_path / "out", "ncnn"))
+    assert float(table["ncnn"]["largest difference"]) < 1e-3
+    check(tmp_path / "out/SepViT_Lite-ncnn.param", checkpoint, photograph, 1e-3)
+
+
 @pytest.fixture(scope="module")
 def package(checkpoint, tmp_path_factory):
     """A file for Core ML, and what the command printed."""
@@ -136,7 +143,7 @@ def test_a_damaged_file(tmp_path, photograph, capfd):
     assert message.startswith(f"predict.py: --resume {tmp_path}/a.pte: ExecuTorch cannot open it")
 
 
-PACKAGES = {"executorch": "executorch", "coreml": "coremltools", "litert": "litert_torch"}
+PACKAGES = {"executorch": "executorch", "coreml": "coremltools", "litert": "litert_torch", "ncnn": "pnnx"}
 
 
 @pytest.mark.parametrize("name", PACKAGES)

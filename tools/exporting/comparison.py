@@ -49,8 +49,8 @@ class Form:
 
 
 def parts_of(file: Path) -> list[Path]:
-    """A file and its companions: OpenVINO stores the weights in a second file."""
-    return [file, file.with_suffix(".bin")] if file.suffix == ".xml" else [file]
+    """A file and its companions: OpenVINO and ncnn store the weights in a second file."""
+    return [file, file.with_suffix(".bin")] if file.suffix in (".xml", ".param") else [file]
 
 
 def compare(forms: Mapping[str, Form], images: Images) -> None:

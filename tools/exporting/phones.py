@@ -1,7 +1,5 @@
-"""Formats for phones: ExecuTorch and LiteRT, and Core ML for Apple's devices. Their files have a fixed batch size."""
+"""Formats for phones: ExecuTorch, LiteRT, ncnn, and Core ML of Apple's devices. Files have a fixed batch size."""
 
-import contextlib
-import io
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from sepvit import exportable
-from sepvit_lib.inference.exported import DESCRIPTION, METADATA
+from sepvit_lib.inference.exported import DESCRIPTION, METADATA, silenced
 from tools.exporting.writers import Job, contiguous, quiet
 
 
@@ -69,7 +67,7 @@ def save_executorch(program: ExportedProgram, job: Job, path: Path) -> None:
 def write_core_ml(job: Job, path: Path) -> None:
     """Write the network for Core ML, computed in float16. Only macOS and iOS run it."""
     job = fixed(job)
-    with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():  # hides progress bars
+    with quiet(), silenced(), torch.no_grad():
         import coremltools
 
         images = job.images()
@@ -83,9 +81,29 @@ def write_core_ml(job: Job, path: Path) -> None:
 def write_litert(job: Job, path: Path) -> None:
     """Write the network for LiteRT, in float32, with the description in an archive at the end of the file."""
     job = fixed(job)
-    with quiet(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # hides progress
+    with quiet(), silenced(), torch.no_grad():
         import litert_torch
 
         litert_torch.convert(exportable_of(job), (job.images(),)).export(str(path))
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(DESCRIPTION, job.description.to_json())
+
+
+def write_ncnn(job: Job, path: Path) -> None:
+    """Write the network for ncnn, in float32, with the description in the last line, for one image per call.
+
+    Raises:
+        ValueError: another batch size is wanted.
+    """
+    job = fixed(job)
+    if job.batch_size != 1:
+        raise ValueError("takes one image per call; omit --batch-size")
+    with quiet(), silenced(), torch.no_grad():
+        import pnnx
+
+        files: dict[str, Any] = dict(
+            ncnnparam=str(path), ncnnbin=str(path.with_suffix(".bin")), fp16=False, check_trace=False
+        )
+        pnnx.export(exportable_of(job), str(job.folder / "network.pt"), job.images(), **files)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(job.description.to_json() + "\n")
