@@ -190,7 +190,7 @@ class ResampledWindowTokens(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a tensor, B × … × C, computed as that of a tensor of three dimensions, B × N × C.
+    """LayerNorm over the channels of a tensor, B × … × C, flattened to three dimensions, B × N × C.
 
     OpenVINO has an operator for three dimensions, and computes LayerNorm of four dimensions in three passes.
     """
@@ -478,7 +478,7 @@ class SepViTBlock(nn.Module):
     def normalised_windows(self, x: Tensor) -> Tensor:
         """Split a map, B × H × W × C, into normalised windows, B × n × T × C, with window tokens if the block has them.
 
-        The norm precedes the partition, since the norms of learned window tokens are constants in an exported program.
+        The norm precedes the partition, so that normalised learned window tokens are constants in an exported program.
         """
         x = pad_to_windows(x, self.window_size)
         windows = window_partition(self.norm1(x), self.window_size)  # B × n × L × C
@@ -1333,13 +1333,13 @@ def exportable(network: nn.Module) -> nn.Module:
     network = copy.deepcopy(network).eval()
     for module in list(network.modules()):
         for name, child in module.named_children():
-            if isinstance(child, SeparableSelfAttention):
+            if isinstance(child, SeparableSelfAttention) and not isinstance(child, _ExportableAttention):
                 setattr(module, name, _ExportableAttention(child))
     return network
 
 
 def _split(layer: nn.Linear, count: int, scale: float) -> nn.ModuleList:
-    """Split a layer into `count` layers for a share of its outputs each. The outputs of the first are scaled."""
+    """Split a layer into `count` layers with an equal share of its outputs. The outputs of the first are scaled."""
     parts = nn.ModuleList()
     for weight, bias in zip(layer.weight.data.chunk(count), layer.bias.data.chunk(count)):
         part = nn.Linear(layer.in_features, layer.out_features // count)

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 import sepvit
-from benchmarks.subjects import PEERS, Setting, Subject, export, openvino_model
+from benchmarks.benchmark import chosen_peers
+from benchmarks.subjects import Setting, Subject, export, load_before, openvino_model
 from sepvit_lib.common.command_line import Parser, path, positive_int, run_command
 from sepvit_lib.common.devices import available_cores
 from sepvit_lib.common.packages import require
@@ -45,7 +46,9 @@ def main(args: argparse.Namespace) -> None:
     setting = Setting(
         "latency", torch.device("cpu"), args.batch_size, (224, 224), False, args.threads, args.before or ""
     )
-    peers = PEERS[args.model] if args.peers == ["class"] else [name for name in args.peers if name != "none"]
+    peers = chosen_peers(args)
+    if args.before:
+        load_before(args.before)  # raises an error for a file that cannot be loaded
     subjects = [Subject(name, "openvino", args.number_format) for name in (args.model, *peers)]
     if args.before:
         subjects.insert(1, Subject(args.model, "openvino-before", args.number_format))
@@ -64,6 +67,7 @@ def main(args: argparse.Namespace) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command. Returns its exit status."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(dense=False)
     add = parser.add_argument
     add("--model", default="SepViT_Tiny", choices=list(sepvit.VARIANTS))
     add("--peers", nargs="+", default=["class"], metavar="NAME", help="as for benchmark.py")

@@ -332,8 +332,9 @@ def export(subject: Subject, setting: Setting, folder: Path) -> Path:
     images = setting.images()
     path = folder / f"{subject.model}-{subject.is_before}-{'x'.join(map(str, images.shape))}.onnx"
     if not path.exists():
-        network = create_network(subject, setting).eval()
-        export_onnx(network if subject.is_before else sepvit.exportable(network), images, path)
+        code: Any = load_before(setting.before) if subject.is_before else sepvit
+        form = getattr(code, "exportable", lambda network: network)  # earlier revisions do not have it
+        export_onnx(form(create_network(subject, setting).eval()), images, path)
     return path
 
 

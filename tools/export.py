@@ -84,7 +84,7 @@ FORMATS = {
     "web": Format(web.write_web, "-web", ONNX, is_default=False, opened=web.NETWORK),
     "executorch": Format(phones.write_executorch, ".pte", EXECUTORCH, extra="phones"),
     "executorch-int8": Format(phones.write_executorch_int8, "-int8.pte", EXECUTORCH, False, True, extra="phones"),
-    "litert": Format(phones.write_litert, ".tflite", ("litert_torch",), extra="litert"),
+    "litert": Format(phones.write_litert, ".tflite", ("litert_torch",), is_default=False, extra="litert"),
     "ncnn": Format(phones.write_ncnn, "-ncnn.param", ("pnnx", "ncnn"), extra="phones"),
     "coreml": Format(phones.write_core_ml, ".mlpackage", ("coremltools",), False, extra="phones", runs_here=IS_MAC),
 }
@@ -160,7 +160,8 @@ def build_job(
     """Collect what the formats need, such as calibration batches if `is_calibrated`."""
     calibration = (calibration_images(args, classifier) if args.data_path else images.images) if is_calibrated else ()
     inputs, size = [classifier.prepare(image) for image in calibration], args.batch_size or 1
-    batches = [torch.stack(inputs[start : start + size]) for start in range(0, len(inputs) - size + 1, size)]
+    inputs += inputs[-1:] * (-len(inputs) % size)  # fills up the last batch
+    batches = [torch.stack(inputs[start : start + size]) for start in range(0, len(inputs), size)]
     score = partial(images.accuracy, classifier) if images.labels else None
     return Job(classifier, folder, batches, args.opset[0], score, images.images[:SAMPLES], args.batch_size)
 
@@ -264,7 +265,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--resume", required=True, type=path, metavar="PATH", help="checkpoint, as for predict.py")
     add("--out", required=True, type=path, metavar="DIR", help="folder for the files")
-    formats = f"{', '.join(FORMATS)}; default: all but web whose requirements are installed"
+    formats = f"{', '.join(FORMATS)}; default: all but web and litert whose requirements are installed"
     add("--formats", nargs="+", choices=FORMATS, metavar="FORMAT", help=formats)
     purpose = "data set with the same classes, for top-1 and calibration; default: four sample photographs"
     add("--data-path", type=path, default="", metavar="DIR", help=purpose)
@@ -276,7 +277,7 @@ def build_parser() -> Parser:
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
     version = f"ONNX opset, {OPSETS[0]} to {OPSETS[-1]}, default {OPSET}; if several, one file for each"
     add("--opset", type=int, choices=OPSETS, nargs="+", default=[OPSET], metavar="N", help=version)
-    add("--batch-size", type=positive_int, metavar="N", help="batch size of the files; default: any")
+    add("--batch-size", type=positive_int, metavar="N", help="batch size of the files; default: any, for phones 1")
     size = "image size of a backbone's file, HEIGHTxWIDTH; default: any divisible by 32"
     add("--static", type=image_size, metavar="SIZE", help=size)
     add("--rounds", type=positive_int, default=5, metavar="N", help="rounds of timing, default 5")

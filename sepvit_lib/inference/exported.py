@@ -273,7 +273,13 @@ def _open_core_ml(path: Path, device: torch.device) -> Opened:
 
     model = coremltools.models.MLModel(str(path))
     description = model.user_defined_metadata.get(METADATA, "")
-    return Opened(lambda images: torch.from_numpy(model.predict({"images": images.numpy()})["logits"]), description)
+
+    def run(images: Tensor) -> Tensor:
+        if sys.platform != "darwin":
+            raise UserError(f"{path}: only macOS runs files of Core ML; choose the checkpoint or another format")
+        return torch.from_numpy(model.predict({"images": images.numpy()})["logits"])
+
+    return Opened(run, description)
 
 
 def _open_litert(path: Path, device: torch.device) -> Opened:
@@ -292,9 +298,10 @@ def _open_ncnn(path: Path, device: torch.device) -> Opened:
 
     network = ncnn.Net()
     network.opt.num_threads = available_cores()
+    network.opt.use_fp16_packed = network.opt.use_fp16_storage = network.opt.use_fp16_arithmetic = False
     if network.load_param(str(path)) or network.load_model(str(path.with_suffix(".bin"))):
         raise ValueError("damaged")
-    description = path.read_text(encoding="utf-8").splitlines()[-1]  # ncnn reads only the lines before
+    description = path.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")[2]  # ncnn reads only the lines before
 
     def run(images: Tensor) -> Tensor:
         extractor = network.create_extractor()

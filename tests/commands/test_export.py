@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import refusal, succeed, tiny_network
+from conftest import ROOT, refusal, succeed, tiny_network
 from PIL import Image
 
 import sepvit
@@ -83,6 +83,13 @@ def test_every_file_is_written_and_nothing_else(exported):
     assert (exported.out / "exports.md").read_text().strip() == exported.printed.strip()
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name != SLOW])
+def test_files_do_not_tell_where_they_were_made(name, exported):
+    file = exported.out / FILES[name]
+    for part in file.rglob("*") if file.is_dir() else [file]:
+        assert str(ROOT).encode() not in part.read_bytes()
+
+
 def test_table(exported, trained_digits):
     """Each form has a row. The checkpoint's top-1 is that of `--eval`; forms in float32 agree."""
     table = rows(exported.printed)
@@ -116,13 +123,13 @@ def test_the_file_tells_all_and_agrees(name, exported, opened, checkpoint, few_d
         assert torch.allclose(logits, expected[: len(logits)], atol=tolerance)
 
 
-def test_no_tensor_has_more_than_five_dimensions(exported):
+def test_no_tensor_has_more_than_four_dimensions(exported):
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(onnx.load(str(exported.out / FILES["onnx"])), strict_mode=True).graph
     named = {value.name: value.type.tensor_type.shape for value in graph.value_info}
     assert {output for node in graph.node for output in node.output if output} - {"logits"} <= named.keys()
-    assert max(len(shape.dim) for shape in named.values()) <= 5
+    assert max(len(shape.dim) for shape in named.values()) == 4
 
 
 def test_batch_size(checkpoint, few_digits, tmp_path):
@@ -317,6 +324,9 @@ def test_backbone_of_a_segmentor(segmentor, tmp_path):
     assert len(differences) == len(dense_backbone.COMPARED)
     assert max(differences) < 1e-3
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["SepViT_Lite-backbone.onnx"]
+    fixed = ["--static", "64x96", "--batch-size", "2", "--overwrite"]
+    printed = succeed("--resume", segmentor, "--out", tmp_path / "out", "--rounds", "1", *fixed, script=SCRIPT)
+    assert re.findall(r"(\d+ × \d+ × \d+): largest", printed) == ["2 × 64 × 96"]
 
 
 def test_another_format_of_a_backbone(segmentor, tmp_path, capsys):
@@ -379,6 +389,7 @@ def test_a_form_that_is_wrong_or_fails_is_reported_and_not_kept(checkpoint, tmp_
 MISTAKES = {
     "no checkpoint": ("--resume {root}/nothing.pth", "--resume {root}/nothing.pth: no such file"),
     "old opset": ("--opset 11", "argument --opset: invalid choice: 11"),
+    "size of a classifier": ("--static 64", "--static: only for a backbone"),
     "unknown format": ("--formats tflite", "invalid choice: 'tflite'"),
     "unwritable folder": ("--out {root}/a_file/x", "--out {root}/a_file/x: cannot be written"),
     "no data": ("--data-path {root}/nothing", "--data-path {root}/nothing: no such folder"),

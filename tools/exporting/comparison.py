@@ -111,6 +111,11 @@ def report(forms: Mapping[str, Form], failures: Mapping[str, str], images: Image
         f"{len(forms[CHECKPOINT].seconds[1])} interleaved rounds, one image and batches of {BATCH_SIZE}; ratios to the "
         "checkpoint in eager mode.",
         *notes,
+        *(
+            f"{name}: takes batches of {form.classifier.description.batch_size}; others are split or filled up."
+            for name, form in forms.items()
+            if form.classifier.description.batch_size
+        ),
         *(f"Not made: {name}: {why}" for name, why in failures.items()),
     ]
     return "\n\n".join(["\n".join(lines), *paragraphs]) + "\n"

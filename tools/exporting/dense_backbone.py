@@ -2,6 +2,7 @@
 and batches of any size."""
 
 import argparse
+import math
 import tempfile
 from pathlib import Path
 
@@ -87,7 +88,9 @@ def compare(
     """
     run = open_onnx(file)
     with torch.inference_mode():
-        for shape in dict.fromkeys(fixed(shape, batch_size, size) for shape in COMPARED):
+        shapes = dict.fromkeys(fixed(shape, batch_size, size) for shape in COMPARED)
+        largest = max(map(math.prod, COMPARED))  # for the sake of memory
+        for shape in [shape for shape in shapes if math.prod(shape) <= largest] or list(shapes)[:1]:
             images = torch.randn(shape)
             maps = zip(run(images), backbone.network(images), strict=True)
             difference = max(float((a - b).abs().max()) for a, b in maps)

@@ -93,7 +93,7 @@ def write_ncnn(job: Job, path: Path) -> None:
     """Write the network for ncnn, in float32, with the description in the last line, for one image per call.
 
     Raises:
-        ValueError: another batch size is wanted.
+        ValueError: `--batch-size` is not 1, or pnnx fails.
     """
     job = fixed(job)
     if job.batch_size != 1:
@@ -105,5 +105,7 @@ def write_ncnn(job: Job, path: Path) -> None:
             ncnnparam=str(path), ncnnbin=str(path.with_suffix(".bin")), fp16=False, check_trace=False
         )
         pnnx.export(exportable_of(job), str(job.folder / "network.pt"), job.images(), **files)
+    if not (path.is_file() and path.with_suffix(".bin").is_file()):
+        raise ValueError("pnnx wrote no files for ncnn")
     with open(path, "a", encoding="utf-8") as file:
         file.write(job.description.to_json() + "\n")

@@ -47,7 +47,7 @@ class Job:
     Attributes:
         classifier: the classifier.
         folder: folder for temporary files.
-        calibration: batches of one input each, which determine the range of each activation for int8.
+        calibration: batches that determine the range of each activation for int8.
         opset: version of ONNX's operators.
         score: returns the accuracy (0 to 1) of a function from inputs to logits; None without labelled images.
         samples: some images, RGB, for checking the preprocessing.
@@ -199,7 +199,11 @@ def export_onnx(
     settings: dict[str, Any] = dict(dynamo=True, external_data=False, verbose=False, opset_version=opset)
     settings |= dict(input_names=["images"], output_names=outputs, dynamic_shapes=dynamic_shapes)
     with quiet(), torch.no_grad():
-        torch.onnx.export(network, (images,), str(path), **settings)
+        exported: Any = torch.onnx.export(network, (images,), **settings)
+    for graph in (exported.model.graph, *exported.model.functions.values()):
+        for node in graph.all_nodes():
+            node.metadata_props.clear()  # stack traces with paths of this machine
+    exported.save(str(path), external_data=False)
 
 
 def save_onnx(model: Any, description: Description, path: Path) -> None:
@@ -362,6 +366,8 @@ def write_openvino_bfloat16(job: Job, path: Path) -> None:
 
 def write_torch_export(job: Job, path: Path) -> None:
     """Write the network as a program of torch.export, which PyTorch runs without this project's code."""
+    for node in job.program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # with paths of this machine
     with quiet():
         torch.export.save(job.program, path, extra_files={DESCRIPTION: job.description.to_json()})
 
@@ -379,7 +385,8 @@ def write_torchscript(job: Job, path: Path) -> None:
     """Write the network in TorchScript, which PyTorch runs without this project's code, also from C++."""
     with quiet():
         script = torch.jit.freeze(torch.jit.script(job.network))
-        torch.jit.save(script, str(path), _extra_files={DESCRIPTION: job.description.to_json()})
+        description = replace(job.description, batch_size=None)  # it takes any
+        torch.jit.save(script, str(path), _extra_files={DESCRIPTION: description.to_json()})
 
 
 def has_compiler() -> bool:
