@@ -85,6 +85,7 @@ SCRIPTS = {
     "main.py": Script(MAIN, rest="--data-path imagenet", prints=r"top-1|Acc@1|throughput|usage"),
     "predict.py": Script("--num_workers 0", prints=r"\d %"),
     "benchmarks/benchmark.py": Script(f"{BENCHMARK} --peers none --input-size 32 --batch-size 1", prints="SepViT_Lite"),
+    "benchmarks/openvino_profile.py": Script("--model SepViT_Lite --peers none --rounds 1", prints="linear layers"),
     "benchmarks/input_pipeline.py": Script("--images 8 --input-size 64 --batch-size 4 --workers 0 --rounds 1"),
     "tools/get_flops.py": Script("--model SepViT_Lite --input-size 32", prints="multiply-adds"),
     "tools/make_demo_data.py": Script("--out made"),
