@@ -139,6 +139,19 @@ def choose(page, path: Path) -> None:
     page.wait_for_selector("#busy", state="hidden")
 
 
+def check_phone(page, path: Path) -> None:
+    """Require that a page as wide as a phone does not scroll sideways, and that windows of a picture can be tapped."""
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    choose(page, path)
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    page.locator("#stage").scroll_into_view_if_needed()
+    box = page.locator("#stage").bounding_box()
+    page.touchscreen.tap(box["x"] + box["width"] - 5, box["y"] + 5)
+    assert "row 0, column 7 of 8 × 8" in page.locator("#reading").inner_text()
+    page.touchscreen.tap(box["x"] + 5, box["y"] + 5)
+    assert "row 0, column 0 of 8 × 8" in page.locator("#reading").inner_text()
+
+
 def rows(page) -> list[tuple[str, str]]:
     """The lines of the prediction: class and percentage."""
     return list(zip(*(page.locator(f"#rows li {part}").all_inner_texts() for part in (".name", ".share"))))

@@ -21,7 +21,7 @@ import anyio
 import numpy as np
 import pytest
 import torch
-from browsing import CLASSES, PHONE, SHADES, choose, colours, heat, pixels, rows
+from browsing import CLASSES, PHONE, SHADES, check_phone, choose, colours, heat, pixels, rows
 from conftest import ROOT, refusal
 from PIL import Image
 from processes import Command
@@ -347,16 +347,7 @@ def press_on_the_picture(page) -> None:
 
 
 def test_phone(open_page, server, photographs):
-    page = open_page(server.url, **PHONE)
-    assert page.evaluate("document.documentElement.scrollWidth") == 375
-    choose(page, photographs["coffee"])
-    assert page.evaluate("document.documentElement.scrollWidth") == 375
-    page.locator("#stage").scroll_into_view_if_needed()
-    box = page.locator("#stage").bounding_box()
-    page.touchscreen.tap(box["x"] + box["width"] - 5, box["y"] + 5)
-    assert "row 0, column 7 of 8 × 8" in page.locator("#reading").inner_text()
-    page.touchscreen.tap(box["x"] + 5, box["y"] + 5)
-    assert "row 0, column 0 of 8 × 8" in page.locator("#reading").inner_text()
+    check_phone(open_page(server.url, **PHONE), photographs["coffee"])
 
 
 def test_light_and_dark(open_page, server):

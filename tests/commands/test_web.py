@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from browsing import CLASSES, FAR, PHONE, SHADES, choose, colours, heat, pixels, rows, skip
+from browsing import CLASSES, FAR, PHONE, SHADES, check_phone, choose, colours, heat, pixels, rows, skip
 from conftest import TURNED, encoded, exif, succeed
 from PIL import Image
 
@@ -334,14 +334,8 @@ def test_a_newer_export_is_shown(open_page, exported, tmp_path):
 
 def test_phone(open_page, url, photographs):
     page = open_page(url, **PHONE)
-    assert page.evaluate("document.documentElement.scrollWidth") == 375
     page.locator("#facts", has_text="on WebAssembly").wait_for()
-    choose(page, photographs["coffee"])
-    assert page.evaluate("document.documentElement.scrollWidth") == 375
-    page.locator("#stage").scroll_into_view_if_needed()
-    box = page.locator("#stage").bounding_box()
-    page.touchscreen.tap(box["x"] + box["width"] - 5, box["y"] + 5)
-    assert "row 0, column 7 of 8 × 8" in page.locator("#reading").inner_text()
+    check_phone(page, photographs["coffee"])
 
 
 def test_samples(page):
