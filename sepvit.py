@@ -2,7 +2,7 @@
 
 This file defines, in order: window token embedding, depthwise separable self-attention, grouped self-attention, the
 block, the network and its variants. The last sections adapt checkpoints of other sizes and forms, work around limits of
-kernels and compilers, and define the form to export. One block computes:
+kernels and compilers, and define the export form. One block computes:
 
     z    = norm1([win_tokens, windows of x])                  window token embedding
     a    = softmax(q kᵀ / √d) v + z,  q, k, v = DSA_qkv(z)    depthwise self-attention, inside each window
@@ -122,7 +122,7 @@ def embed_window_tokens(windows: Tensor, win_tokens: Tensor) -> Tensor:
 
     Args:
         windows: pixels of the windows, B × n × L × C.
-        win_tokens: tokens, B × n × 1 × C, with 1 in place of B or n for those that images or windows share.
+        win_tokens: tokens, B × n × 1 × C, with 1 in place of B or n if all images or windows share them.
     """
     tokens = win_tokens.expand(windows.shape[0], windows.shape[1], -1, -1)  # B × n × 1 × C
     return torch.cat([tokens.to(windows.dtype), windows], dim=2)
@@ -192,7 +192,7 @@ class ResampledWindowTokens(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of a tensor, B × … × C, flattened to three dimensions, B × N × C.
 
-    OpenVINO has an operator for three dimensions, and computes LayerNorm of four dimensions in three passes.
+    OpenVINO computes LayerNorm of three dimensions in one operator, and of four dimensions in three.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -292,10 +292,6 @@ class SeparableSelfAttention(nn.Module):
         qkv = self.DSA_qkv(z).view(-1, z.shape[2], 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B·n × h × T × d
         return q, k, v
-
-    def depthwise_weights(self, q: Tensor, k: Tensor) -> Tensor:
-        """Attention weights within each window, B·n × h × T × T, from queries and keys of `depthwise_heads`."""
-        return window_weights(q, k)
 
     def join_heads(self, a: Tensor, z: Tensor) -> Tensor:
         """Join heads, B·n × h × T × d, to B × n × T × C, and add the shortcut: the input z of the attention."""
@@ -470,9 +466,8 @@ class SepViTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block; keeps the shape B × H × W × C."""
         _, H, W, C = x.shape
-        # The windows are not bound to a variable: in inference, they are freed before the MLP, where memory peaks.
-        f = self.attn(self.normalised_windows(x), H, W)  # B × H × W × C
-        x = x.flatten(1, 2) + self.drop_path(f).flatten(1, 2)  # B × H·W × C
+        # The branch is not bound to a variable: in inference, it is freed before the MLP, where memory peaks.
+        x = x.flatten(1, 2) + self.drop_path(self.attn(self.normalised_windows(x), H, W)).flatten(1, 2)  # B × H·W × C
         return (x + self.drop_path(self.mlp(self.norm2(x)))).view(-1, H, W, C)
 
     def normalised_windows(self, x: Tensor) -> Tensor:
@@ -533,7 +528,7 @@ class ConditionalPositionalEncoding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # B × H × W × C
-        # Added with three dimensions, for which runtimes do not change the layout.
+        # Added with three dimensions: with four, OpenVINO converts the layout before and after each convolution.
         return (x.flatten(1, 2) + y.flatten(1, 2)).view(x.shape)
 
 
@@ -1320,22 +1315,26 @@ def check_input_size(x: Tensor, img_size: tuple[int, int]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The form for runtimes
+# The export form
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def exportable(network: nn.Module) -> nn.Module:
-    """Copy a network in the form to export to runtimes: the same outputs up to rounding, in inference only.
+    """Return a copy of a network in its export form, for inference only; outputs are the same up to rounding.
 
-    Queries, keys and values have a linear layer each, which scales the queries; attention within windows is written
-    out; and tensors have at most four dimensions, the limit of ncnn. Parts that are not of a SepViT are only copied.
+    Queries, keys and values have separate linear layers, which also scale the queries; attention is a softmax between
+    two matrix products instead of a fused kernel; and no tensor has more than four dimensions, the limit of ncnn.
+    Modules other than SepViT's attention are only copied.
     """
-    network = copy.deepcopy(network).eval()
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, SeparableSelfAttention) and not isinstance(child, _ExportableAttention):
-                setattr(module, name, _ExportableAttention(child))
-    return network
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if type(module) is SeparableSelfAttention:
+            attention: Any = module
+            attention.__class__ = _ExportableAttention
+            attention.DSA_qkv = _split(attention.DSA_qkv, 3, attention.scale)
+            if attention.PSA_qk is not None:
+                attention.PSA_qk = _split(attention.PSA_qk, 2, attention.scale)
+    return network.eval()
 
 
 def _split(layer: nn.Linear, count: int, scale: float) -> nn.ModuleList:
@@ -1350,19 +1349,11 @@ def _split(layer: nn.Linear, count: int, scale: float) -> nn.ModuleList:
 
 
 class _ExportableAttention(SeparableSelfAttention):
+    """Attention in its export form, of the shapes of `SeparableSelfAttention`. Queries are already scaled."""
+
     DSA_qkv: Any
     PSA_qk: Any
     win_tokens_norm: Any
-
-    def __init__(self, attention: SeparableSelfAttention) -> None:
-        dim, shortcuts = attention.proj.in_features, attention.inner_shortcuts
-        super().__init__(dim, attention.num_heads, attention.window_size, inner_shortcuts=shortcuts)
-        self.has_window_tokens = attention.has_window_tokens
-        self.win_tokens_norm, self.proj = attention.win_tokens_norm, attention.proj
-        self.DSA_qkv = _split(attention.DSA_qkv, 3, self.scale)
-        if attention.PSA_qk is not None:
-            self.PSA_qk = _split(attention.PSA_qk, 2, self.scale)
-        self.eval()
 
     def _heads(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Apply one of the layers, and split its outputs into heads: B × … × T × C to B·… × h × T × d."""
@@ -1373,12 +1364,9 @@ class _ExportableAttention(SeparableSelfAttention):
         q, k, v = (self._heads(layer, z) for layer in self.DSA_qkv)  # each B·n × h × T × d
         return q, k, v
 
-    def depthwise_weights(self, q: Tensor, k: Tensor) -> Tensor:
-        return torch.softmax(q @ k.transpose(-2, -1), dim=-1)
-
     def depthwise(self, z: Tensor) -> Tensor:
         q, k, v = self.depthwise_heads(z)  # each B·n × h × T × d
-        return self.join_heads(self.depthwise_weights(q, k) @ v, z)
+        return self.join_heads(torch.softmax(q @ k.transpose(-2, -1), dim=-1) @ v, z)
 
     def pointwise_weights(self, a: Tensor) -> Tensor:
         t = F.gelu(self.win_tokens_norm(a[:, :, 0]))  # B × n × C

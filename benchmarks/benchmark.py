@@ -47,7 +47,7 @@ def build_parser() -> Parser:
     add("--device", default=best_device(), help="cuda, mps or cpu; by default the best available")
     add("--formats", nargs="+", default=["float32"], choices=list(DTYPES), help="number formats")
     add("--forms", nargs="+", default=["eager", "port"], choices=list(FORMS), help="how to run the networks")
-    add("--before", type=path, default=None, metavar="FILE", help="a different revision of sepvit.py, in addition")
+    add("--before", type=path, default=None, metavar="FILE", help="another revision of sepvit.py to measure, too")
     add("--measures", nargs="+", default=list(MEASURES), choices=list(MEASURES))
     batch = "images per call, except for latency; by default 8 (CPU) or 128 (GPU), with --dense 2 or 8"
     add("--batch-size", type=positive_int, nargs="+", default=None, metavar="N", help=batch)
@@ -70,17 +70,22 @@ def check_settings(args: argparse.Namespace) -> None:
     check_device(args.device)
     if args.dense and args.peers not in (["class"], ["none"]):
         raise UserError(f"--dense --peers {' '.join(args.peers)}: the dense form is measured without peers")
-    for name in args.peers:
-        if name not in ("class", "none") and not timm.is_model(name):
-            raise UserError(f"--peers {name}: timm has no such model; timm.list_models() lists all")
+    chosen_peers(args)
     subjects.check_packages(args.forms, args.formats)
     if args.before is not None:
         subjects.load_before(args.before)
 
 
 def chosen_peers(args: argparse.Namespace) -> list[str]:
-    """Names of the models to compare SepViT with."""
+    """Names of the models to compare SepViT with.
+
+    Raises:
+        UserError: timm does not have one of the models.
+    """
     names = ["none"] if args.dense else args.peers
+    for name in names:
+        if name not in ("class", "none") and not timm.is_model(name):
+            raise UserError(f"--peers {name}: timm has no such model; timm.list_models() lists all")
     chosen = [peer for name in names for peer in (PEERS[args.model] if name == "class" else [name]) if peer != "none"]
     return list(dict.fromkeys(chosen))
 

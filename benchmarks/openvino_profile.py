@@ -15,10 +15,9 @@ import torch
 
 import sepvit
 from benchmarks.benchmark import chosen_peers
-from benchmarks.subjects import Setting, Subject, export, load_before, openvino_model
+from benchmarks.subjects import Setting, Subject, check_packages, export, load_before, openvino_model
 from sepvit_lib.common.command_line import Parser, path, positive_int, run_command
 from sepvit_lib.common.devices import available_cores
-from sepvit_lib.common.packages import require
 from sepvit_lib.inference.exported import compile_openvino
 from sepvit_lib.rounds import reason
 
@@ -40,17 +39,14 @@ def milliseconds(subject: Subject, setting: Setting, rounds: int) -> Counter[str
 
 def main(args: argparse.Namespace) -> None:
     """Print a table for each network."""
-    require(
-        "openvino_profile.py", "onnx", "onnxscript", "openvino", *(["nncf"] if args.number_format == "int8" else [])
-    )
+    check_packages(["openvino"], [args.number_format])
     setting = Setting(
         "latency", torch.device("cpu"), args.batch_size, (224, 224), False, args.threads, args.before or ""
     )
     peers = chosen_peers(args)
-    if args.before:
-        load_before(args.before)  # raises an error for a file that cannot be loaded
     subjects = [Subject(name, "openvino", args.number_format) for name in (args.model, *peers)]
     if args.before:
+        load_before(args.before)  # raises an error for a file that cannot be loaded
         subjects.insert(1, Subject(args.model, "openvino-before", args.number_format))
     for subject in subjects:
         try:
@@ -73,7 +69,7 @@ def run(arguments: list[str] | None = None) -> int:
     add("--peers", nargs="+", default=["class"], metavar="NAME", help="as for benchmark.py")
     add("--number-format", default="float32", choices=["float32", "bfloat16", "int8"])
     add("--batch-size", type=positive_int, default=1, metavar="N")
-    add("--before", type=path, default=None, metavar="FILE", help="a different revision of sepvit.py, in addition")
+    add("--before", type=path, default=None, metavar="FILE", help="another revision of sepvit.py to measure, too")
     add("--rounds", type=positive_int, default=20, help="timed calls, after as many that are not timed")
     add("--threads", type=positive_int, default=available_cores(), help="CPU threads")
     return run_command("openvino_profile.py", lambda: main(parser.parse_args(arguments)), parser)

@@ -3,9 +3,10 @@
     python tools/export.py --resume PATH --out DIR [--formats …] [--data-path DIR]
     python tools/export.py --resume PATH --out DIR --formats web
 
-Every file is opened and compared with the checkpoint on real images before it is kept. Classes, image size and
-normalisation are in each file's metadata; predict.py reads them. The backbone of a segmentor or detector is exported to
-ONNX, for images of any size divisible by 32. The format `web` is a page that classifies images in the browser.
+Before a file is kept, it is opened and, if it runs here, compared with the checkpoint on real images. Classes, image
+size and normalisation are in each file's metadata; predict.py reads them. The backbone of a segmentor or detector is
+exported to ONNX, for images of any size divisible by 32. The format `web` is a page that classifies images in the
+browser.
 """
 
 if not __package__:
@@ -121,7 +122,9 @@ def main(args: argparse.Namespace) -> int:
         comparison.time_forms(kept, images, args.rounds)
         report = comparison.report(kept, failures, images, job.notes)
         keep([job.folder / file for name, file in files.items() if name not in failures], folder)
-    write_file(folder / "exports.md", lambda file: file.write(report.encode()))
+    record = folder / "exports.md"
+    earlier = record.read_text(encoding="utf-8") if record.is_file() else ""
+    write_file(record, lambda file: file.write(f"{report}\n{earlier}".encode()))
     print(report)
     if args.push:
         push(classifier, args.push)
@@ -160,7 +163,7 @@ def build_job(
     """Collect what the formats need, such as calibration batches if `is_calibrated`."""
     calibration = (calibration_images(args, classifier) if args.data_path else images.images) if is_calibrated else ()
     inputs, size = [classifier.prepare(image) for image in calibration], args.batch_size or 1
-    inputs += inputs[-1:] * (-len(inputs) % size)  # fills up the last batch
+    inputs += inputs[-1:] * (-len(inputs) % size)  # pads the last batch
     batches = [torch.stack(inputs[start : start + size]) for start in range(0, len(inputs), size)]
     score = partial(images.accuracy, classifier) if images.labels else None
     return Job(classifier, folder, batches, args.opset[0], score, images.images[:SAMPLES], args.batch_size)
@@ -182,10 +185,10 @@ def write(job: Job, files: Mapping[str, str], formats: Mapping[str, Format]) -> 
         file = job.folder / file_name
         try:
             formats[name].write(job, file)
-            if not formats[name].runs_here:
-                job.notes.append(f"{name}: {file_name} was made, but not run here.")
-                continue
             opened = load_classifier(str(file / formats[name].opened), what=file.name)
+            if not formats[name].runs_here:
+                job.notes.append(f"{name}: {file_name} was made, but not run here: only macOS runs it.")
+                continue
             opened.logits([opened.prepare(job.samples[0])])
             forms[name] = Form(opened, file)
         except Exception as error:  # each exporter and runtime raises its own types
@@ -265,7 +268,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--resume", required=True, type=path, metavar="PATH", help="checkpoint, as for predict.py")
     add("--out", required=True, type=path, metavar="DIR", help="folder for the files")
-    formats = f"{', '.join(FORMATS)}; default: all but web and litert whose requirements are installed"
+    formats = f"{', '.join(FORMATS)}; default: every format whose packages are installed, except web and litert"
     add("--formats", nargs="+", choices=FORMATS, metavar="FORMAT", help=formats)
     purpose = "data set with the same classes, for top-1 and calibration; default: four sample photographs"
     add("--data-path", type=path, default="", metavar="DIR", help=purpose)
@@ -277,8 +280,9 @@ def build_parser() -> Parser:
     add("--averaged", action="store_true", help="use the checkpoint's averaged weights")
     version = f"ONNX opset, {OPSETS[0]} to {OPSETS[-1]}, default {OPSET}; if several, one file for each"
     add("--opset", type=int, choices=OPSETS, nargs="+", default=[OPSET], metavar="N", help=version)
-    add("--batch-size", type=positive_int, metavar="N", help="batch size of the files; default: any, for phones 1")
-    size = "image size of a backbone's file, HEIGHTxWIDTH; default: any divisible by 32"
+    number = "fixed batch size of the files; default: any, or 1 for phones"
+    add("--batch-size", type=positive_int, metavar="N", help=number)
+    size = "fixed image size of a backbone's file, HEIGHTxWIDTH; default: any divisible by 32"
     add("--static", type=image_size, metavar="SIZE", help=size)
     add("--rounds", type=positive_int, default=5, metavar="N", help="rounds of timing, default 5")
     add("--overwrite", action="store_true", help="replace existing files in DIR")

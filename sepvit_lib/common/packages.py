@@ -10,7 +10,8 @@ from sepvit_lib.common.errors import USER_ERROR_STATUS, UserError
 def lacking(*modules: str, extra: str = "tools") -> str:
     """Return which modules are missing and the command that installs them; "" if none are missing."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    return f"needs {', '.join(missing)}: pip install '.[{extra}]'" if missing else ""
+    where = ", in an environment of its own" if extra == "litert" else ""
+    return f"needs {', '.join(missing)}: pip install '.[{extra}]'{where}" if missing else ""
 
 
 def require(what: str, *modules: str, extra: str = "tools") -> None:

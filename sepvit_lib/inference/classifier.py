@@ -251,7 +251,7 @@ def _exported(path: str, kind: Kind, what: str, precision: Precision) -> Classif
 
 
 def in_batches(run: Callable[[Tensor], Tensor], size: int | None, images: Tensor) -> Tensor:
-    """Compute logits in batches of `size` images, the last filled up with its last image; None for a single batch."""
+    """Compute logits in batches of `size` images, the last padded with its last image; None for a single batch."""
     if size is None:
         return run(images)
     order = torch.arange(-(-len(images) // size) * size).clamp(max=len(images) - 1)

@@ -230,7 +230,9 @@ def _open_aotinductor(path: Path, device: torch.device) -> Opened:
 
 def _open_torchscript(path: Path, device: torch.device) -> Opened:
     texts = {DESCRIPTION: ""}
-    network = torch.jit.load(str(path), map_location=device, _extra_files=texts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.export is recommended instead
+        network = torch.jit.load(str(path), map_location=device, _extra_files=texts)
     description = texts[DESCRIPTION]
     return Opened(_on(device, network), description.decode() if isinstance(description, bytes) else description)
 
@@ -276,7 +278,7 @@ def _open_core_ml(path: Path, device: torch.device) -> Opened:
 
     def run(images: Tensor) -> Tensor:
         if sys.platform != "darwin":
-            raise UserError(f"{path}: only macOS runs files of Core ML; choose the checkpoint or another format")
+            raise UserError(f"{path}: only macOS runs Core ML files; choose the checkpoint or another format")
         return torch.from_numpy(model.predict({"images": images.numpy()})["logits"])
 
     return Opened(run, description)
@@ -300,7 +302,7 @@ def _open_ncnn(path: Path, device: torch.device) -> Opened:
     network.opt.num_threads = available_cores()
     network.opt.use_fp16_packed = network.opt.use_fp16_storage = network.opt.use_fp16_arithmetic = False
     if network.load_param(str(path)) or network.load_model(str(path.with_suffix(".bin"))):
-        raise ValueError("damaged")
+        raise ValueError("the .param or .bin file is missing or damaged")
     description = path.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")[2]  # ncnn reads only the lines before
 
     def run(images: Tensor) -> Tensor:

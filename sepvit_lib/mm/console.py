@@ -87,6 +87,8 @@ def without_noise() -> Iterator[None]:
 def import_quietly(*names: str) -> None:
     """Import modules without their noise."""
     warnings.filterwarnings("ignore", message="|".join(WARNINGS))
+    # Warns of torchao, which transformers imports if it is installed, as ExecuTorch requires.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     with without_noise():
         for name in names:
             importlib.import_module(name)

@@ -350,6 +350,17 @@ def test_phone(open_page, server, photographs):
     check_phone(open_page(server.url, **PHONE), photographs["coffee"])
 
 
+def test_a_service_worker_of_a_static_page_is_removed(open_page, server):
+    """It would keep this page's files, and show them in place of its own."""
+    page = open_page(server.url)
+    page.evaluate("navigator.serviceWorker.register('predictor.js', { type: 'module' })")
+    count = "navigator.serviceWorker.getRegistrations().then((workers) => workers.length)"
+    assert page.evaluate(count) == 1
+    page.reload()
+    page.wait_for_selector("#samples img")
+    assert page.evaluate(count) == 0
+
+
 def test_light_and_dark(open_page, server):
     for scheme in ("light", "dark"):
         style = open_page(server.url, color_scheme=scheme).evaluate(

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, refusal, succeed, tiny_network
 
 import sepvit
-from benchmarks import benchmark, input_pipeline, subjects
+from benchmarks import benchmark, input_pipeline, openvino_profile, subjects
 from benchmarks.port import Port
 from benchmarks.record import Record, panels_of, picture
 from benchmarks.subjects import Setting, Subject, not_offered
@@ -186,15 +186,30 @@ def test_dense_form(measure):
     assert rows[1].output_error < 1e-5
 
 
-def test_wrong_outputs_are_not_timed(tmp_path):
-    before = tmp_path / "sepvit.py"
-    code = (ROOT / "sepvit.py").read_text()
-    assert code.count(" + self.drop_path(self.mlp(self.norm2(x)))") == 1
-    before.write_text(code.replace(" + self.drop_path(self.mlp(self.norm2(x)))", ""))
-    rows = measured(["eager", "before"], Setting("inference", CPU, 1, (32, 32), before=str(before)))
+@pytest.fixture
+def other_revision(tmp_path):
+    """A sepvit.py that omits the MLPs."""
+    code, omitted = (ROOT / "sepvit.py").read_text(), " + self.drop_path(self.mlp(self.norm2(x)))"
+    assert code.count(omitted) == 1
+    (tmp_path / "sepvit.py").write_text(code.replace(omitted, ""))
+    return tmp_path / "sepvit.py"
+
+
+def test_wrong_outputs_are_not_timed(other_revision):
+    rows = measured(["eager", "before"], Setting("inference", CPU, 1, (32, 32), before=str(other_revision)))
     assert rows[0].seconds
     assert rows[1].seconds == []
     assert rows[1].failure.startswith("ValueError: outputs differ from those in float32 by ")
+
+
+def test_each_revision_is_exported_once(other_revision, tmp_path, monkeypatch):
+    networks = []
+    monkeypatch.setattr(subjects, "export_onnx", lambda network, images, path: networks.append(network) or path.touch())
+    setting = Setting("inference", CPU, 1, (32, 32), before=str(other_revision))
+    for form in ("openvino", "onnxruntime-before", "openvino-before", "onnxruntime"):
+        subjects.export(Subject("SepViT_Lite", form, "float32"), setting, tmp_path)
+    current, before = (network(setting.images()) for network in networks)
+    assert not torch.allclose(current, before, atol=1e-3)
 
 
 def test_subjects_that_fail_leave_the_others():
@@ -349,6 +364,11 @@ def test_mistake(mistake, tmp_path, capsys):
         benchmark.run, "benchmark", ["--quick", "--device", "cpu", "--out", tmp_path / "out", *given], capsys
     )
     assert expected.format(root=tmp_path) in line
+
+
+def test_peers_of_the_profile_are_those_of_the_benchmark(capsys):
+    line = refusal(openvino_profile.run, "openvino_profile", MISTAKES["peer"][0], capsys)
+    assert MISTAKES["peer"][1] in line
 
 
 def test_input_pipeline(tmp_path, capsys):

@@ -4,6 +4,7 @@ import base64
 import http.server
 import io
 import json
+import os
 import re
 import shutil
 import threading
@@ -324,6 +325,7 @@ def test_a_newer_export_is_shown(open_page, exported, tmp_path):
     """Files that a browser has kept are used only without a connection."""
     about = (exported.folder / "about.json").read_bytes()
     folder = varied(exported, tmp_path / "page", "about.json", about)
+    os.utime(folder / "about.json", (0, 0))  # the server tells versions apart by the second
     with serving(folder) as url:
         page = open_page(url)
         page.locator("#facts", has_text="4 classes").wait_for()
@@ -358,6 +360,31 @@ def test_images_that_are_refused(page, photographs):
     choose(page, photographs["rocket"])
     page.locator("#rows .name").first.filter(has_text="rocket").wait_for()
     assert not page.locator("#error").is_visible()
+
+
+def test_an_image_that_has_been_replaced_is_not_reported(page, photographs):
+    """Its error arrives after the next image was chosen."""
+    page.evaluate(
+        """() => {
+            const decode = createImageBitmap;
+            window.isDecoding = new Promise((decoding) => {
+                const isReplaced = new Promise((resolve) => { window.replaced = resolve; });
+                window.createImageBitmap = async () => {
+                    window.createImageBitmap = decode;
+                    decoding();
+                    await isReplaced;
+                    throw new Error();
+                };
+            });
+        }"""
+    )
+    page.locator("#file").set_input_files(photographs["cat"])
+    page.evaluate("isDecoding")
+    page.locator("#file").set_input_files(photographs["rocket"])
+    page.evaluate("replaced()")
+    page.locator("#rows .name").first.filter(has_text="rocket").wait_for()
+    assert not page.locator("#error").is_visible()
+    assert not page.locator("#busy").is_visible()
 
 
 def test_a_damaged_network_is_reported(open_page, exported, tmp_path):

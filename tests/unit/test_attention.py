@@ -10,6 +10,7 @@ from torch import nn
 
 import sepvit
 from sepvit import SepViT, SepViTDense
+from sepvit_lib.inference import attention
 from sepvit_lib.inference.attention import BlockAttention, record_attention, rollout
 from sepvit_lib.inference.maps import attribution, principal_components, token_similarity
 
@@ -131,8 +132,7 @@ def test_weights_that_are_not_the_networks_are_refused(monkeypatch):
 
 
 def test_rows_that_do_not_sum_to_one_are_refused(monkeypatch):
-    weights = sepvit.window_weights
-    monkeypatch.setattr(sepvit, "window_weights", lambda q, k: 0.9 * weights(q, k))
+    monkeypatch.setattr(attention, "window_weights", lambda q, k: 0.9 * sepvit.window_weights(q, k))
     with pytest.raises(RuntimeError, match="sums to one only within"):
         record_attention(tiny_network(SepViTDense).eval(), torch.randn(1, 3, 64, 64))
 

@@ -112,7 +112,7 @@ def report(forms: Mapping[str, Form], failures: Mapping[str, str], images: Image
         "checkpoint in eager mode.",
         *notes,
         *(
-            f"{name}: takes batches of {form.classifier.description.batch_size}; others are split or filled up."
+            f"{name}: takes batches of {form.classifier.description.batch_size}; other batches are split or padded."
             for name, form in forms.items()
             if form.classifier.description.batch_size
         ),

@@ -1,5 +1,4 @@
-"""The backbone of a segmentor or detector in ONNX, by default for images of any size divisible by 32
-and batches of any size."""
+"""The backbone of a segmentor or detector in ONNX, by default for any batch size and image size divisible by 32."""
 
 import argparse
 import math

@@ -2,16 +2,18 @@
 
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from sepvit import exportable
 from sepvit_lib.inference.exported import DESCRIPTION, METADATA, silenced
-from tools.exporting.writers import Job, contiguous, quiet
+from tools.exporting.writers import Job, quiet
 
 
 def fixed(job: Job) -> Job:
@@ -20,8 +22,8 @@ def fixed(job: Job) -> Job:
 
 
 def exportable_of(job: Job) -> nn.Module:
-    """The network in the form to export. ExecuTorch refuses weights in PyTorch's layout for images."""
-    return exportable(contiguous(job.network))
+    """The network in its export form. ExecuTorch refuses weights in PyTorch's layout for images."""
+    return exportable(job.network).to(memory_format=torch.contiguous_format)
 
 
 def write_executorch(job: Job, path: Path) -> None:
@@ -65,15 +67,18 @@ def save_executorch(program: ExportedProgram, job: Job, path: Path) -> None:
 
 
 def write_core_ml(job: Job, path: Path) -> None:
-    """Write the network for Core ML, computed in float16. Only macOS and iOS run it."""
+    """Write the network for Core ML, computed in float16 from and to float32. Only macOS and iOS run it."""
     job = fixed(job)
     with quiet(), silenced(), torch.no_grad():
         import coremltools
 
         images = job.images()
         traced = torch.jit.trace(exportable_of(job), images, check_trace=False)
-        ends = dict(inputs=[coremltools.TensorType("images", images.shape)], outputs=[coremltools.TensorType("logits")])
-        model = coremltools.convert(traced, **ends, minimum_deployment_target=coremltools.target.iOS16)
+        tensor = partial(coremltools.TensorType, dtype=np.float32)
+        settings: dict[str, Any] = dict(inputs=[tensor("images", images.shape)], outputs=[tensor("logits")])
+        settings |= dict(minimum_deployment_target=coremltools.target.iOS16)
+        settings |= dict(package_dir=str(job.folder / "converted.mlpackage"))  # deleted with the job's other files
+        model = coremltools.convert(traced, **settings)
         model.user_defined_metadata[METADATA] = job.description.to_json()
         model.save(str(path))
 
@@ -90,14 +95,12 @@ def write_litert(job: Job, path: Path) -> None:
 
 
 def write_ncnn(job: Job, path: Path) -> None:
-    """Write the network for ncnn, in float32, with the description in the last line, for one image per call.
+    """Write the network for ncnn, in float32, with the description in the last line, always for one image per call.
 
     Raises:
-        ValueError: `--batch-size` is not 1, or pnnx fails.
+        ValueError: pnnx fails.
     """
-    job = fixed(job)
-    if job.batch_size != 1:
-        raise ValueError("takes one image per call; omit --batch-size")
+    job = replace(job, batch_size=1)
     with quiet(), silenced(), torch.no_grad():
         import pnnx
 

@@ -1,12 +1,14 @@
 """The formats of export.py. For each format, one function writes a classifier to a file or folder."""
 
 import copy
+import io
 import json
 import logging
 import math
 import os
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -82,7 +84,7 @@ class Job:
 
     def onnx(self, opset: int | None = None) -> Path:
         """Export the network to ONNX, without metadata, to convert to other formats. `opset` overrides the job's."""
-        path = self.folder / f"opset-{opset or self.opset}.network"
+        path = self.folder / f"opset-{opset or self.opset}-batch-{self.batch_size}.network"
         if not path.exists():
             program = self.trace(exportable(self.network))
             export_onnx(program, self.images(), path, opset=opset or self.opset, outputs=["logits"])
@@ -226,8 +228,7 @@ def write_onnx_preprocessing(job: Job, path: Path) -> None:
     """Write the network with its preprocessing in ONNX, from the pixels of one image, H × W × 3, to logits."""
     import onnx
 
-    if job.batch_size:
-        raise ValueError("takes one image at a time; omit --batch-size")
+    job = replace(job, batch_size=None)  # the file always takes one image
     network, pixels = onnx.load(str(job.onnx())), checked_preprocessing(job, "onnx-preprocessing", job.opset)
     pixels.ir_version = network.ir_version
     joined = onnx.compose.merge_models(pixels, network, io_map=[("prepared", "images")])
@@ -386,7 +387,12 @@ def write_torchscript(job: Job, path: Path) -> None:
     with quiet():
         script = torch.jit.freeze(torch.jit.script(job.network))
         description = replace(job.description, batch_size=None)  # it takes any
-        torch.jit.save(script, str(path), _extra_files={DESCRIPTION: description.to_json()})
+        content = io.BytesIO()
+        torch.jit.save(script, content, _extra_files={DESCRIPTION: description.to_json()})
+    with zipfile.ZipFile(content) as archive, zipfile.ZipFile(path, "w") as copied:
+        for entry in archive.infolist():
+            if not entry.filename.endswith(".debug_pkl"):  # source code, with paths of this machine
+                copied.writestr(entry, archive.read(entry))
 
 
 def has_compiler() -> bool:

@@ -32,12 +32,12 @@ async function send(file) {
   }
   setBusy(true);
   try {
-    show(await predictor.predict(file, request.signal));
+    const answer = await predictor.predict(file, request.signal);
+    if (!request.signal.aborted) show(answer); // otherwise, another image was sent
   } catch (error) {
-    if (error.name === "AbortError") return; // another image was sent
-    fail(error, file.name);
+    if (!request.signal.aborted) fail(error, file.name);
   }
-  if (state.request === request) setBusy(false);
+  if (!request.signal.aborted) setBusy(false);
 }
 
 function refuse(message) {

@@ -5,6 +5,9 @@ export const FAILURE = "The server does not respond. Is app.py still running?";
 // An error whose message is meant for the user.
 export class Refusal extends Error {}
 
+// A page that tools/export.py wrote and that was served from this address has installed a service worker.
+navigator.serviceWorker?.getRegistrations().then((workers) => workers.forEach((worker) => worker.unregister()));
+
 // Describes the network and its samples: see Service.about in tools/page/server.py.
 const description = fetch("about").then((reply) => reply.json());
 export const describe = () => description;

@@ -1,7 +1,7 @@
 // Predicts images in the browser with ONNX Runtime Web: on WebGPU if there is one, otherwise on WebAssembly. Images stay
 // in the browser. The files are written by tools/exporting/web.py.
 
-export const FAILURE = "The network could not be loaded or computed. Reload the page; the browser's console has details.";
+export const FAILURE = "The network could not be loaded or run. Reload the page; the browser's console has details.";
 const STRIP = 2 ** 22; // pixels that are decoded to a canvas at a time: mobile browsers limit a canvas's size
 const MAX_THREADS = 4;
 
@@ -28,7 +28,8 @@ async function isolate() {
 const description = isolate().catch(console.warn).then(() => fetch("about.json")).then((reply) => reply.json());
 export const describe = () => description;
 
-// Loads runtime and network. `?device=wasm` or `?device=webgpu` in the page's address forces a device.
+// Loads runtime and network. `?device=wasm` in the page's address rules WebGPU out; `?device=webgpu` also takes a GPU
+// that the browser simulates.
 async function open() {
   const forced = new URLSearchParams(location.search).get("device");
   const adapter = forced !== "wasm" && await navigator.gpu?.requestAdapter();
