@@ -1,5 +1,6 @@
 """tools/export.py as a command: every format is written, agrees, and works in predict.py; the rest is refused."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -261,16 +262,44 @@ def test_pixels_that_differ_are_noticed():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_int8_keeps_attention_in_float(exported, checkpoint):
+def products(checkpoint):
+    """Number of matrix products of attention, inside windows and among them."""
+    blocks = load_classifier(str(checkpoint)).network.named_blocks().values()
+    return 2 * sum(1 + (block.attn.PSA_qk is not None) for block in blocks)
+
+
+def test_int8_of_openvino_keeps_attention_in_float(exported, checkpoint):
+    import openvino
+
+    operations = openvino.Core().read_model(str(exported.out / FILES["openvino-int8"])).get_ops()
+    inputs = [[one.get_node() for one in operation.input_values()] for operation in operations if is_product(operation)]
+    assert len(inputs) == products(checkpoint)
+    assert not any(map(is_quantised, itertools.chain(*inputs)))
+    layers = [operation.input_value(0).get_node() for operation in operations if operation.get_type_name() == "MatMul"]
+    assert sum(map(is_quantised, layers)) > len(layers) / 2
+
+
+def is_product(operation) -> bool:
+    """Whether it multiplies two activations. Weights are constants, in int8 multiplied by their scales."""
+    weights = ("Constant", "Multiply")
+    return operation.get_type_name() == "MatMul" and operation.input_value(1).get_node().get_type_name() not in weights
+
+
+def is_quantised(node) -> bool:
+    """Whether an operation's output is quantised."""
+    while node.get_type_name() in ("Reshape", "Transpose"):
+        node = node.input_value(0).get_node()
+    return node.get_type_name() == "FakeQuantize"
+
+
+def test_int8_of_onnx_runtime_keeps_attention_in_float(exported, checkpoint):
     import onnx
 
     model = onnx.load(str(exported.out / FILES["onnx-int8"]))
     nodes = model.graph.node
     dequantised = {output for node in nodes if node.op_type == "DequantizeLinear" for output in node.output}
     in_float = [node.op_type for node in nodes if not dequantised & set(node.input)]
-    blocks = load_classifier(str(checkpoint)).network.named_blocks().values()
-    among = sum(block.attn.PSA_qk is not None for block in blocks)
-    assert in_float.count("MatMul") == 2 * (len(blocks) + among)  # inside windows, and among them
+    assert in_float.count("MatMul") == products(checkpoint)
     weights = [node for node in model.graph.node if node.op_type == "Conv"]
     assert all(set(node.input[:2]) <= dequantised for node in weights)
     scales = (onnx.numpy_helper.to_array(entry) for entry in model.graph.initializer if "scale" in entry.name)

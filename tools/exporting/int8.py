@@ -29,7 +29,7 @@ def write_openvino_int8(job: Job, path: Path) -> None:
 
 
 def quantised_by_nncf(model: Any, calibration: Sequence[Tensor], score: Score | None = None) -> Any:
-    """Quantise the weights and activations of an OpenVINO model to int8.
+    """Quantise the weights and activations of an OpenVINO model to int8, except for the matrix products of attention.
 
     Args:
         model: the model.
@@ -43,7 +43,12 @@ def quantised_by_nncf(model: Any, calibration: Sequence[Tensor], score: Score | 
     nncf.set_log_level(logging.ERROR)
     # SmoothQuant, on by default for transformers, ruins the outputs of this network.
     no_smoothing = nncf.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1)
+    # In float, the products of attention stay fused with its softmax.
+    names = [
+        one.get_friendly_name() for one in model.get_ops() if one.get_type_name() == "MatMul" and not _weights(one)
+    ]
     settings: dict[str, Any] = dict(subset_size=len(calibration), model_type=nncf.ModelType.TRANSFORMER)
+    settings["ignored_scope"] = nncf.IgnoredScope(names=names)
     images = nncf.Dataset([batch.numpy() for batch in calibration])
     with quiet(), contextlib.redirect_stdout(io.StringIO()):  # hides progress bars
         advanced = nncf.AdvancedQuantizationParameters(smooth_quant_alphas=no_smoothing)
@@ -53,6 +58,12 @@ def quantised_by_nncf(model: Any, calibration: Sequence[Tensor], score: Score | 
         settings |= dict(max_drop=MAX_LOSS, advanced_quantization_parameters=advanced)
         control = nncf.quantize_with_accuracy_control
         return control(model, images, images, lambda one, _: (_accuracy(one, score), None), **settings)
+
+
+def _weights(operation: Any) -> list[Any]:
+    """The constant inputs of an operation of an OpenVINO model."""
+    sources = [value.get_node() for value in operation.input_values()]
+    return [source for source in sources if source.get_type_name() == "Constant"]
 
 
 def _accuracy(model: Any, score: Score) -> float:

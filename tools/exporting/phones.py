@@ -37,8 +37,9 @@ def write_executorch_int8(job: Job, path: Path) -> None:
 
     Weights have one scale per channel. The ranges of activations are those of the calibration images.
     """
-    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    with quiet():
+        from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     job, layers = fixed(job), (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
     quantizer = xnnpack_quantizer.XNNPACKQuantizer()
