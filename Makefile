@@ -106,7 +106,8 @@ $(VENV)/.installed-fast: $(VENV)/.installed
 $(VENV)/.installed-mm: $(VENV)/.installed packaging/opencv-python/pyproject.toml
 	@echo "installing MMSegmentation and MMDetection into $(VENV): allow a minute"
 	$(call INSTALL,demo mm) ./packaging/opencv-python
-	@$(RUN) -W ignore -c "import sepvit_lib.mm, mmcv.ops, mmdet.apis, mmseg.apis" > /dev/null
+	@$(RUN) -W ignore -c "from sepvit_lib.mm.console import import_quietly as load; \
+		load('mmcv.ops', 'mmdet.apis', 'mmseg.apis')" > /dev/null
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed-mm $(VENV)/.installed-fast

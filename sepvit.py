@@ -293,6 +293,10 @@ class SeparableSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B·n × h × T × d
         return q, k, v
 
+    def depthwise_weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """Attention weights within each window, B·n × h × T × T, from queries and keys of `depthwise_heads`."""
+        return window_weights(q, k)
+
     def join_heads(self, a: Tensor, z: Tensor) -> Tensor:
         """Join heads, B·n × h × T × d, to B × n × T × C, and add the shortcut: the input z of the attention."""
         _, n, T, C = z.shape
@@ -1364,9 +1368,12 @@ class _ExportableAttention(SeparableSelfAttention):
         q, k, v = (self._heads(layer, z) for layer in self.DSA_qkv)  # each B·n × h × T × d
         return q, k, v
 
+    def depthwise_weights(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(-2, -1), dim=-1)
+
     def depthwise(self, z: Tensor) -> Tensor:
         q, k, v = self.depthwise_heads(z)  # each B·n × h × T × d
-        return self.join_heads(torch.softmax(q @ k.transpose(-2, -1), dim=-1) @ v, z)
+        return self.join_heads(self.depthwise_weights(q, k) @ v, z)
 
     def pointwise_weights(self, a: Tensor) -> Tensor:
         t = F.gelu(self.win_tokens_norm(a[:, :, 0]))  # B × n × C

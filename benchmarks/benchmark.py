@@ -47,7 +47,7 @@ def build_parser() -> Parser:
     add("--device", default=best_device(), help="cuda, mps or cpu; by default the best available")
     add("--formats", nargs="+", default=["float32"], choices=list(DTYPES), help="number formats")
     add("--forms", nargs="+", default=["eager", "port"], choices=list(FORMS), help="how to run the networks")
-    add("--before", type=path, default=None, metavar="FILE", help="another revision of sepvit.py to measure, too")
+    add("--before", type=path, default=None, metavar="FILE", help="also measure a different revision of sepvit.py")
     add("--measures", nargs="+", default=list(MEASURES), choices=list(MEASURES))
     batch = "images per call, except for latency; by default 8 (CPU) or 128 (GPU), with --dense 2 or 8"
     add("--batch-size", type=positive_int, nargs="+", default=None, metavar="N", help=batch)

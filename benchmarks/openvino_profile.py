@@ -39,7 +39,7 @@ def milliseconds(subject: Subject, setting: Setting, rounds: int) -> Counter[str
 
 def main(args: argparse.Namespace) -> None:
     """Print a table for each network."""
-    check_packages(["openvino"], [args.number_format])
+    check_packages(["openvino"], [args.number_format], "openvino_profile.py")
     setting = Setting(
         "latency", torch.device("cpu"), args.batch_size, (224, 224), False, args.threads, args.before or ""
     )
@@ -69,7 +69,7 @@ def run(arguments: list[str] | None = None) -> int:
     add("--peers", nargs="+", default=["class"], metavar="NAME", help="as for benchmark.py")
     add("--number-format", default="float32", choices=["float32", "bfloat16", "int8"])
     add("--batch-size", type=positive_int, default=1, metavar="N")
-    add("--before", type=path, default=None, metavar="FILE", help="another revision of sepvit.py to measure, too")
+    add("--before", type=path, default=None, metavar="FILE", help="also measure a different revision of sepvit.py")
     add("--rounds", type=positive_int, default=20, help="timed calls, after as many that are not timed")
     add("--threads", type=positive_int, default=available_cores(), help="CPU threads")
     return run_command("openvino_profile.py", lambda: main(parser.parse_args(arguments)), parser)

@@ -155,15 +155,15 @@ def not_offered(subject: Subject, setting: Setting) -> str:
     return "training keeps its weights in float32" if setting.is_training and number_format not in AMPS else ""
 
 
-def check_packages(forms: Sequence[str], formats: Sequence[str]) -> None:
-    """Refuse runtimes whose packages are not installed.
+def check_packages(forms: Sequence[str], formats: Sequence[str], what: str = "") -> None:
+    """Refuse runtimes whose packages are not installed. `what` needs them; by default, the flag of the form.
 
     Raises:
         UserError: a package is missing.
     """
     for form in forms:
         quantization = ("nncf",) if form == "openvino" and "int8" in formats else ()
-        require(f"--forms {form}", *PACKAGES.get(form, ()), *quantization)
+        require(what or f"--forms {form}", *PACKAGES.get(form, ()), *quantization)
 
 
 def load_before(file: str) -> ModuleType:

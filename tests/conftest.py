@@ -202,6 +202,23 @@ def trained_digits(few_digits, tmp_path_factory) -> Path:
     return out
 
 
+def save_shallow(path: Path, classes: list[str]) -> Path:
+    """Save a checkpoint for images of 32 × 32 pixels whose logits differ between images by more than 1.
+
+    It has two blocks, with several windows and with one: exporters take seconds per block.
+    """
+    torch.manual_seed(0)
+    settings: dict[str, Any] = dict(embed_dims=[8, 16], num_heads=[1, 2], depths=[1, 1])
+    network = sepvit.SepViT_Lite(img_size=32, num_classes=len(classes), **settings)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        network.head.weight.mul_(10)
+    args = dict(model="SepViT_Lite", input_size=32, model_kwargs=settings)
+    torch.save(dict(model=network.state_dict(), classes=classes, args=args), path)
+    return path
+
+
 # Nothing random except the shuffle, and a step size that depends on the gradients alone.
 PLAIN = [
     *"--mixup 0 --cutmix 0 --smoothing 0 --drop-path 0 --aa= --reprob 0 --color-jitter 0 --hflip 0 --scale 1 1".split(),

@@ -122,10 +122,10 @@ def main(args: argparse.Namespace) -> int:
         comparison.time_forms(kept, images, args.rounds)
         report = comparison.report(kept, failures, images, job.notes)
         keep([job.folder / file for name, file in files.items() if name not in failures], folder)
-    record = folder / "exports.md"
-    earlier = record.read_text(encoding="utf-8") if record.is_file() else ""
-    write_file(record, lambda file: file.write(f"{report}\n{earlier}".encode()))
     print(report)
+    record = folder / "exports.md"
+    earlier = record.read_bytes() if record.is_file() else b""
+    write_file(record, lambda file: file.write(f"{report}\n".encode() + earlier))
     if args.push:
         push(classifier, args.push)
     return 1 if failures.keys() - missing.keys() else 0

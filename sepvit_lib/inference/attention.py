@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepvit import SeparableSelfAttention, SepViTBlock, window_reverse, window_weights
+from sepvit import SeparableSelfAttention, SepViTBlock, window_reverse
 
 # Maximum error of a recomputed output, relative to the output's largest value; also maximum error of a row's sum.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -119,7 +119,7 @@ def _attention_of(
     stage = int(name.split(".")[-2])
     (B, n), w = z.shape[:2], attention.window_size
     q, k, v = attention.depthwise_heads(z)  # each B·n × h × T × d
-    inside = window_weights(q, k)  # B·n × h × T × T
+    inside = attention.depthwise_weights(q, k)  # B·n × h × T × T
     a = attention.join_heads(inside.to(v.dtype) @ v, z)  # B × n × T × C
     among, has_token = None, attention.has_window_tokens
     if attention.PSA_qk is not None:

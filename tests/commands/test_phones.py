@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import refusal, succeed
+from conftest import refusal, save_shallow, succeed
 from test_export import rows
 
 import predict
@@ -19,23 +19,12 @@ from tools import export
 from tools.exporting import dense_backbone, phones, writers
 from tools.exporting.data import photographs
 
-SIZE = 32
 MAX_RANK = 4  # ncnn's limit; Core ML takes five dimensions, and XNNPACK six
-# Two blocks, with several windows and with one, because lowering takes seconds per block.
-STAGES = dict(embed_dims=[8, 16], num_heads=[1, 2], depths=[1, 1])
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    network = sepvit.SepViT_Lite(img_size=SIZE, num_classes=3, **STAGES)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    path = tmp_path_factory.mktemp("trained") / "checkpoint.pth"
-    args = dict(model="SepViT_Lite", input_size=SIZE, model_kwargs=STAGES)
-    torch.save(dict(model=network.state_dict(), classes=["0", "Ärger", "犬"], args=args), path)
-    return path
+    return save_shallow(tmp_path_factory.mktemp("trained") / "checkpoint.pth", ["0", "Ärger", "犬"])
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +64,8 @@ def test_executorch(checkpoint, photograph, tmp_path):
 def test_executorch_in_int8(checkpoint, photograph, tmp_path):
     pytest.importorskip("executorch", reason="needs the extra phones")
     table = rows(exported(checkpoint, tmp_path / "out", "executorch-int8"))
-    assert 1e-4 < float(table["executorch-int8"]["largest difference"]) < 0.1
-    check(tmp_path / "out/SepViT_Lite-int8.pte", checkpoint, photograph, 0.1)
+    assert 1e-4 < float(table["executorch-int8"]["largest difference"]) < 0.5
+    check(tmp_path / "out/SepViT_Lite-int8.pte", checkpoint, photograph, 0.5)
 
 
 def test_litert(checkpoint, photograph, tmp_path):
@@ -119,7 +108,7 @@ def test_core_ml_is_made(package, checkpoint):
     assert 4 <= max(output.rank for output in outputs) <= MAX_RANK
 
 
-@pytest.mark.skipif(sys.platform != "darwin", reason="only macOS runs files of Core ML")
+@pytest.mark.skipif(sys.platform != "darwin", reason="only macOS runs Core ML files")
 def test_core_ml_runs(package, checkpoint, photograph):
     check(package[0], checkpoint, photograph, 0.05)  # computed in float16
 

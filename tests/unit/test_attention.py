@@ -10,7 +10,6 @@ from torch import nn
 
 import sepvit
 from sepvit import SepViT, SepViTDense
-from sepvit_lib.inference import attention
 from sepvit_lib.inference.attention import BlockAttention, record_attention, rollout
 from sepvit_lib.inference.maps import attribution, principal_components, token_similarity
 
@@ -70,6 +69,12 @@ def test_rows_sum_to_one_and_maps_keep_their_size():
     torch.testing.assert_close(blocks[0].among_mean(), blocks[0].among.mean(dim=1))
     assert blocks[0].window_at(29, 55.9) == (1, 1)
     assert blocks[0].window_at(-5, 1000) == (0, 2)
+
+
+def test_the_export_form_has_the_same_attention():
+    model, images = tiny_network(SepViTDense).eval(), torch.randn(1, 3, 64, 64)
+    for block, exported in zip(*(record_attention(one, images) for one in (model, sepvit.exportable(model)))):
+        torch.testing.assert_close(exported.inside, block.inside)
 
 
 class Segmentor(nn.Module):
@@ -132,7 +137,8 @@ def test_weights_that_are_not_the_networks_are_refused(monkeypatch):
 
 
 def test_rows_that_do_not_sum_to_one_are_refused(monkeypatch):
-    monkeypatch.setattr(attention, "window_weights", lambda q, k: 0.9 * sepvit.window_weights(q, k))
+    weights = sepvit.window_weights
+    monkeypatch.setattr(sepvit, "window_weights", lambda q, k: 0.9 * weights(q, k))
     with pytest.raises(RuntimeError, match="sums to one only within"):
         record_attention(tiny_network(SepViTDense).eval(), torch.randn(1, 3, 64, 64))
 

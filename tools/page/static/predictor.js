@@ -6,7 +6,10 @@ export const FAILURE = "The server does not respond. Is app.py still running?";
 export class Refusal extends Error {}
 
 // A page that tools/export.py wrote and that was served from this address has installed a service worker.
-navigator.serviceWorker?.getRegistrations().then((workers) => workers.forEach((worker) => worker.unregister()));
+navigator.serviceWorker?.getRegistrations().then((workers) => workers.forEach((worker) => {
+  worker.unregister();
+  sessionStorage.removeItem("reloaded"); // see isolate() in tools/page/web/predictor.js
+}));
 
 // Describes the network and its samples: see Service.about in tools/page/server.py.
 const description = fetch("about").then((reply) => reply.json());
