@@ -129,10 +129,10 @@ def test_the_file_tells_all_and_agrees(name, exported, opened, checkpoint, few_d
         assert torch.allclose(logits, expected[: len(logits)], atol=tolerance)
 
 
-def test_batch_size(few_digits, tmp_path):
+def test_batch_size(tmp_path):
     """Files with a fixed batch size take other numbers of images in predict.py, and are compared like the others."""
     checkpoint = save_shallow(tmp_path / "checkpoint.pth", ["0", "1", "2"])
-    arguments = ["--resume", checkpoint, "--out", tmp_path / "out", "--rounds", "1", "--data-path", few_digits]
+    arguments = ["--resume", checkpoint, "--out", tmp_path / "out", "--rounds", "1"]
     formats = ["onnx", "onnx-int8", "openvino", "openvino-int8"]
     succeed(*arguments, "--batch-size", "3", "--formats", *formats, "onnx-preprocessing", script=SCRIPT)
     source, images = load_classifier(str(checkpoint)), photographs().images
