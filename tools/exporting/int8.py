@@ -36,9 +36,8 @@ def quantised_by_nncf(model: Any, calibration: Sequence[Tensor], score: Score | 
         calibration: batches that determine the range of each activation.
         score: returns the accuracy (0 to 1) of a function from inputs to logits; None to skip the check.
     """
-    # If there is no GPU, a module that NNCF imports logs an error.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    import nncf
+    with quiet():
+        import nncf
 
     nncf.set_log_level(logging.ERROR)
     # SmoothQuant, on by default for transformers, ruins the outputs of this network.

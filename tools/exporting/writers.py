@@ -108,7 +108,8 @@ def quiet() -> Iterator[None]:
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)
-    for name in ("torch.onnx", "torch.utils._pytree"):  # the latter warns of torchao, which ExecuTorch imports
+    # The last two warn of torchao, which ExecuTorch imports, and of a missing GPU.
+    for name in ("torch.onnx", "torch.utils._pytree", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -376,10 +377,10 @@ def write_torch_export(job: Job, path: Path) -> None:
 
 def write_aotinductor(job: Job, path: Path) -> None:
     """Compile the network to machine code for this kind of processor. PyTorch can load the file."""
-    from torch._inductor import aoti_compile_and_package
-
     metadata = {"aot_inductor.metadata": {METADATA: job.description.to_json()}}
     with quiet():
+        from torch._inductor import aoti_compile_and_package
+
         aoti_compile_and_package(job.program, package_path=str(path), inductor_configs=metadata)
 
 
