@@ -1353,7 +1353,7 @@ def _split(layer: nn.Linear, count: int, scale: float) -> nn.ModuleList:
 
 
 class _ExportableAttention(SeparableSelfAttention):
-    """Attention in its export form, of the shapes of `SeparableSelfAttention`. Queries are already scaled."""
+    """Attention in its export form, with the shapes of `SeparableSelfAttention`. Queries are already scaled."""
 
     DSA_qkv: Any
     PSA_qk: Any

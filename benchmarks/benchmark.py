@@ -70,7 +70,7 @@ def check_settings(args: argparse.Namespace) -> None:
     check_device(args.device)
     if args.dense and args.peers not in (["class"], ["none"]):
         raise UserError(f"--dense --peers {' '.join(args.peers)}: the dense form is measured without peers")
-    chosen_peers(args)
+    chosen_peers(args)  # raises an error for a model that timm does not have
     subjects.check_packages(args.forms, args.formats)
     if args.before is not None:
         subjects.load_before(args.before)

@@ -46,7 +46,10 @@ def check(file, checkpoint, photograph, tolerance):
     images = [source.prepare(image) for image in photographs().images[:3]]
     for count in (1, 3):
         assert torch.allclose(found.logits(images[:count]), source.logits(images[:count]), atol=tolerance)
-    assert dict(found(str(photograph))) == pytest.approx(dict(source(str(photograph))), abs=tolerance)
+    arguments = [photograph, "--json", "-", "--num_workers", 0, "--resume", file]
+    (predicted,) = json.loads(succeed(*arguments, script="predict.py"))
+    shares = {entry["class"]: entry["probability"] for entry in predicted["predictions"]}
+    assert shares == pytest.approx(dict(source(str(photograph))), abs=tolerance)
 
 
 def test_executorch(checkpoint, photograph, tmp_path):
@@ -54,18 +57,14 @@ def test_executorch(checkpoint, photograph, tmp_path):
     table = rows(exported(checkpoint, tmp_path / "out", "executorch"))
     assert float(table["executorch"]["largest difference"]) < 1e-5
     check(tmp_path / "out/SepViT_Lite.pte", checkpoint, photograph, 1e-5)
-    arguments = [photograph, "--json", "-", "--num_workers", 0, "--resume", tmp_path / "out/SepViT_Lite.pte"]
-    (found,) = json.loads(succeed(*arguments, script="predict.py"))
-    shares = {entry["class"]: entry["probability"] for entry in found["predictions"]}
-    assert shares == pytest.approx(dict(load_classifier(str(checkpoint))(str(photograph))), abs=1e-5)
 
 
 @pytest.mark.slow
 def test_executorch_in_int8(checkpoint, photograph, tmp_path):
     pytest.importorskip("executorch", reason="needs the extra phones")
     table = rows(exported(checkpoint, tmp_path / "out", "executorch-int8"))
-    assert 1e-4 < float(table["executorch-int8"]["largest difference"]) < 0.5
-    check(tmp_path / "out/SepViT_Lite-int8.pte", checkpoint, photograph, 0.5)
+    assert 1e-4 < float(table["executorch-int8"]["largest difference"]) < 0.1
+    check(tmp_path / "out/SepViT_Lite-int8.pte", checkpoint, photograph, 0.1)
 
 
 def test_litert(checkpoint, photograph, tmp_path):
@@ -77,7 +76,7 @@ def test_litert(checkpoint, photograph, tmp_path):
 
 def test_ncnn(checkpoint, photograph, tmp_path):
     pytest.importorskip("ncnn", reason="needs the extra phones")
-    table = rows(exported(checkpoint, tmp_path / "out", "ncnn"))
+    table = rows(exported(checkpoint, tmp_path / "out", "ncnn", "--batch-size", 8))  # takes one image all the same
     assert float(table["ncnn"]["largest difference"]) < 1e-3
     check(tmp_path / "out/SepViT_Lite-ncnn.param", checkpoint, photograph, 1e-3)
 
@@ -134,8 +133,13 @@ def test_a_damaged_file(tmp_path, photograph, capfd):
     assert message.startswith(f"predict.py: --resume {tmp_path}/a.pte: ExecuTorch cannot open it")
 
 
-def test_missing_packages(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "litert_torch", None)
-    arguments = ["--resume", checkpoint, "--out", tmp_path / "out", "--formats", "litert"]
-    advice = "needs litert_torch: pip install '.[litert]', in an environment of its own"
-    assert refusal(export.run, "export", arguments, capsys) == f"export.py: --formats litert: {advice}"
+PACKAGES = {"executorch": "executorch", "coreml": "coremltools", "litert": "litert_torch", "ncnn": "pnnx"}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_missing_packages(name, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, PACKAGES[name], None)
+    arguments = ["--resume", checkpoint, "--out", tmp_path / "out", "--formats", name]
+    where = ", in an environment of its own" if name == "litert" else ""
+    advice = f"needs {PACKAGES[name]}: pip install '.[{export.FORMATS[name].extra}]'{where}"
+    assert refusal(export.run, "export", arguments, capsys) == f"export.py: --formats {name}: {advice}"

@@ -325,7 +325,7 @@ def test_a_newer_export_is_shown(open_page, exported, tmp_path):
     """Files that a browser has kept are used only without a connection."""
     about = (exported.folder / "about.json").read_bytes()
     folder = varied(exported, tmp_path / "page", "about.json", about)
-    os.utime(folder / "about.json", (0, 0))  # the server tells versions apart by the second
+    os.utime(folder / "about.json", (0, 0))  # the server compares modification times in whole seconds
     with serving(folder) as url:
         page = open_page(url)
         page.locator("#facts", has_text="4 classes").wait_for()

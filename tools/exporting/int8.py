@@ -42,12 +42,9 @@ def quantised_by_nncf(model: Any, calibration: Sequence[Tensor], score: Score | 
     nncf.set_log_level(logging.ERROR)
     # SmoothQuant, on by default for transformers, ruins the outputs of this network.
     no_smoothing = nncf.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1)
-    # In float, the products of attention stay fused with its softmax.
-    names = [
-        one.get_friendly_name() for one in model.get_ops() if one.get_type_name() == "MatMul" and not _weights(one)
-    ]
     settings: dict[str, Any] = dict(subset_size=len(calibration), model_type=nncf.ModelType.TRANSFORMER)
-    settings["ignored_scope"] = nncf.IgnoredScope(names=names)
+    # In float, the products of attention stay fused with its softmax.
+    settings["ignored_scope"] = nncf.IgnoredScope(names=_products_of_attention(model))
     images = nncf.Dataset([batch.numpy() for batch in calibration])
     with quiet(), contextlib.redirect_stdout(io.StringIO()):  # hides progress bars
         advanced = nncf.AdvancedQuantizationParameters(smooth_quant_alphas=no_smoothing)
@@ -59,10 +56,11 @@ def quantised_by_nncf(model: Any, calibration: Sequence[Tensor], score: Score | 
         return control(model, images, images, lambda one, _: (_accuracy(one, score), None), **settings)
 
 
-def _weights(operation: Any) -> list[Any]:
-    """The constant inputs of an operation of an OpenVINO model."""
-    sources = [value.get_node() for value in operation.input_values()]
-    return [source for source in sources if source.get_type_name() == "Constant"]
+def _products_of_attention(model: Any) -> list[str]:
+    """Names of an OpenVINO model's matrix products without a constant factor."""
+    products = [operation for operation in model.get_ops() if operation.get_type_name() == "MatMul"]
+    factors = [{value.get_node().get_type_name() for value in product.input_values()} for product in products]
+    return [one.get_friendly_name() for one, kinds in zip(products, factors) if "Constant" not in kinds]
 
 
 def _accuracy(model: Any, score: Score) -> float:
